@@ -1,0 +1,161 @@
+"""Everything qserve raises.
+
+QServeError
+ |- DeploymentNotFound      404  no such deployment (any more)
+ |- MethodNotFound          404  the deployment has no such public method
+ |- NoInstanceError              no qserve instance is running here
+ |- ConfigurationError           a setting, module or server is not usable as it is
+ |- ValueNotSerializable    400  an argument cannot travel
+ |- PayloadTooLarge         413  a request or argument list over the limit
+ |- BackPressureError       503  the deployment's queue is full
+ |- DeploymentUnavailable   503  no replica has been seen, or the deployment failed
+ |- BrokerUnavailable       503  Redis cannot be reached
+ |- GetTimeoutError         504  the deadline passed (also a TimeoutError)
+ |- CallCancelled           499  the caller withdrew the call
+ |- ReplicaDied             502  the replica died under the call, which may have run
+ |- FrameRejected                a message with a bad signature or shape
+ '- TaskError               500  user code raised; also an instance of the original class
+     |- ResultNotSerializable    the result cannot travel
+     |- ResultTooLarge           the result is over the limit
+     '- PoisonCall               the call killed every replica it was given to
+"""
+
+from typing import Any
+
+
+class QServeError(Exception):
+    """Base of all qserve errors; `status` is the HTTP status it becomes, `code` its name on the wire."""
+
+    status = 500
+
+    @property
+    def code(self) -> str:
+        return type(self).__name__
+
+
+class DeploymentNotFound(QServeError):
+    """There is no deployment of that name."""
+
+    status = 404
+
+
+class MethodNotFound(QServeError):
+    """The deployment has no public method of that name."""
+
+    status = 404
+
+
+class NoInstanceError(QServeError):
+    """No qserve instance is running, or none can be found from here."""
+
+
+class ConfigurationError(QServeError):
+    """Something outside the code is not usable: a module, a port, a server, a setting."""
+
+
+class ValueNotSerializable(QServeError, TypeError):
+    """A value cannot travel; the text names it, its type and the ways out."""
+
+    status = 400
+
+
+class PayloadTooLarge(QServeError, ValueError):
+    """A request or argument list is over the limit."""
+
+    status = 413
+
+
+class BackPressureError(QServeError):
+    """The deployment's queue is full; try again after `retry_after` seconds."""
+
+    status = 503
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeploymentUnavailable(QServeError):
+    """Nothing can serve the call: the deployment failed, or no replica has been seen."""
+
+    status = 503
+
+
+class BrokerUnavailable(QServeError, ConnectionError):
+    """Redis cannot be reached, or refused the call."""
+
+    status = 503
+
+
+class GetTimeoutError(QServeError, TimeoutError):
+    """The result was not there in time. A timeout of `get` leaves the call running."""
+
+    status = 504
+
+
+class CallCancelled(QServeError):
+    """The caller withdrew the call before it ended."""
+
+    status = 499
+
+
+class ReplicaDied(QServeError):
+    """The replica died while it had the call; it may have run, so it is not run again."""
+
+    status = 502
+
+
+class FrameRejected(QServeError):
+    """A message was not signed with a known key, or is not what it says."""
+
+
+class TaskError(QServeError):
+    """User code raised in a replica.
+
+    What a caller catches is a `TaskError` and, where the original class is a builtin, one of qserve's or already
+    imported by the caller, that class too: `except ZeroDivisionError` works.
+
+    Attributes:
+        type_name: Qualified name of the original class.
+        module: Module of the original class.
+        traceback_text: The remote traceback, for logs.
+        cause: The rebuilt original exception, or None.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        type_name: str = "",
+        module: str = "",
+        traceback_text: str = "",
+        cause: BaseException | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.type_name = type_name
+        self.module = module
+        self.traceback_text = traceback_text
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return self.traceback_text or self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_plain_task_error, (self.message, self.type_name, self.module, self.traceback_text))
+
+
+class ResultNotSerializable(TaskError):
+    """The call ran, but its result cannot travel."""
+
+
+class ResultTooLarge(TaskError):
+    """The call ran, but its result is over the limit."""
+
+
+class PoisonCall(TaskError):
+    """The call killed every replica it was given to and is in the dead letters now."""
+
+
+def _plain_task_error(message: str, type_name: str, module: str, traceback_text: str) -> TaskError:
+    return TaskError(message, type_name=type_name, module=module, traceback_text=traceback_text)

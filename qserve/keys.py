@@ -1,0 +1,87 @@
+"""Every Redis key qserve uses, in one file; all of a namespace's keys share one hash slot."""
+
+from dataclasses import dataclass
+
+GROUP = "g"
+"""The consumer group through which all replicas of a deployment read its call stream."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Key names of one namespace."""
+
+    namespace: str
+
+    def _key(self, *parts: str) -> str:
+        return ":".join((f"qs:{{{self.namespace}}}", *parts))
+
+    def calls(self, deployment: str) -> str:
+        """Stream of calls waiting or running."""
+        return self._key("q", deployment)
+
+    def dead_letters(self, deployment: str) -> str:
+        """Stream of calls that were given up on."""
+        return self._key("dead", deployment)
+
+    def meta(self, deployment: str) -> str:
+        """Hash with what ADMIT and the rollout need: gen, spec, max_queued, state, error, last_seen."""
+        return self._key("meta", deployment)
+
+    def heartbeats(self, deployment: str) -> str:
+        """Hash: replica id -> counter, or "dead" once its death is known."""
+        return self._key("hb", deployment)
+
+    def replicas(self, deployment: str) -> str:
+        """Hash: replica id -> msgpack ReplicaInfo."""
+        return self._key("replicas", deployment)
+
+    def workers(self, deployment: str) -> str:
+        """Hash: worker id -> msgpack WorkerInfo (what one Celery worker has reached)."""
+        return self._key("workers", deployment)
+
+    def inbox(self, process: str) -> str:
+        """Replies and control messages for one process incarnation."""
+        return self._key("inbox", process)
+
+    def alive(self, process: str) -> str:
+        """Liveness of an inbox's owner; a reply to a dead one is dropped."""
+        return self._key("alive", process)
+
+    def payload(self, call_id: str) -> str:
+        """A payload too large to stand in the queue."""
+        return self._key("p", call_id)
+
+    @property
+    def deployments(self) -> str:
+        """Set of deployment names that exist."""
+        return self._key("deployments")
+
+    @property
+    def log(self) -> str:
+        """Stream of changes of the desired state; gateways, nodes and replicas follow it."""
+        return self._key("log")
+
+    @property
+    def http_options(self) -> str:
+        """String: msgpack HttpSettings."""
+        return self._key("http")
+
+    @property
+    def nodes(self) -> str:
+        """Hash: node id -> msgpack NodeInfo."""
+        return self._key("nodes")
+
+    @property
+    def gateways(self) -> str:
+        """Hash: gateway id -> msgpack GatewayInfo."""
+        return self._key("gateways")
+
+    @property
+    def counters(self) -> str:
+        """Hash: metric name -> count (rejected frames, late results, ...)."""
+        return self._key("counters")
+
+    @property
+    def celery_prefix(self) -> str:
+        """Prefix of the keys that Celery itself uses, so that no other Celery app meets ours."""
+        return self._key("celery:")

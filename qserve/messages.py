@@ -1,0 +1,177 @@
+"""Call and Reply as inert data, and the signed frames they travel in.
+
+A frame is `b"\\0" + body` without keys, or `b"\\1" + key id (4 bytes) + HMAC-SHA256 (32 bytes) + body`; body is the
+msgpack of the message. A frame is verified before it is decoded. Everything that decides what happens to a call is
+inside the body and so under the signature.
+"""
+
+import hashlib
+import hmac
+from typing import Literal
+
+import msgspec
+
+from qserve.errors import FrameRejected
+
+PYTHON, HTTP = 0, 1
+"""What a call's payload is: packed (args, kwargs), or an HttpRequest."""
+VALUE, HTTP_RESPONSE, ERROR, CONTROL = 0, 1, 2, 3
+"""What a reply's payload is: packed value, an HttpResponse, an ErrorInfo, or a Control message."""
+SAFE = "s"
+"""Flag of an entry whose call may be run again after its replica died."""
+
+
+class Call(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One call, as it stands in a deployment's queue.
+
+    Attributes:
+        id: Unique for ever: the caller's 128-bit incarnation and a counter.
+        deployment: Name of the deployment it was put to.
+        reply_to: Process id of the caller, whose inbox gets the reply.
+        ttl_ms: Time left when it was enqueued, in ms; the entry id says when that was on Redis' clock.
+        kind: PYTHON or HTTP.
+        method: Method name, "" for `__call__`.
+        safe: May run again after its replica died.
+        payload: Encoded arguments or request; empty if `out_of_line`.
+        out_of_line: The payload stands under `Keys.payload(id)`.
+    """
+
+    id: str
+    deployment: str
+    reply_to: str
+    ttl_ms: int
+    kind: int
+    method: str
+    safe: bool
+    payload: bytes
+    out_of_line: bool = False
+
+
+class Reply(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One message to a process: the outcome of a call, or a control message.
+
+    Attributes:
+        id: The call's id; for CONTROL the id the message is about, or "".
+        to: Process id of the receiver; a frame found in another inbox is rejected.
+        kind: VALUE, HTTP_RESPONSE, ERROR or CONTROL.
+        payload: Encoded by kind; empty if `out_of_line`.
+        out_of_line: The payload stands under `Keys.payload(id + ":r")`.
+    """
+
+    id: str
+    to: str
+    kind: int
+    payload: bytes
+    out_of_line: bool = False
+
+
+class Control(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a replica is told between calls: `cancel` a call (by Reply.id), or `sweep` after a neighbour's death."""
+
+    verb: Literal["cancel", "sweep"]
+    entry: str = ""
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
+    """An exception as data.
+
+    Attributes:
+        code: Class name of a qserve error, or "" for user code's own.
+        type_name, module: The original class.
+        message: `str()` of the original.
+        traceback_text: The remote traceback.
+        args: Packed `exc.args` where they can travel, else empty.
+    """
+
+    code: str
+    type_name: str
+    module: str
+    message: str
+    traceback_text: str = ""
+    args: bytes = b""
+
+
+class HttpRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An ASGI http scope and its body; `path` is the full decoded path, `root_path` the prefix before the app."""
+
+    method: str
+    path: str
+    raw_path: bytes
+    query_string: bytes
+    headers: list[tuple[bytes, bytes]]
+    root_path: str
+    scheme: str
+    client: tuple[str, int] | None
+    server: tuple[str, int | None] | None
+    http_version: str
+    request_id: str
+    body: bytes
+
+
+class HttpResponse(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A whole response: status, raw headers in order, body."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+_MAC_AT = 5
+_BODY_AT = 37
+
+
+def key_id(secret: bytes) -> bytes:
+    """Four bytes that name a signing key without telling it."""
+    return hashlib.sha256(b"qserve key id" + secret).digest()[:4]
+
+
+class Signer:
+    """Seals and opens frames. Thread-safe.
+
+    Args:
+        secrets: Accepted signing keys, the first one signs; none: frames are not signed.
+    """
+
+    def __init__(self, secrets: tuple[bytes, ...] = ()) -> None:
+        self._by_id = {key_id(secret): secret for secret in secrets}
+        self._secret = secrets[0] if secrets else None
+        self._head = b"\x01" + key_id(secrets[0]) if secrets else b"\x00"
+
+    @property
+    def signs(self) -> bool:
+        """Whether frames are signed, which is what allows pickled values."""
+        return self._secret is not None
+
+    def seal(self, body: bytes) -> bytes:
+        """The frame of a body."""
+        if self._secret is None:
+            return b"\x00" + body
+        return b"%b%b%b" % (self._head, hmac.digest(self._secret, body, "sha256"), body)
+
+    def open(self, frame: bytes) -> bytes:
+        """The body of a frame.
+
+        Raises:
+            FrameRejected: Not signed with an accepted key, or not a frame. Where keys are set, unsigned frames are
+                rejected; where none are, signed ones are.
+        """
+        if self._secret is None:
+            if frame[:1] != b"\x00":
+                raise FrameRejected("a signed frame, but this process has no key: set QSERVE_SECRET")
+            return frame[1:]
+        secret = self._by_id.get(frame[1:_MAC_AT]) if frame[:1] == b"\x01" else None
+        if secret is None:
+            raise FrameRejected("a frame that no accepted key signed")
+        body = frame[_BODY_AT:]
+        if not hmac.compare_digest(hmac.digest(secret, body, "sha256"), frame[_MAC_AT:_BODY_AT]):
+            raise FrameRejected("a frame with a bad signature")
+        return body
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_call = msgspec.msgpack.Decoder(Call).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode
+decode_control = msgspec.msgpack.Decoder(Control).decode
+decode_error = msgspec.msgpack.Decoder(ErrorInfo).decode
+decode_http_request = msgspec.msgpack.Decoder(HttpRequest).decode
+decode_http_response = msgspec.msgpack.Decoder(HttpResponse).decode

@@ -1,0 +1,47 @@
+"""Configuration from the environment (`QSERVE_*`); docs/configuration.md lists it for users."""
+
+from functools import cached_property
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from qserve.keys import Keys
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """What a process needs to find its Redis and behave; every field is an environment variable `QSERVE_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="QSERVE_", extra="ignore", ignored_types=(cached_property,))
+
+    redis_url: str = ""
+    """redis://, rediss:// or unix:// URL; empty: the local instance found by its file."""
+    secret: str = Field(default="", repr=False)
+    """Signs every frame; several, separated by commas, are accepted and the first one signs."""
+    namespace: str = Field(default="default", pattern=r"^[A-Za-z0-9_.-]{1,63}$")
+    app: str = ""
+    """MODULE[:NAME] of the application to deploy, for containers."""
+    http_timeout_s: float = Field(default=60.0, gt=0)
+    handle_timeout_s: float = Field(default=3600.0, gt=0)
+    max_value_bytes: int = Field(default=16 * MIB, gt=0)
+    """Largest argument list, HTTP body or result."""
+    out_of_line_bytes: int = Field(default=256 * 1024, gt=0)
+    """Payloads above this size travel under their own key."""
+    beat_interval_s: float = Field(default=1.0, gt=0)
+    dead_after_s: float = Field(default=5.0, gt=0)
+    max_loop_stall_s: float = Field(default=30.0, gt=0)
+    max_deliveries: int = Field(default=3, ge=1)
+    log_level: str = "INFO"
+    debug: bool = False
+    """Put tracebacks of plain deployments into HTTP bodies."""
+
+    @cached_property
+    def keys(self) -> Keys:
+        """Key names of the namespace."""
+        return Keys(self.namespace)
+
+    @cached_property
+    def secrets(self) -> tuple[bytes, ...]:
+        """Signing keys, the first one signs."""
+        return tuple(part.strip().encode() for part in self.secret.split(",") if part.strip())
