@@ -1,0 +1,44 @@
+# One door for developers; CI uses the same targets. Needs Python 3.11 or newer and make, everything else goes into .venv.
+#
+#   make run      serve the examples on port 8000, with a Valkey of their own (PORT=..., APP=...)
+#   make test     all tests (ARGS="tests/test_codec.py -k numpy" for some)
+#   make check    ruff and mypy
+#   make bench    the table of benchmarks/results.md (BENCH_PEERS=dir adds the peers)
+#   make docs     run what README.md and docs/ show
+#   make clean    remove .venv and caches
+
+PORT ?= 8000
+APP ?= examples.everything
+ARGS ?=
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: run test check bench docs clean
+.DEFAULT_GOAL := run
+
+run: $(READY)
+	@exec $(VENV)/bin/qserve run $(APP) --port $(PORT)
+
+test: $(READY)
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(READY)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+
+bench: $(READY)
+	@$(VENV)/bin/python -m benchmarks.bench
+
+docs: $(READY)
+	@$(VENV)/bin/python -m pytest tests/test_docs.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+
+# Written last, so that a set-up that was broken off is done again; done again too when pyproject.toml changes.
+$(READY): pyproject.toml
+	@python=$$(PYTHON="$(PYTHON)" sh .ci/find-python) && \
+	echo "setting up $(VENV) with $$($$python --version) (once, about a minute) ..." && \
+	$$python -m venv --clear $(VENV) && \
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Applications to try qserve with; `make run` serves them all."""
