@@ -65,6 +65,13 @@ class Reply(msgspec.Struct, frozen=True, array_like=True, gc=False):
     out_of_line: bool = False
 
 
+class Blob(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A payload that travels out of line, bound to its call's id by the signature."""
+
+    id: str
+    data: bytes
+
+
 class Control(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a replica is told between calls: `cancel` a call (by Reply.id), or `sweep` after a neighbour's death."""
 
@@ -172,6 +179,7 @@ encode = msgspec.msgpack.Encoder().encode
 decode_call = msgspec.msgpack.Decoder(Call).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 decode_control = msgspec.msgpack.Decoder(Control).decode
+decode_blob = msgspec.msgpack.Decoder(Blob).decode
 decode_error = msgspec.msgpack.Decoder(ErrorInfo).decode
 decode_http_request = msgspec.msgpack.Decoder(HttpRequest).decode
 decode_http_response = msgspec.msgpack.Decoder(HttpResponse).decode

@@ -1,0 +1,480 @@
+"""One sender and one inbox per process: puts calls on queues and hands each reply to whoever waits for it."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import hiredis
+import msgspec
+
+from qserve.connection import Answer, Connection
+from qserve.errors import (
+    BackPressureError,
+    BrokerUnavailable,
+    CallCancelled,
+    DeploymentNotFound,
+    DeploymentUnavailable,
+    FrameRejected,
+    GetTimeoutError,
+    QServeError,
+)
+from qserve.messages import (
+    CONTROL,
+    Blob,
+    Call,
+    Control,
+    Reply,
+    Signer,
+    decode_blob,
+    decode_control,
+    decode_reply,
+    encode,
+)
+from qserve.queues import ALIVE_TTL_MS, CALLS_PER_ADMIT, CallQueue, Inbox, send_control
+from qserve.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Outcome = Reply | QServeError
+"""What becomes of a call: the replica's reply, or the reason why there is none."""
+
+_BLOCK_MS = 1000
+_READ_TIMEOUT_S = 3 * _BLOCK_MS / 1000
+_FRAMES_PER_READ = 512
+_TRIM_EVERY = 2048
+_TRIM_INTERVAL_S = 1.0
+_PATIENCE_S = 1.0
+"""How long a call waits for a lost broker before it is refused."""
+_PAYLOAD_GRACE_MS = 60_000
+
+
+class PendingCall:
+    """A call whose outcome somebody waits for."""
+
+    __slots__ = ("deadline", "deployment", "entry", "frame", "id", "on_outcome", "payload", "safe", "timer")
+
+    def __init__(
+        self,
+        call_id: str,
+        deployment: str,
+        safe: bool,
+        frame: bytes,
+        payload: bytes | None,
+        deadline: float,
+        on_outcome: Callable[[Outcome], None],
+    ) -> None:
+        self.id = call_id
+        self.deployment = deployment
+        self.safe = safe
+        self.frame = frame
+        self.payload = payload  # travels out of line, or None
+        self.deadline = deadline
+        self.on_outcome = on_outcome
+        self.entry: bytes | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    def take_frame(self) -> bytes:
+        """The frame, which is kept no longer: a call may wait for an hour."""
+        frame, self.frame = self.frame, b""
+        return frame
+
+
+class Client:
+    """Puts calls and receives their outcomes. Everything but `submit` and `withdraw` belongs to its loop's thread.
+
+    Guarantees: each call gets exactly one outcome, at most once, no later than its deadline (plus a moment to ask why);
+    a reply reaches only the call it was computed for, because inbox name and call ids are random per process.
+    No write is ever repeated blindly.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.signer = Signer(settings.secrets)
+        self.id = secrets.token_hex(16)
+        self.on_control: Callable[[str, Control], None] | None = None
+        self._keys = settings.keys
+        self._inbox = Inbox(self._keys, self.id)
+        self._numbers = itertools.count()
+        self._pending: dict[str, PendingCall] = {}
+        self._batches: dict[str, list[PendingCall]] = {}
+        self._queues: dict[str, CallQueue] = {}
+        self._submitted: deque[Callable[[], None]] = deque()
+        self._wake_scheduled = False
+        self._writer: Connection | None = None
+        self._reader: Connection | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._lost = asyncio.Event()
+        self._last_read = 0.0
+
+    # Life cycle
+
+    async def start(self) -> None:
+        """Connect and open the inbox.
+
+        Raises:
+            BrokerUnavailable, ConfigurationError: Redis cannot be used from here.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        await self._connect()
+        self._tasks = [asyncio.create_task(self._keep_connected()), asyncio.create_task(self._keep_alive())]
+
+    async def stop(self) -> None:
+        """Close the inbox; calls still pending end as cancelled."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for pending in list(self._pending.values()):
+            self._finish(pending, CallCancelled("the client was stopped before the call ended"))
+        if self._writer is not None:
+            self._inbox.discard(self._writer)
+            self._writer.flush()
+            with contextlib.suppress(BrokerUnavailable, TimeoutError):
+                async with asyncio.timeout(1):
+                    await self._writer.call("PING")
+        self._disconnect()
+
+    @property
+    def writer(self) -> Connection | None:
+        """The connection for commands, None while there is none."""
+        return self._writer
+
+    @property
+    def pending(self) -> int:
+        """How many calls wait for their outcome."""
+        return len(self._pending)
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the caller runs on this client's loop, and so must not block on it."""
+        return threading.get_ident() == self._thread
+
+    # Calling
+
+    def prepare(
+        self,
+        deployment: str,
+        *,
+        kind: int,
+        method: str,
+        payload: bytes,
+        timeout_s: float,
+        safe: bool,
+        on_outcome: Callable[[Outcome], None],
+    ) -> PendingCall:
+        """Make a call ready to be put. From any thread.
+
+        Args:
+            payload: Packed arguments or an encoded HttpRequest.
+            timeout_s: Seconds from now to its deadline.
+            on_outcome: Called exactly once, on the loop.
+        """
+        call_id = f"{self.id}{next(self._numbers):x}"
+        blob = None
+        if len(payload) > self.settings.out_of_line_bytes:
+            blob, payload = self.signer.seal(encode(Blob(call_id, payload))), b""
+        ttl_ms = int(timeout_s * 1000)
+        call = Call(call_id, deployment, self.id, ttl_ms, kind, method, safe, payload, blob is not None)
+        deadline = time.monotonic() + timeout_s
+        return PendingCall(call_id, deployment, safe, self.signer.seal(encode(call)), blob, deadline, on_outcome)
+
+    def put(self, pending: PendingCall) -> None:
+        """Put a prepared call, together with the others of this tick."""
+        self._pending[pending.id] = pending
+        pending.timer = self._loop.call_later(pending.deadline - time.monotonic(), self._expire, pending)
+        batch = self._batches.get(pending.deployment)
+        if batch is not None:
+            batch.append(pending)
+            return
+        if not self._batches:
+            self._loop.call_soon(self._flush)
+        self._batches[pending.deployment] = [pending]
+        if self._writer is not None and self._writer.is_idle:
+            self._flush()  # nobody to wait for: the tick's other calls follow in their own batch
+
+    def submit(self, pending: PendingCall) -> None:
+        """Put a prepared call from any thread."""
+        if threading.get_ident() == self._thread:
+            self.put(pending)
+        else:
+            self._from_thread(partial(self.put, pending))
+
+    def withdraw(self, pending: PendingCall) -> None:
+        """Cancel a call, from any thread: queued, it never reaches a replica; running and safe, it is cancelled ."""
+        if threading.get_ident() == self._thread:
+            self.cancel(pending)
+        else:
+            self._from_thread(partial(self.cancel, pending))
+
+    def cancel(self, pending: PendingCall) -> None:
+        """Like `withdraw`, on the loop."""
+        if self._finish(pending, CallCancelled("the call was cancelled")):
+            self._withdraw_entry(pending)
+
+    def _from_thread(self, action: Callable[[], None]) -> None:
+        # One wake-up serves all actions until the loop gets to them: a wake-up is a system call.
+        self._submitted.append(action)
+        if not self._wake_scheduled:
+            self._wake_scheduled = True
+            try:
+                self._loop.call_soon_threadsafe(self._drain_submitted)
+            except RuntimeError as exc:
+                raise BrokerUnavailable("the client of this process is stopped") from exc
+
+    def _drain_submitted(self) -> None:
+        self._wake_scheduled = False
+        submitted = self._submitted
+        while submitted:
+            submitted.popleft()()
+
+    def _flush(self) -> None:
+        if not self._batches or self._writer is None:
+            return  # while the broker is lost, `_refuse_waiting` ends the wait
+        writer = self._writer
+        batches, self._batches = self._batches, {}
+        for deployment, batch in batches.items():
+            queue = self._queues.get(deployment)
+            if queue is None:
+                queue = self._queues[deployment] = CallQueue(self._keys, deployment)
+            for start in range(0, len(batch), CALLS_PER_ADMIT):
+                calls = batch[start : start + CALLS_PER_ADMIT]
+                for call in calls:
+                    if call.payload is not None:
+                        ttl_ms = int((call.deadline - time.monotonic()) * 1000) + _PAYLOAD_GRACE_MS
+                        writer.send(_ignore, "SET", self._keys.payload(call.id), call.payload, "PX", max(1, ttl_ms))
+                        call.payload = None
+                queue.put(writer, [(c.id, c.safe, c.take_frame()) for c in calls], partial(self._admitted, calls))
+        writer.flush()
+
+    def _admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
+        if isinstance(answer, Exception):
+            known = isinstance(answer, QServeError)
+            error = answer if known else BrokerUnavailable(f"Redis refused the call: {answer}")
+            for call in calls:
+                self._finish(call, error)
+            return
+        if answer[0] < 0:
+            name = calls[0].deployment
+            refusal: QServeError = (
+                DeploymentNotFound(f"there is no deployment {name!r}")
+                if answer[0] == -1
+                else DeploymentUnavailable(f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}")
+            )
+            for call in calls:
+                self._finish(call, refusal)
+            return
+        for call, entry in zip(calls, answer[1:], strict=True):
+            if entry is None:
+                self._finish(call, self._full(call.deployment, answer[0]))
+            elif call.id in self._pending:
+                call.entry = entry
+            else:  # ended before it was admitted
+                call.entry = entry
+                self._withdraw_entry(call)
+
+    @staticmethod
+    def _full(deployment: str, depth: int) -> BackPressureError:
+        message = f"the queue of {deployment!r} is full ({depth} calls wait or run): try again later"
+        return BackPressureError(message, retry_after=random.uniform(1, 3))  # noqa: S311
+
+    # Outcomes
+
+    def _finish(self, pending: PendingCall, outcome: Outcome) -> bool:
+        if self._pending.pop(pending.id, None) is None:
+            return False
+        if pending.timer is not None:
+            pending.timer.cancel()
+        try:
+            pending.on_outcome(outcome)
+        except Exception:
+            logger.exception("the receiver of call %s failed on its outcome", pending.id)
+        return True
+
+    def _expire(self, pending: PendingCall) -> None:
+        if pending.id in self._pending:
+            self._withdraw_entry(pending)
+            task = asyncio.ensure_future(self._explain_timeout(pending))
+            task.add_done_callback(_log_failure)
+
+    async def _explain_timeout(self, pending: PendingCall) -> None:
+        outcome: QServeError = GetTimeoutError(
+            f"the call to {pending.deployment!r} did not end before its deadline; it was withdrawn"
+        )
+        with contextlib.suppress(BrokerUnavailable, TimeoutError):
+            if self._writer is not None:
+                async with asyncio.timeout(0.5):
+                    meta = self._keys.meta(pending.deployment)
+                    seen, now = await asyncio.gather(
+                        self._writer.call("HGET", meta, "last_seen"), self._writer.call("TIME")
+                    )
+                age = int(now[0]) - int(seen or 0)
+                if age > self.settings.dead_after_s:
+                    since = f" since {time.strftime('%H:%M', time.localtime(int(seen)))}" if seen else ""
+                    outcome = DeploymentUnavailable(f"no replica of {pending.deployment!r} has been seen{since}")
+        self._finish(pending, outcome)
+
+    def _withdraw_entry(self, pending: PendingCall) -> None:
+        if pending.entry is None or self._writer is None:
+            return
+        queue = self._queues[pending.deployment]
+        queue.cancel(self._writer, pending.entry, partial(self._withdrawn, pending))
+
+    def _withdrawn(self, pending: PendingCall, answer: Answer) -> None:
+        if isinstance(answer, bytes) and self._writer is not None and pending.entry is not None:
+            control = Control("cancel", pending.entry.decode())
+            send_control(self._writer, self._keys, self.signer, answer.decode(), control, pending.id)
+
+    def _received(self, answer: Answer) -> None:
+        if isinstance(answer, Exception):
+            if self._reader is not None and isinstance(answer, hiredis.ReplyError):
+                logger.warning("reading replies failed: %s", answer)
+                self._on_lost()
+            return
+        self._last_read = time.monotonic()
+        frames = self._inbox.frames(answer)
+        if self._reader is not None:
+            self._read()
+        for frame in frames:
+            try:
+                reply = decode_reply(self.signer.open(frame))
+                if reply.to != self.id:
+                    raise FrameRejected("a reply to another process")
+            except (FrameRejected, msgspec.DecodeError) as exc:
+                self._reject(exc)
+                continue
+            self._dispatch(reply)
+        if self._inbox.untrimmed >= _TRIM_EVERY and self._writer is not None:
+            self._inbox.trim(self._writer)
+
+    def _dispatch(self, reply: Reply) -> None:
+        if reply.kind == CONTROL:
+            if self.on_control is not None:
+                self.on_control(reply.id, decode_control(reply.payload))
+            return
+        pending = self._pending.get(reply.id)
+        if pending is None:
+            return  # timed out or cancelled: the answer is late
+        if reply.out_of_line:
+            asyncio.ensure_future(self._fetch(pending, reply)).add_done_callback(_log_failure)
+        else:
+            self._finish(pending, reply)
+
+    async def _fetch(self, pending: PendingCall, reply: Reply) -> None:
+        key = self._keys.payload(f"{reply.id}:r")
+        outcome: Outcome = BrokerUnavailable("the result is gone from Redis")
+        try:
+            assert self._writer is not None
+            sealed = await self._writer.call("GETDEL", key)
+            if sealed is not None:
+                blob = decode_blob(self.signer.open(sealed))
+                if blob.id == reply.id:
+                    outcome = Reply(reply.id, reply.to, reply.kind, blob.data)
+        except (BrokerUnavailable, FrameRejected, msgspec.DecodeError) as exc:
+            outcome = BrokerUnavailable(f"the result could not be fetched: {exc}")
+        self._finish(pending, outcome)
+
+    def _reject(self, exc: Exception) -> None:
+        logger.warning("dropped a frame in the inbox: %s", exc)
+        if self._writer is not None:
+            self._writer.send(_ignore, "HINCRBY", self._keys.counters, "rejected_frames", 1)
+
+    # Connections
+
+    async def _connect(self) -> None:
+        writer = await Connection.open(self.settings.redis_url, self._on_lost)
+        try:
+            await self._inbox.open(writer)
+            reader = await Connection.open(self.settings.redis_url, self._on_lost)
+        except BaseException:
+            writer.close()
+            raise
+        self._writer, self._reader = writer, reader
+        self._last_read = time.monotonic()
+        self._read()
+        self._flush()
+
+    def _read(self) -> None:
+        assert self._reader is not None
+        self._inbox.read(self._reader, self._received, block_ms=_BLOCK_MS, most=_FRAMES_PER_READ)
+
+    def _on_lost(self) -> None:
+        self._disconnect()
+        self._lost.set()
+
+    def _disconnect(self) -> None:
+        for connection in (self._writer, self._reader):
+            if connection is not None:
+                connection.close()
+        self._writer = self._reader = None
+
+    async def _keep_connected(self) -> None:
+        while True:
+            await self._lost.wait()
+            self._lost.clear()
+            logger.warning("lost the connection to Redis; reconnecting")
+            lost_at, delay = time.monotonic(), 0.05
+            while self._writer is None:
+                try:
+                    await self._connect()
+                except QServeError:
+                    if time.monotonic() - lost_at > _PATIENCE_S:
+                        self._refuse_waiting()
+                    await asyncio.sleep(random.uniform(0, delay))  # noqa: S311
+                    delay = min(delay * 2, 2.0)
+            logger.info("connected to Redis again")
+            await self._reconcile()
+
+    def _refuse_waiting(self) -> None:
+        batches, self._batches = self._batches, {}
+        for call in itertools.chain.from_iterable(batches.values()):
+            self._finish(call, BrokerUnavailable("Redis cannot be reached; the call was not sent"))
+
+    async def _reconcile(self) -> None:
+        """Find calls that Redis has lost: neither queued nor answered any more."""
+        await asyncio.sleep(0.5)
+        admitted = [call for call in self._pending.values() if call.entry is not None]
+        if self._writer is None or not admitted:
+            return
+        with contextlib.suppress(BrokerUnavailable):
+            found = await asyncio.gather(
+                *(self._writer.call("XRANGE", self._keys.calls(c.deployment), c.entry, c.entry) for c in admitted)
+            )
+            await asyncio.sleep(0.5)
+            for call, entry in zip(admitted, found, strict=True):
+                if not entry:
+                    lost = BrokerUnavailable("Redis lost the call or its answer while it was away; it may have run")
+                    self._finish(call, lost)
+
+    async def _keep_alive(self) -> None:
+        """Say that the inbox is read, trim it, and notice a reader that has fallen silent."""
+        next_word = 0.0
+        while True:
+            await asyncio.sleep(_TRIM_INTERVAL_S)
+            if self._writer is None:
+                continue
+            now = time.monotonic()
+            if now >= next_word:
+                self._inbox.say_alive(self._writer)
+                next_word = now + ALIVE_TTL_MS / 3000
+            self._inbox.trim(self._writer)
+            if now - self._last_read > _READ_TIMEOUT_S:
+                logger.warning("no answer from Redis for %.0f s", now - self._last_read)
+                self._on_lost()
+
+
+def _ignore(_answer: Answer) -> None:
+    """For commands whose failure shows elsewhere."""
+
+
+def _log_failure(task: "asyncio.Future[Any]") -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("an internal task failed", exc_info=task.exception())

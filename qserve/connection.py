@@ -1,0 +1,232 @@
+"""One asyncio connection to Redis for the path of a call.
+
+redis-py spends more time on a command than Redis does, which halves the calls a process can make
+(benchmarks/results.md). So the path of a call speaks through this: hiredis packs and parses, all commands of one
+event-loop tick leave in one write, and answers go to callbacks in order. Everything off that path uses redis-py.
+"""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import hiredis
+from redis.asyncio.connection import parse_url
+from redis.exceptions import RedisError
+
+from qserve.errors import BrokerUnavailable, ConfigurationError
+
+Answer = Any
+"""A parsed RESP value; a failed command's answer is an exception instance."""
+
+_CONNECT_TIMEOUT_S = 5.0
+_KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+
+
+class Connection(asyncio.Protocol):
+    """A connection that pipelines by itself. Bound to the loop it was opened on; not thread-safe.
+
+    A lost connection is not reopened here and no command is ever sent twice: every unanswered command's callback gets
+    a `BrokerUnavailable`, and the owner opens another connection.
+    """
+
+    def __init__(self, on_lost: Callable[[], None] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._reader = hiredis.Reader(notEnoughData=_NOTHING)
+        self._waiting: deque[Callable[[Answer], None]] = deque()
+        self._out: list[bytes] = []
+        self._transport: asyncio.Transport | None = None
+        self._on_lost = on_lost
+
+    @classmethod
+    async def open(cls, url: str, on_lost: Callable[[], None] | None = None) -> "Connection":
+        """Connect, authenticate and select the database.
+
+        Args:
+            url: redis://, rediss:// or unix:// with the options redis-py understands.
+            on_lost: Called once when the connection is gone, unless `close` was called.
+
+        Raises:
+            BrokerUnavailable: Nothing answers there.
+            ConfigurationError: It answers, but refuses the password or the database.
+        """
+        options = dict(parse_url(url))
+        self = cls(on_lost)
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                await self._connect(options)
+                await self._greet(options)
+        except (OSError, TimeoutError) as exc:
+            self.close()
+            raise BrokerUnavailable(f"cannot connect to Redis: {exc or type(exc).__name__}") from exc
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    async def _connect(self, options: dict[str, Any]) -> None:
+        if "path" in options:
+            await self._loop.create_unix_connection(lambda: self, options["path"])
+            return
+        tls = _tls_context(options) if options.get("connection_class") else None
+        await self._loop.create_connection(
+            lambda: self, options.get("host", "localhost"), options.get("port", 6379), ssl=tls
+        )
+
+    async def _greet(self, options: dict[str, Any]) -> None:
+        password = options.get("password")
+        if password:
+            user = options.get("username")
+            await self._expect_ok("AUTH", *((user, password) if user else (password,)))
+        if options.get("db"):
+            await self._expect_ok("SELECT", options["db"])
+
+    async def _expect_ok(self, *command: Any) -> None:
+        try:
+            await self.call(*command)
+        except RedisError as exc:
+            raise ConfigurationError(f"Redis refused {command[0]}: {exc}") from exc
+
+    @property
+    def is_open(self) -> bool:
+        """Whether commands can be sent."""
+        return self._transport is not None
+
+    def send(self, on_answer: Callable[[Answer], None], *command: Any) -> None:
+        """Send a command at the end of this tick; its answer or exception goes to `on_answer`, in order."""
+        if self._transport is None:
+            self._loop.call_soon(on_answer, BrokerUnavailable("the connection to Redis is lost"))
+            return
+        self._waiting.append(on_answer)
+        if not self._out:
+            self._loop.call_soon(self.flush)
+        self._out.append(hiredis.pack_command(command))
+
+    def send_now(self, on_answer: Callable[[Answer], None], *command: Any) -> None:
+        """Like `send`, but does not wait for the end of the tick."""
+        self.send(on_answer, *command)
+        self.flush()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no answer is awaited, so that waiting for company would only cost time."""
+        return not self._waiting
+
+    async def call(self, *command: Any) -> Answer:
+        """Send a command and return its answer.
+
+        Raises:
+            BrokerUnavailable: The connection was lost first; the command may have been carried out.
+            RedisError: Redis refused the command.
+        """
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        self.send(lambda answer: _settle(future, answer), *command)
+        return await future
+
+    def flush(self) -> None:
+        """Write what is collected."""
+        if self._out and self._transport is not None:
+            self._transport.write(b"".join(self._out))
+        self._out.clear()
+
+    def close(self) -> None:
+        """Close without calling `on_lost`; unanswered commands fail."""
+        self._on_lost = None
+        if self._transport is not None:
+            self._transport.abort()
+            self._lose()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEPALIVE:
+                if hasattr(socket, name):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def data_received(self, data: bytes) -> None:
+        reader, waiting = self._reader, self._waiting
+        reader.feed(data)
+        while (answer := reader.gets()) is not _NOTHING:
+            waiting.popleft()(answer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._transport is not None:
+            self._lose()
+
+    def _lose(self) -> None:
+        self._transport = None
+        self._out.clear()
+        lost, self._waiting = self._waiting, deque()
+        for on_answer in lost:
+            on_answer(BrokerUnavailable("the connection to Redis was lost before it answered"))
+        if self._on_lost is not None:
+            self._on_lost()
+
+
+class _Nothing:
+    """What the parser returns when it wants more bytes; hiredis' own default, False, is a possible answer."""
+
+
+_NOTHING = _Nothing()
+
+
+def _settle(future: asyncio.Future[Answer], answer: Answer) -> None:
+    if future.done():
+        return
+    if isinstance(answer, hiredis.ReplyError):
+        future.set_exception(RedisError(str(answer)))
+    elif isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
+
+
+def _tls_context(options: dict[str, Any]) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
+    if options.get("ssl_cert_reqs") == "none":
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if options.get("ssl_certfile"):
+        with contextlib.suppress(KeyError):
+            context.load_cert_chain(options["ssl_certfile"], options["ssl_keyfile"])
+    return context
+
+
+class Script:
+    """A Lua script called by its hash, and loaded where the server does not know it (yet, or any more)."""
+
+    def __init__(self, source: str, sha: str) -> None:
+        self.source = source
+        self.sha = sha
+
+    def send(
+        self, connection: Connection, on_answer: Callable[[Answer], None], keys: tuple[str, ...], *args: Any
+    ) -> None:
+        """Run the script at the end of this tick.
+
+        A script the server has forgotten is sent again whole: NOSCRIPT means that nothing was done, so this is no
+        blind retry.
+        """
+
+        def check(answer: Answer) -> None:
+            if isinstance(answer, hiredis.ReplyError) and str(answer).startswith("NOSCRIPT"):
+                connection.send(on_answer, "EVAL", self.source, len(keys), *keys, *args)
+            else:
+                on_answer(answer)
+
+        connection.send(check, "EVALSHA", self.sha, len(keys), *keys, *args)
+
+    async def call(self, connection: Connection, keys: tuple[str, ...], *args: Any) -> Answer:
+        """Run the script and return its answer; raises like `Connection.call`."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.send(connection, lambda answer: _settle(future, answer), keys, *args)
+        return await future

@@ -1,0 +1,8 @@
+-- SETTLE: note how far a deployment has come, unless it has moved on to another generation meanwhile.
+-- KEYS  1 meta hash
+-- ARGV  1 generation   2 state   3 error
+if redis.call('HGET', KEYS[1], 'gen') ~= ARGV[1] or redis.call('HEXISTS', KEYS[1], 'spec') == 0 then
+  return 0
+end
+redis.call('HSET', KEYS[1], 'state', ARGV[2], 'error', ARGV[3])
+return 1

@@ -1,0 +1,303 @@
+"""The call queue and the inboxes on Redis: every script with the one place that calls it.
+
+A deployment's calls stand in one stream, read by all of its replicas through one consumer group. An entry stays in the
+stream until it is answered, so its length is queued + running. Replies go to the inbox of the calling process, a stream
+too: a reply whose delivery failed half-way is read again, which a popped list element is not (benchmarks/results.md has
+what that costs).
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import msgspec
+import redis
+
+from qserve.connection import Answer, Connection, Script
+from qserve.errors import ConfigurationError, FrameRejected
+from qserve.keys import GROUP, Keys
+from qserve.messages import CONTROL, ERROR, SAFE, Call, Control, Reply, Signer, decode_call, encode
+
+INBOX_TTL_MS = 60_000
+"""How long an inbox nobody reads is kept."""
+ALIVE_TTL_MS = 15_000
+"""How long a process counts as alive after it last said so; it says so every third of this."""
+DEAD, LEFT = "dead", "left"
+"""Values in place of a heartbeat counter: died, and left after handing back what it had not started."""
+DEAD_LETTERS_KEPT = 10_000
+CALLS_PER_ADMIT = 256
+
+
+def _load(name: str) -> Script:
+    source = (Path(__file__).parent / "lua" / f"{name}.lua").read_text()
+    return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+ADMIT, REPLY, TELL, PRESENT = _load("admit"), _load("reply"), _load("tell"), _load("present")
+BEAT, TAKE, RETIRE, DEAD_LETTER, CANCEL = (
+    _load("beat"),
+    _load("take"),
+    _load("retire"),
+    _load("dead"),
+    _load("cancel"),
+)
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}")
+
+
+def check_name(name: str) -> str:
+    """The name, if it may stand in a key.
+
+    Raises:
+        ConfigurationError: It may not.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError(f"{name!r} is not a deployment name: use 1 to 63 letters, digits, '_', '.' or '-'.")
+    return name
+
+
+class Entry(NamedTuple):
+    """A call's entry as Redis delivers it."""
+
+    id: bytes
+    frame: bytes
+    deliveries: int = 1
+
+    @property
+    def time_ms(self) -> int:
+        """When it was put, in ms on Redis' clock."""
+        return int(self.id.split(b"-", 1)[0])
+
+
+def _entry(raw: Sequence[Any], deliveries: int = 1) -> Entry:
+    fields = raw[1]
+    return Entry(raw[0], dict(zip(fields[::2], fields[1::2], strict=True)).get(b"d", b""), deliveries)
+
+
+class CallQueue:
+    """One deployment's queue, for callers: put and cancel."""
+
+    def __init__(self, keys: Keys, deployment: str) -> None:
+        self._admit_keys = (keys.calls(deployment), keys.meta(deployment))
+        self._stream = keys.calls(deployment)
+
+    def put(
+        self, connection: Connection, calls: Sequence[tuple[str, bool, bytes]], on_answer: Callable[[Answer], None]
+    ) -> None:
+        """Put (id, safe, frame) of at most CALLS_PER_ADMIT calls; `on_answer` gets what admit.lua returns."""
+        arguments: list[str | bytes] = []
+        for call_id, safe, frame in calls:
+            arguments += (call_id, SAFE if safe else "", frame)
+        ADMIT.send(connection, on_answer, self._admit_keys, *arguments)
+
+    def cancel(self, connection: Connection, entry: bytes, on_answer: Callable[[Answer], None]) -> None:
+        """Withdraw an entry; `on_answer` gets 1, 0 or the replica that has it."""
+        CANCEL.send(connection, on_answer, (self._stream,), GROUP, entry)
+
+
+class Inbox:
+    """The messages to one process: read in order, none lost by a broken read."""
+
+    def __init__(self, keys: Keys, process: str) -> None:
+        self._stream = keys.inbox(process)
+        self._alive = keys.alive(process)
+        self._last = b"0-0"
+        self._untrimmed = 0
+
+    def read(self, connection: Connection, on_answer: Callable[[Answer], None], *, block_ms: int, most: int) -> None:
+        """Wait for messages after the last ones seen; `frames` turns the answer into frames."""
+        connection.send_now(
+            on_answer, "XREAD", "COUNT", most, "BLOCK", block_ms, "STREAMS", self._stream, self._last
+        )
+
+    def frames(self, answer: Answer) -> list[bytes]:
+        """The frames of a read's answer, which now count as seen."""
+        if not answer:
+            return []
+        entries = answer[0][1]
+        self._last = entries[-1][0]
+        self._untrimmed += len(entries)
+        return [fields[1] for _, fields in entries]
+
+    def trim(self, connection: Connection) -> None:
+        """Delete what was seen."""
+        if self._untrimmed:
+            self._untrimmed = 0
+            connection.send(_ignore, "XTRIM", self._stream, "MINID", _next_id(self._last))
+
+    @property
+    def untrimmed(self) -> int:
+        """How many seen messages are still stored."""
+        return self._untrimmed
+
+    def say_alive(self, connection: Connection) -> None:
+        """Keep the inbox open for another ALIVE_TTL_MS."""
+        PRESENT.send(connection, _ignore, (self._alive,), ALIVE_TTL_MS)
+
+    async def open(self, connection: Connection) -> None:
+        """Make sure replies are accepted before the first call is put."""
+        await PRESENT.call(connection, (self._alive,), ALIVE_TTL_MS)
+
+    def discard(self, connection: Connection) -> None:
+        """Close for good: later replies are dropped."""
+        connection.send(_ignore, "DEL", self._alive, self._stream)
+
+
+class ReplicaQueue:
+    """One deployment's queue, for a replica: read, reply, take over, beat, leave."""
+
+    def __init__(self, keys: Keys, deployment: str, replica: str) -> None:
+        self._keys = keys
+        self._stream = keys.calls(deployment)
+        self._heartbeats = keys.heartbeats(deployment)
+        self._replicas = keys.replicas(deployment)
+        self._dead_letters = keys.dead_letters(deployment)
+        self._replica = replica
+
+    async def open(self, connection: Connection) -> None:
+        """Make sure the group exists, from the beginning of the stream: nothing put before counts as read."""
+        answer = await connection.call("XINFO", "STREAM", self._stream) if await self._exists(connection) else None
+        fields = dict(zip(answer[::2], answer[1::2], strict=True)) if answer else {}
+        if not fields.get(b"groups"):
+            await connection.call("XGROUP", "CREATE", self._stream, GROUP, "0", "MKSTREAM")
+
+    async def _exists(self, connection: Connection) -> bool:
+        return bool(await connection.call("EXISTS", self._stream))
+
+    def read(self, connection: Connection, on_answer: Callable[[Answer], None], *, most: int, block_ms: int) -> None:
+        """Wait for up to `most` new entries; `entries` turns the answer into entries."""
+        connection.send_now(
+            on_answer,
+            *("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", most, "BLOCK", block_ms, "STREAMS"),
+            *(self._stream, ">"),
+        )
+
+    async def history(self, connection: Connection) -> list[Entry]:
+        """Every entry that Redis has given to this replica and that is not answered yet."""
+        answer = await connection.call("XREADGROUP", "GROUP", GROUP, self._replica, "STREAMS", self._stream, "0")
+        return [_entry(raw) for raw in answer[0][1] if raw[1]] if answer else []
+
+    @staticmethod
+    def entries(answer: Answer) -> list[Entry]:
+        """The entries of a read's answer."""
+        if not answer:
+            return []
+        return [Entry(raw[0], raw[1][5]) if len(raw[1]) == 6 else _entry(raw) for raw in answer[0][1]]
+
+    def reply(
+        self,
+        connection: Connection,
+        caller: str,
+        replies: Iterable[tuple[bytes, bytes]],
+        on_answer: Callable[[Answer], None],
+    ) -> None:
+        """Answer (entry id, frame) pairs of one caller; `on_answer` gets how many were the first answer."""
+        arguments: list[bytes] = []
+        for pair in replies:
+            arguments += pair
+        keys = (self._stream, self._keys.inbox(caller), self._keys.alive(caller))
+        REPLY.send(connection, on_answer, keys, GROUP, INBOX_TTL_MS, *arguments)
+
+    async def give_up(self, connection: Connection, entry: bytes, reason: str, caller: str, frame: bytes) -> bool:
+        """Move an entry to the dead letters and answer its caller (none if `frame` is empty)."""
+        keys = (self._stream, self._dead_letters, self._keys.inbox(caller), self._keys.alive(caller))
+        arguments = (GROUP, entry, reason, DEAD_LETTERS_KEPT, frame, INBOX_TTL_MS)
+        return bool(await DEAD_LETTER.call(connection, keys, *arguments))
+
+    async def take(
+        self, connection: Connection, replica: str, beat: bytes, *, most: int, unsafe_only: bool
+    ) -> list[Entry]:
+        """Take over entries of a replica judged gone by its heartbeat value; none if it has beaten since."""
+        answer = await TAKE.call(
+            connection,
+            (self._stream, self._heartbeats),
+            *(GROUP, replica, self._replica, most, "1" if unsafe_only else "0", beat),
+        )
+        return [_entry(raw, deliveries) for deliveries, raw in answer]
+
+    async def heartbeats(self, connection: Connection) -> dict[str, bytes]:
+        """Replica id -> counter, DEAD or LEFT."""
+        answer = await connection.call("HGETALL", self._heartbeats)
+        return {key.decode(): value for key, value in zip(answer[::2], answer[1::2], strict=True)}
+
+    async def retire(self, connection: Connection, replica: str) -> bool:
+        """Forget a replica if nothing is pending for it."""
+        return bool(
+            await RETIRE.call(connection, (self._stream, self._heartbeats, self._replicas), GROUP, replica)
+        )
+
+
+def beat(
+    client: redis.Redis, keys: Keys, deployment: str, replica: str, entries: Sequence[bytes], *, serving: bool
+) -> list[bytes]:
+    """Say that a replica lives; with entry ids, learn which of them it no longer owns.
+
+    For the heartbeat thread, which has its own redis-py connection.
+    """
+    names = (keys.calls(deployment), keys.heartbeats(deployment), keys.meta(deployment))
+    lost: list[bytes] = _run(client, BEAT, names, GROUP, replica, "1" if serving else "0", *entries)
+    return lost
+
+
+def control_frame(signer: Signer, to: str, control: Control, about: str = "") -> bytes:
+    """A control message, ready for the inbox of `to`."""
+    return signer.seal(encode(Reply(about, to, CONTROL, encode(control))))
+
+
+def send_control(
+    connection: Connection, keys: Keys, signer: Signer, to: str, control: Control, about: str = ""
+) -> None:
+    """Tell a process something, if it lives."""
+    frame = control_frame(signer, to, control, about)
+    TELL.send(connection, _ignore, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame)
+
+
+def post_tombstone(client: redis.Redis, keys: Keys, deployment: str, replica: str, signer: Signer) -> None:
+    """Make a replica's death known, so that its neighbours take over its calls at once.
+
+    For whoever saw the process die; uses redis-py, raises its errors.
+    """
+    client.hset(keys.heartbeats(deployment), replica, DEAD)
+    call_neighbours(client, keys, deployment, replica, signer)
+
+
+def call_neighbours(client: redis.Redis, keys: Keys, deployment: str, replica: str, signer: Signer) -> None:
+    """Ask every other replica of a deployment to look for calls to take over."""
+    for field in cast("list[bytes]", client.hkeys(keys.heartbeats(deployment))):
+        neighbour = field.decode()
+        if neighbour != replica:
+            frame = control_frame(signer, neighbour, Control("sweep"))
+            _run(client, TELL, (keys.inbox(neighbour), keys.alive(neighbour)), INBOX_TTL_MS, frame)
+
+
+def fail_remaining(client: redis.Redis, keys: Keys, deployment: str, signer: Signer, error: bytes) -> int:
+    """Answer every call left in a deleted deployment's queue with an encoded ErrorInfo; returns how many."""
+    count = 0
+    for entry_id, fields in cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(keys.calls(deployment))):
+        try:
+            call: Call = decode_call(signer.open(fields[b"d"]))
+        except (FrameRejected, msgspec.DecodeError):  # no caller can be told
+            continue
+        frame = signer.seal(encode(Reply(call.id, call.reply_to, ERROR, error)))
+        _run(client, TELL, (keys.inbox(call.reply_to), keys.alive(call.reply_to)), INBOX_TTL_MS, frame)
+        client.xdel(keys.calls(deployment), entry_id)
+        count += 1
+    return count
+
+
+def _run(client: redis.Redis, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
+    try:
+        return client.evalsha(script.sha, len(keys), *keys, *arguments)
+    except redis.exceptions.NoScriptError:
+        return client.eval(script.source, len(keys), *keys, *arguments)
+
+
+def _ignore(_answer: Answer) -> None:
+    """For commands whose failure shows elsewhere."""
+
+
+def _next_id(entry: bytes) -> str:
+    ms, _, sequence = entry.decode().partition("-")
+    return f"{ms}-{int(sequence) + 1}"
