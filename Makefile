@@ -40,5 +40,5 @@ $(READY): pyproject.toml
 	@python=$$(PYTHON="$(PYTHON)" sh .ci/find-python) && \
 	echo "setting up $(VENV) with $$($$python --version) (once, about a minute) ..." && \
 	$$python -m venv --clear $(VENV) && \
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@

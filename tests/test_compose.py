@@ -1,0 +1,175 @@
+"""docker-compose.yml on a real engine; skipped, and counted as skipped, where there is none."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = "qserve-test"
+
+
+def compose_command() -> list[str] | None:
+    """Compose v2, or v1.29, or None without a running engine."""
+    for command in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]) and subprocess.run([*command, "version"], capture_output=True).returncode == 0:
+            engine = subprocess.run(["docker", "info"], capture_output=True).returncode == 0
+            return command if engine else None
+    return None
+
+
+COMMAND = compose_command()
+pytestmark = [
+    pytest.mark.skipif(COMMAND is None, reason="no Docker engine with Compose here"),
+    pytest.mark.timeout(900),
+]
+
+
+class Stack:
+    """One run of the project's compose file under a project name and port of its own."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.folder = folder
+        settings = {"QSERVE_PORT": str(self.port), **environment}
+        (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+
+    def compose(self, *arguments: str, check: bool = True) -> str:
+        assert COMMAND is not None
+        files = ["-f", str(ROOT / "docker-compose.yml")]
+        if network := os.environ.get("QSERVE_TEST_BUILD_NETWORK"):
+            override = {name: {"build": {"network": network}} for name in ("deploy", "gateway", "worker")}
+            path = self.folder / "override.yml"
+            path.write_text(json.dumps({"services": override}))  # JSON is YAML
+            files += ["-f", str(path)]
+        head = [*COMMAND, "--project-name", PROJECT, "--project-directory", str(ROOT), "--env-file", str(self.folder / ".env")]
+        # The settings under test come from the .env file alone.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("QSERVE_")}
+        done = subprocess.run([*head, *files, *arguments], capture_output=True, text=True, env=environment)
+        if check and done.returncode:
+            pytest.fail(f"compose {' '.join(arguments)}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+        return done.stdout
+
+    def get(self, path: str, timeout_s: float = 10) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=timeout_s) as response:
+            return str(response.read().decode())
+
+    def wait_for(self, path: str, timeout_s: float = 120) -> str:
+        """The first answer with status 200."""
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self.get(path)
+            except (OSError, urllib.error.HTTPError) as error:
+                if time.monotonic() > end:
+                    logs = self.compose("logs", "--no-color", "--tail", "40", check=False)
+                    pytest.fail(f"{path} did not answer within {timeout_s} s: {error}\n{logs}")
+                time.sleep(0.3)
+
+    def containers(self, service: str) -> list[str]:
+        return self.compose("ps", "-q", service).split()
+
+    def inspect(self, container: str, form: str) -> str:
+        done = subprocess.run(["docker", "inspect", "-f", form, container], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+
+def run_stack(stack: Stack, *up: str) -> Iterator[Stack]:
+    try:
+        stack.compose("up", "--build", "--detach", *up)
+        yield stack
+    finally:
+        stack.compose("down", "--volumes", "--remove-orphans", check=False)
+        left = subprocess.run(
+            ["docker", "ps", "-aq", "--filter", f"label=com.docker.compose.project={PROJECT}"], capture_output=True, text=True
+        )
+        assert left.stdout == "", "the test left containers behind"
+
+
+@pytest.fixture(scope="module")
+def unsigned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The file as it is: all examples on one node, no secret."""
+    yield from run_stack(Stack(tmp_path_factory.mktemp("unsigned")))
+
+
+@pytest.fixture(scope="module")
+def signed(unsigned: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Four nodes with the counter, and a secret in `.env`."""
+    unsigned.compose("down", "--volumes")
+    stack = Stack(tmp_path_factory.mktemp("signed"), QSERVE_APP="examples.hello", QSERVE_SECRET=secrets.token_hex(16))
+    yield from run_stack(stack, "--scale", "worker=4")
+
+
+def test_up_without_a_secret_serves_every_example(unsigned: Stack) -> None:
+    assert unsigned.wait_for("/hello?name=Ada") == "Hello Ada!"
+    assert unsigned.wait_for("/noop") == "ok"
+    routes = json.loads(unsigned.get("/-/routes"))
+    assert routes == {"/hello": "Hello", "/counter": "Counter", "/noop": "Noop", "/notes": "Notes", "/digits": "Digits"}
+
+
+def test_the_digits_are_read_as_well_as_the_model_can(unsigned: Stack) -> None:
+    unsigned.wait_for("/digits/docs")
+    command = [sys.executable, "examples/digits/evaluate.py", "--url", f"http://127.0.0.1:{unsigned.port}/digits"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("accuracy 0.99"), done.stdout + done.stderr
+
+
+def test_only_the_gateways_port_is_published(unsigned: Stack) -> None:
+    published = {
+        service: unsigned.inspect(container, "{{json .HostConfig.PortBindings}}")
+        for service in ("valkey", "gateway", "worker")
+        for container in unsigned.containers(service)
+    }
+    assert str(unsigned.port) in published.pop("gateway")
+    assert set(published.values()) <= {"{}", "null"}
+
+
+def test_our_containers_run_as_an_ordinary_user(unsigned: Stack) -> None:
+    for service in ("gateway", "worker"):
+        assert unsigned.compose("exec", "-T", service, "id", "-un").strip() == "qserve"
+
+
+def test_valkey_keeps_what_it_accepted(unsigned: Stack) -> None:
+    config = unsigned.compose("exec", "-T", "valkey", "valkey-cli", "config", "get", "*").split("\n")
+    settings = dict(zip((line.strip() for line in config[::2]), (line.strip() for line in config[1::2]), strict=False))
+    assert (settings["appendonly"], settings["maxmemory-policy"]) == ("yes", "noeviction")
+
+
+def test_gateway_and_valkey_report_their_health(unsigned: Stack) -> None:
+    for service in ("valkey", "gateway"):
+        (container,) = unsigned.containers(service)
+        end = time.monotonic() + 60
+        while (health := unsigned.inspect(container, "{{.State.Health.Status}}")) == "starting" and time.monotonic() < end:
+            time.sleep(0.5)
+        assert health == "healthy"
+
+
+def test_four_workers_share_the_calls_of_a_signed_stack(signed: Stack) -> None:
+    """Every reply names the container it came from."""
+    signed.wait_for("/counter")
+    workers = {signed.inspect(container, "{{.Config.Hostname}}") for container in signed.containers("worker")}
+    assert len(workers) == 4
+    seen: set[str] = set()
+    end = time.monotonic() + 60
+    while seen != workers and time.monotonic() < end:
+        seen.add(json.loads(signed.get("/counter"))["host"])
+    assert seen == workers
+
+
+def test_a_message_without_the_key_never_runs(signed: Stack) -> None:
+    """A driver in the same network that lacks the secret is refused."""
+    signed.wait_for("/counter")
+    call = ["exec", "-T", "-e", "QSERVE_SECRET=", "worker", "qserve", "call", "Counter", "add", "1"]
+    assert signed.compose(*call, check=False) == ""
