@@ -1,0 +1,91 @@
+"""`qserve call`: one call from the shell."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+from qserve.cli.output import Failure, redis_url_option
+from qserve.errors import MethodNotFound, TaskError
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@redis_url_option
+@click.option("--timeout", type=click.FloatRange(min=0), default=60.0, help="Seconds to wait.", show_default=True)
+@click.argument("name")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[METHOD] [ARG | KEY=VALUE]...")
+def call(name: str, arguments: tuple[str, ...], timeout: float) -> None:
+    """Call the deployment NAME and print what it returns.
+
+    Arguments are JSON where they parse as JSON, else strings: 3, [1,2], true, hello, KEY=VALUE. For a class, a first
+    word that could be a method's name is one; `qserve call Echo __call__ hello` passes the word on.
+
+    Results are printed as JSON where they can be, else as their repr.
+    """
+    from qserve import serve
+    from qserve.cli.instance import connected
+
+    with connected() as state:
+        deployed = state.get(name)
+        if deployed is None:
+            raise Failure(unknown_deployment(name, state.list()))
+    method, args, kwargs = parse_call(arguments, may_have_method=deployed.spec.is_class)
+    handle = serve.get_deployment(name).get_handle()
+    try:
+        result = handle.options(method_name=method, timeout_s=timeout).remote(*args, **kwargs).result(timeout)
+    except MethodNotFound as exc:
+        raise Failure(f"{exc} To pass {method!r} as an argument: qserve call {name} __call__ {method}") from exc
+    except TaskError as exc:
+        raise Failure(describe(exc)) from exc
+    click.echo(show(result))
+
+
+def parse_call(words: tuple[str, ...], *, may_have_method: bool) -> tuple[str, list[Any], dict[str, Any]]:
+    """(method, args, kwargs) of the words on a command line."""
+    method = "__call__"
+    if may_have_method and words and words[0].isidentifier() and words[0] not in ("true", "false", "null"):
+        method, words = words[0], words[1:]
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key.isidentifier():
+            kwargs[key] = parse_value(value)
+        elif kwargs:
+            raise click.UsageError(f"The argument {word!r} stands after a KEY=VALUE; put it before.")
+        else:
+            args.append(parse_value(word))
+    return method, args, kwargs
+
+
+def parse_value(text: str) -> Any:
+    """JSON where it is JSON, else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def show(result: object) -> str:
+    """JSON where the value survives it, else its repr."""
+    try:
+        return json.dumps(result, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return repr(result)
+
+
+def describe(exc: TaskError) -> str:
+    """A remote error: its last line first, then where it came from."""
+    head = f"{exc.type_name}: {exc.message}" if exc.type_name else exc.message
+    return f"{head}\n\n{exc.traceback_text.strip()}" if exc.traceback_text else head
+
+
+def unknown_deployment(name: str, known: Iterable[str]) -> str:
+    """What to say about a name that is not deployed."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"There is no deployment {name!r}. Did you mean {close[0]!r}?"
+    return f"There is no deployment {name!r}. Deployed: {', '.join(names) or 'nothing'}."

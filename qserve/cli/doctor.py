@@ -1,0 +1,30 @@
+"""`qserve doctor`."""
+
+import click
+
+from qserve.cli.output import redis_url_option
+
+_MARKS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
+
+
+@click.command()
+@redis_url_option
+@click.pass_context
+def doctor(ctx: click.Context) -> None:
+    """Look for everything about the Redis server that would lose or delay calls.
+
+    Exit code 1 when something has to be changed before qserve can use it.
+    """
+    from qserve.cli.instance import find_redis_url
+    from qserve.doctor import FAIL, WARN, check_server, connect
+
+    with connect(find_redis_url()) as redis:
+        findings = check_server(redis)
+    for finding in findings:
+        mark, color = _MARKS[finding.level]
+        click.echo(f"{click.style(mark, fg=color)}  {finding.check:<12} {finding.text}")
+        if finding.advice:
+            click.echo(f"{'':<18} -> {finding.advice}")
+    levels = [finding.level for finding in findings]
+    click.echo(f"\n{levels.count(FAIL)} to fix, {levels.count(WARN)} to look at.")
+    ctx.exit(1 if FAIL in levels else 0)

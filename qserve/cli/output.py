@@ -1,0 +1,60 @@
+"""What all commands share: errors in one paragraph on stderr, options, the log."""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from qserve.errors import QServeError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """A group whose commands fail with one paragraph and exit code 1 where the user can do something about it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QServeError as exc:
+            raise Failure(str(exc)) from exc
+
+
+class Failure(click.ClickException):
+    """Ends a command with a text on stderr and exit code 1."""
+
+    def show(self, file: Any = None) -> None:
+        click.echo(click.style("Error: ", fg="red", bold=True) + self.message, err=True)
+
+
+def redis_url_option(command: Command) -> Command:
+    """`--redis-url`, handed on as QSERVE_REDIS_URL: settings and child processes read that, and `ps` does not show it."""
+
+    def to_environment(_ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+        if value:
+            os.environ["QSERVE_REDIS_URL"] = value
+
+    return click.option(
+        "--redis-url",
+        metavar="URL",
+        expose_value=False,
+        callback=to_environment,
+        help="redis://, rediss:// or unix:// URL of the instance's server. Default: QSERVE_REDIS_URL, "
+        "else the instance running on this machine.",
+    )(command)
+
+
+def note(text: str) -> None:
+    """A line about what is going on; results go to stdout, this does not."""
+    click.echo(text, err=True)
+
+
+def log_to_stderr() -> None:
+    """Show warnings and life-cycle lines of the library."""
+    logging.basicConfig(
+        level=os.environ.get("QSERVE_LOG_LEVEL", "INFO").upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )

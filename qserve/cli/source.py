@@ -1,0 +1,82 @@
+"""Which files an application is made of: to notice an edit, and to tell versions apart."""
+
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from qserve.spec import DeploymentSpec
+
+# Changes of these are applied to running replicas, so they do not make another version.
+_IN_PLACE = {"revision", "version", "prev_version", "num_replicas", "route_prefix", "user_config", "deployed_at"}
+
+
+def project_files(folder: Path, modules: Iterable[str] = ()) -> list[Path]:
+    """Source files of all imported modules below `folder`, installed packages left out, and of the named modules."""
+    folder = folder.resolve()
+    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")}
+    named = set(modules)
+    found: set[Path] = set()
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not file:
+            continue
+        path = Path(file).resolve()
+        inside = path.is_relative_to(folder) and not any(path.is_relative_to(place) for place in installed)
+        if inside or name in named:
+            found.add(path)
+    return sorted(found)
+
+
+def content_version(spec: DeploymentSpec, folder: Path, files: Iterable[Path]) -> str:
+    """A version that changes when code or constructor arguments change, and only then.
+
+    Args:
+        folder: Files below it count by their name relative to it, so that it does not matter where a checkout stands.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(msgspec.structs.asdict(spec).items()):
+        if name not in _IN_PLACE:
+            digest.update(f"{name}={value!r}\n".encode())
+    for path in files:
+        shown = path.relative_to(folder) if path.is_relative_to(folder) else path
+        digest.update(f"{shown}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class Watcher:
+    """Notices edits by looking at modification times.
+
+    Args:
+        files: What to look at; replace it with `watch` when the application has been imported again.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._stamps = {path: _stamp(path) for path in files}
+
+    def watch(self, files: Iterable[Path]) -> None:
+        """Look at these from now on; what was already seen of a file is kept."""
+        self._stamps = {path: self._stamps.get(path, _stamp(path)) for path in files}
+
+    def changed(self) -> list[Path]:
+        """Files that are different from the last time; each edit is told once. A file that is gone has not changed
+        yet: editors replace files by renaming."""
+        edited = []
+        for path, before in self._stamps.items():
+            now = _stamp(path)
+            if now is not None and now != before:
+                self._stamps[path] = now
+                edited.append(path)
+        return edited
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_size

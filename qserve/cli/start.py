@@ -1,0 +1,43 @@
+"""`qserve start`: this machine's share of an instance, in the foreground."""
+
+import importlib.util
+import os
+import sys
+
+import click
+
+from qserve.cli.output import redis_url_option
+from qserve.errors import ConfigurationError
+
+
+@click.command()
+@redis_url_option
+@click.option("--only", metavar="NAMES", help="Run only these deployments (comma-separated).")
+@click.option("--replicas-per-node", type=click.IntRange(min=1), help="Replicas of each deployment here. Default: 1.")
+@click.option("--gateway/--no-gateway", default=False, help="Also run an HTTP gateway here.", show_default=True)
+@click.option("--host", default="127.0.0.1", help="Address the gateway listens on.", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Its port.", show_default=True)
+def start(only: str | None, replicas_per_node: int | None, gateway: bool, host: str, port: int) -> None:
+    """Run this machine's workers (and gateway) for an instance, until Ctrl-C.
+
+    The node reads from Redis what is deployed and keeps one Celery worker per deployment running.
+    """
+    from qserve.cli.instance import find_redis_url
+    from qserve.doctor import connect, require_usable
+
+    url = find_redis_url()
+    for module, extra in (("qserve_workers", "workers"), *((("qserve_gateway", "gateway"),) if gateway else ())):
+        if importlib.util.find_spec(module) is None:
+            raise ConfigurationError(f"{module} is not installed here: pip install 'qserve[{extra}]'")
+    with connect(url) as redis:
+        require_usable(redis)
+    os.environ["QSERVE_REDIS_URL"] = url
+    command = [sys.executable, "-m", "qserve_workers.node"]
+    if only is not None:
+        command += ["--only", only]
+    if replicas_per_node is not None:
+        command += ["--replicas-per-node", str(replicas_per_node)]
+    if gateway:
+        command += ["--gateway", "--host", host, "--port", str(port)]
+    # The node takes this process' place, so signals, exit code and process id are its own.
+    os.execv(sys.executable, command)  # noqa: S606 (no shell is what we want)

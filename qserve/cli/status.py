@@ -1,0 +1,211 @@
+"""`qserve status`: what should run, what runs, and how it fares."""
+
+import time
+from typing import TYPE_CHECKING, TypedDict
+
+import click
+
+from qserve.cli.output import redis_url_option
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from qserve.spec import Deployed, GatewayInfo, NodeInfo, ReplicaInfo
+    from qserve.state import State
+
+_COLORS = {"HEALTHY": "green", "SERVING": "green", "DEPLOY_FAILED": "red", "WAITING": "yellow", "DEPLOYING": "yellow"}
+_PLAIN_WIDTH = 160
+"""Columns of the table where the output is no terminal; it takes only as many as it needs."""
+
+
+class ReplicaStatus(TypedDict):
+    """One replica in `status --json`."""
+
+    tag: str
+    host: str
+    pid: int
+    node: str
+    state: str
+    generation: int
+    running: int
+    handled: int
+    p50_ms: float | None
+    p99_ms: float | None
+
+
+class DeploymentStatus(TypedDict):
+    """One deployment in `status --json`; `error` is empty unless the newest version could not be brought up."""
+
+    name: str
+    route: str | None
+    state: str
+    error: str
+    version: str | None
+    generation: int
+    queued: int
+    running: int
+    p50_ms: float | None
+    p99_ms: float | None
+    replicas: list[ReplicaStatus]
+
+
+class ProcessStatus(TypedDict):
+    """A node or gateway in `status --json`; `url` is empty for a node."""
+
+    id: str
+    host: str
+    pid: int
+    url: str
+
+
+class InstanceStatus(TypedDict):
+    """What `status --json` prints."""
+
+    namespace: str
+    gateways: list[ProcessStatus]
+    nodes: list[ProcessStatus]
+    deployments: list[DeploymentStatus]
+
+
+@click.command()
+@redis_url_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+@click.option("--watch", is_flag=True, help="Keep showing it, once a second, until Ctrl-C.")
+def status(as_json: bool, watch: bool) -> None:
+    """Show deployments, their replicas and queues."""
+    from qserve.cli.instance import connected
+
+    with connected() as state:
+        if as_json:
+            _print_json(state, watch=watch)
+        else:
+            _print_tables(state, watch=watch)
+
+
+def read_status(state: "State") -> InstanceStatus:
+    """The status of an instance, as `--json` prints it."""
+    return {
+        "namespace": state.keys.namespace,
+        "gateways": [_process(info, info.url) for info in state.gateways().values()],
+        "nodes": [_process(info) for info in state.nodes().values()],
+        "deployments": [_deployment(state, deployed) for deployed in state.list().values()],
+    }
+
+
+def _process(info: "NodeInfo | GatewayInfo", url: str = "") -> ProcessStatus:
+    return {"id": info.id, "host": info.host, "pid": info.pid, "url": url}
+
+
+def _deployment(state: "State", deployed: "Deployed") -> DeploymentStatus:
+    spec = deployed.spec
+    replicas = [_replica(info) for info in state.replicas(spec.name).values()]
+    replicas.sort(key=lambda replica: (replica["host"], replica["pid"]))
+    running = sum(replica["running"] for replica in replicas)
+    return {
+        "name": spec.name,
+        "route": spec.route_prefix,
+        "state": deployed.state,
+        "error": deployed.error,
+        "version": spec.version,
+        "generation": deployed.generation,
+        "queued": max(0, state.queued(spec.name) - running),
+        "running": running,
+        "p50_ms": _slowest([replica["p50_ms"] for replica in replicas]),
+        "p99_ms": _slowest([replica["p99_ms"] for replica in replicas]),
+        "replicas": replicas,
+    }
+
+
+def _replica(info: "ReplicaInfo") -> ReplicaStatus:
+    return {
+        "tag": info.tag,
+        "host": info.host,
+        "pid": info.pid,
+        "node": info.node,
+        "state": info.state,
+        "generation": info.generation,
+        "running": info.running,
+        "handled": info.handled,
+        "p50_ms": info.p50_ms,
+        "p99_ms": info.p99_ms,
+    }
+
+
+def _slowest(times: list[float | None]) -> float | None:
+    # Percentiles of several replicas do not add up; the worst one is what somebody experiences.
+    return max((value for value in times if value is not None), default=None)
+
+
+def _print_json(state: "State", *, watch: bool) -> None:
+    import json
+
+    click.echo(json.dumps(read_status(state), indent=None if watch else 2))
+    while watch:
+        time.sleep(1)
+        click.echo(json.dumps(read_status(state)))
+
+
+def _print_tables(state: "State", *, watch: bool) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PLAIN_WIDTH)
+    if not watch:
+        console.print(render(read_status(state)))
+        return
+    with Live(render(read_status(state)), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(1)
+            live.update(render(read_status(state)), refresh=True)
+
+
+def render(found: InstanceStatus) -> "RenderableType":
+    """The status as it is shown to people."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("Deployment", "Route", "State", "Replicas"):
+        table.add_column(title, overflow="fold")
+    for title in ("Queued", "Running", "p50", "p99"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in found["deployments"]:
+        table.add_row(
+            Text(row["name"], style="bold"),
+            row["route"] or "-",
+            Text(row["state"], style=_COLORS.get(row["state"], "")),
+            Text("\n").join(_replica_line(replica) for replica in row["replicas"]) or Text("none", style="dim"),
+            str(row["queued"]),
+            str(row["running"]),
+            _milliseconds(row["p50_ms"]),
+            _milliseconds(row["p99_ms"]),
+        )
+    urls = ", ".join(gateway["url"] for gateway in found["gateways"]) or "no gateway"
+    hosts = ", ".join(f"{node['host']} (pid {node['pid']})" for node in found["nodes"]) or "no node: nothing can run"
+    lines = [Text(f"Namespace {found['namespace']}   HTTP: {urls}   Nodes: {hosts}")]
+    if not found["deployments"]:
+        lines.append(Text("\nNothing is deployed. Deploy something: qserve deploy MODULE"))
+        return Group(*lines)
+    errors = [
+        Text(f"{row['name']}: {row['error'].strip()}\n", style="red") for row in found["deployments"] if row["error"]
+    ]
+    return Group(*lines, table, *errors)
+
+
+def _replica_line(replica: ReplicaStatus) -> "RenderableType":
+    from rich.text import Text
+
+    line = Text(f"pid {replica['pid']} on {replica['host']}")
+    if replica["state"] != "SERVING":
+        line.append(f" ({replica['state'].lower()})", style="yellow")
+    return line
+
+
+def _milliseconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f} ms" if value < 100 else f"{value / 1000:.2f} s"
