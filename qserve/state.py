@@ -1,0 +1,382 @@
+"""Desired and observed state in Redis: what should run, what does run, and who serves HTTP.
+
+`State` is what a driver works with: synchronous, usable from any thread. Processes that follow the state (gateway,
+node, replica) use `follow` and `read_snapshot` on their event loop. Specs and HTTP settings are signed like calls are,
+since they may carry pickles.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from logging import getLogger
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import redis
+import redis.asyncio
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, OutOfMemoryError, RedisError
+
+from qserve.errors import BrokerUnavailable, ConfigurationError, FrameRejected
+from qserve.keys import GROUP, Keys
+from qserve.messages import Signer, encode
+from qserve.spec import (
+    DEPLOYING,
+    WAITING,
+    Deployed,
+    DeploymentSpec,
+    GatewayInfo,
+    HttpSettings,
+    NodeInfo,
+    ReplicaInfo,
+    WorkerInfo,
+)
+
+logger = getLogger(__name__)
+
+_COMMAND_TIMEOUT_S = 5.0
+_FOLLOW_BLOCK_MS = 5_000
+_RECONNECT_S = (0.05, 1.0)
+_LUA = Path(__file__).parent / "lua"
+_DEPLOY, _DELETE, _SETTLE = ((_LUA / f"{name}.lua").read_text() for name in ("deploy", "delete", "settle"))
+
+Info = TypeVar("Info", NodeInfo, GatewayInfo, WorkerInfo, ReplicaInfo)
+ChangeKind = Literal["deploy", "delete", "http", "resync"]
+
+
+class GenerationChanged(Exception):
+    """Another deploy or delete came first; read again and decide again."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One entry of the state log; `resync` stands for whatever was missed while Redis was away."""
+
+    kind: ChangeKind
+    log_id: str
+    name: str = ""
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole desired state, at least as new as `log_id`."""
+
+    deployments: Mapping[str, Deployed] = field(default_factory=dict)
+    http: HttpSettings = field(default_factory=HttpSettings)
+    log_id: str = "0-0"
+
+
+class State:
+    """The state of one namespace, for a driver. Thread-safe, synchronous.
+
+    Writes are never repeated by themselves: a lost answer raises `BrokerUnavailable`, and the caller reads what became
+    of it.
+    """
+
+    def __init__(self, redis_url: str, keys: Keys, signer: Signer) -> None:
+        self.keys = keys
+        self.signer = signer
+        try:
+            self.redis = redis.Redis.from_url(redis_url, **_CONNECTION_OPTIONS)
+        except ValueError as exc:
+            raise ConfigurationError(f"{redis_url!r} is not a Redis URL: {exc}") from exc
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.redis.close()
+
+    def ping(self) -> bool:
+        """Whether Redis answers."""
+        try:
+            return bool(self._do("PING"))
+        except BrokerUnavailable:
+            return False
+
+    # Desired state
+
+    def deploy(self, spec: DeploymentSpec, *, expected: int) -> Deployed:
+        """Make `spec` the desired state of its name.
+
+        Args:
+            spec: What should run.
+            expected: Generation that `get` or `generation` showed; 0 where the name was never used.
+
+        Raises:
+            GenerationChanged: The deployment has moved on since.
+            ValueError: Its route belongs to another deployment. Nothing is written then.
+        """
+        keys = (self.keys.meta(spec.name), self.keys.deployments, self.keys.log, self.keys.calls(spec.name))
+        route = spec.route_prefix or ""
+        frame = self.signer.seal(encode(spec))
+        arguments = (spec.name, expected, frame, spec.max_queued_requests, route, self.keys.meta(""), GROUP)
+        verdict, *facts = self._script(_DEPLOY, keys, *arguments)
+        if verdict == b"route":
+            raise ValueError(f"route_prefix '{route}' is already registered.")
+        if verdict == b"generation":
+            raise GenerationChanged(spec.name)
+        generation, log_id = facts
+        return Deployed(spec, generation, DEPLOYING, "", log_id.decode())
+
+    def delete(self, name: str, *, expected: int | None = None) -> str | None:
+        """Forget a deployment; returns the log id, or None when there was none.
+
+        Raises:
+            GenerationChanged: It is not at generation `expected`.
+        """
+        keys = (self.keys.meta(name), self.keys.deployments, self.keys.log)
+        verdict, *facts = self._script(_DELETE, keys, name, "" if expected is None else expected)
+        if verdict == b"generation":
+            raise GenerationChanged(name)
+        return facts[1].decode() if verdict == b"ok" else None
+
+    def settle(self, name: str, generation: int, state: str, *, error: str = "", refuse: str = "") -> bool:
+        """Note how far a generation has come; False when the deployment has moved on.
+
+        Args:
+            name, generation: What is judged.
+            state: WAITING, DEPLOYING, HEALTHY or DEPLOY_FAILED.
+            error: What went wrong, for `status`.
+            refuse: Why calls are turned away at once; "" lets them in.
+        """
+        return bool(self._script(_SETTLE, (self.keys.meta(name),), generation, state, error, refuse))
+
+    def generation(self, name: str) -> int:
+        """The newest generation ever used under a name, 0 for none."""
+        return int(self._do("HGET", self.keys.meta(name), "gen") or 0)
+
+    def get(self, name: str) -> Deployed | None:
+        """The deployment of a name, None where there is none.
+
+        Raises:
+            FrameRejected: Its spec was not signed with a key of ours.
+        """
+        return decode_deployed(self.signer, self._do("HMGET", self.keys.meta(name), *_META_FIELDS))
+
+    def list(self) -> dict[str, Deployed]:
+        """Every deployment by name."""
+        names = sorted(name.decode() for name in self._do("SMEMBERS", self.keys.deployments))
+        found = ((name, self.get(name)) for name in names)
+        return {name: deployed for name, deployed in found if deployed is not None}
+
+    def routes(self) -> dict[str, str]:
+        """Route prefix -> deployment name."""
+        return {d.spec.route_prefix: name for name, d in self.list().items() if d.spec.route_prefix is not None}
+
+    def get_http(self) -> HttpSettings:
+        """What every gateway needs to know of the HTTP options."""
+        return decode_http(self.signer, self._do("GET", self.keys.http_options))
+
+    def set_http(self, settings: HttpSettings) -> str:
+        """Change the HTTP settings of every gateway; returns the log id."""
+        self._do("SET", self.keys.http_options, self.signer.seal(encode(settings)))
+        log_id: bytes = self._do("XADD", self.keys.log, "MAXLEN", "~", 1000, "*", "kind", "http")
+        return log_id.decode()
+
+    # Observed state
+
+    def nodes(self) -> dict[str, NodeInfo]:
+        """Live nodes by id."""
+        return self._alive(self._infos(self.keys.nodes, NodeInfo))
+
+    def gateways(self) -> dict[str, GatewayInfo]:
+        """Live gateways by id."""
+        found = self._alive(self._infos(self.keys.gateways, GatewayInfo))
+        return {id_: info for id_, info in found.items() if not _gone_from_here(info.host, info.pid)}
+
+    def workers(self, name: str) -> dict[str, WorkerInfo]:
+        """What each node's Celery worker last reported for a deployment, by node id."""
+        return self._infos(self.keys.workers(name), WorkerInfo)
+
+    def replicas(self, name: str) -> dict[str, ReplicaInfo]:
+        """Replicas of a deployment by id, without those whose death is known."""
+        beats = self._do("HGETALL", self.keys.heartbeats(name))
+        gone = {id_.decode() for id_, beat in beats.items() if not beat.isdigit()}
+        found = self._infos(self.keys.replicas(name), ReplicaInfo)
+        return {id_: info for id_, info in found.items() if id_ not in gone}
+
+    def is_alive(self, process: str) -> bool:
+        """Whether a process has said so within the last 15 s."""
+        return bool(self._do("EXISTS", self.keys.alive(process)))
+
+    def queued(self, name: str) -> int:
+        """Calls of a deployment that wait or run."""
+        return int(self._do("XLEN", self.keys.calls(name)))
+
+    def forget_remains(self, name: str) -> None:
+        """Remove what is left of a deleted deployment: its queue, and what its replicas and workers reported."""
+        keys = (self.keys.replicas(name), self.keys.heartbeats(name), self.keys.workers(name), self.keys.calls(name))
+        self._do("DEL", *keys)
+
+    def _infos(self, key: str, kind: type[Info]) -> dict[str, Info]:
+        return dict(_decode_infos(self._do("HGETALL", key), kind))
+
+    def _alive(self, infos: dict[str, Info]) -> dict[str, Info]:
+        return {id_: info for id_, info in infos.items() if self.is_alive(id_)}
+
+    def _script(self, source: str, keys: tuple[str, ...], *arguments: Any) -> Any:
+        # These run a few times per deploy: not worth remembering which server has them.
+        return self._do("EVAL", source, len(keys), *keys, *arguments)
+
+    def _do(self, *command: Any) -> Any:
+        with _our_errors():
+            return self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
+
+
+# Following the state, on an event loop
+
+
+async def read_snapshot(client: "redis.asyncio.Redis", keys: Keys, signer: Signer) -> Snapshot:
+    """The desired state now. A spec that no key of ours signed is left out, with an error in the log."""
+    with _our_errors():
+        log_id = await _last_log_id(client, keys)  # first: what follows is at least as new
+        names = sorted(name.decode() for name in await _ask(client, "SMEMBERS", keys.deployments))
+        pipeline = client.pipeline(transaction=False)
+        for name in names:
+            pipeline.hmget(keys.meta(name), _META_FIELDS)
+        metas = await pipeline.execute() if names else []
+        http_frame = await _ask(client, "GET", keys.http_options)
+    deployments = {}
+    for name, meta in zip(names, metas, strict=True):
+        deployed = _checked(lambda meta=meta: decode_deployed(signer, meta), f"the spec of deployment {name!r}")  # type: ignore[misc]
+        if deployed is not None:
+            deployments[name] = deployed
+    http = _checked(lambda: decode_http(signer, http_frame), "the HTTP settings") or HttpSettings()
+    return Snapshot(deployments, http, log_id)
+
+
+async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncIterator[Change]:
+    """Changes after log entry `from_id`, for ever.
+
+    Reconnects by itself; after that comes a Change of kind "resync", upon which a snapshot must be read again.
+    """
+    position, connected_before, delay = from_id, False, _RECONNECT_S[0]
+    while True:
+        client = connect_asyncio(redis_url)
+        try:
+            if connected_before or position == "$":
+                position = await _last_log_id(client, keys)
+            if connected_before:
+                yield Change("resync", position)
+            connected_before = True
+            while True:
+                for entry_id, fields in await _read_log(client, keys, position):
+                    delay, position = _RECONNECT_S[0], entry_id
+                    yield _decode_change(entry_id, fields)
+        except (RedisError, OSError) as exc:
+            logger.debug("Lost the state log (%s), trying again in %.2f s.", exc, delay)
+        finally:
+            with contextlib.suppress(RedisError, OSError):
+                await client.aclose()
+        await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 jitter
+        delay = min(2 * delay, _RECONNECT_S[1])
+
+
+def connect_asyncio(redis_url: str) -> "redis.asyncio.Redis":
+    """A redis-py client for an event loop that never repeats a command by itself."""
+    options = _CONNECTION_OPTIONS | {"retry": redis.asyncio.retry.Retry(NoBackoff(), 0)}
+    options["socket_timeout"] = _FOLLOW_BLOCK_MS / 1000 + 2
+    return redis.asyncio.Redis.from_url(redis_url, **options)
+
+
+async def _read_log(client: "redis.asyncio.Redis", keys: Keys, position: str) -> list[tuple[str, dict[bytes, bytes]]]:
+    answer = await _ask(client, "XREAD", "COUNT", 100, "BLOCK", _FOLLOW_BLOCK_MS, "STREAMS", keys.log, position)
+    return [(entry_id.decode(), fields) for entry_id, fields in answer[0][1]] if answer else []
+
+
+async def _last_log_id(client: "redis.asyncio.Redis", keys: Keys) -> str:
+    newest = await _ask(client, "XREVRANGE", keys.log, "+", "-", "COUNT", 1)
+    return newest[0][0].decode() if newest else "0-0"
+
+
+async def _ask(client: "redis.asyncio.Redis", *command: Any) -> Any:
+    return await client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+
+def _decode_change(entry_id: str, fields: dict[bytes, bytes]) -> Change:
+    kind: Any = fields.get(b"kind", b"").decode()
+    return Change(kind, entry_id, fields.get(b"name", b"").decode(), int(fields.get(b"gen", b"0")))
+
+
+# From bytes to data
+
+_META_FIELDS = ("gen", "spec", "state", "error", "log_id")
+_decode_spec = msgspec.msgpack.Decoder(DeploymentSpec).decode
+_decode_http = msgspec.msgpack.Decoder(HttpSettings).decode
+_CONNECTION_OPTIONS: dict[str, Any] = {
+    "socket_timeout": _COMMAND_TIMEOUT_S,
+    "socket_connect_timeout": 2.0,
+    "socket_keepalive": True,
+    "protocol": 2,
+    "retry": redis.retry.Retry(NoBackoff(), 0),
+}
+
+
+def decode_deployed(signer: Signer, fields: list[bytes | None]) -> Deployed | None:
+    """A deployment from the fields of its meta hash; verified before it is decoded."""
+    generation, frame, state, error, log_id = fields
+    if generation is None or frame is None:
+        return None
+    return Deployed(
+        _decode_spec(signer.open(frame)),
+        int(generation),
+        (state or WAITING.encode()).decode(),
+        (error or b"").decode(),
+        (log_id or b"0-0").decode(),
+    )
+
+
+def decode_http(signer: Signer, frame: bytes | None) -> HttpSettings:
+    """HTTP settings from their frame; verified before they are decoded."""
+    return _decode_http(signer.open(frame)) if frame else HttpSettings()
+
+
+def _decode_infos(fields: Mapping[bytes, bytes], kind: type[Info]) -> Iterator[tuple[str, Info]]:
+    for id_, body in fields.items():
+        try:
+            yield id_.decode(), msgspec.msgpack.decode(body, type=kind)
+        except msgspec.DecodeError as exc:
+            logger.warning("Ignoring an unreadable %s of %s: %s", kind.__name__, id_.decode(), exc)
+
+
+Decoded = TypeVar("Decoded")
+
+
+def _checked(read: Callable[[], Decoded], what: str) -> Decoded | None:
+    try:
+        return read()
+    except (FrameRejected, msgspec.DecodeError) as exc:
+        logger.error("Ignoring %s: %s", what, exc)
+        return None
+
+
+def _gone_from_here(host: str, pid: int) -> bool:
+    """Whether a process of this host has ended, though its alive key may last a while longer."""
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+@contextlib.contextmanager
+def _our_errors() -> Iterator[None]:
+    try:
+        yield
+    except NoScriptError:
+        raise
+    except (AuthenticationError, NoPermissionError) as exc:
+        raise ConfigurationError(f"Redis refuses us: {exc}") from exc
+    except OutOfMemoryError as exc:
+        raise BrokerUnavailable(f"Redis has no memory left and refused the change: {exc}") from exc
+    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as exc:
+        raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
