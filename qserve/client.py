@@ -153,10 +153,14 @@ class Client:
         """How many calls wait for their outcome."""
         return len(self._pending)
 
-    @property
     def is_own_thread(self) -> bool:
         """Whether the caller runs on this client's loop, and so must not block on it."""
         return threading.get_ident() == self._thread
+
+    def descriptors(self) -> list[int]:
+        """File descriptors of the open connections, for whoever must close them after a fork."""
+        connections = [c for c in (self._writer, self._reader) if c is not None]
+        return [descriptor for c in connections if (descriptor := c.descriptor()) is not None]
 
     # Calling
 
@@ -257,8 +261,8 @@ class Client:
 
     def _admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
         if isinstance(answer, Exception):
-            known = isinstance(answer, QServeError)
-            error = answer if known else BrokerUnavailable(f"Redis refused the call: {answer}")
+            refused = BrokerUnavailable(f"Redis refused the call: {answer}")
+            error = answer if isinstance(answer, QServeError) else refused
             for call in calls:
                 self._finish(call, error)
             return

@@ -132,6 +132,11 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"".join(self._out))
         self._out.clear()
 
+    def descriptor(self) -> int | None:
+        """The socket's file descriptor, None when closed."""
+        sock = self._transport.get_extra_info("socket") if self._transport is not None else None
+        return sock.fileno() if sock is not None else None
+
     def close(self) -> None:
         """Close without calling `on_lost`; unanswered commands fail."""
         self._on_lost = None

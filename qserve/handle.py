@@ -1,0 +1,269 @@
+"""Handles: how Python code calls a deployment."""
+
+import threading
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
+
+from qserve.client import Client, Outcome, PendingCall
+from qserve.codec import Codec, collect_refs, substitute
+from qserve.errors import QServeError
+from qserve.messages import ERROR, PYTHON, Reply, decode_error
+from qserve.process import current_client
+from qserve.ref import Ref
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class CallOptions(NamedTuple):
+    """What `options()` changes; the HTTP ones are accepted for compatibility and change nothing."""
+
+    method_name: str = ""
+    timeout_s: float | None = None
+    http_method: str = "GET"
+    http_headers: tuple[tuple[str, str], ...] = ()
+    shard_key: str | None = None
+
+
+class _BaseHandle:
+    """What sync and async handles share; immutable, thread-safe, not bound to any event loop."""
+
+    _sync: bool
+
+    def __init__(self, deployment_name: str, options: CallOptions = CallOptions()) -> None:  # noqa: B008
+        self._name = deployment_name
+        self._options = options
+
+    @property
+    def deployment_name(self) -> str:
+        """Name of the deployment that is called."""
+        return self._name
+
+    def __repr__(self) -> str:
+        method = f", method {self._options.method_name!r}" if self._options.method_name else ""
+        return f"<{type(self).__name__} of {self._name!r}{method}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_handle, (self._name, self._sync, self._options._asdict())
+
+    def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
+        return "handle", {"name": self._name, "sync": self._sync, "options": self._options._asdict()}
+
+    def _changed(self, changes: Mapping[str, Any]) -> CallOptions:
+        given = {key: value for key, value in changes.items() if value is not None}
+        if "http_headers" in given:
+            given["http_headers"] = tuple(dict(given["http_headers"]).items())
+        return self._options._replace(**given)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref[Any]:
+        client = current_client()
+        call = _OutgoingCall(client, codec_of(client), self._name, self._options)
+        refs = collect_refs(args, kwargs)
+        if refs:
+            _WaitForArguments(call, args, kwargs, refs).start()
+        else:
+            call.send(args, kwargs)
+        return call.ref
+
+
+class DeploymentHandle(_BaseHandle, Generic[T_co]):
+    """Calls a deployment from synchronous code: `remote()` returns a ref at once."""
+
+    _sync = True
+
+    def remote(self, *args: Any, **kwargs: Any) -> Ref[Any]:
+        """Put a call on the deployment's queue.
+
+        Returns:
+            A ref to the result. What goes wrong after this point is raised by the ref.
+
+        Raises:
+            ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
+            NoInstanceError, BrokerUnavailable: There is no qserve instance to call.
+        """
+        return self._call(args, kwargs)
+
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        timeout_s: float | None = None,
+        http_method: str | None = None,
+        http_headers: Mapping[str, str] | None = None,
+        shard_key: str | None = None,
+    ) -> "DeploymentHandle[T_co]":
+        """A handle with other options; this one stays as it is.
+
+        Args:
+            method_name: Method to call instead of `__call__`.
+            timeout_s: Seconds until a call ends in GetTimeoutError.
+            http_method, http_headers, shard_key: Accepted, without effect on plain calls.
+        """
+        changes = locals().copy()
+        del changes["self"]
+        return DeploymentHandle(self._name, self._changed(changes))
+
+    def __getattr__(self, name: str) -> "DeploymentHandle[Any]":
+        _refuse_private(self, name)
+        return DeploymentHandle(self._name, self._options._replace(method_name=name))
+
+
+class AsyncDeploymentHandle(_BaseHandle, Generic[T_co]):
+    """Calls a deployment from asynchronous code: `await remote()` gives a ref, awaiting that gives the result."""
+
+    _sync = False
+
+    async def remote(self, *args: Any, **kwargs: Any) -> Ref[Any]:
+        """Like `DeploymentHandle.remote`; reads the bodies of Starlette requests among the arguments first."""
+        for value in args:
+            if type(value).__module__ == "starlette.requests":
+                await value.body()
+        return self._call(args, kwargs)
+
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        timeout_s: float | None = None,
+        http_method: str | None = None,
+        http_headers: Mapping[str, str] | None = None,
+        shard_key: str | None = None,
+    ) -> "AsyncDeploymentHandle[T_co]":
+        """Like `DeploymentHandle.options`."""
+        changes = locals().copy()
+        del changes["self"]
+        return AsyncDeploymentHandle(self._name, self._changed(changes))
+
+    def __getattr__(self, name: str) -> "AsyncDeploymentHandle[Any]":
+        _refuse_private(self, name)
+        return AsyncDeploymentHandle(self._name, self._options._replace(method_name=name))
+
+
+def _refuse_private(handle: _BaseHandle, name: str) -> None:
+    if name.startswith("_"):  # copy, pickle and IPython ask for such names
+        raise AttributeError(f"{type(handle).__name__} has no attribute {name!r}; private methods cannot be called")
+
+
+class _OutgoingCall:
+    """One call on its way: makes the ref, packs, sends, and settles the ref with the outcome."""
+
+    __slots__ = ("_client", "_codec", "_name", "_options", "_pending", "_timeout_s", "ref")
+
+    def __init__(self, client: Client, codec: Codec, name: str, options: CallOptions) -> None:
+        self._client = client
+        self._codec = codec
+        self._name = name
+        self._options = options
+        self._pending: PendingCall | None = None
+        label = f"{name}.{options.method_name}" if options.method_name else name
+        self.ref: Ref[Any] = Ref(label, self._withdraw, client.is_own_thread)
+
+    def send(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timeout_s = self._options.timeout_s
+        self._pending = self._client.prepare(
+            self._name,
+            kind=PYTHON,
+            method=self._options.method_name,
+            payload=self._codec.pack_call(args, kwargs),
+            timeout_s=self._client.settings.handle_timeout_s if timeout_s is None else timeout_s,
+            safe=False,
+            on_outcome=self._settle,
+        )
+        self._client.submit(self._pending)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.ref.done():
+            self.ref.set_exception(error)
+
+    def _withdraw(self) -> None:
+        if self._pending is not None:
+            self._client.withdraw(self._pending)
+
+    def _settle(self, outcome: Outcome) -> None:
+        if self.ref.done():
+            return  # cancelled
+        if isinstance(outcome, QServeError):
+            self.ref.set_exception(outcome)
+        elif outcome.kind == ERROR:
+            self.ref.set_exception(self._codec.rebuild_error(decode_error(outcome.payload)))
+        else:
+            self._settle_value(outcome)
+
+    def _settle_value(self, reply: Reply) -> None:
+        try:
+            value = self._codec.unpack(reply.payload)
+        except Exception as exc:
+            self.ref.set_exception(exc)
+        else:
+            self.ref.set_result(value)
+
+
+class _WaitForArguments:
+    """Sends a call once the refs among its arguments are there; blocks nobody meanwhile."""
+
+    def __init__(
+        self, call: _OutgoingCall, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref[Any]]
+    ) -> None:
+        self._call = call
+        self._args = args
+        self._kwargs = kwargs
+        self._refs = refs
+        self._missing = len(refs)
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        for ref in self._refs:
+            ref.add_done_callback(self._one_done)
+
+    def _one_done(self, ref: Any) -> None:
+        with self._lock:
+            self._missing -= 1
+            if self._missing:
+                return
+        try:
+            values = {id(ref): ref.result(0) for ref in self._refs}
+            args, kwargs = substitute(self._args, self._kwargs, values)
+            self._call.send(args, kwargs)
+        except Exception as exc:
+            self._call.fail(exc)
+
+
+def codec_of(client: Client) -> Codec:
+    """The codec for a client's calls: pickles only if its frames are signed."""
+    return _codec(client.signer.signs, client.settings.max_value_bytes)
+
+
+@lru_cache(maxsize=8)
+def _codec(signs: bool, max_bytes: int) -> Codec:
+    return Codec(allow_pickle=signs, max_bytes=max_bytes, make_handle=handle_from_wire)
+
+
+def handle_from_wire(data: dict[str, Any]) -> "DeploymentHandle[Any] | AsyncDeploymentHandle[Any]":
+    """The handle that `__qserve_wire__` described."""
+    return _rebuild_handle(data["name"], data["sync"], data["options"])
+
+
+def _rebuild_handle(
+    name: str, sync: bool, options: dict[str, Any]
+) -> "DeploymentHandle[Any] | AsyncDeploymentHandle[Any]":
+    options["http_headers"] = tuple((key, value) for key, value in options["http_headers"])
+    restored = CallOptions(**options)
+    if restored == CallOptions():
+        return get_handle(name, sync=sync)
+    return DeploymentHandle(name, restored) if sync else AsyncDeploymentHandle(name, restored)
+
+
+@overload
+def get_handle(name: str, *, sync: Literal[True] = True) -> DeploymentHandle[Any]: ...
+@overload
+def get_handle(name: str, *, sync: Literal[False]) -> AsyncDeploymentHandle[Any]: ...
+@overload
+def get_handle(name: str, *, sync: bool) -> DeploymentHandle[Any] | AsyncDeploymentHandle[Any]: ...
+def get_handle(name: str, *, sync: bool = True) -> DeploymentHandle[Any] | AsyncDeploymentHandle[Any]:
+    """The handle of a deployment, which need not exist yet; the same object for the same name and kind."""
+    return _cached_handle(name, sync)
+
+
+@lru_cache(maxsize=100)
+def _cached_handle(name: str, sync: bool) -> DeploymentHandle[Any] | AsyncDeploymentHandle[Any]:
+    return DeploymentHandle(name) if sync else AsyncDeploymentHandle(name)
