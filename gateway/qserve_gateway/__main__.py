@@ -1,0 +1,61 @@
+"""`python -m qserve_gateway`: one gateway process."""
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from qserve.errors import ConfigurationError, NoInstanceError
+from qserve.local import find_settings
+from qserve.process import new_event_loop
+from qserve_gateway.server import GatewayProcess, Options
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, help="Port to listen on; 0: any free one.")
+@click.option("--fd", type=int, help="Inherited socket, bound already, instead of host and port.")
+@click.option("--reuse-port", is_flag=True, help="Share the port with other gateways of this machine.")
+@click.option("--ready-file", type=click.Path(path_type=Path), help="Gets a line of JSON: the URL or the error.")
+@click.option(
+    "--forwarded-allow-ips",
+    "trusted_proxies",
+    envvar="FORWARDED_ALLOW_IPS",
+    default="",
+    help="Proxies whose X-Forwarded-* headers are believed, comma-separated. Default: none.",
+)
+@click.option("--graceful-shutdown-timeout", "graceful_shutdown_timeout_s", default=20, show_default=True)
+def main(
+    host: str,
+    port: int,
+    fd: int | None,
+    reuse_port: bool,
+    ready_file: Path | None,
+    trusted_proxies: str,
+    graceful_shutdown_timeout_s: int,
+) -> None:
+    """Serve the deployments of a namespace over HTTP."""
+    options = Options(host, port, fd, reuse_port, ready_file, trusted_proxies, graceful_shutdown_timeout_s)
+    try:
+        settings = find_settings()
+        _log_to_stderr(settings.log_level)
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(GatewayProcess(options, settings).run())
+    except (ConfigurationError, NoInstanceError) as exc:
+        sys.exit(str(exc))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s gateway[%(process)d] %(message)s", stream=sys.stderr
+    )
+    # Our own lines tell when the server starts and stops.
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

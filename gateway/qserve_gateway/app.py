@@ -1,0 +1,235 @@
+"""The gateway as an ASGI application: one request, from its path to its response."""
+
+import asyncio
+import os
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import count
+from typing import Protocol
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from qserve.client import Outcome, PendingCall
+from qserve.errors import PayloadTooLarge, QServeError
+from qserve.messages import HTTP, HttpRequest, HttpResponse, encode
+from qserve.settings import Settings
+from qserve.spec import DeploymentSpec
+from qserve_gateway.departures import Departures
+from qserve_gateway.headers import UNUSUAL, Headers, end_to_end
+from qserve_gateway.respond import json_response, local_error_response, outcome_response, send_response, text_response
+from qserve_gateway.routes import Route, RouteTable
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
+"""A request with one of these may be run again after its replica died."""
+
+Named = dict[bytes, bytes]
+"""Headers by lower-case name, the last of each; for looking, not for handing on."""
+
+_is_request_id = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}").fullmatch
+
+
+class Calls(Protocol):
+    """The part of `qserve.client.Client` that the gateway uses."""
+
+    def prepare(
+        self,
+        deployment: str,
+        *,
+        kind: int,
+        method: str,
+        payload: bytes,
+        timeout_s: float,
+        safe: bool,
+        on_outcome: Callable[[Outcome], None],
+    ) -> PendingCall:
+        """Make a call ready to be put; `on_outcome` is called exactly once, on the loop."""
+
+    def put(self, pending: PendingCall) -> None:
+        """Put it on its deployment's queue."""
+
+    def cancel(self, pending: PendingCall) -> None:
+        """Withdraw it."""
+
+
+class Refused(Exception):
+    """The request is answered here and goes no further."""
+
+    def __init__(self, response: HttpResponse) -> None:
+        super().__init__(response.status)
+        self.response = response
+
+
+class ClientLeft(Exception):
+    """The client disconnected: nobody reads a response."""
+
+
+class Gateway:
+    """The ASGI application.
+
+    Args:
+        calls: Where calls are put.
+        settings: Limits and defaults.
+    """
+
+    def __init__(self, calls: Calls, settings: Settings) -> None:
+        self._calls = calls
+        self._settings = settings
+        self._specs: tuple[DeploymentSpec, ...] = ()
+        self._root_path = ""
+        self._routes = RouteTable()
+        self._stack: Callable[[Scope, Receive, Send], Awaitable[None]] = self.serve
+        self._departures = Departures()
+        self._id_prefix = os.urandom(8).hex()
+        self._id_numbers = count(1)
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        # Not async: without middlewares the server awaits `serve` itself, a frame less per request.
+        return self._stack(scope, receive, send)
+
+    @property
+    def routes(self) -> dict[str, str]:
+        """Route prefix -> deployment name, as `/-/routes` shows it."""
+        return self._routes.names
+
+    def use_deployments(self, specs: Iterable[DeploymentSpec]) -> None:
+        """Routes requests to these deployments from now on."""
+        self._specs = tuple(specs)
+        self._routes = RouteTable(self._specs, root_path=self._root_path, timeout_s=self._settings.http_timeout_s)
+
+    def use_http_options(self, root_path: str, middlewares: Iterable[Middleware]) -> None:
+        """Lives under `root_path` and wraps everything in the middlewares, the first one outermost."""
+        stack: ASGIApp = self.serve
+        for middleware in reversed(tuple(middlewares)):
+            stack = middleware.cls(stack, *middleware.args, **middleware.kwargs)
+        self._stack = stack
+        self._root_path = root_path.rstrip("/")
+        self.use_deployments(self._specs)
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, inside the middlewares."""
+        if scope["type"] != "http":
+            raise RuntimeError(f"the gateway serves http, not {scope['type']}")
+        named = dict(scope["headers"])
+        request_id = self._request_id(named.get(b"x-request-id"))
+        try:
+            response = await self._respond(scope, receive, named, request_id)
+        except Refused as refused:
+            response = refused.response
+        except QServeError as exc:
+            response = local_error_response(exc)
+        except ClientLeft:
+            return
+        await send_response(send, response, scope["method"], request_id)
+
+    async def _respond(self, scope: Scope, receive: Receive, named: Named, request_id: str) -> HttpResponse:
+        headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"], named)
+        path, raw_path = scope["path"], scope["raw_path"]
+        root = self._root_path
+        if root and path != root and not path.startswith(root + "/"):
+            # A proxy in front took the prefix away.
+            path, raw_path = root + path, root.encode() + raw_path
+        if path.startswith("/-/", len(root)):
+            return self._own_page(path)
+        route = self._routes.match(path)
+        if route is None:
+            return _not_found(path)
+        body = b""
+        if b"transfer-encoding" in named or named.get(b"content-length", b"0") != b"0":
+            body = await _read_body(receive, named, self._settings.max_value_bytes)
+        request = HttpRequest(
+            scope["method"],
+            path,
+            raw_path,
+            scope["query_string"],
+            headers,
+            route.root_path,
+            scope["scheme"],
+            scope["client"],
+            scope["server"],
+            scope["http_version"],
+            request_id,
+            body,
+        )
+        safe = request.method in SAFE_METHODS or route.idempotent or b"idempotency-key" in named
+        outcome = await self._call(route, encode(request), safe, receive)
+        return outcome_response(outcome, request_id, debug=self._settings.debug)
+
+    async def _call(self, route: Route, payload: bytes, safe: bool, receive: Receive) -> Outcome:
+        """Puts a call and waits for what becomes of it, or until its client leaves."""
+        future: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
+
+        def on_outcome(outcome: Outcome) -> None:
+            if not future.done():
+                future.set_result(outcome)
+
+        pending = self._calls.prepare(
+            route.deployment,
+            kind=HTTP,
+            method="",
+            payload=payload,
+            timeout_s=route.timeout_s,
+            safe=safe,
+            on_outcome=on_outcome,
+        )
+        self._calls.put(pending)
+        outcome = None
+        self._departures.watch(future, receive)
+        try:
+            outcome = await future
+        finally:
+            self._departures.forget(future)
+            if outcome is None:
+                self._calls.cancel(pending)
+        if outcome is None:
+            raise ClientLeft
+        return outcome
+
+    def _own_page(self, path: str) -> HttpResponse:
+        name = path[len(self._root_path) :]
+        if name == "/-/routes":
+            return json_response(self.routes)
+        if name == "/-/healthz":
+            return text_response(200, "success")
+        return _not_found(path)
+
+    def _request_id(self, asked: bytes | None) -> str:
+        if asked is not None and _is_request_id(asked):
+            return asked.decode("ascii")
+        return f"{self._id_prefix}{next(self._id_numbers):08x}"
+
+
+def _cleaned(headers: Headers, named: Named) -> Headers:
+    if named.get(b"upgrade", b"").lower() == b"websocket":
+        raise Refused(text_response(501, "WebSockets are not served here."))
+    try:
+        return end_to_end(headers)
+    except ValueError as exc:
+        raise Refused(text_response(400, f"Bad request: {exc}.")) from exc
+
+
+async def _read_body(receive: Receive, named: Named, limit: int) -> bytes:
+    """The whole body, counted while it comes in, so that one over the limit is never held."""
+    if int(named.get(b"content-length", b"0")) > limit:
+        raise _too_large(limit)
+    parts: list[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(limit)
+        more = message.get("more_body", False)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the request's body is over the limit of {limit} bytes (QSERVE_MAX_VALUE_BYTES)")
+
+
+def _not_found(path: str) -> HttpResponse:
+    return text_response(404, f"Path '{path}' not found. Please ping http://.../-/routes for route table.")

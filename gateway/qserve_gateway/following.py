@@ -1,0 +1,98 @@
+"""Keeping a gateway in step with the desired state, and telling deployers how far it has come."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from qserve.client import Client
+from qserve.connection import Answer
+from qserve.errors import BrokerUnavailable
+from qserve.messages import encode
+from qserve.spec import GatewayInfo
+from qserve.state import Change, Snapshot, connect_asyncio, follow, read_snapshot
+
+logger = logging.getLogger(__name__)
+
+_ANNOUNCE_EVERY_S = 5.0
+
+
+class Follower:
+    """Applies each change of the state and reports it at once: `deploy` waits until all live gateways have.
+
+    Its id is the client's, whose inbox already says every 5 s that this process lives.
+
+    Args:
+        client: Started by the caller, stopped by the caller after this.
+        apply: Takes the whole desired state.
+    """
+
+    def __init__(self, client: Client, info: GatewayInfo, apply: Callable[[Snapshot], None]) -> None:
+        self._client = client
+        self._settings = client.settings
+        self._info = info
+        self._apply = apply
+        self._redis = connect_asyncio(client.settings.redis_url)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Apply the state as it is now, without telling anybody yet.
+
+        Raises:
+            BrokerUnavailable, ConfigurationError: It cannot be read.
+        """
+        await self._catch_up()
+
+    def announce(self) -> None:
+        """Be counted among the live gateways, and follow from now on."""
+        self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._keep_announcing())]
+
+    async def stop(self) -> None:
+        """Follow no longer and leave the list, so that no deploy waits for this gateway."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._client.writer is not None:
+            self._client.writer.send(_log_refusal, "HDEL", self._settings.keys.gateways, self._info.id)
+        await self._redis.aclose()
+
+    async def _follow(self) -> None:
+        async for change in follow(self._settings.redis_url, self._settings.keys, self._info.applied):
+            while self._is_news(change):
+                try:
+                    await self._catch_up()
+                    self._tell()
+                    break
+                except BrokerUnavailable as exc:
+                    logger.warning("cannot read the state, trying again: %s", exc)
+                    await asyncio.sleep(0.2)
+
+    def _is_news(self, change: Change) -> bool:
+        return change.kind == "resync" or _position(change.log_id) > _position(self._info.applied)
+
+    async def _catch_up(self) -> None:
+        # The whole state, whatever changed: it is small, and nothing can be missed.
+        snapshot = await read_snapshot(self._redis, self._settings.keys, self._client.signer)
+        self._apply(snapshot)
+        self._info = msgspec.structs.replace(self._info, applied=snapshot.log_id)
+
+    async def _keep_announcing(self) -> None:
+        # Again and again, because a Redis that restarted empty has forgotten us.
+        while True:
+            self._tell()
+            await asyncio.sleep(_ANNOUNCE_EVERY_S)
+
+    def _tell(self) -> None:
+        if self._client.writer is not None:
+            info = encode(self._info)
+            self._client.writer.send(_log_refusal, "HSET", self._settings.keys.gateways, self._info.id, info)
+
+
+def _log_refusal(answer: Answer) -> None:
+    if isinstance(answer, Exception):
+        logger.warning("cannot announce this gateway: %s", answer)
+
+
+def _position(log_id: str) -> tuple[int, ...]:
+    return tuple(map(int, log_id.split("-")))

@@ -1,0 +1,27 @@
+"""Middlewares from `http_options`: import paths in the state, classes here."""
+
+from collections.abc import Iterable
+
+from starlette.middleware import Middleware
+
+from qserve.codec import Codec
+from qserve.errors import ConfigurationError
+from qserve.loading import load_target
+from qserve.spec import MiddlewareSpec
+
+
+def load_middlewares(specs: Iterable[MiddlewareSpec], codec: Codec) -> list[Middleware]:
+    """Starlette middlewares, in the order listed.
+
+    Raises:
+        ConfigurationError: One cannot be imported here or is no class.
+    """
+    return [_load(spec, codec) for spec in specs]
+
+
+def _load(spec: MiddlewareSpec, codec: Codec) -> Middleware:
+    cls = load_target(spec.target)
+    if not callable(cls):
+        raise ConfigurationError(f"the middleware {spec.target.import_path!r} is not a class")
+    args, kwargs = codec.unpack_call(spec.arguments) if spec.arguments else ((), {})
+    return Middleware(cls, *args, **kwargs)

@@ -1,0 +1,126 @@
+"""Replies and errors as HTTP responses, and responses as ASGI messages."""
+
+import logging
+import math
+from typing import Any
+
+import msgspec
+from starlette.types import Send
+
+from qserve import errors
+from qserve.errors import BackPressureError, PoisonCall, QServeError, TaskError
+from qserve.messages import ERROR, HTTP_RESPONSE, ErrorInfo, HttpResponse, Reply, decode_error, decode_http_response
+from qserve_gateway.headers import HOP_BY_HOP, Headers, connection_tokens, has_control, is_name
+
+logger = logging.getLogger(__name__)
+
+DROPPED = HOP_BY_HOP | {b"date", b"server"}
+"""What a deployment's response may not set: the connection is the gateway's, and so are these two headers."""
+
+TEXT = (b"content-type", b"text/plain; charset=utf-8")
+JSON = (b"content-type", b"application/json")
+
+
+def _with_subclasses(cls: type[QServeError]) -> list[type[QServeError]]:
+    return [cls, *(found for sub in cls.__subclasses__() for found in _with_subclasses(sub))]
+
+
+_BY_CODE = {cls.__name__: cls for cls in _with_subclasses(QServeError) if cls.__module__ == errors.__name__}
+
+
+class Unsendable(Exception):
+    """A response that must not be written to a connection."""
+
+
+def text_response(status: int, text: str, *headers: tuple[bytes, bytes]) -> HttpResponse:
+    """A short answer of the gateway's own."""
+    return HttpResponse(status, [TEXT, *headers], text.encode("utf-8", "replace"))
+
+
+def json_response(value: object) -> HttpResponse:
+    """A JSON answer of the gateway's own."""
+    return HttpResponse(200, [JSON], msgspec.json.encode(value))
+
+
+def outcome_response(outcome: Reply | QServeError, request_id: str, *, debug: bool) -> HttpResponse:
+    """The response for whatever became of a call."""
+    if isinstance(outcome, QServeError):
+        return local_error_response(outcome)
+    if outcome.kind == HTTP_RESPONSE:
+        return decode_http_response(outcome.payload)
+    if outcome.kind == ERROR:
+        return remote_error_response(decode_error(outcome.payload), request_id, debug=debug)
+    raise Unsendable(f"a reply of kind {outcome.kind} to an HTTP request")
+
+
+def local_error_response(error: QServeError) -> HttpResponse:
+    """The response for an error that this process found: refused, timed out, broker lost."""
+    retry_after = error.retry_after if isinstance(error, BackPressureError) else 1.0
+    return _error_response(type(error), str(error), retry_after)
+
+
+def remote_error_response(error: ErrorInfo, request_id: str, *, debug: bool) -> HttpResponse:
+    """The response for an error that travelled: user code's own, or a qserve error met on the way."""
+    cls = _BY_CODE.get(error.code, TaskError)
+    if cls is not TaskError:
+        return _error_response(cls, error.message, 1.0)
+    text = f"Task Error. {error.type_name}. Request {request_id}; the traceback is in the log."
+    if debug:
+        text = f"Task Error. {error.type_name}. Request {request_id}\n\n{error.traceback_text or error.message}"
+    return text_response(500, text)
+
+
+def _error_response(cls: type[QServeError], message: str, retry_after: float) -> HttpResponse:
+    text = message if cls is PoisonCall else f"{cls.__name__}: {message}"
+    if cls.status == 503:
+        return text_response(503, text, (b"retry-after", b"%d" % max(1, math.ceil(retry_after))))
+    return text_response(cls.status, text)
+
+
+async def send_response(send: Send, response: HttpResponse, method: str, request_id: str) -> None:
+    """Writes a response; one that could split or confuse the connection becomes a 500."""
+    try:
+        start = _start(response, method, request_id)
+    except Unsendable as exc:
+        logger.error("response to request %s not sent: %s", request_id, exc)
+        response = text_response(500, f"The response of request {request_id} cannot be sent; the reason is in the log.")
+        start = _start(response, method, request_id)
+    await send(start)
+    empty = method == "HEAD" or response.status in {204, 304}
+    await send({"type": "http.response.body", "body": b"" if empty else response.body})
+
+
+def _start(response: HttpResponse, method: str, request_id: str) -> dict[str, Any]:
+    status = response.status
+    if not 200 <= status <= 599:
+        raise Unsendable(f"status {status}")
+    headers: Headers = []
+    declared = None
+    identified = False
+    for name, value in response.headers:
+        name = name.lower()  # noqa: PLW2901
+        if name == b"content-length":
+            declared = value
+            continue
+        if name in DROPPED:
+            if name == b"connection":
+                return _start(_without_named(response), method, request_id)
+            continue
+        if is_name(name) is None or has_control(value) is not None:
+            raise Unsendable(f"header {name[:100]!r}: {value[:100]!r}")
+        if name == b"x-request-id":
+            identified = True
+        headers.append((name, value))
+    if not identified:
+        headers.append((b"x-request-id", request_id.encode()))
+    if status not in {204, 304}:
+        # A HEAD response tells the length of the body it does not have.
+        told = method == "HEAD" and declared is not None and declared.isdigit()
+        headers.append((b"content-length", declared if told and declared else b"%d" % len(response.body)))
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+def _without_named(response: HttpResponse) -> HttpResponse:
+    lowered = [(name.lower(), value) for name, value in response.headers]
+    dropped = connection_tokens(lowered) | {b"connection"}
+    return HttpResponse(response.status, [pair for pair in lowered if pair[0] not in dropped], response.body)

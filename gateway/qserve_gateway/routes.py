@@ -1,0 +1,51 @@
+"""Which deployment a path belongs to: longest prefix on path segments."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from qserve.spec import DeploymentSpec
+
+
+class Route(NamedTuple):
+    """What the gateway needs of a deployment for each request; `root_path` is handed on to its app."""
+
+    deployment: str
+    root_path: str
+    timeout_s: float
+    idempotent: bool
+
+
+class RouteTable:
+    """The routes of one moment; a change of state makes a new table.
+
+    Args:
+        specs: Deployments; those without a route prefix are only reachable through handles.
+        root_path: Prefix under which the whole gateway lives, "" or "/x".
+        timeout_s: For deployments that set none.
+    """
+
+    def __init__(self, specs: Iterable[DeploymentSpec] = (), *, root_path: str = "", timeout_s: float = 60.0) -> None:
+        self.names: dict[str, str] = {}
+        self._routes: dict[str, Route] = {}
+        for spec in specs:
+            if spec.route_prefix is None:
+                continue
+            self.names[spec.route_prefix] = spec.name
+            path = root_path + spec.route_prefix.rstrip("/")
+            self._routes[path] = Route(spec.name, path, spec.timeout_s or timeout_s, spec.idempotent)
+        self._depth = max((prefix.count("/") for prefix in self._routes), default=0)
+
+    def match(self, path: str) -> Route | None:
+        """The route with the longest prefix that ends at a segment of `path`: "/a" matches "/a", "/a/b", not "/ab"."""
+        best = self._routes.get(path)
+        if best is not None:
+            return best
+        best = self._routes.get("")
+        end = 0
+        # No deeper than the deepest prefix, so a path of a million slashes costs nothing.
+        for _ in range(self._depth):
+            end = path.find("/", end + 1)
+            if end < 0:
+                break
+            best = self._routes.get(path[:end], best)
+        return best

@@ -1,0 +1,258 @@
+"""The gateway as a process: bind, catch up with the state, serve, leave in order."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from qserve.client import Client
+from qserve.codec import Codec
+from qserve.errors import BrokerUnavailable, ConfigurationError
+from qserve.settings import Settings
+from qserve.spec import GatewayInfo, HttpSettings
+from qserve.state import Snapshot
+from qserve_gateway.app import Gateway
+from qserve_gateway.following import Follower
+from qserve_gateway.middlewares import load_middlewares
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+_RETRY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where to listen, and whom to tell.
+
+    Attributes:
+        fd: An inherited socket, bound already; host and port are ignored then.
+        reuse_port: Several gateways of this machine share the port.
+        ready_file: Gets one line of JSON (`Ready`) once requests are served, or it is clear that they never will be.
+        trusted_proxies: Addresses whose X-Forwarded-* headers are believed, as in uvicorn; "" for none.
+        graceful_shutdown_timeout_s: How long requests in flight may take to finish after SIGTERM.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    fd: int | None = None
+    reuse_port: bool = False
+    ready_file: Path | None = None
+    trusted_proxies: str = ""
+    graceful_shutdown_timeout_s: int = 20
+
+
+class Ready(msgspec.Struct, omit_defaults=True):
+    """What the ready file says: where the gateway is, or why it is not."""
+
+    pid: int
+    id: str = ""
+    host: str = ""
+    port: int = 0
+    url: str = ""
+    error: str = ""
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 connection; the place for stricter checks than its parser makes."""
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """The response says it; a line in the log per request would be for the client to fill."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, without its signal handlers: they end the process before the gateway has left in order.
+
+    Args:
+        on_started: Called when connections are accepted.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections."""
+        await super().startup(sockets)
+        self._on_started()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the caller."""
+        yield
+
+
+class GatewayProcess:
+    """One gateway process, from bind to exit.
+
+    Args:
+        options: See there.
+        settings: From the environment.
+    """
+
+    def __init__(self, options: Options, settings: Settings) -> None:
+        self._options = options
+        self._settings = settings
+        self._client = Client(settings)
+        self._gateway = Gateway(self._client, settings)
+        self._http = HttpSettings()
+        self._routes: dict[str, str] = {}
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; a second one cuts off what is still running.
+
+        Raises:
+            ConfigurationError: The address, Redis or a middleware cannot be used; the ready file says so too.
+        """
+        try:
+            with listening_socket(self._options) as sock:
+                await self._serve(sock)
+        except ConfigurationError as exc:
+            report(self._options.ready_file, Ready(os.getpid(), error=str(exc)))
+            raise
+
+    async def _serve(self, sock: socket.socket) -> None:
+        ready = describe(sock, self._client.id)
+        info = GatewayInfo(id=ready.id, host=socket.gethostname(), pid=ready.pid, url=ready.url)
+        follower = Follower(self._client, info, self._apply)
+
+        def on_started() -> None:
+            follower.announce()
+            report(self._options.ready_file, ready)
+            logger.info("serving on %s", ready.url)
+            gc.freeze()  # what exists now stays; collections look at requests only
+
+        server = Server(self._uvicorn_config(), on_started)
+        await _until_redis_answers(self._client.start)
+        try:
+            await _until_redis_answers(follower.start)
+            stopping = _stop_signal(server)
+            serving = asyncio.create_task(server.serve([sock]))
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await follower.stop()
+            server.should_exit = True
+            await serving
+        except OSError as exc:  # bound by several, but another one listens
+            raise cannot_listen(self._options, exc) from exc
+        finally:
+            await self._client.stop()
+        logger.info("stopped")
+
+    def _uvicorn_config(self) -> uvicorn.Config:
+        return uvicorn.Config(
+            self._gateway,
+            http=HttpProtocol,
+            ws="none",
+            interface="asgi3",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=bool(self._options.trusted_proxies),
+            forwarded_allow_ips=self._options.trusted_proxies,
+            timeout_graceful_shutdown=self._options.graceful_shutdown_timeout_s,
+        )
+
+    def _apply(self, snapshot: Snapshot) -> None:
+        self._gateway.use_deployments(deployed.spec for deployed in snapshot.deployments.values())
+        if self._gateway.routes != self._routes:
+            self._routes = self._gateway.routes
+            logger.info("routes: %s", ", ".join(f"{path} -> {name}" for path, name in self._routes.items()) or "none")
+        if snapshot.http != self._http:
+            self._http = snapshot.http
+            codec = Codec(allow_pickle=self._client.signer.signs, max_bytes=self._settings.max_value_bytes)
+            self._gateway.use_http_options(
+                snapshot.http.root_path, load_middlewares(snapshot.http.middlewares, codec)
+            )
+            logger.info("HTTP options: %d middlewares, root_path %r", len(self._http.middlewares), self._http.root_path)
+
+
+def listening_socket(options: Options) -> socket.socket:
+    """A socket bound to where the gateway is to listen.
+
+    Raises:
+        ConfigurationError: The port is taken, or the address is not one of this machine's.
+    """
+    if options.fd is not None:
+        return socket.socket(fileno=options.fd)
+    try:
+        found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        sock = socket.socket(family, kind, protocol)
+    except OSError as exc:
+        raise cannot_listen(options, exc) from exc
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if options.reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(address)
+        if not options.reuse_port:
+            # Two sockets may be bound to one address as long as neither listens: find out now, not after Redis.
+            sock.listen(BACKLOG)
+    except OSError as exc:
+        sock.close()
+        raise cannot_listen(options, exc) from exc
+    return sock
+
+
+def cannot_listen(options: Options, exc: OSError) -> ConfigurationError:
+    """The one line that says why there is no gateway."""
+    return ConfigurationError(f"cannot listen on {options.host}:{options.port}: {exc.strerror or exc}")
+
+
+def describe(sock: socket.socket, gateway_id: str) -> Ready:
+    """Where a bound socket can be reached from this machine."""
+    host, port = sock.getsockname()[:2]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return Ready(os.getpid(), gateway_id, host, port, f"http://{reachable}:{port}")
+
+
+def report(file: Path | None, ready: Ready) -> None:
+    """Tell whoever started the process; a plain file appears whole, a pipe or /dev/fd/N is written to."""
+    if file is None:
+        return
+    line = msgspec.json.encode(ready) + b"\n"
+    if file.exists() and not file.is_file():
+        with file.open("wb", buffering=0) as pipe:
+            pipe.write(line)
+        return
+    draft = file.with_name(f"{file.name}.{os.getpid()}")
+    draft.write_bytes(line)
+    draft.replace(file)
+
+
+async def _until_redis_answers(connect: Callable[[], Awaitable[None]]) -> None:
+    told = False
+    while True:
+        try:
+            return await connect()
+        except BrokerUnavailable as exc:
+            if not told:
+                logger.warning("%s; trying again until it answers", exc)
+            told = True
+            await asyncio.sleep(_RETRY_S)
+
+
+def _stop_signal(server: Server) -> asyncio.Future[None]:
+    """A future that the first SIGTERM or SIGINT resolves; the next one cuts off what is still running."""
+    loop = asyncio.get_running_loop()
+    stopping: asyncio.Future[None] = loop.create_future()
+
+    def stop() -> None:
+        if stopping.done():
+            server.force_exit = True
+        else:
+            stopping.set_result(None)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    return stopping
