@@ -1,17 +1,50 @@
-"""The `qserve` command: one module per group of commands, `main` joins them."""
+"""The `qserve` command: one module per group of commands, imported when one of them is asked for."""
+
+import importlib
+from typing import Any
 
 import click
 
-from qserve.cli.call import call
-from qserve.cli.deploy import delete, deploy, shutdown
-from qserve.cli.doctor import doctor
-from qserve.cli.output import Group
-from qserve.cli.run import run
-from qserve.cli.start import start
-from qserve.cli.status import status
+from qserve.cli.output import Failure
+from qserve.errors import QServeError
+
+COMMANDS = {
+    "run": ("qserve.cli.run", "Serve a module from this machine, until Ctrl-C."),
+    "start": ("qserve.cli.start", "Run this machine's share of an instance, until Ctrl-C."),
+    "deploy": ("qserve.cli.deploy", "Deploy a module into a running instance."),
+    "status": ("qserve.cli.status", "Show deployments, their replicas and queues."),
+    "call": ("qserve.cli.call", "Call a deployment and print what it returns."),
+    "delete": ("qserve.cli.deploy", "Stop serving a deployment."),
+    "shutdown": ("qserve.cli.deploy", "Delete all deployments and stop the local instance."),
+    "doctor": ("qserve.cli.doctor", "Check the Redis server for what would lose or delay calls."),
+}
+"""Command -> (its module, what `--help` says), so that `--help` need not import the whole library."""
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """Loads a command on demand, and ends it with one paragraph and exit code 1 where the user can do something."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QServeError as exc:
+            raise Failure(str(exc)) from exc
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="qserve")
 def main() -> None:
     """Serve Python classes and functions from queues.
@@ -19,7 +52,3 @@ def main() -> None:
     `qserve run MODULE` is all it takes on one machine. Everywhere else, `qserve start` runs this machine's share of an
     instance and `qserve deploy` tells the instance what to serve.
     """
-
-
-for command in (run, start, deploy, status, call, delete, shutdown, doctor):
-    main.add_command(command)

@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
+from qserve.cli.instance import connected
 from qserve.cli.output import Failure, redis_url_option
 from qserve.errors import MethodNotFound, TaskError
+from qserve.handle import get_handle
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -24,17 +26,14 @@ def call(name: str, arguments: tuple[str, ...], timeout: float) -> None:
 
     Results are printed as JSON where they can be, else as their repr.
     """
-    from qserve import serve
-    from qserve.cli.instance import connected
-
     with connected() as state:
         deployed = state.get(name)
         if deployed is None:
             raise Failure(unknown_deployment(name, state.list()))
     method, args, kwargs = parse_call(arguments, may_have_method=deployed.spec.is_class)
-    handle = serve.get_deployment(name).get_handle()
+    handle = get_handle(name).options(method_name=method, timeout_s=timeout)
     try:
-        result = handle.options(method_name=method, timeout_s=timeout).remote(*args, **kwargs).result(timeout)
+        result = handle.remote(*args, **kwargs).result()
     except MethodNotFound as exc:
         raise Failure(f"{exc} To pass {method!r} as an argument: qserve call {name} __call__ {method}") from exc
     except TaskError as exc:
@@ -43,10 +42,10 @@ def call(name: str, arguments: tuple[str, ...], timeout: float) -> None:
 
 
 def parse_call(words: tuple[str, ...], *, may_have_method: bool) -> tuple[str, list[Any], dict[str, Any]]:
-    """(method, args, kwargs) of the words on a command line."""
-    method = "__call__"
+    """(method, args, kwargs) of the words on a command line; method is "" for `__call__`."""
+    method = ""
     if may_have_method and words and words[0].isidentifier() and words[0] not in ("true", "false", "null"):
-        method, words = words[0], words[1:]
+        method, words = words[0].replace("__call__", ""), words[1:]
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     for word in words:

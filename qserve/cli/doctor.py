@@ -3,6 +3,8 @@
 import click
 
 from qserve.cli.output import redis_url_option
+from qserve.doctor import FAIL, WARN, check_server, connect
+from qserve.local import find_settings
 
 _MARKS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
 
@@ -15,10 +17,7 @@ def doctor(ctx: click.Context) -> None:
 
     Exit code 1 when something has to be changed before qserve can use it.
     """
-    from qserve.cli.instance import find_redis_url
-    from qserve.doctor import FAIL, WARN, check_server, connect
-
-    with connect(find_redis_url()) as redis:
+    with connect(find_settings().redis_url) as redis:
         findings = check_server(redis)
     for finding in findings:
         mark, color = _MARKS[finding.level]

@@ -7,19 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from qserve.errors import QServeError
-
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class Group(click.Group):
-    """A group whose commands fail with one paragraph and exit code 1 where the user can do something about it."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except QServeError as exc:
-            raise Failure(str(exc)) from exc
 
 
 class Failure(click.ClickException):
@@ -30,7 +18,7 @@ class Failure(click.ClickException):
 
 
 def redis_url_option(command: Command) -> Command:
-    """`--redis-url`, handed on as QSERVE_REDIS_URL: settings and child processes read that, and `ps` does not show it."""
+    """`--redis-url`, handed on as QSERVE_REDIS_URL, which settings and child processes read and `ps` does not show."""
 
     def to_environment(_ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
         if value:

@@ -1,28 +1,41 @@
 """`qserve run`: everything on this machine, in the foreground, until Ctrl-C."""
 
 import contextlib
+import json
 import os
 import shlex
 import signal
-import socket
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import click
 
-from qserve.cli.deploy import import_from_here
+from qserve.cli.application import Application, deploy_application, import_application, wait_for_redis
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
-from qserve.cli.source import Watcher, project_files
-from qserve.errors import ConfigurationError, QServeError
+from qserve.cli.source import Watcher
+from qserve.errors import ConfigurationError
+from qserve.local import (
+    InstanceRecord,
+    LaunchOptions,
+    LocalInstance,
+    check_address,
+    find_record,
+    launch,
+    start_lock,
+)
+from qserve.messages import Signer
+from qserve.settings import Settings
+from qserve.spec import DeploymentSpec
+from qserve.state import State
 
-if TYPE_CHECKING:
-    from qserve.deployment import Deployment
-
-_LOOK_FOR_EDITS_S = 1.0
+_LOOK_S = 1.0
+"""How often we look whether the instance still runs and, with --reload, for edits."""
+_REDIS_TIMEOUT_S = 5.0
+FORCED = 130
 
 
 @click.command()
@@ -40,8 +53,132 @@ def run(app: str, host: str, port: int, replicas: int | None, reload: bool, debu
     """
     log_to_stderr()
     if debug:
-        os.environ["QSERVE_DEBUG"] = "1"
-    deployments = import_from_here(app)
-    if replicas is not None:
-        deployments = [deployment.options(num_replicas=replicas) for deployment in deployments]
-    check_port(host, port)
+        os.environ["QSERVE_DEBUG"] = "1"  # for gateway and replicas, which inherit it
+    application = import_application(app, replicas)
+    settings = Settings()
+    if settings.redis_url:
+        wait_for_redis(settings.redis_url, _REDIS_TIMEOUT_S)
+    instance = start_instance(settings, host, port)
+    try:
+        with termination_as_interrupt():
+            record, specs = bring_up(instance, application, stay_anyway=reload)
+            introduce(specs, record.gateway_url)
+            redeploy = Reloader(app, replicas, application.files, instance.settings) if reload else None
+            stay(settings.namespace, redeploy)
+    except KeyboardInterrupt:
+        note("\nStopping; calls in flight may finish. Ctrl-C again does not wait for them.")
+    finally:
+        stop(instance)
+
+
+def start_instance(settings: Settings, host: str, port: int) -> LocalInstance:
+    """Start the processes of this machine.
+
+    Raises:
+        ConfigurationError: An instance runs already, the address is taken, or there is no server to run.
+    """
+    with start_lock(settings.namespace):
+        other = find_record(settings.namespace)
+        if other is not None:
+            raise ConfigurationError(
+                f"An instance runs on this machine already (pid {other.pid}, {other.gateway_url or 'no HTTP'}). Deploy "
+                "into it with `qserve deploy`, end it with `qserve shutdown`, or set QSERVE_NAMESPACE to run another."
+            )
+        try:
+            check_address(host, port)
+        except ValueError as exc:
+            reason = exc.__cause__.strerror if isinstance(exc.__cause__, OSError) else exc
+            raise ConfigurationError(
+                f"Cannot listen on {host}:{port}: {reason}. Is another server running there? Give a free address with "
+                "--host and --port (--port 0 takes any free port)."
+            ) from exc
+        return launch(settings, LaunchOptions(host, port, {"host": host, "port": port}, log_to_stderr=True))
+
+
+def bring_up(
+    instance: LocalInstance, application: Application, *, stay_anyway: bool
+) -> tuple[InstanceRecord, Sequence[DeploymentSpec]]:
+    """Deploy while the gateway starts.
+
+    Args:
+        stay_anyway: Only tell that a deployment failed; an edit may mend it.
+    """
+    settings, specs = instance.settings, list[DeploymentSpec]()
+    instance.wait_for_redis()
+    with contextlib.closing(State(settings.redis_url, settings.keys, Signer(settings.secrets))) as state:
+        try:
+            specs = deploy_application(application, state, settings)
+        except Failure as exc:
+            if not stay_anyway:
+                raise
+            exc.show()
+    return instance.wait_until_ready(), specs
+
+
+def introduce(specs: Sequence[DeploymentSpec], gateway_url: str) -> None:
+    """Each URL, with a line to try it."""
+    for spec in specs:
+        if spec.route_prefix is None:
+            click.echo(f"{spec.name}: no route; qserve call {spec.name}")
+            continue
+        url = gateway_url.rstrip("/") + spec.route_prefix
+        click.echo(f"{click.style(spec.name, bold=True)}: {url}\n    curl {shlex.quote(url)}")
+    click.echo("Ctrl-C stops it.")
+
+
+def stay(namespace: str, reloader: "Reloader | None") -> None:
+    """Until interrupted.
+
+    Raises:
+        ConfigurationError: The instance ended by itself.
+    """
+    while find_record(namespace) is not None:
+        time.sleep(_LOOK_S)
+        if reloader is not None:
+            reloader.look()
+    raise ConfigurationError("The instance ended; its messages above may say why. `qserve shutdown` ends one this way.")
+
+
+class Reloader:
+    """Deploys an application again after an edit, from a process of its own: nothing imported before lingers there."""
+
+    def __init__(self, app: str, replicas: int | None, files: Sequence[Path], settings: Settings) -> None:
+        self._watcher = Watcher(files)
+        self._command = [sys.executable, "-m", "qserve.cli", "deploy", "--print-files", app]
+        if replicas is not None:
+            self._command += ["--replicas", str(replicas)]
+        self._environment = os.environ | {"QSERVE_REDIS_URL": settings.redis_url, "QSERVE_SECRET": settings.secret}
+
+    def look(self) -> None:
+        """Deploy if a file has changed since the last look. What fails is told, and the old version serves on."""
+        edited = self._watcher.changed()
+        if not edited:
+            return
+        note(f"{', '.join(path.name for path in edited)} changed: deploying again.")
+        done = subprocess.run(self._command, env=self._environment, stdout=subprocess.PIPE, text=True, check=False)
+        if done.stdout:
+            self._watcher.watch([Path(name) for name in json.loads(done.stdout)])
+
+
+def stop(instance: LocalInstance) -> None:
+    """Stop all processes of the instance; exit code 130 when the user would not wait."""
+    try:
+        with termination_as_interrupt():
+            instance.stop()
+    except KeyboardInterrupt:
+        note("Stopped at once.")
+        sys.exit(FORCED)
+
+
+@contextlib.contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a supervisor, `docker stop`) ends a command the way Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

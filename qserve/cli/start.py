@@ -7,7 +7,9 @@ import sys
 import click
 
 from qserve.cli.output import redis_url_option
+from qserve.doctor import connect, require_usable
 from qserve.errors import ConfigurationError
+from qserve.local import find_settings
 
 
 @click.command()
@@ -22,10 +24,7 @@ def start(only: str | None, replicas_per_node: int | None, gateway: bool, host: 
 
     The node reads from Redis what is deployed and keeps one Celery worker per deployment running.
     """
-    from qserve.cli.instance import find_redis_url
-    from qserve.doctor import connect, require_usable
-
-    url = find_redis_url()
+    url = find_settings().redis_url
     for module, extra in (("qserve_workers", "workers"), *((("qserve_gateway", "gateway"),) if gateway else ())):
         if importlib.util.find_spec(module) is None:
             raise ConfigurationError(f"{module} is not installed here: pip install 'qserve[{extra}]'")

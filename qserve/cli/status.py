@@ -1,17 +1,20 @@
 """`qserve status`: what should run, what runs, and how it fares."""
 
+import json
 import time
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
+from qserve.cli.instance import connected
 from qserve.cli.output import redis_url_option
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from qserve.spec import Deployed, GatewayInfo, NodeInfo, ReplicaInfo
-    from qserve.state import State
+from qserve.spec import Deployed, GatewayInfo, NodeInfo, ReplicaInfo
+from qserve.state import State
 
 _COLORS = {"HEALTHY": "green", "SERVING": "green", "DEPLOY_FAILED": "red", "WAITING": "yellow", "DEPLOYING": "yellow"}
 _PLAIN_WIDTH = 160
@@ -73,8 +76,6 @@ class InstanceStatus(TypedDict):
 @click.option("--watch", is_flag=True, help="Keep showing it, once a second, until Ctrl-C.")
 def status(as_json: bool, watch: bool) -> None:
     """Show deployments, their replicas and queues."""
-    from qserve.cli.instance import connected
-
     with connected() as state:
         if as_json:
             _print_json(state, watch=watch)
@@ -82,7 +83,7 @@ def status(as_json: bool, watch: bool) -> None:
             _print_tables(state, watch=watch)
 
 
-def read_status(state: "State") -> InstanceStatus:
+def read_status(state: State) -> InstanceStatus:
     """The status of an instance, as `--json` prints it."""
     return {
         "namespace": state.keys.namespace,
@@ -92,11 +93,11 @@ def read_status(state: "State") -> InstanceStatus:
     }
 
 
-def _process(info: "NodeInfo | GatewayInfo", url: str = "") -> ProcessStatus:
+def _process(info: NodeInfo | GatewayInfo, url: str = "") -> ProcessStatus:
     return {"id": info.id, "host": info.host, "pid": info.pid, "url": url}
 
 
-def _deployment(state: "State", deployed: "Deployed") -> DeploymentStatus:
+def _deployment(state: State, deployed: Deployed) -> DeploymentStatus:
     spec = deployed.spec
     replicas = [_replica(info) for info in state.replicas(spec.name).values()]
     replicas.sort(key=lambda replica: (replica["host"], replica["pid"]))
@@ -116,7 +117,7 @@ def _deployment(state: "State", deployed: "Deployed") -> DeploymentStatus:
     }
 
 
-def _replica(info: "ReplicaInfo") -> ReplicaStatus:
+def _replica(info: ReplicaInfo) -> ReplicaStatus:
     return {
         "tag": info.tag,
         "host": info.host,
@@ -136,19 +137,14 @@ def _slowest(times: list[float | None]) -> float | None:
     return max((value for value in times if value is not None), default=None)
 
 
-def _print_json(state: "State", *, watch: bool) -> None:
-    import json
-
+def _print_json(state: State, *, watch: bool) -> None:
     click.echo(json.dumps(read_status(state), indent=None if watch else 2))
     while watch:
         time.sleep(1)
         click.echo(json.dumps(read_status(state)))
 
 
-def _print_tables(state: "State", *, watch: bool) -> None:
-    from rich.console import Console
-    from rich.live import Live
-
+def _print_tables(state: State, *, watch: bool) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)
@@ -161,13 +157,8 @@ def _print_tables(state: "State", *, watch: bool) -> None:
             live.update(render(read_status(state)), refresh=True)
 
 
-def render(found: InstanceStatus) -> "RenderableType":
+def render(found: InstanceStatus) -> RenderableType:
     """The status as it is shown to people."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for title in ("Deployment", "Route", "State", "Replicas"):
         table.add_column(title, overflow="fold")
@@ -196,9 +187,7 @@ def render(found: InstanceStatus) -> "RenderableType":
     return Group(*lines, table, *errors)
 
 
-def _replica_line(replica: ReplicaStatus) -> "RenderableType":
-    from rich.text import Text
-
+def _replica_line(replica: ReplicaStatus) -> Text:
     line = Text(f"pid {replica['pid']} on {replica['host']}")
     if replica["state"] != "SERVING":
         line.append(f" ({replica['state'].lower()})", style="yellow")
