@@ -1,0 +1,98 @@
+"""A Celery app like ours whose replicas are fakes that follow a JSON file instead of Redis.
+
+The file (`FAKE_REPLICA_STATE`) holds null, or generation, revision, num_replicas, surge and how the fake behaves.
+"""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from qserve.settings import Settings
+from qserve_workers.app import make_app
+
+app = make_app(Settings())
+app.conf.qserve_make_replica = "fake_replica:FakeReplica"
+
+
+class FakeReplica:
+    """Behaves to the pool as `ReplicaProcess` does."""
+
+    def __init__(self, settings: Settings, **birth: Any) -> None:
+        self.birth = birth
+        self.file = Path(os.environ["FAKE_REPLICA_STATE"])
+        self.may_serve = threading.Event()
+        self.draining = threading.Event()
+        self.drained = threading.Event()
+        self.spec: dict[str, Any] = {}
+        self.seen: Any = 0
+
+    def start(self) -> None:
+        if not self.birth["standby"]:
+            self.may_serve.set()
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def serve(self) -> None:
+        self.may_serve.set()
+
+    def drain(self) -> None:
+        self.draining.set()
+
+    def wait_drained(self, timeout: float | None) -> bool:
+        return self.drained.wait(timeout)
+
+    def report(self, event: str, **facts: Any) -> None:
+        pid = os.getpid()
+        line = json.dumps({"pid": pid, "replica": f"replica-{pid}", "event": event, **facts})
+        os.write(self.birth["reports_fd"], line.encode() + b"\n")
+
+    def state(self, state: str) -> None:
+        self.report("state", state=state, generation=self.spec["generation"], revision=self.spec["revision"])
+
+    def follow(self) -> None:
+        found = json.loads(self.file.read_text())
+        if found == self.seen:
+            return
+        self.seen = found
+        if found is None:
+            self.report("deleted")
+            return
+        facts = ("generation", "revision", "num_replicas", "surge", "initialization_timeout", "graceful_timeout")
+        self.report("deployed", **{name: found[name] for name in facts if name in found})
+        if self.spec and found["revision"] == self.spec["revision"]:
+            if found.get("refuse"):
+                self.report("reconfigure_failed", generation=found["generation"], error="cannot reconfigure")
+            else:
+                self.report("applied", generation=found["generation"])
+        elif not self.spec:
+            self.spec = found
+
+    def run(self) -> None:
+        while not self.spec and not self.draining.wait(0.01):
+            self.follow()
+        if self.spec:
+            self.construct()
+        while not self.draining.wait(0.01):
+            self.follow()
+        if self.spec:
+            self.state("DRAINING")
+            while self.spec.get("stuck"):
+                time.sleep(1)
+            time.sleep(self.spec.get("drain_s", 0))
+        self.drained.set()
+
+    def construct(self) -> None:
+        self.state("STARTING")
+        self.draining.wait(min(0.2, 0.05 * self.birth["failures"]))
+        self.draining.wait(self.spec.get("construct_s", 0))
+        if self.spec.get("fail"):
+            facts = {"generation": self.spec["generation"], "revision": self.spec["revision"]}
+            self.report("failed", error="RuntimeError: no such model", **facts)
+            os._exit(0)
+        if not self.may_serve.is_set():
+            self.state("STANDBY")
+        while not self.may_serve.wait(0.01) and not self.draining.is_set():
+            self.follow()
+        self.state("SERVING")

@@ -1,0 +1,269 @@
+"""The parent's side of the replicas: feeds the rollout with what happens, and does what it decides.
+
+Everything runs on Celery's event loop, in the main thread; user code is never imported here.
+"""
+
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+from qserve.messages import Signer
+from qserve.settings import Settings
+from qserve.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, WorkerInfo
+from qserve_workers.announce import Announcer
+from qserve_workers.child import Replica
+from qserve_workers.rollout import Action, Kill, Publish, Resize, Rollout, Serve, Status, Stop
+
+logger = logging.getLogger(__name__)
+
+
+class ReplicaFactory(Protocol):
+    """Makes what a child runs; the keywords are the fields of `qserve_workers.replica.Birth`."""
+
+    def __call__(
+        self,
+        settings: Settings,
+        *,
+        deployment: str,
+        worker: str,
+        node: str,
+        standby: bool,
+        failures: int,
+        reports_fd: int,
+    ) -> Replica: ...
+
+
+class Processes(Protocol):
+    """What the keeper needs of the pool."""
+
+    def resize(self, processes: int) -> None:
+        """Keep that many processes, starting new ones at once."""
+
+    def call_later(self, delay: float, function: Callable[[], None]) -> Any:
+        """Run a function after some seconds; returns something with `cancel()`."""
+
+
+class Keeper:
+    """Owns the rollout of one worker, the pipe its replicas report through, and what the worker announces."""
+
+    def __init__(
+        self,
+        deployment: str,
+        concurrency: int,
+        settings: Settings,
+        processes: Processes,
+        make_replica: ReplicaFactory,
+        *,
+        node: str = "",
+        exact: bool = False,
+    ) -> None:
+        self.deployment = deployment
+        self.id = f"{deployment}-{secrets.token_hex(8)}"
+        self.rollout = Rollout(concurrency, exact=exact)
+        self._settings = settings
+        self._processes = processes
+        self._make_replica = make_replica
+        self._node = node or self.id
+        self._announcer = Announcer(
+            settings.redis_url,
+            settings.keys,
+            Signer(settings.secrets),
+            deployment,
+            self._node,
+            by_hand=not node,
+            call_later=processes.call_later,
+        )
+        self._reader = self._writer = -1
+        self._partial = b""
+        self._timer: Any = None
+        self._acting = self._again = False
+        self._standby = False
+
+    def start(self) -> None:
+        """Open the reports pipe; call before the first fork."""
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        self._announcer.start()
+
+    def stop(self) -> None:
+        """Say goodbye; call when the last replica is gone."""
+        self._announcer.publish(None)
+        self._announcer.stop()
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def fileno(self) -> int:
+        """The end of the reports pipe to watch; call `on_readable` when it is readable."""
+        return self._reader
+
+    # Called by the pool
+
+    def before_birth(self) -> Callable[[], Replica]:
+        """What the process forked next shall run."""
+        self._standby, failures = self.rollout.birth()
+        return partial(
+            self._make_replica,
+            self._settings,
+            deployment=self.deployment,
+            worker=self.id,
+            node=self._node,
+            standby=self._standby,
+            failures=failures,
+            reports_fd=self._writer,
+        )
+
+    def after_birth(self, pid: int) -> None:
+        """A process has been forked."""
+        self.rollout.born(pid, time.monotonic(), standby=self._standby)
+
+    def on_death(self, pid: int, exitcode: int | None) -> None:
+        """A process has ended and been reaped."""
+        self._read()  # what it said last counts
+        how = f"signal {signal.Signals(-exitcode).name}" if exitcode and exitcode < 0 else f"exit code {exitcode}"
+        replica = self.rollout.died(pid, how)
+        if replica is None:
+            return
+        logger.log(
+            logging.INFO if replica.leaving and not exitcode else logging.WARNING,
+            "Deployment %s: replica %s (pid %d) has ended, %s",
+            *(self.deployment, replica.id or "unnamed", pid, how),
+        )
+        if replica.id:
+            self._announcer.bury(replica.id)
+        self.act()
+
+    def on_readable(self, *_args: object) -> None:
+        """Replicas have reported."""
+        self._read()
+        self.act()
+
+    def act(self) -> None:
+        """Do what there is to do now, and come back when the next thing is due."""
+        if self._acting:  # a resize reaps too, and a death comes back here
+            self._again = True
+            return
+        self._acting = self._again = True
+        try:
+            while self._again:
+                self._again = False
+                for action in self.rollout.actions(time.monotonic()):
+                    self._do(action)
+        finally:
+            self._acting = False
+        self._arm()
+
+    def resume(self) -> None:
+        """The event loop is (again) connected to the broker; timers set while it was not are void."""
+        self._announcer.resume()
+        self.act()
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Stop(pid):
+                logger.info("Deployment %s: pid %d is to drain and leave", self.deployment, pid)
+                _signal(pid, signal.SIGTERM)
+            case Serve(pid):
+                _signal(pid, signal.SIGUSR2)
+            case Kill(pid, why):
+                logger.warning("Deployment %s: killing pid %d: %s", self.deployment, pid, why)
+                _signal(pid, signal.SIGKILL)
+            case Resize(processes):
+                self._processes.resize(processes)
+            case Publish(status):
+                self._publish(status)
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self.rollout.next_deadline()
+        if deadline is not None:
+            self._timer = self._processes.call_later(max(0.0, deadline - time.monotonic()), self.act)
+
+    # Called by control commands
+
+    def find(self, which: str) -> int | None:
+        """The pid of one of this worker's replicas, by pid, id or tag."""
+        tags = {info.tag: info.pid for info in self._announcer.describe().values()} if "#" in which else {}
+        for pid, replica in self.rollout.replicas.items():
+            if which in (str(pid), replica.id) or tags.get(which) == pid:
+                return pid
+        return None
+
+    def stop_replica(self, pid: int) -> bool:
+        """Let one replica drain and leave; another takes its place. False if it is leaving already."""
+        stopped = self.rollout.stop(pid, time.monotonic())
+        if stopped:
+            _signal(pid, signal.SIGTERM)
+            self.act()
+        return stopped
+
+    def describe(self) -> list[dict[str, Any]]:
+        """This worker's replicas, for `celery inspect replicas`."""
+        infos = self._announcer.describe()
+        now = time.monotonic()
+        return [
+            {
+                "pid": replica.pid,
+                "replica": replica.id,
+                "tag": infos[replica.id].tag if replica.id in infos else "",
+                "state": "DRAINING" if replica.leaving else replica.state or "WAITING",
+                "generation": replica.applied,
+                "running": replica.running,
+                "handled": replica.handled,
+                "uptime_s": round(now - replica.born_at, 1),
+            }
+            for replica in self.rollout.replicas.values()
+        ]
+
+    def _publish(self, status: Status | None) -> None:
+        if status is None:
+            self._announcer.publish(None)
+            return
+        if status.state != DEPLOYING:
+            logger.log(
+                logging.ERROR if status.state == DEPLOY_FAILED else logging.INFO,
+                "Deployment %s, generation %d: %s, %d of %d replicas ready%s",
+                *(self.deployment, status.generation, status.state, status.ready, status.wanted),
+                "" if status.state == HEALTHY else f": {status.error}",
+            )
+        self._announcer.publish(
+            WorkerInfo(
+                id=self.id,
+                node=self._node,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                generation=status.generation,
+                state=status.state,
+                wanted=status.wanted,
+                ready=status.ready,
+                error=status.error,
+            )
+        )
+
+    def _read(self) -> None:
+        while True:
+            try:
+                chunk = os.read(self._reader, 65_536)
+            except BlockingIOError:
+                return
+            *lines, self._partial = (self._partial + chunk).split(b"\n")
+            for line in lines:
+                try:
+                    self.rollout.report(json.loads(line), time.monotonic())
+                except (ValueError, KeyError, TypeError) as exc:
+                    logger.error("Deployment %s: ignoring an unreadable report %r: %s", self.deployment, line, exc)
+
+
+def _signal(pid: int, signum: signal.Signals) -> None:
+    try:
+        os.kill(pid, signum)
+    except ProcessLookupError:  # it was faster; the pool will hear of its death
+        pass

@@ -1,0 +1,402 @@
+"""What a worker does with its replicas, decided from what they report. Pure: no clock, process, signal or Redis here.
+
+The pool feeds in births, deaths, reports and the time, and carries out the actions that come back. Construct first,
+take over after: a replica of a new revision is constructed while the old ones serve, then as many old ones as it
+replaces are told to leave, and it reads its first call when they are gone. A revision that never comes up removes
+nothing.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qserve.spec import DEPLOY_FAILED, DEPLOYING, DRAINING, HEALTHY, SERVING, STANDBY, STARTING
+
+KILL_MARGIN_S = 2.0
+"""How long after its own grace period a leaving replica is killed."""
+LONGEST_BACKOFF_S = 10.0
+"""The longest a replica waits before it constructs again after failures."""
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Keep this many processes, those on their way out included."""
+
+    processes: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Tell a replica to finish its calls and leave."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Tell a standby replica to read calls: what it replaces has gone."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Kill:
+    """End a process that does not go by itself."""
+
+    pid: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the world is told about this worker; see `qserve.spec.WorkerInfo`."""
+
+    generation: int
+    state: str
+    wanted: int
+    ready: int
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Tell the world; None: there is nothing deployed to tell about."""
+
+    status: Status | None
+
+
+Action = Resize | Stop | Serve | Kill | Publish
+
+
+@dataclass
+class Desired:
+    """The deployment as the newest report has it."""
+
+    generation: int
+    revision: str
+    surge: bool = True
+    initialization_timeout_s: float = 600.0
+    graceful_timeout_s: float = 20.0
+
+
+@dataclass
+class Replica:
+    """One child of the pool."""
+
+    pid: int
+    born_at: float
+    standby: bool
+    id: str = ""
+    state: str = ""
+    revision: str = ""
+    applied: int = 0
+    starting_since: float | None = None
+    leaving_since: float | None = None
+    killed: bool = False
+    predecessors: set[int] | None = None
+    """Pids that must be gone before it reads calls; None: its turn has not come."""
+    told_to_serve: bool = False
+    running: int = 0
+    handled: int = 0
+
+    @property
+    def leaving(self) -> bool:
+        return self.leaving_since is not None
+
+    @property
+    def has_capacity(self) -> bool:
+        """It serves, or will as soon as its predecessors are gone."""
+        return self.state == SERVING or self.predecessors is not None
+
+
+@dataclass
+class Rollout:
+    """The replicas of one worker on their way to what is deployed.
+
+    Args:
+        concurrency: How many replicas there are to be.
+        exact: Follow the deployment's num_replicas instead, once it is known.
+    """
+
+    concurrency: int
+    exact: bool = False
+    replicas: dict[int, Replica] = field(default_factory=dict)
+    desired: Desired | None = None
+    failures: int = 0
+    """Constructors that failed in this generation and since all were up."""
+    error: str = ""
+    gave_up: bool = False
+    _wanted: int = 0
+    _finished: int = 0
+    _came_up: bool = False
+    _refused: bool = False
+    _specs: dict[str, Desired] = field(default_factory=dict)
+    """By revision, for as long as one of its replicas may be alive."""
+    _closing: bool = False
+    _size: int = 0
+    _published: Status | None = None
+
+    def __post_init__(self) -> None:
+        self._wanted = self._size = self.concurrency
+
+    # What happened
+
+    def born(self, pid: int, now: float, *, standby: bool = False) -> None:
+        """The pool has started a process."""
+        self.replicas[pid] = Replica(pid, now, standby)
+
+    def died(self, pid: int, how: str) -> Replica | None:
+        """A process has ended; returns what was known of it."""
+        replica = self.replicas.pop(pid, None)
+        for other in self.replicas.values():
+            if other.predecessors:
+                other.predecessors.discard(pid)
+        if replica is not None and replica.state == STARTING and not replica.leaving:
+            self._count_failure(replica.revision, f"The process ended while it constructed the deployment: {how}.")
+        return replica
+
+    def report(self, report: Mapping[str, Any], now: float) -> None:
+        """A process has reported an event; unknown processes and events are ignored."""
+        replica = self.replicas.get(report.get("pid", 0))
+        if replica is None:
+            return
+        replica.id = report.get("replica") or replica.id
+        match report.get("event"):
+            case "deployed":
+                self._deployed(report)
+            case "deleted":
+                self._deleted()
+            case "state":
+                self._changed_state(replica, report, now)
+            case "failed":
+                replica.leaving_since = replica.leaving_since or now  # it ends by itself
+                self._count_failure(report.get("revision", ""), report.get("error", ""))
+            case "applied":
+                replica.applied = max(replica.applied, report["generation"])
+            case "reconfigure_failed" if self.desired and report["generation"] >= self.desired.generation:
+                self._refused, self.error = True, report.get("error", "")
+            case "stats":
+                replica.running = report.get("running", replica.running)
+                replica.handled = report.get("handled", replica.handled)
+
+    def stop(self, pid: int, now: float) -> bool:
+        """Let one replica leave and be replaced; False if there is no such replica to stop."""
+        replica = self.replicas.get(pid)
+        if replica is None or replica.leaving:
+            return False
+        replica.leaving_since = now
+        return True
+
+    def close(self) -> None:
+        """Let all replicas leave and start none any more."""
+        self._closing = True
+
+    # What to do about it
+
+    def birth(self) -> tuple[bool, int]:
+        """(standby, failures so far) for the next process to start."""
+        surge = self.desired is not None and self.desired.surge
+        return surge and any(r.has_capacity for r in self._old()), self.failures
+
+    def actions(self, now: float) -> list[Action]:
+        """Everything to do now; the caller does it, in this order."""
+        actions: list[Action] = [*self._overdue(now)]
+        if self._closing:
+            leaving = self._live()
+        elif self.desired is not None and not self.desired.surge:
+            leaving = self._stop_first()
+        else:
+            leaving = self._replace()
+        for replica in leaving:
+            replica.leaving_since = now
+            actions.append(Stop(replica.pid))
+        for replica in self._live():
+            if replica.predecessors == set() and not replica.told_to_serve:
+                replica.told_to_serve = True
+                actions.append(Serve(replica.pid))
+        size = self._new_size()
+        if size != self._size:
+            self._size = size
+            actions.append(Resize(size))
+        status = self._status()
+        if status != self._published:
+            self._published = status
+            actions.append(Publish(status))
+        return actions
+
+    def next_deadline(self) -> float | None:
+        """When `actions` must be asked again though nothing is reported."""
+        return min((at for at, _, _ in self._deadlines()), default=None)
+
+    # Events, one by one
+
+    def _deployed(self, report: Mapping[str, Any]) -> None:
+        generation = report["generation"]
+        if self.desired is not None and generation <= self.desired.generation:
+            return
+        if self.desired is None or self.desired.revision != report["revision"]:
+            self._came_up = any(r.revision == report["revision"] and r.has_capacity for r in self._live())
+        self.desired = Desired(
+            generation,
+            report["revision"],
+            report.get("surge", True),
+            report.get("initialization_timeout", 600.0),
+            report.get("graceful_timeout", 20.0),
+        )
+        alive = {r.revision for r in self.replicas.values()}
+        self._specs = {revision: spec for revision, spec in self._specs.items() if revision in alive}
+        self._specs[self.desired.revision] = self.desired
+        self.failures, self.error, self.gave_up, self._refused = 0, "", False, False
+        self._wanted = max(1, report.get("num_replicas", 1)) if self.exact else self.concurrency
+
+    def _deleted(self) -> None:
+        self.desired = None
+        self.failures, self.error, self.gave_up, self._refused, self._finished = 0, "", False, False, 0
+
+    def _changed_state(self, replica: Replica, report: Mapping[str, Any], now: float) -> None:
+        replica.state = report["state"]
+        replica.revision = report.get("revision") or replica.revision
+        if replica.state == STARTING:
+            replica.starting_since = now
+            return
+        replica.starting_since = None
+        if replica.state == DRAINING:
+            replica.leaving_since = replica.leaving_since or now
+        elif replica.state in (STANDBY, SERVING):
+            replica.applied = max(replica.applied, report.get("generation", 0))
+            if self.desired and replica.revision == self.desired.revision:
+                self._came_up, self.gave_up = True, False
+
+    def _count_failure(self, revision: str, error: str) -> None:
+        if self.desired is None or revision not in ("", self.desired.revision):
+            return
+        self.failures += 1
+        self.error = error
+        if not self._came_up and self.failures >= min(100, 3 * self._wanted):
+            self.gave_up = True
+
+    # Who is who
+
+    def _live(self) -> list[Replica]:
+        return [r for r in self.replicas.values() if not r.leaving]
+
+    def _fresh(self) -> list[Replica]:
+        """Replicas of the newest revision, or without one yet: they will take the newest."""
+        return [r for r in self._live() if self._is_fresh(r)]
+
+    def _old(self) -> list[Replica]:
+        return [r for r in self._live() if not self._is_fresh(r)]
+
+    def _is_fresh(self, replica: Replica) -> bool:
+        return not replica.revision or (self.desired is not None and replica.revision == self.desired.revision)
+
+    @property
+    def _batch(self) -> int:
+        return max(1, self._wanted // 5)
+
+    # Who goes
+
+    def _replace(self) -> list[Replica]:
+        """Whom to stop when new replicas are constructed first; pairs each new one with those it replaces."""
+        fresh, old = self._fresh(), self._old()
+        if self.desired is None:
+            return old
+        leaving = [r for r in old if not r.has_capacity]
+        serving_old = [r for r in old if r.has_capacity]
+        covered = sum(r.has_capacity for r in fresh)
+        for replica in fresh:
+            if replica.state == STANDBY and replica.predecessors is None:
+                covered += 1
+                keep = max(0, self._wanted - covered)
+                gone, serving_old = serving_old[: len(serving_old) - keep], serving_old[-keep:] if keep else []
+                leaving += gone
+                # Those stopped earlier for a replacement that died before its turn still have to go first.
+                replica.predecessors = {r.pid for r in gone} | self._orphaned()
+        if covered:
+            surplus = len(serving_old) - max(0, self._wanted - covered)
+            leaving += serving_old[: max(0, surplus)]
+        return leaving + self._excess(fresh)
+
+    def _orphaned(self) -> set[int]:
+        claimed = set().union(*(r.predecessors or () for r in self._live()))
+        return {r.pid for r in self.replicas.values() if r.leaving and not self._is_fresh(r)} - claimed
+
+    def _stop_first(self) -> list[Replica]:
+        """Whom to stop when there is no room for old and new at once."""
+        fresh, old = self._fresh(), self._old()
+        leaving = [r for r in old if not r.has_capacity]
+        serving_old = [r for r in old if r.has_capacity]
+        if not self.gave_up:
+            changing = sum(r.leaving for r in self.replicas.values()) + sum(not r.has_capacity for r in fresh)
+            leaving += serving_old[: max(0, self._batch - changing, len(serving_old) - self._wanted)]
+        for replica in fresh:  # constructed as standby under an earlier, surging generation
+            if replica.state == STANDBY and replica.predecessors is None:
+                replica.predecessors = self._orphaned()
+        return leaving + self._excess(fresh)
+
+    def _excess(self, fresh: list[Replica]) -> list[Replica]:
+        """Replicas of the newest revision beyond the wanted number: those not serving first, then the youngest."""
+        too_many = max(0, len(fresh) - self._wanted)
+        return sorted(fresh, key=lambda r: (r.state == SERVING, -r.born_at))[:too_many]
+
+    def _new_size(self) -> int:
+        leaving = sum(r.leaving for r in self.replicas.values())
+        if self._closing:
+            return leaving
+        fresh, old = len(self._fresh()), len(self._old())
+        if self.desired is not None and not self.desired.surge and not self.gave_up:
+            return max(leaving + old + fresh, self._wanted)
+        return leaving + old + max(fresh, self._fresh_wanted())
+
+    def _fresh_wanted(self) -> int:
+        if self.desired is None:
+            # One process waits for a new deploy; before the first, as many as it will probably be.
+            return 1 if self._specs else self._wanted
+        capacity = sum(r.has_capacity for r in self._old())
+        if self.gave_up:
+            return int(capacity < self._wanted)
+        if capacity:
+            up = sum(r.state == SERVING for r in self._fresh())
+            return min(self._wanted, up + self._batch)
+        return self._wanted
+
+    # Deadlines and status
+
+    def _deadlines(self) -> Iterable[tuple[float, int, str]]:
+        for replica in self.replicas.values():
+            if replica.killed:
+                continue
+            spec = self._specs.get(replica.revision) or self.desired or Desired(0, "")
+            if replica.leaving_since is not None:
+                limit = spec.graceful_timeout_s + KILL_MARGIN_S
+                yield replica.leaving_since + limit, replica.pid, f"it had not left {limit:g} s after it was told to"
+            elif replica.starting_since is not None and self._is_fresh(replica):
+                limit = spec.initialization_timeout_s
+                backoff = LONGEST_BACKOFF_S if self.failures else 0.0
+                yield replica.starting_since + limit + backoff, replica.pid, f"its constructor took over {limit:g} s"
+
+    def _overdue(self, now: float) -> list[Action]:
+        kills: list[Action] = []
+        for at, pid, why in list(self._deadlines()):
+            if at <= now:
+                replica = self.replicas[pid]
+                replica.killed = True
+                if not replica.leaving:
+                    replica.leaving_since = now
+                    self._count_failure(replica.revision, f"The replica was killed: {why}.")
+                kills.append(Kill(pid, why))
+        return kills
+
+    def _status(self) -> Status | None:
+        if self.desired is None:
+            return None
+        generation = self.desired.generation
+        ready = sum(r.state == SERVING and r.applied >= generation for r in self._fresh())
+        state = DEPLOYING
+        if self.gave_up or self._refused:
+            state = DEPLOY_FAILED
+        elif ready >= self._wanted and ready == len(self.replicas):
+            state, self.failures, self.error = HEALTHY, 0, ""
+        if state != DEPLOYING:
+            self._finished = generation
+        return Status(self._finished, state, self._wanted, ready, self.error)

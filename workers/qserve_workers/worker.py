@@ -1,0 +1,120 @@
+"""Celery's worker and consumer, told that `-Q` names a deployment and `--concurrency` counts its replicas."""
+
+import logging
+import os
+import re
+from typing import Any
+
+import click
+from celery import bootsteps
+from celery.apps import worker as celery_worker
+from celery.worker import components, consumer
+from celery.worker.state import maybe_shutdown
+from kombu.utils.imports import symbol_by_name
+
+from qserve.settings import Settings
+from qserve_workers.app import QUEUE
+from qserve_workers.child import Replica
+from qserve_workers.pool import ReplicaPool
+from qserve_workers.keeper import Keeper
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}")
+
+
+class Worker(celery_worker.Worker):  # type: ignore[misc]
+    """A Celery worker that serves one deployment."""
+
+    def __init__(self, app: Any = None, hostname: str | None = None, **options: Any) -> None:
+        self.deployment = _one_deployment(options.get("queues"))
+        self.settings = Settings()
+        if options.get("autoscale"):
+            raise click.UsageError("--autoscale counts Celery tasks, which replicas do not take; deploy num_replicas=.")
+        if _is_default("loglevel"):
+            options["loglevel"] = self.settings.log_level.upper()
+        if hostname is None or _is_default("hostname"):  # else two workers on one host would share a name
+            hostname = f"{self.deployment}-{os.getpid()}@{os.uname().nodename}"
+        chatty = bool(options.get("task_events"))
+        options.update(without_gossip=True, without_mingle=True, without_heartbeat=not chatty)
+        super().__init__(app=app, hostname=hostname, **options)
+
+    def setup_queues(self, include: Any, exclude: Any = None) -> None:
+        """Read Celery's own queue, whatever -Q says: the deployment's calls are no Celery messages."""
+        super().setup_queues([QUEUE], exclude)
+
+    def on_init_blueprint(self) -> None:
+        """Refuse pools whose children are not processes."""
+        super().on_init_blueprint()
+        if not issubclass(self.pool_cls, ReplicaPool):
+            raise click.UsageError("Replicas are processes of the prefork pool; leave out --pool.")
+
+    def emit_banner(self) -> None:
+        """One line instead of Celery's banner."""
+        logger.info(
+            "Worker %s: deployment %s, %d replica(s), Redis %s",
+            *(self.hostname, self.deployment, self.concurrency, self.app.connection().as_uri()),
+        )
+
+
+class Consumer(consumer.Consumer):  # type: ignore[misc]
+    """Celery's consumer, which looks after the replicas also while the broker is away."""
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Connect, however long it takes, with short pauses."""
+
+        def on_error(exc: Exception, interval: float) -> None:
+            logger.error("Cannot reach Redis at %s: %s. Next try in %g s.", conn.as_uri(), exc, interval)
+
+        def meanwhile() -> None:
+            maybe_shutdown()
+            self.pool.maintain_pool()
+
+        conn.ensure_connection(
+            on_error, None, interval_start=0.1, interval_step=0.4, interval_max=2.0, callback=meanwhile
+        )
+        self.first_connection_attempt = False
+        return conn
+
+
+class Replicas(bootsteps.Step):  # type: ignore[misc]
+    """Gives the pool its keeper, before the first child is forked."""
+
+    requires = (components.Pool,)
+
+    def include(self, parent: Worker) -> None:
+        """Called once, when all steps have been created and none has started."""
+        parent.pool.hub = parent.hub
+        parent.pool.keeper = Keeper(
+            parent.deployment,
+            parent.concurrency,
+            parent.settings,
+            parent.pool,
+            symbol_by_name(parent.app.conf.qserve_make_replica),
+            node=os.environ.get("QSERVE_NODE", ""),
+            exact=os.environ.get("QSERVE_REPLICAS_EXACT") == "1",
+        )
+
+
+def make_replica(settings: Settings, **birth: Any) -> Replica:
+    """A replica process, which has not started."""
+    return ReplicaProcess(Birth(**birth), settings)
+
+
+def _one_deployment(queues: Any) -> str:
+    names = [queues] if isinstance(queues, str) else list(queues or ())
+    if len(names) == 1 and _NAME.fullmatch(names[0]):
+        return str(names[0])
+    if len(names) == 1:
+        raise click.UsageError(f"{names[0]!r} is not a deployment name: 1 to 63 of the characters A-Z a-z 0-9 _ . -")
+    found = f"-Q names {len(names)}: {', '.join(names)}" if names else "-Q names none"
+    raise click.UsageError(
+        f"A worker serves one deployment, and {found}. Give one, as in `celery -A qserve_workers worker -Q Echo "
+        "--concurrency 2`, or run `qserve start`, which keeps a worker for every deployment."
+    )
+
+
+def _is_default(option: str) -> bool:
+    context = click.get_current_context(silent=True)
+    source = context.get_parameter_source(option) if context is not None else None
+    return source is click.core.ParameterSource.DEFAULT
