@@ -27,6 +27,7 @@ from qserve.errors import (
     GetTimeoutError,
     QServeError,
 )
+from qserve.link import BLOCK_MS, Link
 from qserve.messages import (
     CONTROL,
     Blob,
@@ -47,13 +48,9 @@ logger = logging.getLogger(__name__)
 Outcome = Reply | QServeError
 """What becomes of a call: the replica's reply, or the reason why there is none."""
 
-_BLOCK_MS = 1000
-_READ_TIMEOUT_S = 3 * _BLOCK_MS / 1000
 _FRAMES_PER_READ = 512
 _TRIM_EVERY = 2048
 _TRIM_INTERVAL_S = 1.0
-_PATIENCE_S = 1.0
-"""How long a call waits for a lost broker before it is refused."""
 _PAYLOAD_GRACE_MS = 60_000
 
 
@@ -109,11 +106,8 @@ class Client:
         self._queues: dict[str, CallQueue] = {}
         self._submitted: deque[Callable[[], None]] = deque()
         self._wake_scheduled = False
-        self._writer: Connection | None = None
-        self._reader: Connection | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._lost = asyncio.Event()
-        self._last_read = 0.0
+        self._link: Link
+        self._keeper: asyncio.Task[None] | None = None
 
     # Life cycle
 
@@ -125,28 +119,29 @@ class Client:
         """
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        await self._connect()
-        self._tasks = [asyncio.create_task(self._keep_connected()), asyncio.create_task(self._keep_alive())]
+        self._link = Link(self.settings.redis_url, self._link_up, self._refuse_waiting)
+        await self._link.start()
+        self._keeper = asyncio.create_task(self._keep_alive())
 
     async def stop(self) -> None:
         """Close the inbox; calls still pending end as cancelled."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
         for pending in list(self._pending.values()):
             self._finish(pending, CallCancelled("the client was stopped before the call ended"))
-        if self._writer is not None:
-            self._inbox.discard(self._writer)
-            self._writer.flush()
+        if self._link.sender is not None:
+            self._inbox.discard(self._link.sender)
+            self._link.sender.flush()
             with contextlib.suppress(BrokerUnavailable, TimeoutError):
                 async with asyncio.timeout(1):
-                    await self._writer.call("PING")
-        self._disconnect()
+                    await self._link.sender.call("PING")
+        await self._link.stop()
 
     @property
     def writer(self) -> Connection | None:
         """The connection for commands, None while there is none."""
-        return self._writer
+        return self._link.sender
 
     @property
     def pending(self) -> int:
@@ -159,8 +154,7 @@ class Client:
 
     def descriptors(self) -> list[int]:
         """File descriptors of the open connections, for whoever must close them after a fork."""
-        connections = [c for c in (self._writer, self._reader) if c is not None]
-        return [descriptor for c in connections if (descriptor := c.descriptor()) is not None]
+        return self._link.descriptors()
 
     # Calling
 
@@ -202,7 +196,7 @@ class Client:
         if not self._batches:
             self._loop.call_soon(self._flush)
         self._batches[pending.deployment] = [pending]
-        if self._writer is not None and self._writer.is_idle:
+        if self._link.sender is not None and self._link.sender.is_idle:
             self._flush()  # nobody to wait for: the tick's other calls follow in their own batch
 
     def submit(self, pending: PendingCall) -> None:
@@ -241,9 +235,9 @@ class Client:
             submitted.popleft()()
 
     def _flush(self) -> None:
-        if not self._batches or self._writer is None:
+        if not self._batches or self._link.sender is None:
             return  # while the broker is lost, `_refuse_waiting` ends the wait
-        writer = self._writer
+        writer = self._link.sender
         batches, self._batches = self._batches, {}
         for deployment, batch in batches.items():
             queue = self._queues.get(deployment)
@@ -314,11 +308,11 @@ class Client:
             f"the call to {pending.deployment!r} did not end before its deadline; it was withdrawn"
         )
         with contextlib.suppress(BrokerUnavailable, TimeoutError):
-            if self._writer is not None:
+            if self._link.sender is not None:
                 async with asyncio.timeout(0.5):
                     meta = self._keys.meta(pending.deployment)
                     seen, now = await asyncio.gather(
-                        self._writer.call("HGET", meta, "last_seen"), self._writer.call("TIME")
+                        self._link.sender.call("HGET", meta, "last_seen"), self._link.sender.call("TIME")
                     )
                 age = int(now[0]) - int(seen or 0)
                 if age > self.settings.dead_after_s:
@@ -327,26 +321,25 @@ class Client:
         self._finish(pending, outcome)
 
     def _withdraw_entry(self, pending: PendingCall) -> None:
-        if pending.entry is None or self._writer is None:
+        if pending.entry is None or self._link.sender is None:
             return
         queue = self._queues[pending.deployment]
-        queue.cancel(self._writer, pending.entry, partial(self._withdrawn, pending))
+        queue.cancel(self._link.sender, pending.entry, partial(self._withdrawn, pending))
 
     def _withdrawn(self, pending: PendingCall, answer: Answer) -> None:
-        if isinstance(answer, bytes) and self._writer is not None and pending.entry is not None:
+        if isinstance(answer, bytes) and self._link.sender is not None and pending.entry is not None:
             control = Control("cancel", pending.entry.decode())
-            send_control(self._writer, self._keys, self.signer, answer.decode(), control, pending.id)
+            send_control(self._link.sender, self._keys, self.signer, answer.decode(), control, pending.id)
 
     def _received(self, answer: Answer) -> None:
         if isinstance(answer, Exception):
-            if self._reader is not None and isinstance(answer, hiredis.ReplyError):
+            if isinstance(answer, hiredis.ReplyError):
                 logger.warning("reading replies failed: %s", answer)
-                self._on_lost()
+                self._link.lose()
             return
-        self._last_read = time.monotonic()
+        self._link.heard()
         frames = self._inbox.frames(answer)
-        if self._reader is not None:
-            self._read()
+        self._read()
         for frame in frames:
             try:
                 reply = decode_reply(self.signer.open(frame))
@@ -356,8 +349,8 @@ class Client:
                 self._reject(exc)
                 continue
             self._dispatch(reply)
-        if self._inbox.untrimmed >= _TRIM_EVERY and self._writer is not None:
-            self._inbox.trim(self._writer)
+        if self._inbox.untrimmed >= _TRIM_EVERY and self._link.sender is not None:
+            self._inbox.trim(self._link.sender)
 
     def _dispatch(self, reply: Reply) -> None:
         if reply.kind == CONTROL:
@@ -376,8 +369,8 @@ class Client:
         key = self._keys.payload(f"{reply.id}:r")
         outcome: Outcome = BrokerUnavailable("the result is gone from Redis")
         try:
-            assert self._writer is not None
-            sealed = await self._writer.call("GETDEL", key)
+            assert self._link.sender is not None
+            sealed = await self._link.sender.call("GETDEL", key)
             if sealed is not None:
                 blob = decode_blob(self.signer.open(sealed))
                 if blob.id == reply.id:
@@ -388,54 +381,22 @@ class Client:
 
     def _reject(self, exc: Exception) -> None:
         logger.warning("dropped a frame in the inbox: %s", exc)
-        if self._writer is not None:
-            self._writer.send(_ignore, "HINCRBY", self._keys.counters, "rejected_frames", 1)
+        if self._link.sender is not None:
+            self._link.sender.send(_ignore, "HINCRBY", self._keys.counters, "rejected_frames", 1)
 
-    # Connections
+    # The link to Redis
 
-    async def _connect(self) -> None:
-        writer = await Connection.open(self.settings.redis_url, self._on_lost)
-        try:
-            await self._inbox.open(writer)
-            reader = await Connection.open(self.settings.redis_url, self._on_lost)
-        except BaseException:
-            writer.close()
-            raise
-        self._writer, self._reader = writer, reader
-        self._last_read = time.monotonic()
+    async def _link_up(self) -> None:
+        assert self._link.sender is not None
+        await self._inbox.open(self._link.sender)
         self._read()
         self._flush()
+        if self._link.losses:
+            asyncio.ensure_future(self._reconcile()).add_done_callback(_log_failure)
 
     def _read(self) -> None:
-        assert self._reader is not None
-        self._inbox.read(self._reader, self._received, block_ms=_BLOCK_MS, most=_FRAMES_PER_READ)
-
-    def _on_lost(self) -> None:
-        self._disconnect()
-        self._lost.set()
-
-    def _disconnect(self) -> None:
-        for connection in (self._writer, self._reader):
-            if connection is not None:
-                connection.close()
-        self._writer = self._reader = None
-
-    async def _keep_connected(self) -> None:
-        while True:
-            await self._lost.wait()
-            self._lost.clear()
-            logger.warning("lost the connection to Redis; reconnecting")
-            lost_at, delay = time.monotonic(), 0.05
-            while self._writer is None:
-                try:
-                    await self._connect()
-                except QServeError:
-                    if time.monotonic() - lost_at > _PATIENCE_S:
-                        self._refuse_waiting()
-                    await asyncio.sleep(random.uniform(0, delay))  # noqa: S311
-                    delay = min(delay * 2, 2.0)
-            logger.info("connected to Redis again")
-            await self._reconcile()
+        if self._link.waiter is not None:
+            self._inbox.read(self._link.waiter, self._received, block_ms=BLOCK_MS, most=_FRAMES_PER_READ)
 
     def _refuse_waiting(self) -> None:
         batches, self._batches = self._batches, {}
@@ -446,11 +407,11 @@ class Client:
         """Find calls that Redis has lost: neither queued nor answered any more."""
         await asyncio.sleep(0.5)
         admitted = [call for call in self._pending.values() if call.entry is not None]
-        if self._writer is None or not admitted:
+        if self._link.sender is None or not admitted:
             return
         with contextlib.suppress(BrokerUnavailable):
             found = await asyncio.gather(
-                *(self._writer.call("XRANGE", self._keys.calls(c.deployment), c.entry, c.entry) for c in admitted)
+                *(self._link.sender.call("XRANGE", self._keys.calls(c.deployment), c.entry, c.entry) for c in admitted)
             )
             await asyncio.sleep(0.5)
             for call, entry in zip(admitted, found, strict=True):
@@ -463,16 +424,16 @@ class Client:
         next_word = 0.0
         while True:
             await asyncio.sleep(_TRIM_INTERVAL_S)
-            if self._writer is None:
+            if self._link.sender is None:
                 continue
             now = time.monotonic()
             if now >= next_word:
-                self._inbox.say_alive(self._writer)
+                self._inbox.say_alive(self._link.sender)
                 next_word = now + ALIVE_TTL_MS / 3000
-            self._inbox.trim(self._writer)
-            if now - self._last_read > _READ_TIMEOUT_S:
-                logger.warning("no answer from Redis for %.0f s", now - self._last_read)
-                self._on_lost()
+            self._inbox.trim(self._link.sender)
+            if self._link.is_silent():
+                logger.warning("Redis has fallen silent")
+                self._link.lose()
 
 
 def _ignore(_answer: Answer) -> None:

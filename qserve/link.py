@@ -1,0 +1,119 @@
+"""A pair of connections to Redis that comes back by itself: one to send on, one to wait on."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+from redis.exceptions import RedisError
+
+from qserve.connection import Connection
+from qserve.errors import BrokerUnavailable, QServeError
+
+logger = logging.getLogger(__name__)
+
+BLOCK_MS = 1000
+"""How long a blocking read waits; short, so that no half-open connection is believed in for long."""
+_SILENCE_S = 3 * BLOCK_MS / 1000
+_LONGEST_DELAY_S = 2.0
+PATIENCE_S = 1.0
+"""How long work waits for a lost broker before it is refused."""
+
+
+class Link:
+    """Two connections that live and die together; a lost pair is replaced with full jitter between 0 and 2 s.
+
+    Args:
+        url: Redis URL.
+        on_up: Awaited with every new pair, before it is used; `sender` and `waiter` are set.
+        on_long_loss: Called at every failed attempt once the loss has lasted PATIENCE_S.
+    """
+
+    def __init__(
+        self, url: str, on_up: Callable[[], Awaitable[None]], on_long_loss: Callable[[], None] = lambda: None
+    ) -> None:
+        self._url = url
+        self._on_up = on_up
+        self._on_long_loss = on_long_loss
+        self._lost = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self.sender: Connection | None = None
+        self.waiter: Connection | None = None
+        self.losses = 0
+        self._heard_at = 0.0
+
+    async def start(self) -> None:
+        """Connect.
+
+        Raises:
+            BrokerUnavailable, ConfigurationError: Redis cannot be used from here.
+        """
+        await self._connect()
+        self._keeper = asyncio.create_task(self._keep_connected())
+
+    async def stop(self) -> None:
+        """Disconnect; unanswered commands fail."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        self._disconnect()
+
+    def heard(self) -> None:
+        """The waiter has answered; without this for three blocking reads the pair counts as lost."""
+        self._heard_at = time.monotonic()
+
+    def is_silent(self) -> bool:
+        """Whether the waiter has not answered for too long, as a half-open connection does."""
+        return self.waiter is not None and time.monotonic() - self._heard_at > _SILENCE_S
+
+    def lose(self) -> None:
+        """Give up this pair and make another."""
+        self._disconnect()
+        self.losses += 1
+        self._lost.set()
+
+    def descriptors(self) -> list[int]:
+        """File descriptors of the open connections, for whoever must close them after a fork."""
+        connections = [c for c in (self.sender, self.waiter) if c is not None]
+        return [descriptor for c in connections if (descriptor := c.descriptor()) is not None]
+
+    async def _connect(self) -> None:
+        sender = await Connection.open(self._url, self.lose)
+        try:
+            waiter = await Connection.open(self._url, self.lose)
+        except BaseException:
+            sender.close()
+            raise
+        self.sender, self.waiter = sender, waiter
+        self.heard()
+        try:
+            await self._on_up()
+        except RedisError as exc:
+            self._disconnect()
+            raise BrokerUnavailable(f"Redis refuses to work: {exc}") from exc
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def _disconnect(self) -> None:
+        for connection in (self.sender, self.waiter):
+            if connection is not None:
+                connection.close()
+        self.sender = self.waiter = None
+
+    async def _keep_connected(self) -> None:
+        while True:
+            await self._lost.wait()
+            self._lost.clear()
+            logger.warning("lost the connection to Redis; reconnecting")
+            lost_at, delay = time.monotonic(), 0.05
+            while self.sender is None:
+                try:
+                    await self._connect()
+                except QServeError:
+                    if time.monotonic() - lost_at > PATIENCE_S:
+                        self._on_long_loss()
+                    await asyncio.sleep(random.uniform(0, delay))  # noqa: S311
+                    delay = min(delay * 2, _LONGEST_DELAY_S)
+            logger.info("connected to Redis again")

@@ -1,0 +1,37 @@
+"""Redis' clock, estimated without trusting this host's wall clock."""
+
+import time
+
+from qserve.connection import Connection
+
+_JUMP_MS = 1000.0
+SAMPLE_EVERY_S = 10.0
+
+
+class RedisClock:
+    """How old an entry is, by Redis' own clock.
+
+    When that clock jumps, entries from before the jump have no age any more: they are never called expired, and the
+    caller's own timer decides.
+    """
+
+    def __init__(self) -> None:
+        self._offset_ms: float | None = None
+        self._trusted_from_ms = 0.0
+
+    async def sample(self, connection: Connection) -> None:
+        """Compare with Redis once."""
+        before = time.monotonic()
+        seconds, microseconds = await connection.call("TIME")
+        after = time.monotonic()
+        redis_ms = int(seconds) * 1000 + int(microseconds) / 1000
+        offset_ms = redis_ms - (before + after) / 2 * 1000
+        if self._offset_ms is not None and abs(offset_ms - self._offset_ms) > _JUMP_MS + (after - before) * 1000:
+            self._trusted_from_ms = redis_ms
+        self._offset_ms = offset_ms
+
+    def age_ms(self, entry_time_ms: int) -> float:
+        """Milliseconds since an entry was put; 0 where that cannot be known."""
+        if self._offset_ms is None or entry_time_ms < self._trusted_from_ms:
+            return 0.0
+        return time.monotonic() * 1000 + self._offset_ms - entry_time_ms

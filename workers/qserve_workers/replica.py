@@ -1,0 +1,414 @@
+"""One replica of one deployment: a process' worth of user code between the queue and its callers."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+import redis.asyncio
+
+from qserve.client import Client
+from qserve.errors import BrokerUnavailable, QServeError
+from qserve.handle import codec_of
+from qserve.loading import load_target
+from qserve.messages import Control, encode
+from qserve.process import new_event_loop, set_current_client
+from qserve.queues import LEFT, call_neighbours
+from qserve.settings import Settings
+from qserve.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed, ReplicaInfo
+from qserve.state import connect_asyncio, decode_deployed, follow
+from qserve_workers.consumer import Consumer
+from qserve_workers.heartbeat import Heartbeat
+from qserve_workers.takeover import Takeover
+from qserve_workers.usercode import UserCode
+
+logger = logging.getLogger(__name__)
+
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.1, 10.0
+_LONGEST_ERROR = 3000
+_QUICK_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Birth:
+    """What the parent tells a replica when it forks it.
+
+    Attributes:
+        worker, node: Ids of the Celery worker and of the node it belongs to.
+        standby: Construct, then wait for `ReplicaProcess.serve` before taking calls.
+        failures: Constructor failures so far; the replica waits accordingly before it tries.
+        reports_fd: Pipe for reports to the parent, one JSON line each.
+    """
+
+    deployment: str
+    worker: str
+    node: str
+    standby: bool
+    failures: int
+    reports_fd: int
+
+
+class ReplicaProcess:
+    """The replica of this process, on a thread with an event loop of its own."""
+
+    def __init__(self, birth: Birth, settings: Settings) -> None:
+        self._birth = birth
+        self._settings = settings
+        self._drained = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="qserve-replica", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._replica: Replica | None = None
+        self._ready = threading.Event()
+
+    def start(self) -> None:
+        """Start the replica's thread and return at once."""
+        self._thread.start()
+
+    def serve(self) -> None:
+        """Let a standby replica take calls. From any thread."""
+        self._tell(lambda replica: replica.may_serve.set())
+
+    def drain(self) -> None:
+        """Finish the calls in hand, hand back the rest, and end. From any thread; again without effect."""
+        self._tell(lambda replica: replica.shall_leave.set())
+
+    def wait_drained(self, timeout: float | None) -> bool:
+        """Whether the replica has ended within `timeout` seconds."""
+        return self._drained.wait(timeout)
+
+    def _tell(self, action: Any) -> None:
+        self._ready.wait()
+        if self._loop is not None and self._replica is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: there is nothing left to tell
+                self._loop.call_soon_threadsafe(action, self._replica)
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
+                runner.run(self._main())
+        except Exception:
+            logger.exception("the replica of %s failed", self._birth.deployment)
+        finally:
+            self._ready.set()
+            self._drained.set()
+            # Ends the main thread, and with it the process, where nobody asked for it; a drained replica has nothing
+            # left to do for whoever did.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._replica = Replica(self._birth, self._settings)
+        self._ready.set()
+        await self._replica.live()
+
+
+class Replica:
+    """The life of a replica: wait for a deployment, construct, serve, follow changes, leave."""
+
+    def __init__(self, birth: Birth, settings: Settings) -> None:
+        self.may_serve = asyncio.Event()
+        self.shall_leave = asyncio.Event()
+        self._birth = birth
+        self._name = birth.deployment
+        self._settings = settings
+        self._keys = settings.keys
+        self._client = Client(settings)
+        self._id = self._client.id
+        self._tag = f"{self._name}#{secrets.token_hex(4)}"
+        self._codec = codec_of(self._client)
+        self._redis = connect_asyncio(settings.redis_url)
+        self._started_at = time.time()
+        self._deployed: Deployed | None = None
+        self._state = ""
+        self._published: ReplicaInfo | None = None
+        self._changed = asyncio.Event()
+        self._code: UserCode
+        self._consumer: Consumer
+        self._takeover: Takeover
+        self._heartbeat: Heartbeat
+        if not birth.standby:
+            self.may_serve.set()
+
+    async def live(self) -> None:
+        """From birth to the end."""
+        follower = asyncio.create_task(self._follow())
+        try:
+            deployed = await self._until_deployed()
+            if deployed is None:
+                return
+            await self._backoff()
+            if self.shall_leave.is_set():
+                return
+            await self._serve(await self._read_state() or deployed)
+        finally:
+            follower.cancel()
+            await asyncio.gather(follower, return_exceptions=True)
+            await self._redis.aclose()
+
+    # Finding out what to run
+
+    async def _follow(self) -> None:
+        async for change in follow(self._settings.redis_url, self._keys):
+            if change.name in ("", self._name):
+                self._changed.set()
+
+    async def _until_deployed(self) -> Deployed | None:
+        """The deployment, as soon as there is one; None when told to leave first."""
+        while not self.shall_leave.is_set():
+            self._changed.clear()
+            deployed = await self._read_state()
+            if deployed is not None:
+                self._report_deployed(deployed)
+                return deployed
+            await self._first_of(self._changed, self.shall_leave, timeout=5.0)
+        return None
+
+    async def _read_state(self) -> Deployed | None:
+        """The desired state; None when there is none, or Redis is away."""
+        fields = ("gen", "spec", "state", "error", "log_id")
+        try:
+            meta: Any = await self._redis.hmget(self._keys.meta(self._name), list(fields))
+        except redis.RedisError as exc:
+            raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
+        return decode_deployed(self._client.signer, meta)
+
+    async def _backoff(self) -> None:
+        if self._birth.failures:
+            delay = min(_FIRST_BACKOFF_S * 2 ** (self._birth.failures - 1), _LONGEST_BACKOFF_S)
+            await self._first_of(self.shall_leave, timeout=delay)
+
+    # Serving
+
+    async def _serve(self, deployed: Deployed) -> None:
+        self._deployed = deployed
+        await self._client.start()
+        self._client.on_control = self._on_control
+        set_current_client(self._client)
+        self._consumer = Consumer(
+            self._settings, self._client.signer, self._codec, deployed.spec, self._id
+        )
+        await self._consumer.connect()
+        self._takeover = Takeover(
+            self._settings,
+            self._consumer.queue,
+            self._id,
+            lambda: self._consumer.link.sender,
+            self._consumer.take_over,
+        )
+        self._heartbeat = Heartbeat(
+            self._settings,
+            self._name,
+            self._id,
+            entries=lambda: self._consumer.entries,
+            on_lost=self._consumer.lost,
+            on_tick=self._tick,
+        )
+        self._heartbeat.start()
+        self._takeover.start()
+        self._enter(STARTING)
+        try:
+            if await self._construct(deployed):
+                await self._take_calls()
+        finally:
+            await self._leave()
+
+    async def _construct(self, deployed: Deployed) -> bool:
+        spec = deployed.spec
+        try:
+            # Importing may take long and must not stop the loop.
+            target = await asyncio.to_thread(load_target, spec.target)
+            self._code = UserCode(spec, target, self._tag, self._codec)
+            await self._code.construct()
+        except Exception as exc:
+            logger.exception("Exception in deployment %r: replica %s could not be constructed", spec.name, self._tag)
+            text = str(exc) if isinstance(exc, QServeError) else "".join(traceback.format_exception(exc))
+            self._report("failed", generation=deployed.generation, revision=spec.revision, error=text)
+            return False
+        return True
+
+    async def _take_calls(self) -> None:
+        if not self.may_serve.is_set():
+            self._enter(STANDBY)
+            await self._first_of(self.may_serve, self.shall_leave)
+        if self.shall_leave.is_set():
+            return
+        self._takeover.unsafe_only = False
+        self._takeover.sweep()
+        self._consumer.start(self._code)
+        self._heartbeat.serve()
+        self._enter(SERVING)
+        while not self.shall_leave.is_set():
+            await self._first_of(self._changed, self.shall_leave)
+            if self._changed.is_set():
+                self._changed.clear()
+                await self._follow_change()
+
+    async def _follow_change(self) -> None:
+        try:
+            deployed = await self._read_state()
+        except BrokerUnavailable:
+            return  # the follower brings a change once Redis is back
+        if deployed is None:
+            self._report("deleted")
+            await self._consumer.finish_queue(self._spec.graceful_shutdown_timeout_s)
+            self.shall_leave.set()
+            return
+        self._report_deployed(deployed)
+        if deployed.spec.revision == self._spec.revision and deployed.generation != self._generation:
+            await self._apply(deployed)
+
+    async def _apply(self, deployed: Deployed) -> None:
+        """Take up a change that needs no new process."""
+        before, self._deployed = self._deployed, deployed
+        assert before is not None
+        self._consumer.spec = deployed.spec
+        config = deployed.spec.user_config
+        if config is not None and config != before.spec.user_config:
+            # Calls taken before see the old config, calls taken after the new one; meanwhile they wait in the queue.
+            await self._consumer.pause()
+            await self._consumer.finish(float("inf"))
+            try:
+                await self._code.reconfigure(config)
+            except Exception as exc:
+                logger.exception("Exception in deployment %r: reconfigure failed", self._name)
+                text = "".join(traceback.format_exception(exc))
+                self._report("reconfigure_failed", generation=deployed.generation, error=text)
+                return
+            finally:
+                self._consumer.start(self._code)
+        self._publish()
+        self._report("applied", generation=deployed.generation)
+
+    async def _leave(self) -> None:
+        self._enter(DRAINING)
+        await self._consumer.pause()
+        with contextlib.suppress(BrokerUnavailable):
+            if await self._read_state() is None:  # deleted: what was sent before is answered all the same
+                await self._finish_deleted_queue()
+        if not await self._consumer.finish(self._spec.graceful_shutdown_timeout_s):
+            logger.warning("Deployment %s: %d calls outlived the shutdown", self._name, self._consumer.running)
+        await self._takeover.stop()
+        await self._consumer.stop()
+        if hasattr(self, "_code"):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_QUICK_TIMEOUT_S):
+                    await self._code.close()
+        self._heartbeat.stop()
+        await asyncio.to_thread(self._say_goodbye)
+        set_current_client(None)
+        await self._client.stop()
+
+    async def _finish_deleted_queue(self) -> None:
+        if hasattr(self, "_code") and self._state == SERVING:
+            self._consumer.start(self._code)
+            await self._consumer.finish_queue(self._spec.graceful_shutdown_timeout_s)
+            await self._consumer.pause()
+
+    def _say_goodbye(self) -> None:
+        """Leave nothing behind but calls that were never started, for the neighbours to take."""
+        client = redis.Redis.from_url(self._settings.redis_url, socket_timeout=_QUICK_TIMEOUT_S)
+        try:
+            client.hset(self._keys.heartbeats(self._name), self._id, LEFT)
+            client.hdel(self._keys.replicas(self._name), self._id)
+            call_neighbours(client, self._keys, self._name, self._id, self._client.signer)
+        except redis.RedisError as exc:
+            logger.warning("could not say goodbye: %s", exc)
+        finally:
+            client.close()
+
+    # Telling others
+
+    @property
+    def _spec(self) -> Any:
+        assert self._deployed is not None
+        return self._deployed.spec
+
+    @property
+    def _generation(self) -> int:
+        assert self._deployed is not None
+        return self._deployed.generation
+
+    def _on_control(self, _about: str, control: Control) -> None:
+        if control.verb == "cancel":
+            self._consumer.cancel(control.entry.encode())
+        else:
+            self._takeover.sweep()
+
+    def _enter(self, state: str) -> None:
+        self._state = state
+        self._publish()
+        self._report("state", state=state, generation=self._generation, revision=self._spec.revision)
+        logger.info("Deployment %s: replica %s (pid %d) is %s", self._name, self._tag, os.getpid(), state)
+
+    def _tick(self) -> None:
+        before = self._published
+        self._publish()
+        after = self._published
+        if before is not None and after is not None and before.handled != after.handled:
+            self._report("stats", running=after.running, handled=after.handled)
+
+    def _publish(self) -> None:
+        times = sorted(self._consumer.run_times_ms)
+        info = ReplicaInfo(
+            id=self._id,
+            tag=self._tag,
+            worker=self._birth.worker,
+            node=self._birth.node,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            generation=self._generation,
+            revision=self._spec.revision,
+            state=self._state,
+            started_at=self._started_at,
+            running=self._consumer.running,
+            handled=self._consumer.handled,
+            p50_ms=round(times[len(times) // 2], 3) if times else None,
+            p99_ms=round(times[len(times) * 99 // 100], 3) if times else None,
+        )
+        sender = self._consumer.link.sender
+        if info != self._published and sender is not None:
+            self._published = info
+            sender.send(lambda _: None, "HSET", self._keys.replicas(self._name), self._id, encode(info))
+
+    def _report_deployed(self, deployed: Deployed) -> None:
+        spec = deployed.spec
+        self._report(
+            "deployed",
+            generation=deployed.generation,
+            revision=spec.revision,
+            num_replicas=spec.num_replicas,
+            surge=spec.surge,
+            initialization_timeout=spec.initialization_timeout_s,
+            graceful_timeout=spec.graceful_shutdown_timeout_s,
+        )
+
+    def _report(self, event: str, **facts: Any) -> None:
+        if "error" in facts:  # a line must fit into one atomic write, however its characters are escaped
+            facts["error"] = facts["error"][-_LONGEST_ERROR:]
+            while len(json.dumps(facts["error"])) > _LONGEST_ERROR:
+                facts["error"] = facts["error"][len(facts["error"]) // 8 + 1 :]
+        line = json.dumps({"pid": os.getpid(), "replica": self._id, "event": event, **facts}) + "\n"
+        try:
+            os.write(self._birth.reports_fd, line.encode())
+        except OSError as exc:  # the parent is gone, and this process soon will be
+            logger.debug("could not report to the worker: %s", exc)
+
+    @staticmethod
+    async def _first_of(*events: asyncio.Event, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """Wait until one of the events is set, or the time is over."""
+        waits = [asyncio.ensure_future(event.wait()) for event in events]
+        try:
+            await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()

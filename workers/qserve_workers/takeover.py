@@ -1,0 +1,120 @@
+"""Looks after the neighbours: notices replicas that died or left, and takes over the calls they had."""
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Callable
+
+from qserve.connection import Connection
+from qserve.errors import BrokerUnavailable
+from qserve.queues import DEAD, LEFT, Entry, ReplicaQueue
+from qserve.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 16
+_LONGEST_ROUND_S = 1.0
+
+
+class Takeover:
+    """Watches the heartbeats of a deployment on this host's own monotonic clock.
+
+    A replica is gone when a tombstone says so, or when its counter has not moved for `dead_after_s` while this
+    observer's own rounds were quick and without a gap: after a pause of Redis or of this process everybody's counter
+    stands still, and nobody is dead.
+
+    Args:
+        replica: Id of this replica.
+        connection: The connection to use now, None while there is none.
+        on_taken: Gets the entries taken over.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        queue: ReplicaQueue,
+        replica: str,
+        connection: Callable[[], Connection | None],
+        on_taken: Callable[[list[Entry]], None],
+    ) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._replica = replica
+        self._connection = connection
+        self._on_taken = on_taken
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._last_round = 0.0
+        self._wanted = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.unsafe_only = True
+        """Until this replica takes calls it only settles those that nobody may run again."""
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._wanted.set()
+        self._task = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Watch no more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def sweep(self) -> None:
+        """Look at once: somebody has seen a neighbour die."""
+        self._wanted.set()
+
+    async def _watch(self) -> None:
+        while True:
+            pause = self._settings.beat_interval_s * random.uniform(0.8, 1.2)  # noqa: S311
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wanted.wait(), pause)
+            self._wanted.clear()
+            connection = self._connection()
+            if connection is None:
+                self._seen.clear()
+                continue
+            try:
+                await self._round(connection)
+            except BrokerUnavailable:
+                self._seen.clear()
+            except Exception:
+                logger.exception("looking after the neighbours failed")
+
+    async def _round(self, connection: Connection) -> None:
+        started = time.monotonic()
+        beats = await self._queue.heartbeats(connection)
+        now = time.monotonic()
+        paused = now - started > _LONGEST_ROUND_S or now - self._last_round > 3 * self._settings.beat_interval_s
+        self._last_round = now
+        if paused:
+            self._seen.clear()
+        gone = [(id_, beat) for id_, beat in beats.items() if id_ != self._replica and self._is_gone(id_, beat, now)]
+        self._seen = {id_: seen for id_, seen in self._seen.items() if id_ in beats}
+        for id_, beat in gone:
+            await self._take_all(connection, id_, beat)
+
+    def _is_gone(self, replica: str, beat: bytes, now: float) -> bool:
+        if beat in (DEAD.encode(), LEFT.encode()):
+            return True
+        seen = self._seen.get(replica)
+        if seen is None or seen[0] != beat:
+            self._seen[replica] = (beat, now)
+            return False
+        return now - seen[1] >= self._settings.dead_after_s
+
+    async def _take_all(self, connection: Connection, replica: str, beat: bytes) -> None:
+        total = 0
+        while True:
+            unsafe_only = self.unsafe_only
+            entries = await self._queue.take(connection, replica, beat, most=_BATCH, unsafe_only=unsafe_only)
+            if entries:
+                total += len(entries)
+                self._on_taken(entries)
+            if len(entries) < _BATCH:
+                break
+        if total:
+            logger.info("took over %d calls of replica %s", total, replica)
+        await self._queue.retire(connection, replica)
