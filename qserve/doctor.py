@@ -98,7 +98,7 @@ def check_server(redis: "Redis") -> list[Finding]:
         return [why_unreachable(exc, place, has_password=bool(_connection_options(redis).get("password")))]
     name, version = server_version(info)
     answers = Finding("reachable", OK, f"{name} {'.'.join(map(str, version))} answers at {place}")
-    return [answers, *judge(info, config), *check_clock(offset), *check_exposure(redis, config)]
+    return [answers, *judge(info, config), *check_clock(offset), *check_exposure(redis)]
 
 
 def require_usable(redis: "Redis") -> None:
@@ -266,7 +266,7 @@ def check_clock(offset_s: float) -> Iterator[Finding]:
         yield Finding("clock", OK, f"clocks agree within {_CLOCK_TOLERANCE_S:.0f} s")
 
 
-def check_exposure(redis: "Redis", config: Mapping[str, str]) -> Iterator[Finding]:
+def check_exposure(redis: "Redis") -> Iterator[Finding]:
     """Whoever can write to the queues decides what replicas run."""
     options = _connection_options(redis)
     if "path" in options or str(options.get("host", "")) in _LOCAL_HOSTS:
