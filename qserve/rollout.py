@@ -16,7 +16,9 @@ from qserve.messages import ErrorInfo, encode
 from qserve.queues import fail_remaining
 from qserve.spec import (
     DEPLOY_FAILED,
+    DEPLOYING,
     HEALTHY,
+    SERVING,
     WAITING,
     Deployed,
     DeploymentSpec,
@@ -225,6 +227,22 @@ def weigh(name: str, generation: int, nodes: Mapping[str, NodeInfo], workers: Ma
         ready=sum(worker.ready for worker in current.values()),
         error=failures[0] if failures else None,
     )
+
+
+def settle(state: State, name: str) -> None:
+    """Note in the state how far a deployment has come; refuse its calls at once where nothing will ever take them."""
+    deployed = state.get(name)
+    if deployed is None:
+        return
+    progress = judge(name, deployed.generation, state)
+    if progress.error is not None:
+        serving = any(info.state == SERVING and state.is_alive(id_) for id_, info in state.replicas(name).items())
+        refuse = "" if serving else f"Deployment '{name}' failed: {(progress.error.strip().splitlines() or ['?'])[-1]}"
+        state.settle(name, deployed.generation, DEPLOY_FAILED, error=progress.error, refuse=refuse)
+    elif not progress.asked:
+        state.settle(name, deployed.generation, WAITING)
+    else:
+        state.settle(name, deployed.generation, HEALTHY if progress.done else DEPLOYING)
 
 
 # Deleting

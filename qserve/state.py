@@ -83,7 +83,8 @@ class State:
         self.keys = keys
         self.signer = signer
         try:
-            self.redis = redis.Redis.from_url(redis_url, **_CONNECTION_OPTIONS)
+            options = _connection_options(redis_url, redis.retry.Retry(NoBackoff(), 0))
+            self.redis = redis.Redis.from_url(redis_url, **options)
         except ValueError as exc:
             raise ConfigurationError(f"{redis_url!r} is not a Redis URL: {exc}") from exc
 
@@ -279,9 +280,19 @@ async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncIterato
 
 def connect_asyncio(redis_url: str) -> "redis.asyncio.Redis":
     """A redis-py client for an event loop that never repeats a command by itself."""
-    options = _CONNECTION_OPTIONS | {"retry": redis.asyncio.retry.Retry(NoBackoff(), 0)}
+    options = _connection_options(redis_url, redis.asyncio.retry.Retry(NoBackoff(), 0))
     options["socket_timeout"] = _FOLLOW_BLOCK_MS / 1000 + 2
     return redis.asyncio.Redis.from_url(redis_url, **options)
+
+
+def _connection_options(redis_url: str, retry: object) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "socket_timeout": _COMMAND_TIMEOUT_S,
+        "socket_connect_timeout": 2.0,
+        "protocol": 2,
+        "retry": retry,
+    }
+    return options if redis_url.startswith("unix:") else options | {"socket_keepalive": True}
 
 
 async def _read_log(client: "redis.asyncio.Redis", keys: Keys, position: str) -> list[tuple[str, dict[bytes, bytes]]]:
@@ -308,13 +319,6 @@ def _decode_change(entry_id: str, fields: dict[bytes, bytes]) -> Change:
 _META_FIELDS = ("gen", "spec", "state", "error", "log_id")
 _decode_spec = msgspec.msgpack.Decoder(DeploymentSpec).decode
 _decode_http = msgspec.msgpack.Decoder(HttpSettings).decode
-_CONNECTION_OPTIONS: dict[str, Any] = {
-    "socket_timeout": _COMMAND_TIMEOUT_S,
-    "socket_connect_timeout": 2.0,
-    "socket_keepalive": True,
-    "protocol": 2,
-    "retry": redis.retry.Retry(NoBackoff(), 0),
-}
 
 
 def decode_deployed(signer: Signer, fields: list[bytes | None]) -> Deployed | None:

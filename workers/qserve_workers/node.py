@@ -1,0 +1,432 @@
+"""`python -m qserve_workers.node`: this machine's share of an instance.
+
+A node reads what is deployed and keeps one Celery worker per deployment running, a gateway where it is told to, and,
+for an instance of its own, the embedded Valkey. It imports neither user code nor Celery.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from redis.exceptions import RedisError
+
+from qserve import embedded, rollout
+from qserve.errors import QServeError
+from qserve.local import InstanceRecord
+from qserve.messages import Signer, encode
+from qserve.settings import Settings
+from qserve.spec import HEALTHY, DeploymentSpec, NodeInfo, ReplicaInfo
+from qserve.state import Snapshot, State, connect_asyncio, follow, read_snapshot
+from qserve_workers.supervise import KeptProcess
+
+logger = logging.getLogger("qserve.node")
+
+ALIVE_TTL_MS = 15_000
+_TICK_S = (1.0, 5.0)
+"""How often the state is read without being told of a change: while something is on its way, and else."""
+_POLL_S = 0.02
+_VALKEY_POLL_S = 0.003
+_VALKEY_GRACE_S = 3.0
+_STOP_MARGIN_S = 5.0
+_DELETE_MARGIN_S = 1.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line.
+
+    Attributes:
+        replicas_per_node: Replicas of each deployment here; None: each deployment's own num_replicas.
+        only: Deployments to serve, empty for all.
+        gateway: Keep a gateway running on host and port.
+        folder: For sockets and ready files; removed at the end.
+        embedded: Run a Valkey of our own in `folder`.
+        owner: Pid of the process to end with.
+        instance_file: Where to tell other processes of the user how to reach us.
+        http: JSON of the http_options, for the instance file.
+    """
+
+    replicas_per_node: int | None = 1
+    only: tuple[str, ...] = ()
+    gateway: bool = False
+    host: str = "127.0.0.1"
+    port: int = 8000
+    folder: Path | None = None
+    embedded: bool = False
+    owner: int | None = None
+    instance_file: Path | None = None
+    http: str = "{}"
+
+
+class GatewayReady(msgspec.Struct):
+    """What a gateway writes into its ready file, as far as it matters here."""
+
+    pid: int
+    port: int = 0
+    url: str = ""
+    error: str = ""
+
+
+class Node:
+    """One node, from start to exit."""
+
+    def __init__(self, options: Options, settings: Settings) -> None:
+        self.id = secrets.token_hex(16)
+        self._options = options
+        self._folder = options.folder or Path(tempfile.mkdtemp(prefix="qserve-node-"))
+        self._settings = settings
+        self._keys = settings.keys
+        self._signer = Signer(settings.secrets)
+        self._redis = connect_asyncio(settings.redis_url)
+        self._state = State(settings.redis_url, settings.keys, self._signer)
+        self._snapshot = Snapshot()
+        self._valkey: KeptProcess | None = None
+        self._gateway: KeptProcess | None = None
+        self._gateway_port = options.port
+        self._workers: dict[str, KeptProcess] = {}
+        self._specs: dict[str, DeploymentSpec] = {}
+        self._retiring: dict[str, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._force = asyncio.Event()
+        self._exit_code = 0
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT, or until the owner or the embedded Valkey is gone; returns the exit code."""
+        self._watch_signals()
+        tasks = [asyncio.create_task(self._watch_owner())]
+        try:
+            if self._options.embedded:
+                await self._start_valkey()
+            tasks += [asyncio.create_task(step) for step in (self._serve_http(), self._follow(), self._keep_in_step())]
+            for task in tasks:
+                task.add_done_callback(self._on_task_end)
+            await self._stopping.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._stop()
+        return self._exit_code
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("Stopping after an unexpected error.", exc_info=task.exception())
+            self._exit_code = 1
+            self._stopping.set()
+
+    # Signals and the owner
+
+    def _watch_signals(self) -> None:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(signum, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self._stopping.is_set():
+            self._force.set()
+        self._stopping.set()
+
+    async def _watch_owner(self) -> None:
+        owner = self._options.owner
+        if owner is None:
+            return
+        await _wait_for_end(owner)
+        logger.info("The process that started this instance has ended; stopping.")
+        self._stopping.set()
+
+    # Redis
+
+    async def _start_valkey(self) -> None:
+        folder = self._folder
+        self._valkey = KeptProcess(
+            "valkey", lambda: embedded.command(folder), os.environ, death_signal=signal.SIGKILL, once=True
+        )
+        self._valkey.start()
+        while not _accepts(embedded.socket_path(folder)):
+            if self._valkey.ended.is_set():
+                log = folder / "valkey.log"
+                self._fail("Valkey did not start: %s", log.read_text().strip() if log.exists() else "no log")
+                return
+            await asyncio.sleep(_VALKEY_POLL_S)
+        self._watching_valkey = asyncio.create_task(self._watch_valkey(self._valkey))
+
+    async def _watch_valkey(self, valkey: KeptProcess) -> None:
+        await valkey.wait()
+        if not self._stopping.is_set():
+            self._fail("The embedded Valkey ended, and what was deployed with it; stopping.")
+
+    def _fail(self, message: str, *args: object) -> None:
+        logger.error(message, *args)
+        self._exit_code = 1
+        self._stopping.set()
+
+    # HTTP
+
+    async def _serve_http(self) -> None:
+        """Keep a gateway running; the instance file appears once it listens."""
+        url = ""
+        if self._options.gateway:
+            url = await self._start_gateway()
+        if self._options.instance_file is not None and not self._stopping.is_set():
+            self._write_instance_file(self._options.instance_file, url)
+
+    async def _start_gateway(self) -> str:
+        ready_file = self._folder / "gateway.json"
+        environment = os.environ | self._child_env()
+        self._gateway = KeptProcess("gateway", lambda: self._gateway_command(ready_file), environment)
+        self._gateway.start()
+        while True:
+            with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
+                ready = msgspec.json.decode(ready_file.read_bytes(), type=GatewayReady)
+                if ready.error:
+                    self._fail("The gateway cannot start: %s", ready.error)
+                    return ""
+                self._gateway_port = ready.port  # the one to take again after a restart
+                return ready.url
+            await asyncio.sleep(_POLL_S)
+
+    def _gateway_command(self, ready_file: Path) -> list[str]:
+        return [
+            *(sys.executable, "-m", "qserve_gateway", "--host", self._options.host, "--port", str(self._gateway_port)),
+            *("--ready-file", str(ready_file)),
+        ]
+
+    def _write_instance_file(self, path: Path, gateway_url: str) -> None:
+        record = InstanceRecord(
+            namespace=self._settings.namespace,
+            redis_url=self._settings.redis_url,
+            secret=self._settings.secret,
+            pid=os.getpid(),
+            folder=str(self._folder),
+            gateway_url=gateway_url,
+            http=msgspec.json.decode(self._options.http),
+            detached=self._options.owner is None,
+        )
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.touch(mode=0o600)
+        draft.write_bytes(msgspec.json.encode(record))
+        draft.replace(path)
+
+    # Workers
+
+    async def _follow(self) -> None:
+        self._snapshot = await self._read_state()
+        self._changed.set()
+        async for _change in follow(self._settings.redis_url, self._keys, self._snapshot.log_id):
+            self._changed.set()
+
+    async def _read_state(self) -> Snapshot:
+        while True:
+            try:
+                return await read_snapshot(self._redis, self._keys, self._signer)
+            except QServeError as exc:
+                logger.warning("Cannot read the state, trying again: %s", exc)
+                await asyncio.sleep(_TICK_S[0])
+
+    async def _keep_in_step(self) -> None:
+        """Announce this node, and start and stop workers after every change; now and then without one, too."""
+        while True:
+            self._changed.clear()
+            await self._announce()
+            self._snapshot = await self._read_state()
+            self._match_workers()
+            unsettled = [name for name, d in self._snapshot.deployments.items() if d.state != HEALTHY]
+            if unsettled:
+                await asyncio.to_thread(self._settle, unsettled)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _TICK_S[0 if unsettled else 1])
+
+    def _match_workers(self) -> None:
+        # Also those just deleted: how long their replicas may take to leave is asked later.
+        self._specs |= {name: deployed.spec for name, deployed in self._snapshot.deployments.items()}
+        serve = {name for name in self._snapshot.deployments if not self._options.only or name in self._options.only}
+        for name in serve - self._workers.keys() - self._retiring.keys():
+            self._workers[name] = KeptProcess(
+                f"worker of '{name}'",
+                lambda name=name: self._worker_command(name),  # type: ignore[misc]
+                os.environ | self._child_env(),
+                # With the embedded Valkey gone nothing is left to drain to.
+                death_signal=signal.SIGKILL if self._options.embedded else signal.SIGTERM,
+            )
+            self._workers[name].start()
+        for name in self._workers.keys() - serve:
+            self._retiring[name] = asyncio.create_task(self._retire(name, self._workers.pop(name)))
+
+    def _worker_command(self, name: str) -> list[str]:
+        count = self._options.replicas_per_node or self._specs[name].num_replicas
+        return [
+            *(sys.executable, "-m", "celery", "-A", "qserve_workers", "worker", "-Q", name, "-c", str(count)),
+            *("-n", f"{name}-{self.id[:8]}@%h", "--loglevel", self._settings.log_level),
+            *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+        ]
+
+    def _child_env(self) -> dict[str, str]:
+        exact = {"QSERVE_REPLICAS_EXACT": "1"} if self._options.replicas_per_node is None else {}
+        return {
+            "QSERVE_REDIS_URL": self._settings.redis_url,
+            "QSERVE_SECRET": self._settings.secret,
+            "QSERVE_NAMESPACE": self._settings.namespace,
+            "QSERVE_NODE": self.id,
+            **exact,
+        }
+
+    async def _retire(self, name: str, worker: KeptProcess) -> None:
+        """Let the replicas of a deleted deployment finish what is queued, then stop their worker."""
+        try:
+            grace = self._specs[name].graceful_shutdown_timeout_s
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace + _DELETE_MARGIN_S):
+                    while not worker.ended.is_set() and await self._has_replicas(name):  # noqa: ASYNC110 lives in Redis
+                        await asyncio.sleep(_POLL_S)
+            await worker.stop(grace + _STOP_MARGIN_S, self._force)
+            await self._forget(name)
+        finally:
+            del self._retiring[name]
+            self._changed.set()
+
+    async def _has_replicas(self, name: str) -> bool:
+        return any(info.node == self.id for info in (await self._replicas(name)).values())
+
+    async def _replicas(self, name: str) -> dict[bytes, ReplicaInfo]:
+        try:
+            fields: Any = await self._redis.hgetall(self._keys.replicas(name))
+        except (RedisError, OSError):
+            return {}
+        return {id_: msgspec.msgpack.decode(body, type=ReplicaInfo) for id_, body in fields.items()}
+
+    async def _forget(self, name: str) -> None:
+        """Remove what a worker that has ended said about itself."""
+        with contextlib.suppress(RedisError, OSError):
+            await self._redis.hdel(self._keys.workers(name), self.id)
+            for replica, info in (await self._replicas(name)).items():
+                if info.node == self.id:
+                    await self._redis.hdel(self._keys.replicas(name), replica)
+
+    # What others see of this node
+
+    async def _announce(self) -> None:
+        info = NodeInfo(
+            id=self.id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            only=self._options.only,
+            replicas_per_node=self._options.replicas_per_node,
+        )
+        try:
+            await self._redis.set(self._keys.alive(self.id), 1, px=ALIVE_TTL_MS)
+            await self._redis.hset(self._keys.nodes, self.id, encode(info))
+        except (RedisError, OSError) as exc:
+            logger.warning("Cannot announce this node: %s", exc)
+
+    async def _leave(self) -> None:
+        with contextlib.suppress(RedisError, OSError):
+            await self._redis.hdel(self._keys.nodes, self.id)
+            await self._redis.delete(self._keys.alive(self.id))
+
+    def _settle(self, names: list[str]) -> None:
+        for name in names:
+            try:
+                rollout.settle(self._state, name)
+            except QServeError as exc:
+                logger.warning("Cannot judge deployment '%s': %s", name, exc)
+
+    # The end
+
+    async def _stop(self) -> None:
+        """Stop what was started: first what brings calls in, then what answers them, then the queue between them."""
+        logger.info("Stopping.")
+        await self._leave()
+        if self._gateway is not None:
+            longest = max((self._specs[name].graceful_shutdown_timeout_s for name in self._workers), default=0.0)
+            await self._gateway.stop(longest + _STOP_MARGIN_S, self._force)
+        await asyncio.gather(
+            *(self._stop_worker(name, worker) for name, worker in self._workers.items()), *self._retiring.values()
+        )
+        self._state.close()
+        await self._redis.aclose()
+        if self._valkey is not None:
+            await self._valkey.stop(_VALKEY_GRACE_S, self._force)
+        if self._options.instance_file is not None:
+            _unlink_own(self._options.instance_file)
+        if self._exit_code == 0:  # else the logs stay
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _stop_worker(self, name: str, worker: KeptProcess) -> None:
+        await worker.stop(self._specs[name].graceful_shutdown_timeout_s + _STOP_MARGIN_S, self._force)
+        await self._forget(name)
+
+
+def _unlink_own(path: Path) -> None:
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        if msgspec.json.decode(path.read_bytes(), type=InstanceRecord).pid == os.getpid():
+            path.unlink()
+
+
+async def _wait_for_end(pid: int) -> None:
+    """Until our parent `pid` has ended."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except (AttributeError, OSError):  # not Linux, an old kernel, or it is gone already
+        while os.getppid() == pid:  # noqa: ASYNC110 nothing tells us
+            await asyncio.sleep(_POLL_S * 10)
+        return
+    try:
+        ended = asyncio.Event()
+        asyncio.get_running_loop().add_reader(descriptor, ended.set)
+        await ended.wait()
+    finally:
+        asyncio.get_running_loop().remove_reader(descriptor)
+        os.close(descriptor)
+
+
+def _accepts(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def parse(arguments: list[str]) -> Options:
+    """Options from a command line."""
+    parser = argparse.ArgumentParser(prog="python -m qserve_workers.node", description=__doc__)
+    parser.add_argument("--replicas-per-node", type=int, default=1, metavar="N")
+    parser.add_argument("--exact", action="store_true", help="run each deployment's own num_replicas instead")
+    parser.add_argument("--only", default="", metavar="A,B", help="serve only these deployments")
+    parser.add_argument("--gateway", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--embedded", action="store_true")
+    parser.add_argument("--owner", type=int)
+    parser.add_argument("--instance-file", type=Path)
+    parser.add_argument("--http", default="{}")
+    found = vars(parser.parse_args(arguments))
+    if found.pop("exact"):
+        found["replicas_per_node"] = None
+    found["only"] = tuple(name.strip() for name in found["only"].split(",") if name.strip())
+    return Options(**found)
+
+
+def main() -> int:
+    """Run the node of this command line and environment."""
+    options, settings = parse(sys.argv[1:]), Settings()
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    return asyncio.run(Node(options, settings).run())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

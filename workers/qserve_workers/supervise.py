@@ -1,0 +1,146 @@
+"""Processes that are kept running: started again with backoff when they end, stopped in order, never left behind."""
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+logger = logging.getLogger("qserve.node")
+
+BACKOFF_S = (0.1, 10.0)
+_GOOD_RUN_S = 10.0
+"""A process that ran this long starts again without delay."""
+_PR_SET_PDEATHSIG = 1
+
+
+class KeptProcess:
+    """One process, kept running from `start` to `stop`.
+
+    Every process leads a session of its own, so that a terminal's Ctrl-C reaches the node alone; the kernel ends it
+    when the node dies.
+
+    Args:
+        what: What the log calls it.
+        command: Asked before each start.
+        environment: Its environment.
+        death_signal: What it gets when this process dies.
+        once: Started only once; `ended` says when it is gone.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        command: Callable[[], Sequence[str]],
+        environment: Mapping[str, str],
+        *,
+        death_signal: signal.Signals = signal.SIGTERM,
+        once: bool = False,
+    ) -> None:
+        self._what = what
+        self._command = command
+        self._environment = environment
+        self._death_signal = death_signal
+        self._once = once
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self._stopping = False
+        self.ended = asyncio.Event()
+
+    @property
+    def pid(self) -> int | None:
+        """Pid of the running process, None between two runs."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code of the last run."""
+        return self._process.returncode if self._process is not None else None
+
+    def start(self) -> None:
+        """Start it and keep it running."""
+        self._keeping = asyncio.create_task(self._keep_running())
+
+    async def wait(self) -> None:
+        """Wait until it is gone for good: stopped, or `once` and ended."""
+        await self.ended.wait()
+
+    async def stop(self, grace_s: float, force: asyncio.Event) -> None:
+        """SIGTERM, then SIGKILL to all of its session after `grace_s`, or as soon as `force` is set."""
+        self._stopping = True
+        if self._keeping is None:
+            return
+        if self.pid is None:
+            self._keeping.cancel()
+        else:
+            self._signal(signal.SIGTERM)
+        forced = asyncio.create_task(force.wait())
+        await asyncio.wait((self._keeping, forced), timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        forced.cancel()
+        if not self._keeping.done():
+            logger.warning("%s (pid %s) has not ended by itself, killing it.", self._what, self.pid)
+            self._signal(signal.SIGKILL)
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._keeping
+        self.ended.set()
+
+    async def _keep_running(self) -> None:
+        delay = BACKOFF_S[0]
+        while True:
+            started = time.monotonic()
+            code = await self._run_once()
+            if self._stopping or self._once:
+                self.ended.set()
+                return
+            if time.monotonic() - started > _GOOD_RUN_S:
+                delay = BACKOFF_S[0]
+            logger.warning("%s ended (%s), starting it again in %.1f s.", self._what, _reason(code), delay)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, BACKOFF_S[1])
+
+    async def _run_once(self) -> int:
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command(),
+            env=self._environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_dies_with_parent(self._death_signal),
+        )
+        logger.info("%s: pid %d.", self._what, self._process.pid)
+        if self._stopping:  # asked to stop while it was being started
+            self._signal(signal.SIGTERM)
+        code = await self._process.wait()
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # what it may have left behind drains and leaves
+            os.killpg(self._process.pid, signal.SIGTERM)
+        return code
+
+    def _signal(self, signum: signal.Signals) -> None:
+        if self._process is None or self._process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if signum == signal.SIGKILL:
+                os.killpg(self._process.pid, signum)
+            else:
+                self._process.send_signal(signum)
+
+
+def _reason(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _dies_with_parent(signum: signal.Signals) -> Callable[[], None] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: nothing may take a lock after it
+    parent = os.getpid()
+
+    def ask_for_signal() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signum))
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+    return ask_for_signal
