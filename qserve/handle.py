@@ -221,7 +221,7 @@ class _WaitForArguments:
             if self._missing:
                 return
         try:
-            values = {id(ref): ref.result(0) for ref in self._refs}
+            values = {ref: ref.result(0) for ref in self._refs}
             args, kwargs = substitute(self._args, self._kwargs, values)
             self._call.send(args, kwargs)
         except Exception as exc:

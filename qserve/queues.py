@@ -241,6 +241,14 @@ def beat(
     return lost
 
 
+def leave(client: redis.Redis, keys: Keys, deployment: str, replica: str) -> bool:
+    """Take a replica out of the books; False if calls it never started wait for a neighbour to take them."""
+    client.hset(keys.heartbeats(deployment), replica, LEFT)
+    client.hdel(keys.replicas(deployment), replica)
+    names = (keys.calls(deployment), keys.heartbeats(deployment), keys.replicas(deployment))
+    return bool(_run(client, RETIRE, names, GROUP, replica))
+
+
 def control_frame(signer: Signer, to: str, control: Control, about: str = "") -> bytes:
     """A control message, ready for the inbox of `to`."""
     return signer.seal(encode(Reply(about, to, CONTROL, encode(control))))

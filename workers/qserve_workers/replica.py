@@ -23,7 +23,7 @@ from qserve.handle import codec_of
 from qserve.loading import load_target
 from qserve.messages import Control, encode
 from qserve.process import new_event_loop, set_current_client
-from qserve.queues import LEFT, call_neighbours
+from qserve.queues import call_neighbours, leave
 from qserve.settings import Settings
 from qserve.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed, ReplicaInfo
 from qserve.state import connect_asyncio, decode_deployed, follow
@@ -318,9 +318,8 @@ class Replica:
         """Leave nothing behind but calls that were never started, for the neighbours to take."""
         client = redis.Redis.from_url(self._settings.redis_url, socket_timeout=_QUICK_TIMEOUT_S)
         try:
-            client.hset(self._keys.heartbeats(self._name), self._id, LEFT)
-            client.hdel(self._keys.replicas(self._name), self._id)
-            call_neighbours(client, self._keys, self._name, self._id, self._client.signer)
+            if not leave(client, self._keys, self._name, self._id):
+                call_neighbours(client, self._keys, self._name, self._id, self._client.signer)
         except redis.RedisError as exc:
             logger.warning("could not say goodbye: %s", exc)
         finally:
