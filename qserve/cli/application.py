@@ -17,7 +17,7 @@ from qserve.deployment import Deployment
 from qserve.doctor import connect, require_usable
 from qserve.errors import BrokerUnavailable
 from qserve.handle import handle_from_wire
-from qserve.loading import import_app
+from qserve.apps import import_app
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
 from qserve.state import State

@@ -1,0 +1,71 @@
+"""What user code can ask about the replica it runs in. This module owns the only per-process state of a replica."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from qserve.errors import QServeError
+
+
+@dataclass(frozen=True)
+class CallInfo:
+    """The call that is being run: its request id, and 1 for its first delivery, 2 for its second, ..."""
+
+    request_id: str
+    attempt: int = 1
+
+
+current_call: ContextVar[CallInfo | None] = ContextVar("qserve_current_call", default=None)
+"""Set by the replica around each call; threads of the replica see it too."""
+
+
+@dataclass(frozen=True)
+class ReplicaContext:
+    """The replica this code runs in.
+
+    Attributes:
+        deployment: Name of the deployment.
+        replica_tag: "<deployment>#<random>".
+        servable_object: The user's instance (in its own constructor: not yet complete), or the function.
+    """
+
+    deployment: str
+    replica_tag: str
+    servable_object: Any
+
+    @property
+    def request_id(self) -> str | None:
+        """Id of the call being run here, None outside of calls."""
+        call = current_call.get()
+        return call.request_id if call is not None else None
+
+    @property
+    def attempt(self) -> int:
+        """1 unless the call was taken over from a replica that died under it."""
+        call = current_call.get()
+        return call.attempt if call is not None else 1
+
+
+class _Process:
+    replica: ReplicaContext | None = None
+
+
+def set_replica_context(context: ReplicaContext | None) -> None:
+    """Make this process a replica (or no longer one). For the worker only."""
+    _Process.replica = context
+
+
+def in_replica() -> bool:
+    """Whether this process is a replica."""
+    return _Process.replica is not None
+
+
+def get_replica_context() -> ReplicaContext:
+    """The replica this code runs in; also usable in the constructor.
+
+    Raises:
+        QServeError: Not inside a replica.
+    """
+    if _Process.replica is None:
+        raise QServeError("`serve.get_replica_context()` may only be called from within a replica of a deployment.")
+    return _Process.replica
