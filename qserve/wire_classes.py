@@ -1,0 +1,112 @@
+"""Instances of user classes as data: enums, dataclasses and pydantic models.
+
+They travel as class name and content and are rebuilt only from classes the receiver has imported already: nothing is
+imported because a message names it. Elsewhere they arrive as a plain dict (an enum member: as its value).
+"""
+
+import dataclasses
+import sys
+from enum import Enum
+from types import ModuleType
+from typing import Any
+
+
+def find_class(module: str, qualname: str) -> type | None:
+    """The class of that name, if it is imported already.
+
+    Looks only into the `__dict__` of modules and classes, so that no `__getattr__` (lazy modules import there) and no
+    descriptor runs.
+    """
+    found: object = sys.modules.get(module)
+    if not isinstance(found, ModuleType):
+        return None
+    names = object.__getattribute__(found, "__dict__")
+    for part in qualname.split("."):
+        found = None if part.startswith("__") else names.get(part)
+        if not isinstance(found, type):
+            return None
+        names = type.__getattribute__(found, "__dict__")
+    return found if isinstance(found, type) else None
+
+
+def is_importable(cls: type) -> bool:
+    """Whether another process can reach this class by its name once it has imported the module."""
+    return cls.__module__ != "__main__" and find_class(cls.__module__, cls.__qualname__) is cls
+
+
+def is_model(cls: type) -> bool:
+    """Whether the class is a pydantic model; without importing pydantic."""
+    base = getattr(sys.modules.get("pydantic.main"), "BaseModel", None)
+    return base is not None and issubclass(cls, base)
+
+
+def state_of(value: Any) -> dict[str, object]:
+    """Fields and other attributes of a dataclass instance, as pickle would carry them."""
+    names = [field.name for field in dataclasses.fields(value)]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)} | getattr(value, "__dict__", {})
+
+
+def model_state_of(value: Any) -> dict[str, object]:
+    """Fields of a pydantic model, extra ones included; private attributes stay behind."""
+    content = vars(value)
+    fields = {name: content[name] for name in type(value).__pydantic_fields__ if name in content}
+    return fields | (value.__pydantic_extra__ or {})
+
+
+def rebuild_enum(module: str, qualname: str, name: str | None, value: object) -> object:
+    """The member, or its value where the class is not known here."""
+    cls = find_class(module, qualname)
+    if cls is None or not issubclass(cls, Enum):
+        return value
+    member = cls.__members__.get(name or "")
+    try:
+        return cls(value) if member is None else member
+    except (ValueError, TypeError):
+        return value
+
+
+def rebuild_dataclass(module: str, qualname: str, state: dict[str, Any]) -> object:
+    """An instance with that state, made without running `__init__`; else the state."""
+    cls = find_class(module, qualname)
+    if cls is None or not dataclasses.is_dataclass(cls):
+        return state
+    names = {field.name for field in dataclasses.fields(cls)}
+    others = {name: value for name, value in state.items() if name not in names}
+    if not names <= state.keys():
+        return state
+    try:
+        made = object.__new__(cls)
+        for name in names:
+            object.__setattr__(made, name, state[name])
+        if others:
+            made.__dict__.update(others)
+    except (TypeError, AttributeError):
+        return state
+    return made
+
+
+def rebuild_model(module: str, qualname: str, state: dict[str, Any], given: list[str]) -> object:
+    """A model with that state, which its sender has validated; else the state."""
+    cls: Any = find_class(module, qualname)
+    if cls is None or not is_model(cls):
+        return state
+    fields = cls.__pydantic_fields__
+    extra = {name: value for name, value in state.items() if name not in fields}
+    allows_extra = cls.model_config.get("extra") == "allow"
+    if not fields.keys() <= state.keys() or (extra and not allows_extra):
+        return state
+    try:
+        made = cls.__new__(cls)
+        made.__setstate__(
+            {
+                "__dict__": {name: state[name] for name in fields},
+                "__pydantic_extra__": extra if allows_extra else None,
+                "__pydantic_fields_set__": set(given),
+                "__pydantic_private__": None,
+            }
+        )
+        if cls.__pydantic_post_init__:  # sets up private attributes
+            made.model_post_init(None)
+    except Exception:  # user code of the model
+        return state
+    return made
