@@ -1,9 +1,9 @@
 """What README.md and docs/ show is run, in order, one test per document.
 
 A comment before each block of code says what it is:
-`file: NAME` is saved, `serve: PATH` runs in the background until PATH answers, `run` is run (`console` blocks are compared
-with their output, where a line `...` stands for any), `run: alone` is run after the servers have been stopped, and
-`not run: REASON` is only shown.
+`file: NAME` is saved, `serve: PATH` runs in the background until PATH answers, `run` is run (`console` blocks are
+compared with their output, where `...` stands for anything), `run: alone` is run after the servers have been stopped,
+and `not run: REASON` is only shown.
 """
 
 import re
