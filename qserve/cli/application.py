@@ -1,23 +1,26 @@
 """MODULE[:NAME] on a command line: import it, deploy it, see it through."""
 
+import difflib
+import pkgutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from qserve import rollout
+from qserve.apps import import_app
 from qserve.cli.output import Failure, note
 from qserve.cli.progress import show_progress
 from qserve.cli.source import content_version, project_files
 from qserve.codec import Codec
 from qserve.deployment import Deployment
 from qserve.doctor import connect, require_usable
-from qserve.errors import BrokerUnavailable
+from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.handle import handle_from_wire
-from qserve.apps import import_app
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
 from qserve.state import State
@@ -32,7 +35,7 @@ class Application:
         files: The project's source files it consists of.
     """
 
-    deployments: Sequence[Deployment]
+    deployments: Sequence[Deployment[Any]]
     files: Sequence[Path]
 
 
@@ -48,11 +51,37 @@ def import_application(text: str, replicas: int | None = None) -> Application:
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    deployments = import_app(text)
+    try:
+        deployments = import_app(text)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{exc}{did_you_mean(text)}") from exc
     if replicas is not None:
         deployments = [deployment.options(num_replicas=replicas) for deployment in deployments]
     modules = {deployment.func_or_class.__module__ for deployment in deployments}
     return Application(deployments, project_files(Path.cwd(), modules))
+
+
+def did_you_mean(text: str) -> str:
+    """A sentence with the closest existing MODULE[:NAME], "" where nothing is close or nothing is missing."""
+    module_name, _, name = text.partition(":")
+    module = sys.modules.get(module_name)
+    if module is not None:
+        missing = name if name and not hasattr(module, name) else ""
+        return _closest(missing, f"{module_name}:", vars(module))
+    known, paths = "", [str(Path.cwd())]
+    for part in module_name.split("."):
+        package = sys.modules.get(known + part)
+        if package is None:
+            rest = module_name.removeprefix(known + part)
+            names = {found.name for found in pkgutil.iter_modules(paths)}
+            return "" if part in names else _closest(part, known, names, rest + (f":{name}" if name else ""))
+        known, paths = f"{known}{part}.", list(getattr(package, "__path__", []))
+    return ""
+
+
+def _closest(missing: str, before: str, names: Iterable[str], after: str = "") -> str:
+    close = difflib.get_close_matches(missing, names, n=1)
+    return f" Did you mean {f'{before}{close[0]}{after}'!r}?" if close else ""
 
 
 def deploy_application(application: Application, state: State, settings: Settings) -> list[DeploymentSpec]:
@@ -77,7 +106,7 @@ def deploy_application(application: Application, state: State, settings: Setting
     return [goal.deployed.spec for goal in goals]
 
 
-def make_spec(deployment: Deployment, application: Application, codec: Codec) -> DeploymentSpec:
+def make_spec(deployment: Deployment[Any], application: Application, codec: Codec) -> DeploymentSpec:
     """The spec of a deployment; without a version of its own, it gets one made of its content."""
     spec = deployment.to_spec(codec)
     if spec.version is not None:
