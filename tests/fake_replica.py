@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from qserve.settings import Settings
-from qserve_workers.app import make_app
+from qserve_workers.app import App
+from qserve_workers.replica import Birth
 
-app = make_app(Settings())
-app.conf.qserve_make_replica = "fake_replica:FakeReplica"
+app = App(Settings())
+app.conf.qserve_replica = "fake_replica:FakeReplica"
 
 
 class FakeReplica:
     """Behaves to the pool as `ReplicaProcess` does."""
 
-    def __init__(self, settings: Settings, **birth: Any) -> None:
+    def __init__(self, birth: Birth, _settings: Settings) -> None:
         self.birth = birth
         self.file = Path(os.environ["FAKE_REPLICA_STATE"])
         self.may_serve = threading.Event()
@@ -30,7 +31,7 @@ class FakeReplica:
         self.seen: Any = 0
 
     def start(self) -> None:
-        if not self.birth["standby"]:
+        if not self.birth.standby:
             self.may_serve.set()
         threading.Thread(target=self.run, daemon=True).start()
 
@@ -46,7 +47,7 @@ class FakeReplica:
     def report(self, event: str, **facts: Any) -> None:
         pid = os.getpid()
         line = json.dumps({"pid": pid, "replica": f"replica-{pid}", "event": event, **facts})
-        os.write(self.birth["reports_fd"], line.encode() + b"\n")
+        os.write(self.birth.reports_fd, line.encode() + b"\n")
 
     def state(self, state: str) -> None:
         self.report("state", state=state, generation=self.spec["generation"], revision=self.spec["revision"])
@@ -85,7 +86,7 @@ class FakeReplica:
 
     def construct(self) -> None:
         self.state("STARTING")
-        self.draining.wait(min(0.2, 0.05 * self.birth["failures"]))
+        self.draining.wait(min(0.2, 0.05 * self.birth.failures))
         self.draining.wait(self.spec.get("construct_s", 0))
         if self.spec.get("fail"):
             facts = {"generation": self.spec["generation"], "revision": self.spec["revision"]}

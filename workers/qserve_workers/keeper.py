@@ -19,25 +19,13 @@ from qserve.settings import Settings
 from qserve.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, WorkerInfo
 from qserve_workers.announce import Announcer
 from qserve_workers.child import Replica
+from qserve_workers.replica import Birth
 from qserve_workers.rollout import Action, Kill, Publish, Resize, Rollout, Serve, Status, Stop
 
 logger = logging.getLogger(__name__)
 
 
-class ReplicaFactory(Protocol):
-    """Makes what a child runs; the keywords are the fields of `qserve_workers.replica.Birth`."""
-
-    def __call__(
-        self,
-        settings: Settings,
-        *,
-        deployment: str,
-        worker: str,
-        node: str,
-        standby: bool,
-        failures: int,
-        reports_fd: int,
-    ) -> Replica: ...
+ReplicaFactory = Callable[[Birth, Settings], Replica]
 
 
 class Processes(Protocol):
@@ -108,16 +96,8 @@ class Keeper:
     def before_birth(self) -> Callable[[], Replica]:
         """What the process forked next shall run."""
         self._standby, failures = self.rollout.birth()
-        return partial(
-            self._make_replica,
-            self._settings,
-            deployment=self.deployment,
-            worker=self.id,
-            node=self._node,
-            standby=self._standby,
-            failures=failures,
-            reports_fd=self._writer,
-        )
+        birth = Birth(self.deployment, self.id, self._node, self._standby, failures, self._writer)
+        return partial(self._make_replica, birth, self._settings)
 
     def after_birth(self, pid: int) -> None:
         """A process has been forked."""

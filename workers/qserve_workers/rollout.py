@@ -233,27 +233,35 @@ class Rollout:
     def _deployed(self, report: Mapping[str, Any]) -> None:
         generation = report["generation"]
         if self.desired is not None and generation <= self.desired.generation:
+            if generation == self.desired.generation:  # perhaps known only by a replica's state until now
+                self._follow(report)
             return
         if self.desired is None or self.desired.revision != report["revision"]:
             self._came_up = any(r.revision == report["revision"] and r.has_capacity for r in self._live())
+        self.failures, self.error, self.gave_up, self._refused = 0, "", False, False
+        self._follow(report)
+
+    def _follow(self, report: Mapping[str, Any]) -> None:
+        before = self.desired or Desired(0, "")
         self.desired = Desired(
-            generation,
+            report["generation"],
             report["revision"],
-            report.get("surge", True),
-            report.get("initialization_timeout", 600.0),
-            report.get("graceful_timeout", 20.0),
+            report.get("surge", before.surge),
+            report.get("initialization_timeout", before.initialization_timeout_s),
+            report.get("graceful_timeout", before.graceful_timeout_s),
         )
         alive = {r.revision for r in self.replicas.values()}
         self._specs = {revision: spec for revision, spec in self._specs.items() if revision in alive}
         self._specs[self.desired.revision] = self.desired
-        self.failures, self.error, self.gave_up, self._refused = 0, "", False, False
-        self._wanted = max(1, report.get("num_replicas", 1)) if self.exact else self.concurrency
+        self._wanted = max(1, report.get("num_replicas", self._wanted)) if self.exact else self.concurrency
 
     def _deleted(self) -> None:
         self.desired = None
         self.failures, self.error, self.gave_up, self._refused, self._finished = 0, "", False, False, 0
 
     def _changed_state(self, replica: Replica, report: Mapping[str, Any], now: float) -> None:
+        if report.get("revision") and report["generation"] > (self.desired.generation if self.desired else 0):
+            self._deployed(report)  # it has seen a change before anyone reported it
         replica.state = report["state"]
         replica.revision = report.get("revision") or replica.revision
         if replica.state == STARTING:

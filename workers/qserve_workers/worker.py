@@ -12,9 +12,7 @@ from celery.worker import components, consumer
 from celery.worker.state import maybe_shutdown
 from kombu.utils.imports import symbol_by_name
 
-from qserve.settings import Settings
 from qserve_workers.app import QUEUE
-from qserve_workers.child import Replica
 from qserve_workers.pool import ReplicaPool
 from qserve_workers.keeper import Keeper
 
@@ -28,11 +26,10 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
 
     def __init__(self, app: Any = None, hostname: str | None = None, **options: Any) -> None:
         self.deployment = _one_deployment(options.get("queues"))
-        self.settings = Settings()
         if options.get("autoscale"):
             raise click.UsageError("--autoscale counts Celery tasks, which replicas do not take; deploy num_replicas=.")
         if _is_default("loglevel"):
-            options["loglevel"] = self.settings.log_level.upper()
+            options["loglevel"] = self.app.settings.log_level.upper()
         if hostname is None or _is_default("hostname"):  # else two workers on one host would share a name
             hostname = f"{self.deployment}-{os.getpid()}@{os.uname().nodename}"
         chatty = bool(options.get("task_events"))
@@ -69,6 +66,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         def meanwhile() -> None:
             maybe_shutdown()
             self.pool.maintain_pool()
+            self.pool.keeper.on_readable()  # a full pipe would stop the replicas
 
         conn.ensure_connection(
             on_error, None, interval_start=0.1, interval_step=0.4, interval_max=2.0, callback=meanwhile
@@ -88,17 +86,12 @@ class Replicas(bootsteps.Step):  # type: ignore[misc]
         parent.pool.keeper = Keeper(
             parent.deployment,
             parent.concurrency,
-            parent.settings,
+            parent.app.settings,
             parent.pool,
-            symbol_by_name(parent.app.conf.qserve_make_replica),
+            symbol_by_name(parent.app.conf.qserve_replica),
             node=os.environ.get("QSERVE_NODE", ""),
             exact=os.environ.get("QSERVE_REPLICAS_EXACT") == "1",
         )
-
-
-def make_replica(settings: Settings, **birth: Any) -> Replica:
-    """A replica process, which has not started."""
-    return ReplicaProcess(Birth(**birth), settings)
 
 
 def _one_deployment(queues: Any) -> str:
