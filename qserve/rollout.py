@@ -256,10 +256,15 @@ def delete(state: State, name: str, *, expected: int | None = None) -> None:
     """
     current = state.get(name)
     log_id = state.delete(name, expected=expected)
-    if current is None or log_id is None:
-        return
-    wait_for_gateways(state, log_id)
-    patience = current.spec.graceful_shutdown_timeout_s + _DELETE_GRACE_S
+    if current is not None and log_id is not None:
+        wait_for_gateways(state, log_id)
+        finish_deleting(state, current.spec)
+
+
+def finish_deleting(state: State, spec: DeploymentSpec) -> None:
+    """Wait until the replicas of a deployment that was deleted from the state are gone; answer what calls are left."""
+    name = spec.name
+    patience = spec.graceful_shutdown_timeout_s + _DELETE_GRACE_S
     for _ in _ticks(patience):
         if state.get(name) is not None:  # deployed again by someone else: what runs now is theirs
             return
