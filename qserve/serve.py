@@ -1,0 +1,219 @@
+"""The public verbs: `from qserve import serve`."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+from qserve import local, process
+from qserve.batching import batch
+from qserve.context import ReplicaContext, get_replica_context
+from qserve.deployment import Deployment, deployment, set_instance_provider
+from qserve.driver import Driver
+from qserve.handle import AsyncDeploymentHandle, DeploymentHandle
+from qserve.http_options import HTTPOptions, Location
+from qserve.ingress import ingress
+from qserve.loading import is_importing
+from qserve.spec import ReplicaInfo
+
+__all__ = [
+    "AsyncDeploymentHandle",
+    "Deployment",
+    "DeploymentHandle",
+    "DeploymentStatus",
+    "HTTPOptions",
+    "Location",
+    "ReplicaContext",
+    "batch",
+    "deployment",
+    "get_deployment",
+    "get_replica_context",
+    "ingress",
+    "list_deployments",
+    "run",
+    "shutdown",
+    "start",
+    "status",
+]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LOOK_S = 0.2
+_driver = Driver()
+process.set_settings_finder(local.find_settings)
+set_instance_provider(_driver.current)
+
+
+def start(
+    detached: bool = False, http_options: HTTPOptions | Mapping[str, Any] | None = None, **kwargs: Any
+) -> None:
+    """Start an instance on this machine unless one runs; returns when it serves HTTP.
+
+    With QSERVE_REDIS_URL set it is that server's instance, else one with a server of its own.
+
+    Args:
+        detached: It outlives this process; else it ends with it, however that ends.
+        http_options: See `HTTPOptions`. A running instance keeps its own, with a warning.
+        kwargs: None are known; the old `http_host`, `http_port` and `http_middlewares` get a hint.
+
+    Raises:
+        ValueError: The address cannot be listened on.
+        ConfigurationError: The instance cannot be started; the text says why.
+    """
+    _refuse_old_options(kwargs)
+    options = _options(http_options)
+    if not _ignored("start"):
+        _driver.start(options, detached=detached)
+
+
+@overload
+def run(
+    target: Deployment[T],
+    *,
+    blocking: bool = False,
+    detached: bool = False,
+    http_options: HTTPOptions | Mapping[str, Any] | None = None,
+) -> DeploymentHandle[T]: ...
+@overload
+def run(
+    target: Sequence[Deployment[Any]] | None = None,
+    *,
+    blocking: bool = False,
+    detached: bool = False,
+    http_options: HTTPOptions | Mapping[str, Any] | None = None,
+) -> None: ...
+def run(
+    target: Deployment[Any] | Sequence[Deployment[Any]] | None = None,
+    *,
+    blocking: bool = False,
+    detached: bool = False,
+    http_options: HTTPOptions | Mapping[str, Any] | None = None,
+) -> DeploymentHandle[Any] | None:
+    """Start an instance unless one runs, and deploy to it; several deployments come up side by side.
+
+    Args:
+        target: What to deploy.
+        blocking: Stay until Ctrl-C.
+        detached, http_options: As for `start`.
+
+    Returns:
+        The handle of a single target.
+
+    Raises:
+        RuntimeError: A deployment failed; see `Deployment.deploy`.
+    """
+    options = _options(http_options)
+    one = target if isinstance(target, Deployment) else None
+    if not _ignored("run"):
+        several = [one] if one is not None else list(target or ())  # type: ignore[arg-type]
+        instance = _driver.start(options, detached=detached, wait=False)
+        goals = [instance.put(each, each.init_args, each.init_kwargs) for each in several]
+        for goal in goals:
+            goal.wait()
+        _driver.wait_until_ready()
+        if blocking:
+            _stay(instance.settings.namespace)
+    return one.get_handle() if one is not None else None
+
+
+def shutdown() -> None:
+    """Delete all deployments and stop the processes of the instance; harmless where there is none."""
+    if not _ignored("shutdown"):
+        _driver.shutdown()
+
+
+def get_deployment(name: str) -> Deployment[Any]:
+    """The deployment of that name, to call, change or deploy again.
+
+    Raises:
+        KeyError: There is none.
+        NoInstanceError: No instance is running.
+    """
+    instance = _driver.current()
+    deployed = instance.state.get(name)
+    if deployed is None:
+        raise KeyError(f"Deployment {name} was not found. Did you call Deployment.deploy()?")
+    return instance.deployment(deployed)
+
+
+def list_deployments() -> dict[str, Deployment[Any]]:
+    """Every deployment by name.
+
+    Raises:
+        NoInstanceError: No instance is running.
+    """
+    instance = _driver.current()
+    return {name: instance.deployment(deployed) for name, deployed in instance.state.list().items()}
+
+
+@dataclass(frozen=True)
+class DeploymentStatus:
+    """How a deployment is doing.
+
+    Attributes:
+        state: WAITING (no node is alive), DEPLOYING, HEALTHY or DEPLOY_FAILED.
+        error: What went wrong last, "" if nothing did.
+        version: As deployed.
+        generation: Counts the deploys of this name.
+        route_prefix: None when it is not served over HTTP.
+        replicas: One for each process, as it last described itself.
+        queued: Calls that wait or run.
+    """
+
+    state: str
+    error: str
+    version: str | None
+    generation: int
+    route_prefix: str | None
+    replicas: tuple[ReplicaInfo, ...]
+    queued: int
+
+
+def status() -> dict[str, DeploymentStatus]:
+    """How every deployment is doing.
+
+    Raises:
+        NoInstanceError: No instance is running.
+    """
+    state = _driver.current().state
+    return {
+        name: DeploymentStatus(
+            state=deployed.state,
+            error=deployed.error,
+            version=deployed.spec.version,
+            generation=deployed.generation,
+            route_prefix=deployed.spec.route_prefix,
+            replicas=tuple(state.replicas(name).values()),
+            queued=state.queued(name),
+        )
+        for name, deployed in state.list().items()
+    }
+
+
+def _options(given: HTTPOptions | Mapping[str, Any] | None) -> HTTPOptions:
+    return given if isinstance(given, HTTPOptions) else HTTPOptions(**(given or {}))
+
+
+def _refuse_old_options(kwargs: Mapping[str, Any]) -> None:
+    for name in kwargs:
+        if name in {"http_host", "http_port", "http_middlewares"}:
+            option = name.removeprefix("http_")
+            raise ValueError(f"{name} is not an option any more. Use http_options={{'{option}': ...}} instead.")
+        raise TypeError(f"start() got an unexpected keyword argument '{name}'")
+
+
+def _ignored(verb: str) -> bool:
+    if is_importing():
+        logger.debug("Importing is not deploying: serve.%s() does nothing.", verb)
+        return True
+    return False
+
+
+def _stay(namespace: str) -> None:
+    with contextlib.suppress(KeyboardInterrupt):
+        while local.find_record(namespace) is not None:
+            time.sleep(_LOOK_S)

@@ -1,0 +1,117 @@
+"""Fixtures: a real server for each session, and a whole instance where a test wants one."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from qserve import embedded, process
+from qserve.keys import Keys
+from qserve.messages import Signer
+from qserve.settings import Settings
+from qserve.state import State
+from qserve.testing import TestInstance, instance
+
+SECRET = "test-" + secrets.token_hex(16)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_instance_of_the_user() -> Iterator[None]:
+    """Tests never meet an instance that runs on this machine, nor settings of the one who runs them."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith("QSERVE_")}
+    for name in kept:
+        del os.environ[name]
+    folder = tempfile.mkdtemp(prefix="qs-")
+    os.environ["QSERVE_RUNTIME_DIR"] = folder
+    yield
+    del os.environ["QSERVE_RUNTIME_DIR"]
+    os.environ.update(kept)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[str]:
+    """URL of a private Valkey on a unix socket, for the session."""
+    folder = Path(tempfile.mkdtemp(prefix="qs-"))
+    valkey = subprocess.Popen(embedded.command(folder))
+    try:
+        _wait_until_accepting(embedded.socket_path(folder), valkey)
+        yield embedded.redis_url(folder)
+    finally:
+        valkey.kill()
+        valkey.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def redis_client(redis_server: str) -> Iterator["redis.Redis"]:
+    """A client of the session's Valkey, which is empty."""
+    with redis.Redis.from_url(redis_server, protocol=2) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def settings(redis_server: str, redis_client: "redis.Redis") -> Settings:
+    """Settings of an empty, signed namespace."""
+    return Settings(redis_url=redis_server, secret=SECRET, namespace="test")
+
+
+@pytest.fixture
+def keys(settings: Settings) -> Keys:
+    """Key names of that namespace."""
+    return settings.keys
+
+
+@pytest.fixture
+def signer(settings: Settings) -> Signer:
+    """Its signer."""
+    return Signer(settings.secrets)
+
+
+@pytest.fixture
+def state(settings: Settings, signer: Signer) -> Iterator[State]:
+    """Its state."""
+    state = State(settings.redis_url, settings.keys, signer)
+    yield state
+    state.close()
+
+
+@pytest.fixture(scope="session")
+def _session_instance() -> Iterator[tuple[TestInstance, str]]:
+    outside = os.environ["QSERVE_RUNTIME_DIR"]
+    with instance() as running:
+        inside = os.environ["QSERVE_RUNTIME_DIR"]
+        os.environ["QSERVE_RUNTIME_DIR"] = outside
+        yield running, inside
+        os.environ["QSERVE_RUNTIME_DIR"] = inside
+
+
+@pytest.fixture
+def qserve_instance(
+    _session_instance: tuple[TestInstance, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TestInstance]:
+    """A whole local instance without deployments, for the length of a test; `serve` of this process uses it."""
+    running, folder = _session_instance
+    monkeypatch.setenv("QSERVE_RUNTIME_DIR", folder)
+    yield running
+    running.clear()
+    process.close_current_client()
+
+
+def _wait_until_accepting(path: Path, valkey: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and valkey.poll() is None:
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                return
+        time.sleep(0.005)
+    raise AssertionError(f"the Valkey on {path} did not start")
