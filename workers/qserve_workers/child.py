@@ -4,6 +4,7 @@ Billiard's own loop polls once a second, takes SIGTERM as an order to unwind at 
 exits. Here the main thread sleeps until a signal or a Celery task wakes it, and leaves when the replica has drained.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -55,10 +56,8 @@ class Child(asynpool.Worker):  # type: ignore[misc]
             self._leaving = True
         else:
             self._serving = True
-        try:
+        with contextlib.suppress(BlockingIOError):  # woken often enough
             os.write(self._wake_writer, b"\0")
-        except BlockingIOError:  # woken often enough
-            pass
 
     def _make_child_methods(self, *_args: Any) -> None:
         self.wait_for_job = self._wait_for_job

@@ -3,6 +3,7 @@
 Everything runs on Celery's event loop, in the main thread; user code is never imported here.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -97,7 +98,11 @@ class Keeper:
         """What the process forked next shall run."""
         self._standby, failures = self.rollout.birth()
         birth = Birth(self.deployment, self.id, self._node, self._standby, failures, self._writer)
-        return partial(self._make_replica, birth, self._settings)
+        return partial(self._in_child, birth)
+
+    def _in_child(self, birth: Birth) -> Replica:
+        os.close(self._reader)
+        return self._make_replica(birth, self._settings)
 
     def after_birth(self, pid: int) -> None:
         """A process has been forked."""
@@ -115,7 +120,7 @@ class Keeper:
             "Deployment %s: replica %s (pid %d) has ended, %s",
             *(self.deployment, replica.id or "unnamed", pid, how),
         )
-        if replica.id:
+        if replica.id and exitcode:  # who ends with 0 has said goodbye; a tombstone would count as a crash
             self._announcer.bury(replica.id)
         self.act()
 
@@ -243,7 +248,5 @@ class Keeper:
 
 
 def _signal(pid: int, signum: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it was faster; the pool will hear of its death
         os.kill(pid, signum)
-    except ProcessLookupError:  # it was faster; the pool will hear of its death
-        pass

@@ -5,7 +5,7 @@ holds its pipes; the number of children and their births and deaths belong to th
 signals open that the child must not miss; and a warm shutdown drains the children within their own limits.
 """
 
-import logging
+import contextlib
 import os
 import select
 import signal
@@ -19,8 +19,6 @@ from celery.worker import state as worker_state
 
 from qserve_workers.child import FORK_SIGNALS, Child
 from qserve_workers.keeper import Keeper
-
-logger = logging.getLogger(__name__)
 
 _AGAIN_S = (0.02, 0.2)
 """Where there is no pidfd: when to look again after a child's pipe closed, which happens before it can be reaped."""
@@ -90,10 +88,8 @@ class Processes(asynpool.AsynPool):  # type: ignore[misc]
 
     def _track_child_process(self, proc: Any, hub: Any) -> None:
         if getattr(proc, "_sentinel_poll", None) is None and hasattr(os, "pidfd_open"):
-            try:
+            with contextlib.suppress(OSError):  # an old kernel; the parent class takes the pipe
                 proc._sentinel_poll = os.pidfd_open(proc.pid)
-            except OSError:  # an old kernel; the parent class takes the pipe
-                pass
         super()._track_child_process(proc, hub)
 
     def _event_process_exit(self, hub: Any, proc: Any) -> None:
@@ -148,10 +144,8 @@ class Processes(asynpool.AsynPool):  # type: ignore[misc]
 
     def reap(self) -> None:
         """Bury the children that have ended, without replacing them."""
-        try:
+        with contextlib.suppress(WorkersJoined):
             self._join_exited_workers(shutdown=True)
-        except WorkersJoined:
-            pass
 
 
 class ReplicaPool(prefork.TaskPool):  # type: ignore[misc]
@@ -159,10 +153,13 @@ class ReplicaPool(prefork.TaskPool):  # type: ignore[misc]
 
     Pool = Processes
 
+    keeper: Keeper
+    hub: Any
+    """Both set by the worker before it starts the pool."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._pool: Any = None
         super().__init__(*args, **kwargs)
-        self.keeper: Keeper
-        self.hub: Any = None
 
     def on_start(self) -> None:
         """Fork the first children."""

@@ -335,7 +335,7 @@ class Rollout:
         leaving = [r for r in old if not r.has_capacity]
         serving_old = [r for r in old if r.has_capacity]
         if not self.gave_up:
-            changing = sum(r.leaving for r in self.replicas.values()) + sum(not r.has_capacity for r in fresh)
+            changing = max(0, self._wanted - sum(r.has_capacity for r in self._live()))
             leaving += serving_old[: max(0, self._batch - changing, len(serving_old) - self._wanted)]
         for replica in fresh:  # constructed as standby under an earlier, surging generation
             if replica.state == STANDBY and replica.predecessors is None:
@@ -345,7 +345,7 @@ class Rollout:
     def _excess(self, fresh: list[Replica]) -> list[Replica]:
         """Replicas of the newest revision beyond the wanted number: those not serving first, then the youngest."""
         too_many = max(0, len(fresh) - self._wanted)
-        return sorted(fresh, key=lambda r: (r.state == SERVING, -r.born_at))[:too_many]
+        return sorted(reversed(fresh), key=lambda r: r.state == SERVING)[:too_many]
 
     def _new_size(self) -> int:
         leaving = sum(r.leaving for r in self.replicas.values())

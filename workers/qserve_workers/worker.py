@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pkgutil
 import re
 from typing import Any
 
@@ -10,11 +11,10 @@ from celery import bootsteps
 from celery.apps import worker as celery_worker
 from celery.worker import components, consumer
 from celery.worker.state import maybe_shutdown
-from kombu.utils.imports import symbol_by_name
 
 from qserve_workers.app import QUEUE
-from qserve_workers.pool import ReplicaPool
 from qserve_workers.keeper import Keeper
+from qserve_workers.pool import ReplicaPool
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Replicas(bootsteps.Step):  # type: ignore[misc]
             parent.concurrency,
             parent.app.settings,
             parent.pool,
-            symbol_by_name(parent.app.conf.qserve_replica),
+            pkgutil.resolve_name(parent.app.conf.qserve_replica),
             node=os.environ.get("QSERVE_NODE", ""),
             exact=os.environ.get("QSERVE_REPLICAS_EXACT") == "1",
         )
