@@ -1,0 +1,221 @@
+"""`@serve.batch`: calls made one by one run together, as one call with lists."""
+
+import asyncio
+import inspect
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import wraps
+from inspect import BoundArguments, Parameter
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
+
+from qserve.context import current_call
+from qserve.errors import QServeError
+
+S = TypeVar("S")
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _Waiting(NamedTuple):
+    arguments: tuple[Any, ...]
+    result: asyncio.Future[Any]
+
+
+class BatchQueue:
+    """Collects the calls of one function, or of one instance's method, on the running event loop.
+
+    Batches run one after another. Not thread-safe.
+
+    Args:
+        run: Runs a batch, given one list per parameter; gives the results in the same order.
+    """
+
+    def __init__(
+        self, run: Callable[..., Awaitable[Sequence[Any]]], max_batch_size: int, batch_wait_timeout_s: float
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._run = run
+        self._max_batch_size = max_batch_size
+        self._wait_s = batch_wait_timeout_s
+        self._waiting: deque[_Waiting] = deque()
+        self._arrived = asyncio.Event()
+        self._runner: asyncio.Task[None] | None = None
+
+    def put(self, arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
+        """Add one call; the future gets its result."""
+        result = self.loop.create_future()
+        self._waiting.append(_Waiting(arguments, result))
+        self._arrived.set()
+        if self._runner is None or self._runner.done():
+            self._runner = self.loop.create_task(self._run_batches())
+        return result
+
+    async def _run_batches(self) -> None:
+        current_call.set(None)  # a batch belongs to no single call
+        # Ends when nothing waits, so that nothing is left behind on a loop that stops.
+        while self._waiting:
+            await self._wait_for_more()
+            size = min(len(self._waiting), self._max_batch_size)
+            batch = [self._waiting.popleft() for _ in range(size)]
+            batch = [call for call in batch if not call.result.done()]  # its caller has given up
+            if batch:
+                await self._run_batch(batch)
+
+    async def _wait_for_more(self) -> None:
+        if self._wait_s == 0:
+            return
+        try:
+            async with asyncio.timeout(self._wait_s):
+                while len(self._waiting) < self._max_batch_size:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            pass
+
+    async def _run_batch(self, batch: list[_Waiting]) -> None:
+        try:
+            columns = map(list, zip(*(call.arguments for call in batch), strict=True))
+            results = await self._run(*columns)
+            if len(results) != len(batch):
+                raise QServeError(
+                    "Batched function doesn't preserve batch size. "
+                    f"The input list has length {len(batch)} but the returned list has length {len(results)}."
+                )
+        except BaseException as exc:  # SystemExit too, which would end the loop here
+            for call in batch:
+                if isinstance(exc, asyncio.CancelledError):
+                    call.result.cancel()
+                elif not call.result.done():
+                    call.result.set_exception(exc)
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return
+        for call, result in zip(batch, results, strict=True):
+            if not call.result.done():
+                call.result.set_result(result)
+
+
+class BatchDecorator(Protocol):
+    """What `@serve.batch(...)` gives."""
+
+    @overload
+    def __call__(
+        self, function: Callable[[list[T]], Coroutine[Any, Any, list[R]]], /
+    ) -> Callable[[T], Coroutine[Any, Any, R]]: ...
+    @overload
+    def __call__(
+        self, function: Callable[[S, list[T]], Coroutine[Any, Any, list[R]]], /
+    ) -> Callable[[S, T], Coroutine[Any, Any, R]]: ...
+    @overload
+    def __call__(self, function: Callable[..., Coroutine[Any, Any, Any]], /) -> Callable[..., Any]: ...
+
+
+@overload
+def batch(
+    function: Callable[[list[T]], Coroutine[Any, Any, list[R]]], /
+) -> Callable[[T], Coroutine[Any, Any, R]]: ...
+@overload
+def batch(
+    function: Callable[[S, list[T]], Coroutine[Any, Any, list[R]]], /
+) -> Callable[[S, T], Coroutine[Any, Any, R]]: ...
+@overload
+def batch(function: Callable[..., Coroutine[Any, Any, Any]], /) -> Callable[..., Any]: ...
+@overload
+def batch(*, max_batch_size: int = 10, batch_wait_timeout_s: float = 0.0) -> BatchDecorator: ...
+def batch(function: Any = None, /, *, max_batch_size: float = 10, batch_wait_timeout_s: float = 0.0) -> Any:
+    """Run many calls of an `async def` function or method as one call with a list in place of each argument.
+
+    The function returns a list of as many results, in the same order; its callers pass and get single values. What it
+    raises, each of its callers gets. Each instance has a queue of its own; batches run one after another.
+
+    Args:
+        max_batch_size: Run at once with so many calls.
+        batch_wait_timeout_s: Wait so long for a full batch; 0: run what is there.
+
+    Raises:
+        TypeError, ValueError: Not an `async def` function, or an option is not what it should be.
+    """
+    size = _checked_size(max_batch_size)
+    wait_s = _checked_wait(batch_wait_timeout_s)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        if not inspect.iscoroutinefunction(function):
+            raise TypeError("Functions decorated with @serve.batch must be 'async def'")
+        return _Batched(function, size, wait_s).as_function()
+
+    return decorate if function is None else decorate(function)
+
+
+def _checked_size(value: float) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int):
+        raise TypeError("max_batch_size must be integer >= 1")
+    if value < 1:
+        raise ValueError("max_batch_size must be an integer >= 1")
+    return value
+
+
+def _checked_wait(value: float) -> float:
+    if not isinstance(value, int | float):
+        raise TypeError("batch_wait_timeout_s must be a float >= 0")
+    if value < 0:
+        raise ValueError("batch_wait_timeout_s must be a float >= 0")
+    return value
+
+
+class _Batched:
+    """One decorated function: finds the queue of a call, and puts it there."""
+
+    def __init__(self, function: Callable[..., Any], max_batch_size: int, batch_wait_timeout_s: float) -> None:
+        self._function = function
+        self._size = max_batch_size
+        self._wait_s = batch_wait_timeout_s
+        self._queues: dict[str, BatchQueue] = {}
+        self._key = f"_qserve_batches_of_{function.__name__}"
+        in_class_body, _, self._name = function.__qualname__.rpartition(".")
+        self._may_be_method = bool(in_class_body) and not in_class_body.endswith("<locals>")
+        self._signature = inspect.signature(function)
+        kinds = {each.kind for each in self._signature.parameters.values()}
+        if kinds & {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}:
+            raise TypeError("Functions decorated with @serve.batch may not take *args or **kwargs")
+
+    def as_function(self) -> Callable[..., Any]:
+        """What stands in place of the decorated function."""
+
+        @wraps(self._function)
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            # The class has an attribute of that name, so the first argument is `self`; a staticmethod's is not.
+            if self._may_be_method and args and hasattr(type(args[0]), self._name):
+                return await self._queue(args[0]).put(self._row(args, kwargs, skip=1))
+            return await self._queue(None).put(self._row(args, kwargs, skip=0))
+
+        return call
+
+    def _row(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, skip: int) -> tuple[Any, ...]:
+        """The arguments of one call, one for each parameter."""
+        if not kwargs and len(args) == len(self._signature.parameters):
+            return args[skip:]
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())[skip:]
+
+    def _queue(self, instance: Any) -> BatchQueue:
+        queues = self._queues if instance is None else instance.__dict__
+        queue: BatchQueue | None = queues.get(self._key)
+        if queue is None or queue.loop is not asyncio.get_running_loop():
+            queue = queues[self._key] = BatchQueue(self._runner(instance), self._size, self._wait_s)
+        return queue
+
+    def _runner(self, instance: Any) -> Callable[..., Awaitable[Sequence[Any]]]:
+        first = () if instance is None else (instance,)
+        names = list(self._signature.parameters)
+
+        def run(*columns: list[Any]) -> Awaitable[Sequence[Any]]:
+            given = OrderedDict(zip(names, (*first, *columns), strict=True))
+            bound = BoundArguments(self._signature, given)
+            results: Awaitable[Sequence[Any]] = self._function(*bound.args, **bound.kwargs)
+            return results
+
+        return run
