@@ -57,13 +57,17 @@ class _BaseHandle:
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref[Any]:
         client = current_client()
-        call = _OutgoingCall(client, codec_of(client), self._name, self._options)
-        refs = collect_refs(args, kwargs)
-        if refs:
-            _WaitForArguments(call, args, kwargs, refs).start()
+        codec = codec_of(client)
+        options = self._options
+        ref: CallRef = CallRef(client, codec, self._name, options.method_name, options.timeout_s)
+        payload = codec.pack_plain_call(args, kwargs)
+        if payload is not None:
+            ref.send(payload)
+        elif refs := collect_refs(args, kwargs):
+            _WaitForArguments(ref, codec, args, kwargs, refs).start()
         else:
-            call.send(args, kwargs)
-        return call.ref
+            ref.send(codec.pack_call(args, kwargs, f"the call to {ref.label}"))
+        return ref
 
 
 class DeploymentHandle(_BaseHandle, Generic[T_co]):
@@ -144,27 +148,31 @@ def _refuse_private(handle: _BaseHandle, name: str) -> None:
         raise AttributeError(f"{type(handle).__name__} has no attribute {name!r}; private methods cannot be called")
 
 
-class _OutgoingCall:
-    """One call on its way: makes the ref, packs, sends, and settles the ref with the outcome."""
+class CallRef(Ref[Any]):
+    """The ref of a call that is on its way: sends it, withdraws it, and takes in its outcome."""
 
-    __slots__ = ("_client", "_codec", "_name", "_options", "_pending", "_timeout_s", "ref")
-
-    def __init__(self, client: Client, codec: Codec, name: str, options: CallOptions) -> None:
+    def __init__(self, client: Client, codec: Codec, deployment: str, method: str, timeout_s: float | None) -> None:
+        super().__init__()
         self._client = client
         self._codec = codec
-        self._name = name
-        self._options = options
+        self._deployment = deployment
+        self._method = method
+        self._timeout_s = timeout_s
         self._pending: PendingCall | None = None
-        label = f"{name}.{options.method_name}" if options.method_name else name
-        self.ref: Ref[Any] = Ref(label, self._withdraw, client.is_own_thread)
 
-    def send(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timeout_s = self._options.timeout_s
+    @property
+    def label(self) -> str:
+        """What is called, for messages."""
+        return f"{self._deployment}.{self._method}" if self._method else self._deployment
+
+    def send(self, payload: bytes) -> None:
+        """Put the call with its packed arguments."""
+        timeout_s = self._timeout_s
         self._pending = self._client.prepare(
-            self._name,
+            self._deployment,
             kind=PYTHON,
-            method=self._options.method_name,
-            payload=self._codec.pack_call(args, kwargs),
+            method=self._method,
+            payload=payload,
             timeout_s=self._client.settings.handle_timeout_s if timeout_s is None else timeout_s,
             safe=False,
             on_outcome=self._settle,
@@ -172,20 +180,24 @@ class _OutgoingCall:
         self._client.submit(self._pending)
 
     def fail(self, error: BaseException) -> None:
-        if not self.ref.done():
-            self.ref.set_exception(error)
+        """End without having been sent."""
+        if not self.done():
+            self.set_exception(error)
 
-    def _withdraw(self) -> None:
+    def withdraw(self) -> None:
         if self._pending is not None:
             self._client.withdraw(self._pending)
 
+    def is_forbidden_to_block(self) -> bool:
+        return self._client.is_own_thread()
+
     def _settle(self, outcome: Outcome) -> None:
-        if self.ref.done():
+        if self.done():
             return  # cancelled
         if isinstance(outcome, QServeError):
-            self.ref.set_exception(outcome)
+            self.set_exception(outcome)
         elif outcome.kind == ERROR:
-            self.ref.set_exception(self._codec.rebuild_error(decode_error(outcome.payload)))
+            self.set_exception(self._codec.rebuild_error(decode_error(outcome.payload)))
         else:
             self._settle_value(outcome)
 
@@ -193,18 +205,19 @@ class _OutgoingCall:
         try:
             value = self._codec.unpack(reply.payload)
         except Exception as exc:
-            self.ref.set_exception(exc)
+            self.set_exception(exc)
         else:
-            self.ref.set_result(value)
+            self.set_result(value)
 
 
 class _WaitForArguments:
     """Sends a call once the refs among its arguments are there; blocks nobody meanwhile."""
 
     def __init__(
-        self, call: _OutgoingCall, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref[Any]]
+        self, call: CallRef, codec: Codec, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref[Any]]
     ) -> None:
         self._call = call
+        self._codec = codec
         self._args = args
         self._kwargs = kwargs
         self._refs = refs
@@ -215,15 +228,17 @@ class _WaitForArguments:
         for ref in self._refs:
             ref.add_done_callback(self._one_done)
 
-    def _one_done(self, ref: Any) -> None:
+    def _one_done(self, _ref: object) -> None:
         with self._lock:
             self._missing -= 1
             if self._missing:
                 return
+        if self._call.done():
+            return  # cancelled meanwhile
         try:
             values = {ref: ref.result(0) for ref in self._refs}
             args, kwargs = substitute(self._args, self._kwargs, values)
-            self._call.send(args, kwargs)
+            self._call.send(self._codec.pack_call(args, kwargs, f"the call to {self._call.label}"))
         except Exception as exc:
             self._call.fail(exc)
 

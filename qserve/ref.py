@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 from qserve.errors import CallCancelled, GetTimeoutError
@@ -20,15 +20,21 @@ class Ref(concurrent.futures.Future[T], Generic[T]):
     Passed as an argument of another call it is resolved first, without blocking anything. Thread-safe.
     """
 
-    def __init__(self, label: str, withdraw: Callable[[], None], is_forbidden_to_block: Callable[[], bool]) -> None:
-        super().__init__()
-        self._label = label
-        self._withdraw = withdraw
-        self._is_forbidden_to_block = is_forbidden_to_block
+    @property
+    def label(self) -> str:
+        """What is called, for messages."""
+        return "a call"
 
     def __repr__(self) -> str:
         state = "pending" if not self.done() else "cancelled" if self.cancelled() else "done"
-        return f"<Ref to {self._label}, {state}>"
+        return f"<Ref to {self.label}, {state}>"
+
+    def withdraw(self) -> None:
+        """Tell whoever computes the result that nobody waits for it any more."""
+
+    def is_forbidden_to_block(self) -> bool:
+        """Whether this thread has to receive the result, and so must not wait for it."""
+        return False
 
     def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
         return "ref", {}
@@ -37,7 +43,7 @@ class Ref(concurrent.futures.Future[T], Generic[T]):
         """Withdraw the call: still queued, it never runs; returns False if it has ended already."""
         if not super().cancel():
             return False
-        self._withdraw()
+        self.withdraw()
         return True
 
     def result(self, timeout: float | None = None) -> T:
@@ -57,11 +63,11 @@ class Ref(concurrent.futures.Future[T], Generic[T]):
         try:
             return super().result(timeout)
         except concurrent.futures.CancelledError:
-            raise CallCancelled(f"the call to {self._label} was cancelled") from None
+            raise CallCancelled(f"the call to {self.label} was cancelled") from None
         except TimeoutError as exc:
             if self.done():
                 raise  # the call's own outcome
-            raise GetTimeoutError(f"the call to {self._label} did not end within {timeout} s; it goes on") from exc
+            raise GetTimeoutError(f"the call to {self.label} did not end within {timeout} s; it goes on") from exc
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Like `result`, but returns the error instead of raising it."""
@@ -69,9 +75,9 @@ class Ref(concurrent.futures.Future[T], Generic[T]):
         try:
             return super().exception(timeout)
         except concurrent.futures.CancelledError:
-            raise CallCancelled(f"the call to {self._label} was cancelled") from None
+            raise CallCancelled(f"the call to {self.label} was cancelled") from None
         except TimeoutError as exc:
-            raise GetTimeoutError(f"the call to {self._label} did not end within {timeout} s; it goes on") from exc
+            raise GetTimeoutError(f"the call to {self.label} did not end within {timeout} s; it goes on") from exc
 
     def __await__(self) -> Generator[Any, None, T]:
         if not self.done():
@@ -84,9 +90,9 @@ class Ref(concurrent.futures.Future[T], Generic[T]):
 
     def refuse_to_deadlock(self) -> None:
         """Raise RuntimeError where blocking would keep the result from ever arriving."""
-        if not self.done() and self._is_forbidden_to_block():
+        if not self.done() and self.is_forbidden_to_block():
             raise RuntimeError(
-                f"waiting for {self._label} here would block the event loop that receives the result: `await` the ref"
+                f"waiting for {self.label} here would block the event loop that receives the result: `await` the ref"
             )
 
 
