@@ -82,7 +82,8 @@ def celery_url(url: str) -> str:
     query = dict(parse_qsl(parts.query))
     if parts.scheme == "unix":
         query["virtual_host"] = query.pop("db", "0")
-        return urlunsplit(parts._replace(scheme="redis+socket", query=urlencode(query)))
+        # Not urlunsplit, which leaves out the "//" before an empty host.
+        return f"redis+socket://{parts.netloc}{parts.path}?{urlencode(query)}"
     if parts.scheme == "rediss":
         query.setdefault("ssl_cert_reqs", "required")
     if "db" in query:
