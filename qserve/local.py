@@ -25,7 +25,9 @@ import msgspec
 
 from qserve import embedded
 from qserve.errors import ConfigurationError, NoInstanceError
+from qserve.messages import Signer
 from qserve.settings import Settings
+from qserve.state import State
 
 NO_INSTANCE = (
     "There is no instance running on this machine. Please call `serve.start(detached=True)` or run `qserve run` to "
@@ -154,7 +156,7 @@ class LocalInstance:
         self._driver = os.getpid()
 
     def wait_for_redis(self) -> None:
-        """Wait until its embedded Redis accepts connections.
+        """Wait until its Redis answers and its node can be deployed to.
 
         Raises:
             ConfigurationError: It ended instead.
@@ -162,6 +164,9 @@ class LocalInstance:
         path = embedded.socket_path(self._folder)
         if self.settings.redis_url == embedded.redis_url(self._folder):
             self._wait(lambda: _accepts(path) or None, "Redis")
+        state = State(self.settings.redis_url, self.settings.keys, Signer(self.settings.secrets))
+        with contextlib.closing(state):
+            self._wait(lambda: any(node.pid == self.pid for node in state.nodes().values()) or None, "the node")
 
     def wait_until_ready(self) -> InstanceRecord:
         """Wait until its gateway listens.
