@@ -49,7 +49,7 @@ def state_of(value: Any) -> dict[str, object]:
 def model_state_of(value: Any) -> dict[str, object]:
     """Fields of a pydantic model, extra ones included; private attributes stay behind."""
     content = vars(value)
-    fields = {name: content[name] for name in type(value).__pydantic_fields__ if name in content}
+    fields = {name: content[name] for name in type(value).model_fields if name in content}
     return fields | (value.__pydantic_extra__ or {})
 
 
@@ -90,7 +90,7 @@ def rebuild_model(module: str, qualname: str, state: dict[str, Any], given: list
     cls: Any = find_class(module, qualname)
     if cls is None or not is_model(cls):
         return state
-    fields = cls.__pydantic_fields__
+    fields = cls.model_fields
     extra = {name: value for name, value in state.items() if name not in fields}
     allows_extra = cls.model_config.get("extra") == "allow"
     if not fields.keys() <= state.keys() or (extra and not allows_extra):

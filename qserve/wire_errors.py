@@ -4,6 +4,7 @@ No code of user exceptions runs here: classes are only looked up among imported 
 builtin exception they derive from, with the arguments and attributes of the original.
 """
 
+import builtins
 import traceback
 import types
 from collections.abc import Callable, Hashable
@@ -63,7 +64,8 @@ def revive_error(info: ErrorInfo, unpack: Callable[[bytes], object]) -> QServeEr
     if own is None:
         return _revive_foreign(info, content)
     if not issubclass(own, TaskError):
-        return cast(QServeError, _make(own, content)) if content else own(info.message)
+        made = _make(own, content) if content else None
+        return cast(QServeError, made) if made is not None else own(info.message)
     return own(
         info.message, type_name=info.type_name, module=info.module, traceback_text=info.traceback_text, cause=None
     )
@@ -118,7 +120,7 @@ def _task_error_and(cls: Any) -> type[TaskError] | None:
 
 
 def _builtin_base(cls: type[BaseException]) -> type[BaseException]:
-    return next(base for base in cls.__mro__ if base.__module__ == "builtins")
+    return next(cast(type[BaseException], base) for base in cls.__mro__ if vars(builtins).get(base.__name__) is base)
 
 
 def _make(cls: type[BaseException], content: _Content) -> BaseException | None:

@@ -137,7 +137,7 @@ def _read_array(data: memoryview) -> "numpy.ndarray[Any, Any]":
     described, shape, fortran, raw = _decode_array(data)
     dtype = descr_to_dtype(_with_tuples(described))
     view: numpy.ndarray[Any, Any] = numpy.ndarray(shape, _without_objects(dtype), raw, order="F" if fortran else "C")
-    if view.nbytes != len(raw):
+    if view.nbytes != len(raw) or any(length < 0 for length in shape):  # numpy takes -1 for "as many as there are"
         raise FrameRejected("an array whose bytes do not fill its shape")
     return view.copy("K")
 
