@@ -1,7 +1,7 @@
 """A FastAPI application as a deployment: routes, validation and /docs are FastAPI's own, `self` is the replica.
 
 qserve run examples.fastapi_ingress
-curl http://127.0.0.1:8000/notes -H 'content-type: application/json' -d '{"text": "buy milk"}'
+curl http://127.0.0.1:8000/notes/ -H 'content-type: application/json' -d '{"text": "buy milk"}'
 curl http://127.0.0.1:8000/notes/1
 """
 
