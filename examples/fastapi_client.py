@@ -7,10 +7,10 @@ curl -X POST http://127.0.0.1:8001/visits
 
 from fastapi import FastAPI
 
-from examples.hello import Counter
+from qserve import serve
 
 app = FastAPI()
-counter = Counter.get_handle(sync=False)
+counter = serve.get_deployment("Counter").get_handle(sync=False)
 
 
 @app.post("/visits")

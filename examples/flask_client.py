@@ -8,10 +8,10 @@ curl -X POST http://127.0.0.1:8001/visits
 from flask import Flask
 
 import qserve
-from examples.hello import Counter
+from qserve import serve
 
 app = Flask(__name__)
-counter = Counter.get_handle()
+counter = serve.get_deployment("Counter").get_handle()
 
 
 @app.post("/visits")

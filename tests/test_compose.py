@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -90,27 +91,25 @@ class Stack:
         return done.stdout.strip()
 
 
-def run_stack(stack: Stack, *up: str) -> Iterator[Stack]:
+@pytest.fixture(scope="class")
+def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The stack of a test class, with the settings and `up` options that the class names."""
+    running = Stack(tmp_path_factory.mktemp("compose"), **request.cls.settings)
     try:
-        stack.compose("up", "--build", "--detach", *up)
-        yield stack
+        running.compose("up", "--build", "--detach", *request.cls.up)
+        yield running
     finally:
-        stack.compose("down", "--volumes", "--remove-orphans", check=False)
-        left = subprocess.run(
-            ["docker", "ps", "-aq", "--filter", f"label=com.docker.compose.project={PROJECT}"],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        assert left.stdout == "", "the test left containers behind"
+        running.compose("down", "--volumes", "--remove-orphans", check=False)
+        find = ["docker", "ps", "-aq", "--filter", f"label=com.docker.compose.project={PROJECT}"]
+        left = subprocess.run(find, check=True, capture_output=True, text=True).stdout
+        assert left == "", "the test left containers behind"
 
 
 class TestWithoutSecret:
     """The file as it is: all examples on one node."""
 
-    @pytest.fixture(scope="class")
-    def stack(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-        yield from run_stack(Stack(tmp_path_factory.mktemp("unsigned")))
+    settings: ClassVar[dict[str, str]] = {}
+    up: ClassVar[list[str]] = []
 
     def test_up_without_a_secret_serves_every_example(self, stack: Stack) -> None:
         assert stack.wait_for("/hello?name=Ada") == "Hello Ada!"
@@ -160,11 +159,8 @@ class TestWithoutSecret:
 class TestWithSecret:
     """Four nodes with the counter, and a secret in `.env`."""
 
-    @pytest.fixture(scope="class")
-    def stack(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-        folder = tmp_path_factory.mktemp("signed")
-        stack = Stack(folder, QSERVE_APP="examples.hello", QSERVE_SECRET=secrets.token_hex(16))
-        yield from run_stack(stack, "--scale", "worker=4")
+    settings: ClassVar[dict[str, str]] = {"QSERVE_APP": "examples.hello", "QSERVE_SECRET": secrets.token_hex(16)}
+    up: ClassVar[list[str]] = ["--scale", "worker=4"]
 
     def test_four_workers_share_the_calls_of_a_signed_stack(self, stack: Stack) -> None:
         """Every reply names the container it came from."""
