@@ -10,7 +10,7 @@ import contextlib
 import os
 import random
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
@@ -251,7 +251,7 @@ async def read_snapshot(client: "redis.asyncio.Redis", keys: Keys, signer: Signe
     return Snapshot(deployments, http, log_id)
 
 
-async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncIterator[Change]:
+async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerator[Change, None]:
     """Changes after log entry `from_id`, for ever.
 
     Reconnects by itself; after that comes a Change of kind "resync", upon which a snapshot must be read again.

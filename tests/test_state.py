@@ -1,0 +1,256 @@
+"""Desired state in Redis: who may change it, what is written, who hears of it."""
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from qserve import embedded
+from qserve.errors import BrokerUnavailable, FrameRejected
+from qserve.keys import Keys
+from qserve.messages import Signer, encode
+from qserve.settings import Settings
+from qserve.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, DeploymentSpec, GatewayInfo, HttpSettings, NodeInfo, Target
+from qserve.state import Change, GenerationChanged, State, connect_asyncio, follow, read_snapshot
+
+
+def spec(name: str = "Echo", *, route: str | None = None, max_queued: int = 10) -> DeploymentSpec:
+    return DeploymentSpec(
+        name=name, target=Target("m:C"), revision="r", route_prefix=route, max_queued_requests=max_queued
+    )
+
+
+class TestDeploying:
+    def test_a_deployed_spec_is_read_back_with_its_generation(self, state: State) -> None:
+        deployed = state.deploy(spec(), expected=0)
+
+        assert deployed.generation == 1
+        assert state.get("Echo") == deployed
+        assert deployed.state == DEPLOYING
+        assert state.list() == {"Echo": deployed}
+
+    def test_of_two_deploys_with_the_same_expectation_one_wins(self, state: State) -> None:
+        state.deploy(spec(), expected=0)
+
+        with pytest.raises(GenerationChanged):
+            state.deploy(spec(max_queued=99), expected=0)
+
+        deployed = state.get("Echo")
+        assert deployed is not None
+        assert deployed.spec.max_queued_requests == 10
+
+    def test_a_taken_route_is_refused_and_nothing_is_left_behind(
+        self, state: State, redis_client: "redis.Redis", keys: Keys
+    ) -> None:
+        state.deploy(spec("A", route="/x"), expected=0)
+        before = sorted(redis_client.keys())
+
+        with pytest.raises(ValueError, match=r"^route_prefix '/x' is already registered\.$"):
+            state.deploy(spec("B", route="/x"), expected=0)
+
+        assert sorted(redis_client.keys()) == before
+        assert redis_client.xlen(keys.log) == 1
+
+    def test_a_route_is_free_again_once_its_owner_changed_or_went(self, state: State) -> None:
+        state.deploy(spec("A", route="/x"), expected=0)
+        state.deploy(spec("A", route="/y"), expected=1)
+        state.deploy(spec("B", route="/x"), expected=0)
+        state.delete("A")
+        state.deploy(spec("C", route="/y"), expected=0)
+
+        assert state.routes() == {"/x": "B", "/y": "C"}
+
+    def test_calls_are_let_in_before_the_first_replica_comes(
+        self, state: State, redis_client: "redis.Redis", keys: Keys
+    ) -> None:
+        state.deploy(spec(max_queued=7), expected=0)
+
+        assert redis_client.hget(keys.meta("Echo"), "max_queued") == b"7"
+        groups = redis_client.xinfo_groups(keys.calls("Echo"))
+        assert [group["name"] for group in groups] == [b"g"]
+
+    def test_a_spec_signed_with_another_key_is_not_decoded(self, state: State, settings: Settings, keys: Keys) -> None:
+        stranger = State(settings.redis_url, keys, Signer((b"another key",)))
+        stranger.deploy(spec(), expected=0)
+        stranger.close()
+
+        with pytest.raises(FrameRejected):
+            state.get("Echo")
+
+
+class TestDeleting:
+    def test_generations_rise_past_a_delete(self, state: State) -> None:
+        state.deploy(spec(), expected=0)
+        assert state.delete("Echo") is not None
+
+        assert state.get("Echo") is None
+        assert state.list() == {}
+        assert state.deploy(spec(), expected=state.generation("Echo")).generation == 3
+
+    def test_twice_is_harmless(self, state: State) -> None:
+        state.deploy(spec(), expected=0)
+        state.delete("Echo")
+
+        assert state.delete("Echo") is None
+        assert state.delete("Never") is None
+
+    def test_only_the_expected_generation_if_one_is_named(self, state: State) -> None:
+        state.deploy(spec(), expected=0)
+
+        with pytest.raises(GenerationChanged):
+            state.delete("Echo", expected=7)
+
+    def test_new_calls_are_turned_away(self, state: State, redis_client: "redis.Redis", keys: Keys) -> None:
+        state.deploy(spec(), expected=0)
+        state.delete("Echo")
+
+        assert redis_client.hget(keys.meta("Echo"), "max_queued") is None
+
+
+class TestSettling:
+    def test_a_verdict_about_an_older_generation_is_dropped(self, state: State) -> None:
+        state.deploy(spec(), expected=0)
+        state.deploy(spec(), expected=1)
+
+        assert not state.settle("Echo", 1, DEPLOY_FAILED, error="boom", refuse="failed")
+
+        deployed = state.get("Echo")
+        assert deployed is not None
+        assert (deployed.state, deployed.error) == (DEPLOYING, "")
+
+    def test_a_failed_deployment_refuses_calls_until_the_next_deploy(
+        self, state: State, redis_client: "redis.Redis", keys: Keys
+    ) -> None:
+        state.deploy(spec(), expected=0)
+        state.settle("Echo", 1, DEPLOY_FAILED, error="boom", refuse="it failed")
+        assert redis_client.hget(keys.meta("Echo"), "refuse") == b"it failed"
+
+        state.deploy(spec(), expected=1)
+        assert redis_client.hget(keys.meta("Echo"), "refuse") is None
+
+    def test_the_state_is_kept_with_the_deployment(self, state: State) -> None:
+        state.deploy(spec(), expected=0)
+        state.settle("Echo", 1, HEALTHY)
+
+        deployed = state.get("Echo")
+        assert deployed is not None
+        assert deployed.state == HEALTHY
+
+
+class TestObserving:
+    def test_only_live_nodes_count(self, state: State, redis_client: "redis.Redis", keys: Keys) -> None:
+        for name in ("live", "dead"):
+            redis_client.hset(keys.nodes, name, encode(NodeInfo(id=name, host="h", pid=1)))
+        redis_client.set(keys.alive("live"), 1)
+
+        assert set(state.nodes()) == {"live"}
+
+    def test_a_gateway_of_this_host_whose_process_has_ended_does_not_count(
+        self, state: State, redis_client: "redis.Redis", keys: Keys
+    ) -> None:
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        info = GatewayInfo(id="gw", host=socket.gethostname(), pid=ended.pid, url="http://h")
+        redis_client.hset(keys.gateways, "gw", encode(info))
+        redis_client.set(keys.alive("gw"), 1)
+
+        assert state.gateways() == {}
+
+
+class TestFollowing:
+    async def test_every_change_arrives_in_order(self, state: State, settings: Settings) -> None:
+        changes = follow(settings.redis_url, settings.keys, "0-0")
+        state.deploy(spec(), expected=0)
+        state.set_http(HttpSettings(root_path="/api"))
+        state.delete("Echo")
+
+        seen = [await anext(changes) for _ in range(3)]
+        await changes.aclose()
+
+        assert [(change.kind, change.name, change.generation) for change in seen] == [
+            ("deploy", "Echo", 1),
+            ("http", "", 0),
+            ("delete", "Echo", 2),
+        ]
+
+    async def test_a_snapshot_has_everything_and_the_id_to_follow_from(
+        self, state: State, settings: Settings, signer: Signer
+    ) -> None:
+        deployed = state.deploy(spec(), expected=0)
+        state.set_http(HttpSettings(root_path="/api"))
+        client = connect_asyncio(settings.redis_url)
+
+        snapshot = await read_snapshot(client, settings.keys, signer)
+        state.deploy(spec("Later"), expected=0)
+        change = await anext(follow(settings.redis_url, settings.keys, snapshot.log_id))
+        await client.aclose()
+
+        assert snapshot.deployments == {"Echo": deployed}
+        assert snapshot.http.root_path == "/api"
+        assert change.name == "Later"
+
+    async def test_a_spec_with_a_bad_signature_is_left_out_of_a_snapshot(
+        self, state: State, settings: Settings, signer: Signer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        stranger = State(settings.redis_url, settings.keys, Signer((b"another key",)))
+        stranger.deploy(spec("Forged"), expected=0)
+        stranger.close()
+        state.deploy(spec(), expected=0)
+        client = connect_asyncio(settings.redis_url)
+
+        snapshot = await read_snapshot(client, settings.keys, signer)
+        await client.aclose()
+
+        assert set(snapshot.deployments) == {"Echo"}
+        assert "Forged" in caplog.text
+
+    async def test_after_redis_was_away_followers_are_told_to_read_again(self, keys: Keys) -> None:
+        with tempfile.TemporaryDirectory(prefix="qs-") as name:
+            folder = Path(name)
+            with valkey(folder):
+                state = State(embedded.redis_url(folder), keys, Signer())
+                state.deploy(spec(), expected=0)
+                changes = follow(embedded.redis_url(folder), keys, "0-0")
+                assert (await anext(changes)).kind == "deploy"
+                waiting = asyncio.create_task(next_change(changes))
+                await asyncio.sleep(0)
+            with valkey(folder):
+                change = await asyncio.wait_for(waiting, 10)
+                assert change.kind == "resync"
+                state.deploy(spec("New"), expected=0)
+                assert (await asyncio.wait_for(anext(changes), 10)).name == "New"
+                state.close()
+                await changes.aclose()
+
+
+def test_an_unreachable_redis_is_our_error() -> None:
+    state = State("unix:///nowhere/at/all.sock", Keys("test"), Signer())
+
+    with pytest.raises(BrokerUnavailable, match="cannot be reached"):
+        state.list()
+    assert not state.ping()
+
+
+async def next_change(changes: AsyncGenerator[Change, None]) -> Change:
+    return await anext(changes)
+
+
+@contextlib.contextmanager
+def valkey(folder: Path) -> Iterator[None]:
+    """A server in a folder, for the length of the block."""
+    process = subprocess.Popen(embedded.command(folder))
+    deadline = time.monotonic() + 10
+    probe = State(embedded.redis_url(folder), Keys("test"), Signer())
+    while not probe.ping() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    probe.close()
+    yield
+    process.kill()
+    process.wait()
