@@ -4,8 +4,8 @@ Most calls carry plain data: exactly None, bool, int, float, str, bytes, and lis
 looking at exact types (msgspec by itself would write tuples, dates, enums and the like as something else, silently)
 and encoded in one go. Anything else is first turned into extensions, see `wire_types` and `wire_classes`.
 
-Measured with timeit (benchmarks of the machine that serves): a call with two scalars and a flag packs in 0.5 us and
-unpacks in 0.4 us, one with small nested dicts in 1.3 and 0.5 us, 10,000 floats in 0.15 ms.
+Measured with timeit: a call with two scalars and a flag packs in 0.4 us and unpacks in 0.25, one with small nested
+dicts in 1.3 and 0.5, 10,000 floats in 150 us, the empty call in 0.05.
 """
 
 import pickle
@@ -70,14 +70,18 @@ class Codec:
         data = _encode_plain((value,), value)
         if data is None:
             data = self._encode_any(lambda wire: wire.value(value), what)
-        return self._within_limit(data, what)
+        if len(data) > self.max_bytes:
+            raise self._too_large(len(data), what)
+        return data
 
     def pack_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "the call") -> bytes:
         """The packed arguments; raises like `pack`."""
         data = self.pack_plain_call(args, kwargs)
         if data is None:
             data = self._encode_any(lambda wire: wire.call(args, kwargs), what)
-        return self._within_limit(data, f"the argument list of {what}")
+        if len(data) > self.max_bytes:
+            raise self._too_large(len(data), f"the argument list of {what}")
+        return data
 
     def pack_plain_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
         """The packed arguments if they are plain data, None if they need a closer look: a ref may be among them."""
@@ -133,13 +137,11 @@ class Codec:
         except Exception as exc:
             raise ValueNotSerializable(f"{what} cannot be packed ({type(exc).__name__}: {exc})") from exc
 
-    def _within_limit(self, data: bytes, what: str) -> bytes:
-        if len(data) > self.max_bytes:
-            raise PayloadTooLarge(
-                f"{what} takes {len(data):,} bytes packed, the limit is {self.max_bytes:,}: "
-                f"send less at a time, or raise QSERVE_MAX_VALUE_BYTES"
-            )
-        return data
+    def _too_large(self, size: int, what: str) -> PayloadTooLarge:
+        return PayloadTooLarge(
+            f"{what} takes {size:,} bytes packed, the limit is {self.max_bytes:,}: "
+            "send less at a time, or raise QSERVE_MAX_VALUE_BYTES"
+        )
 
     def _check_size(self, data: bytes) -> None:
         if len(data) > self.max_bytes:
