@@ -221,7 +221,8 @@ def report(file: Path | None, ready: Ready) -> None:
     if file is None:
         return
     line = msgspec.json.encode(ready) + b"\n"
-    if file.exists() and not file.is_file():
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        # Never renamed over: /dev/stdout is a link too, and the machine's.
         with file.open("wb", buffering=0) as pipe:
             pipe.write(line)
         return
