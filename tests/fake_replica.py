@@ -1,6 +1,7 @@
 """A Celery app like ours whose replicas are fakes that follow a JSON file instead of Redis.
 
-The file (`FAKE_REPLICA_STATE`) holds null, or generation, revision, num_replicas, surge and how the fake behaves.
+The file (`FAKE_REPLICA_STATE`) holds null, or generation, revision, num_replicas, surge and how the fake behaves. What
+the fakes do is noted beside it, in a file of the same name with `.log`.
 """
 
 import json
@@ -31,6 +32,7 @@ class FakeReplica:
         self.seen: Any = 0
 
     def start(self) -> None:
+        self.note("born", standby=self.birth.standby)
         if not self.birth.standby:
             self.may_serve.set()
         threading.Thread(target=self.run, daemon=True).start()
@@ -44,10 +46,15 @@ class FakeReplica:
     def wait_drained(self, timeout: float | None) -> bool:
         return self.drained.wait(timeout)
 
-    def report(self, event: str, **facts: Any) -> None:
+    def note(self, event: str, **facts: Any) -> bytes:
         pid = os.getpid()
-        line = json.dumps({"pid": pid, "replica": f"replica-{pid}", "event": event, **facts})
-        os.write(self.birth.reports_fd, line.encode() + b"\n")
+        line = json.dumps({"pid": pid, "replica": f"replica-{pid}", "event": event, "at": time.time(), **facts})
+        with self.file.with_suffix(".log").open("ab", buffering=0) as log:
+            log.write(line.encode() + b"\n")
+        return line.encode() + b"\n"
+
+    def report(self, event: str, **facts: Any) -> None:
+        os.write(self.birth.reports_fd, self.note(event, **facts))
 
     def state(self, state: str) -> None:
         self.report("state", state=state, generation=self.spec["generation"], revision=self.spec["revision"])
@@ -82,10 +89,14 @@ class FakeReplica:
             while self.spec.get("stuck"):
                 time.sleep(1)
             time.sleep(self.spec.get("drain_s", 0))
+        self.note("drained")
         self.drained.set()
 
     def construct(self) -> None:
         self.state("STARTING")
+        if self.spec.get("grandchild") and os.fork() == 0:
+            time.sleep(5)
+            os._exit(0)
         self.draining.wait(min(0.2, 0.05 * self.birth.failures))
         self.draining.wait(self.spec.get("construct_s", 0))
         if self.spec.get("fail"):

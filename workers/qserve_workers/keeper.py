@@ -108,13 +108,13 @@ class Keeper:
         """A process has been forked."""
         self.rollout.born(pid, time.monotonic(), standby=self._standby)
 
-    def on_death(self, pid: int, exitcode: int | None) -> None:
-        """A process has ended and been reaped."""
+    def on_death(self, pid: int, exitcode: int | None) -> bool:
+        """A process has ended and been reaped; False: by accident, before it had reported anything."""
         self._read()  # what it said last counts
         how = f"signal {signal.Signals(-exitcode).name}" if exitcode and exitcode < 0 else f"exit code {exitcode}"
         replica = self.rollout.died(pid, how)
         if replica is None:
-            return
+            return True
         logger.log(
             logging.INFO if replica.leaving and not exitcode else logging.WARNING,
             "Deployment %s: replica %s (pid %d) has ended, %s",
@@ -123,6 +123,7 @@ class Keeper:
         if replica.id and exitcode:  # who ends with 0 has said goodbye; a tombstone would count as a crash
             self._announcer.bury(replica.id)
         self.act()
+        return bool(replica.id) or replica.leaving or not exitcode
 
     def on_readable(self, *_args: object) -> None:
         """Replicas have reported."""

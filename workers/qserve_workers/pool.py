@@ -6,6 +6,7 @@ signals open that the child must not miss; and a warm shutdown drains the childr
 """
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -24,7 +25,6 @@ _AGAIN_S = (0.02, 0.2)
 """Where there is no pidfd: when to look again after a child's pipe closed, which happens before it can be reaped."""
 _LOOK_S = 0.25
 """How often a shutdown looks at the clock."""
-_QUICK_DEATH_S = 2.0
 _BACKOFF_S = (0.1, 10.0)
 
 
@@ -38,6 +38,9 @@ class Processes(asynpool.AsynPool):  # type: ignore[misc]
         self._hub: Any = None
         self._pause = 0.0
         self._no_birth_before = 0.0
+        # The parent's objects stay as they are: collecting before a fork gets quick, and children share their pages.
+        gc.collect()
+        gc.freeze()
         super().__init__(*args, **kwargs)
 
     def register_with_event_loop(self, hub: Any) -> None:
@@ -52,7 +55,9 @@ class Processes(asynpool.AsynPool):  # type: ignore[misc]
     def WorkerProcess(self, worker: Child) -> Any:  # noqa: N802
         """The process object of a child, which gets to know what it shall run."""
         worker.make_replica = self.keeper.before_birth()
-        return super().WorkerProcess(worker)
+        process = super().WorkerProcess(worker)
+        process._controlled_termination = True  # the keeper logs its death, with the deployment's name
+        return process
 
     def _create_worker_process(self, i: int) -> Any:
         old = signal.pthread_sigmask(signal.SIG_BLOCK, FORK_SIGNALS)
@@ -60,7 +65,6 @@ class Processes(asynpool.AsynPool):  # type: ignore[misc]
             process = super()._create_worker_process(i)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
-        process.qserve_born_at = time.monotonic()
         self.keeper.after_birth(process.pid)
         return process
 
@@ -104,17 +108,16 @@ class Processes(asynpool.AsynPool):  # type: ignore[misc]
         for process in self._pool:
             before.pop(process.pid, None)
         for pid, process in before.items():
-            self._note_quick_death(process)
-            self.keeper.on_death(pid, process.exitcode)
+            if self.keeper.on_death(pid, process.exitcode):
+                self._pause = 0.0
+            else:
+                self._hold_births()
         return exitcodes
 
-    def _note_quick_death(self, process: Any) -> None:
-        now = time.monotonic()
-        if not process.exitcode or now - process.qserve_born_at > _QUICK_DEATH_S:
-            self._pause = 0.0
-            return
+    def _hold_births(self) -> None:
+        """Something is wrong with this installation or host: children die before they can say a word."""
         self._pause = min(_BACKOFF_S[1], self._pause * 2 or _BACKOFF_S[0])
-        self._no_birth_before = now + self._pause
+        self._no_birth_before = time.monotonic() + self._pause
         if self._hub is not None:
             self._hub.call_later(self._pause, self.maintain_pool)
 
