@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qserve.client import Outcome, PendingCall
-from qserve.errors import PayloadTooLarge, QServeError
+from qserve.errors import ConfigurationError, PayloadTooLarge, QServeError
 from qserve.messages import HTTP, HttpRequest, HttpResponse, encode
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
@@ -98,10 +98,17 @@ class Gateway:
         self._routes = RouteTable(self._specs, root_path=self._root_path, timeout_s=self._settings.http_timeout_s)
 
     def use_http_options(self, root_path: str, middlewares: Iterable[Middleware]) -> None:
-        """Lives under `root_path` and wraps everything in the middlewares, the first one outermost."""
+        """Lives under `root_path` and wraps everything in the middlewares, the first one outermost.
+
+        Raises:
+            ConfigurationError: A middleware refuses its arguments; nothing has changed then.
+        """
         stack: ASGIApp = self.serve
         for middleware in reversed(tuple(middlewares)):
-            stack = middleware.cls(stack, *middleware.args, **middleware.kwargs)
+            try:
+                stack = middleware.cls(stack, *middleware.args, **middleware.kwargs)
+            except Exception as exc:
+                raise ConfigurationError(f"{middleware!r} cannot be set up: {type(exc).__name__}: {exc}") from exc
         self._stack = stack
         self._root_path = root_path.rstrip("/")
         self.use_deployments(self._specs)

@@ -8,7 +8,7 @@ import msgspec
 
 from qserve.client import Client
 from qserve.connection import Answer
-from qserve.errors import BrokerUnavailable
+from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.messages import encode
 from qserve.spec import GatewayInfo
 from qserve.state import Change, Snapshot, connect_asyncio, follow, read_snapshot
@@ -16,6 +16,7 @@ from qserve.state import Change, Snapshot, connect_asyncio, follow, read_snapsho
 logger = logging.getLogger(__name__)
 
 _ANNOUNCE_EVERY_S = 5.0
+_RETRY_S = 0.2
 
 
 class Follower:
@@ -34,27 +35,28 @@ class Follower:
         self._info = info
         self._apply = apply
         self._redis = connect_asyncio(client.settings.redis_url)
-        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Apply the state as it is now, without telling anybody yet.
 
         Raises:
-            BrokerUnavailable, ConfigurationError: It cannot be read.
+            BrokerUnavailable, ConfigurationError: It cannot be read or used.
         """
         await self._catch_up()
 
-    def announce(self) -> None:
-        """Be counted among the live gateways, and follow from now on."""
-        self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._keep_announcing())]
+    async def run(self) -> None:
+        """Be counted among the live gateways and follow the state, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_announcing())
+            tasks.create_task(self._follow())
 
-    async def stop(self) -> None:
-        """Follow no longer and leave the list, so that no deploy waits for this gateway."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+    def leave(self) -> None:
+        """No longer be counted, so that no deploy waits for this gateway."""
         if self._client.writer is not None:
             self._client.writer.send(_log_refusal, "HDEL", self._settings.keys.gateways, self._info.id)
+
+    async def stop(self) -> None:
+        """Close the connection."""
         await self._redis.aclose()
 
     async def _follow(self) -> None:
@@ -66,7 +68,11 @@ class Follower:
                     break
                 except BrokerUnavailable as exc:
                     logger.warning("cannot read the state, trying again: %s", exc)
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(_RETRY_S)
+                except ConfigurationError as exc:
+                    # Not reported as applied: whoever changed them waits and is told which gateway lags behind.
+                    logger.error("HTTP options stay as they were: %s", exc)
+                    break
 
     def _is_news(self, change: Change) -> bool:
         return change.kind == "resync" or _position(change.log_id) > _position(self._info.applied)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from starlette.middleware import Middleware
 
 from qserve.codec import Codec
-from qserve.errors import ConfigurationError
+from qserve.errors import ConfigurationError, FrameRejected
 from qserve.loading import load_target
 from qserve.spec import MiddlewareSpec
 
@@ -23,5 +23,8 @@ def _load(spec: MiddlewareSpec, codec: Codec) -> Middleware:
     cls = load_target(spec.target)
     if not callable(cls):
         raise ConfigurationError(f"the middleware {spec.target.import_path!r} is not a class")
-    args, kwargs = codec.unpack_call(spec.arguments) if spec.arguments else ((), {})
+    try:
+        args, kwargs = codec.unpack_call(spec.arguments) if spec.arguments else ((), {})
+    except FrameRejected as exc:
+        raise ConfigurationError(f"the arguments of middleware {spec.target.import_path!r}: {exc}") from exc
     return Middleware(cls, *args, **kwargs)

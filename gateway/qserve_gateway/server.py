@@ -74,17 +74,17 @@ class Server(uvicorn.Server):
     """uvicorn, without its signal handlers: they end the process before the gateway has left in order.
 
     Args:
-        on_started: Called when connections are accepted.
+        started: Resolved when connections are accepted.
     """
 
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, started: asyncio.Future[None]) -> None:
         super().__init__(config)
-        self._on_started = on_started
+        self._started = started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections."""
         await super().startup(sockets)
-        self._on_started()
+        self._started.set_result(None)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -125,28 +125,36 @@ class GatewayProcess:
         ready = describe(sock, self._client.id)
         info = GatewayInfo(id=ready.id, host=socket.gethostname(), pid=ready.pid, url=ready.url)
         follower = Follower(self._client, info, self._apply)
-
-        def on_started() -> None:
-            follower.announce()
-            report(self._options.ready_file, ready)
-            logger.info("serving on %s", ready.url)
-            gc.freeze()  # what exists now stays; collections look at requests only
-
-        server = Server(self._uvicorn_config(), on_started)
         await _until_redis_answers(self._client.start)
         try:
             await _until_redis_answers(follower.start)
-            stopping = _stop_signal(server)
-            serving = asyncio.create_task(server.serve([sock]))
-            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            await follower.stop()
-            server.should_exit = True
-            await serving
-        except OSError as exc:  # bound by several, but another one listens
-            raise cannot_listen(self._options, exc) from exc
+            await self._serve_and_follow(sock, follower, ready)
         finally:
+            await follower.stop()
             await self._client.stop()
         logger.info("stopped")
+
+    async def _serve_and_follow(self, sock: socket.socket, follower: Follower, ready: Ready) -> None:
+        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        server = Server(self._uvicorn_config(), started)
+        stopping = _stop_signal(server)
+        serving = asyncio.create_task(server.serve([sock]))
+        await asyncio.wait({started, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            raise cannot_listen(self._options, serving.exception())
+        following = asyncio.create_task(follower.run())
+        report(self._options.ready_file, ready)
+        logger.info("serving on %s", ready.url)
+        gc.freeze()  # what exists now stays: collections look at requests only
+        await asyncio.wait({serving, following, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        # No deploy waits for a gateway that is leaving; requests in flight still get their replies.
+        following.cancel()
+        await asyncio.wait({following})
+        follower.leave()
+        server.should_exit = True
+        await serving
+        if not following.cancelled():
+            following.result()
 
     def _uvicorn_config(self) -> uvicorn.Config:
         return uvicorn.Config(
@@ -168,12 +176,13 @@ class GatewayProcess:
             self._routes = self._gateway.routes
             logger.info("routes: %s", ", ".join(f"{path} -> {name}" for path, name in self._routes.items()) or "none")
         if snapshot.http != self._http:
-            self._http = snapshot.http
-            codec = Codec(allow_pickle=self._client.signer.signs, max_bytes=self._settings.max_value_bytes)
-            self._gateway.use_http_options(
-                snapshot.http.root_path, load_middlewares(snapshot.http.middlewares, codec)
-            )
-            logger.info("HTTP options: %d middlewares, root_path %r", len(self._http.middlewares), self._http.root_path)
+            self._http = snapshot.http  # before it is tried: what fails once is not tried at every change
+            self._use_http_options(snapshot.http)
+
+    def _use_http_options(self, http: HttpSettings) -> None:
+        codec = Codec(allow_pickle=self._client.signer.signs, max_bytes=self._settings.max_value_bytes)
+        self._gateway.use_http_options(http.root_path, load_middlewares(http.middlewares, codec))
+        logger.info("HTTP options: %d middlewares, root_path %r", len(http.middlewares), http.root_path)
 
 
 def listening_socket(options: Options) -> socket.socket:
@@ -204,9 +213,10 @@ def listening_socket(options: Options) -> socket.socket:
     return sock
 
 
-def cannot_listen(options: Options, exc: OSError) -> ConfigurationError:
+def cannot_listen(options: Options, exc: BaseException | None) -> ConfigurationError:
     """The one line that says why there is no gateway."""
-    return ConfigurationError(f"cannot listen on {options.host}:{options.port}: {exc.strerror or exc}")
+    reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+    return ConfigurationError(f"cannot listen on {options.host}:{options.port}: {reason}")
 
 
 def describe(sock: socket.socket, gateway_id: str) -> Ready:
@@ -223,7 +233,7 @@ def report(file: Path | None, ready: Ready) -> None:
     line = msgspec.json.encode(ready) + b"\n"
     if file.is_symlink() or (file.exists() and not file.is_file()):
         # Never renamed over: /dev/stdout is a link too, and the machine's.
-        with file.open("wb", buffering=0) as pipe:
+        with file.open("ab", buffering=0) as pipe:
             pipe.write(line)
         return
     draft = file.with_name(f"{file.name}.{os.getpid()}")
