@@ -84,10 +84,14 @@ class Codec:
         return data
 
     def pack_plain_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
-        """The packed arguments if they are plain data, None if they need a closer look: a ref may be among them."""
+        """The packed arguments if they are plain data within the limit; None if `pack_call` has to look closer.
+
+        Plain arguments hold no refs, so nothing else needs to look for them.
+        """
         if not args and not kwargs:
             return EMPTY_CALL
-        return _encode_plain((*args, *kwargs.values()), (args, kwargs))
+        data = _encode_plain((*args, *kwargs.values()), (args, kwargs))
+        return data if data is None or len(data) <= self.max_bytes else None
 
     def unpack(self, data: bytes) -> object:
         """The value.

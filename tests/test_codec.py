@@ -502,6 +502,7 @@ def test_values_over_the_limit_are_refused_on_both_sides() -> None:
             unsigned.pack(value)
         with pytest.raises(PayloadTooLarge):
             unsigned.pack_call((value,), {})
+        assert unsigned.pack_plain_call((value,), {}) is None
     big = encode(b"x" * LIMIT)
     with pytest.raises(FrameRejected, match="the limit is"):
         unsigned.unpack(big)

@@ -20,7 +20,9 @@ _EMPTY = HttpResponse(200, [_PLAIN, (b"content-length", b"0")], b"")
 
 def make_request(request: HttpRequest) -> Request:
     """The Starlette request that a plain deployment is called with."""
-    return Request(http_scope(request), Exchange(request.body).receive)
+    made = Request(http_scope(request), Exchange(request.body).receive)
+    made._body = request.body  # it is here already: so sync code can pass the request on through a handle
+    return made
 
 
 async def make_response(result: object, request: HttpRequest) -> HttpResponse:
