@@ -11,6 +11,8 @@ from qserve.cli.instance import connected
 from qserve.cli.output import Failure, redis_url_option
 from qserve.errors import MethodNotFound, TaskError
 from qserve.handle import get_handle
+from qserve.local import find_settings
+from qserve.process import set_settings_finder
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -31,6 +33,7 @@ def call(name: str, arguments: tuple[str, ...], timeout: float) -> None:
         if deployed is None:
             raise Failure(unknown_deployment(name, state.list()))
     method, args, kwargs = parse_call(arguments, may_have_method=deployed.spec.is_class)
+    set_settings_finder(find_settings)
     handle = get_handle(name).options(method_name=method, timeout_s=timeout)
     try:
         result = handle.remote(*args, **kwargs).result()

@@ -19,6 +19,7 @@ from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.source import Watcher
 from qserve.errors import ConfigurationError
 from qserve.local import (
+    START_TIMEOUT_S,
     InstanceRecord,
     LaunchOptions,
     LocalInstance,
@@ -106,6 +107,7 @@ def bring_up(
     settings, specs = instance.settings, list[DeploymentSpec]()
     instance.wait_for_redis()
     with contextlib.closing(State(settings.redis_url, settings.keys, Signer(settings.secrets))) as state:
+        wait_for_node(state, instance)
         try:
             specs = deploy_application(application, state, settings)
         except Failure as exc:
@@ -113,6 +115,20 @@ def bring_up(
                 raise
             exc.show()
     return instance.wait_until_ready(), specs
+
+
+def wait_for_node(state: State, instance: LocalInstance) -> None:
+    """Until this machine's node has announced itself; deployed before that, nobody would be waited for.
+
+    Raises:
+        BrokerUnavailable: The embedded server ended, as it does when the instance cannot start.
+        ConfigurationError: It does not come.
+    """
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while all(node.pid != instance.pid for node in state.nodes().values()):
+        if time.monotonic() > deadline:
+            raise ConfigurationError(f"The node of this machine (pid {instance.pid}) does not start; see its messages.")
+        time.sleep(0.01)
 
 
 def introduce(specs: Sequence[DeploymentSpec], gateway_url: str) -> None:

@@ -15,14 +15,15 @@ _IN_PLACE = {"revision", "version", "prev_version", "num_replicas", "route_prefi
 
 
 def project_files(folder: Path, modules: Iterable[str] = ()) -> list[Path]:
-    """Source files of all imported modules below `folder`, installed packages left out, and of the named modules."""
+    """Source files of the imported modules below `folder`, without installed ones, and of the named modules."""
     folder = folder.resolve()
+    own = ("qserve", "qserve_gateway", "qserve_workers")
     installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")}
     named = set(modules)
     found: set[Path] = set()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if not file:
+        if not file or name.partition(".")[0] in own:
             continue
         path = Path(file).resolve()
         inside = path.is_relative_to(folder) and not any(path.is_relative_to(place) for place in installed)
@@ -37,6 +38,7 @@ def content_version(spec: DeploymentSpec, folder: Path, files: Iterable[Path]) -
     Args:
         folder: Files below it count by their name relative to it, so that it does not matter where a checkout stands.
     """
+    spec = msgspec.structs.replace(spec, target=msgspec.structs.replace(spec.target, sys_path=()))
     digest = hashlib.sha256()
     for name, value in sorted(msgspec.structs.asdict(spec).items()):
         if name not in _IN_PLACE:
