@@ -138,7 +138,7 @@ async def test_a_batch_runs_when_the_wait_is_over() -> None:
         sizes.append(len(items))
         return items
 
-    assert await asyncio.gather(echo(1), echo(2)) == [1, 2]
+    assert list(await asyncio.gather(echo(1), echo(2))) == [1, 2]
     assert sizes == [2]
 
 
@@ -193,7 +193,7 @@ async def test_a_caller_that_gives_up_takes_nobody_with_it() -> None:
     gone.cancel()
     await asyncio.wait([gone])
     recorder.go.set()
-    assert await asyncio.gather(first, stays) == ["A", "STAYS"]
+    assert list(await asyncio.gather(first, stays)) == ["A", "STAYS"]
     assert recorder.sizes == [1, 1]
 
 
@@ -203,7 +203,7 @@ async def test_several_parameters_each_become_a_list() -> None:
         return list(zip(a, b, c, strict=True))
 
     calls = (combine(1, 2, c=3), combine(b=5, a=4, c=6), combine(7, c=9, b=8))
-    assert await asyncio.gather(*calls) == [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+    assert list(await asyncio.gather(*calls)) == [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
 
 
 # Queues
@@ -221,7 +221,7 @@ async def test_each_instance_has_a_queue_of_its_own() -> None:
 
     one, two = Model(), Model()
     await asyncio.gather(one.run(1), two.run(2), one.run(3))
-    assert (one.sizes, two.sizes) == ([2], [1])
+    assert [one.sizes, two.sizes] == [[2], [1]]
 
 
 async def test_static_methods_are_functions() -> None:

@@ -53,14 +53,10 @@ def test_it_works_bare_with_parentheses_and_with_options() -> None:
     @deployment
     def bare() -> None: ...
 
-    @deployment()
-    class Parenthesised:
-        pass
-
     @deployment(name="other", num_replicas=3)
     async def given() -> None: ...
 
-    assert [each.name for each in (bare, Parenthesised, given)] == ["bare", "Parenthesised", "other"]
+    assert [each.name for each in (bare, deployment()(Importable), given)] == ["bare", "Importable", "other"]
     assert given.num_replicas == 3
 
 
@@ -175,7 +171,7 @@ def test_config_values_are_checked_on_assignment() -> None:
         config.max_concurrent_queries = 0
 
 
-# options()
+# Copies with other options
 
 
 def test_options_copy_and_keep_what_is_not_given() -> None:

@@ -5,6 +5,7 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import pytest
@@ -32,25 +33,28 @@ def write(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(textwrap.dedent(text))
 
 
-@deployment
 class Decorated:
     """Its name leads to the deployment, not to the class."""
+
+
+class_itself = Decorated
+globals()["Decorated"] = deployment(Decorated)
 
 
 def plain() -> str:
     return "plain"
 
 
-renamed = deployment(name="renamed")(type("Anonymous", (), {"__module__": __name__}))
+renamed: Deployment[Any] = deployment(name="renamed")(type("Anonymous", (), {"__module__": __name__}))
 
 
 # Import paths
 
 
 def test_code_behind_a_deployment_is_found_by_its_import_path() -> None:
-    target = make_target(Decorated.func_or_class, allow_pickle=False)
+    target = make_target(class_itself, allow_pickle=False)
     assert target.import_path == f"{__name__}:Decorated"
-    assert load_target(target) is Decorated.func_or_class
+    assert load_target(target) is class_itself
     assert load_target(make_target(plain, allow_pickle=False)) is plain
 
 

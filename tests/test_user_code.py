@@ -514,7 +514,7 @@ async def test_redirects_and_cookies_keep_their_headers() -> None:
 
 
 async def test_the_background_task_of_a_response_is_done_first() -> None:
-    done = []
+    done: list[str] = []
 
     async def give() -> Response:
         return Response("x", background=BackgroundTask(done.append, "done"))
