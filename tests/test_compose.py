@@ -95,8 +95,11 @@ class Stack:
 def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The stack of a test class, with the settings and `up` options that the class names."""
     running = Stack(tmp_path_factory.mktemp("compose"), **request.cls.settings)
+    running.compose("down", "--volumes", "--remove-orphans")  # what a test that was killed left behind
     try:
         running.compose("up", "--build", "--detach", *request.cls.up)
+        for path in request.cls.ready:
+            running.wait_for(path)
         yield running
     finally:
         running.compose("down", "--volumes", "--remove-orphans", check=False)
@@ -110,10 +113,11 @@ class TestWithoutSecret:
 
     settings: ClassVar[dict[str, str]] = {}
     up: ClassVar[list[str]] = []
+    ready: ClassVar[list[str]] = ["/hello", "/noop", "/counter", "/digits/docs"]
 
     def test_up_without_a_secret_serves_every_example(self, stack: Stack) -> None:
-        assert stack.wait_for("/hello?name=Ada") == "Hello Ada!"
-        assert stack.wait_for("/noop") == "ok"
+        assert stack.get("/hello?name=Ada") == "Hello Ada!"
+        assert stack.get("/noop") == "ok"
         routes = json.loads(stack.get("/-/routes"))
         assert routes == {
             "/hello": "Hello",
@@ -124,7 +128,6 @@ class TestWithoutSecret:
         }
 
     def test_the_digits_are_read_as_well_as_the_model_can(self, stack: Stack) -> None:
-        stack.wait_for("/digits/docs")
         command = [sys.executable, "examples/digits/evaluate.py", "--url", f"http://127.0.0.1:{stack.port}/digits"]
         done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
         assert done.stdout.startswith("accuracy 0.99"), done.stdout + done.stderr
@@ -161,10 +164,10 @@ class TestWithSecret:
 
     settings: ClassVar[dict[str, str]] = {"QSERVE_APP": "examples.hello", "QSERVE_SECRET": secrets.token_hex(16)}
     up: ClassVar[list[str]] = ["--scale", "worker=4"]
+    ready: ClassVar[list[str]] = ["/counter"]
 
     def test_four_workers_share_the_calls_of_a_signed_stack(self, stack: Stack) -> None:
         """Every reply names the container it came from."""
-        stack.wait_for("/counter")
         workers = {stack.inspect(container, "{{.Config.Hostname}}") for container in stack.containers("worker")}
         assert len(workers) == 4
         seen: set[str] = set()
@@ -175,6 +178,5 @@ class TestWithSecret:
 
     def test_a_message_without_the_key_never_runs(self, stack: Stack) -> None:
         """A driver in the same network that lacks the secret is refused."""
-        stack.wait_for("/counter")
         call = ["exec", "-T", "-e", "QSERVE_SECRET=", "worker", "qserve", "call", "Counter", "add", "1"]
         assert stack.compose(*call, check=False) == ""
