@@ -4,11 +4,13 @@ import logging
 import os
 import pkgutil
 import re
+import warnings
 from typing import Any
 
 import click
 from celery import bootsteps
 from celery.apps import worker as celery_worker
+from celery.exceptions import SecurityWarning
 from celery.worker import components, consumer
 from celery.worker.state import maybe_shutdown
 
@@ -36,6 +38,12 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         options.update(without_gossip=True, without_mingle=True, without_heartbeat=not chatty)
         super().__init__(app=app, hostname=hostname, **options)
 
+    def on_before_init(self, **options: Any) -> None:
+        """Keep Celery's nine lines about running as root for one of our own."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SecurityWarning)
+            super().on_before_init(**options)
+
     def setup_queues(self, include: Any, exclude: Any = None) -> None:
         """Read Celery's own queue, whatever -Q says: the deployment's calls are no Celery messages."""
         super().setup_queues([QUEUE], exclude)
@@ -52,6 +60,8 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             "Worker %s: deployment %s, %d replica(s), Redis %s",
             *(self.hostname, self.deployment, self.concurrency, self.app.connection().as_uri()),
         )
+        if os.geteuid() == 0:
+            logger.warning("This worker runs as root, and so does the code of the deployment")
 
 
 class Consumer(consumer.Consumer):  # type: ignore[misc]
@@ -73,6 +83,14 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         )
         self.first_connection_attempt = False
         return conn
+
+    def shutdown(self) -> None:
+        """Close, without waiting for the blocking read (BRPOP, 5 s) that kombu has always under way."""
+        for channel in (self.connection and self.connection.transport.channels) or ():
+            reading = channel._in_poll
+            if reading is not None and not reading.can_read(timeout=0):  # else close() puts back what has come
+                channel._in_poll = None
+        super().shutdown()
 
 
 class Replicas(bootsteps.Step):  # type: ignore[misc]
