@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,14 @@ class RunningWorker:
         found = [json.loads(line) for line in self.log.read_text().splitlines()]
         return [e for e in found if event in ("", e["event"]) and facts.items() <= e.items()]
 
-    def serving(self, revision: str) -> set[int]:
+    def serving(self, revision: str, *, besides: int = 0) -> set[int]:
         """Pids of the live replicas that serve a revision."""
         served = {e["pid"] for e in self.events("state", state="SERVING", revision=revision)}
-        return {pid for pid in served if is_alive(pid)}
+        return {pid for pid in served - {besides} if is_alive(pid)}
+
+    def born_besides(self, pids: set[int]) -> list[Event]:
+        """Births of other replicas."""
+        return [e for e in self.events("born") if e["pid"] not in pids]
 
     def info(self) -> WorkerInfo | None:
         """What the worker tells the world."""
@@ -126,7 +131,7 @@ class RunningWorker:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
         for pid in {e["pid"] for e in self.events()}:
-            self.wait_for(lambda pid=pid: not is_alive(pid))
+            self.wait_for(partial(is_gone, pid))
 
 
 def is_alive(pid: int) -> bool:
@@ -134,6 +139,10 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def is_gone(pid: int) -> bool:
+    return not is_alive(pid)
 
 
 StartWorker = Callable[..., RunningWorker]
@@ -218,9 +227,9 @@ def test_a_killed_replica_is_replaced_at_once_twenty_times_out_of_twenty(
         victim = min(worker.serving("a"))
         killed_at = time.time()
         os.kill(victim, signal.SIGKILL)
-        [born] = worker.wait_for(lambda before=before: [e for e in worker.events("born") if e["pid"] not in before])
+        [born] = worker.wait_for(partial(worker.born_besides, before))
         delays.append(born["at"] - killed_at)
-        buried: Any = worker.wait_for(lambda v=victim: redis_client.hget(keys.heartbeats("Echo"), f"replica-{v}"))
+        buried = worker.wait_for(partial(redis_client.hget, keys.heartbeats("Echo"), f"replica-{victim}"))
         assert buried == b"dead"
     assert sorted(delays)[10] < 0.15
     assert max(delays) < 2.0  # a loaded machine; without the watch on the process it is up to 5 s
@@ -376,7 +385,7 @@ def test_a_worker_outlives_its_redis_and_looks_after_its_replicas_meanwhile(
         for _ in range(2):
             [victim] = worker.wait_for(lambda: worker.serving("a"))
             os.kill(victim, signal.SIGKILL)
-            worker.wait_for(lambda v=victim: worker.serving("a") - {v})
+            worker.wait_for(partial(worker.serving, "a", besides=victim))
         valkey = subprocess.Popen(embedded.command(folder))
         reconnected = re.compile(r"(?s)Connected to .*Cannot reach Redis.*Connected to ")
         worker.wait_for(lambda: reconnected.search(worker.output.read_text()))
@@ -399,7 +408,7 @@ def test_a_real_replica_lives_in_the_pool(tmp_path: Path, settings: Settings, st
     state.deploy(DeploymentSpec(name="Echo", target=target, revision="r"), expected=0)
     worker = RunningWorker(tmp_path, settings, ["-Q", "Echo"], {})
     environment = {k: v for k, v in worker.environment.items() if k != "PYTHONPATH"}
-    command = [sys.executable, "-m", "qserve_workers", "worker", "-Q", "Echo"]
+    command = [sys.executable, "-m", "qserve_workers", "-Q", "Echo"]
     with worker.output.open("wb") as output:
         worker.process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
     try:

@@ -345,7 +345,8 @@ class Rollout:
     def _excess(self, fresh: list[Replica]) -> list[Replica]:
         """Replicas of the newest revision beyond the wanted number: those not serving first, then the youngest."""
         too_many = max(0, len(fresh) - self._wanted)
-        return sorted(reversed(fresh), key=lambda r: r.state == SERVING)[:too_many]
+        youngest_first = fresh[::-1]
+        return sorted(youngest_first, key=lambda r: r.state == SERVING)[:too_many]
 
     def _new_size(self) -> int:
         leaving = sum(r.leaving for r in self.replicas.values())
