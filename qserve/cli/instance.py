@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qserve.doctor import require_usable
-from qserve.local import find_settings
+from qserve.errors import ConfigurationError
+from qserve.local import check_address, find_settings
 from qserve.messages import Signer
 from qserve.state import State
 
@@ -24,3 +25,19 @@ def connected() -> Iterator[State]:
         yield state
     finally:
         state.close()
+
+
+def check_port(host: str, port: int) -> None:
+    """Fail before anything is started.
+
+    Raises:
+        ConfigurationError: The address cannot be listened on.
+    """
+    try:
+        check_address(host, port)
+    except ValueError as exc:
+        reason = exc.__cause__.strerror if isinstance(exc.__cause__, OSError) else exc
+        raise ConfigurationError(
+            f"Cannot listen on {host}:{port}: {reason}. Give an address of this machine that is free with --host and "
+            "--port; --port 0 takes any free port."
+        ) from exc

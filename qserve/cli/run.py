@@ -15,6 +15,7 @@ from types import FrameType
 import click
 
 from qserve.cli.application import Application, deploy_application, import_application, wait_for_redis
+from qserve.cli.instance import check_port
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.source import Watcher
 from qserve.errors import ConfigurationError
@@ -23,7 +24,6 @@ from qserve.local import (
     InstanceRecord,
     LaunchOptions,
     LocalInstance,
-    check_address,
     find_record,
     launch,
     start_lock,
@@ -85,14 +85,7 @@ def start_instance(settings: Settings, host: str, port: int) -> LocalInstance:
                 f"An instance runs on this machine already (pid {other.pid}, {other.gateway_url or 'no HTTP'}). Deploy "
                 "into it with `qserve deploy`, end it with `qserve shutdown`, or set QSERVE_NAMESPACE to run another."
             )
-        try:
-            check_address(host, port)
-        except ValueError as exc:
-            reason = exc.__cause__.strerror if isinstance(exc.__cause__, OSError) else exc
-            raise ConfigurationError(
-                f"Cannot listen on {host}:{port}: {reason}. Is another server running there? Give a free address with "
-                "--host and --port (--port 0 takes any free port)."
-            ) from exc
+        check_port(host, port)
         return launch(settings, LaunchOptions(host, port, {"host": host, "port": port}, log_to_stderr=True))
 
 

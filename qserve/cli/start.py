@@ -3,9 +3,11 @@
 import importlib.util
 import os
 import sys
+import tempfile
 
 import click
 
+from qserve.cli.instance import check_port
 from qserve.cli.output import redis_url_option
 from qserve.doctor import connect, require_usable
 from qserve.errors import ConfigurationError
@@ -24,19 +26,21 @@ def start(only: str | None, replicas_per_node: int | None, gateway: bool, host: 
 
     The node reads from Redis what is deployed and keeps one Celery worker per deployment running.
     """
-    url = find_settings().redis_url
+    settings = find_settings()
     for module, extra in (("qserve_workers", "workers"), *((("qserve_gateway", "gateway"),) if gateway else ())):
         if importlib.util.find_spec(module) is None:
             raise ConfigurationError(f"{module} is not installed here: pip install 'qserve[{extra}]'")
-    with connect(url) as redis:
+    with connect(settings.redis_url) as redis:
         require_usable(redis)
-    os.environ["QSERVE_REDIS_URL"] = url
+    os.environ |= {"QSERVE_REDIS_URL": settings.redis_url, "QSERVE_SECRET": settings.secret}
     command = [sys.executable, "-m", "qserve_workers.node"]
     if only is not None:
         command += ["--only", only]
     if replicas_per_node is not None:
         command += ["--replicas-per-node", str(replicas_per_node)]
     if gateway:
-        command += ["--gateway", "--host", host, "--port", str(port)]
+        check_port(host, port)
+        folder = tempfile.mkdtemp(prefix="qs-")  # the node removes it
+        command += ["--gateway", "--host", host, "--port", str(port), "--folder", folder]
     # The node takes this process' place, so signals, exit code and process id are its own.
     os.execv(sys.executable, command)  # noqa: S606 (no shell is what we want)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qserve.cli.instance import connected
 from qserve.cli.output import redis_url_option
-from qserve.spec import Deployed, GatewayInfo, NodeInfo, ReplicaInfo
+from qserve.spec import WAITING, Deployed, GatewayInfo, NodeInfo, ReplicaInfo
 from qserve.state import State
 
 _COLORS = {"HEALTHY": "green", "SERVING": "green", "DEPLOY_FAILED": "red", "WAITING": "yellow", "DEPLOYING": "yellow"}
@@ -102,10 +102,11 @@ def _deployment(state: State, deployed: Deployed) -> DeploymentStatus:
     replicas = [_replica(info) for info in state.replicas(spec.name).values()]
     replicas.sort(key=lambda replica: (replica["host"], replica["pid"]))
     running = sum(replica["running"] for replica in replicas)
+    nobody = not replicas and not state.nodes()  # what was reached earlier went with the last node
     return {
         "name": spec.name,
         "route": spec.route_prefix,
-        "state": deployed.state,
+        "state": WAITING if nobody else deployed.state,
         "error": deployed.error,
         "version": spec.version,
         "generation": deployed.generation,
