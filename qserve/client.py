@@ -11,11 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import hiredis
 import msgspec
 
+from qserve.background import end, spawn
 from qserve.connection import Answer, Connection
 from qserve.errors import (
     BackPressureError,
@@ -121,13 +121,11 @@ class Client:
         self._thread = threading.get_ident()
         self._link = Link(self.settings.redis_url, self._link_up, self._refuse_waiting)
         await self._link.start()
-        self._keeper = asyncio.create_task(self._keep_alive())
+        self._keeper = spawn(self._keep_alive())
 
     async def stop(self) -> None:
         """Close the inbox; calls still pending end as cancelled."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        await end(self._keeper)
         for pending in list(self._pending.values()):
             self._finish(pending, CallCancelled("the client was stopped before the call ended"))
         if self._link.sender is not None:
@@ -300,8 +298,7 @@ class Client:
     def _expire(self, pending: PendingCall) -> None:
         if pending.id in self._pending:
             self._withdraw_entry(pending)
-            task = asyncio.ensure_future(self._explain_timeout(pending))
-            task.add_done_callback(_log_failure)
+            spawn(self._explain_timeout(pending))
 
     async def _explain_timeout(self, pending: PendingCall) -> None:
         outcome: QServeError = GetTimeoutError(
@@ -361,7 +358,7 @@ class Client:
         if pending is None:
             return  # timed out or cancelled: the answer is late
         if reply.out_of_line:
-            asyncio.ensure_future(self._fetch(pending, reply)).add_done_callback(_log_failure)
+            spawn(self._fetch(pending, reply))
         else:
             self._finish(pending, reply)
 
@@ -392,7 +389,7 @@ class Client:
         self._read()
         self._flush()
         if self._link.losses:
-            asyncio.ensure_future(self._reconcile()).add_done_callback(_log_failure)
+            spawn(self._reconcile())
 
     def _read(self) -> None:
         if self._link.waiter is not None:
@@ -438,8 +435,3 @@ class Client:
 
 def _ignore(_answer: Answer) -> None:
     """For commands whose failure shows elsewhere."""
-
-
-def _log_failure(task: "asyncio.Future[Any]") -> None:
-    if not task.cancelled() and task.exception() is not None:
-        logger.error("an internal task failed", exc_info=task.exception())

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from redis.exceptions import RedisError
 
+from qserve.background import end, spawn
 from qserve.connection import Connection
 from qserve.errors import BrokerUnavailable, QServeError
 
@@ -50,13 +51,11 @@ class Link:
             BrokerUnavailable, ConfigurationError: Redis cannot be used from here.
         """
         await self._connect()
-        self._keeper = asyncio.create_task(self._keep_connected())
+        self._keeper = spawn(self._keep_connected())
 
     async def stop(self) -> None:
         """Disconnect; unanswered commands fail."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        await end(self._keeper)
         self._disconnect()
 
     def heard(self) -> None:

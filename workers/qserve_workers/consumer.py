@@ -4,13 +4,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine
 from functools import partial
 from typing import Protocol
 
 import hiredis
 import msgspec
 
+from qserve.background import end, spawn
 from qserve.codec import Codec
 from qserve.connection import Answer
 from qserve.context import CallInfo, current_call
@@ -113,7 +113,7 @@ class Consumer:
     async def connect(self) -> None:
         """Open the queue without taking anything from it."""
         await self._link.start()
-        self._clockwork = asyncio.create_task(self._sample_clock())
+        self._clockwork = spawn(self._sample_clock())
 
     def start(self, code: Code) -> None:
         """Begin, or go on, to take calls."""
@@ -156,9 +156,7 @@ class Consumer:
         for running in list(self._running.values()):
             self._abandon(running)
         self._flush_replies()
-        if self._clockwork is not None:
-            self._clockwork.cancel()
-            await asyncio.gather(self._clockwork, return_exceptions=True)
+        await end(self._clockwork)
         if self._link.sender is not None:
             await self._link.sender.call("PING")  # the replies before it have arrived
         await self._link.stop()
@@ -265,7 +263,7 @@ class Consumer:
             if call.deployment != self.spec.name:
                 raise FrameRejected(f"a call to {call.deployment!r}")
         except (FrameRejected, msgspec.DecodeError) as exc:
-            self._spawn(self._reject(entry, exc))
+            spawn(self._reject(entry, exc))
             return
         if entry.deliveries > 1 and not alone and not self._may_rerun(entry, call):
             return
@@ -282,7 +280,7 @@ class Consumer:
             )
             self._answer(entry.id, call, ERROR, encode(self._codec.pack_error(error)))
         elif entry.deliveries > self._settings.max_deliveries:
-            self._spawn(self._bury(entry, call))
+            spawn(self._bury(entry, call))
         else:
             self._suspects.append(entry)
         return False
@@ -436,15 +434,6 @@ class Consumer:
         if self._link.sender is not None:
             self._link.sender.send(_ignore, "HINCRBY", self._keys.counters, metric, by)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.ensure_future(work)
-        task.add_done_callback(_log_failure)
-
 
 def _ignore(_answer: Answer) -> None:
     """For commands whose failure shows elsewhere."""
-
-
-def _log_failure(task: "asyncio.Future[None]") -> None:
-    if not task.cancelled() and task.exception() is not None:
-        logger.error("an internal task failed", exc_info=task.exception())

@@ -17,6 +17,7 @@ from typing import Any
 import redis
 import redis.asyncio
 
+from qserve.background import end, spawn
 from qserve.client import Client
 from qserve.errors import BrokerUnavailable, QServeError
 from qserve.handle import codec_of
@@ -141,7 +142,7 @@ class Replica:
 
     async def live(self) -> None:
         """From birth to the end."""
-        follower = asyncio.create_task(self._follow())
+        follower = spawn(self._follow())
         try:
             deployed = await self._until_deployed()
             if deployed is None:
@@ -151,8 +152,7 @@ class Replica:
                 return
             await self._serve(await self._read_state() or deployed)
         finally:
-            follower.cancel()
-            await asyncio.gather(follower, return_exceptions=True)
+            await end(follower)
             await self._redis.aclose()
 
     # Finding out what to run

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 
+from qserve.background import end, spawn
 from qserve.connection import Connection
 from qserve.errors import BrokerUnavailable
 from qserve.queues import DEAD, LEFT, Entry, ReplicaQueue
@@ -54,13 +55,11 @@ class Takeover:
     def start(self) -> None:
         """Begin to watch."""
         self._wanted.set()
-        self._task = asyncio.create_task(self._watch())
+        self._task = spawn(self._watch())
 
     async def stop(self) -> None:
         """Watch no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     def sweep(self) -> None:
         """Look at once: somebody has seen a neighbour die."""
