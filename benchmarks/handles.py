@@ -18,7 +18,9 @@ def async_pipelined(total: int = 60_000) -> float:
     handle = serve.get_deployment("Noop").get_handle(sync=False)
 
     async def wave() -> None:
-        await asyncio.gather(*[await handle.remote() for _ in range(WAVE)])
+        refs = [await handle.remote() for _ in range(WAVE)]
+        for ref in refs:  # all are on their way; `gather` would add a task for each
+            await ref
 
     async def run() -> float:
         await wave()

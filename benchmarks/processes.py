@@ -23,15 +23,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def environment(runtime_dir: str | None = None) -> dict[str, str]:
+    """This process' environment without its qserve settings; instances are looked for in the folder named."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("QSERVE_")}
+    return {**kept, "QSERVE_RUNTIME_DIR": runtime_dir} if runtime_dir else kept
+
+
 @contextmanager
 def running(command: list[str], ready_url: str, runtime_dir: str | None = None) -> Iterator[tuple[int, float]]:
     """Runs a server; yields its pid and the seconds to its first good answer."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("QSERVE_")}
-    if runtime_dir:
-        environment["XDG_RUNTIME_DIR"] = runtime_dir
     with tempfile.TemporaryFile() as output:
         began = time.perf_counter()
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(runtime_dir), stdout=output, stderr=output)
         try:
             _wait_for(ready_url, process, 60)
             yield process.pid, time.perf_counter() - began
