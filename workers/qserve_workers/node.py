@@ -23,6 +23,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from qserve import embedded, rollout
+from qserve.background import end
 from qserve.errors import QServeError
 from qserve.local import InstanceRecord
 from qserve.messages import Signer, encode
@@ -115,9 +116,7 @@ class Node:
                 task.add_done_callback(self._on_task_end)
             await self._stopping.wait()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(*tasks)
             await self._stop()
         return self._exit_code
 
