@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any, Final, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -378,6 +378,20 @@ class Deployment(Deployable, Generic[T_co]):
         if (args or kwargs) and not inspect.isclass(self.func_or_class):
             given = "init_args" if args else "init_kwargs"
             raise ValueError(f"{given} not supported for function deployments.")
+
+
+if TYPE_CHECKING:
+
+    class DeployedClass(type, Deployment[Any]):
+        """What a decorated class is to mypy, by way of `qserve.mypy_plugin`: a class, and a deployment of it."""
+
+        @overload
+        def get_handle(cls: type[T], sync: Literal[True] = True) -> DeploymentHandle[T]: ...
+        @overload
+        def get_handle(cls: type[T], sync: Literal[False]) -> AsyncDeploymentHandle[T]: ...
+        @overload
+        def get_handle(cls: type[T], sync: bool) -> DeploymentHandle[T] | AsyncDeploymentHandle[T]: ...
+        def get_handle(cls: type[T], sync: bool = True) -> Any: ...
 
 
 class DeploymentDecorator(Protocol):

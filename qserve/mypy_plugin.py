@@ -1,0 +1,64 @@
+"""Lets mypy see what `@serve.deployment` and handles do: put `plugins = ["qserve.mypy_plugin"]` into mypy's settings.
+
+mypy ignores what class decorators return, so it takes a decorated class for the class alone; here it also gets the
+attributes of a Deployment. And `handle.method.remote(...)` gets the parameters and the result of that method.
+"""
+
+from collections.abc import Callable
+
+from mypy.nodes import TypeInfo
+from mypy.plugin import AttributeContext, ClassDefContext, Plugin
+from mypy.typeops import make_simplified_union
+from mypy.types import AnyType, CallableType, Instance, ProperType, Type, TypeOfAny, get_proper_type
+
+_DECORATORS = ("qserve.deployment.deployment", "qserve.serve.deployment")
+_HANDLES = ("qserve.handle.DeploymentHandle", "qserve.handle.AsyncDeploymentHandle")
+_REF = "qserve.ref.Ref"
+
+
+class QServePlugin(Plugin):
+    """Hooks into the type of decorated classes and of attributes of handles."""
+
+    def get_class_decorator_hook_2(self, fullname: str) -> Callable[[ClassDefContext], bool] | None:
+        return _be_deployment if fullname in _DECORATORS else None
+
+    def get_attribute_hook(self, fullname: str) -> Callable[[AttributeContext], Type] | None:
+        owner, _, name = fullname.rpartition(".")
+        if owner not in _HANDLES or name.startswith("_"):
+            return None
+        return lambda context: self._type_of_method(context, name)
+
+    def _type_of_method(self, context: AttributeContext, name: str) -> Type:
+        handle = get_proper_type(context.type)
+        code = get_proper_type(handle.args[0]) if isinstance(handle, Instance) and handle.args else None
+        if not isinstance(handle, Instance) or not isinstance(code, Instance):
+            return context.default_attr_type
+        if code.type.get(name) is None:
+            context.api.fail(f'Deployment of "{code.type.name}" has no method "{name}"', context.context)
+            return AnyType(TypeOfAny.from_error)
+        checker = context.api.expr_checker  # type: ignore[attr-defined]
+        method = checker.analyze_external_member_access(name, code, context.context)
+        return Instance(handle.type, [self._accepting_refs(get_proper_type(method))])
+
+    def _accepting_refs(self, method: ProperType) -> Type:
+        """A ref may stand in place of each argument: its value is what the method gets."""
+        symbol = self.lookup_fully_qualified(_REF)
+        if not isinstance(method, CallableType) or symbol is None or not isinstance(symbol.node, TypeInfo):
+            return method
+        ref = Instance(symbol.node, [AnyType(TypeOfAny.explicit)])
+        return method.copy_modified(arg_types=[make_simplified_union([each, ref]) for each in method.arg_types])
+
+
+def plugin(version: str) -> type[Plugin]:
+    """What mypy asks a plugin module for."""
+    return QServePlugin
+
+
+def _be_deployment(context: ClassDefContext) -> bool:
+    made = context.api.lookup_fully_qualified_or_none("qserve.deployment.DeployedClass")
+    if made is None or not isinstance(made.node, TypeInfo):
+        return False
+    info = context.cls.info
+    if info.metaclass_type is None or info.metaclass_type.type.fullname == "builtins.type":
+        info.metaclass_type = Instance(made.node, [])
+    return True
