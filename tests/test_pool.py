@@ -347,6 +347,7 @@ def test_ctrl_c_drains_and_a_second_one_ends_everything_now(
     worker.wait_for(lambda: worker.events("state", state="DRAINING"))
     worker.process.send_signal(signal.SIGINT)
     worker.process.wait(LONG_S)
+    assert "Traceback" not in worker.output.read_text()
     assert not is_alive(replica)
     assert redis_client.hget(keys.heartbeats("Echo"), f"replica-{replica}") == b"dead"
 
@@ -400,6 +401,23 @@ def test_a_worker_outlives_its_redis_and_looks_after_its_replicas_meanwhile(
     finally:
         valkey.kill()
         valkey.wait()
+
+
+def test_a_worker_whose_redis_is_away_can_be_stopped(start_worker: StartWorker, tmp_path: Path) -> None:
+    folder = tmp_path / "valkey"
+    folder.mkdir()
+    valkey = subprocess.Popen(embedded.command(folder))
+    try:
+        worker = start_worker(url=embedded.redis_url(folder))
+    finally:
+        valkey.kill()
+        valkey.wait()
+    worker.wait_for(lambda: "Cannot reach Redis" in worker.output.read_text())
+    [replica] = worker.serving("a")
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.process.wait(LONG_S) == 0
+    assert worker.events("drained", pid=replica)
+    assert "Traceback" not in worker.output.read_text()
 
 
 def test_a_real_replica_lives_in_the_pool(tmp_path: Path, settings: Settings, state: State) -> None:

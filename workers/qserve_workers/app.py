@@ -29,11 +29,8 @@ class App(Celery):  # type: ignore[misc]
         self.steps["worker"].add("qserve_workers.worker:Replicas")
         self.conf.update(
             broker_url=celery_url(settings.redis_url) if settings.redis_url else None,
-            broker_transport_options={
-                # Without a prefix another Celery app on the same Redis would get our control messages, and we theirs.
-                "global_keyprefix": settings.keys.celery_prefix,
-                "polling_interval": 5,
-            },
+            # Without a prefix another Celery app on the same Redis would get our control messages, and we theirs.
+            broker_transport_options={"global_keyprefix": settings.keys.celery_prefix},
             broker_connection_retry_on_startup=True,
             broker_connection_max_retries=None,
             control_exchange=QUEUE,

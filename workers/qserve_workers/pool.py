@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from billiard.pool import CLOSE, RUN, TERMINATE, WorkersJoined
+from billiard.pool import RUN, TERMINATE, WorkersJoined
 from celery.concurrency import asynpool, prefork
 from celery.worker import state as worker_state
 
@@ -162,6 +162,7 @@ class ReplicaPool(prefork.TaskPool):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._pool: Any = None
+        self._draining = False
         super().__init__(*args, **kwargs)
 
     def on_start(self) -> None:
@@ -184,8 +185,9 @@ class ReplicaPool(prefork.TaskPool):  # type: ignore[misc]
             self._pool.resize(processes)
 
     def on_stop(self) -> None:
-        """Warm shutdown: drain, then close."""
-        if self._pool is not None and self._pool._state in (RUN, CLOSE):
+        """Warm shutdown: drain, then close. Called again, by the signal of a cold one, it lets the first go on."""
+        if self._pool is not None and not self._draining:
+            self._draining = True
             self._pool.close()
             self._pool.drain()
             self._end()

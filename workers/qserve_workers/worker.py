@@ -1,5 +1,6 @@
 """Celery's worker and consumer, told that `-Q` names a deployment and `--concurrency` counts its replicas."""
 
+import contextlib
 import logging
 import os
 import pkgutil
@@ -36,6 +37,8 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             hostname = f"{self.deployment}-{os.getpid()}@{os.uname().nodename}"
         chatty = bool(options.get("task_events"))
         options.update(without_gossip=True, without_mingle=True, without_heartbeat=not chatty)
+        # How long one blocking read of Celery's queue lasts: an idle worker need not wake each second.
+        self.app.conf.broker_transport_options["polling_interval"] = 5
         super().__init__(app=app, hostname=hostname, **options)
 
     def on_before_init(self, **options: Any) -> None:
@@ -88,8 +91,9 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         """Close, without waiting for the blocking read (BRPOP, 5 s) that kombu has always under way."""
         for channel in (self.connection and self.connection.transport.channels) or ():
             reading = channel._in_poll
-            if reading is not None and not reading.can_read(timeout=0):  # else close() puts back what has come
-                channel._in_poll = None
+            with contextlib.suppress(*self.connection_errors):  # Redis is gone, and nothing will be read
+                if reading and not reading.can_read(timeout=0):  # else close() puts back what has come
+                    channel._in_poll = None
         super().shutdown()
 
 
