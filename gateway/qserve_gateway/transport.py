@@ -1,0 +1,60 @@
+"""One write per response."""
+
+import asyncio
+from typing import Any
+
+
+class TickTransport(asyncio.Transport):
+    """Writes what one tick of the event loop wrote in a single system call.
+
+    uvicorn writes head and body of a response one after the other and uvloop passes each on at once: two system calls
+    and two packets per response, a sixth of the gateway's processor time.
+
+    Args:
+        transport: The real one.
+        loop: Its event loop.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self._transport = transport
+        self._loop = loop
+        self._held: list[bytes | bytearray | memoryview[int]] = []
+
+    def write(self, data: "bytes | bytearray | memoryview[int]") -> None:
+        """Hold the data until the end of this tick."""
+        if not self._held:
+            self._loop.call_soon(self._flush)
+        self._held.append(data)
+
+    def _flush(self) -> None:
+        if self._held:
+            data = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+            self._held = []
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """Close once everything is written."""
+        self._flush()
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Close without writing."""
+        self._held.clear()
+        self._transport.abort()
+
+    def is_closing(self) -> bool:
+        """Whether it is closed or about to be."""
+        return self._transport.is_closing()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Facts about the connection."""
+        return self._transport.get_extra_info(name, default)
+
+    def pause_reading(self) -> None:
+        """Let the client wait."""
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on."""
+        self._transport.resume_reading()
