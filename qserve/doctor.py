@@ -79,6 +79,7 @@ def connect(url: str, timeout_s: float = 2.0) -> "Redis":
             url,
             socket_connect_timeout=timeout_s,
             socket_timeout=timeout_s,
+            protocol=2,  # asking for RESP3 would fail on servers too old to be told so
             retry=Retry(NoBackoff(), 0),
         )
     except ValueError as exc:

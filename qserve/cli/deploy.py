@@ -1,6 +1,5 @@
 """`qserve deploy`, `delete`, `shutdown`: change what a running instance serves."""
 
-import contextlib
 import json
 
 import click
@@ -8,13 +7,11 @@ import click
 from qserve import rollout
 from qserve.cli.application import deploy_application, import_application, wait_for_redis
 from qserve.cli.call import unknown_deployment
-from qserve.cli.instance import connected
+from qserve.cli.instance import connected, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.local import find_record, find_settings, stop_instance
-from qserve.messages import Signer
 from qserve.settings import Settings
 from qserve.spec import WAITING
-from qserve.state import State
 
 
 @click.command()
@@ -41,7 +38,7 @@ def deploy(app: str, replicas: int | None, timeout: float, print_files: bool) ->
     if print_files:
         click.echo(json.dumps([str(path) for path in application.files]))
     wait_for_redis(settings.redis_url, timeout)
-    with contextlib.closing(State(settings.redis_url, settings.keys, Signer(settings.secrets))) as state:
+    with state_of(settings) as state:
         for spec in deploy_application(application, state, settings):
             deployed = state.get(spec.name)
             how = "waits for a node" if deployed is not None and deployed.state == WAITING else "serving"

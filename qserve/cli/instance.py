@@ -1,12 +1,13 @@
 """Reaching the instance that a command is about."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
-from qserve.doctor import require_usable
-from qserve.errors import ConfigurationError
+from qserve.doctor import connect, require_usable
+from qserve.errors import ConfigurationError, FrameRejected
 from qserve.local import check_address, find_settings
 from qserve.messages import Signer
+from qserve.settings import Settings
 from qserve.state import State
 
 
@@ -19,12 +20,27 @@ def connected() -> Iterator[State]:
         BrokerUnavailable, ConfigurationError: Its server cannot be used.
     """
     settings = find_settings()
-    state = State(settings.redis_url, settings.keys, Signer(settings.secrets))
-    try:
-        require_usable(state.redis)
+    with connect(settings.redis_url) as redis:
+        require_usable(redis)
+    with state_of(settings) as state:
         yield state
-    finally:
-        state.close()
+
+
+@contextmanager
+def state_of(settings: Settings) -> Iterator[State]:
+    """The state of the instance that settings name.
+
+    Raises:
+        ConfigurationError: It was signed with another key.
+    """
+    with closing(State(settings.redis_url, settings.keys, Signer(settings.secrets))) as state:
+        try:
+            yield state
+        except FrameRejected as exc:
+            raise ConfigurationError(
+                f"What is deployed was signed with another key than the one here ({exc}). Set QSERVE_SECRET to the key "
+                "of the instance."
+            ) from exc
 
 
 def check_port(host: str, port: int) -> None:

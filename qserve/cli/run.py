@@ -14,10 +14,11 @@ from types import FrameType
 
 import click
 
-from qserve.cli.application import Application, deploy_application, import_application, wait_for_redis
-from qserve.cli.instance import check_port
+from qserve.cli.application import Application, deploy_application, import_application
+from qserve.cli.instance import check_port, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.source import Watcher
+from qserve.doctor import connect, require_usable
 from qserve.errors import ConfigurationError
 from qserve.local import (
     START_TIMEOUT_S,
@@ -28,14 +29,12 @@ from qserve.local import (
     launch,
     start_lock,
 )
-from qserve.messages import Signer
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
 from qserve.state import State
 
 _LOOK_S = 1.0
 """How often we look whether the instance still runs and, with --reload, for edits."""
-_REDIS_TIMEOUT_S = 5.0
 FORCED = 130
 
 
@@ -58,7 +57,8 @@ def run(app: str, host: str, port: int, replicas: int | None, reload: bool, debu
     application = import_application(app, replicas)
     settings = Settings()
     if settings.redis_url:
-        wait_for_redis(settings.redis_url, _REDIS_TIMEOUT_S)
+        with connect(settings.redis_url) as redis:
+            require_usable(redis)
     instance = start_instance(settings, host, port)
     try:
         with termination_as_interrupt():
@@ -99,7 +99,7 @@ def bring_up(
     """
     settings, specs = instance.settings, list[DeploymentSpec]()
     instance.wait_for_redis()
-    with contextlib.closing(State(settings.redis_url, settings.keys, Signer(settings.secrets))) as state:
+    with state_of(settings) as state:
         wait_for_node(state, instance)
         try:
             specs = deploy_application(application, state, settings)
@@ -130,7 +130,10 @@ def introduce(specs: Sequence[DeploymentSpec], gateway_url: str) -> None:
         if spec.route_prefix is None:
             click.echo(f"{spec.name}: no route; qserve call {spec.name}")
             continue
-        url = gateway_url.rstrip("/") + spec.route_prefix
+        # applications answer under "/"; without it curl would only be shown the redirect there
+        url = (
+            gateway_url.rstrip("/") + spec.route_prefix + ("/" if spec.is_ingress and spec.route_prefix != "/" else "")
+        )
         click.echo(f"{click.style(spec.name, bold=True)}: {url}\n    curl {shlex.quote(url)}")
     click.echo("Ctrl-C stops it.")
 
