@@ -35,6 +35,10 @@ class Notes:
         self.notes[stored.id] = stored
         return stored
 
+    @app.get("/")
+    async def read_all(self) -> list[StoredNote]:
+        return list(self.notes.values())
+
     @app.get("/{note_id}")
     async def read(self, note_id: int) -> StoredNote:
         if note_id not in self.notes:

@@ -112,6 +112,12 @@ class Digits:
         self.classifier = classifier.get_handle(sync=False)
         self.explainer = explainer.get_handle(sync=False)
 
+    @app.get("/")
+    async def usage(self) -> dict[str, str]:
+        """What there is to try, for somebody who only has the address."""
+        upload = "curl -F file=@examples/digits/seven.png 'http://127.0.0.1:8000/digits/upload?explain=true'"
+        return {"upload a picture": upload, "measure the accuracy": "python examples/digits/evaluate.py"}
+
     @app.post("/predict")
     async def predict(self, drawing: Drawing, explain: bool = False) -> Answer:
         """The digit in 8 rows of 8 numbers from 0 (paper) to 16 (ink)."""
