@@ -33,6 +33,8 @@ class FakeReplica:
 
     def start(self) -> None:
         self.note("born", standby=self.birth.standby)
+        if "FAKE_REPLICA_CRASHES" in os.environ:
+            os._exit(3)
         if not self.birth.standby:
             self.may_serve.set()
         threading.Thread(target=self.run, daemon=True).start()

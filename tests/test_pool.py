@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -239,15 +240,25 @@ def test_a_killed_replica_is_replaced_though_a_child_of_its_own_outlives_it(star
     worker = start_worker(facts={"grandchild": True})
     [victim] = worker.serving("a")
     os.kill(victim, signal.SIGKILL)
-    worker.wait_for(lambda: len(worker.serving("a")) == 1, timeout_s=3)
+    worker.wait_for(partial(worker.serving, "a", besides=victim), timeout_s=4)
+
+
+def test_children_that_end_before_they_come_to_anything_are_replaced_ever_more_slowly(
+    start_worker: StartWorker,
+) -> None:
+    worker = start_worker(revision=None, FAKE_REPLICA_CRASHES="1")
+    worker.wait_for(lambda: len(worker.events("born")) >= 5)
+    born = [e["at"] for e in worker.events("born")]
+    pauses = [later - earlier for earlier, later in pairwise(born)]
+    assert pauses[0] >= 0.1
+    assert pauses[3] >= 0.8
 
 
 def test_a_replica_forked_later_holds_no_connection_of_its_parent(start_worker: StartWorker) -> None:
     worker = start_worker()
     [victim] = worker.serving("a")
     os.kill(victim, signal.SIGKILL)
-    [pid] = worker.wait_for(lambda: worker.serving("a"))
-    assert pid != victim
+    [pid] = worker.wait_for(partial(worker.serving, "a", besides=victim))
     held = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
     assert not [link for link in held if "socket" in link or "eventpoll" in link]
     parents = [str(entry.readlink()) for entry in Path(f"/proc/{worker.process.pid}/fd").iterdir()]

@@ -109,7 +109,7 @@ class Keeper:
         self.rollout.born(pid, time.monotonic(), standby=self._standby)
 
     def on_death(self, pid: int, exitcode: int | None) -> bool:
-        """A process has ended and been reaped; False: by accident, before it had reported anything."""
+        """A process has ended and been reaped; False: by itself, before it had come to anything."""
         self._read()  # what it said last counts
         how = f"signal {signal.Signals(-exitcode).name}" if exitcode and exitcode < 0 else f"exit code {exitcode}"
         replica = self.rollout.died(pid, how)
@@ -123,7 +123,7 @@ class Keeper:
         if replica.id and exitcode:  # who ends with 0 has said goodbye; a tombstone would count as a crash
             self._announcer.bury(replica.id)
         self.act()
-        return bool(replica.id) or replica.leaving or not exitcode
+        return bool(replica.state) or replica.leaving
 
     def on_readable(self, *_args: object) -> None:
         """Replicas have reported."""

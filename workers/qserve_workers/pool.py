@@ -108,16 +108,17 @@ class Processes(asynpool.AsynPool):  # type: ignore[misc]
         for process in self._pool:
             before.pop(process.pid, None)
         for pid, process in before.items():
-            if self.keeper.on_death(pid, process.exitcode):
-                self._pause = 0.0
-            else:
+            if not self.keeper.on_death(pid, process.exitcode):
                 self._hold_births()
         return exitcodes
 
     def _hold_births(self) -> None:
-        """Something is wrong with this installation or host: children die before they can say a word."""
+        """Something is wrong with this installation or with Redis: children end before they construct anything."""
+        now = time.monotonic()
+        if now - self._no_birth_before > _BACKOFF_S[1]:  # the last time is long ago
+            self._pause = 0.0
         self._pause = min(_BACKOFF_S[1], self._pause * 2 or _BACKOFF_S[0])
-        self._no_birth_before = time.monotonic() + self._pause
+        self._no_birth_before = now + self._pause
         if self._hub is not None:
             self._hub.call_later(self._pause, self.maintain_pool)
 
