@@ -70,7 +70,9 @@ def make_target(code: object, *, allow_pickle: bool) -> Target:
             "does not travel as a pickle. Move it to the top level of a module, or set QSERVE_SECRET on every process."
         )
     try:
-        return Target(pickled=dumps(code), sys_path=(_main_folder(),))
+        # It may refer to what its own module defines.
+        folders = _folders_of(module) if module is not None and module.__name__ != "__main__" else ()
+        return Target(pickled=dumps(code), sys_path=tuple(dict.fromkeys((_main_folder(), *folders))))
     except Exception as exc:
         raise ConfigurationError(
             f"{name!r} cannot be pickled: {type(exc).__name__}: {exc}. Something it refers to cannot travel; "
