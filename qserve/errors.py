@@ -13,6 +13,7 @@ QServeError
  |- GetTimeoutError         504  the deadline passed (also a TimeoutError)
  |- CallCancelled           499  the caller withdrew the call
  |- ReplicaDied             502  the replica died under the call, which may have run
+ |- StreamBroken            502  a stream ended before its end
  |- FrameRejected                a message with a bad signature or shape
  '- TaskError               500  user code raised; also an instance of the original class
      |- ResultNotSerializable    the result cannot travel
@@ -101,6 +102,12 @@ class CallCancelled(QServeError):
 
 class ReplicaDied(QServeError):
     """The replica died while it had the call; it may have run, so it is not run again."""
+
+    status = 502
+
+
+class StreamBroken(QServeError, ConnectionError):
+    """A stream ended before its end: the other side died, left or gave up."""
 
     status = 502
 

@@ -1,9 +1,9 @@
 """Handles: how Python code calls a deployment."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import lru_cache
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
 from qserve.client import Client, Outcome, PendingCall
 from qserve.codec import Codec, collect_refs, substitute
@@ -12,6 +12,8 @@ from qserve.messages import ERROR, PYTHON, Reply, decode_error
 from qserve.process import current_client
 from qserve.ref import Ref
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -75,7 +77,23 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
 
     _sync = True
 
-    def remote(self, *args: Any, **kwargs: Any) -> Ref[Any]:
+    # An `async def` result is awaited in the replica. A ref among the arguments stands for its value, which a ParamSpec
+    # cannot say: with a ref in the first place the arguments are not checked.
+    @overload
+    def remote(
+        self: "DeploymentHandle[Callable[P, Coroutine[Any, Any, R]]]", *args: P.args, **kwargs: P.kwargs
+    ) -> Ref[R]: ...
+    @overload
+    def remote(self: "DeploymentHandle[Callable[P, R]]", *args: P.args, **kwargs: P.kwargs) -> Ref[R]: ...
+    @overload
+    def remote(
+        self: "DeploymentHandle[Callable[..., Coroutine[Any, Any, R]]]", first: Ref[Any], /, *args: Any, **kwargs: Any
+    ) -> Ref[R]: ...
+    @overload
+    def remote(
+        self: "DeploymentHandle[Callable[..., R]]", first: Ref[Any], /, *args: Any, **kwargs: Any
+    ) -> Ref[R]: ...
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Put a call on the deployment's queue.
 
         Returns:
@@ -117,7 +135,25 @@ class AsyncDeploymentHandle(_BaseHandle, Generic[T_co]):
 
     _sync = False
 
-    async def remote(self, *args: Any, **kwargs: Any) -> Ref[Any]:
+    @overload
+    async def remote(
+        self: "AsyncDeploymentHandle[Callable[P, Coroutine[Any, Any, R]]]", *args: P.args, **kwargs: P.kwargs
+    ) -> Ref[R]: ...
+    @overload
+    async def remote(self: "AsyncDeploymentHandle[Callable[P, R]]", *args: P.args, **kwargs: P.kwargs) -> Ref[R]: ...
+    @overload
+    async def remote(
+        self: "AsyncDeploymentHandle[Callable[..., Coroutine[Any, Any, R]]]",
+        first: Ref[Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Ref[R]: ...
+    @overload
+    async def remote(
+        self: "AsyncDeploymentHandle[Callable[..., R]]", first: Ref[Any], /, *args: Any, **kwargs: Any
+    ) -> Ref[R]: ...
+    async def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Like `DeploymentHandle.remote`; reads the bodies of Starlette requests among the arguments first."""
         for value in args:
             if type(value).__module__ == "starlette.requests":

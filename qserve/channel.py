@@ -1,0 +1,184 @@
+"""Two-way traffic of one call: numbered chunks with credit, so that a slow reader slows the writer.
+
+Each side grants the other a window of bytes. A chunk that is missing, or that comes from another process than the
+ones before it, breaks the channel: a stream is whole or visibly cut, never silently shortened.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from qserve.errors import QServeError, StreamBroken
+
+HELLO, DATA, END, CREDIT, ABORT = range(5)
+"""What a chunk is: the first sign of a peer, a piece of the stream, its end, permission for more, a reason to stop."""
+
+WINDOW = 1024 * 1024
+"""Bytes on their way to one reader at most; also the price of memory per stream."""
+LARGEST_PIECE = 128 * 1024
+_SMALLEST_COST = 1024
+_GRANT_AFTER = WINDOW // 4
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One message of a channel.
+
+    Attributes:
+        sender: Process id of who sent it, whose inbox gets what is sent back.
+        kind: HELLO, DATA, END, CREDIT or ABORT.
+        number: For DATA and END, its place in the stream from 0; for CREDIT, the cost allowed in total.
+        data: A piece of the stream, or the reason of an ABORT.
+    """
+
+    sender: str
+    kind: int
+    number: int = 0
+    data: bytes = b""
+
+
+decode_chunk = msgspec.msgpack.Decoder(Chunk).decode
+
+
+class Channel:
+    """One side of a call's two-way traffic. Belongs to one event loop.
+
+    Args:
+        me: Id of this process.
+        transmit: Sends a chunk to a process; called only once the peer is known.
+        peer: Id of the other process, where it is known from the start.
+    """
+
+    def __init__(self, me: str, transmit: Callable[[str, Chunk], None], peer: str = "") -> None:
+        self.peer = peer
+        self._me = me
+        self._transmit = transmit
+        self._next_in = 0
+        self._next_out = 0
+        self._spent = 0
+        self._allowed = WINDOW if peer else 0
+        self._consumed = 0
+        self._granted = WINDOW
+        self._arrived: deque[bytes | None] = deque()
+        self._broken: QServeError | None = None
+        self._readable: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None
+
+    def greet(self) -> None:
+        """Tell the peer who it is talking to, so that it may send."""
+        self._transmit(self.peer, Chunk(self._me, HELLO))
+
+    # Sending
+
+    async def send(self, data: bytes) -> None:
+        """Send a piece of the stream, of any size; waits while the reader is behind.
+
+        Raises:
+            StreamBroken: The peer is gone or has had enough.
+        """
+        for start in range(0, len(data), LARGEST_PIECE) or (0,):
+            await self._send_piece(data[start : start + LARGEST_PIECE] if len(data) > LARGEST_PIECE else data)
+
+    async def _send_piece(self, data: bytes) -> None:
+        cost = max(len(data), _SMALLEST_COST)
+        while self._spent + cost > self._allowed and self._broken is None:
+            self._writable = asyncio.get_running_loop().create_future()
+            await self._writable
+        if self._broken is not None:
+            raise self._broken
+        self._spent += cost
+        self._emit(DATA, data)
+
+    async def end(self) -> None:
+        """Say that nothing more will be sent.
+
+        Raises:
+            StreamBroken: The peer is gone.
+        """
+        while not self.peer and self._broken is None:
+            self._writable = asyncio.get_running_loop().create_future()
+            await self._writable
+        if self._broken is not None:
+            raise self._broken
+        self._emit(END, b"")
+
+    def _emit(self, kind: int, data: bytes) -> None:
+        self._transmit(self.peer, Chunk(self._me, kind, self._next_out, data))
+        self._next_out += 1
+
+    # Receiving
+
+    async def receive(self) -> bytes | None:
+        """The next piece, None at the end of the stream.
+
+        Raises:
+            StreamBroken: The rest will never come.
+        """
+        while not self._arrived:
+            if self._broken is not None:
+                raise self._broken
+            self._readable = asyncio.get_running_loop().create_future()
+            await self._readable
+        data = self._arrived[0]
+        if data is None:
+            return None  # stays: whoever asks again hears the same
+        self._arrived.popleft()
+        self._consumed += max(len(data), _SMALLEST_COST)
+        if self._consumed + WINDOW - self._granted >= _GRANT_AFTER and self.peer and self._broken is None:
+            self._granted = self._consumed + WINDOW
+            self._transmit(self.peer, Chunk(self._me, CREDIT, self._granted))
+        return data
+
+    # What arrives
+
+    def feed(self, chunk: Chunk) -> None:
+        """Take in a chunk from the inbox."""
+        if self._broken is not None:
+            return
+        if not self.peer:
+            self.peer = chunk.sender
+            self._allowed = WINDOW
+            _wake(self._writable)
+        elif chunk.sender != self.peer:
+            self.close(StreamBroken("the replica that streamed has died"))
+            return
+        if chunk.kind == CREDIT:
+            self._allowed = max(self._allowed, chunk.number)
+            _wake(self._writable)
+        elif chunk.kind == ABORT:
+            self.close(StreamBroken(chunk.data.decode("utf-8", "replace")))
+        elif chunk.kind != HELLO:
+            self._take_in(chunk)
+
+    def _take_in(self, chunk: Chunk) -> None:
+        if chunk.number != self._next_in:
+            self.abort(f"part {self._next_in} of the stream is missing")
+            return
+        self._next_in += 1
+        self._arrived.append(chunk.data if chunk.kind == DATA else None)
+        _wake(self._readable)
+
+    def finish(self) -> None:
+        """The peer's final reply has come: nothing arrives after it."""
+        if not self._arrived or self._arrived[-1] is not None:
+            self._arrived.append(None)
+        _wake(self._readable)
+
+    def abort(self, reason: str) -> None:
+        """Break the channel on both sides."""
+        if self.peer and self._broken is None:
+            self._transmit(self.peer, Chunk(self._me, ABORT, 0, reason.encode()))
+        self.close(StreamBroken(reason))
+
+    def close(self, error: QServeError) -> None:
+        """Break the channel on this side: what has arrived can still be read, then `error` is raised."""
+        if self._broken is None:
+            self._broken = error
+            _wake(self._readable)
+            _wake(self._writable)
+
+
+def _wake(waiting: asyncio.Future[None] | None) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(None)
