@@ -78,7 +78,7 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
     _sync = True
 
     # An `async def` result is awaited in the replica. A ref among the arguments stands for its value, which a ParamSpec
-    # cannot say: with a ref in the first place the arguments are not checked.
+    # cannot say: with a ref in the first or second place the arguments are not checked.
     @overload
     def remote(
         self: "DeploymentHandle[Callable[P, Coroutine[Any, Any, R]]]", *args: P.args, **kwargs: P.kwargs
@@ -92,6 +92,19 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
     @overload
     def remote(
         self: "DeploymentHandle[Callable[..., R]]", first: Ref[Any], /, *args: Any, **kwargs: Any
+    ) -> Ref[R]: ...
+    @overload
+    def remote(
+        self: "DeploymentHandle[Callable[..., Coroutine[Any, Any, R]]]",
+        first: Any,
+        second: Ref[Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Ref[R]: ...
+    @overload
+    def remote(
+        self: "DeploymentHandle[Callable[..., R]]", first: Any, second: Ref[Any], /, *args: Any, **kwargs: Any
     ) -> Ref[R]: ...
     def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Put a call on the deployment's queue.
@@ -152,6 +165,19 @@ class AsyncDeploymentHandle(_BaseHandle, Generic[T_co]):
     @overload
     async def remote(
         self: "AsyncDeploymentHandle[Callable[..., R]]", first: Ref[Any], /, *args: Any, **kwargs: Any
+    ) -> Ref[R]: ...
+    @overload
+    async def remote(
+        self: "AsyncDeploymentHandle[Callable[..., Coroutine[Any, Any, R]]]",
+        first: Any,
+        second: Ref[Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Ref[R]: ...
+    @overload
+    async def remote(
+        self: "AsyncDeploymentHandle[Callable[..., R]]", first: Any, second: Ref[Any], /, *args: Any, **kwargs: Any
     ) -> Ref[R]: ...
     async def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Like `DeploymentHandle.remote`; reads the bodies of Starlette requests among the arguments first."""
