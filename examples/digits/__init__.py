@@ -5,6 +5,6 @@ curl -F file=@examples/digits/seven.png http://127.0.0.1:8000/digits/upload
 python examples/digits/evaluate.py --url http://127.0.0.1:8000/digits
 """
 
-from examples.digits.app import classifier, digits, explainer, preprocessor
+from examples.digits.app import Classifier, Digits, Explainer, Preprocessor
 
-__all__ = ["classifier", "digits", "explainer", "preprocessor"]
+__all__ = ["Classifier", "Digits", "Explainer", "Preprocessor"]

@@ -28,6 +28,7 @@ class Explanation(TypedDict):
     importance: list[list[float]]
 
 
+@serve.deployment(route_prefix=None, idempotent=True)
 class Preprocessor:
     """Turns any picture of a digit into what the classifier learned from: 8 x 8 pixels, 0 (paper) to 16 (ink)."""
 
@@ -42,6 +43,7 @@ class Preprocessor:
         return ink * INK
 
 
+@serve.deployment(route_prefix=None, idempotent=True, max_concurrent_queries=200)
 class Classifier:
     """A support vector machine, trained in a fraction of a second when the replica starts."""
 
@@ -65,13 +67,14 @@ class Classifier:
         ]
 
 
+@serve.deployment(route_prefix=None, idempotent=True)
 class Explainer:
     """Finds the pixels an answer rests on: how far the digit's score falls when they are wiped out."""
 
     def __init__(self) -> None:
-        self.classifier = classifier.get_handle(sync=False)
+        self.classifier = Classifier.get_handle(sync=False)
 
-    async def __call__(self, pixels: Pixels, prediction: Prediction) -> Explanation:
+    async def __call__(self, prediction: Prediction, pixels: Pixels) -> Explanation:
         refs = [await self.classifier.remote(wiped) for wiped in self._wiped(pixels)]
         answers: list[Prediction] = await asyncio.gather(*refs)
         digit = prediction["digit"]
@@ -105,12 +108,13 @@ class Answer(BaseModel):
 app = FastAPI(title="Digits")
 
 
+@serve.deployment(route_prefix="/digits")
 @serve.ingress(app)
 class Digits:
     def __init__(self) -> None:
-        self.preprocessor = preprocessor.get_handle(sync=False)
-        self.classifier = classifier.get_handle(sync=False)
-        self.explainer = explainer.get_handle(sync=False)
+        self.preprocessor = Preprocessor.get_handle(sync=False)
+        self.classifier = Classifier.get_handle(sync=False)
+        self.explainer = Explainer.get_handle(sync=False)
 
     @app.get("/")
     async def usage(self) -> dict[str, str]:
@@ -139,13 +143,5 @@ class Digits:
         if not explain:
             return Answer(**await prediction)
         # The prediction goes on as a ref: the explainer is given its value, this replica need not wait for it.
-        explanation = await self.explainer.remote(pixels, prediction)
+        explanation = await self.explainer.remote(prediction, pixels)
         return Answer(**await prediction, importance=(await explanation)["importance"])
-
-
-# `@serve.deployment` called by hand does the same and leaves the classes as they are: for tests, and for mypy, which
-# does not see what a class decorator returns.
-preprocessor = serve.deployment(route_prefix=None, idempotent=True)(Preprocessor)
-classifier = serve.deployment(route_prefix=None, idempotent=True, max_concurrent_queries=200)(Classifier)
-explainer = serve.deployment(route_prefix=None, idempotent=True)(Explainer)
-digits = serve.deployment(route_prefix="/digits")(Digits)
