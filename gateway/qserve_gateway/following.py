@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from qserve.background import spawn
 from qserve.client import Client
 from qserve.connection import Answer
 from qserve.errors import BrokerUnavailable, ConfigurationError
@@ -46,9 +47,11 @@ class Follower:
 
     async def run(self) -> None:
         """Be counted among the live gateways and follow the state, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._keep_announcing())
-            tasks.create_task(self._follow())
+        announcing = spawn(self._keep_announcing())
+        try:
+            await self._follow()
+        finally:
+            announcing.cancel()
 
     def leave(self) -> None:
         """No longer be counted, so that no deploy waits for this gateway."""
