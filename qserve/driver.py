@@ -110,6 +110,8 @@ class Driver:
             try:
                 running = self.current()
                 if self._is_served(running, settings):
+                    if wait:
+                        self.wait_until_ready()
                     _warn_of_other_options(running, options)
                     return running
             except NoInstanceError:
@@ -117,9 +119,11 @@ class Driver:
             return self._launch(settings, options, detached=detached, wait=wait)
 
     def wait_until_ready(self) -> None:
-        """Wait until an instance that was started here serves HTTP."""
+        """Wait until the instance on this machine, if that is ours, serves HTTP."""
         if self._local is not None:
             self._local.wait_until_ready()
+        elif not Settings().redis_url:
+            local.wait_until_ready(Settings().namespace)
 
     def shutdown(self) -> None:
         """Delete all deployments and stop the processes of the instance; nothing where there is none."""

@@ -35,6 +35,7 @@ NO_INSTANCE = (
 )
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 40.0
+_EXIT_S = 2.0
 _POLL_S = 0.005
 _LOG_TAIL = 2_000
 
@@ -47,6 +48,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         pid: The node process.
         folder: Its sockets and logs.
+        ready: Its gateway listens, where it has one; it can be deployed to before.
         gateway_url: "" without a gateway.
         http: The http_options it was started with, for the warning when others are asked for.
     """
@@ -56,6 +58,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
     pid: int
     folder: str
+    ready: bool = True
     gateway_url: str = ""
     http: dict[str, str | int | None] = {}
     detached: bool = False
@@ -188,7 +191,7 @@ class LocalInstance:
 
     def _own_record(self) -> InstanceRecord | None:
         record = find_record(self.settings.namespace)
-        return record if record is not None and record.pid == self.pid else None
+        return record if record is not None and record.pid == self.pid and record.ready else None
 
     def _wait(self, look: Callable[[], Found | None], what: str) -> Found:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -233,9 +236,21 @@ def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
     return LocalInstance(settings, process, folder, options.detached)
 
 
+def wait_until_ready(namespace: str) -> InstanceRecord | None:
+    """Wait until an instance that another process is starting serves HTTP; None when it is gone."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while (record := find_record(namespace)) is not None and not record.ready and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return record
+
+
 def stop_instance(record: InstanceRecord) -> None:
     """Stop an instance that another process started."""
-    _stop(record.pid, lambda: find_record(record.namespace) != record)
+    # Its file goes last but for the process itself, which stays a zombie where nobody looks after it.
+    _stop(record.pid, lambda: not _runs(record.pid) or not record_path(record.namespace).exists())
+    deadline = time.monotonic() + _EXIT_S
+    while _runs(record.pid) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""What the tests of a whole instance deploy; imported by replicas."""
+"""What the tests of a whole instance deploy; imported by replicas.
+
+Not decorated, because mypy does not follow class decorators.
+"""
 
 import os
 import time
@@ -7,8 +10,7 @@ from pathlib import Path
 from qserve import serve
 
 
-@serve.deployment
-class Pid:
+class PidCode:
     """Tells which process it is, and with what it was made."""
 
     def __init__(self, made_with: str = "") -> None:
@@ -27,16 +29,14 @@ class Pid:
         return {"pid": os.getpid(), "made_with": self.made_with, "config": self.config}
 
 
-@serve.deployment
-class OtherPid:
+class OtherPidCode:
     """The same in other code."""
 
     def __call__(self) -> int:
         return -os.getpid()
 
 
-@serve.deployment
-class Broken:
+class BrokenCode:
     """Never comes up."""
 
     def __init__(self) -> None:
@@ -45,8 +45,7 @@ class Broken:
     def __call__(self) -> None: ...
 
 
-@serve.deployment
-class Slow:
+class SlowCode:
     """Takes its time."""
 
     def __call__(self, seconds: float = 0.3) -> str:
@@ -54,17 +53,15 @@ class Slow:
         return "slow"
 
 
-@serve.deployment
-class Deployer:
+class DeployerCode:
     """Deploys something from within a replica."""
 
     def __call__(self) -> str:
-        Pid.options(name="Deployed").deploy()
+        serve.get_deployment("Pid").options(name="Deployed", route_prefix=None).deploy()
         return "deployed"
 
 
-@serve.deployment
-class LastWords:
+class LastWordsCode:
     """Says so when it goes."""
 
     def __init__(self, path: str) -> None:
@@ -75,3 +72,11 @@ class LastWords:
     def __del__(self) -> None:
         with Path(self.path).open("a") as file:
             file.write("gone\n")
+
+
+Pid = serve.deployment(name="Pid")(PidCode)
+OtherPid = serve.deployment(name="OtherPid")(OtherPidCode)
+Broken = serve.deployment(name="Broken")(BrokenCode)
+Slow = serve.deployment(name="Slow")(SlowCode)
+Deployer = serve.deployment(name="Deployer")(DeployerCode)
+LastWords = serve.deployment(name="LastWords")(LastWordsCode)

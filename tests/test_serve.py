@@ -1,20 +1,19 @@
 """The public verbs against a whole instance on this machine."""
 
 import logging
-import os
 import re
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
-from deployed import Broken, Deployer, LastWords, OtherPid, Pid, Slow
 
 import qserve
 from qserve import serve
 from qserve.errors import DeploymentNotFound, NoInstanceError
 from qserve.loading import importing
 from qserve.testing import TestInstance
+from tests.deployed import Broken, Deployer, LastWords, OtherPid, Pid, Slow
 
 
 def fetch(url: str) -> str:
@@ -188,7 +187,7 @@ class TestDeleting:
 
         with pytest.raises(qserve.QServeError):
             ref.result(20)
-        assert not any(os.path.exists(f"/proc/{pid}") for pid in running)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in running)
 
     def test_destructors_run_once(self, qserve_instance: TestInstance, tmp_path: Path) -> None:
         LastWords.deploy(str(tmp_path / "words"))
@@ -233,6 +232,7 @@ class TestLooking:
 
 class TestDeployingFromAReplica:
     def test_does_not_deadlock(self, qserve_instance: TestInstance) -> None:
+        Pid.deploy()
         Deployer.deploy()
 
         assert Deployer.get_handle().remote().result(30) == "deployed"
@@ -260,7 +260,7 @@ class TestStarting:
     @pytest.mark.parametrize("name", ["http_host", "http_port", "http_middlewares"])
     def test_old_keywords_point_at_http_options(self, name: str) -> None:
         with pytest.raises(ValueError, match="http_options"):
-            serve.start(**{name: 1})
+            serve.start(False, None, **{name: 1})
 
 
 class TestWithoutAnInstance:

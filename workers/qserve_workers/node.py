@@ -111,6 +111,7 @@ class Node:
         try:
             if self._options.embedded:
                 await self._start_valkey()
+            self._write_instance_file(ready=False)
             tasks += [asyncio.create_task(step) for step in (self._serve_http(), self._follow(), self._keep_in_step())]
             for task in tasks:
                 task.add_done_callback(self._on_task_end)
@@ -174,12 +175,9 @@ class Node:
     # HTTP
 
     async def _serve_http(self) -> None:
-        """Keep a gateway running; the instance file appears once it listens."""
-        url = ""
-        if self._options.gateway:
-            url = await self._start_gateway()
-        if self._options.instance_file is not None and not self._stopping.is_set():
-            self._write_instance_file(self._options.instance_file, url)
+        """Keep a gateway running; the instance file says when it listens."""
+        url = await self._start_gateway() if self._options.gateway else ""
+        self._write_instance_file(ready=True, gateway_url=url)
 
     async def _start_gateway(self) -> str:
         ready_file = self._folder / "gateway.json"
@@ -202,13 +200,17 @@ class Node:
             *("--ready-file", str(ready_file)),
         ]
 
-    def _write_instance_file(self, path: Path, gateway_url: str) -> None:
+    def _write_instance_file(self, *, ready: bool, gateway_url: str = "") -> None:
+        path = self._options.instance_file
+        if path is None or self._stopping.is_set():
+            return
         record = InstanceRecord(
             namespace=self._settings.namespace,
             redis_url=self._settings.redis_url,
             secret=self._settings.secret,
             pid=os.getpid(),
             folder=str(self._folder),
+            ready=ready,
             gateway_url=gateway_url,
             http=msgspec.json.decode(self._options.http),
             detached=self._options.owner is None,
