@@ -235,7 +235,7 @@ class State:
 async def read_snapshot(client: "redis.asyncio.Redis", keys: Keys, signer: Signer) -> Snapshot:
     """The desired state now. A spec that no key of ours signed is left out, with an error in the log."""
     with _our_errors():
-        log_id = await _last_log_id(client, keys)  # first: what follows is at least as new
+        log_id = await last_log_id(client, keys)  # first: what follows is at least as new
         names = sorted(name.decode() for name in await _ask(client, "SMEMBERS", keys.deployments))
         pipeline = client.pipeline(transaction=False)
         for name in names:
@@ -261,7 +261,7 @@ async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerat
         client = connect_asyncio(redis_url)
         try:
             if connected_before or position == "$":
-                position = await _last_log_id(client, keys)
+                position = await last_log_id(client, keys)
             if connected_before:
                 yield Change("resync", position)
             connected_before = True
@@ -300,7 +300,8 @@ async def _read_log(client: "redis.asyncio.Redis", keys: Keys, position: str) ->
     return [(entry_id.decode(), fields) for entry_id, fields in answer[0][1]] if answer else []
 
 
-async def _last_log_id(client: "redis.asyncio.Redis", keys: Keys) -> str:
+async def last_log_id(client: "redis.asyncio.Redis", keys: Keys) -> str:
+    """The newest entry of the state log: what is read after this is at least as new."""
     newest = await _ask(client, "XREVRANGE", keys.log, "+", "-", "COUNT", 1)
     return newest[0][0].decode() if newest else "0-0"
 

@@ -14,12 +14,13 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import redis
 import redis.asyncio
 
 from qserve.background import end, spawn
 from qserve.client import Client
-from qserve.errors import BrokerUnavailable, QServeError
+from qserve.errors import BrokerUnavailable, FrameRejected, QServeError
 from qserve.handle import codec_of
 from qserve.loading import load_target
 from qserve.messages import Control, encode
@@ -27,7 +28,7 @@ from qserve.process import new_event_loop, set_current_client
 from qserve.queues import call_neighbours, leave
 from qserve.settings import Settings
 from qserve.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed, ReplicaInfo
-from qserve.state import connect_asyncio, decode_deployed, follow
+from qserve.state import connect_asyncio, decode_deployed, follow, last_log_id
 from qserve_workers.consumer import Consumer
 from qserve_workers.heartbeat import Heartbeat
 from qserve_workers.takeover import Takeover
@@ -142,7 +143,7 @@ class Replica:
 
     async def live(self) -> None:
         """From birth to the end."""
-        follower = spawn(self._follow())
+        follower = spawn(self._follow(await last_log_id(self._redis, self._keys)))
         try:
             deployed = await self._until_deployed()
             if deployed is None:
@@ -157,9 +158,16 @@ class Replica:
 
     # Finding out what to run
 
-    async def _follow(self) -> None:
-        async for change in follow(self._settings.redis_url, self._keys):
+    async def _follow(self, from_id: str) -> None:
+        """Tell the parent of every change, whatever this replica is busy with: a constructor may hang."""
+        async for change in follow(self._settings.redis_url, self._keys, from_id):
             if change.name in ("", self._name):
+                with contextlib.suppress(BrokerUnavailable):  # a resync follows
+                    deployed = await self._read_state()
+                    if deployed is None:
+                        self._report("deleted")
+                    else:
+                        self._report_deployed(deployed)
                 self._changed.set()
 
     async def _until_deployed(self) -> Deployed | None:
@@ -174,18 +182,23 @@ class Replica:
         return None
 
     async def _read_state(self) -> Deployed | None:
-        """The desired state; None when there is none, or Redis is away."""
+        """The desired state, None when there is none; a spec that no key of ours signed changes nothing."""
         fields = ("gen", "spec", "state", "error", "log_id")
         try:
             meta: Any = await self._redis.hmget(self._keys.meta(self._name), list(fields))
         except redis.RedisError as exc:
             raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
-        return decode_deployed(self._client.signer, meta)
+        try:
+            return decode_deployed(self._client.signer, meta)
+        except (FrameRejected, msgspec.DecodeError) as exc:
+            logger.error("Ignoring the spec of deployment %r: %s", self._name, exc)
+            return self._deployed
 
     async def _backoff(self) -> None:
+        """Wait before another try after failed constructors; a new deploy is tried at once."""
         if self._birth.failures:
             delay = min(_FIRST_BACKOFF_S * 2 ** (self._birth.failures - 1), _LONGEST_BACKOFF_S)
-            await self._first_of(self.shall_leave, timeout=delay)
+            await self._first_of(self._changed, self.shall_leave, timeout=delay)
 
     # Serving
 
@@ -259,11 +272,9 @@ class Replica:
         except BrokerUnavailable:
             return  # the follower brings a change once Redis is back
         if deployed is None:
-            self._report("deleted")
             await self._consumer.finish_queue(self._spec.graceful_shutdown_timeout_s)
             self.shall_leave.set()
             return
-        self._report_deployed(deployed)
         if deployed.spec.revision == self._spec.revision and deployed.generation != self._generation:
             await self._apply(deployed)
 
