@@ -12,12 +12,13 @@ import msgspec
 
 from qserve.errors import QServeError, StreamBroken
 
-HELLO, DATA, END, CREDIT, ABORT = range(5)
-"""What a chunk is: the first sign of a peer, a piece of the stream, its end, permission for more, a reason to stop."""
+HELLO, PART, DATA, END, CREDIT, ABORT = range(6)
+"""What a chunk is: the first sign of a peer; part of a message, not its last; a message or its last part; the end;
+permission for more; a reason to stop."""
 
 WINDOW = 1024 * 1024
 """Bytes on their way to one reader at most; also the price of memory per stream."""
-LARGEST_PIECE = 128 * 1024
+LARGEST_PART = 128 * 1024
 _SMALLEST_COST = 1024
 _GRANT_AFTER = WINDOW // 4
 
@@ -27,8 +28,8 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     Attributes:
         sender: Process id of who sent it, whose inbox gets what is sent back.
-        kind: HELLO, DATA, END, CREDIT or ABORT.
-        number: For DATA and END, its place in the stream from 0; for CREDIT, the cost allowed in total.
+        kind: HELLO, PART, DATA, END, CREDIT or ABORT.
+        number: For PART, DATA and END, its place in the stream from 0; for CREDIT, the cost allowed in total.
         data: A piece of the stream, or the reason of an ABORT.
     """
 
@@ -60,7 +61,8 @@ class Channel:
         self._allowed = WINDOW if peer else 0
         self._consumed = 0
         self._granted = WINDOW
-        self._arrived: deque[bytes | None] = deque()
+        self._arrived: deque[tuple[int, bytes]] = deque()
+        self._last_kind = DATA
         self._broken: QServeError | None = None
         self._readable: asyncio.Future[None] | None = None
         self._writable: asyncio.Future[None] | None = None
@@ -72,15 +74,18 @@ class Channel:
     # Sending
 
     async def send(self, data: bytes) -> None:
-        """Send a piece of the stream, of any size; waits while the reader is behind.
+        """Send a message of any size; waits while the reader is behind.
 
         Raises:
             StreamBroken: The peer is gone or has had enough.
         """
-        for start in range(0, len(data), LARGEST_PIECE) or (0,):
-            await self._send_piece(data[start : start + LARGEST_PIECE] if len(data) > LARGEST_PIECE else data)
+        start = 0
+        while len(data) - start > LARGEST_PART:
+            await self._send_part(PART, data[start : start + LARGEST_PART])
+            start += LARGEST_PART
+        await self._send_part(DATA, data[start:] if start else data)
 
-    async def _send_piece(self, data: bytes) -> None:
+    async def _send_part(self, kind: int, data: bytes) -> None:
         cost = max(len(data), _SMALLEST_COST)
         while self._spent + cost > self._allowed and self._broken is None:
             self._writable = asyncio.get_running_loop().create_future()
@@ -88,7 +93,7 @@ class Channel:
         if self._broken is not None:
             raise self._broken
         self._spent += cost
-        self._emit(DATA, data)
+        self._emit(kind, data)
 
     async def end(self) -> None:
         """Say that nothing more will be sent.
@@ -110,7 +115,18 @@ class Channel:
     # Receiving
 
     async def receive(self) -> bytes | None:
-        """The next piece, None at the end of the stream.
+        """The next message as it was sent, None at the end of the stream; raises like `receive_part`."""
+        parts: list[bytes] = []
+        while True:
+            data = await self.receive_part()
+            if data is None:
+                return None
+            parts.append(data)
+            if self._last_kind == DATA:
+                return data if len(parts) == 1 else b"".join(parts)
+
+    async def receive_part(self) -> bytes | None:
+        """The next part of the stream, wherever its messages begin and end; None at the end of the stream.
 
         Raises:
             StreamBroken: The rest will never come.
@@ -120,8 +136,8 @@ class Channel:
                 raise self._broken
             self._readable = asyncio.get_running_loop().create_future()
             await self._readable
-        data = self._arrived[0]
-        if data is None:
+        self._last_kind, data = self._arrived[0]
+        if self._last_kind == END:
             return None  # stays: whoever asks again hears the same
         self._arrived.popleft()
         self._consumed += max(len(data), _SMALLEST_COST)
@@ -156,13 +172,13 @@ class Channel:
             self.abort(f"part {self._next_in} of the stream is missing")
             return
         self._next_in += 1
-        self._arrived.append(chunk.data if chunk.kind == DATA else None)
+        self._arrived.append((chunk.kind, chunk.data))
         _wake(self._readable)
 
     def finish(self) -> None:
         """The peer's final reply has come: nothing arrives after it."""
-        if not self._arrived or self._arrived[-1] is not None:
-            self._arrived.append(None)
+        if not self._arrived or self._arrived[-1][0] != END:
+            self._arrived.append((END, b""))
         _wake(self._readable)
 
     def abort(self, reason: str) -> None:

@@ -13,10 +13,11 @@ import msgspec
 
 from qserve.errors import FrameRejected
 
-PYTHON, HTTP = 0, 1
-"""What a call's payload is: packed (args, kwargs), or an HttpRequest."""
-VALUE, HTTP_RESPONSE, ERROR, CONTROL = 0, 1, 2, 3
-"""What a reply's payload is: packed value, an HttpResponse, an ErrorInfo, or a Control message."""
+PYTHON, HTTP, STREAM, WEBSOCKET = 0, 1, 2, 3
+"""What a call is: packed (args, kwargs) for a value; an HttpRequest; packed (args, kwargs) for a stream of values; an
+HttpRequest that opens a WebSocket."""
+VALUE, HTTP_RESPONSE, ERROR, CONTROL, CHUNK = 0, 1, 2, 3, 4
+"""What a reply's payload is: packed value, an HttpResponse, an ErrorInfo, a Control message, or a channel's Chunk."""
 SAFE = "s"
 """Flag of an entry whose call may be run again after its replica died."""
 
@@ -29,7 +30,7 @@ class Call(msgspec.Struct, frozen=True, array_like=True, gc=False):
         deployment: Name of the deployment it was put to.
         reply_to: Process id of the caller, whose inbox gets the reply.
         ttl_ms: Time left when it was enqueued, in ms; the entry id says when that was on Redis' clock.
-        kind: PYTHON or HTTP.
+        kind: PYTHON, HTTP, STREAM or WEBSOCKET.
         method: Method name, "" for `__call__`.
         safe: May run again after its replica died.
         payload: Encoded arguments or request; empty if `out_of_line`.
@@ -53,7 +54,7 @@ class Reply(msgspec.Struct, frozen=True, array_like=True, gc=False):
     Attributes:
         id: The call's id; for CONTROL the id the message is about, or "".
         to: Process id of the receiver; a frame found in another inbox is rejected.
-        kind: VALUE, HTTP_RESPONSE, ERROR or CONTROL.
+        kind: VALUE, HTTP_RESPONSE, ERROR, CONTROL or CHUNK.
         payload: Encoded by kind; empty if `out_of_line`.
         out_of_line: The payload stands under `Keys.payload(id + ":r")`.
     """
@@ -70,6 +71,23 @@ class Blob(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     id: str
     data: bytes
+
+
+class WebSocketEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One ASGI websocket message, either way.
+
+    Attributes:
+        type: "connect", "receive", "disconnect", "accept", "send", "close", or a denial response's part.
+        code, reason: Of a disconnect or close; `code` is the status of a denial.
+    """
+
+    type: str
+    text: str | None = None
+    data: bytes | None = None
+    code: int = 1000
+    reason: str = ""
+    subprotocol: str | None = None
+    headers: list[tuple[bytes, bytes]] = []
 
 
 class Control(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -99,7 +117,12 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HttpRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """An ASGI http scope and its body; `path` is the full decoded path, `root_path` the prefix before the app."""
+    """An ASGI scope and its body; `path` is the full decoded path, `root_path` the prefix before the app.
+
+    Attributes:
+        body: The whole body, or its beginning if `body_follows` on the call's channel.
+        subprotocols: What a WebSocket's client offers.
+    """
 
     method: str
     path: str
@@ -113,6 +136,8 @@ class HttpRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     http_version: str
     request_id: str
     body: bytes
+    body_follows: bool = False
+    subprotocols: tuple[str, ...] = ()
 
 
 class HttpResponse(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -200,6 +225,7 @@ decode_call = msgspec.msgpack.Decoder(Call).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 decode_control = msgspec.msgpack.Decoder(Control).decode
 decode_blob = msgspec.msgpack.Decoder(Blob).decode
+decode_websocket_event = msgspec.msgpack.Decoder(WebSocketEvent).decode
 decode_error = msgspec.msgpack.Decoder(ErrorInfo).decode
 decode_http_request = msgspec.msgpack.Decoder(HttpRequest).decode
 decode_http_response = msgspec.msgpack.Decoder(HttpResponse).decode

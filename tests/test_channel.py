@@ -1,0 +1,128 @@
+"""A channel delivers a stream whole and in order, or breaks where both sides see it."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from qserve.channel import LARGEST_PART, WINDOW, Channel, Chunk
+from qserve.errors import StreamBroken
+
+
+class Wire:
+    """Two channels, and what travels between them."""
+
+    def __init__(self) -> None:
+        self.sent: list[Chunk] = []
+        self.drop: Callable[[Chunk], bool] = lambda _: False
+        self.server = Channel("replica", lambda _, chunk: self._carry(chunk, self.client), peer="caller")
+        self.client = Channel("caller", lambda _, chunk: self._carry(chunk, self.server))
+
+    def _carry(self, chunk: Chunk, to: Channel) -> None:
+        self.sent.append(chunk)
+        if not self.drop(chunk):
+            to.feed(chunk)
+
+
+async def test_messages_arrive_in_order_and_as_they_were_sent() -> None:
+    wire = Wire()
+    large = bytes(range(256)) * 2048
+    assert len(large) > LARGEST_PART
+
+    async def send() -> None:
+        for message in (b"one", b"", large, b"last"):
+            await wire.server.send(message)
+        await wire.server.end()
+
+    sending = asyncio.create_task(send())
+    received = []
+    while (message := await wire.client.receive()) is not None:
+        received.append(message)
+    await sending
+    assert received == [b"one", b"", large, b"last"]
+    assert await wire.client.receive() is None
+
+
+async def test_a_slow_reader_stops_the_writer_at_the_window() -> None:
+    wire = Wire()
+    part = b"x" * LARGEST_PART
+    sent = 0
+
+    async def send() -> None:
+        nonlocal sent
+        for _ in range(100):
+            await wire.server.send(part)
+            sent += 1
+
+    sending = asyncio.create_task(send())
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert sent == WINDOW // LARGEST_PART
+    for _ in range(100):
+        assert await wire.client.receive() == part
+    await sending
+
+
+async def test_small_messages_are_bounded_too() -> None:
+    wire = Wire()
+    sending = asyncio.create_task(_send_many(wire.server, 5000))
+    for _ in range(6000):
+        await asyncio.sleep(0)
+    assert len(wire.sent) == WINDOW // 1024
+    for _ in range(5000):
+        await wire.client.receive()
+    await sending
+
+
+async def _send_many(channel: Channel, count: int) -> None:
+    for _ in range(count):
+        await channel.send(b"x")
+
+
+async def test_the_caller_sends_only_once_it_knows_the_replica() -> None:
+    wire = Wire()
+    sending = asyncio.create_task(wire.client.send(b"body"))
+    await asyncio.sleep(0)
+    assert not sending.done()
+    wire.server.greet()
+    await sending
+    assert await wire.server.receive() == b"body"
+
+
+async def test_a_missing_part_breaks_both_sides() -> None:
+    wire = Wire()
+    wire.drop = lambda chunk: chunk.number == 1
+    for _ in range(3):
+        await wire.server.send(b"part")
+    assert await wire.client.receive() == b"part"
+    with pytest.raises(StreamBroken, match="part 1 of the stream is missing"):
+        await wire.client.receive()
+    with pytest.raises(StreamBroken, match="part 1"):
+        await wire.server.send(b"more")
+
+
+async def test_a_second_replica_cannot_continue_a_stream() -> None:
+    wire = Wire()
+    await wire.server.send(b"first")
+    other = Channel("another replica", lambda _, chunk: wire.client.feed(chunk), peer="caller")
+    await other.send(b"first")
+    assert await wire.client.receive() == b"first"
+    with pytest.raises(StreamBroken, match="has died"):
+        await wire.client.receive()
+
+
+async def test_a_reader_that_leaves_wakes_a_waiting_writer() -> None:
+    wire = Wire()
+    wire.server.greet()
+    sending = asyncio.create_task(_send_many(wire.server, 5000))
+    await asyncio.sleep(0)
+    wire.client.abort("the client left")
+    with pytest.raises(StreamBroken, match="the client left"):
+        await sending
+
+
+async def test_the_final_reply_ends_a_stream_that_had_no_end() -> None:
+    wire = Wire()
+    await wire.server.send(b"all")
+    wire.client.finish()
+    assert [await wire.client.receive(), await wire.client.receive()] == [b"all", None]
