@@ -18,6 +18,7 @@ from qserve.errors import (
     ReplicaDied,
     ResultNotSerializable,
     ResultTooLarge,
+    StreamBroken,
     TaskError,
     ValueNotSerializable,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "ReplicaDied",
     "ResultNotSerializable",
     "ResultTooLarge",
+    "StreamBroken",
     "TaskError",
     "ValueNotSerializable",
     "get",
