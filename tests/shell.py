@@ -47,8 +47,9 @@ class Shell:
         """What a command says that has to fail with exit code 1 and one readable text."""
         done = self.run(*arguments)
         assert done.returncode == 1, done
-        assert len(re.findall(r"^Error: ", done.stderr, re.MULTILINE)) == 1, done.stderr
-        text = done.stderr[done.stderr.index("Error: ") :]
+        _, *texts = re.split(r"^Error: ", done.stderr, flags=re.MULTILINE)
+        assert len(texts) == 1, done.stderr
+        text: str = texts[0]
         assert not re.search(r"qserve(_workers)?/\w+\.py", text), text
         return text
 

@@ -20,6 +20,7 @@ from qserve import embedded
 from qserve.cli import COMMANDS, main
 from qserve.cli.application import did_you_mean
 from qserve.cli.call import parse_call, show, unknown_deployment
+from qserve.cli.output import users_part
 from qserve.cli.source import Watcher, content_version, project_files
 from qserve.cli.status import InstanceStatus, ReplicaStatus, render
 from qserve.settings import Settings
@@ -87,6 +88,31 @@ def test_an_argument_after_a_keyword_is_a_usage_error() -> None:
 )
 def test_results_are_json_where_they_can_be(result: object, text: str) -> None:
     assert show(result) == text
+
+
+REMOTE_TRACEBACK = """\
+Traceback (most recent call last):
+  File "/site-packages/qserve_workers/usercode.py", line 231, in _in_thread
+    result = await loop.run_in_executor(
+             ^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  File "/lib/python3.11/concurrent/futures/thread.py", line 58, in run
+    result = self.fn(*self.args)
+{frames}KeyError: 'weights'
+"""
+USERS_FRAME = """\
+  File "/home/me/qserve/app.py", line 7, in load
+    return {}["weights"]
+           ~~^^^^^^^^^^^
+"""
+
+
+def test_a_remote_traceback_begins_with_the_users_frame() -> None:
+    said = users_part("It failed.\n" + REMOTE_TRACEBACK.format(frames=USERS_FRAME))
+    assert said == f"It failed.\nTraceback (most recent call last):\n{USERS_FRAME}KeyError: 'weights'"
+
+
+def test_a_remote_traceback_without_any_frame_of_the_user_is_its_last_line() -> None:
+    assert users_part(REMOTE_TRACEBACK.format(frames="")) == "KeyError: 'weights'"
 
 
 def test_an_unknown_deployment_is_told_with_what_there_is() -> None:

@@ -13,7 +13,7 @@ import msgspec
 
 from qserve import rollout
 from qserve.apps import import_app
-from qserve.cli.output import Failure, note
+from qserve.cli.output import Failure, note, users_part
 from qserve.cli.progress import show_progress
 from qserve.cli.source import content_version, project_files
 from qserve.codec import Codec
@@ -100,7 +100,7 @@ def deploy_application(application: Application, state: State, settings: Setting
         try:
             goal.wait()
         except RuntimeError as exc:
-            failures.append(f"Deployment {goal.name!r}: {exc}")
+            failures.append(f"Deployment {goal.name!r}: {users_part(str(exc))}")
     if failures:
         raise Failure("\n".join(failures))
     return [goal.deployed.spec for goal in goals]

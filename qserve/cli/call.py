@@ -8,11 +8,13 @@ from typing import Any
 import click
 
 from qserve.cli.instance import connected
-from qserve.cli.output import Failure, redis_url_option
+from qserve.cli.output import Failure, redis_url_option, users_part
 from qserve.errors import MethodNotFound, TaskError
 from qserve.handle import get_handle
 from qserve.local import find_settings
 from qserve.process import set_settings_finder
+
+_FRAME = '  File "'
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -79,9 +81,10 @@ def show(result: object) -> str:
 
 
 def describe(exc: TaskError) -> str:
-    """A remote error: its last line first, then where it came from."""
+    """A remote error: what it is first, then where in the user's code it came from."""
     head = f"{exc.type_name}: {exc.message}" if exc.type_name else exc.message
-    return f"{head}\n\n{exc.traceback_text.strip()}" if exc.traceback_text else head
+    trail = users_part(exc.traceback_text)
+    return f"{head}\n\n{trail}" if _FRAME in trail else head
 
 
 def unknown_deployment(name: str, known: Iterable[str]) -> str:

@@ -21,7 +21,6 @@ from qserve.cli.source import Watcher
 from qserve.doctor import connect, require_usable
 from qserve.errors import ConfigurationError
 from qserve.local import (
-    START_TIMEOUT_S,
     InstanceRecord,
     LaunchOptions,
     LocalInstance,
@@ -31,11 +30,11 @@ from qserve.local import (
 )
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
-from qserve.state import State
 
 _LOOK_S = 1.0
 """How often we look whether the instance still runs and, with --reload, for edits."""
-FORCED = 130
+_FORCED = 130
+"""Exit code of a command that Ctrl-C ended, as shells have it."""
 
 
 @click.command()
@@ -67,7 +66,7 @@ def run(app: str, host: str, port: int, replicas: int | None, reload: bool, debu
             redeploy = Reloader(app, replicas, application.files, instance.settings) if reload else None
             stay(settings.namespace, redeploy)
     except KeyboardInterrupt:
-        note("\nStopping; calls in flight may finish. Ctrl-C again does not wait for them.")
+        stop(instance, "\nStopping; calls in flight may finish. Ctrl-C again does not wait for them.")
     finally:
         stop(instance)
 
@@ -100,7 +99,6 @@ def bring_up(
     settings, specs = instance.settings, list[DeploymentSpec]()
     instance.wait_for_redis()
     with state_of(settings) as state:
-        wait_for_node(state, instance)
         try:
             specs = deploy_application(application, state, settings)
         except Failure as exc:
@@ -108,20 +106,6 @@ def bring_up(
                 raise
             exc.show()
     return instance.wait_until_ready(), specs
-
-
-def wait_for_node(state: State, instance: LocalInstance) -> None:
-    """Until this machine's node has announced itself; deployed before that, nobody would be waited for.
-
-    Raises:
-        BrokerUnavailable: The embedded server ended, as it does when the instance cannot start.
-        ConfigurationError: It does not come.
-    """
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while all(node.pid != instance.pid for node in state.nodes().values()):
-        if time.monotonic() > deadline:
-            raise ConfigurationError(f"The node of this machine (pid {instance.pid}) does not start; see its messages.")
-        time.sleep(0.01)
 
 
 def introduce(specs: Sequence[DeploymentSpec], gateway_url: str) -> None:
@@ -142,13 +126,13 @@ def stay(namespace: str, reloader: "Reloader | None") -> None:
     """Until interrupted.
 
     Raises:
-        ConfigurationError: The instance ended by itself.
+        Failure: The instance has ended.
     """
     while find_record(namespace) is not None:
         time.sleep(_LOOK_S)
         if reloader is not None:
             reloader.look()
-    raise ConfigurationError("The instance ended; its messages above may say why. `qserve shutdown` ends one this way.")
+    raise Failure("The instance has ended: by `qserve shutdown` in another shell, or else its last messages say why.")
 
 
 class Reloader:
@@ -172,14 +156,19 @@ class Reloader:
             self._watcher.watch([Path(name) for name in json.loads(done.stdout)])
 
 
-def stop(instance: LocalInstance) -> None:
-    """Stop all processes of the instance; exit code 130 when the user would not wait."""
+def stop(instance: LocalInstance, text: str = "") -> None:
+    """Stop all processes of the instance; exit code 130 when the user would not wait. Harmless when it has ended."""
     try:
         with termination_as_interrupt():
+            if text:
+                note(text)
             instance.stop()
     except KeyboardInterrupt:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(instance.pid, signal.SIGKILL)  # the kernel ends what it has started
+        instance.stop()
         note("Stopped at once.")
-        sys.exit(FORCED)
+        sys.exit(_FORCED)
 
 
 @contextlib.contextmanager
