@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qserve.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY
-from qserve_workers.rollout import Action, Kill, Publish, Resize, Rollout, Serve, Status, Stop
+from qserve_workers.rollout import KILL_MARGIN_S, Action, Kill, Publish, Resize, Rollout, Serve, Status, Stop
 
 
 class Pool:
@@ -283,6 +283,21 @@ def test_an_update_of_the_same_revision_is_done_when_all_have_applied_it() -> No
     assert pool.take_told() == []
 
 
+def test_replicas_reconfigure_in_turns() -> None:
+    pool = serving(3)
+    pool.deploy(2, "a", by=1)
+    for pid in (1, 2, 3):
+        pool.say(pid, "asks_to_apply", generation=2)
+    assert pool.take_told() == [Serve(1)]
+    pool.say(1, "applied", generation=2)
+    assert pool.take_told() == [Serve(2)]
+    pool.die(2)
+    assert pool.take_told() == [Serve(3)]
+    pool.say(3, "reconfigure_failed", generation=2, error="ValueError: no")
+    pool.say(1, "asks_to_apply", generation=2)
+    assert pool.take_told() == []
+
+
 def test_a_refused_reconfiguration_fails_the_deploy_until_the_next_one() -> None:
     pool = serving(1)
     pool.deploy(2, "a", by=1)
@@ -317,6 +332,18 @@ def test_a_constructor_that_hangs_is_killed_and_counts_as_a_failure() -> None:
     assert pool.status is not None
     assert "constructor took over 5 s" in pool.status.error
     assert pool.rollout.next_deadline() is None
+
+
+def test_a_replica_that_still_constructs_gets_no_grace_period_for_calls() -> None:
+    pool = Pool(1)
+    pool.deploy(1, "a", by=1, graceful_timeout=20.0)
+    pool.state(1, "STARTING", "a")
+    pool.say(1, "deleted")
+    assert pool.take_told() == [Stop(1)]
+    pool.now = KILL_MARGIN_S
+    pool.act()
+    [killed] = pool.take_told()
+    assert isinstance(killed, Kill)
 
 
 def test_a_replica_that_does_not_leave_is_killed_after_its_own_grace_period() -> None:

@@ -77,7 +77,7 @@ class ReplicaProcess:
         self._thread.start()
 
     def serve(self) -> None:
-        """Let a standby replica take calls. From any thread."""
+        """Let a standby replica take calls, or one that asked for its turn reconfigure. From any thread."""
         self._tell(lambda replica: replica.may_serve.set())
 
     def drain(self) -> None:
@@ -280,11 +280,14 @@ class Replica:
 
     async def _apply(self, deployed: Deployed) -> None:
         """Take up a change that needs no new process."""
-        before, self._deployed = self._deployed, deployed
-        assert before is not None
-        self._consumer.spec = deployed.spec
         config = deployed.spec.user_config
-        if config is not None and config != before.spec.user_config:
+        if config == self._spec.user_config:
+            config = None
+        elif config is not None and not await self._has_turn(deployed.generation):
+            return
+        self._deployed = deployed
+        self._consumer.spec = deployed.spec
+        if config is not None:
             # Calls taken before see the old config, calls taken after the new one; meanwhile they wait in the queue.
             await self._consumer.pause()
             await self._consumer.finish(float("inf"))
@@ -299,6 +302,13 @@ class Replica:
                 self._consumer.start(self._code)
         self._publish()
         self._report("applied", generation=deployed.generation)
+
+    async def _has_turn(self, generation: int) -> bool:
+        """Serve on until the parent says it is this replica's turn to reconfigure; False if something else comes."""
+        self.may_serve.clear()
+        self._report("asks_to_apply", generation=generation)
+        await self._first_of(self.may_serve, self._changed, self.shall_leave)
+        return self.may_serve.is_set() and not self.shall_leave.is_set()
 
     async def _leave(self) -> None:
         self._enter(DRAINING)

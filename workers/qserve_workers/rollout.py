@@ -14,8 +14,6 @@ from qserve.spec import DEPLOY_FAILED, DEPLOYING, DRAINING, HEALTHY, SERVING, ST
 
 KILL_MARGIN_S = 2.0
 """How long after its own grace period a leaving replica is killed."""
-LONGEST_BACKOFF_S = 10.0
-"""The longest a replica waits before it constructs again after failures."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,8 @@ class Stop:
 
 @dataclass(frozen=True)
 class Serve:
-    """Tell a standby replica to read calls: what it replaces has gone."""
+    """Tell a replica that its turn has come: a standby one reads calls, as what it replaces has gone; one that serves
+    and asked to reconfigure does so."""
 
     pid: int
 
@@ -96,6 +95,9 @@ class Replica:
     predecessors: set[int] | None = None
     """Pids that must be gone before it reads calls; None: its turn has not come."""
     told_to_serve: bool = False
+    asks_for: int = 0
+    told_to_apply: int = 0
+    """Generations whose change needs a turn, which is asked for and then given."""
     running: int = 0
     handled: int = 0
 
@@ -171,6 +173,8 @@ class Rollout:
             case "failed":
                 replica.leaving_since = replica.leaving_since or now  # it ends by itself
                 self._count_failure(report.get("revision", ""), report.get("error", ""))
+            case "asks_to_apply":
+                replica.asks_for = report["generation"]
             case "applied":
                 replica.applied = max(replica.applied, report["generation"])
             case "reconfigure_failed" if self.desired and report["generation"] >= self.desired.generation:
@@ -214,6 +218,9 @@ class Rollout:
             if replica.predecessors == set() and not replica.told_to_serve:
                 replica.told_to_serve = True
                 actions.append(Serve(replica.pid))
+        for replica in self._next_to_apply():
+            replica.told_to_apply = replica.asks_for
+            actions.append(Serve(replica.pid))
         size = self._new_size()
         if size != self._size:
             self._size = size
@@ -342,6 +349,15 @@ class Rollout:
                 replica.predecessors = self._orphaned()
         return leaving + self._excess(fresh)
 
+    def _next_to_apply(self) -> list[Replica]:
+        """Whose turn it is to reconfigure: a few at a time, the others serve meanwhile."""
+        if self.desired is None or self._refused or self._closing:
+            return []
+        generation, live = self.desired.generation, self._live()
+        busy = sum(r.told_to_apply == generation and r.applied < generation for r in live)
+        asking = [r for r in live if r.asks_for == generation and r.told_to_apply < generation]
+        return asking[: max(0, self._batch - busy)]
+
     def _excess(self, fresh: list[Replica]) -> list[Replica]:
         """Replicas of the newest revision beyond the wanted number: those not serving first, then the youngest."""
         too_many = max(0, len(fresh) - self._wanted)
@@ -377,12 +393,13 @@ class Rollout:
                 continue
             spec = self._specs.get(replica.revision) or self.desired or Desired(0, "")
             if replica.leaving_since is not None:
-                limit = spec.graceful_timeout_s + KILL_MARGIN_S
+                # One that still constructs has no calls to finish.
+                grace = 0.0 if replica.starting_since is not None else spec.graceful_timeout_s
+                limit = grace + KILL_MARGIN_S
                 yield replica.leaving_since + limit, replica.pid, f"it had not left {limit:g} s after it was told to"
             elif replica.starting_since is not None and self._is_fresh(replica):
                 limit = spec.initialization_timeout_s
-                backoff = LONGEST_BACKOFF_S if self.failures else 0.0
-                yield replica.starting_since + limit + backoff, replica.pid, f"its constructor took over {limit:g} s"
+                yield replica.starting_since + limit, replica.pid, f"its constructor took over {limit:g} s"
 
     def _overdue(self, now: float) -> list[Action]:
         kills: list[Action] = []
