@@ -16,6 +16,7 @@ import hiredis
 import msgspec
 
 from qserve.background import end, spawn
+from qserve.channel import ABORT, CREDIT, HELLO, Channel, Chunk, decode_chunk
 from qserve.connection import Answer, Connection
 from qserve.errors import (
     BackPressureError,
@@ -26,10 +27,13 @@ from qserve.errors import (
     FrameRejected,
     GetTimeoutError,
     QServeError,
+    StreamBroken,
 )
 from qserve.link import BLOCK_MS, Link
 from qserve.messages import (
+    CHUNK,
     CONTROL,
+    ERROR,
     Blob,
     Call,
     Control,
@@ -40,7 +44,7 @@ from qserve.messages import (
     decode_reply,
     encode,
 )
-from qserve.queues import ALIVE_TTL_MS, CALLS_PER_ADMIT, CallQueue, Inbox, send_control
+from qserve.queues import ALIVE_TTL_MS, CALLS_PER_ADMIT, CallQueue, Inbox, send_chunk, send_control
 from qserve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -49,7 +53,8 @@ Outcome = Reply | QServeError
 """What becomes of a call: the replica's reply, or the reason why there is none."""
 
 _FRAMES_PER_READ = 512
-_TRIM_EVERY = 2048
+_TRIM_EVERY = 512 * 1024
+"""Bytes: what is streamed to this process must not pile up behind it."""
 _TRIM_INTERVAL_S = 1.0
 _PAYLOAD_GRACE_MS = 60_000
 
@@ -57,7 +62,10 @@ _PAYLOAD_GRACE_MS = 60_000
 class PendingCall:
     """A call whose outcome somebody waits for."""
 
-    __slots__ = ("deadline", "deployment", "entry", "frame", "id", "on_outcome", "payload", "safe", "timer")
+    __slots__ = (
+        *("channel", "deadline", "deployment", "entry", "frame", "id"),
+        *("on_outcome", "payload", "safe", "timeout_s", "timer"),
+    )
 
     def __init__(
         self,
@@ -66,7 +74,7 @@ class PendingCall:
         safe: bool,
         frame: bytes,
         payload: bytes | None,
-        deadline: float,
+        timeout_s: float,
         on_outcome: Callable[[Outcome], None],
     ) -> None:
         self.id = call_id
@@ -74,10 +82,12 @@ class PendingCall:
         self.safe = safe
         self.frame = frame
         self.payload = payload  # travels out of line, or None
-        self.deadline = deadline
+        self.timeout_s = timeout_s
+        self.deadline = time.monotonic() + timeout_s
         self.on_outcome = on_outcome
         self.entry: bytes | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.channel: Channel | None = None
 
     def take_frame(self) -> bytes:
         """The frame, which is kept no longer: a call may wait for an hour."""
@@ -98,6 +108,7 @@ class Client:
         self.signer = Signer(settings.secrets)
         self.id = secrets.token_hex(16)
         self.on_control: Callable[[str, Control], None] | None = None
+        self.on_chunk: Callable[[str, Chunk], bool] | None = None
         self._keys = settings.keys
         self._inbox = Inbox(self._keys, self.id)
         self._numbers = itertools.count()
@@ -180,8 +191,16 @@ class Client:
             blob, payload = self.signer.seal(encode(Blob(call_id, payload))), b""
         ttl_ms = int(timeout_s * 1000)
         call = Call(call_id, deployment, self.id, ttl_ms, kind, method, safe, payload, blob is not None)
-        deadline = time.monotonic() + timeout_s
-        return PendingCall(call_id, deployment, safe, self.signer.seal(encode(call)), blob, deadline, on_outcome)
+        return PendingCall(call_id, deployment, safe, self.signer.seal(encode(call)), blob, timeout_s, on_outcome)
+
+    def open_channel(self, pending: PendingCall) -> Channel:
+        """Prepare a call for traffic beside its reply; before it is put. On the loop.
+
+        Its deadline then holds until the first data comes back, and starts anew with every sign that the replica takes
+        in what it is sent.
+        """
+        pending.channel = Channel(self.id, partial(self._send_chunk, pending.id, pending))
+        return pending.channel
 
     def put(self, pending: PendingCall) -> None:
         """Put a prepared call, together with the others of this tick."""
@@ -213,6 +232,8 @@ class Client:
 
     def cancel(self, pending: PendingCall) -> None:
         """Like `withdraw`, on the loop."""
+        if pending.channel is not None:
+            pending.channel.abort("the caller left")
         if self._finish(pending, CallCancelled("the call was cancelled")):
             self._withdraw_entry(pending)
 
@@ -289,6 +310,8 @@ class Client:
             return False
         if pending.timer is not None:
             pending.timer.cancel()
+        if pending.channel is not None:
+            _end_channel(pending.channel, outcome)
         try:
             pending.on_outcome(outcome)
         except Exception:
@@ -355,12 +378,38 @@ class Client:
                 self.on_control(reply.id, decode_control(reply.payload))
             return
         pending = self._pending.get(reply.id)
+        if reply.kind == CHUNK:
+            self._take_chunk(reply.id, pending, decode_chunk(reply.payload))
+            return
         if pending is None:
             return  # timed out or cancelled: the answer is late
         if reply.out_of_line:
             spawn(self._fetch(pending, reply))
         else:
             self._finish(pending, reply)
+
+    def _take_chunk(self, call: str, pending: PendingCall | None, chunk: Chunk) -> None:
+        if pending is not None and pending.channel is not None:
+            if pending.timer is not None:
+                pending.timer.cancel()
+                pending.timer = None
+            if chunk.kind in (HELLO, CREDIT):
+                pending.timer = self._loop.call_later(pending.timeout_s, self._expire, pending)
+            pending.channel.feed(chunk)
+        elif self.on_chunk is not None and self.on_chunk(call, chunk):
+            return
+        elif chunk.kind not in (ABORT, CREDIT):  # nobody listens any more
+            self._send_chunk(call, None, chunk.sender, Chunk(self.id, ABORT, 0, b"the caller has left"))
+
+    def _send_chunk(self, call: str, pending: PendingCall | None, to: str, chunk: Chunk) -> None:
+        def check(answer: Answer) -> None:
+            if answer != 1 and pending is not None and pending.channel is not None:
+                pending.channel.close(StreamBroken("the replica is gone"))
+
+        if self._link.sender is not None:
+            send_chunk(self._link.sender, self._keys, self.signer, to, call, chunk, check)
+        elif pending is not None and pending.channel is not None:
+            pending.channel.close(StreamBroken("Redis cannot be reached"))
 
     async def _fetch(self, pending: PendingCall, reply: Reply) -> None:
         key = self._keys.payload(f"{reply.id}:r")
@@ -431,6 +480,15 @@ class Client:
             if self._link.is_silent():
                 logger.warning("Redis has fallen silent")
                 self._link.lose()
+
+
+def _end_channel(channel: Channel, outcome: Outcome) -> None:
+    if isinstance(outcome, QServeError):
+        channel.close(outcome)
+    elif outcome.kind == ERROR:
+        channel.close(StreamBroken("the call failed while it streamed"))
+    else:
+        channel.finish()
 
 
 def _ignore(_answer: Answer) -> None:

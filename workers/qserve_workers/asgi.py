@@ -1,11 +1,15 @@
-"""Running an ASGI application on whole requests, and its lifespan."""
+"""Running an ASGI application: on a request, on a WebSocket, and its lifespan."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from qserve.messages import HttpRequest, HttpResponse
+from qserve.background import end, spawn
+from qserve.channel import Channel
+from qserve.errors import StreamBroken
+from qserve.messages import HttpRequest, HttpResponse, WebSocketEvent, decode_websocket_event, encode
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +21,7 @@ ASGIApp = Callable[
 
 # Since 2.4 a server says by an OSError of `send` that the client is gone, so applications need not listen for it.
 _ASGI = {"version": "3.0", "spec_version": "2.4"}
+_HOLD_S = 0.001
 _INTERNAL_SERVER_ERROR = HttpResponse(
     500,
     [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"21")],
@@ -43,69 +48,202 @@ def http_scope(request: HttpRequest) -> dict[str, Any]:
 
 
 class Exchange:
-    """One request and its response, as an ASGI application sees them: `receive` and `send`."""
+    """One request and its response, as an ASGI application sees them: `receive` and `send`.
 
-    __slots__ = ("_body", "_chunks", "_finished", "_headers", "_status", "complete")
+    A response that is complete at once is collected; one that comes in parts is streamed over the call's channel, each
+    part as it is sent. The same channel brings a body that follows its request, and the news that the client has left.
+    """
 
-    def __init__(self, body: bytes) -> None:
-        self._body: bytes | None = body
-        self._status = 0
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._chunks: list[bytes] = []
-        self._finished: asyncio.Future[None] | None = None
+    __slots__ = (
+        *("_channel", "_first", "_flushing", "_follows", "_held", "_open_channel", "_response"),
+        *("complete", "streamed"),
+    )
+
+    def __init__(self, request: HttpRequest, open_channel: Callable[[], Channel]) -> None:
+        self._open_channel = open_channel
+        self._channel: Channel | None = None
+        self._first: bytes | None = request.body
+        self._follows = request.body_follows
+        self._response = HttpResponse(0, [], b"")
+        self._held: bytes | None = None
+        self._flushing: asyncio.Task[None] | None = None
         self.complete = False
+        self.streamed = False
+        if request.body_follows:
+            self.channel.greet()
+
+    @property
+    def channel(self) -> Channel:
+        """The call's channel, opened when it is first needed."""
+        if self._channel is None:
+            self._channel = self._open_channel()
+        return self._channel
 
     async def receive(self) -> Message:
-        """The body at once; after that nothing until the response is complete."""
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
+        """The body, then nothing until the client leaves or the response is complete."""
+        if self._first is not None:
+            body, self._first = self._first, None
+            return {"type": "http.request", "body": body, "more_body": self._follows}
         if not self.complete:
-            if self._finished is None:
-                self._finished = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._finished)
+            with contextlib.suppress(StreamBroken):
+                part = await self.channel.receive_part()
+                if self._follows:
+                    self._follows = part is not None
+                    return {"type": "http.request", "body": part or b"", "more_body": self._follows}
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """Collect the response."""
+        """Collect the response, or stream it on.
+
+        Raises:
+            StreamBroken: The client has left.
+        """
         if message["type"] == "http.response.start":
-            self._status = message["status"]
-            self._headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
+            headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
+            self._response = HttpResponse(message["status"], headers, b"")
         elif message["type"] == "http.response.body":
-            self._chunks.append(bytes(message.get("body", b"")))
-            if not message.get("more_body", False):
-                self.complete = True
-                if self._finished is not None and not self._finished.done():
-                    self._finished.set_result(None)
+            await self._send_body(bytes(message.get("body", b"")), more=message.get("more_body", False))
 
-    def response(self) -> HttpResponse:
-        """The collected response; only once it is complete."""
-        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        return HttpResponse(self._status, self._headers, body)
+    async def _send_body(self, body: bytes, *, more: bool) -> None:
+        if self._flushing is not None:
+            flushing, self._flushing = self._flushing, None
+            await end(flushing)
+        if self._held is not None and (more or self.streamed):
+            await self._flush_held()
+        if self.streamed:
+            if body:
+                await self.channel.send(body)
+        elif more:
+            # Middlewares turn whole responses into a part and an empty end: wait a moment for that end.
+            self._held = body
+            self._flushing = spawn(self._flush_soon())
+        else:
+            self._response = HttpResponse(self._response.status, self._response.headers, (self._held or b"") + body)
+        if not more:
+            self.complete = True
+            if self._channel is not None:
+                self._channel.close(StreamBroken("the response is complete"))
+
+    async def _flush_soon(self) -> None:
+        await asyncio.sleep(_HOLD_S)
+        with contextlib.suppress(StreamBroken):  # the next `send` will say it
+            await self._flush_held()
+
+    async def _flush_held(self) -> None:
+        held, self._held = self._held, None
+        if held is None:
+            return
+        if not self.streamed:
+            self.streamed = True
+            await self.channel.send(encode(self._response))
+        if held:
+            await self.channel.send(held)
+
+    def response(self) -> HttpResponse | None:
+        """The collected response, None for one that was streamed; only once it is complete."""
+        return None if self.streamed else self._response
 
 
-async def run_asgi(app: ASGIApp, request: HttpRequest, state: dict[str, Any] | None = None) -> HttpResponse:
+async def run_asgi(
+    app: ASGIApp, request: HttpRequest, open_channel: Callable[[], Channel], state: dict[str, Any] | None = None
+) -> HttpResponse | None:
     """Run an application on one request, background tasks included. What it raises becomes what uvicorn would send.
 
     Args:
         state: The state its lifespan left; each request gets a copy, as ASGI wants it.
+
+    Returns:
+        The response; None if it was streamed.
+
+    Raises:
+        StreamBroken: The response was cut short after its beginning had been sent.
     """
     scope = http_scope(request)
     if state is not None:
         scope["state"] = state.copy()
-    exchange = Exchange(request.body)
+    exchange = Exchange(request, open_channel)
     try:
         await app(scope, exchange.receive, exchange.send)
     except asyncio.CancelledError:
         raise
-    except BaseException:  # an endpoint that calls sys.exit() must not end the replica
-        logger.exception("Exception in ASGI application, request %s %s", request.method, request.request_id)
-        # Starlette raises again what it has answered already; a response cut short is not sent at all.
-        return exchange.response() if exchange.complete else _INTERNAL_SERVER_ERROR
-    if not exchange.complete:
-        logger.error("ASGI application returned without a response, request %s", request.request_id)
-        return _INTERNAL_SERVER_ERROR
-    return exchange.response()
+    except BaseException as exc:  # an endpoint that calls sys.exit() must not end the replica
+        if not isinstance(exc, StreamBroken):
+            logger.exception("Exception in ASGI application, request %s %s", request.method, request.request_id)
+        # Starlette raises again what it has answered already.
+        if not exchange.complete:
+            if exchange.streamed:
+                raise StreamBroken("the application failed in the middle of its response") from exc
+            return _INTERNAL_SERVER_ERROR
+    if exchange.complete:
+        return exchange.response()
+    if exchange.streamed:
+        raise StreamBroken("the application returned in the middle of its response")
+    logger.error("ASGI application returned without a response, request %s", request.request_id)
+    return _INTERNAL_SERVER_ERROR
+
+
+async def run_websocket(
+    app: ASGIApp, request: HttpRequest, channel: Channel, state: dict[str, Any] | None = None
+) -> None:
+    """Run an application on one WebSocket, whose events come and go over the channel."""
+    scope = http_scope(request)
+    del scope["method"]
+    scope |= {"type": "websocket", "subprotocols": list(request.subprotocols)}
+    scope["extensions"] = {"websocket.http.response": {}}
+    if state is not None:
+        scope["state"] = state.copy()
+    connected = False
+
+    async def receive() -> Message:
+        nonlocal connected
+        if not connected:
+            connected = True
+            return {"type": "websocket.connect"}
+        try:
+            data = await channel.receive()
+        except StreamBroken:
+            data = None
+        if data is None:
+            return {"type": "websocket.disconnect", "code": 1006, "reason": ""}
+        return _websocket_message(decode_websocket_event(data))
+
+    async def send(message: Message) -> None:
+        await channel.send(encode(_websocket_event(message)))
+
+    try:
+        await app(scope, receive, send)
+    except asyncio.CancelledError:
+        raise
+    except BaseException as exc:
+        if not isinstance(exc, StreamBroken):
+            logger.exception("Exception in ASGI application, WebSocket %s", request.request_id)
+        raise StreamBroken("the application failed") from exc
+
+
+def _websocket_message(event: WebSocketEvent) -> Message:
+    if event.type == "disconnect":
+        return {"type": "websocket.disconnect", "code": event.code, "reason": event.reason}
+    message: Message = {"type": "websocket.receive"}
+    if event.text is not None:
+        message["text"] = event.text
+    else:
+        message["bytes"] = event.data
+    return message
+
+
+def _websocket_event(message: Message) -> WebSocketEvent:
+    kind = message["type"].removeprefix("websocket.")
+    headers = [(bytes(name), bytes(value)) for name, value in message.get("headers") or ()]
+    if kind == "accept":
+        return WebSocketEvent(kind, subprotocol=message.get("subprotocol"), headers=headers)
+    if kind == "send":
+        return WebSocketEvent(kind, text=message.get("text"), data=message.get("bytes"))
+    if kind == "close":
+        return WebSocketEvent(kind, code=message.get("code") or 1000, reason=message.get("reason") or "")
+    if kind == "http.response.start":
+        return WebSocketEvent("deny", code=message["status"], headers=headers)
+    more = "more" if message.get("more_body", False) else ""
+    return WebSocketEvent("deny.body", data=message.get("body", b""), reason=more)
 
 
 class Lifespan:

@@ -1,9 +1,10 @@
 """User code inside a replica: constructed once, then called for as long as the replica lives."""
 
 import asyncio
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -13,24 +14,29 @@ from types import AsyncGeneratorType, GeneratorType, new_class
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
+from qserve.channel import Channel
 from qserve.context import ReplicaContext, set_replica_context
 from qserve.errors import MethodNotFound
 from qserve.ingress import bind_app
 from qserve.loading import importing
-from qserve.messages import HttpRequest, HttpResponse
+from qserve.messages import HttpRequest, HttpResponse, WebSocketEvent, encode
 from qserve.spec import DeploymentSpec
-from qserve_workers.asgi import ASGIApp, Lifespan, run_asgi
-from qserve_workers.responses import join_chunks, make_request, make_response, text_response
+from qserve_workers.asgi import ASGIApp, Lifespan, run_asgi, run_websocket
+from qserve_workers.responses import make_request, make_response, stream_chunks, text_response
 
 logger = logging.getLogger(__name__)
 
 _METHOD_HEADER = b"x-serve-call-method"
 _CALL = "__call__"
+_EXHAUSTED = object()
 
 
 class Codec(Protocol):
     """The part of `qserve.codec.Codec` that is needed here."""
+
+    def pack(self, value: object, what: str = "value") -> bytes: ...
 
     def unpack(self, data: bytes) -> Any: ...
 
@@ -141,21 +147,59 @@ class UserCode:
         except (SystemExit, KeyboardInterrupt) as exc:
             raise _not_an_exit(exc) from exc
         if isinstance(result, GeneratorType | AsyncGeneratorType):
-            return await self._collect(result)
+            return [chunk async for chunk in self._iterate(result)]
         return result
 
-    async def http(self, request: HttpRequest) -> HttpResponse:
-        """Answer a request. Only plain deployments raise; an application answers with status 500 itself.
+    async def stream(self, method: str, args: Any, kwargs: dict[str, Any], channel: Channel) -> None:
+        """Run a call whose result is a generator, and send what it yields; any other result is sent as the only chunk.
+
+        Raises:
+            MethodNotFound: There is no such method.
+            StreamBroken: The caller has left; the generator is closed.
+            Exception: What user code raised.
+        """
+        found = self._methods.get(method or _CALL) or self._own_method(method)
+        if found.is_async:
+            result = await found.function(*args, **kwargs)
+        else:
+            result = await self._in_thread(found.function, args, kwargs)
+        if not isinstance(result, GeneratorType | AsyncGeneratorType):
+            await channel.send(self._codec.pack(result, "the result"))
+            return
+        async with contextlib.aclosing(self._iterate(result)) as chunks:
+            async for chunk in chunks:
+                await channel.send(self._codec.pack(chunk, "a chunk of the result"))
+
+    async def websocket(self, request: HttpRequest, channel: Channel) -> None:
+        """Serve a WebSocket; a deployment without an application denies it.
+
+        Raises:
+            StreamBroken: The application failed.
+        """
+        if self._app is None or self._lifespan is None:
+            await channel.send(encode(WebSocketEvent("close", code=1008, reason="not a WebSocket")))
+        else:
+            await run_websocket(self._app, request, channel, self._lifespan.state)
+
+    async def http(self, request: HttpRequest, open_channel: Callable[[], Channel]) -> HttpResponse | None:
+        """Answer a request; None when the response was streamed over the call's channel.
+
+        Only plain deployments raise; an application answers with status 500 itself.
 
         Raises:
             MethodNotFound: X-Serve-Call-Method names no public method.
             ResultNotSerializable: The result is neither a response nor JSON.
+            StreamBroken: The client has left, or the response failed after its beginning was sent.
             Exception: What user code raised.
         """
         if self._app is not None and self._lifespan is not None:
-            return await run_asgi(self._app, request, self._lifespan.state)
+            return await run_asgi(self._app, request, open_channel, self._lifespan.state)
         found = self._http_method(request)
-        args = (make_request(request),) if found.takes_request else ()
+        args: tuple[Request, ...] = ()
+        if found.takes_request:
+            args = (make_request(request, open_channel),)
+            if request.body_follows and not found.is_async:
+                await args[0].body()  # sync code cannot wait for it
         try:
             if found.is_async:
                 result = await found.function(*args)
@@ -166,8 +210,9 @@ class UserCode:
         except (SystemExit, KeyboardInterrupt) as exc:
             raise _not_an_exit(exc) from exc
         if isinstance(result, GeneratorType | AsyncGeneratorType):
-            result = join_chunks(await self._collect(result))
-        return await make_response(result, request)
+            async with contextlib.aclosing(self._iterate(result)) as chunks:
+                return await make_response(await stream_chunks(chunks), request, open_channel)
+        return await make_response(result, request, open_channel)
 
     async def close(self) -> None:
         """Run the shutdown hooks, then `__del__` once. What they raise is logged: the replica goes all the same."""
@@ -231,11 +276,18 @@ class UserCode:
         result = await loop.run_in_executor(self._threads, copy_context().run, _run_sync, function, args, kwargs)
         return await result if inspect.isawaitable(result) else result
 
-    async def _collect(self, generator: Any) -> list[Any]:
+    async def _iterate(self, generator: Any) -> AsyncGenerator[Any, None]:
+        """What a generator yields; a sync one advances on the replica's thread, and both are closed at the end."""
         if isinstance(generator, AsyncGeneratorType):
-            return [chunk async for chunk in generator]
-        chunks: list[Any] = await self._in_thread(list, (generator,), {})
-        return chunks
+            async with contextlib.aclosing(generator):
+                async for chunk in generator:
+                    yield chunk
+            return
+        try:
+            while (chunk := await self._in_thread(next, (generator, _EXHAUSTED), {})) is not _EXHAUSTED:
+                yield chunk
+        finally:
+            await self._in_thread(generator.close, (), {})
 
 
 def _run_sync(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
