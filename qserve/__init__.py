@@ -1,6 +1,9 @@
 """Serve Python classes and functions over a message queue: `from qserve import serve`."""
 
-from qserve import serve
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from qserve.errors import (
     BackPressureError,
     BrokerUnavailable,
@@ -23,6 +26,9 @@ from qserve.errors import (
     ValueNotSerializable,
 )
 from qserve.ref import Ref, get, wait
+
+if TYPE_CHECKING:
+    from qserve import serve
 
 __all__ = [
     "BackPressureError",
@@ -49,3 +55,12 @@ __all__ = [
     "serve",
     "wait",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> ModuleType:
+        # `serve` brings the whole library along, and every process imports this package first: without it, nodes,
+        # gateways and `qserve --help` need 0.07 s instead of 0.3 s for that.
+        if name == "serve":
+            return importlib.import_module("qserve.serve")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
