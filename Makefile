@@ -23,8 +23,7 @@ test: $(READY)
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 check: $(READY)
-	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/mypy
+	@$(VENV)/bin/ruff check .; lint=$$?; $(VENV)/bin/mypy && exit $$lint
 
 bench: $(READY)
 	@$(VENV)/bin/python -m benchmarks.bench

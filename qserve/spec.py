@@ -3,10 +3,10 @@
 import msgspec
 
 WAITING, DEPLOYING, HEALTHY, DEPLOY_FAILED = "WAITING", "DEPLOYING", "HEALTHY", "DEPLOY_FAILED"
-"""States of a deployment: no node alive; replicas on their way; serving as asked; given up (an older version may serve)."""
+"""States of a deployment: no node alive; replicas on their way; serving as asked; given up (an older one may serve)."""
 
 STARTING, STANDBY, SERVING, DRAINING = "STARTING", "STANDBY", "SERVING", "DRAINING"
-"""States of a replica: constructing; constructed, waits for its predecessor; takes calls; finishes its calls and leaves."""
+"""States of a replica: constructing; constructed, waits for its predecessor; takes calls; finishes them and leaves."""
 
 
 class Target(msgspec.Struct, frozen=True):
