@@ -5,6 +5,7 @@ import re
 import socket
 import socketserver
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -498,3 +499,10 @@ def server_on(port: int, folder: Path) -> Iterator[None]:
     yield
     server.kill()
     server.wait()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Then `qserve --help` answers in well under 0.3 s."""
+    heavy = ["redis", "pydantic", "rich", "starlette", "msgspec", "cloudpickle"]
+    code = f"import sys, qserve.cli; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
