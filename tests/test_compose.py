@@ -150,10 +150,10 @@ class TestWithoutSecret:
             answer = stack.compose("exec", "-T", "valkey", "valkey-cli", "config", "get", setting)
             assert answer.split() == [setting, value]
 
-    def test_gateway_and_valkey_report_their_health(self, stack: Stack) -> None:
-        for service in ("valkey", "gateway"):
+    def test_valkey_gateway_and_worker_report_their_health(self, stack: Stack) -> None:
+        for service in ("valkey", "gateway", "worker"):
             (container,) = stack.containers(service)
-            end = time.monotonic() + 60
+            end = time.monotonic() + 90
             while stack.inspect(container, "{{.State.Health.Status}}") != "healthy":
                 assert time.monotonic() < end, f"{service} is not healthy"
                 time.sleep(0.5)
