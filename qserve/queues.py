@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 import redis
+from redis.exceptions import RedisError
 
 from qserve.connection import Answer, Connection, Script
 from qserve.errors import ConfigurationError, FrameRejected
@@ -28,6 +29,7 @@ DEAD, LEFT = "dead", "left"
 """Values in place of a heartbeat counter: died, and left after handing back what it had not started."""
 DEAD_LETTERS_KEPT = 10_000
 CALLS_PER_ADMIT = 256
+_MOST_PENDING = 10_000
 
 
 def _load(name: str) -> Script:
@@ -36,13 +38,8 @@ def _load(name: str) -> Script:
 
 
 ADMIT, REPLY, TELL, PRESENT = _load("admit"), _load("reply"), _load("tell"), _load("present")
-BEAT, TAKE, RETIRE, DEAD_LETTER, CANCEL = (
-    _load("beat"),
-    _load("take"),
-    _load("retire"),
-    _load("dead"),
-    _load("cancel"),
-)
+BEAT, TAKE, START, RETIRE = _load("beat"), _load("take"), _load("start"), _load("retire")
+DEAD_LETTER, CANCEL = _load("dead"), _load("cancel")
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}")
 
@@ -59,7 +56,12 @@ def check_name(name: str) -> str:
 
 
 class Entry(NamedTuple):
-    """A call's entry as Redis delivers it."""
+    """A call's entry as Redis delivers it.
+
+    Attributes:
+        frame: The sealed Call.
+        deliveries: Which start of the call comes next; from 2 on a replica has died that may have run it.
+    """
 
     id: bytes
     frame: bytes
@@ -155,16 +157,20 @@ class ReplicaQueue:
         self._replicas = keys.replicas(deployment)
         self._dead_letters = keys.dead_letters(deployment)
         self._replica = replica
+        self.deployment = deployment
 
     async def open(self, connection: Connection) -> None:
         """Make sure the group exists, from the beginning of the stream: nothing put before counts as read."""
-        answer = await connection.call("XINFO", "STREAM", self._stream) if await self._exists(connection) else None
-        fields = dict(zip(answer[::2], answer[1::2], strict=True)) if answer else {}
-        if not fields.get(b"groups"):
-            await connection.call("XGROUP", "CREATE", self._stream, GROUP, "0", "MKSTREAM")
-
-    async def _exists(self, connection: Connection) -> bool:
-        return bool(await connection.call("EXISTS", self._stream))
+        try:
+            await connection.call("XPENDING", self._stream, GROUP)  # allowed beyond maxmemory, unlike XGROUP CREATE
+        except RedisError as exc:
+            if not str(exc).startswith("NOGROUP"):
+                raise
+            try:
+                await connection.call("XGROUP", "CREATE", self._stream, GROUP, "0", "MKSTREAM")
+            except RedisError as exc:
+                if not str(exc).startswith("BUSYGROUP"):  # a neighbour was quicker
+                    raise
 
     def read(self, connection: Connection, on_answer: Callable[[Answer], None], *, most: int, block_ms: int) -> None:
         """Wait for up to `most` new entries; `entries` turns the answer into entries."""
@@ -176,8 +182,13 @@ class ReplicaQueue:
 
     async def history(self, connection: Connection) -> list[Entry]:
         """Every entry that Redis has given to this replica and that is not answered yet."""
-        answer = await connection.call("XREADGROUP", "GROUP", GROUP, self._replica, "STREAMS", self._stream, "0")
-        return [_entry(raw) for raw in answer[0][1] if raw[1]] if answer else []
+        # Not XREADGROUP .. 0, which would count as another delivery.
+        found: list[Entry] = []
+        pending = await connection.call("XPENDING", self._stream, GROUP, "-", "+", _MOST_PENDING, self._replica)
+        for entry_id, _, _, count in pending:
+            raws = await connection.call("XRANGE", self._stream, entry_id, entry_id)
+            found += (_entry(raw, count // 2 + 1) for raw in raws)
+        return found
 
     @staticmethod
     def entries(answer: Answer) -> list[Entry]:
@@ -217,10 +228,22 @@ class ReplicaQueue:
         )
         return [_entry(raw, deliveries) for deliveries, raw in answer]
 
+    async def note_start(self, connection: Connection, entry: bytes) -> bool:
+        """Note that a call taken over is about to run again; False if it is not this replica's any more."""
+        return bool(await START.call(connection, (self._stream,), GROUP, self._replica, entry))
+
     async def heartbeats(self, connection: Connection) -> dict[str, bytes]:
         """Replica id -> counter, DEAD or LEFT."""
         answer = await connection.call("HGETALL", self._heartbeats)
         return {key.decode(): value for key, value in zip(answer[::2], answer[1::2], strict=True)}
+
+    async def adopt_orphans(self, connection: Connection) -> None:
+        """Give replicas that have entries, but no heartbeat at all, one that will never move."""
+        beats = await self.heartbeats(connection)
+        for raw in await connection.call("XINFO", "CONSUMERS", self._stream, GROUP):
+            consumer = dict(zip(raw[::2], raw[1::2], strict=True))
+            if consumer[b"pending"] and consumer[b"name"].decode() not in beats:
+                await connection.call("HSETNX", self._heartbeats, consumer[b"name"], 0)
 
     async def retire(self, connection: Connection, replica: str) -> bool:
         """Forget a replica if nothing is pending for it."""
@@ -241,9 +264,13 @@ def beat(
     return lost
 
 
-def leave(client: redis.Redis, keys: Keys, deployment: str, replica: str) -> bool:
-    """Take a replica out of the books; False if calls it never started wait for a neighbour to take them."""
-    client.hset(keys.heartbeats(deployment), replica, LEFT)
+def leave(client: redis.Redis, keys: Keys, deployment: str, replica: str, *, all_answered: bool) -> bool:
+    """Take a replica out of the books; False if calls it never started wait for a neighbour to take them.
+
+    Args:
+        all_answered: Every call it started is answered for certain; else those still pending count as started.
+    """
+    client.hset(keys.heartbeats(deployment), replica, LEFT if all_answered else DEAD)
     client.hdel(keys.replicas(deployment), replica)
     names = (keys.calls(deployment), keys.heartbeats(deployment), keys.replicas(deployment))
     return bool(_run(client, RETIRE, names, GROUP, replica))

@@ -1,27 +1,33 @@
--- TAKE: take over entries of a replica that died or left. Taking from a dead one counts as a delivery; what a leaving
--- one hands back was never started, so it does not count.
+#!lua flags=allow-oom
+-- TAKE: take over entries of a replica that died or left.
+-- What a leaving one hands back was not started there; what a dead one had may have been, unless it was still waiting
+-- to run again. start.lua tells what the delivery counts mean.
 -- KEYS[1] call stream, KEYS[2] heartbeat hash
--- ARGV[1] group, ARGV[2] replica, ARGV[3] me, ARGV[4] most to take, ARGV[5] '1': unsafe calls only,
+-- ARGV[1] group, ARGV[2] replica, ARGV[3] me, ARGV[4] most to take, ARGV[5] '1': only calls that nobody may run again,
 -- ARGV[6] the heartbeat value by which it was judged; if it has beaten since, nothing is taken
--- returns {{deliveries, {entry id, fields}}, ...}
+-- returns {{which start of the call comes next, {entry id, fields}}, ...}
 local beat = redis.call('HGET', KEYS[2], ARGV[2])
 if beat ~= ARGV[6] then return {} end
-local pending = redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1000, ARGV[2])
+local left, unsafe_only = beat == 'left', ARGV[5] == '1'
 local most = tonumber(ARGV[4])
 local out = {}
-for _, p in ipairs(pending) do
+for _, p in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1000, ARGV[2])) do
   if #out >= most then break end
+  local count = p[4]
+  if left then
+    if count > 1 then count = count - count % 2 end
+  else
+    count = count + count % 2
+  end
   local wanted = true
-  if ARGV[5] == '1' then
+  if unsafe_only then
     local entry = redis.call('XRANGE', KEYS[1], p[1], p[1])
     -- fields: r, id, f, flags, d, frame
-    wanted = not entry[1] or not string.find(entry[1][2][4], 's', 1, true)
+    wanted = not entry[1] or (count > 1 and not string.find(entry[1][2][4] or '', 's', 1, true))
   end
   if wanted then
-    local deliveries = p[4] + 1
-    if beat == 'left' then deliveries = p[4] end
-    local taken = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, p[1], 'RETRYCOUNT', deliveries)
-    if taken[1] then out[#out + 1] = {deliveries, taken[1]} end
+    local taken = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, p[1], 'RETRYCOUNT', count)
+    if taken[1] then out[#out + 1] = {math.floor(count / 2) + 1, taken[1]} end
   end
 end
 return out

@@ -1,20 +1,22 @@
 """Takes calls from a deployment's queue, runs them, and answers each exactly once."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
-from functools import partial
 from typing import Protocol
 
 import hiredis
 import msgspec
+from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
 from qserve.codec import Codec
 from qserve.connection import Answer
 from qserve.context import CallInfo, current_call
 from qserve.errors import (
+    BrokerUnavailable,
     CallCancelled,
     FrameRejected,
     GetTimeoutError,
@@ -26,18 +28,15 @@ from qserve.errors import (
     ResultTooLarge,
     ValueNotSerializable,
 )
-from qserve.keys import Keys
 from qserve.link import BLOCK_MS, Link
 from qserve.messages import (
     ERROR,
     HTTP,
     HTTP_RESPONSE,
     VALUE,
-    Blob,
     Call,
     HttpRequest,
     HttpResponse,
-    Reply,
     Signer,
     decode_blob,
     decode_call,
@@ -47,11 +46,16 @@ from qserve.messages import (
 from qserve.queues import Entry, ReplicaQueue
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
+from qserve_workers.answers import Answers
 from qserve_workers.clock import SAMPLE_EVERY_S, RedisClock
 
 logger = logging.getLogger(__name__)
 
-_RESULT_TTL_MS = 60_000
+_REMEMBERED = 8192
+"""Of how many calls a replica knows at least that it has seen them."""
+_SUSPECTS_KEPT = 16
+_LAST_WORD_S = 2.0
+_NEXT_TRY_S = 0.2
 _UNTOLD = "the replica was stopped before the call ended; it may have run in part, so it is not run again"
 
 
@@ -91,19 +95,22 @@ class Consumer:
         self.run_times_ms: deque[float] = deque(maxlen=512)
         self.queue = ReplicaQueue(settings.keys, spec.name, replica)
         self._settings = settings
-        self._keys: Keys = settings.keys
+        self._keys = settings.keys
         self._signer = signer
         self._codec = codec
         self._clock = RedisClock()
         self._link = Link(settings.redis_url, self._link_up)
+        self._answers = Answers(settings, signer, self.queue, self._link)
         self._code: Code
         self._running: dict[bytes, RunningCall] = {}
         self._on_thread = 0
         self._suspects: deque[Entry] = deque()
+        self._suspect: Entry | None = None
+        self._recent: dict[str, bytes] = {}
+        self._less_recent: dict[str, bytes] = {}
         self._accepting = False
         self._reading = False
         self._waiter_id = 0
-        self._replies: dict[str, list[tuple[bytes, bytes]]] = {}
         self._idle = asyncio.Event()
         self._read_ended = asyncio.Event()
         self._clockwork: asyncio.Task[None] | None = None
@@ -126,15 +133,14 @@ class Consumer:
         self._accepting = False
         while self._reading and self._link.sender is not None:
             self._read_ended.clear()
-            # Ends the blocking read on the server, where an entry is either delivered whole or not at all.
-            self._link.sender.send_now(_ignore, "CLIENT", "UNBLOCK", self._waiter_id)
+            self._end_read()
             await self._read_ended.wait()
 
     async def finish(self, timeout_s: float) -> bool:
-        """Wait until every call taken is answered; False if some are not within `timeout_s`."""
+        """Wait until every call started is answered; False if some are not within `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
-                while self._running or self._suspects:
+                while self._running or self._suspect:
                     self._idle.clear()
                     await self._idle.wait()
         except TimeoutError:
@@ -151,15 +157,18 @@ class Consumer:
             return False
         return True
 
-    async def stop(self) -> None:
-        """Answer what never ended, and disconnect."""
+    async def stop(self) -> bool:
+        """Answer what never ended, and disconnect; False if an answer may not have arrived."""
         for running in list(self._running.values()):
             self._abandon(running)
-        self._flush_replies()
+        self._answers.flush()
         await end(self._clockwork)
-        if self._link.sender is not None:
-            await self._link.sender.call("PING")  # the replies before it have arrived
+        with contextlib.suppress(QServeError, TimeoutError):
+            async with asyncio.timeout(_LAST_WORD_S):
+                if self._link.sender is not None:
+                    await self._link.sender.call("PING")  # the answers before it have arrived
         await self._link.stop()
+        return not self._answers.unconfirmed
 
     @property
     def link(self) -> Link:
@@ -172,9 +181,14 @@ class Consumer:
         return len(self._running)
 
     @property
+    def room_to_rerun(self) -> int:
+        """How many calls of dead replicas this one can take now, to run them again one by one."""
+        return max(0, _SUSPECTS_KEPT - len(self._suspects)) if self._accepting else 0
+
+    @property
     def entries(self) -> list[bytes]:
         """Entry ids of the calls that are taken and not answered."""
-        return list(self._running)
+        return [*self._running, *(entry.id for entry in self._suspects)]
 
     async def _link_up(self) -> None:
         sender, waiter = self._link.sender, self._link.waiter
@@ -185,10 +199,11 @@ class Consumer:
         await self._clock.sample(sender)
         if self._link.losses:
             # A batch delivered into the dying connection is ours, but never arrived.
+            known = {*self._running, *(entry.id for entry in self._suspects)}
             for entry in await self.queue.history(sender):
-                if entry.id not in self._running:
+                if entry.id not in known and entry != self._suspect and not self._answers.has(entry.id):
                     self._begin(entry)
-        self._flush_replies()
+        self._answers.resend()
         self._read_more()
 
     async def _sample_clock(self) -> None:
@@ -205,18 +220,22 @@ class Consumer:
     async def _queue_length(self) -> int:
         if self._link.sender is None:
             return 1
-        length: int = await self._link.sender.call("XLEN", self._keys.calls(self.spec.name))
+        try:
+            length: int = await self._link.sender.call("XLEN", self._keys.calls(self.spec.name))
+        except BrokerUnavailable:
+            return 1
         return length
 
     # Taking calls
 
     def _read_more(self) -> None:
         waiter = self._link.waiter
-        if self._reading or waiter is None or not self._accepting:
+        if self._reading or waiter is None or not self._accepting or self._suspect is not None:
             return
         if self._suspects:
             if not self._running:
-                self._begin(self._suspects.popleft(), alone=True)
+                self._suspect = self._suspects.popleft()
+                spawn(self._start_alone(self._suspect))
             return
         room = self._room()
         if room > 0:
@@ -248,42 +267,81 @@ class Consumer:
         # NOGROUP: the stream is gone. After a deletion that is as it should be; else the link makes it again.
         if self._accepting:
             logger.warning("reading the queue of %s failed: %s", self.spec.name, error)
-            asyncio.get_running_loop().call_later(0.2, self._link.lose)
+            asyncio.get_running_loop().call_later(_NEXT_TRY_S, self._link.lose)
+
+    def _end_read(self) -> None:
+        # On the server, where an entry is either delivered whole or not at all; a read cancelled here would lose some.
+        if self._reading and self._link.sender is not None:
+            self._link.sender.send_now(_ignore, "CLIENT", "UNBLOCK", self._waiter_id)
 
     def take_over(self, entries: list[Entry]) -> None:
         """Decide on entries taken from a replica that is gone."""
         for entry in entries:
             if entry.id not in self._running:
                 self._begin(entry)
+        if self._suspects:
+            self._end_read()
         self._read_more()
 
-    def _begin(self, entry: Entry, *, alone: bool = False) -> None:
+    def _begin(self, entry: Entry) -> None:
         try:
             call = decode_call(self._signer.open(entry.frame))
             if call.deployment != self.spec.name:
                 raise FrameRejected(f"a call to {call.deployment!r}")
+            if self._seen(call.id, entry.id) != entry.id:
+                raise FrameRejected("a call that was put before")
         except (FrameRejected, msgspec.DecodeError) as exc:
-            spawn(self._reject(entry, exc))
+            spawn(self._answers.reject(entry, exc))
             return
-        if entry.deliveries > 1 and not alone and not self._may_rerun(entry, call):
-            return
-        running = RunningCall(entry, call, self._accepting and self._code.needs_thread(call.method))
+        if entry.deliveries == 1:
+            self._start(entry, call)
+        else:
+            self._begin_again(entry, call)
+
+    def _seen(self, call_id: str, entry: bytes) -> bytes:
+        """The first entry that this replica has seen of a call: a frame replayed on the queue has another one."""
+        first = self._recent.get(call_id) or self._less_recent.get(call_id)
+        if first is not None:
+            return first
+        if len(self._recent) >= _REMEMBERED:
+            self._recent, self._less_recent = {}, self._recent
+        self._recent[call_id] = entry
+        return entry
+
+    def _start(self, entry: Entry, call: Call) -> None:
+        running = RunningCall(entry, call, self._code.needs_thread(call.method))
         self._running[entry.id] = running
         self._on_thread += running.needs_thread
         running.task = asyncio.create_task(self._run(running))
 
-    def _may_rerun(self, entry: Entry, call: Call) -> bool:
-        """Settle a call whose replica died; safe ones wait here until they can run alone. Always False."""
+    def _begin_again(self, entry: Entry, call: Call) -> None:
+        """Settle a call whose replica died, or keep it until it can run alone: it may have been what killed it."""
         if not (call.safe or self.spec.idempotent):
-            error: QServeError = ReplicaDied(
-                f"a replica of {self.spec.name!r} died while it had the call; it may have run, so it is not run again"
-            )
-            self._answer(entry.id, call, ERROR, encode(self._codec.pack_error(error)))
+            text = f"a replica of {self.spec.name!r} died while it had the call; it may have run: it does not run again"
+            self._answers.add(entry.id, call, ERROR, self._pack_error(ReplicaDied(text)))
         elif entry.deliveries > self._settings.max_deliveries:
-            spawn(self._bury(entry, call))
+            retries = self._settings.max_deliveries - 1
+            text = f"Task failed with {retries} retries: every replica of {self.spec.name!r} that had the call died"
+            spawn(self._answers.bury(entry, call, text, self._pack_error(PoisonCall(text))))
         else:
             self._suspects.append(entry)
-        return False
+
+    async def _start_alone(self, entry: Entry) -> None:
+        """Run a call again, once it is noted that it was started: if it kills this replica too, only it is blamed."""
+        try:
+            assert self._link.sender is not None
+            is_mine = await self.queue.note_start(self._link.sender, entry.id)
+        except (BrokerUnavailable, RedisError) as exc:
+            logger.warning("could not note that a call runs again: %s", exc)
+            self._suspects.appendleft(entry)
+            is_mine = False
+            await asyncio.sleep(_NEXT_TRY_S)
+        if is_mine:
+            self._start(entry, decode_call(self._signer.open(entry.frame)))
+            return
+        self._suspect = None
+        self._idle.set()
+        self._read_more()
 
     # Running a call: all of its outcomes
 
@@ -310,15 +368,17 @@ class Consumer:
                 logger.exception("Exception in deployment %r, request %s", self.spec.name, call.id)
             kind, result = ERROR, self._pack_error(exc)
         if self._forget(running):
-            self._answer(entry.id, call, kind, result)
+            self.handled += 1
+            self.run_times_ms.append((time.monotonic() - running.started_at) * 1000)
+            self._answers.add(entry.id, call, kind, result)
         self._read_more()
 
     def _forget(self, running: RunningCall) -> bool:
         if self._running.pop(running.entry.id, None) is None:
             return False
         self._on_thread -= running.needs_thread
-        self.handled += 1
-        self.run_times_ms.append((time.monotonic() - running.started_at) * 1000)
+        if running.entry is self._suspect:
+            self._suspect = None
         if not self._running:
             self._idle.set()
         return True
@@ -360,79 +420,27 @@ class Consumer:
             running.task.cancel()
 
     def lost(self, entries: list[bytes]) -> None:
-        """Forget calls that others have taken over while this replica was thought dead."""
+        """Stop calls that others have taken over while this replica was thought dead.
+
+        One that is on a thread goes on and keeps its place there; its late answer will be dropped.
+        """
         for entry in entries:
             running = self._running.get(entry)
-            if running is not None:
+            if running is not None and not running.needs_thread:
                 self._drop(running)
+        self._suspects = deque(entry for entry in self._suspects if entry.id not in entries)
+        self._read_more()
 
     def _abandon(self, running: RunningCall) -> None:
         """Give up a call that outlived the shutdown: a safe one is left for others, an unsafe one is answered."""
         call = running.call
         self._drop(running)
         if not (call.safe or self.spec.idempotent):
-            self._answer(running.entry.id, call, ERROR, self._pack_error(ReplicaDied(_UNTOLD)))
+            self._answers.add(running.entry.id, call, ERROR, self._pack_error(ReplicaDied(_UNTOLD)))
 
     def _drop(self, running: RunningCall) -> None:
-        self._running.pop(running.entry.id, None)
-        self._on_thread -= running.needs_thread
-        if running.task is not None:
+        if self._forget(running) and running.task is not None:
             running.task.cancel()
-
-    # Answering
-
-    def _answer(self, entry: bytes, call: Call, kind: int, payload: bytes) -> None:
-        out_of_line = len(payload) > self._settings.out_of_line_bytes
-        sender = self._link.sender
-        if out_of_line and sender is not None:
-            reply_id = f"{call.id}:r"
-            sealed = self._signer.seal(encode(Blob(call.id, payload)))
-            sender.send(_ignore, "SET", self._keys.payload(reply_id), sealed, "PX", _RESULT_TTL_MS)
-            payload = b""
-        if call.out_of_line and sender is not None:
-            sender.send(_ignore, "DEL", self._keys.payload(call.id))
-        frame = self._signer.seal(encode(Reply(call.id, call.reply_to, kind, payload, out_of_line)))
-        replies = self._replies.get(call.reply_to)
-        if replies is not None:
-            replies.append((entry, frame))
-            return
-        if not self._replies:
-            asyncio.get_running_loop().call_soon(self._flush_replies)
-        self._replies[call.reply_to] = [(entry, frame)]
-
-    def _flush_replies(self) -> None:
-        sender = self._link.sender
-        if not self._replies or sender is None:
-            return  # while Redis is away they are kept: the next link sends them
-        replies, self._replies = self._replies, {}
-        for caller, pairs in replies.items():
-            self.queue.reply(sender, caller, pairs, partial(self._replied, len(pairs)))
-        sender.flush()
-
-    def _replied(self, count: int, answer: Answer) -> None:
-        if isinstance(answer, int) and answer < count:
-            logger.warning("%d late results of %s were dropped: others had answered", count - answer, self.spec.name)
-            self._count("late_results", count - answer)
-        elif isinstance(answer, hiredis.ReplyError):
-            logger.error("Redis refused %d replies of %s: %s", count, self.spec.name, answer)
-
-    async def _reject(self, entry: Entry, error: Exception) -> None:
-        logger.warning("rejected a frame in the queue of %s: %s", self.spec.name, error)
-        self._count("rejected_frames", 1)
-        if self._link.sender is not None:
-            await self.queue.give_up(self._link.sender, entry.id, f"rejected: {error}", "", b"")
-
-    async def _bury(self, entry: Entry, call: Call) -> None:
-        retries = self._settings.max_deliveries - 1
-        reason = f"Task failed with {retries} retries: every replica of {self.spec.name!r} that had the call died"
-        frame = self._signer.seal(encode(Reply(call.id, call.reply_to, ERROR, self._pack_error(PoisonCall(reason)))))
-        self._count("dead_letters", 1)
-        if self._link.sender is not None:
-            await self.queue.give_up(self._link.sender, entry.id, reason, call.reply_to, frame)
-
-    def _count(self, metric: str, by: int) -> None:
-        if self._link.sender is not None:
-            self._link.sender.send(_ignore, "HINCRBY", self._keys.counters, metric, by)
 
 
 def _ignore(_answer: Answer) -> None:

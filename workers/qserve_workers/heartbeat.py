@@ -16,8 +16,7 @@ from qserve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_GAP_S = 2.0
-"""After this long without a beat, others may have taken over calls: the next beat asks which."""
+_LONGEST_GAP_S = 2.0
 _COMMAND_TIMEOUT_S = 2.0
 _STDERR = 2
 """The descriptor: Celery puts an object without one in place of sys.stderr."""
@@ -51,6 +50,8 @@ class Heartbeat:
         self._entries = entries
         self._on_lost = on_lost
         self._on_tick = on_tick
+        # After this long without a beat others may have taken over calls: the next beat asks which.
+        self._gap_s = min(_LONGEST_GAP_S, settings.dead_after_s / 2)
         self._serving = False
         self._held: list[bytes] = []
         self._ticked_at = 0.0
@@ -94,7 +95,7 @@ class Heartbeat:
         while True:
             started = time.monotonic()
             if started - self._ticked_at < self._settings.max_loop_stall_s:
-                ask = self._held if started - beaten_at > _GAP_S else []
+                ask = self._held if started - beaten_at > self._gap_s else []
                 if self._beat(client, ask):
                     beaten_at = time.monotonic()
             if self._stop.wait(self._settings.beat_interval_s):

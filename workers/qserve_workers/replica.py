@@ -211,13 +211,7 @@ class Replica:
             self._settings, self._client.signer, self._codec, deployed.spec, self._id
         )
         await self._consumer.connect()
-        self._takeover = Takeover(
-            self._settings,
-            self._consumer.queue,
-            self._id,
-            lambda: self._consumer.link.sender,
-            self._consumer.take_over,
-        )
+        self._takeover = Takeover(self._settings, self._consumer, self._id)
         self._heartbeat = Heartbeat(
             self._settings,
             self._name,
@@ -255,9 +249,8 @@ class Replica:
             await self._first_of(self.may_serve, self.shall_leave)
         if self.shall_leave.is_set():
             return
-        self._takeover.unsafe_only = False
-        self._takeover.sweep()
         self._consumer.start(self._code)
+        self._takeover.sweep()
         self._heartbeat.serve()
         self._enter(SERVING)
         while not self.shall_leave.is_set():
@@ -319,13 +312,13 @@ class Replica:
         if not await self._consumer.finish(self._spec.graceful_shutdown_timeout_s):
             logger.warning("Deployment %s: %d calls outlived the shutdown", self._name, self._consumer.running)
         await self._takeover.stop()
-        await self._consumer.stop()
+        all_answered = await self._consumer.stop()
         if hasattr(self, "_code"):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_QUICK_TIMEOUT_S):
                     await self._code.close()
         self._heartbeat.stop()
-        await asyncio.to_thread(self._say_goodbye)
+        await asyncio.to_thread(self._say_goodbye, all_answered)
         set_current_client(None)
         await self._client.stop()
 
@@ -335,11 +328,11 @@ class Replica:
             await self._consumer.finish_queue(self._spec.graceful_shutdown_timeout_s)
             await self._consumer.pause()
 
-    def _say_goodbye(self) -> None:
+    def _say_goodbye(self, all_answered: bool) -> None:
         """Leave nothing behind but calls that were never started, for the neighbours to take."""
         client = redis.Redis.from_url(self._settings.redis_url, socket_timeout=_QUICK_TIMEOUT_S)
         try:
-            if not leave(client, self._keys, self._name, self._id):
+            if not leave(client, self._keys, self._name, self._id, all_answered=all_answered):
                 call_neighbours(client, self._keys, self._name, self._id, self._client.signer)
         except redis.RedisError as exc:
             logger.warning("could not say goodbye: %s", exc)

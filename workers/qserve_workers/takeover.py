@@ -5,17 +5,18 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable
 
 from qserve.background import end, spawn
 from qserve.connection import Connection
 from qserve.errors import BrokerUnavailable
-from qserve.queues import DEAD, LEFT, Entry, ReplicaQueue
+from qserve.queues import DEAD, LEFT
 from qserve.settings import Settings
+from qserve_workers.consumer import Consumer
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 16
+_ORPHANS_EVERY_S = 60.0
 _LONGEST_ROUND_S = 1.0
 
 
@@ -27,30 +28,20 @@ class Takeover:
     stands still, and nobody is dead.
 
     Args:
+        consumer: Gets the entries taken over.
         replica: Id of this replica.
-        connection: The connection to use now, None while there is none.
-        on_taken: Gets the entries taken over.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        queue: ReplicaQueue,
-        replica: str,
-        connection: Callable[[], Connection | None],
-        on_taken: Callable[[list[Entry]], None],
-    ) -> None:
+    def __init__(self, settings: Settings, consumer: Consumer, replica: str) -> None:
         self._settings = settings
-        self._queue = queue
+        self._consumer = consumer
+        self._queue = consumer.queue
         self._replica = replica
-        self._connection = connection
-        self._on_taken = on_taken
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._last_round = 0.0
+        self._orphans_at = time.monotonic() + _ORPHANS_EVERY_S
         self._wanted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self.unsafe_only = True
-        """Until this replica takes calls it only settles those that nobody may run again."""
 
     def start(self) -> None:
         """Begin to watch."""
@@ -71,7 +62,7 @@ class Takeover:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wanted.wait(), pause)
             self._wanted.clear()
-            connection = self._connection()
+            connection = self._consumer.link.sender
             if connection is None:
                 self._seen.clear()
                 continue
@@ -94,6 +85,9 @@ class Takeover:
         self._seen = {id_: seen for id_, seen in self._seen.items() if id_ in beats}
         for id_, beat in gone:
             await self._take_all(connection, id_, beat)
+        if now >= self._orphans_at:
+            self._orphans_at = now + _ORPHANS_EVERY_S
+            await self._queue.adopt_orphans(connection)
 
     def _is_gone(self, replica: str, beat: bytes, now: float) -> bool:
         if beat in (DEAD.encode(), LEFT.encode()):
@@ -106,14 +100,14 @@ class Takeover:
 
     async def _take_all(self, connection: Connection, replica: str, beat: bytes) -> None:
         total = 0
-        while True:
-            unsafe_only = self.unsafe_only
-            entries = await self._queue.take(connection, replica, beat, most=_BATCH, unsafe_only=unsafe_only)
-            if entries:
-                total += len(entries)
-                self._on_taken(entries)
-            if len(entries) < _BATCH:
+        while (room := self._consumer.room_to_rerun) or not self._consumer.spec.idempotent:
+            # Calls that nobody may run again are only answered: for those there is always room.
+            most = min(room, _BATCH) or _BATCH
+            entries = await self._queue.take(connection, replica, beat, most=most, unsafe_only=not room)
+            if not entries:
                 break
+            total += len(entries)
+            self._consumer.take_over(entries)
         if total:
             logger.info("took over %d calls of replica %s", total, replica)
         await self._queue.retire(connection, replica)
