@@ -64,6 +64,8 @@ class Channel:
         self._arrived: deque[tuple[int, bytes]] = deque()
         self._last_kind = DATA
         self._broken: QServeError | None = None
+        self.on_data: Callable[[], None] | None = None
+        """Called once, when the first of the stream arrives."""
         self._readable: asyncio.Future[None] | None = None
         self._writable: asyncio.Future[None] | None = None
 
@@ -174,6 +176,9 @@ class Channel:
         self._next_in += 1
         self._arrived.append((chunk.kind, chunk.data))
         _wake(self._readable)
+        if self.on_data is not None:
+            on_data, self.on_data = self.on_data, None
+            on_data()
 
     def finish(self) -> None:
         """The peer's final reply has come: nothing arrives after it."""

@@ -64,7 +64,7 @@ class PendingCall:
 
     __slots__ = (
         *("channel", "deadline", "deployment", "entry", "frame", "id"),
-        *("on_outcome", "payload", "safe", "timeout_s", "timer"),
+        *("on_outcome", "on_stream", "payload", "safe", "timeout_s", "timer"),
     )
 
     def __init__(
@@ -88,6 +88,8 @@ class PendingCall:
         self.entry: bytes | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.channel: Channel | None = None
+        self.on_stream: Callable[[Channel], None] | None = None
+        """Called when the first of a stream arrives; without it, and without a channel, streams are turned away."""
 
     def take_frame(self) -> bytes:
         """The frame, which is kept no longer: a call may wait for an hour."""
@@ -199,8 +201,10 @@ class Client:
         Its deadline then holds until the first data comes back, and starts anew with every sign that the replica takes
         in what it is sent.
         """
-        pending.channel = Channel(self.id, partial(self._send_chunk, pending.id, pending))
-        return pending.channel
+        channel = pending.channel = Channel(self.id, partial(self._send_chunk, pending.id, pending))
+        if pending.on_stream is not None:
+            channel.on_data = partial(pending.on_stream, channel)
+        return channel
 
     def put(self, pending: PendingCall) -> None:
         """Put a prepared call, together with the others of this tick."""
@@ -232,7 +236,7 @@ class Client:
 
     def cancel(self, pending: PendingCall) -> None:
         """Like `withdraw`, on the loop."""
-        if pending.channel is not None:
+        if pending.channel is not None and pending.id in self._pending:
             pending.channel.abort("the caller left")
         if self._finish(pending, CallCancelled("the call was cancelled")):
             self._withdraw_entry(pending)
@@ -389,6 +393,8 @@ class Client:
             self._finish(pending, reply)
 
     def _take_chunk(self, call: str, pending: PendingCall | None, chunk: Chunk) -> None:
+        if pending is not None and pending.channel is None and pending.on_stream is not None:
+            self.open_channel(pending)
         if pending is not None and pending.channel is not None:
             if pending.timer is not None:
                 pending.timer.cancel()

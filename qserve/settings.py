@@ -25,7 +25,9 @@ class Settings(BaseSettings):
     http_timeout_s: float = Field(default=60.0, gt=0)
     handle_timeout_s: float = Field(default=3600.0, gt=0)
     max_value_bytes: int = Field(default=16 * MIB, gt=0)
-    """Largest argument list, HTTP body or result."""
+    """Largest argument list or result that is not streamed."""
+    max_body_bytes: int = Field(default=1024 * MIB, gt=0)
+    """Largest HTTP body; one of more than `out_of_line_bytes` is streamed to its replica."""
     out_of_line_bytes: int = Field(default=256 * 1024, gt=0)
     """Payloads above this size travel under their own key."""
     beat_interval_s: float = Field(default=1.0, gt=0)

@@ -10,8 +10,9 @@ from typing import Protocol
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from qserve.channel import Channel
 from qserve.client import Outcome, PendingCall
-from qserve.errors import ConfigurationError, PayloadTooLarge, QServeError
+from qserve.errors import ConfigurationError, QServeError
 from qserve.messages import HTTP, HttpRequest, HttpResponse, encode
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
@@ -19,6 +20,7 @@ from qserve_gateway.departures import Departures
 from qserve_gateway.headers import UNUSUAL, Headers, end_to_end
 from qserve_gateway.respond import json_response, local_error_response, outcome_response, send_response, text_response
 from qserve_gateway.routes import Route, RouteTable
+from qserve_gateway.streaming import Upload, body_too_large, stream_response
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 """A request with one of these may be run again after its replica died."""
@@ -45,6 +47,9 @@ class Calls(Protocol):
     ) -> PendingCall:
         """Make a call ready to be put; `on_outcome` is called exactly once, on the loop."""
 
+    def open_channel(self, pending: PendingCall) -> Channel:
+        """Prepare it for traffic beside its reply."""
+
     def put(self, pending: PendingCall) -> None:
         """Put it on its deployment's queue."""
 
@@ -58,6 +63,21 @@ class Refused(Exception):
     def __init__(self, response: HttpResponse) -> None:
         super().__init__(response.status)
         self.response = response
+
+
+class Stream:
+    """A response that comes in parts."""
+
+    __slots__ = ("channel", "pending", "upload")
+
+    def __init__(self, channel: Channel, pending: PendingCall) -> None:
+        self.channel = channel
+        self.pending = pending
+        self.upload: Upload | None = None
+
+
+Answer = Outcome | Stream | None
+"""What a request's call comes to; None: the client has left."""
 
 
 class ClientLeft(Exception):
@@ -128,23 +148,22 @@ class Gateway:
             response = local_error_response(exc)
         except ClientLeft:
             return
-        await send_response(send, response, scope["method"], request_id)
+        if isinstance(response, Stream):
+            await self._write_stream(response, scope["method"], request_id, receive, send)
+        else:
+            await send_response(send, response, scope["method"], request_id)
 
-    async def _respond(self, scope: Scope, receive: Receive, named: Named, request_id: str) -> HttpResponse:
+    async def _respond(self, scope: Scope, receive: Receive, named: Named, request_id: str) -> "HttpResponse | Stream":
         headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"], named)
-        path, raw_path = scope["path"], scope["raw_path"]
-        root = self._root_path
-        if root and path != root and not path.startswith(root + "/"):
-            # A proxy in front took the prefix away.
-            path, raw_path = root + path, root.encode() + raw_path
-        if path.startswith("/-/", len(root)):
+        path, raw_path = self._full_path(scope)
+        if path.startswith("/-/", len(self._root_path)):
             return self._own_page(path)
         route = self._routes.match(path)
         if route is None:
             return _not_found(path)
-        body = b""
+        body, follows = b"", False
         if b"transfer-encoding" in named or named.get(b"content-length", b"0") != b"0":
-            body = await _read_body(receive, named, self._settings.max_value_bytes)
+            body, follows = await _read_beginning(receive, named, self._settings)
         request = HttpRequest(
             scope["method"],
             path,
@@ -158,16 +177,30 @@ class Gateway:
             scope["http_version"],
             request_id,
             body,
+            follows,
         )
         safe = request.method in SAFE_METHODS or route.idempotent or b"idempotency-key" in named
-        outcome = await self._call(route, encode(request), safe, receive)
+        if follows:
+            outcome = await self._call_with_upload(route, request, receive)
+        else:
+            outcome = await self._call(route, encode(request), safe, receive)
+        if isinstance(outcome, Stream):
+            return outcome
         return outcome_response(outcome, request_id, debug=self._settings.debug)
 
-    async def _call(self, route: Route, payload: bytes, safe: bool, receive: Receive) -> Outcome:
-        """Puts a call and waits for what becomes of it, or until its client leaves."""
+    def _full_path(self, scope: Scope) -> tuple[str, bytes]:
+        path, raw_path, root = scope["path"], scope["raw_path"], self._root_path
+        if root and path != root and not path.startswith(root + "/"):
+            # A proxy in front took the prefix away.
+            return root + path, root.encode() + raw_path
+        return path, raw_path
+
+    def _prepare(
+        self, route: Route, payload: bytes, safe: bool, kind: int = HTTP
+    ) -> "tuple[PendingCall, asyncio.Future[Answer]]":
         # Asking for the running loop is a system call (it compares process ids), 4 % of a request: once is enough.
         loop = self._loop = self._loop or asyncio.get_running_loop()
-        future: asyncio.Future[Outcome | None] = loop.create_future()
+        future: asyncio.Future[Answer] = loop.create_future()
 
         def on_outcome(outcome: Outcome) -> None:
             if not future.done():
@@ -175,25 +208,77 @@ class Gateway:
 
         pending = self._calls.prepare(
             route.deployment,
-            kind=HTTP,
+            kind=kind,
             method="",
             payload=payload,
             timeout_s=route.timeout_s,
             safe=safe,
             on_outcome=on_outcome,
         )
+
+        def on_stream(channel: Channel) -> None:
+            if not future.done():
+                future.set_result(Stream(channel, pending))
+
+        pending.on_stream = on_stream
+        return pending, future
+
+    async def _call(self, route: Route, payload: bytes, safe: bool, receive: Receive) -> "Outcome | Stream":
+        """Puts a call and waits for its reply, for the beginning of a streamed one, or until its client leaves."""
+        pending, future = self._prepare(route, payload, safe)
         self._calls.put(pending)
-        outcome = None
+        answer = None
         self._departures.watch(future, receive)
         try:
-            outcome = await future
+            answer = await future
         finally:
             self._departures.forget(future)
-            if outcome is None:
+            if answer is None:
                 self._calls.cancel(pending)
-        if outcome is None:
+        if answer is None:
             raise ClientLeft
-        return outcome
+        return answer
+
+    async def _call_with_upload(self, route: Route, request: HttpRequest, receive: Receive) -> "Outcome | Stream":
+        """Like `_call`, with a body that is sent on as it comes in; a half-read body cannot be run again."""
+        pending, future = self._prepare(route, encode(request), safe=False)
+
+        def on_end(error: QServeError | None) -> None:
+            if not future.done():
+                future.set_result(error)
+
+        upload = Upload(
+            self._calls.open_channel(pending),
+            receive,
+            sent=len(request.body),
+            limit=self._settings.max_body_bytes,
+            on_end=on_end,
+        )
+        self._calls.put(pending)
+        upload.start()
+        answer = None
+        try:
+            answer = await future
+        finally:
+            if isinstance(answer, Stream):
+                answer.upload = upload
+            else:
+                await upload.stop()
+                self._calls.cancel(pending)  # without effect where there is an outcome
+        if answer is None:
+            raise ClientLeft
+        return answer
+
+    async def _write_stream(
+        self, stream: "Stream", method: str, request_id: str, receive: Receive, send: Send
+    ) -> None:
+        try:
+            listen = receive if stream.upload is None else None
+            await stream_response(send, listen, stream.channel, method, request_id)
+        finally:
+            if stream.upload is not None:
+                await stream.upload.stop()
+            self._calls.cancel(stream.pending)  # without effect where it has ended
 
     def _own_page(self, path: str) -> HttpResponse:
         name = path[len(self._root_path) :]
@@ -218,27 +303,21 @@ def _cleaned(headers: Headers, named: Named) -> Headers:
         raise Refused(text_response(400, f"Bad request: {exc}.")) from exc
 
 
-async def _read_body(receive: Receive, named: Named, limit: int) -> bytes:
-    """The whole body, counted while it comes in, so that one over the limit is never held."""
-    if int(named.get(b"content-length", b"0")) > limit:
-        raise _too_large(limit)
+async def _read_beginning(receive: Receive, named: Named, settings: Settings) -> tuple[bytes, bool]:
+    """The body, or its beginning and True where it is too large to be put on the queue at once."""
+    if int(named.get(b"content-length", b"0")) > settings.max_body_bytes:
+        raise body_too_large(settings.max_body_bytes)
     parts: list[bytes] = []
     size = 0
     more = True
-    while more:
+    while more and size <= settings.out_of_line_bytes:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeft
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > limit:
-            raise _too_large(limit)
         more = message.get("more_body", False)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _too_large(limit: int) -> PayloadTooLarge:
-    return PayloadTooLarge(f"the request's body is over the limit of {limit} bytes (QSERVE_MAX_VALUE_BYTES)")
+    return parts[0] if len(parts) == 1 else b"".join(parts), more
 
 
 def _not_found(path: str) -> HttpResponse:

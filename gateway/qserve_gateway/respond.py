@@ -80,17 +80,24 @@ def _error_response(cls: type[QServeError], message: str, retry_after: float) ->
 async def send_response(send: Send, response: HttpResponse, method: str, request_id: str) -> None:
     """Writes a response; one that could split or confuse the connection becomes a 500."""
     try:
-        start = _start(response, method, request_id)
+        start = start_message(response, method, request_id)
     except Unsendable as exc:
         logger.error("response to request %s not sent: %s", request_id, exc)
         response = text_response(500, f"The response of request {request_id} cannot be sent; the reason is in the log.")
-        start = _start(response, method, request_id)
+        start = start_message(response, method, request_id)
     await send(start)
     empty = method == "HEAD" or response.status in {204, 304}
     await send({"type": "http.response.body", "body": b"" if empty else response.body})
 
 
-def _start(response: HttpResponse, method: str, request_id: str) -> dict[str, Any]:
+def start_message(
+    response: HttpResponse, method: str, request_id: str, *, streamed: bool = False
+) -> dict[str, Any]:
+    """The head of a response as an ASGI message; a streamed one has the length it declares, or none.
+
+    Raises:
+        Unsendable: It could split or confuse the connection.
+    """
     status = response.status
     if not 200 <= status <= 599:
         raise Unsendable(f"status {status}")
@@ -100,23 +107,24 @@ def _start(response: HttpResponse, method: str, request_id: str) -> dict[str, An
     for name, value in response.headers:
         name = name.lower()  # noqa: PLW2901
         if name == b"content-length":
-            declared = value
+            declared = value if value.isdigit() else None
             continue
         if name in DROPPED:
             if name == b"connection":
-                return _start(_without_named(response), method, request_id)
+                return start_message(_without_named(response), method, request_id, streamed=streamed)
             continue
         if is_name(name) is None or has_control(value) is not None:
             raise Unsendable(f"header {name[:100]!r}: {value[:100]!r}")
-        if name == b"x-request-id":
-            identified = True
+        identified = identified or name == b"x-request-id"
         headers.append((name, value))
     if not identified:
         headers.append((b"x-request-id", request_id.encode()))
-    if status not in {204, 304}:
-        # A HEAD response tells the length of the body it does not have.
-        told = method == "HEAD" and declared is not None and declared.isdigit()
-        headers.append((b"content-length", declared if told and declared else b"%d" % len(response.body)))
+    # A HEAD response tells the length of the body it does not have, a streamed one that of the body to come.
+    length = declared if streamed or method == "HEAD" else None
+    if length is None and not streamed:
+        length = b"%d" % len(response.body)
+    if length is not None and status not in {204, 304}:
+        headers.append((b"content-length", length))
     return {"type": "http.response.start", "status": status, "headers": headers}
 
 

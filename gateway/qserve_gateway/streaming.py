@@ -1,0 +1,104 @@
+"""Bodies in parts: a large upload on its way to the replica, a streamed response on its way to the client."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from starlette.types import Receive, Send
+
+from qserve.background import end, spawn
+from qserve.channel import Channel
+from qserve.errors import PayloadTooLarge, QServeError, StreamBroken
+from qserve.messages import decode_http_response
+from qserve_gateway.respond import start_message
+
+
+class ResponseCut(Exception):
+    """A response could not be finished: the connection must end without looking as if it had been."""
+
+
+class Upload:
+    """The part of a body that follows its request, sent on as it comes in.
+
+    Args:
+        receive: The request's; its first `sent` bytes are with the replica already.
+        limit: Most bytes of the whole body.
+        on_end: Called with an error that ends the request, or None when the client has left.
+    """
+
+    def __init__(
+        self, channel: Channel, receive: Receive, *, sent: int, limit: int, on_end: Callable[[QServeError | None], None]
+    ) -> None:
+        self._channel = channel
+        self._receive = receive
+        self._size = sent
+        self._limit = limit
+        self._on_end = on_end
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to send."""
+        self._task = spawn(self._pump())
+
+    async def stop(self) -> None:
+        """Send no more: the replica has answered, or nobody waits for it."""
+        await end(self._task)
+
+    async def _pump(self) -> None:
+        with contextlib.suppress(StreamBroken):  # the call's outcome says why
+            more = True
+            while more:
+                message = await self._receive()
+                if message["type"] == "http.disconnect":
+                    self._channel.abort("the client left")
+                    self._on_end(None)
+                    return
+                body = message.get("body", b"")
+                self._size += len(body)
+                if self._size > self._limit:
+                    self._channel.abort("the request's body is too large")
+                    self._on_end(body_too_large(self._limit))
+                    return
+                if body:
+                    await self._channel.send(body)
+                more = message.get("more_body", False)
+            await self._channel.end()
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            self._channel.abort("the client left")
+            self._on_end(None)
+
+
+def body_too_large(limit: int) -> PayloadTooLarge:
+    """The error of a body over the limit."""
+    return PayloadTooLarge(f"the request's body is over the limit of {limit} bytes (QSERVE_MAX_BODY_BYTES)")
+
+
+async def stream_response(send: Send, receive: Receive | None, channel: Channel, method: str, request_id: str) -> None:
+    """Write a streamed response, part by part, no faster than the client reads.
+
+    Args:
+        receive: Where to hear that the client leaves; None where somebody else listens.
+
+    Raises:
+        ResponseCut: It cannot be finished.
+    """
+    listener = spawn(_abort_on_disconnect(receive, channel)) if receive is not None else None
+    try:
+        head = await channel.receive()
+        if head is None:
+            raise ResponseCut("a stream without a beginning")
+        await send(start_message(decode_http_response(head), method, request_id, streamed=True))
+        while (part := await channel.receive_part()) is not None:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+    except StreamBroken as exc:
+        raise ResponseCut(str(exc)) from exc
+    finally:
+        await end(listener)
+
+
+async def _abort_on_disconnect(receive: Receive, channel: Channel) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    channel.abort("the client left")
