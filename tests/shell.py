@@ -80,10 +80,11 @@ class Running:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self._more:
-                self.lines.append(line.rstrip())
-                self._more.notify_all()
+        with self.process.stdout as output:
+            for line in output:
+                with self._more:
+                    self.lines.append(line.rstrip())
+                    self._more.notify_all()
 
     @property
     def output(self) -> str:
@@ -108,8 +109,6 @@ class Running:
         """Its exit code, once it has ended."""
         code = self.process.wait(timeout)
         self._reader.join(5)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
         return code
 
 

@@ -143,6 +143,15 @@ def test_call_fails_with_a_text(served: tuple[Shell, Running], words: tuple[str,
     assert said in served[0].error("call", *words)
 
 
+def test_status_is_watched_until_ctrl_c(served: tuple[Shell, Running]) -> None:
+    shell, _ = served
+    for arguments, shown in ((("--json",), '"name": "Counter"'), ((), "Counter .*HEALTHY")):
+        with background(shell, "status", "--watch", *arguments) as watching:
+            watching.wait_for(shown)
+            watching.interrupt()
+            assert watching.end() == 0, watching.output
+
+
 def test_doctor_examines_the_running_instance(served: tuple[Shell, Running]) -> None:
     done = served[0].run("doctor")
     assert done.returncode == 0
@@ -183,57 +192,57 @@ def test_a_constructor_that_raises_fails_the_deploy_with_the_users_traceback(ser
 
 def test_ctrl_c_stops_every_process_and_is_no_failure(shell: Shell) -> None:
     shell.write("app.py", APP)
-    running = Running(shell, "run", "app", "--port", "0")
-    running.wait_for("Ctrl-C stops it")
-    started = descendants(running.process.pid)
-    assert len(started) >= 6  # node, Valkey, gateway, two workers, three replicas
-    running.interrupt()
-    assert running.end() == 0, running.output
-    assert psutil.wait_procs(started, timeout=5)[1] == []
-    assert list(shell.runtime.glob("*.json")) == []
-    assert "Traceback" not in running.output, running.output
+    with background(shell, "run", "app", "--port", "0") as running:
+        running.wait_for("Ctrl-C stops it")
+        started = descendants(running.process.pid)
+        assert len(started) >= 6  # node, Valkey, gateway, two workers, three replicas
+        running.interrupt()
+        assert running.end() == 0, running.output
+        assert psutil.wait_procs(started, timeout=5)[1] == []
+        assert list(shell.runtime.glob("*.json")) == []
+        assert "Traceback" not in running.output, running.output
 
 
 def test_ctrl_c_lets_calls_finish_and_a_second_one_does_not(shell: Shell) -> None:
     shell.write("app.py", APP)
-    running = Running(shell, "run", "app:Counter", "--port", "0")
-    running.wait_for("Ctrl-C stops it")
-    started = descendants(running.process.pid)
-    calling = subprocess.Popen(
-        shell.command("call", "Counter", "rest", "60"),
-        cwd=shell.folder,
-        env=shell.environment,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_until(lambda: json.loads(shell.run("status", "--json").stdout)["deployments"][0]["running"] == 1)
-    running.interrupt()
-    running.wait_for("Stopping")
-    assert running.process.poll() is None
-    running.interrupt()
-    assert running.end(timeout=10) == 130
-    assert psutil.wait_procs(started, timeout=5)[1] == []
-    calling.kill()
-    calling.wait()
+    with background(shell, "run", "app:Counter", "--port", "0") as running:
+        running.wait_for("Ctrl-C stops it")
+        started = descendants(running.process.pid)
+        calling = subprocess.Popen(
+            shell.command("call", "Counter", "rest", "60"),
+            cwd=shell.folder,
+            env=shell.environment,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_until(lambda: json.loads(shell.run("status", "--json").stdout)["deployments"][0]["running"] == 1)
+        running.interrupt()
+        running.wait_for("Stopping")
+        assert running.process.poll() is None
+        running.interrupt()
+        assert running.end(timeout=10) == 130
+        assert psutil.wait_procs(started, timeout=5)[1] == []
+        calling.kill()
+        calling.wait()
 
 
 def test_sigterm_ends_it_like_ctrl_c(shell: Shell) -> None:
     shell.write("app.py", APP)
-    running = Running(shell, "run", "app:echo", "--port", "0")
-    running.wait_for("Ctrl-C stops it")
-    started = descendants(running.process.pid)
-    running.interrupt(signal.SIGTERM)
-    assert running.end() == 0, running.output
-    assert psutil.wait_procs(started, timeout=5)[1] == []
+    with background(shell, "run", "app:echo", "--port", "0") as running:
+        running.wait_for("Ctrl-C stops it")
+        started = descendants(running.process.pid)
+        running.interrupt(signal.SIGTERM)
+        assert running.end() == 0, running.output
+        assert psutil.wait_procs(started, timeout=5)[1] == []
 
 
 def test_a_killed_run_leaves_nothing_behind(shell: Shell) -> None:
     shell.write("app.py", APP)
-    running = Running(shell, "run", "app:echo", "--port", "0")
-    running.wait_for("Ctrl-C stops it")
-    started = descendants(running.process.pid)
-    running.interrupt(signal.SIGKILL)
-    running.end()
-    assert psutil.wait_procs(started, timeout=20)[1] == []
+    with background(shell, "run", "app:echo", "--port", "0") as running:
+        running.wait_for("Ctrl-C stops it")
+        started = descendants(running.process.pid)
+        running.interrupt(signal.SIGKILL)
+        running.end()
+        assert psutil.wait_procs(started, timeout=20)[1] == []
 
 
 def test_an_application_that_cannot_start_ends_the_run(shell: Shell) -> None:
@@ -312,6 +321,7 @@ def test_a_terminal_gets_a_moving_display(shell: Shell) -> None:
     os.close(ours)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     assert re.search(r"Counter.*0 of 2 replicas", plain)
+    assert re.search(r"^[\d:]+ INFO +qserve.node: ", plain, re.MULTILINE)
     assert "\x1b[" in shown
 
 

@@ -62,9 +62,9 @@ def note(text: str) -> None:
 
 
 def log_to_stderr() -> None:
-    """Show warnings and life-cycle lines of the library."""
+    """Show the library's warnings; what goes well, commands say themselves."""
     logging.basicConfig(
-        level=os.environ.get("QSERVE_LOG_LEVEL", "INFO").upper(),
+        level=os.environ.get("QSERVE_LOG_LEVEL", "WARNING").upper(),
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )

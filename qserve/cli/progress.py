@@ -4,10 +4,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from qserve.cli.output import note
+from qserve.cli.terminal import terminal
 from qserve.rollout import Goal
 
 _POLL_S = 0.05
@@ -29,7 +29,7 @@ def _show_bars(goals: Sequence[Goal]) -> None:
         TextColumn("{task.completed} of {task.total} replicas"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=terminal(), transient=True) as progress:
         tasks = [progress.add_task(goal.name, total=goal.deployed.spec.num_replicas) for goal in goals]
         waiting = dict(zip(tasks, goals, strict=True))
         while waiting:

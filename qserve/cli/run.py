@@ -18,6 +18,7 @@ from qserve.cli.application import Application, deploy_application, import_appli
 from qserve.cli.instance import check_port, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.source import Watcher
+from qserve.cli.terminal import logs_above_display
 from qserve.doctor import connect, require_usable
 from qserve.errors import ConfigurationError
 from qserve.local import (
@@ -85,7 +86,8 @@ def start_instance(settings: Settings, host: str, port: int) -> LocalInstance:
                 "into it with `qserve deploy`, end it with `qserve shutdown`, or set QSERVE_NAMESPACE to run another."
             )
         check_port(host, port)
-        return launch(settings, LaunchOptions(host, port, {"host": host, "port": port}, log_to_stderr=True))
+        with logs_above_display():
+            return launch(settings, LaunchOptions(host, port, {"host": host, "port": port}, log_to_stderr=True))
 
 
 def bring_up(

@@ -1,5 +1,6 @@
 """`qserve status`: what should run, what runs, and how it fares."""
 
+import contextlib
 import json
 import time
 from typing import TypedDict
@@ -17,6 +18,7 @@ from qserve.spec import WAITING, Deployed, GatewayInfo, NodeInfo, ReplicaInfo
 from qserve.state import State
 
 _COLORS = {"HEALTHY": "green", "SERVING": "green", "DEPLOY_FAILED": "red", "WAITING": "yellow", "DEPLOYING": "yellow"}
+_WATCH_S = 1.0
 _PLAIN_WIDTH = 160
 """Columns of the table where the output is no terminal; it takes only as many as it needs."""
 
@@ -76,7 +78,8 @@ class InstanceStatus(TypedDict):
 @click.option("--watch", is_flag=True, help="Keep showing it, once a second, until Ctrl-C.")
 def status(as_json: bool, watch: bool) -> None:
     """Show deployments, their replicas and queues."""
-    with connected() as state:
+    ending = contextlib.suppress(KeyboardInterrupt) if watch else contextlib.nullcontext()
+    with ending, connected() as state:
         if as_json:
             _print_json(state, watch=watch)
         else:
@@ -141,7 +144,7 @@ def _slowest(times: list[float | None]) -> float | None:
 def _print_json(state: State, *, watch: bool) -> None:
     click.echo(json.dumps(read_status(state), indent=None if watch else 2))
     while watch:
-        time.sleep(1)
+        time.sleep(_WATCH_S)
         click.echo(json.dumps(read_status(state)))
 
 
@@ -149,12 +152,15 @@ def _print_tables(state: State, *, watch: bool) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)
-    if not watch:
+    if not (watch and console.is_terminal):
         console.print(render(read_status(state)))
+        while watch:
+            time.sleep(_WATCH_S)
+            console.print(render(read_status(state)))
         return
     with Live(render(read_status(state)), console=console, auto_refresh=False) as live:
         while True:
-            time.sleep(1)
+            time.sleep(_WATCH_S)
             live.update(render(read_status(state)), refresh=True)
 
 
