@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qserve.channel import Channel
 from qserve.client import Outcome, PendingCall
-from qserve.errors import ConfigurationError, QServeError
-from qserve.messages import HTTP, HttpRequest, HttpResponse, encode
+from qserve.errors import ConfigurationError, QServeError, StreamBroken
+from qserve.messages import HTTP, WEBSOCKET, HttpRequest, HttpResponse, encode
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
 from qserve_gateway.departures import Departures
@@ -21,6 +21,7 @@ from qserve_gateway.headers import UNUSUAL, Headers, end_to_end
 from qserve_gateway.respond import json_response, local_error_response, outcome_response, send_response, text_response
 from qserve_gateway.routes import Route, RouteTable
 from qserve_gateway.streaming import Upload, body_too_large, stream_response
+from qserve_gateway.websocket import WebSocketBridge, deny
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 """A request with one of these may be run again after its replica died."""
@@ -136,8 +137,9 @@ class Gateway:
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, inside the middlewares."""
-        if scope["type"] != "http":
-            raise RuntimeError(f"the gateway serves http, not {scope['type']}")
+        if scope["type"] == "websocket":
+            await self._serve_websocket(scope, receive, send)
+            return
         named = dict(scope["headers"])
         request_id = self._request_id(named.get(b"x-request-id"))
         try:
@@ -269,6 +271,33 @@ class Gateway:
             raise ClientLeft
         return answer
 
+    async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        named = dict(scope["headers"])
+        request_id = self._request_id(named.get(b"x-request-id"))
+        await receive()  # "websocket.connect"
+        path, raw_path = self._full_path(scope)
+        route = self._routes.match(path)
+        if route is None:
+            await deny(send, _not_found(path), request_id)
+            return
+        request = HttpRequest(
+            *("GET", path, raw_path, scope["query_string"], scope["headers"], route.root_path, scope["scheme"]),
+            *(scope["client"], scope["server"], scope["http_version"], request_id, b""),
+            subprotocols=tuple(scope["subprotocols"]),
+        )
+        pending, outcome = self._prepare(route, encode(request), safe=False, kind=WEBSOCKET)
+        pending.on_stream = None
+        bridge = WebSocketBridge(self._calls.open_channel(pending), receive, send, request_id)
+        self._calls.put(pending)
+        try:
+            await bridge.run()
+        except QServeError:  # before anything was accepted: the call's outcome says why
+            refusal = outcome.result() if outcome.done() else None
+            error = StreamBroken("the replica is gone") if refusal is None or isinstance(refusal, Stream) else refusal
+            await deny(send, outcome_response(error, request_id, debug=self._settings.debug), request_id)
+        finally:
+            self._calls.cancel(pending)
+
     async def _write_stream(
         self, stream: "Stream", method: str, request_id: str, receive: Receive, send: Send
     ) -> None:
@@ -295,8 +324,6 @@ class Gateway:
 
 
 def _cleaned(headers: Headers, named: Named) -> Headers:
-    if named.get(b"upgrade", b"").lower() == b"websocket":
-        raise Refused(text_response(501, "WebSockets are not served here."))
     try:
         return end_to_end(headers)
     except ValueError as exc:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 _RETRY_S = 0.5
+_LARGEST_WEBSOCKET_MESSAGE = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ class GatewayProcess:
         return uvicorn.Config(
             self._gateway,
             http=HttpProtocol,
-            ws="none",
+            ws="websockets-sansio",
+            ws_max_size=_LARGEST_WEBSOCKET_MESSAGE,
             interface="asgi3",
             lifespan="off",
             log_config=None,

@@ -51,6 +51,14 @@ class TickTransport(asyncio.Transport):
         """Facts about the connection."""
         return self._transport.get_extra_info(name, default)
 
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Hand the connection to another protocol, as a WebSocket's handshake does."""
+        self._transport.set_protocol(protocol)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """Who reads the connection."""
+        return self._transport.get_protocol()
+
     def pause_reading(self) -> None:
         """Let the client wait."""
         self._transport.pause_reading()

@@ -1,0 +1,103 @@
+"""One WebSocket: its events between the client's connection and the replica that accepted it."""
+
+import logging
+from typing import Any
+
+from starlette.types import Receive, Send
+
+from qserve.background import end, spawn
+from qserve.channel import Channel
+from qserve.errors import StreamBroken
+from qserve.messages import HttpResponse, WebSocketEvent, decode_websocket_event, encode
+from qserve_gateway.respond import Unsendable, start_message
+
+logger = logging.getLogger(__name__)
+
+GOING_AWAY, INTERNAL_ERROR = 1001, 1011
+
+
+class WebSocketBridge:
+    """Carries events both ways until one side is done.
+
+    Args:
+        channel: To the replica; the call has been put.
+        receive, send: The client's side; its "websocket.connect" has been received.
+    """
+
+    def __init__(self, channel: Channel, receive: Receive, send: Send, request_id: str) -> None:
+        self._channel = channel
+        self._receive = receive
+        self._send = send
+        self._request_id = request_id
+        self.accepted = False
+        self.closed = False
+
+    async def run(self) -> None:
+        """Serve the WebSocket to its end.
+
+        Raises:
+            StreamBroken: The replica refused or died before it accepted; nothing has been sent.
+        """
+        upwards = spawn(self._from_client())
+        try:
+            while (data := await self._channel.receive()) is not None:
+                await self._to_client(decode_websocket_event(data))
+            await self._close(1000)
+        except StreamBroken:
+            if not self.accepted and not self.closed:
+                raise
+            await self._close(INTERNAL_ERROR)
+        finally:
+            await end(upwards)
+
+    async def _from_client(self) -> None:
+        try:
+            while True:
+                message = await self._receive()
+                if message["type"] == "websocket.disconnect":
+                    self.closed = True
+                    code, reason = message.get("code") or 1005, message.get("reason") or ""
+                    await self._channel.send(encode(WebSocketEvent("disconnect", code=code, reason=reason)))
+                    await self._channel.end()
+                    return
+                event = WebSocketEvent("receive", text=message.get("text"), data=message.get("bytes"))
+                await self._channel.send(encode(event))
+        except StreamBroken:
+            return  # `run` hears of it too
+
+    async def _to_client(self, event: WebSocketEvent) -> None:
+        if self.closed:
+            return  # an application may not have noticed yet
+        message: dict[str, Any] = {"type": f"websocket.{event.type}"}
+        if event.type == "accept":
+            self.accepted = True
+            headers = start_message(HttpResponse(200, event.headers, b""), "GET", self._request_id, streamed=True)
+            message |= {"subprotocol": event.subprotocol, "headers": headers["headers"]}
+        elif event.type == "send":
+            message |= {"text": event.text} if event.text is not None else {"bytes": event.data}
+        elif event.type == "close":
+            self.closed = True
+            message |= {"code": event.code, "reason": event.reason}
+        elif event.type == "deny":
+            head = start_message(HttpResponse(event.code, event.headers, b""), "GET", self._request_id, streamed=True)
+            message = head | {"type": "websocket.http.response.start"}
+        else:
+            self.closed = event.reason != "more"
+            message = {"type": "websocket.http.response.body", "body": event.data or b"", "more_body": not self.closed}
+        await self._send(message)
+
+    async def _close(self, code: int) -> None:
+        if not self.closed:
+            self.closed = True
+            await self._send({"type": "websocket.close", "code": code, "reason": ""})
+
+
+async def deny(send: Send, response: HttpResponse, request_id: str) -> None:
+    """Answer a WebSocket's handshake with an HTTP response."""
+    try:
+        head = start_message(response, "GET", request_id)
+    except Unsendable:
+        logger.exception("denial of WebSocket %s cannot be sent as it is", request_id)
+        head = start_message(HttpResponse(500, [], b""), "GET", request_id)
+    await send(head | {"type": "websocket.http.response.start"})
+    await send({"type": "websocket.http.response.body", "body": response.body})
