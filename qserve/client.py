@@ -220,6 +220,18 @@ class Client:
         if self._link.sender is not None and self._link.sender.is_idle:
             self._flush()  # nobody to wait for: the tick's other calls follow in their own batch
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop this client lives on."""
+        return self._loop
+
+    def run_soon(self, action: Callable[[], None]) -> None:
+        """Run something on the loop, from any thread; at once where this is the loop's own thread."""
+        if threading.get_ident() == self._thread:
+            action()
+        else:
+            self._from_thread(action)
+
     def submit(self, pending: PendingCall) -> None:
         """Put a prepared call from any thread."""
         if threading.get_ident() == self._thread:
@@ -229,10 +241,7 @@ class Client:
 
     def withdraw(self, pending: PendingCall) -> None:
         """Cancel a call, from any thread: queued, it never reaches a replica; running and safe, it is cancelled ."""
-        if threading.get_ident() == self._thread:
-            self.cancel(pending)
-        else:
-            self._from_thread(partial(self.cancel, pending))
+        self.run_soon(partial(self.cancel, pending))
 
     def cancel(self, pending: PendingCall) -> None:
         """Like `withdraw`, on the loop."""

@@ -7,10 +7,11 @@ from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, overlo
 
 from qserve.client import Client, Outcome, PendingCall
 from qserve.codec import Codec, collect_refs, substitute
-from qserve.errors import QServeError
+from qserve.errors import QServeError, ValueNotSerializable
 from qserve.messages import ERROR, PYTHON, Reply, decode_error
 from qserve.process import current_client
 from qserve.ref import Ref
+from qserve.streams import ResultStream, open_stream
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,7 +52,7 @@ class _BaseHandle:
     def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
         return "handle", {"name": self._name, "sync": self._sync, "options": self._options._asdict()}
 
-    def _changed(self, changes: Mapping[str, Any]) -> CallOptions:
+    def _changed(self, **changes: Any) -> CallOptions:
         given = {key: value for key, value in changes.items() if value is not None}
         if "http_headers" in given:
             given["http_headers"] = tuple(dict(given["http_headers"]).items())
@@ -118,6 +119,29 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
         """
         return self._call(args, kwargs)
 
+    @overload
+    def options(
+        self,
+        *,
+        method_name: None = None,
+        timeout_s: float | None = None,
+        http_method: str | None = None,
+        http_headers: Mapping[str, str] | None = None,
+        shard_key: str | None = None,
+        stream: Literal[False] = False,
+    ) -> "DeploymentHandle[T_co]": ...
+    @overload
+    def options(
+        self,
+        *,
+        method_name: str,
+        timeout_s: float | None = None,
+        http_method: str | None = None,
+        http_headers: Mapping[str, str] | None = None,
+        shard_key: str | None = None,
+        stream: Literal[False] = False,
+    ) -> "DeploymentHandle[Any]": ...
+    @overload
     def options(
         self,
         *,
@@ -126,17 +150,34 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
         http_method: str | None = None,
         http_headers: Mapping[str, str] | None = None,
         shard_key: str | None = None,
-    ) -> "DeploymentHandle[T_co]":
+        stream: Literal[True],
+    ) -> "StreamHandle": ...
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        timeout_s: float | None = None,
+        http_method: str | None = None,
+        http_headers: Mapping[str, str] | None = None,
+        shard_key: str | None = None,
+        stream: bool = False,
+    ) -> "DeploymentHandle[Any] | StreamHandle":
         """A handle with other options; this one stays as it is.
 
         Args:
             method_name: Method to call instead of `__call__`.
             timeout_s: Seconds until a call ends in GetTimeoutError.
             http_method, http_headers, shard_key: Accepted, without effect on plain calls.
+            stream: Give what a generator method yields, as it yields it.
         """
-        changes = locals().copy()
-        del changes["self"]
-        return DeploymentHandle(self._name, self._changed(changes))
+        changed = self._changed(
+            method_name=method_name,
+            timeout_s=timeout_s,
+            http_method=http_method,
+            http_headers=http_headers,
+            shard_key=shard_key,
+        )
+        return StreamHandle(self._name, changed) if stream else DeploymentHandle(self._name, changed)
 
     def __getattr__(self, name: str) -> "DeploymentHandle[Any]":
         _refuse_private(self, name)
@@ -186,6 +227,29 @@ class AsyncDeploymentHandle(_BaseHandle, Generic[T_co]):
                 await value.body()
         return self._call(args, kwargs)
 
+    @overload
+    def options(
+        self,
+        *,
+        method_name: None = None,
+        timeout_s: float | None = None,
+        http_method: str | None = None,
+        http_headers: Mapping[str, str] | None = None,
+        shard_key: str | None = None,
+        stream: Literal[False] = False,
+    ) -> "AsyncDeploymentHandle[T_co]": ...
+    @overload
+    def options(
+        self,
+        *,
+        method_name: str,
+        timeout_s: float | None = None,
+        http_method: str | None = None,
+        http_headers: Mapping[str, str] | None = None,
+        shard_key: str | None = None,
+        stream: Literal[False] = False,
+    ) -> "AsyncDeploymentHandle[Any]": ...
+    @overload
     def options(
         self,
         *,
@@ -194,15 +258,66 @@ class AsyncDeploymentHandle(_BaseHandle, Generic[T_co]):
         http_method: str | None = None,
         http_headers: Mapping[str, str] | None = None,
         shard_key: str | None = None,
-    ) -> "AsyncDeploymentHandle[T_co]":
+        stream: Literal[True],
+    ) -> "StreamHandle": ...
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        timeout_s: float | None = None,
+        http_method: str | None = None,
+        http_headers: Mapping[str, str] | None = None,
+        shard_key: str | None = None,
+        stream: bool = False,
+    ) -> "AsyncDeploymentHandle[Any] | StreamHandle":
         """Like `DeploymentHandle.options`."""
-        changes = locals().copy()
-        del changes["self"]
-        return AsyncDeploymentHandle(self._name, self._changed(changes))
+        changed = self._changed(
+            method_name=method_name,
+            timeout_s=timeout_s,
+            http_method=http_method,
+            http_headers=http_headers,
+            shard_key=shard_key,
+        )
+        return StreamHandle(self._name, changed) if stream else AsyncDeploymentHandle(self._name, changed)
 
     def __getattr__(self, name: str) -> "AsyncDeploymentHandle[Any]":
         _refuse_private(self, name)
         return AsyncDeploymentHandle(self._name, self._options._replace(method_name=name))
+
+
+class StreamHandle(_BaseHandle):
+    """Calls a generator method: `remote()` returns a stream to iterate with `for` or `async for`."""
+
+    _sync = True
+
+    def remote(self, *args: Any, **kwargs: Any) -> ResultStream[Any]:
+        """Put a call on the deployment's queue.
+
+        Raises:
+            ValueNotSerializable, PayloadTooLarge: An argument cannot travel; take the result of a ref first.
+            NoInstanceError, BrokerUnavailable: There is no qserve instance to call.
+        """
+        client = current_client()
+        timeout_s = self._options.timeout_s
+        return open_stream(
+            client,
+            codec_of(client),
+            self._name,
+            self._options.method_name,
+            args=args,
+            kwargs=kwargs,
+            timeout_s=client.settings.handle_timeout_s if timeout_s is None else timeout_s,
+        )
+
+    def __getattr__(self, name: str) -> "StreamHandle":
+        _refuse_private(self, name)
+        return StreamHandle(self._name, self._options._replace(method_name=name))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StreamHandle, (self._name, self._options)
+
+    def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
+        raise ValueNotSerializable(f"{self!r} does not travel: send the handle and call options(stream=True) there")
 
 
 def _refuse_private(handle: _BaseHandle, name: str) -> None:
