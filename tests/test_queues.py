@@ -11,8 +11,7 @@ import pytest
 import redis
 
 from qserve import queues
-from qserve.errors import ConfigurationError
-from qserve.keys import GROUP, Keys
+from qserve.keys import GROUP, Keys, is_name
 from qserve.messages import CONTROL, ERROR, PYTHON, Call, Control, Signer, decode_control, decode_reply, encode
 from qserve.queues import (
     ADMIT,
@@ -26,7 +25,6 @@ from qserve.queues import (
     START,
     TAKE,
     TELL,
-    check_name,
 )
 from qserve.settings import Settings
 
@@ -165,12 +163,11 @@ class TestPutting:
 
     @pytest.mark.parametrize("name", ["Echo", "a.b-c_1", "x" * 63])
     def test_a_name_that_can_stand_in_a_key_is_taken(self, name: str) -> None:
-        assert check_name(name) == name
+        assert is_name(name)
 
     @pytest.mark.parametrize("name", ["", "a:b", "{a}", "a b", "ä", "x" * 64, "a\n", "a*"])
     def test_any_other_name_is_refused(self, name: str) -> None:
-        with pytest.raises(ConfigurationError, match="is not a deployment name"):
-            check_name(name)
+        assert not is_name(name)
 
 
 class TestAnswering:
