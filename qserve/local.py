@@ -88,7 +88,7 @@ def find_record(namespace: str) -> InstanceRecord | None:
         record = msgspec.json.decode(record_path(namespace).read_bytes(), type=InstanceRecord)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
-    return record if _runs(record.pid) else None
+    return record if is_running(record.pid) else None
 
 
 def record_path(namespace: str) -> Path:
@@ -114,7 +114,8 @@ def runtime_folder() -> Path:
     return folder
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -247,9 +248,9 @@ def wait_until_ready(namespace: str) -> InstanceRecord | None:
 def stop_instance(record: InstanceRecord) -> None:
     """Stop an instance that another process started."""
     # Its file goes last but for the process itself, which stays a zombie where nobody looks after it.
-    _stop(record.pid, lambda: not _runs(record.pid) or not record_path(record.namespace).exists())
+    _stop(record.pid, lambda: not is_running(record.pid) or not record_path(record.namespace).exists())
     deadline = time.monotonic() + _EXIT_S
-    while _runs(record.pid) and time.monotonic() < deadline:
+    while is_running(record.pid) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 

@@ -25,7 +25,7 @@ from redis.exceptions import RedisError
 from qserve import embedded, rollout
 from qserve.background import end
 from qserve.errors import QServeError
-from qserve.local import InstanceRecord
+from qserve.local import InstanceRecord, is_running
 from qserve.messages import Signer, encode
 from qserve.settings import Settings
 from qserve.spec import HEALTHY, DeploymentSpec, NodeInfo, ReplicaInfo
@@ -298,7 +298,8 @@ class Node:
             self._changed.set()
 
     async def _has_replicas(self, name: str) -> bool:
-        return any(info.node == self.id for info in (await self._replicas(name)).values())
+        """Whether replicas of this node run; those that were killed have left their entry behind."""
+        return any(info.node == self.id and is_running(info.pid) for info in (await self._replicas(name)).values())
 
     async def _replicas(self, name: str) -> dict[bytes, ReplicaInfo]:
         try:
