@@ -2,16 +2,13 @@
 
 import inspect
 import logging
-import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
-
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from qserve.codec import Codec
+from qserve.deployment_options import OPTION_DEFAULTS, Default, DeploymentConfig, check_options
 from qserve.errors import NoInstanceError
 from qserve.handle import AsyncDeploymentHandle, DeploymentHandle, get_handle
 from qserve.loading import Deployable, importing, is_importing, load_target, make_target
@@ -24,52 +21,10 @@ R = TypeVar("R")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9_.-]{1,63}")
 _NO_INSTANCE = (
     "There is no instance running here. Call `serve.start(detached=True)` or `serve.run(...)`, "
     "or set QSERVE_REDIS_URL to reach one."
 )
-_FOREIGN_ACTOR_OPTIONS = ("name", "namespace", "lifetime", "max_restarts", "placement_group")
-
-
-class Default(Enum):
-    """Stands for "not given" where None is a value of its own."""
-
-    VALUE = "default"
-
-
-class DeploymentConfig(BaseModel):
-    """What of a deployment can change without new replicas; checked on every assignment.
-
-    Attributes:
-        num_replicas: Processes that serve it, where replicas are not counted per node.
-        max_concurrent_queries: Calls one replica runs at once.
-        max_queued_requests: Calls, queued and running, beyond which callers are turned away.
-        user_config: Handed to `reconfigure`, at once and whenever it changes.
-        idempotent: Calls may be run again after their replica died.
-        max_threads: `def` methods that one replica runs at once.
-        timeout_s: Deadline of HTTP calls; None: what the gateway says.
-        surge: Whether a new replica is constructed before its predecessor leaves.
-        http_method_header: Whether `X-Serve-Call-Method` picks another public method over HTTP.
-        graceful_shutdown_timeout_s: Time a leaving replica has for the calls it runs.
-        graceful_shutdown_wait_loop_s: How often it looks whether they have ended.
-        initialization_timeout_s: Time a constructor has.
-    """
-
-    model_config = ConfigDict(validate_assignment=True, extra="forbid")
-
-    num_replicas: PositiveInt = 1
-    max_concurrent_queries: PositiveInt = 100
-    max_queued_requests: PositiveInt = 10_000
-    user_config: Any = None
-    idempotent: bool = False
-    max_threads: PositiveInt = 1
-    timeout_s: PositiveFloat | None = None
-    surge: bool = True
-    http_method_header: bool = True
-    graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
-    graceful_shutdown_wait_loop_s: PositiveFloat = 2.0
-    initialization_timeout_s: PositiveFloat = 600.0
 
 
 class Instance(Protocol):
@@ -126,7 +81,7 @@ class Deployment(Deployable, Generic[T_co]):
         cls, code: Callable[..., Any] | None, target: Target | None, options: Mapping[str, Any]
     ) -> "Deployment[Any]":
         """A deployment from all its options, checked."""
-        _check(options)
+        check_options(options)
         made = object.__new__(cls)
         made._code = code
         made._target = target
@@ -457,68 +412,18 @@ def deployment(func_or_class: Any = None, /, **options: Any) -> Any:
     Raises:
         TypeError, ValueError: An option is not what it should be; pydantic's ValidationError is a ValueError.
     """
-    unknown = options.keys() - _OPTION_DEFAULTS.keys()
+    unknown = options.keys() - OPTION_DEFAULTS.keys()
     if unknown:
         raise TypeError(f"serve.deployment() got unknown options: {', '.join(sorted(unknown))}")
     given = {key: value for key, value in options.items() if value is not None or key == "route_prefix"}
     if isinstance(func_or_class, str):
         given.setdefault("name", func_or_class)
-    _check({**_OPTION_DEFAULTS, "name": "unnamed", **given})
+    check_options({**OPTION_DEFAULTS, "name": "unnamed", **given})
 
     def decorate(code: Callable[..., Any]) -> Deployment[Any]:
         if isinstance(code, Deployable) or not callable(code):
             raise TypeError(f"@serve.deployment expects a class or a function, not {code!r}.")
         name = given.get("name") or getattr(code, "__name__", type(code).__name__)
-        return Deployment._create(code, None, {**_OPTION_DEFAULTS, **given, "name": name})
+        return Deployment._create(code, None, {**OPTION_DEFAULTS, **given, "name": name})
 
     return decorate(func_or_class) if callable(func_or_class) else decorate
-
-
-_OPTION_DEFAULTS: Final[Mapping[str, Any]] = {
-    **{key: field.default for key, field in DeploymentConfig.model_fields.items()},
-    "name": None,
-    "version": None,
-    "prev_version": None,
-    "init_args": None,
-    "init_kwargs": None,
-    "route_prefix": Default.VALUE,
-    "ray_actor_options": None,
-}
-
-
-def _check(options: Mapping[str, Any]) -> None:
-    """Check all options of a deployment; the texts and types are those users of Ray Serve 1.x know."""
-    _check_type(options, "name", str, "a string")
-    _check_type(options, "version", str, "a string")
-    _check_type(options, "prev_version", str, "a string")
-    _check_type(options, "init_args", (tuple, list), "a tuple")
-    _check_type(options, "init_kwargs", dict, "a dict")
-    _check_type(options, "ray_actor_options", dict, "a dict")
-    if not NAME_PATTERN.fullmatch(options["name"]):
-        raise ValueError(
-            f"name {options['name']!r} is not possible, it takes 1 to 63 letters, digits, '_', '.' and '-'. "
-            "Give another one with name=."
-        )
-    _check_route_prefix(options["route_prefix"])
-    for key in _FOREIGN_ACTOR_OPTIONS:
-        if key in (options["ray_actor_options"] or {}):
-            raise ValueError(f"Specifying {key!r} in ray_actor_options is not allowed.")
-    DeploymentConfig(**{key: options[key] for key in DeploymentConfig.model_fields})
-
-
-def _check_type(options: Mapping[str, Any], key: str, kind: type | tuple[type, ...], said: str) -> None:
-    if options[key] is not None and not isinstance(options[key], kind):
-        raise TypeError(f"{key} must be {said}.")
-
-
-def _check_route_prefix(route_prefix: object) -> None:
-    if route_prefix is None or isinstance(route_prefix, Default):
-        return
-    if not isinstance(route_prefix, str):
-        raise TypeError("route_prefix must be a string.")
-    if not route_prefix.startswith("/"):
-        raise ValueError("route_prefix must start with '/'.")
-    if route_prefix != "/" and route_prefix.endswith("/"):
-        raise ValueError("route_prefix must not end with '/' unless it's the root.")
-    if "{" in route_prefix or "}" in route_prefix:
-        raise ValueError("route_prefix may not contain wildcards.")

@@ -7,7 +7,6 @@ what that costs).
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,10 +15,11 @@ import msgspec
 import redis
 from redis.exceptions import RedisError
 
+from qserve.channel import Chunk
 from qserve.connection import Answer, Connection, Script
-from qserve.errors import ConfigurationError, FrameRejected
+from qserve.errors import FrameRejected
 from qserve.keys import GROUP, Keys
-from qserve.messages import CONTROL, ERROR, SAFE, Call, Control, Reply, Signer, decode_call, encode
+from qserve.messages import CHUNK, CONTROL, ERROR, SAFE, Call, Control, Reply, Signer, decode_call, encode
 
 INBOX_TTL_MS = 60_000
 """How long an inbox nobody reads is kept."""
@@ -40,20 +40,6 @@ def _load(name: str) -> Script:
 ADMIT, REPLY, TELL, PRESENT = _load("admit"), _load("reply"), _load("tell"), _load("present")
 BEAT, TAKE, START, RETIRE = _load("beat"), _load("take"), _load("start"), _load("retire")
 DEAD_LETTER, CANCEL = _load("dead"), _load("cancel")
-
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}")
-
-
-def check_name(name: str) -> str:
-    """The name, if it may stand in a key.
-
-    Raises:
-        ConfigurationError: It may not.
-    """
-    if not _NAME.fullmatch(name):
-        raise ConfigurationError(f"{name!r} is not a deployment name: use 1 to 63 letters, digits, '_', '.' or '-'.")
-    return name
-
 
 class Entry(NamedTuple):
     """A call's entry as Redis delivers it.
@@ -106,7 +92,7 @@ class Inbox:
         self._stream = keys.inbox(process)
         self._alive = keys.alive(process)
         self._last = b"0-0"
-        self._untrimmed = 0
+        self._untrimmed = 0  # bytes
 
     def read(self, connection: Connection, on_answer: Callable[[Answer], None], *, block_ms: int, most: int) -> None:
         """Wait for messages after the last ones seen; `frames` turns the answer into frames."""
@@ -120,8 +106,9 @@ class Inbox:
             return []
         entries = answer[0][1]
         self._last = entries[-1][0]
-        self._untrimmed += len(entries)
-        return [fields[1] for _, fields in entries]
+        frames = [fields[1] for _, fields in entries]
+        self._untrimmed += sum(map(len, frames))
+        return frames
 
     def trim(self, connection: Connection) -> None:
         """Delete what was seen."""
@@ -131,7 +118,7 @@ class Inbox:
 
     @property
     def untrimmed(self) -> int:
-        """How many seen messages are still stored."""
+        """How many bytes of seen messages are still stored."""
         return self._untrimmed
 
     def say_alive(self, connection: Connection) -> None:
@@ -287,6 +274,20 @@ def send_control(
     """Tell a process something, if it lives."""
     frame = control_frame(signer, to, control, about)
     TELL.send(connection, _ignore, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame)
+
+
+def send_chunk(
+    connection: Connection,
+    keys: Keys,
+    signer: Signer,
+    to: str,
+    call: str,
+    chunk: Chunk,
+    on_answer: Callable[[Answer], None],
+) -> None:
+    """Send a chunk of a call's channel; `on_answer` gets 0 when the receiver is gone."""
+    frame = signer.seal(encode(Reply(call, to, CHUNK, encode(chunk))))
+    TELL.send(connection, on_answer, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame)
 
 
 def post_tombstone(client: redis.Redis, keys: Keys, deployment: str, replica: str, signer: Signer) -> None:

@@ -5,6 +5,8 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import hiredis
@@ -12,6 +14,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
+from qserve.channel import Channel, Chunk
 from qserve.codec import Codec
 from qserve.connection import Answer
 from qserve.context import CallInfo, current_call
@@ -26,6 +29,7 @@ from qserve.errors import (
     ReplicaDied,
     ResultNotSerializable,
     ResultTooLarge,
+    StreamBroken,
     ValueNotSerializable,
 )
 from qserve.link import BLOCK_MS, Link
@@ -33,7 +37,9 @@ from qserve.messages import (
     ERROR,
     HTTP,
     HTTP_RESPONSE,
+    PYTHON,
     VALUE,
+    WEBSOCKET,
     Call,
     HttpRequest,
     HttpResponse,
@@ -43,7 +49,7 @@ from qserve.messages import (
     decode_http_request,
     encode,
 )
-from qserve.queues import Entry, ReplicaQueue
+from qserve.queues import Entry, ReplicaQueue, send_chunk
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
 from qserve_workers.answers import Answers
@@ -59,6 +65,9 @@ _NEXT_TRY_S = 0.2
 _UNTOLD = "the replica was stopped before the call ended; it may have run in part, so it is not run again"
 
 
+OpenChannel = Callable[[], Channel]
+
+
 class Code(Protocol):
     """User code as the consumer sees it."""
 
@@ -66,13 +75,17 @@ class Code(Protocol):
     def only_sync(self) -> bool: ...
     def needs_thread(self, method: str) -> bool: ...
     async def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object: ...
-    async def http(self, request: HttpRequest) -> HttpResponse: ...
+    async def http(self, request: HttpRequest, open_channel: OpenChannel) -> HttpResponse | None: ...
+    async def stream(
+        self, method: str, args: tuple[object, ...], kwargs: dict[str, object], channel: Channel
+    ) -> None: ...
+    async def websocket(self, request: HttpRequest, channel: Channel) -> None: ...
 
 
 class RunningCall:
     """A call between its arrival and its answer."""
 
-    __slots__ = ("call", "entry", "needs_thread", "started_at", "task")
+    __slots__ = ("call", "channel", "entry", "needs_thread", "started_at", "task")
 
     def __init__(self, entry: Entry, call: Call, needs_thread: bool) -> None:
         self.entry = entry
@@ -80,6 +93,7 @@ class RunningCall:
         self.needs_thread = needs_thread
         self.started_at = time.monotonic()
         self.task: asyncio.Task[None] | None = None
+        self.channel: Channel | None = None
 
 
 class Consumer:
@@ -94,6 +108,7 @@ class Consumer:
         self.handled = 0
         self.run_times_ms: deque[float] = deque(maxlen=512)
         self.queue = ReplicaQueue(settings.keys, spec.name, replica)
+        self._replica = replica
         self._settings = settings
         self._keys = settings.keys
         self._signer = signer
@@ -103,6 +118,7 @@ class Consumer:
         self._answers = Answers(settings, signer, self.queue, self._link)
         self._code: Code
         self._running: dict[bytes, RunningCall] = {}
+        self._channels: dict[str, Channel] = {}
         self._on_thread = 0
         self._suspects: deque[Entry] = deque()
         self._suspect: Entry | None = None
@@ -353,12 +369,15 @@ class Consumer:
             if self._clock.age_ms(entry.time_ms) > call.ttl_ms:
                 raise GetTimeoutError("the deadline passed before a replica was free; the call was not run")
             if call.kind == HTTP:
-                response = await self._code.http(decode_http_request(payload))
-                kind, result = HTTP_RESPONSE, self._pack_response(response)
-            else:
+                response = await self._code.http(decode_http_request(payload), partial(self._open_channel, running))
+                kind, result = (VALUE, b"") if response is None else (HTTP_RESPONSE, self._pack_response(response))
+            elif call.kind == PYTHON:
                 args, kwargs = self._codec.unpack_call(payload)
                 value = await self._code.call(call.method, tuple(args), kwargs)
                 kind, result = VALUE, self._pack_result(value)
+            else:
+                await self._stream(running, payload)
+                kind, result = VALUE, b""
         except asyncio.CancelledError:
             if entry.id not in self._running:
                 return  # abandoned or taken over: somebody else answers
@@ -373,7 +392,46 @@ class Consumer:
             self._answers.add(entry.id, call, kind, result)
         self._read_more()
 
+    async def _stream(self, running: RunningCall, payload: bytes) -> None:
+        """Run a call whose traffic goes over its channel."""
+        channel = self._open_channel(running)
+        if running.call.kind == WEBSOCKET:
+            channel.greet()
+            await self._code.websocket(decode_http_request(payload), channel)
+        else:
+            args, kwargs = self._codec.unpack_call(payload)
+            await self._code.stream(running.call.method, tuple(args), kwargs, channel)
+
+    def _open_channel(self, running: RunningCall) -> Channel:
+        call = running.call
+
+        def check(answer: Answer) -> None:
+            if answer != 1:
+                channel.close(StreamBroken("the caller is gone"))
+
+        def transmit(to: str, chunk: Chunk) -> None:
+            if self._link.sender is not None:
+                send_chunk(self._link.sender, self._keys, self._signer, to, call.id, chunk, check)
+            else:
+                channel.close(StreamBroken("Redis cannot be reached"))
+
+        channel = running.channel = self._channels[call.id] = Channel(self._replica, transmit, call.reply_to)
+        return channel
+
+    def take_chunk(self, call: str, chunk: Chunk) -> bool:
+        """Hand a chunk to the call it belongs to; False if that runs here no more."""
+        channel = self._channels.get(call)
+        if channel is not None:
+            channel.feed(chunk)
+        return channel is not None
+
+    def _close_channel(self, running: RunningCall) -> None:
+        if running.channel is not None:
+            running.channel.close(StreamBroken("the call has ended"))
+            self._channels.pop(running.call.id, None)
+
     def _forget(self, running: RunningCall) -> bool:
+        self._close_channel(running)
         if self._running.pop(running.entry.id, None) is None:
             return False
         self._on_thread -= running.needs_thread
@@ -416,6 +474,8 @@ class Consumer:
         running = self._running.get(entry)
         if running is None or running.task is None or running.needs_thread:
             return
+        if running.channel is not None:
+            running.channel.close(StreamBroken("the caller left"))
         if running.call.safe or self.spec.idempotent:
             running.task.cancel()
 

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import pkgutil
-import re
 import warnings
 from typing import Any
 
@@ -15,13 +14,13 @@ from celery.exceptions import SecurityWarning
 from celery.worker import components, consumer
 from celery.worker.state import maybe_shutdown
 
+from qserve.keys import is_name
 from qserve_workers.app import QUEUE
 from qserve_workers.keeper import Keeper
 from qserve_workers.pool import ReplicaPool
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}")
 
 
 class Worker(celery_worker.Worker):  # type: ignore[misc]
@@ -118,7 +117,7 @@ class Replicas(bootsteps.Step):  # type: ignore[misc]
 
 def _one_deployment(queues: Any) -> str:
     names = [queues] if isinstance(queues, str) else list(queues or ())
-    if len(names) == 1 and _NAME.fullmatch(names[0]):
+    if len(names) == 1 and is_name(names[0]):
         return str(names[0])
     if len(names) == 1:
         raise click.UsageError(f"{names[0]!r} is not a deployment name: 1 to 63 of the characters A-Z a-z 0-9 _ . -")
