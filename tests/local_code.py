@@ -7,11 +7,12 @@ from urllib.parse import unquote
 
 import msgspec
 
+from qserve.channel import DATA, Channel, Chunk
 from qserve.codec import Codec
 from qserve.context import set_replica_context
 from qserve.deployment import Deployment, deployment
 from qserve.loading import load_target
-from qserve.messages import HttpRequest, HttpResponse
+from qserve.messages import HttpRequest, HttpResponse, decode_http_response
 from qserve_workers.usercode import UserCode
 
 CODEC = Codec(allow_pickle=True, max_bytes=16 * 1024 * 1024)
@@ -79,7 +80,21 @@ class Running:
             request_id="r1",
             body=body,
         )
-        return Answer(await self.code.http(request))
+        response = await self.code.http(request, self._open_channel)
+        return Answer(response or self._streamed())
+
+    def _open_channel(self) -> Channel:
+        self._parts: list[bytes] = []
+
+        def collect(_peer: str, chunk: Chunk) -> None:
+            if chunk.kind == DATA:
+                self._parts.append(chunk.data)
+
+        return Channel("replica", collect, peer="caller")
+
+    def _streamed(self) -> HttpResponse:
+        head = decode_http_response(self._parts[0])
+        return HttpResponse(head.status, head.headers, b"".join(self._parts[1:]))
 
 
 @asynccontextmanager

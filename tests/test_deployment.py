@@ -6,7 +6,8 @@ import pydantic
 import pytest
 
 from qserve.codec import Codec
-from qserve.deployment import Deployment, DeploymentConfig, deployment, set_instance_provider
+from qserve.deployment import Deployment, deployment, set_instance_provider
+from qserve.deployment_options import DeploymentConfig
 from qserve.errors import ConfigurationError, NoInstanceError, ValueNotSerializable
 from qserve.handle import AsyncDeploymentHandle, DeploymentHandle
 from qserve.ingress import ingress

@@ -344,6 +344,8 @@ async def _read_beginning(receive: Receive, named: Named, settings: Settings) ->
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         more = message.get("more_body", False)
+    if size > settings.max_body_bytes:
+        raise body_too_large(settings.max_body_bytes)
     return parts[0] if len(parts) == 1 else b"".join(parts), more
 
 

@@ -114,7 +114,7 @@ def test_an_unknown_method_is_told_by_the_ref_together_with_those_that_exist() -
 
     OneMethod.deploy()
 
-    ref = OneMethod.get_handle().does_not_exist.remote()
+    ref = OneMethod.get_handle().does_not_exist.remote()  # type: ignore[misc]
 
     with pytest.raises(qserve.QServeError) as caught:
         qserve.get(ref, timeout=LIMIT_S)
@@ -211,7 +211,7 @@ def test_deployments_call_deployments_with_handles_of_the_constructor_or_of_the_
             handle = serve.get_deployment("Echo").get_handle()
             return await (await self.handle.remote(1)), await handle.remote(2)
 
-    caller: serve.Deployment[Any] = AsyncCaller if is_async else SyncCaller  # type: ignore[assignment]
+    caller: serve.Deployment[Any] = AsyncCaller if is_async else SyncCaller
     caller.deploy()
 
     answers = qserve.get(caller.get_handle().remote(), timeout=LIMIT_S)
@@ -341,9 +341,9 @@ def test_a_callable_without_parameters_refuses_surplus_arguments_of_a_handle() -
 
     assert qserve.get(handle.remote(), timeout=LIMIT_S) == "called"
     with pytest.raises(TypeError, match="takes 0 positional arguments but 1 was given"):
-        qserve.get(handle.remote(1), timeout=LIMIT_S)
+        qserve.get(handle.remote(1), timeout=LIMIT_S)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="got an unexpected keyword argument"):
-        qserve.get(handle.remote(key=1), timeout=LIMIT_S)
+        qserve.get(handle.remote(key=1), timeout=LIMIT_S)  # type: ignore[call-overload]
 
 
 def test_handles_of_many_threads_share_one_connection_and_get_their_own_answers(qserve_instance: TestInstance) -> None:
