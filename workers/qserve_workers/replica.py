@@ -206,11 +206,11 @@ class Replica:
         self._deployed = deployed
         await self._client.start()
         self._client.on_control = self._on_control
-        self._client.on_chunk = lambda call, chunk: self._consumer.take_chunk(call, chunk)
         set_current_client(self._client)
         self._consumer = Consumer(
             self._settings, self._client.signer, self._codec, deployed.spec, self._id
         )
+        self._client.on_chunk = self._consumer.take_chunk
         await self._consumer.connect()
         self._takeover = Takeover(self._settings, self._consumer, self._id)
         self._heartbeat = Heartbeat(
