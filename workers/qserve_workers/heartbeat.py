@@ -56,6 +56,7 @@ class Heartbeat:
         self._held: list[bytes] = []
         self._ticked_at = 0.0
         self._stop = threading.Event()
+        self._next_beat = threading.Event()
         self._thread = threading.Thread(target=self._run, name="qserve-heartbeat", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -69,10 +70,12 @@ class Heartbeat:
         """From now on the beats say that calls are taken, and the loop is watched; call on the loop."""
         self._serving = True
         self._tick()
+        self._next_beat.set()  # callers are told from now on that it has been seen
 
     def stop(self) -> None:
         """End the thread; waits for a beat under way."""
         self._stop.set()
+        self._next_beat.set()
         faulthandler.cancel_dump_traceback_later()
         if self._thread.is_alive():
             self._thread.join(timeout=_COMMAND_TIMEOUT_S + 1)
@@ -98,7 +101,9 @@ class Heartbeat:
                 ask = self._held if started - beaten_at > self._gap_s else []
                 if self._beat(client, ask):
                     beaten_at = time.monotonic()
-            if self._stop.wait(self._settings.beat_interval_s):
+            self._next_beat.wait(self._settings.beat_interval_s)
+            self._next_beat.clear()
+            if self._stop.is_set():
                 break
             self._on_loop(self._tick)
         client.close()
