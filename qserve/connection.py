@@ -51,9 +51,12 @@ class Connection(asyncio.Protocol):
 
         Raises:
             BrokerUnavailable: Nothing answers there.
-            ConfigurationError: It answers, but refuses the password or the database.
+            ConfigurationError: It answers, but refuses the password or the database; or this is no Redis URL.
         """
-        options = dict(parse_url(url))
+        try:
+            options = dict(parse_url(url))
+        except ValueError as exc:
+            raise ConfigurationError(f"{url!r} is not a Redis URL: {exc}") from exc
         self = cls(on_lost)
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
@@ -161,6 +164,8 @@ class Connection(asyncio.Protocol):
         reader.feed(data)
         while (answer := reader.gets()) is not _NOTHING:
             waiting.popleft()(answer)
+            if self._transport is None:
+                return  # that answer made its receiver close the connection
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._transport is not None:
@@ -169,7 +174,8 @@ class Connection(asyncio.Protocol):
     def _lose(self) -> None:
         self._transport = None
         self._out.clear()
-        lost, self._waiting = self._waiting, deque()
+        lost = list(self._waiting)
+        self._waiting.clear()
         for on_answer in lost:
             on_answer(BrokerUnavailable("the connection to Redis was lost before it answered"))
         if self._on_lost is not None:

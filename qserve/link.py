@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
 from qserve.connection import Connection
-from qserve.errors import BrokerUnavailable, QServeError
+from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,8 @@ class Link:
             await self._on_up()
         except RedisError as exc:
             self._disconnect()
-            raise BrokerUnavailable(f"Redis refuses to work: {exc}") from exc
+            wrong = str(exc).startswith(("NOAUTH", "NOPERM", "WRONGPASS"))
+            raise (ConfigurationError if wrong else BrokerUnavailable)(f"Redis refuses to work: {exc}") from exc
         except BaseException:
             self._disconnect()
             raise
