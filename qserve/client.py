@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 Outcome = Reply | QServeError
 """What becomes of a call: the replica's reply, or the reason why there is none."""
 
+_STOPPED = "the client was stopped before the call ended"
 _FRAMES_PER_READ = 512
 _TRIM_EVERY = 512 * 1024
 """Bytes: what is streamed to this process must not pile up behind it."""
@@ -119,6 +120,7 @@ class Client:
         self._queues: dict[str, CallQueue] = {}
         self._submitted: deque[Callable[[], None]] = deque()
         self._wake_scheduled = False
+        self._stopped = False
         self._link: Link
         self._keeper: asyncio.Task[None] | None = None
 
@@ -139,8 +141,10 @@ class Client:
     async def stop(self) -> None:
         """Close the inbox; calls still pending end as cancelled."""
         await end(self._keeper)
+        self._stopped = True
+        self._drain_submitted()
         for pending in list(self._pending.values()):
-            self._finish(pending, CallCancelled("the client was stopped before the call ended"))
+            self._finish(pending, CallCancelled(_STOPPED))
         if self._link.sender is not None:
             self._inbox.discard(self._link.sender)
             self._link.sender.flush()
@@ -209,6 +213,9 @@ class Client:
     def put(self, pending: PendingCall) -> None:
         """Put a prepared call, together with the others of this tick."""
         self._pending[pending.id] = pending
+        if self._stopped:
+            self._finish(pending, CallCancelled(_STOPPED))
+            return
         pending.timer = self._loop.call_later(pending.deadline - time.monotonic(), self._expire, pending)
         batch = self._batches.get(pending.deployment)
         if batch is not None:
@@ -255,16 +262,20 @@ class Client:
         self._submitted.append(action)
         if not self._wake_scheduled:
             self._wake_scheduled = True
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop has closed
                 self._loop.call_soon_threadsafe(self._drain_submitted)
-            except RuntimeError as exc:
-                raise BrokerUnavailable("the client of this process is stopped") from exc
+        if self._stopped:  # nobody may come for it any more
+            self._drain_submitted()
 
     def _drain_submitted(self) -> None:
         self._wake_scheduled = False
         submitted = self._submitted
         while submitted:
-            submitted.popleft()()
+            try:
+                action = submitted.popleft()
+            except IndexError:  # a thread that finds the client stopped drains as well
+                return
+            action()
 
     def _flush(self) -> None:
         if not self._batches or self._link.sender is None:
@@ -276,7 +287,10 @@ class Client:
             if queue is None:
                 queue = self._queues[deployment] = CallQueue(self._keys, deployment)
             for start in range(0, len(batch), CALLS_PER_ADMIT):
-                calls = batch[start : start + CALLS_PER_ADMIT]
+                # Not those that have ended meanwhile, cancelled or over their deadline.
+                calls = [call for call in batch[start : start + CALLS_PER_ADMIT] if call.id in self._pending]
+                if not calls:
+                    continue
                 for call in calls:
                     if call.payload is not None:
                         ttl_ms = int((call.deadline - time.monotonic()) * 1000) + _PAYLOAD_GRACE_MS
@@ -378,10 +392,9 @@ class Client:
                 reply = decode_reply(self.signer.open(frame))
                 if reply.to != self.id:
                     raise FrameRejected("a reply to another process")
+                self._dispatch(reply)
             except (FrameRejected, msgspec.DecodeError) as exc:
                 self._reject(exc)
-                continue
-            self._dispatch(reply)
         if self._inbox.untrimmed >= _TRIM_EVERY and self._link.sender is not None:
             self._inbox.trim(self._link.sender)
 
@@ -397,6 +410,7 @@ class Client:
         if pending is None:
             return  # timed out or cancelled: the answer is late
         if reply.out_of_line:
+            pending.entry = None  # answered: no more to be withdrawn or missed
             spawn(self._fetch(pending, reply))
         else:
             self._finish(pending, reply)
@@ -466,17 +480,22 @@ class Client:
 
     async def _reconcile(self) -> None:
         """Find calls that Redis has lost: neither queued nor answered any more."""
-        await asyncio.sleep(0.5)
         admitted = [call for call in self._pending.values() if call.entry is not None]
-        if self._link.sender is None or not admitted:
+        sender, losses = self._link.sender, self._link.losses
+        if sender is None or not admitted:
             return
         with contextlib.suppress(BrokerUnavailable):
             found = await asyncio.gather(
-                *(self._link.sender.call("XRANGE", self._keys.calls(c.deployment), c.entry, c.entry) for c in admitted)
+                *(sender.call("XRANGE", self._keys.calls(call.deployment), call.entry, call.entry) for call in admitted)
             )
-            await asyncio.sleep(0.5)
+            # Answering removes the entry: what is gone by now has its answer in the inbox by now, or is lost.
+            newest = await self._inbox.newest(sender)
+            while not self._inbox.has_seen(newest):
+                await asyncio.sleep(0.01)
+                if self._link.losses != losses:
+                    return
             for call, entry in zip(admitted, found, strict=True):
-                if not entry:
+                if not entry and call.entry is not None:
                     lost = BrokerUnavailable("Redis lost the call or its answer while it was away; it may have run")
                     self._finish(call, lost)
 

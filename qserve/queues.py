@@ -110,6 +110,15 @@ class Inbox:
         self._untrimmed += sum(map(len, frames))
         return frames
 
+    async def newest(self, connection: Connection) -> bytes:
+        """Id of the last message that stands in the inbox."""
+        answer = await connection.call("XREVRANGE", self._stream, "+", "-", "COUNT", 1)
+        return bytes(answer[0][0]) if answer else b"0-0"
+
+    def has_seen(self, message: bytes) -> bool:
+        """Whether a message was read."""
+        return _order(message) <= _order(self._last)
+
     def trim(self, connection: Connection) -> None:
         """Delete what was seen."""
         if self._untrimmed:
@@ -334,6 +343,11 @@ def _ignore(_answer: Answer) -> None:
     """For commands whose failure shows elsewhere."""
 
 
+def _order(entry: bytes) -> tuple[int, int]:
+    ms, _, sequence = entry.partition(b"-")
+    return int(ms), int(sequence)
+
+
 def _next_id(entry: bytes) -> str:
-    ms, _, sequence = entry.decode().partition("-")
-    return f"{ms}-{int(sequence) + 1}"
+    ms, sequence = _order(entry)
+    return f"{ms}-{sequence + 1}"
