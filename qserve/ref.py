@@ -10,11 +10,12 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 from qserve.errors import CallCancelled, GetTimeoutError
+from qserve.future import LightFuture
 
 T = TypeVar("T")
 
 
-class Ref(concurrent.futures.Future[T], Generic[T]):
+class Ref(LightFuture[T], Generic[T]):
     """The result of a call: a `concurrent.futures.Future` that can be awaited on any event loop.
 
     Passed as an argument of another call it is resolved first, without blocking anything. Thread-safe.

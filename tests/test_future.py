@@ -1,0 +1,113 @@
+"""The light future keeps the promises of `concurrent.futures.Future`, to waiters of every kind."""
+
+import concurrent.futures
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from qserve.future import LightFuture
+
+
+def in_thread(action: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=action)
+    thread.start()
+    return thread
+
+
+def test_a_blocked_thread_gets_the_result() -> None:
+    future: LightFuture[int] = LightFuture()
+    got: list[int] = []
+    waiting = in_thread(lambda: got.append(future.result(10)))
+
+    future.set_result(3)
+
+    waiting.join(10)
+    assert got == [3]
+
+
+def test_an_exception_is_raised_to_every_waiter() -> None:
+    future: LightFuture[int] = LightFuture()
+    future.set_exception(ZeroDivisionError("x"))
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError, match="x"):
+            future.result(0)
+
+
+@pytest.mark.parametrize("end", ["set_result", "cancel", "set_exception"])
+def test_wait_and_as_completed_see_every_kind_of_end(end: str) -> None:
+    futures: list[LightFuture[int]] = [LightFuture() for _ in range(3)]
+    ends: dict[str, Callable[[LightFuture[int]], object]] = {
+        "set_result": lambda future: future.set_result(1),
+        "cancel": lambda future: future.cancel(),
+        "set_exception": lambda future: future.set_exception(ValueError("x")),
+    }
+    ended: list[concurrent.futures.Future[int]] = []
+    waiting = in_thread(lambda: ended.extend(concurrent.futures.as_completed(futures, timeout=10)))
+
+    for future in futures:
+        ends[end](future)
+
+    waiting.join(10)
+    assert set(ended) == set(futures)
+    assert concurrent.futures.wait(futures, timeout=10).not_done == set()
+
+
+def test_it_is_settled_once() -> None:
+    future: LightFuture[int] = LightFuture()
+    future.set_result(1)
+
+    assert not future.cancel()
+    with pytest.raises(concurrent.futures.InvalidStateError):
+        future.set_result(2)
+    assert future.result(0) == 1
+
+
+def test_only_one_of_many_racing_threads_settles_it() -> None:
+    for _ in range(50):
+        future: LightFuture[int] = LightFuture()
+        wins: list[int] = []
+        start = threading.Barrier(4)
+
+        def race(number: int, future: LightFuture[int] = future, wins: list[int] = wins) -> None:
+            start.wait(10)
+            try:
+                future.set_result(number)
+            except concurrent.futures.InvalidStateError:
+                return
+            wins.append(number)
+
+        threads = [threading.Thread(target=race, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert wins == [future.result(0)]
+
+
+def test_callbacks_run_once_whenever_they_were_added() -> None:
+    future: LightFuture[int] = LightFuture()
+    called: list[object] = []
+    future.add_done_callback(called.append)
+    future.set_result(1)
+    future.add_done_callback(called.append)
+
+    assert called == [future, future]
+
+
+def test_a_cancelled_one_raises_at_once() -> None:
+    future: LightFuture[int] = LightFuture()
+
+    assert future.cancel()
+    assert future.cancelled()
+    assert future.done()
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.result(0)
+
+
+def test_a_timeout_leaves_it_pending() -> None:
+    future: LightFuture[int] = LightFuture()
+    with pytest.raises(TimeoutError):
+        future.result(0.01)
+    future.set_result(1)
+    assert future.result(0) == 1
