@@ -1,0 +1,164 @@
+"""Both ends of a queue in one event loop: a client, and replicas whose user code a test steers."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from qserve.channel import Channel
+from qserve.client import Client, Outcome, PendingCall
+from qserve.codec import Codec
+from qserve.handle import codec_of
+from qserve.messages import ERROR, PYTHON, HttpRequest, HttpResponse, Reply, Signer, decode_error
+from qserve.settings import Settings
+from qserve.spec import DeploymentSpec, Target
+from qserve.state import State
+from qserve_workers.consumer import Consumer
+
+LIMIT_S = 20.0
+
+
+class Code:
+    """User code: says what it is told to, at once or when its gate opens."""
+
+    only_sync = False
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.started: list[object] = []
+        self.ended: list[object] = []
+        self.cancelled: list[object] = []
+
+    def needs_thread(self, method: str) -> bool:
+        return False
+
+    async def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        (value,) = args
+        self.started.append(value)
+        if method == "wait":
+            try:
+                await self.gate.wait()
+            except asyncio.CancelledError:
+                self.cancelled.append(value)
+                raise
+        if method == "fail":
+            raise ValueError(value)
+        self.ended.append(value)
+        return value
+
+    async def http(self, request: HttpRequest, open_channel: Callable[[], Channel]) -> HttpResponse | None:
+        return HttpResponse(200, [], request.body)
+
+    async def stream(
+        self, method: str, args: tuple[object, ...], kwargs: dict[str, object], channel: Channel
+    ) -> None: ...
+
+    async def websocket(self, request: HttpRequest, channel: Channel) -> None: ...
+
+
+class Caller:
+    """A client that speaks in values."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.client = Client(settings)
+        self.codec: Codec = codec_of(self.client)
+        self.outcomes: list[Outcome] = []
+
+    def call(
+        self,
+        value: object,
+        method: str = "",
+        *,
+        deployment: str = "Echo",
+        timeout_s: float = 60.0,
+        safe: bool = False,
+        on_outcome: Callable[[Outcome], None] | None = None,
+    ) -> tuple[PendingCall, "asyncio.Future[Outcome]"]:
+        """Put a call; the future gets its outcome, and fails if there is a second one."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        pending = self.client.prepare(
+            deployment,
+            kind=PYTHON,
+            method=method,
+            payload=self.codec.pack_call((value,), {}),
+            timeout_s=timeout_s,
+            safe=safe,
+            on_outcome=on_outcome or future.set_result,
+        )
+        self.client.put(pending)
+        return pending, future
+
+    async def ask(
+        self, value: object, method: str = "", *, timeout_s: float = 60.0, deployment: str = "Echo"
+    ) -> object:
+        """Call and return the value, or raise."""
+        _, future = self.call(value, method, timeout_s=timeout_s, deployment=deployment)
+        return self.value(await within(future))
+
+    def value(self, outcome: Outcome) -> object:
+        """The value of an outcome; raises its error."""
+        if not isinstance(outcome, Reply):
+            raise outcome
+        if outcome.kind == ERROR:
+            raise self.codec.rebuild_error(decode_error(outcome.payload))
+        value: object = self.codec.unpack(outcome.payload)
+        return value
+
+
+async def within(future: "asyncio.Future[Outcome]", limit_s: float = LIMIT_S) -> Outcome:
+    """The future's result, which may not take long."""
+    return await asyncio.wait_for(future, limit_s)
+
+
+async def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
+    """Wait until something is so."""
+    async with asyncio.timeout(limit_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+def deploy(
+    settings: Settings, name: str = "Echo", *, max_queued: int = 10_000, idempotent: bool = False
+) -> DeploymentSpec:
+    """Deploy something that nobody serves yet."""
+    spec = DeploymentSpec(
+        name=name,
+        target=Target("m:C"),
+        revision="r",
+        max_queued_requests=max_queued,
+        max_concurrent_queries=1000,
+        idempotent=idempotent,
+    )
+    state = State(settings.redis_url, settings.keys, Signer(settings.secrets))
+    state.deploy(spec, expected=state.generation(name))
+    state.redis.hset(settings.keys.meta(name), "last_seen", state.redis.time()[0])
+    state.close()
+    return spec
+
+
+@asynccontextmanager
+async def calling(settings: Settings) -> AsyncIterator[Caller]:
+    """A caller, connected."""
+    caller = Caller(settings)
+    await caller.client.start()
+    try:
+        yield caller
+    finally:
+        await caller.client.stop()
+
+
+@asynccontextmanager
+async def serving(settings: Settings, spec: DeploymentSpec) -> AsyncIterator[tuple[Consumer, Code]]:
+    """A consumer of the deployment's queue and its code."""
+    signer = Signer(settings.secrets)
+    codec = Codec(allow_pickle=signer.signs, max_bytes=settings.max_value_bytes)
+    consumer = Consumer(settings, signer, codec, spec, secrets.token_hex(16))
+    code = Code()
+    await consumer.connect()
+    consumer.start(code)
+    try:
+        yield consumer, code
+    finally:
+        code.gate.set()
+        await consumer.pause()
+        await consumer.stop()
