@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -31,12 +31,14 @@ class LightFuture(concurrent.futures.Future[T], Generic[T]):
         self._done_callbacks: list[Callable[[Any], object]] = []
         self._made_condition: threading.Condition | None = None
 
-    @property
-    def _condition(self) -> threading.Condition:  # type: ignore[override]
-        with _lock:
-            if self._made_condition is None:
-                self._made_condition = threading.Condition()
-            return self._made_condition
+    if not TYPE_CHECKING:  # to the standard library it is an attribute
+
+        @property
+        def _condition(self) -> threading.Condition:
+            with _lock:
+                if self._made_condition is None:
+                    self._made_condition = threading.Condition()
+                return self._made_condition
 
     def done(self) -> bool:
         """Whether it has a result, an exception, or was cancelled."""

@@ -63,21 +63,22 @@ def test_it_is_settled_once() -> None:
     assert future.result(0) == 1
 
 
+def settle(start: threading.Barrier, future: LightFuture[int], number: int, wins: list[int]) -> None:
+    start.wait(10)
+    try:
+        future.set_result(number)
+    except concurrent.futures.InvalidStateError:
+        return
+    wins.append(number)
+
+
 def test_only_one_of_many_racing_threads_settles_it() -> None:
     for _ in range(50):
         future: LightFuture[int] = LightFuture()
         wins: list[int] = []
         start = threading.Barrier(4)
 
-        def race(number: int, future: LightFuture[int] = future, wins: list[int] = wins) -> None:
-            start.wait(10)
-            try:
-                future.set_result(number)
-            except concurrent.futures.InvalidStateError:
-                return
-            wins.append(number)
-
-        threads = [threading.Thread(target=race, args=(number,)) for number in range(4)]
+        threads = [threading.Thread(target=settle, args=(start, future, number, wins)) for number in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
