@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+import qserve.serve  # noqa: F401  tells deployments that user code may deploy where the instance is
 from qserve.channel import Channel
 from qserve.context import ReplicaContext, set_replica_context
 from qserve.errors import MethodNotFound
