@@ -30,6 +30,16 @@ class Settings(BaseSettings):
     """Largest HTTP body; one of more than `out_of_line_bytes` is streamed to its replica."""
     out_of_line_bytes: int = Field(default=256 * 1024, gt=0)
     """Payloads above this size travel under their own key."""
+    http_header_timeout_s: float = Field(default=10.0, gt=0)
+    http_body_timeout_s: float = Field(default=30.0, gt=0)
+    http_body_bytes_per_s: int = Field(default=1024, ge=0)
+    """A request's body that comes slower, after `http_body_timeout_s`, is given up; 0: it may."""
+    http_keep_alive_s: float = Field(default=5.0, gt=0)
+    http_max_connections: int = Field(default=10_000, gt=0)
+    http_max_connections_per_ip: int = Field(default=0, ge=0)
+    """0: no limit; behind a proxy all connections come from one address."""
+    websocket_origins: str = ""
+    """Origins whose pages may open WebSockets beside our own, comma-separated; "*": all."""
     beat_interval_s: float = Field(default=1.0, gt=0)
     dead_after_s: float = Field(default=5.0, gt=0)
     max_loop_stall_s: float = Field(default=30.0, gt=0)

@@ -294,11 +294,11 @@ def test_a_gateway_does_not_start_without_its_middlewares(start: Start, state: S
 def test_a_request_becomes_a_call_and_its_reply_the_response(start: Start, hello: Replica) -> None:
     process = start()
     with process.http() as http, ThreadPoolExecutor() as pool:
-        answer = pool.submit(http.post, "/hello/a?x=1", content=bytes(650_000), headers={"x-a": "b"})
+        answer = pool.submit(http.post, "/hello/a?x=1", content=bytes(200_000), headers={"x-a": "b"})
         call = hello.take()
         request = hello.request(call)
         assert (request.method, request.path, request.query_string) == ("POST", "/hello/a", b"x=1")
-        assert request.body == bytes(650_000)
+        assert request.body == bytes(200_000)
         assert call.safe is False
         hello.reply(call, HttpResponse(201, [(b"x-c", b"d")], b"made"))
         response = answer.result()
@@ -357,7 +357,7 @@ def test_a_full_queue_is_503(start: Start, state: State, redis_client: "redis.Re
 def test_a_body_over_the_limit_is_413_before_anything_is_queued(
     start: Start, hello: Replica, chunked: bool
 ) -> None:
-    process = start(QSERVE_MAX_VALUE_BYTES="100000")
+    process = start(QSERVE_MAX_BODY_BYTES="100000")
     body = bytes(3_000_000)
     with process.http() as http, ThreadPoolExecutor() as pool:
         response = http.post("/hello", content=iter([body]) if chunked else body)

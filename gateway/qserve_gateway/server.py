@@ -9,11 +9,12 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from qserve.background import end
 from qserve.client import Client
@@ -23,9 +24,10 @@ from qserve.settings import Settings
 from qserve.spec import GatewayInfo, HttpSettings
 from qserve.state import Snapshot
 from qserve_gateway.app import Gateway
+from qserve_gateway.door import Door
 from qserve_gateway.following import Follower
 from qserve_gateway.middlewares import load_middlewares
-from qserve_gateway.transport import TickTransport
+from qserve_gateway.protocol import HttpProtocol, WebSocketProtocol
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +68,6 @@ class Ready(msgspec.Struct, omit_defaults=True):
     error: str = ""
 
 
-class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 connection; the place for stricter checks than its parser makes."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected."""
-        super().connection_made(TickTransport(transport, self.loop))
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """The response says it; a line in the log per request would be for the client to fill."""
-
-
 class Server(uvicorn.Server):
     """uvicorn, without its signal handlers: they end the process before the gateway has left in order.
 
@@ -112,6 +103,7 @@ class GatewayProcess:
         self._settings = settings
         self._client = Client(settings)
         self._gateway = Gateway(self._client, settings)
+        self._door = Door(settings)
         self._http = HttpSettings()
         self._routes: dict[str, str] = {}
 
@@ -137,6 +129,7 @@ class GatewayProcess:
             await _until_redis_answers(follower.start)
             await self._serve_and_follow(sock, follower, ready)
         finally:
+            self._door.close()
             await follower.stop()
             await self._client.stop()
         logger.info("stopped")
@@ -146,6 +139,7 @@ class GatewayProcess:
         server = Server(self._uvicorn_config(), started)
         stopping = _stop_signal(server)
         serving = asyncio.create_task(server.serve([sock]))
+        self._door.open()
         await asyncio.wait({started, serving}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             raise cannot_listen(self._options, serving.exception())
@@ -165,8 +159,8 @@ class GatewayProcess:
     def _uvicorn_config(self) -> uvicorn.Config:
         return uvicorn.Config(
             self._gateway,
-            http=HttpProtocol,
-            ws="websockets-sansio",
+            http=cast(Any, partial(HttpProtocol, self._door)),
+            ws=cast(Any, partial(WebSocketProtocol, self._door)),
             ws_max_size=_LARGEST_WEBSOCKET_MESSAGE,
             interface="asgi3",
             lifespan="off",

@@ -66,3 +66,24 @@ class TickTransport(asyncio.Transport):
     def resume_reading(self) -> None:
         """Read on."""
         self._transport.resume_reading()
+
+    def is_reading(self) -> bool:
+        """Whether the client is read from."""
+        return self._transport.is_reading()
+
+    def can_write_eof(self) -> bool:
+        """Whether the connection can be closed in one direction; not with TLS."""
+        return self._transport.can_write_eof()
+
+    def write_eof(self) -> None:
+        """Write no more; the client may go on."""
+        self._flush()
+        self._transport.write_eof()
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes not yet taken by the network."""
+        return self._transport.get_write_buffer_size() + sum(map(len, self._held))
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """When to pause whoever writes."""
+        self._transport.set_write_buffer_limits(high, low)

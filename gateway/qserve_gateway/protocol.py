@@ -1,0 +1,280 @@
+"""One connection: what is let through to uvicorn's HTTP parser, and when its time is over."""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from qserve_gateway.door import LINGER_S, Door
+from qserve_gateway.gate import (
+    CHUNKED,
+    LARGEST_HEAD,
+    LAST_CHUNK,
+    ChunkedBody,
+    LengthBody,
+    Refusal,
+    inspect_head,
+    inspect_part_of_head,
+    refuse,
+)
+from qserve_gateway.transport import TickTransport
+
+MOST_UNWANTED = 1024 * 1024
+"""How much of a body is read after its response, before the connection is closed instead."""
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 connection behind a gate.
+
+    The gate finds out where heads and bodies end by itself, so the parser sees one request after the other, whole heads
+    only, and nothing that has not been checked.
+
+    Args:
+        door: Limits and deadlines, shared by all connections.
+    """
+
+    transport: TickTransport
+
+    def __init__(self, door: Door, **uvicorns: Any) -> None:
+        super().__init__(**uvicorns)
+        self._door = door
+        self._ip = ""
+        self._head = bytearray()
+        """The beginning of a head that is not all there."""
+        self._body: LengthBody | ChunkedBody | None = None
+        self._unwanted = 0
+        self._received = 0
+        """Of the body since `_since`."""
+        self._since = 0.0
+        """When the connection got into the state it is in: idle, in a head, in a body, refused."""
+        self._heard = 0.0
+        self._active: RequestResponseCycle | None = None
+        """Whose response is being made; `cycle` is the newest, which may wait behind it."""
+        self._deaf = False
+        self._refusal: Refusal | None = None
+        """To be told when earlier requests have been answered."""
+        self._leaving = False
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(TickTransport(transport, self.loop))
+        self._ip = self.client[0] if self.client else ""
+        self._since = self._door.now
+        try:
+            self._door.enter(self, self._ip)
+        except Refusal as refusal:
+            self._refuse(refusal)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        self._door.leave(self, self._ip)
+        if self._active is not None and not self._active.response_complete:
+            self._active.disconnected = True  # uvicorn tells the newest only
+            self._active.message_event.set()
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """The gateway leaves: the next response is the last; without a request there is a moment left to send one."""
+        self._leaving = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+        else:
+            self._since = self._door.now
+
+    # What comes in
+
+    def data_received(self, data: bytes) -> None:
+        """Let through what is in order, one request after the other."""
+        try:
+            while data and not self._deaf:
+                data = self._take_head(data) if self._body is None else self._take_body(data)
+        except Refusal as refusal:
+            self._refuse(refusal)
+
+    def _take_head(self, data: bytes) -> bytes:
+        if self._head:
+            data = self._finish_head(data)
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4:
+            self._hold(data)
+            return b""
+        head, length, websocket = inspect_head(data[:end])
+        if websocket:
+            self._door.check_origin(head)
+        elif length > self._door.largest_body:
+            reason = f"its body is over the limit of {self._door.largest_body} bytes (QSERVE_MAX_BODY_BYTES)"
+            raise Refusal(413, reason, "size")
+        super().data_received(head)
+        if websocket and self.transport.get_protocol() is not self:
+            self._door.become_websocket(self)
+            self._deaf = True
+        elif not self._deaf:
+            if length:
+                self._begin_body(length)
+            if self._leaving:
+                self.cycle.keep_alive = False
+        return data[end:]
+
+    def _finish_head(self, data: bytes) -> bytes:
+        """All there is of a head, so far; the beginning, which was looked at before, is not looked at again."""
+        begin = max(0, len(self._head) - 3)
+        self._head += data
+        if self._head.find(b"\r\n\r\n", begin) < 0:
+            if len(self._head) > LARGEST_HEAD:
+                refuse(f"its headers are over {LARGEST_HEAD} bytes", "size")
+            inspect_part_of_head(self._head[begin:])
+            return b""
+        whole = bytes(self._head)
+        self._head.clear()
+        return whole
+
+    def _hold(self, data: bytes) -> None:
+        if data:
+            inspect_part_of_head(data)
+            self._head += data
+            self._since = self._heard = self._door.now
+            if len(data) > LARGEST_HEAD:
+                refuse(f"its headers are over {LARGEST_HEAD} bytes", "size")
+
+    def _begin_body(self, length: int) -> None:
+        self._body = ChunkedBody() if length == CHUNKED else LengthBody(length)
+        self._since = self._heard = self._door.now
+        self._received = self._unwanted = 0
+
+    def _take_body(self, data: bytes) -> bytes:
+        body = self._body
+        assert body is not None
+        self._heard = self._door.now
+        self._received += len(data)
+        part, rest = body.take(data)
+        if body.done and isinstance(body, ChunkedBody):
+            part += LAST_CHUNK
+        if self.cycle.response_complete:
+            self._unwanted += len(part)
+            if self._unwanted > MOST_UNWANTED and not body.done:
+                self._hang_up()
+                return b""
+        if part:
+            super().data_received(part)
+        if body.done:
+            self._body = None
+            self._since = self._door.now
+        return rest
+
+    def send_400_response(self, msg: str) -> None:
+        """The parser found what the gate did not."""
+        self._refuse(Refusal(400, "it is not HTTP/1.1", "syntax"))
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """The response says it; a line in the log per request would be for the client to fill."""
+
+    def handle_websocket_upgrade(self) -> None:
+        """Go on as a WebSocket, unless an earlier request is still waiting for its response."""
+        if self._active is not None and not self._active.response_complete:
+            refuse("a WebSocket's handshake before the response to an earlier request", "framing")
+        super().handle_websocket_upgrade()
+
+    # What goes out
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._active = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or wait for one; the door's clock spares uvicorn's timer per request."""
+        self.server_state.total_requests += 1
+        self._since = self._door.now
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            if self._leaving and not self.pipeline:
+                cycle.keep_alive = False
+            self._start_asgi_task(cycle, app)
+        elif self._refusal is not None:
+            self._answer(self._refusal)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Read no further, and say why as soon as it is this request's turn."""
+        self._deaf = True
+        self._since = self._door.now
+        concerned = self.cycle if self._body is not None else None
+        if concerned is not None and self.pipeline and self.pipeline[0][0] is concerned:
+            self.pipeline.popleft()
+        active = self._active
+        if active is None or active.response_complete:
+            self._answer(refusal)
+        elif active is not concerned:
+            self._refusal = refusal
+        elif active.response_started:
+            self.transport.close()  # cut off, so it does not look whole
+        else:
+            # Its application hears that the client has left.
+            active.disconnected = True
+            active.message_event.set()
+            self._answer(refusal)
+
+    def _answer(self, refusal: Refusal) -> None:
+        headers, body = self._door.refusal_response(refusal)
+        lines = [b"%b: %b\r\n" % field for field in (*self.server_state.default_headers, *headers)]
+        self.transport.write(b"".join((STATUS_LINE[refusal.status], *lines, b"\r\n", body)))
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close in two steps: what is still on its way to us must not destroy what is on its way to the client."""
+        self._deaf = True
+        self._since = self._door.now
+        self._refusal = None
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    # Time
+
+    def look(self, now: float) -> None:
+        """Close the connection if its time is over."""
+        if self._refusal is not None:
+            return  # until the requests before have been answered
+        if self._deaf:
+            if now - self._since > LINGER_S:
+                self.transport.close()
+        elif self.flow.read_paused:
+            # Somebody here takes his time, not the client.
+            self._since, self._heard = self._since + (now - self._heard), now
+        elif self._head or self._body is not None:
+            self._look_at_request(self._door, now)
+        elif self._active is None or self._active.response_complete:
+            patience = LINGER_S if self._leaving else self._door.keep_alive_s
+            if now - self._since > patience:
+                self.transport.close()
+
+    def _look_at_request(self, door: Door, now: float) -> None:
+        waited = now - self._since
+        if self._body is None:
+            if waited > door.header_timeout_s:
+                self._refuse(Refusal(408, f"no whole request within {door.header_timeout_s:g} s", "slow"))
+            return
+        floor = door.body_bytes_per_s
+        too_slow = floor and waited > door.body_timeout_s + self._received / floor
+        if too_slow or now - self._heard > door.body_timeout_s:
+            self._refuse(Refusal(408, "its body comes too slowly", "slow"))
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket connection, counted.
+
+    Args:
+        door: Where it is counted.
+    """
+
+    def __init__(self, door: Door, **uvicorns: Any) -> None:
+        super().__init__(**uvicorns)
+        self._door = door
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        self._door.leave_websocket(self.client[0] if self.client else "")
+        super().connection_lost(exc)
