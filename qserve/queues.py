@@ -136,6 +136,7 @@ class Inbox:
 
     async def open(self, connection: Connection) -> None:
         """Make sure replies are accepted before the first call is put."""
+        _load_scripts(connection)
         await PRESENT.call(connection, (self._alive,), ALIVE_TTL_MS)
 
     def discard(self, connection: Connection) -> None:
@@ -157,6 +158,7 @@ class ReplicaQueue:
 
     async def open(self, connection: Connection) -> None:
         """Make sure the group exists, from the beginning of the stream: nothing put before counts as read."""
+        _load_scripts(connection)
         try:
             await connection.call("XPENDING", self._stream, GROUP)  # allowed beyond maxmemory, unlike XGROUP CREATE
         except RedisError as exc:
@@ -337,6 +339,12 @@ def _run(client: redis.Redis, script: Script, keys: tuple[str, ...], *arguments:
         return client.evalsha(script.sha, len(keys), *keys, *arguments)
     except redis.exceptions.NoScriptError:
         return client.eval(script.source, len(keys), *keys, *arguments)
+
+
+def _load_scripts(connection: Connection) -> None:
+    """Load the scripts whose order matters; one that is loaded on its first use is overtaken by what is sent next."""
+    for script in (ADMIT, REPLY, TELL):
+        connection.send(_ignore, "SCRIPT", "LOAD", script.source)
 
 
 def _ignore(_answer: Answer) -> None:
