@@ -205,8 +205,7 @@ def test_a_deadline_that_passes_is_504_and_a_full_queue_503(gate: Gate, notes: N
     running = handle.remote()
     notes.wait_for(1)
 
-    late = http.get("/busy")
-    assert (late.status_code, late.text) == (504, "")
+    assert http.get("/busy").status_code == 504
     until(lambda: serve.status()["busy"].queued == 1)
     waiting = handle.remote()
     until(lambda: serve.status()["busy"].queued == 2)
