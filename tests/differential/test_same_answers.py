@@ -1,0 +1,39 @@
+"""Any FastAPI or Starlette app behaves behind the gateway as it does on uvicorn: same requests, same answers."""
+
+import pytest
+
+from tests.differential.case import Case
+from tests.differential.catalogue import Topic, load_topics
+from tests.differential.sides import Sides
+
+GROUP_SIZE = 8
+"""So many applications are deployed at once: a replica of each takes 80 MiB."""
+
+TOPICS = load_topics()
+
+DIFFERENT: dict[tuple[str, str], str] = {
+    ("header_params", "connection ends at the gateway"): "no intermediary hands these on (RFC 9110, 7.6.1)",
+}
+"""Cases whose answers differ on purpose, by topic and name, and why."""
+
+ALL = [
+    pytest.param(group, topic, case, id=f"{topic.name}: {case.name}")
+    for group in (tuple(TOPICS[first : first + GROUP_SIZE]) for first in range(0, len(TOPICS), GROUP_SIZE))
+    for topic in group
+    for case in topic.cases
+]
+
+
+@pytest.mark.parametrize(("group", "topic", "case"), ALL)
+def test_the_answer_is_that_of_plain_uvicorn(sides: Sides, group: tuple[Topic, ...], topic: Topic, case: Case) -> None:
+    sides.deploy(group)
+    plain, gateway = sides.ask(topic, case)
+    same = gateway.comparable(plain, case.mask) == plain.comparable(gateway, case.mask)
+    if (topic.name, case.name) in DIFFERENT:
+        assert not same, "this case has no place in the table of differences any more"
+    else:
+        assert gateway.comparable(plain, case.mask) == plain.comparable(gateway, case.mask)
+
+
+def test_the_table_of_differences_names_cases_that_exist() -> None:
+    assert DIFFERENT.keys() <= {(topic.name, case.name) for topic in TOPICS for case in topic.cases}
