@@ -89,27 +89,34 @@ class Answers:
         """Whether an answer may not have arrived."""
         return bool(self._collected or self._sent)
 
-    async def reject(self, entry: Entry, error: Exception) -> None:
-        """Put an entry that is no call of ours among the dead letters; there is no caller to trust."""
+    async def reject(self, entry: Entry, error: Exception, call: Call | None = None, told: bytes = b"") -> None:
+        """Put what is no call of ours among the dead letters.
+
+        Args:
+            call: The call whose contents are wrong, if it is one; else there is no caller to trust.
+            told: Encoded ErrorInfo for its caller.
+        """
         logger.warning("rejected a frame in the queue of %s: %s", self._queue.deployment, error)
         self.count("rejected_frames", 1)
-        await self._give_up(entry, f"rejected: {error}", "", b"")
+        await self._give_up(entry, f"rejected: {error}", call, told)
 
     async def bury(self, entry: Entry, call: Call, reason: str, error: bytes) -> None:
         """Put a call among the dead letters and answer its caller with an encoded ErrorInfo."""
         logger.error("gave up on call %s: %s", call.id, reason)
         self.count("dead_letters", 1)
-        frame = self._signer.seal(encode(Reply(call.id, call.reply_to, ERROR, error)))
-        await self._give_up(entry, reason, call.reply_to, frame)
+        await self._give_up(entry, reason, call, error)
 
     def count(self, metric: str, by: int) -> None:
         """Raise one of the namespace's counters."""
         if self._link.sender is not None:
             self._link.sender.send(_ignore, "HINCRBY", self._keys.counters, metric, by)
 
-    async def _give_up(self, entry: Entry, reason: str, caller: str, frame: bytes) -> None:
+    async def _give_up(self, entry: Entry, reason: str, call: Call | None, error: bytes) -> None:
         if self._link.sender is None:
             return  # still pending for this replica: the next link finds it
+        caller, frame = "", b""
+        if call is not None:
+            caller, frame = call.reply_to, self._signer.seal(encode(Reply(call.id, call.reply_to, ERROR, error)))
         try:
             await self._queue.give_up(self._link.sender, entry.id, reason, caller, frame)
         except BrokerUnavailable as exc:

@@ -366,8 +366,7 @@ class Consumer:
         current_call.set(CallInfo(call.id, entry.deliveries))
         try:
             payload = call.payload if not call.out_of_line else await self._fetch(call)
-            if self._clock.age_ms(entry.time_ms) > call.ttl_ms:
-                raise GetTimeoutError("the deadline passed before a replica was free; the call was not run")
+            self._refuse_late(entry, call)
             if call.kind == HTTP:
                 response = await self._code.http(decode_http_request(payload), partial(self._open_channel, running))
                 kind, result = (VALUE, b"") if response is None else (HTTP_RESPONSE, self._pack_response(response))
@@ -382,6 +381,11 @@ class Consumer:
             if entry.id not in self._running:
                 return  # abandoned or taken over: somebody else answers
             kind, result = ERROR, self._pack_error(CallCancelled("the call was cancelled while it ran"))
+        except FrameRejected as exc:
+            if self._forget(running):
+                spawn(self._answers.reject(entry, exc, call, self._pack_error(exc)))
+            self._read_more()
+            return
         except Exception as exc:
             if call.kind == HTTP and not isinstance(exc, QServeError):
                 logger.exception("Exception in deployment %r, request %s", self.spec.name, call.id)
@@ -458,9 +462,13 @@ class Consumer:
     def _pack_error(self, error: BaseException) -> bytes:
         return encode(self._codec.pack_error(error))
 
+    def _refuse_late(self, entry: Entry, call: Call) -> None:
+        if self._clock.age_ms(entry.time_ms) > call.ttl_ms:
+            raise GetTimeoutError("the deadline passed before a replica was free; the call was not run")
+
     async def _fetch(self, call: Call) -> bytes:
         if self._link.sender is None:
-            raise QServeError("Redis is away")
+            raise BrokerUnavailable("the call's payload could not be fetched: Redis is away")
         sealed = await self._link.sender.call("GET", self._keys.payload(call.id))
         if sealed is None:
             raise GetTimeoutError("the call's payload has expired; it was not run")
