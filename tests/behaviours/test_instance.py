@@ -68,7 +68,7 @@ def test_the_replica_context_is_there_in_the_constructor_and_in_calls_and_nowher
             context = serve.get_replica_context()
             self.early = context.deployment, context.replica_tag, context.servable_object is self
 
-        def __call__(self) -> object:
+        def __call__(self) -> tuple[tuple[str, str, bool], tuple[str, str, bool]]:
             context = serve.get_replica_context()
             return self.early, (context.deployment, context.replica_tag, context.servable_object is self)
 

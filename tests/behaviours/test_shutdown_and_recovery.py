@@ -94,7 +94,7 @@ def test_the_destructor_runs_once_and_calls_it_makes_get_out(is_async: bool, not
             await listener.get_handle().remote("goodbye")
 
     listener.deploy()
-    speaker: serve.Deployment[object] = AsyncSpeaker if is_async else SyncSpeaker  # type: ignore[assignment]
+    speaker: serve.Deployment[object] = AsyncSpeaker if is_async else SyncSpeaker
     speaker.deploy()
     assert notes.read() == []
 
@@ -199,7 +199,11 @@ def test_a_killed_worker_comes_back_with_its_replicas(qserve_instance: TestInsta
 
     os.kill(psutil.Process(int(before)).ppid(), signal.SIGKILL)
 
-    after = until(lambda: (answer := http.get("/pid")).status_code == 200 and answer.text != before and answer.text)
+    def after_it() -> str | None:
+        answer = http.get("/pid")
+        return answer.text if answer.status_code == 200 and answer.text != before else None
+
+    after = until(after_it)
     assert not is_alive(int(before))
     assert is_alive(int(after))
 
