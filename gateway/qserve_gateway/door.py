@@ -124,13 +124,11 @@ class Door:
         request_id = next(self._ids)
         about = "Bad request" if refusal.status == 400 else "Refused"
         body = f"{about}: {refusal.reason}. Request {request_id}.".encode()
-        headers = [
-            (b"content-type", b"text/plain; charset=utf-8"),
-            (b"x-request-id", request_id.encode()),
-            (b"content-length", b"%d" % len(body)),
-            (b"connection", b"close"),
-        ]
-        return headers, body
+        headers = [(b"x-request-id", request_id.encode()), (b"connection", b"close")]
+        if refusal.status == 204:
+            return headers, b""
+        text = (b"content-type", b"text/plain; charset=utf-8")
+        return [text, (b"content-length", b"%d" % len(body)), *headers], body
 
 
 def request_ids() -> Iterator[str]:

@@ -49,10 +49,10 @@ _find_websocket = re.compile(rb"\r\nupgrade:[ \t]*+websocket[ \t]*+\r\n").search
 _find_absolute = re.compile(rb"https?://(" + _HOST + rb")(/.*|\?.*|)", re.IGNORECASE | re.DOTALL).fullmatch
 _find_upward = re.compile(rb"(?:^|[/\\])\.\.(?:$|[/\\;])").search
 _find_control = re.compile(rb"[\x00-\x1f\x7f]").search
-_find_broken_line = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00").search
+_find_broken_line = re.compile(rb"[^\r]\n|\r(?!\n|\Z)|\x00", re.DOTALL).search
 _drop_fields = re.compile(rb"(?<=\r\n)(?:upgrade|qserve-[^:\r]*+):[^\r]*+\r\n", re.IGNORECASE).sub
 _drop_own_fields = re.compile(rb"(?<=\r\n)qserve-[^:\r]*+:[^\r]*+\r\n", re.IGNORECASE).sub
-_match_chunk_line = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*+(?:;[\t -~]*+)?\r\n").match
+_match_chunk_line = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*+(?:;[\t -~]{0,200}+)?\r\n").match
 
 
 class Refusal(Exception):
@@ -83,7 +83,7 @@ def inspect_head(head: bytes) -> tuple[bytes, int, bool]:
     found = _match_plain(head)
     if found is None:
         head = _inspect_line(head)
-    elif b"/.." in found[1]:
+    elif b".." in found[1]:
         _inspect_path(found[1])
     if len(head) > LARGEST_TARGET:
         _inspect_sizes(head)
@@ -134,7 +134,7 @@ def _inspect_line(head: bytes) -> bytes:
         refuse("a header is not `Name: value`", "syntax")
     method, target, minor = line.groups()
     if target == b"*" and method == b"OPTIONS":
-        return head
+        raise Refusal(204, "what is served here depends on the path", "options")
     if not target.startswith(b"/"):
         absolute = _find_absolute(target)
         if absolute is None:

@@ -1,0 +1,66 @@
+"""A whole instance whose gateway loses its patience after half a second, so that every input has an answer soon."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from starlette.requests import Request
+
+from qserve import process, serve
+from qserve.testing import instance
+from tests.front_door.wire import Address
+
+PATIENCE = {
+    "QSERVE_HTTP_HEADER_TIMEOUT_S": "0.5",
+    "QSERVE_HTTP_BODY_TIMEOUT_S": "0.5",
+    "QSERVE_HTTP_KEEP_ALIVE_S": "1",
+    "QSERVE_MAX_BODY_BYTES": "2000000",
+    "QSERVE_WEBSOCKET_ORIGINS": "https://friend.example, http://other.example:8080",
+}
+
+
+async def tell(request: Request) -> dict[str, Any]:
+    """What has arrived."""
+    return {
+        "method": request.method,
+        "path": request.scope["path"],
+        "query": request.scope["query_string"].decode("latin-1"),
+        "headers": sorted([name.decode("latin-1"), value.decode("latin-1")] for name, value in request.headers.raw),
+        "body": len(await request.body()),
+        "version": request.scope["http_version"],
+    }
+
+
+@pytest.fixture(scope="session")
+def door() -> Iterator[Address]:
+    """Where that gateway listens; "/" answers with what has arrived there."""
+    outside = os.environ["QSERVE_RUNTIME_DIR"]
+    os.environ |= PATIENCE
+    try:
+        with instance() as running:
+            inside = os.environ["QSERVE_RUNTIME_DIR"]
+            serve.deployment(name="tell", route_prefix="/")(tell).deploy()
+            process.close_current_client()
+            os.environ["QSERVE_RUNTIME_DIR"] = outside
+            yield Address.of(running.url)
+            os.environ["QSERVE_RUNTIME_DIR"] = inside
+    finally:
+        os.environ["QSERVE_RUNTIME_DIR"] = outside
+        for name in PATIENCE:
+            del os.environ[name]
+
+
+@pytest.fixture
+def unharmed(door: Address) -> Iterator[None]:
+    """Afterwards all processes of the gateway and the replicas are the same, and the next good request is answered."""
+    before = processes()
+    yield
+    assert processes() == before
+    assert door.ask(b"GET /after HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+def processes() -> set[tuple[int, float]]:
+    """This test session's instances: gateways, nodes, workers and replicas."""
+    return {(found.pid, found.create_time()) for found in psutil.Process().children(recursive=True)}
