@@ -64,10 +64,13 @@ class Channel:
         self._arrived: deque[tuple[int, bytes]] = deque()
         self._last_kind = DATA
         self._broken: QServeError | None = None
+        self._is_finished = False
         self.on_data: Callable[[], None] | None = None
         """Called once, when the first of the stream arrives."""
-        self._readable: asyncio.Future[None] | None = None
-        self._writable: asyncio.Future[None] | None = None
+        self._partial: list[bytes] = []
+        self._readable = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._sending = asyncio.Lock()
 
     def greet(self) -> None:
         """Tell the peer who it is talking to, so that it may send."""
@@ -76,26 +79,42 @@ class Channel:
     # Sending
 
     async def send(self, data: bytes) -> None:
-        """Send a message of any size; waits while the reader is behind.
+        """Send a message of any size; waits while the reader is behind. From several tasks, each message stays whole.
 
         Raises:
             StreamBroken: The peer is gone or has had enough.
         """
-        start = 0
-        while len(data) - start > LARGEST_PART:
-            await self._send_part(PART, data[start : start + LARGEST_PART])
-            start += LARGEST_PART
-        await self._send_part(DATA, data[start:] if start else data)
+        async with self._sending:
+            start = 0
+            try:
+                while len(data) - start > LARGEST_PART:
+                    await self._send_part(PART, data[start : start + LARGEST_PART])
+                    start += LARGEST_PART
+                await self._send_part(DATA, data[start:] if start else data)
+            except asyncio.CancelledError:
+                if start:  # what follows would be taken for the rest of it
+                    self.abort("a message was cut short")
+                raise
 
     async def _send_part(self, kind: int, data: bytes) -> None:
         cost = max(len(data), _SMALLEST_COST)
         while self._spent + cost > self._allowed and self._broken is None:
-            self._writable = asyncio.get_running_loop().create_future()
-            await self._writable
+            self._writable.clear()
+            await self._writable.wait()
         if self._broken is not None:
             raise self._broken
         self._spent += cost
         self._emit(kind, data)
+
+    @property
+    def sent(self) -> int:
+        """How many parts have been sent, which the final reply tells so that none is missed."""
+        return self._next_out
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self._broken is not None
 
     async def end(self) -> None:
         """Say that nothing more will be sent.
@@ -104,8 +123,8 @@ class Channel:
             StreamBroken: The peer is gone.
         """
         while not self.peer and self._broken is None:
-            self._writable = asyncio.get_running_loop().create_future()
-            await self._writable
+            self._writable.clear()
+            await self._writable.wait()
         if self._broken is not None:
             raise self._broken
         self._emit(END, b"")
@@ -117,15 +136,26 @@ class Channel:
     # Receiving
 
     async def receive(self) -> bytes | None:
-        """The next message as it was sent, None at the end of the stream; raises like `receive_part`."""
-        parts: list[bytes] = []
+        """The next message as it was sent, None at the end of the stream; raises like `receive_part`.
+
+        Whoever gives up waiting misses nothing: the next call continues.
+        """
         while True:
             data = await self.receive_part()
             if data is None:
                 return None
-            parts.append(data)
+            if self._last_kind == DATA and not self._partial:
+                return data
+            self._partial.append(data)
             if self._last_kind == DATA:
-                return data if len(parts) == 1 else b"".join(parts)
+                parts, self._partial = self._partial, []
+                return b"".join(parts)
+
+    async def wait_broken(self) -> None:
+        """Wait until the peer leaves, whatever else it sends."""
+        while self._broken is None:
+            self._readable.clear()
+            await self._readable.wait()
 
     async def receive_part(self) -> bytes | None:
         """The next part of the stream, wherever its messages begin and end; None at the end of the stream.
@@ -136,17 +166,21 @@ class Channel:
         while not self._arrived:
             if self._broken is not None:
                 raise self._broken
-            self._readable = asyncio.get_running_loop().create_future()
-            await self._readable
+            self._readable.clear()
+            await self._readable.wait()
         self._last_kind, data = self._arrived[0]
         if self._last_kind == END:
             return None  # stays: whoever asks again hears the same
         self._arrived.popleft()
         self._consumed += max(len(data), _SMALLEST_COST)
-        if self._consumed + WINDOW - self._granted >= _GRANT_AFTER and self.peer and self._broken is None:
+        if self._consumed + WINDOW - self._granted >= _GRANT_AFTER and self.peer and self._is_open:
             self._granted = self._consumed + WINDOW
             self._transmit(self.peer, Chunk(self._me, CREDIT, self._granted))
         return data
+
+    @property
+    def _is_open(self) -> bool:
+        return self._broken is None and not self._is_finished
 
     # What arrives
 
@@ -157,13 +191,13 @@ class Channel:
         if not self.peer:
             self.peer = chunk.sender
             self._allowed = WINDOW
-            _wake(self._writable)
+            self._writable.set()
         elif chunk.sender != self.peer:
             self.close(StreamBroken("the replica that streamed has died"))
             return
         if chunk.kind == CREDIT:
             self._allowed = max(self._allowed, chunk.number)
-            _wake(self._writable)
+            self._writable.set()
         elif chunk.kind == ABORT:
             self.close(StreamBroken(chunk.data.decode("utf-8", "replace")))
         elif chunk.kind != HELLO:
@@ -175,31 +209,34 @@ class Channel:
             return
         self._next_in += 1
         self._arrived.append((chunk.kind, chunk.data))
-        _wake(self._readable)
+        self._readable.set()
         if self.on_data is not None:
             on_data, self.on_data = self.on_data, None
             on_data()
 
-    def finish(self) -> None:
-        """The peer's final reply has come: nothing arrives after it."""
-        if not self._arrived or self._arrived[-1][0] != END:
+    def finish(self, parts: int) -> None:
+        """The peer's final reply has come: nothing arrives after it.
+
+        Args:
+            parts: How many it has sent; the last ones may be lost with a connection, although the reply is not.
+        """
+        self._is_finished = True
+        if self._next_in != parts:
+            self.close(StreamBroken("the end of the stream is missing"))
+        elif not self._arrived or self._arrived[-1][0] != END:
             self._arrived.append((END, b""))
-        _wake(self._readable)
+            self._readable.set()
 
     def abort(self, reason: str) -> None:
         """Break the channel on both sides."""
-        if self.peer and self._broken is None:
+        if self.peer and self._is_open:
             self._transmit(self.peer, Chunk(self._me, ABORT, 0, reason.encode()))
         self.close(StreamBroken(reason))
 
     def close(self, error: QServeError) -> None:
         """Break the channel on this side: what has arrived can still be read, then `error` is raised."""
+        self.on_data = None
         if self._broken is None:
             self._broken = error
-            _wake(self._readable)
-            _wake(self._writable)
-
-
-def _wake(waiting: asyncio.Future[None] | None) -> None:
-    if waiting is not None and not waiting.done():
-        waiting.set_result(None)
+            self._readable.set()
+            self._writable.set()

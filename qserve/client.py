@@ -34,6 +34,7 @@ from qserve.messages import (
     CHUNK,
     CONTROL,
     ERROR,
+    VALUE,
     Blob,
     Call,
     Control,
@@ -64,7 +65,7 @@ class PendingCall:
     """A call whose outcome somebody waits for."""
 
     __slots__ = (
-        *("channel", "deadline", "deployment", "entry", "frame", "id"),
+        *("channel", "deadline", "deployment", "entry", "frame", "id", "inherited"),
         *("on_outcome", "on_stream", "payload", "safe", "timeout_s", "timer"),
     )
 
@@ -88,8 +89,10 @@ class PendingCall:
         self.on_outcome = on_outcome
         self.entry: bytes | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.inherited = False
+        """Withdrawn with the call that made it, which was safe to leave half done: so is this one."""
         self.channel: Channel | None = None
-        self.on_stream: Callable[[Channel], None] | None = None
+        self.on_stream: Callable[[PendingCall, Channel], None] | None = None
         """Called when the first of a stream arrives; without it, and without a channel, streams are turned away."""
 
     def take_frame(self) -> bytes:
@@ -207,7 +210,7 @@ class Client:
         """
         channel = pending.channel = Channel(self.id, partial(self._send_chunk, pending.id, pending))
         if pending.on_stream is not None:
-            channel.on_data = partial(pending.on_stream, channel)
+            channel.on_data = partial(pending.on_stream, pending, channel)
         return channel
 
     def put(self, pending: PendingCall) -> None:
@@ -246,8 +249,13 @@ class Client:
         else:
             self._from_thread(partial(self.put, pending))
 
-    def withdraw(self, pending: PendingCall) -> None:
-        """Cancel a call, from any thread: queued, it never reaches a replica; running and safe, it is cancelled ."""
+    def withdraw(self, pending: PendingCall, *, inherited: bool = False) -> None:
+        """Cancel a call, from any thread: queued, it never reaches a replica; running and safe, it is cancelled.
+
+        Args:
+            inherited: The call it was made by was cancelled: it is cancelled whether it is safe or not.
+        """
+        pending.inherited = inherited
         self.run_soon(partial(self.cancel, pending))
 
     def cancel(self, pending: PendingCall) -> None:
@@ -339,6 +347,7 @@ class Client:
             pending.timer.cancel()
         if pending.channel is not None:
             _end_channel(pending.channel, outcome)
+            pending.channel = None  # they refer to each other, and the collector comes seldom
         try:
             pending.on_outcome(outcome)
         except Exception:
@@ -375,7 +384,7 @@ class Client:
 
     def _withdrawn(self, pending: PendingCall, answer: Answer) -> None:
         if isinstance(answer, bytes) and self._link.sender is not None and pending.entry is not None:
-            control = Control("cancel", pending.entry.decode())
+            control = Control("cancel", pending.entry.decode(), pending.inherited)
             send_control(self._link.sender, self._keys, self.signer, answer.decode(), control, pending.id)
 
     def _received(self, answer: Answer) -> None:
@@ -522,7 +531,7 @@ def _end_channel(channel: Channel, outcome: Outcome) -> None:
     elif outcome.kind == ERROR:
         channel.close(StreamBroken("the call failed while it streamed"))
     else:
-        channel.finish()
+        channel.finish(int(outcome.payload or b"0") if outcome.kind == VALUE else 0)
 
 
 def _ignore(_answer: Answer) -> None:

@@ -23,6 +23,7 @@ Answer = Any
 """A parsed RESP value; a failed command's answer is an exception instance."""
 
 _CONNECT_TIMEOUT_S = 5.0
+_LARGE = 8 * 1024
 _KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 
 
@@ -106,7 +107,11 @@ class Connection(asyncio.Protocol):
         self._waiting.append(on_answer)
         if not self._out:
             self._loop.call_soon(self.flush)
-        self._out.append(hiredis.pack_command(command))
+        last = command[-1]
+        if type(last) is bytes and len(last) > _LARGE:
+            self._out += _pack_large(command)
+        else:
+            self._out.append(hiredis.pack_command(command))
 
     def send_now(self, on_answer: Callable[[Answer], None], *command: Any) -> None:
         """Like `send`, but does not wait for the end of the tick."""
@@ -180,6 +185,13 @@ class Connection(asyncio.Protocol):
             on_answer(BrokerUnavailable("the connection to Redis was lost before it answered"))
         if self._on_lost is not None:
             self._on_lost()
+
+
+def _pack_large(command: tuple[Any, ...]) -> tuple[bytes, bytes, bytes]:
+    # hiredis takes 1.2 ms to pack a MiB, twice what signing it costs.
+    head = hiredis.pack_command(command[:-1])
+    length = head.index(b"\r\n")
+    return b"*%d%b$%d\r\n" % (len(command), head[length:], len(command[-1])), command[-1], b"\r\n"
 
 
 class _Nothing:

@@ -1,18 +1,45 @@
 """What user code can ask about the replica it runs in. This module owns the only per-process state of a replica."""
 
+import time
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from qserve.errors import QServeError
 
 
-@dataclass(frozen=True)
+class Nested(Protocol):
+    """A call made by a call."""
+
+    def inherit_cancellation(self) -> None:
+        """Withdraw it, because the call that made it was cancelled; from any thread."""
+
+
+@dataclass(eq=False, slots=True)
 class CallInfo:
-    """The call that is being run: its request id, and 1 for its first delivery, 2 for its second, ..."""
+    """The call that is being run.
+
+    Attributes:
+        request_id: Its id.
+        attempt: 1 for its first delivery, 2 for its second, ...
+        deadline: When it has to end, on `time.monotonic`; None once it streams, which may take as long as it takes.
+        nested: The calls it has made that have not ended.
+    """
 
     request_id: str
     attempt: int = 1
+    deadline: float | None = None
+    nested: set[Nested] = field(default_factory=set)
+
+    def limit(self, timeout_s: float) -> float:
+        """How long a call made by this one may take."""
+        left = timeout_s if self.deadline is None else min(timeout_s, self.deadline - time.monotonic())
+        return max(left, 0.001)
+
+    def cancel_nested(self) -> None:
+        """Withdraw what this call waits for."""
+        for call in list(self.nested):
+            call.inherit_cancellation()
 
 
 current_call: ContextVar[CallInfo | None] = ContextVar("qserve_current_call", default=None)

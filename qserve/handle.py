@@ -7,6 +7,7 @@ from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, overlo
 
 from qserve.client import Client, Outcome, PendingCall
 from qserve.codec import Codec, collect_refs, substitute
+from qserve.context import CallInfo, current_call
 from qserve.errors import QServeError, ValueNotSerializable
 from qserve.messages import ERROR, PYTHON, Reply, decode_error
 from qserve.process import current_client
@@ -63,6 +64,7 @@ class _BaseHandle:
         codec = codec_of(client)
         options = self._options
         ref: CallRef = CallRef(client, codec, self._name, options.method_name, options.timeout_s)
+        ref.belong_to(current_call.get())
         payload = codec.pack_plain_call(args, kwargs)
         if payload is not None:
             ref.send(payload)
@@ -299,6 +301,7 @@ class StreamHandle(_BaseHandle):
         """
         client = current_client()
         timeout_s = self._options.timeout_s
+        timeout_s = client.settings.handle_timeout_s if timeout_s is None else timeout_s
         return open_stream(
             client,
             codec_of(client),
@@ -306,7 +309,8 @@ class StreamHandle(_BaseHandle):
             self._options.method_name,
             args=args,
             kwargs=kwargs,
-            timeout_s=client.settings.handle_timeout_s if timeout_s is None else timeout_s,
+            timeout_s=timeout_s,
+            caller=current_call.get(),
         )
 
     def __getattr__(self, name: str) -> "StreamHandle":
@@ -336,21 +340,35 @@ class CallRef(Ref[Any]):
         self._method = method
         self._timeout_s = timeout_s
         self._pending: PendingCall | None = None
+        self._caller: CallInfo | None = None
 
     @property
     def label(self) -> str:
         """What is called, for messages."""
         return f"{self._deployment}.{self._method}" if self._method else self._deployment
 
+    def belong_to(self, caller: CallInfo | None) -> None:
+        """Inherit the remaining time and the cancellation of the call that makes this one, if one does."""
+        if caller is not None:
+            self._caller = caller
+            caller.nested.add(self)
+
+    def inherit_cancellation(self) -> None:
+        """Withdraw it even if it runs and is not safe: the call it is part of is."""
+        if self._pending is not None:
+            self._client.withdraw(self._pending, inherited=True)
+
     def send(self, payload: bytes) -> None:
         """Put the call with its packed arguments."""
-        timeout_s = self._timeout_s
+        timeout_s = self._client.settings.handle_timeout_s if self._timeout_s is None else self._timeout_s
+        if self._caller is not None:
+            timeout_s = self._caller.limit(timeout_s)
         self._pending = self._client.prepare(
             self._deployment,
             kind=PYTHON,
             method=self._method,
             payload=payload,
-            timeout_s=self._client.settings.handle_timeout_s if timeout_s is None else timeout_s,
+            timeout_s=timeout_s,
             safe=False,
             on_outcome=self._settle,
         )
@@ -369,6 +387,8 @@ class CallRef(Ref[Any]):
         return self._client.is_own_thread()
 
     def _settle(self, outcome: Outcome) -> None:
+        if self._caller is not None:
+            self._caller.nested.discard(self)
         if self.done():
             return  # cancelled
         if isinstance(outcome, QServeError):

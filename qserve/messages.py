@@ -91,10 +91,17 @@ class WebSocketEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Control(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What a replica is told between calls: `cancel` a call (by Reply.id), or `sweep` after a neighbour's death."""
+    """What a replica is told between calls.
+
+    Attributes:
+        verb: `cancel` a call, or `sweep` after a neighbour's death.
+        entry: The call to cancel.
+        inherited: Cancel it even if it is not safe: it is part of a call that is.
+    """
 
     verb: Literal["cancel", "sweep"]
     entry: str = ""
+    inherited: bool = False
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from qserve.channel import Channel
 from qserve.client import Client, Outcome, PendingCall
 from qserve.codec import Codec
+from qserve.context import CallInfo
 from qserve.errors import QServeError, StreamBroken
 from qserve.messages import ERROR, STREAM, decode_error
 
@@ -22,9 +23,14 @@ class ResultStream(Generic[T]):
     Errors of the generator are raised here after what it yielded before. Usable from any thread and event loop.
     """
 
-    def __init__(self, client: Client, codec: Codec, prepare: Callable[[OnOutcome], PendingCall]) -> None:
+    def __init__(
+        self, client: Client, codec: Codec, prepare: Callable[[OnOutcome], PendingCall], caller: CallInfo | None
+    ) -> None:
         self._client = client
         self._codec = codec
+        self._caller = caller
+        if caller is not None:
+            caller.nested.add(self)
         self._error: BaseException | None = None
         self._pending = prepare(self._settle)
         self._channel: concurrent.futures.Future[Channel] = concurrent.futures.Future()
@@ -52,11 +58,17 @@ class ResultStream(Generic[T]):
         """End the call; the replica's generator is closed at its next `yield`."""
         self._client.withdraw(self._pending)
 
+    def inherit_cancellation(self) -> None:
+        """End it with the call that made it."""
+        self._client.withdraw(self._pending, inherited=True)
+
     def _put(self) -> None:
         self._channel.set_result(self._client.open_channel(self._pending))
         self._client.put(self._pending)
 
     def _settle(self, outcome: Outcome) -> None:
+        if self._caller is not None:
+            self._caller.nested.discard(self)
         if isinstance(outcome, QServeError):
             self._error = outcome
         elif outcome.kind == ERROR:
@@ -93,13 +105,18 @@ def open_stream(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     timeout_s: float,
+    caller: CallInfo | None,
 ) -> ResultStream[Any]:
     """Put a call whose result is streamed; its deadline holds until the first part arrives.
+
+    Args:
+        caller: The call that makes this one, whose remaining time and cancellation it inherits.
 
     Raises:
         ValueNotSerializable, PayloadTooLarge: An argument cannot travel; a ref must be resolved first.
     """
     payload = codec.pack_call(args, kwargs, f"the call to {deployment}")
+    limit_s = timeout_s if caller is None else caller.limit(timeout_s)
 
     def prepare(on_outcome: OnOutcome) -> PendingCall:
         return client.prepare(
@@ -107,9 +124,9 @@ def open_stream(
             kind=STREAM,
             method=method,
             payload=payload,
-            timeout_s=timeout_s,
+            timeout_s=limit_s,
             safe=False,
             on_outcome=on_outcome,
         )
 
-    return ResultStream(client, codec, prepare)
+    return ResultStream(client, codec, prepare, caller)

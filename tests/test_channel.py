@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qserve.channel import LARGEST_PART, WINDOW, Channel, Chunk
+from qserve.channel import CREDIT, LARGEST_PART, WINDOW, Channel, Chunk
 from qserve.errors import StreamBroken
 
 
@@ -124,5 +124,56 @@ async def test_a_reader_that_leaves_wakes_a_waiting_writer() -> None:
 async def test_the_final_reply_ends_a_stream_that_had_no_end() -> None:
     wire = Wire()
     await wire.server.send(b"all")
-    wire.client.finish()
+    wire.client.finish(1)
     assert [await wire.client.receive(), await wire.client.receive()] == [b"all", None]
+
+
+async def test_a_final_reply_that_overtook_lost_parts_breaks_the_stream() -> None:
+    wire = Wire()
+    await wire.server.send(b"all")
+    wire.client.finish(2)
+    assert await wire.client.receive() == b"all"
+    with pytest.raises(StreamBroken, match="the end of the stream is missing"):
+        await wire.client.receive()
+
+
+async def test_whoever_gives_up_waiting_for_a_message_misses_nothing() -> None:
+    wire = Wire()
+    large = b"x" * (WINDOW + LARGEST_PART)
+    receiving = asyncio.create_task(wire.client.receive())
+    sending = asyncio.create_task(wire.server.send(large))
+    wire.drop = lambda chunk: chunk.kind == CREDIT  # so that it waits in the middle of the message
+    await asyncio.sleep(0.01)
+    receiving.cancel()
+    await asyncio.wait([receiving])
+    wire.drop = lambda _: False
+    wire.server.feed(Chunk("caller", CREDIT, 10 * WINDOW))
+    assert await wire.client.receive() == large
+    await sending
+
+
+async def test_messages_of_several_senders_stay_whole() -> None:
+    wire = Wire()
+    messages = [bytes([number]) * (LARGEST_PART * 3 + number) for number in range(8)]
+    sending = asyncio.gather(*(wire.server.send(message) for message in messages))
+    assert [await wire.client.receive() for _ in messages] == messages
+    await sending
+
+
+async def test_a_message_cut_short_breaks_the_stream() -> None:
+    wire = Wire()
+    sending = asyncio.create_task(wire.server.send(b"x" * 2 * WINDOW))
+    await asyncio.sleep(0.01)
+    sending.cancel()
+    await asyncio.wait([sending])
+    with pytest.raises(StreamBroken, match="a message was cut short"):
+        await wire.client.receive()
+
+
+async def test_several_readers_may_wait_for_the_end() -> None:
+    wire = Wire()
+    wire.server.greet()
+    waiting = [asyncio.create_task(wire.client.wait_broken()) for _ in range(2)]
+    await asyncio.sleep(0)
+    wire.server.abort("it is over")
+    await asyncio.wait_for(asyncio.gather(*waiting), 1)

@@ -218,7 +218,7 @@ class Gateway:
             on_outcome=on_outcome,
         )
 
-        def on_stream(channel: Channel) -> None:
+        def on_stream(pending: PendingCall, channel: Channel) -> None:
             if not future.done():
                 future.set_result(Stream(channel, pending))
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from qserve.background import end, spawn
+from qserve.background import spawn
 from qserve.channel import Channel
 from qserve.errors import StreamBroken
 from qserve.messages import HttpRequest, HttpResponse, WebSocketEvent, decode_websocket_event, encode
@@ -19,9 +19,12 @@ ASGIApp = Callable[
     Awaitable[None],
 ]
 
-# Since 2.4 a server says by an OSError of `send` that the client is gone, so applications need not listen for it.
-_ASGI = {"version": "3.0", "spec_version": "2.4"}
+# uvicorn's. From 2.4 on Starlette would no longer listen for the client's leaving while it streams, and so leave a
+# generator alone that waits for something that may never come.
+_ASGI = {"version": "3.0", "spec_version": "2.3"}
+_ASGI_WEBSOCKET = {"version": "3.0", "spec_version": "2.4"}
 _HOLD_S = 0.001
+_LAST_WORD_S = 1.0
 _INTERNAL_SERVER_ERROR = HttpResponse(
     500,
     [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"21")],
@@ -47,6 +50,10 @@ def http_scope(request: HttpRequest) -> dict[str, Any]:
     }
 
 
+class ClientLeft(StreamBroken, OSError):
+    """The client is gone; frameworks expect an OSError."""
+
+
 class Exchange:
     """One request and its response, as an ASGI application sees them: `receive` and `send`.
 
@@ -55,7 +62,7 @@ class Exchange:
     """
 
     __slots__ = (
-        *("_channel", "_first", "_flushing", "_follows", "_held", "_open_channel", "_response"),
+        *("_channel", "_first", "_flushing", "_follows", "_held", "_open_channel", "_response", "_timer"),
         *("complete", "streamed"),
     )
 
@@ -66,6 +73,7 @@ class Exchange:
         self._follows = request.body_follows
         self._response = HttpResponse(0, [], b"")
         self._held: bytes | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._flushing: asyncio.Task[None] | None = None
         self.complete = False
         self.streamed = False
@@ -84,39 +92,40 @@ class Exchange:
         if self._first is not None:
             body, self._first = self._first, None
             return {"type": "http.request", "body": body, "more_body": self._follows}
-        if not self.complete:
+        if self._follows:
             with contextlib.suppress(StreamBroken):
                 part = await self.channel.receive_part()
-                if self._follows:
-                    self._follows = part is not None
-                    return {"type": "http.request", "body": part or b"", "more_body": self._follows}
+                self._follows = part is not None
+                return {"type": "http.request", "body": part or b"", "more_body": self._follows}
+        elif not self.complete:
+            await self.channel.wait_broken()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
         """Collect the response, or stream it on.
 
         Raises:
-            StreamBroken: The client has left.
+            ClientLeft: As it says.
         """
         if message["type"] == "http.response.start":
             headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
             self._response = HttpResponse(message["status"], headers, b"")
         elif message["type"] == "http.response.body":
-            await self._send_body(bytes(message.get("body", b"")), more=message.get("more_body", False))
+            try:
+                await self._send_body(bytes(message.get("body", b"")), more=message.get("more_body", False))
+            except StreamBroken as exc:
+                raise ClientLeft(str(exc)) from exc
 
     async def _send_body(self, body: bytes, *, more: bool) -> None:
-        if self._flushing is not None:
-            flushing, self._flushing = self._flushing, None
-            await end(flushing)
-        if self._held is not None and (more or self.streamed):
-            await self._flush_held()
+        if self._held is not None or self._flushing is not None:
+            await self._flush(anyway=more)
         if self.streamed:
             if body:
                 await self.channel.send(body)
         elif more:
             # Middlewares turn whole responses into a part and an empty end: wait a moment for that end.
             self._held = body
-            self._flushing = spawn(self._flush_soon())
+            self._timer = asyncio.get_running_loop().call_later(_HOLD_S, self._begin_flush)
         else:
             self._response = HttpResponse(self._response.status, self._response.headers, (self._held or b"") + body)
         if not more:
@@ -124,20 +133,39 @@ class Exchange:
             if self._channel is not None:
                 self._channel.close(StreamBroken("the response is complete"))
 
-    async def _flush_soon(self) -> None:
-        await asyncio.sleep(_HOLD_S)
-        with contextlib.suppress(StreamBroken):  # the next `send` will say it
-            await self._flush_held()
+    async def settle(self) -> None:
+        """The application has ended: what it sent last is on its way, and nothing is left to do."""
+        if not self.complete and (self._held is not None or self._flushing is not None):
+            with contextlib.suppress(StreamBroken):
+                await self._flush(anyway=True)
 
-    async def _flush_held(self) -> None:
-        held, self._held = self._held, None
-        if held is None:
-            return
-        if not self.streamed:
-            self.streamed = True
+    async def _flush(self, *, anyway: bool) -> None:
+        """Wait for the first part to be sent; if its time has not come yet, send it only if wanted `anyway`."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            if anyway:
+                self._begin_flush()
+        if self._flushing is not None:
+            await self._flushing
+            self._flushing = None
+
+    def _begin_flush(self) -> None:
+        self._timer = None
+        held, self._held = self._held or b"", None
+        self.streamed = True
+        self._flushing = spawn(self._send_first(held))
+
+    async def _send_first(self, held: bytes) -> None:
+        with contextlib.suppress(StreamBroken):  # the next `send` will say it
             await self.channel.send(encode(self._response))
-        if held:
-            await self.channel.send(held)
+            if held:
+                await self.channel.send(held)
+
+    @property
+    def client_has_left(self) -> bool:
+        """Whether nobody waits for a response any more."""
+        return self._channel is not None and self._channel.is_broken
 
     def response(self) -> HttpResponse | None:
         """The collected response, None for one that was streamed; only once it is complete."""
@@ -169,6 +197,7 @@ async def run_asgi(
     except BaseException as exc:  # an endpoint that calls sys.exit() must not end the replica
         if not isinstance(exc, StreamBroken):
             logger.exception("Exception in ASGI application, request %s %s", request.method, request.request_id)
+        await exchange.settle()
         # Starlette raises again what it has answered already.
         if not exchange.complete:
             if exchange.streamed:
@@ -176,48 +205,76 @@ async def run_asgi(
             return _INTERNAL_SERVER_ERROR
     if exchange.complete:
         return exchange.response()
-    if exchange.streamed:
+    await exchange.settle()
+    if exchange.streamed or exchange.client_has_left:
         raise StreamBroken("the application returned in the middle of its response")
     logger.error("ASGI application returned without a response, request %s", request.request_id)
     return _INTERNAL_SERVER_ERROR
 
 
-async def run_websocket(
-    app: ASGIApp, request: HttpRequest, channel: Channel, state: dict[str, Any] | None = None
-) -> None:
-    """Run an application on one WebSocket, whose events come and go over the channel."""
-    scope = http_scope(request)
-    del scope["method"]
-    scope |= {"type": "websocket", "subprotocols": list(request.subprotocols)}
-    scope["extensions"] = {"websocket.http.response": {}}
-    if state is not None:
-        scope["state"] = state.copy()
-    connected = False
+class Socket:
+    """One WebSocket, as an ASGI application sees it; its events come and go over the call's channel."""
 
-    async def receive() -> Message:
-        nonlocal connected
-        if not connected:
-            connected = True
+    def __init__(self, request: HttpRequest, channel: Channel) -> None:
+        self._request = request
+        self._channel = channel
+        self._connected = False
+        self._closed = False
+        self._disconnect: Message = {"type": "websocket.disconnect", "code": 1006, "reason": ""}
+
+    async def run(self, app: ASGIApp, state: dict[str, Any]) -> None:
+        """Run an application on it.
+
+        Args:
+            state: The state its lifespan left; each WebSocket gets a copy.
+
+        Raises:
+            StreamBroken: The application failed.
+        """
+        scope = http_scope(self._request)
+        del scope["method"]
+        scope |= {"type": "websocket", "asgi": _ASGI_WEBSOCKET, "subprotocols": list(self._request.subprotocols)}
+        scope["extensions"] = {"websocket.http.response": {}}
+        scope["state"] = state.copy()
+        try:
+            await app(scope, self._receive, self._send)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as exc:
+            if not isinstance(exc, StreamBroken):
+                logger.exception("Exception in ASGI application, WebSocket %s", self._request.request_id)
+            raise StreamBroken("the application failed") from exc
+
+    async def close(self, code: int, reason: str) -> None:
+        """Close it on the server's behalf; the application hears that it was disconnected."""
+        if self._closed:
+            return
+        self._closed = True
+        self._disconnect = {"type": "websocket.disconnect", "code": code, "reason": reason}
+        with contextlib.suppress(StreamBroken, TimeoutError):
+            async with asyncio.timeout(_LAST_WORD_S):
+                await self._channel.send(encode(WebSocketEvent("close", code=code, reason=reason)))
+        self._channel.close(StreamBroken(reason))
+
+    async def _receive(self) -> Message:
+        if not self._connected:
+            self._connected = True
             return {"type": "websocket.connect"}
         try:
-            data = await channel.receive()
+            data = await self._channel.receive()
         except StreamBroken:
             data = None
         if data is None:
-            return {"type": "websocket.disconnect", "code": 1006, "reason": ""}
+            return self._disconnect
         return _websocket_message(decode_websocket_event(data))
 
-    async def send(message: Message) -> None:
-        await channel.send(encode(_websocket_event(message)))
-
-    try:
-        await app(scope, receive, send)
-    except asyncio.CancelledError:
-        raise
-    except BaseException as exc:
-        if not isinstance(exc, StreamBroken):
-            logger.exception("Exception in ASGI application, WebSocket %s", request.request_id)
-        raise StreamBroken("the application failed") from exc
+    async def _send(self, message: Message) -> None:
+        try:
+            if self._closed:
+                raise StreamBroken("the WebSocket is closed")
+            await self._channel.send(encode(_websocket_event(message)))
+        except StreamBroken as exc:
+            raise ClientLeft(str(exc)) from exc
 
 
 def _websocket_message(event: WebSocketEvent) -> Message:

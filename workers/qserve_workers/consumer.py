@@ -14,7 +14,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
-from qserve.channel import Channel, Chunk
+from qserve.channel import ABORT, CREDIT, Channel, Chunk
 from qserve.codec import Codec
 from qserve.connection import Answer
 from qserve.context import CallInfo, current_call
@@ -38,6 +38,7 @@ from qserve.messages import (
     HTTP,
     HTTP_RESPONSE,
     PYTHON,
+    STREAM,
     VALUE,
     WEBSOCKET,
     Call,
@@ -60,6 +61,7 @@ logger = logging.getLogger(__name__)
 _REMEMBERED = 8192
 """Of how many calls a replica knows at least that it has seen them."""
 _SUSPECTS_KEPT = 16
+_WATCH_EVERY_S = 2.0
 _LAST_WORD_S = 2.0
 _NEXT_TRY_S = 0.2
 _UNTOLD = "the replica was stopped before the call ended; it may have run in part, so it is not run again"
@@ -85,7 +87,7 @@ class Code(Protocol):
 class RunningCall:
     """A call between its arrival and its answer."""
 
-    __slots__ = ("call", "channel", "entry", "needs_thread", "started_at", "task")
+    __slots__ = ("call", "channel", "entry", "info", "needs_thread", "started_at", "streams", "task", "unwanted")
 
     def __init__(self, entry: Entry, call: Call, needs_thread: bool) -> None:
         self.entry = entry
@@ -94,6 +96,9 @@ class RunningCall:
         self.started_at = time.monotonic()
         self.task: asyncio.Task[None] | None = None
         self.channel: Channel | None = None
+        self.info = CallInfo(call.id, entry.deliveries)
+        self.unwanted = False
+        self.streams = False
 
 
 class Consumer:
@@ -124,12 +129,14 @@ class Consumer:
         self._suspect: Entry | None = None
         self._recent: dict[str, bytes] = {}
         self._less_recent: dict[str, bytes] = {}
+        self._unwanted: dict[bytes, None] = {}
         self._accepting = False
         self._reading = False
         self._waiter_id = 0
         self._idle = asyncio.Event()
         self._read_ended = asyncio.Event()
         self._clockwork: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     # Life cycle
 
@@ -137,6 +144,7 @@ class Consumer:
         """Open the queue without taking anything from it."""
         await self._link.start()
         self._clockwork = spawn(self._sample_clock())
+        self._watch = spawn(self._watch_callers())
 
     def start(self, code: Code) -> None:
         """Begin, or go on, to take calls."""
@@ -152,11 +160,15 @@ class Consumer:
             self._end_read()
             await self._read_ended.wait()
 
-    async def finish(self, timeout_s: float) -> bool:
-        """Wait until every call started is answered; False if some are not within `timeout_s`."""
+    async def finish(self, timeout_s: float, *, streams: bool = True) -> bool:
+        """Wait until every call started is answered; False if some are not within `timeout_s`.
+
+        Args:
+            streams: Wait for those that stream, too, which may take as long as they please.
+        """
         try:
             async with asyncio.timeout(timeout_s):
-                while self._running or self._suspect:
+                while self._suspect or any(streams or not call.streams for call in self._running.values()):
                     self._idle.clear()
                     await self._idle.wait()
         except TimeoutError:
@@ -178,7 +190,7 @@ class Consumer:
         for running in list(self._running.values()):
             self._abandon(running)
         self._answers.flush()
-        await end(self._clockwork)
+        await end(self._clockwork, self._watch)
         with contextlib.suppress(QServeError, TimeoutError):
             async with asyncio.timeout(_LAST_WORD_S):
                 if self._link.sender is not None:
@@ -309,7 +321,9 @@ class Consumer:
         except (FrameRejected, msgspec.DecodeError) as exc:
             spawn(self._answers.reject(entry, exc))
             return
-        if entry.deliveries == 1:
+        if entry.id in self._unwanted:
+            self._answers.add(entry.id, call, ERROR, self._pack_error(CallCancelled("the caller left first")))
+        elif entry.deliveries == 1:
             self._start(entry, call)
         else:
             self._begin_again(entry, call)
@@ -363,20 +377,15 @@ class Consumer:
 
     async def _run(self, running: RunningCall) -> None:
         entry, call = running.entry, running.call
-        current_call.set(CallInfo(call.id, entry.deliveries))
+        current_call.set(running.info)
         try:
             payload = call.payload if not call.out_of_line else await self._fetch(call)
-            self._refuse_late(entry, call)
-            if call.kind == HTTP:
-                response = await self._code.http(decode_http_request(payload), partial(self._open_channel, running))
-                kind, result = (VALUE, b"") if response is None else (HTTP_RESPONSE, self._pack_response(response))
-            elif call.kind == PYTHON:
+            running.info.deadline = running.started_at + self._time_left(entry, call)
+            if call.kind == PYTHON:
                 args, kwargs = self._codec.unpack_call(payload)
-                value = await self._code.call(call.method, tuple(args), kwargs)
-                kind, result = VALUE, self._pack_result(value)
+                kind, result = VALUE, self._pack_result(await self._code.call(call.method, tuple(args), kwargs))
             else:
-                await self._stream(running, payload)
-                kind, result = VALUE, b""
+                kind, result = await self._converse(running, payload)
         except asyncio.CancelledError:
             if entry.id not in self._running:
                 return  # abandoned or taken over: somebody else answers
@@ -396,15 +405,21 @@ class Consumer:
             self._answers.add(entry.id, call, kind, result)
         self._read_more()
 
-    async def _stream(self, running: RunningCall, payload: bytes) -> None:
-        """Run a call whose traffic goes over its channel."""
-        channel = self._open_channel(running)
-        if running.call.kind == WEBSOCKET:
+    async def _converse(self, running: RunningCall, payload: bytes) -> tuple[int, bytes]:
+        """Run a call whose traffic may go over its channel; its reply then says how many parts there were."""
+        call = running.call
+        if call.kind == HTTP:
+            response = await self._code.http(decode_http_request(payload), partial(self._open_channel, running))
+            if response is not None:
+                return HTTP_RESPONSE, self._pack_response(response)
+        elif call.kind == WEBSOCKET:
+            channel = self._open_channel(running)
             channel.greet()
             await self._code.websocket(decode_http_request(payload), channel)
         else:
             args, kwargs = self._codec.unpack_call(payload)
-            await self._code.stream(running.call.method, tuple(args), kwargs, channel)
+            await self._code.stream(call.method, tuple(args), kwargs, self._open_channel(running))
+        return VALUE, b"%d" % (0 if running.channel is None else running.channel.sent)
 
     def _open_channel(self, running: RunningCall) -> Channel:
         call = running.call
@@ -414,12 +429,18 @@ class Consumer:
                 channel.close(StreamBroken("the caller is gone"))
 
         def transmit(to: str, chunk: Chunk) -> None:
+            if chunk.kind not in (CREDIT, ABORT) and not running.streams:
+                running.streams = True
+                running.info.deadline = None
+                self._idle.set()
             if self._link.sender is not None:
                 send_chunk(self._link.sender, self._keys, self._signer, to, call.id, chunk, check)
             else:
                 channel.close(StreamBroken("Redis cannot be reached"))
 
         channel = running.channel = self._channels[call.id] = Channel(self._replica, transmit, call.reply_to)
+        if running.unwanted or running.entry.id not in self._running:
+            self._close_channel(running)
         return channel
 
     def take_chunk(self, call: str, chunk: Chunk) -> bool:
@@ -441,8 +462,7 @@ class Consumer:
         self._on_thread -= running.needs_thread
         if running.entry is self._suspect:
             self._suspect = None
-        if not self._running:
-            self._idle.set()
+        self._idle.set()
         return True
 
     def _pack_result(self, value: object) -> bytes:
@@ -462,9 +482,12 @@ class Consumer:
     def _pack_error(self, error: BaseException) -> bytes:
         return encode(self._codec.pack_error(error))
 
-    def _refuse_late(self, entry: Entry, call: Call) -> None:
-        if self._clock.age_ms(entry.time_ms) > call.ttl_ms:
+    def _time_left(self, entry: Entry, call: Call) -> float:
+        """Seconds until a call's deadline; raises where it is over."""
+        left_ms = call.ttl_ms - self._clock.age_ms(entry.time_ms)
+        if left_ms < 0:
             raise GetTimeoutError("the deadline passed before a replica was free; the call was not run")
+        return left_ms / 1000
 
     async def _fetch(self, call: Call) -> bytes:
         if self._link.sender is None:
@@ -477,15 +500,46 @@ class Consumer:
             raise FrameRejected("a payload of another call")
         return blob.data
 
-    def cancel(self, entry: bytes) -> None:
-        """Stop a running call, on its caller's word; only one that is safe to leave half done, and not on a thread."""
+    def cancel(self, entry: bytes, *, inherited: bool = False) -> None:
+        """The caller of a call has left: code that listens for that hears of it.
+
+        A call that is safe to leave half done is cancelled, with the calls it has made, unless it is on a thread; one
+        that only streams is, too. One that has not arrived yet will not start.
+
+        Args:
+            inherited: The call that made it was cancelled.
+        """
         running = self._running.get(entry)
-        if running is None or running.task is None or running.needs_thread:
+        if running is None or running.task is None:
+            self._unwanted[entry] = None
+            if len(self._unwanted) > _REMEMBERED:
+                del self._unwanted[next(iter(self._unwanted))]
             return
+        running.unwanted = True
         if running.channel is not None:
             running.channel.close(StreamBroken("the caller left"))
-        if running.call.safe or self.spec.idempotent:
-            running.task.cancel()
+        if inherited or running.call.safe or running.call.kind == STREAM or self.spec.idempotent:
+            running.info.cancel_nested()
+            if not running.needs_thread:
+                running.task.cancel()
+
+    async def _watch_callers(self) -> None:
+        """Notice callers that died: who waits for their credit, or for their next message, would wait for ever."""
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            with contextlib.suppress(BrokerUnavailable):
+                for caller in {running.call.reply_to for running in self._talking()}:
+                    await self._end_if_dead(caller)
+
+    async def _end_if_dead(self, caller: str) -> None:
+        if self._link.sender is None or await self._link.sender.call("EXISTS", self._keys.alive(caller)):
+            return
+        for running in self._talking():
+            if running.call.reply_to == caller:
+                self.cancel(running.entry.id)
+
+    def _talking(self) -> list[RunningCall]:
+        return [running for running in self._running.values() if running.channel is not None]
 
     def lost(self, entries: list[bytes]) -> None:
         """Stop calls that others have taken over while this replica was thought dead.

@@ -284,7 +284,7 @@ class Replica:
         if config is not None:
             # Calls taken before see the old config, calls taken after the new one; meanwhile they wait in the queue.
             await self._consumer.pause()
-            await self._consumer.finish(float("inf"))
+            await self._consumer.finish(float("inf"), streams=False)
             try:
                 await self._code.reconfigure(config)
             except Exception as exc:
@@ -307,6 +307,8 @@ class Replica:
     async def _leave(self) -> None:
         self._enter(DRAINING)
         await self._consumer.pause()
+        if hasattr(self, "_code"):
+            await self._code.close_websockets()
         with contextlib.suppress(BrokerUnavailable):
             if await self._read_state() is None:  # deleted: what was sent before is answered all the same
                 await self._finish_deleted_queue()
@@ -354,7 +356,7 @@ class Replica:
 
     def _on_control(self, _about: str, control: Control) -> None:
         if control.verb == "cancel":
-            self._consumer.cancel(control.entry.encode())
+            self._consumer.cancel(control.entry.encode(), inherited=control.inherited)
         else:
             self._takeover.sweep()
 

@@ -24,7 +24,7 @@ from qserve.ingress import bind_app
 from qserve.loading import importing
 from qserve.messages import HttpRequest, HttpResponse, WebSocketEvent, encode
 from qserve.spec import DeploymentSpec
-from qserve_workers.asgi import ASGIApp, Lifespan, run_asgi, run_websocket
+from qserve_workers.asgi import ASGIApp, Lifespan, Socket, run_asgi
 from qserve_workers.responses import make_request, make_response, stream_chunks, text_response
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _METHOD_HEADER = b"x-serve-call-method"
 _CALL = "__call__"
 _EXHAUSTED = object()
+_SERVICE_RESTART = 1012
 
 
 class Codec(Protocol):
@@ -74,6 +75,7 @@ class UserCode:
         self._methods: dict[str, _Method] = {}
         self._app: ASGIApp | None = None
         self._lifespan: Lifespan | None = None
+        self._sockets: set[Socket] = set()
         self._threads = ThreadPoolExecutor(spec.max_threads, thread_name_prefix=f"qserve-{spec.name}")
 
     async def construct(self) -> None:
@@ -180,7 +182,16 @@ class UserCode:
         if self._app is None or self._lifespan is None:
             await channel.send(encode(WebSocketEvent("close", code=1008, reason="not a WebSocket")))
         else:
-            await run_websocket(self._app, request, channel, self._lifespan.state)
+            socket = Socket(request, channel)
+            self._sockets.add(socket)
+            try:
+                await socket.run(self._app, self._lifespan.state)
+            finally:
+                self._sockets.discard(socket)
+
+    async def close_websockets(self) -> None:
+        """Send the clients of open WebSockets elsewhere: they last for as long as they please."""
+        await asyncio.gather(*(socket.close(_SERVICE_RESTART, "the replica is leaving") for socket in self._sockets))
 
     async def http(self, request: HttpRequest, open_channel: Callable[[], Channel]) -> HttpResponse | None:
         """Answer a request; None when the response was streamed over the call's channel.
