@@ -397,7 +397,7 @@ class Consumer:
             return
         except Exception as exc:
             if call.kind == HTTP and not isinstance(exc, QServeError):
-                logger.exception("Exception in deployment %r, request %s", self.spec.name, call.id)
+                logger.exception("Exception in deployment %r, request %s", self.spec.name, running.info.request_id)
             kind, result = ERROR, self._pack_error(exc)
         if self._forget(running):
             self.handled += 1
@@ -409,17 +409,24 @@ class Consumer:
         """Run a call whose traffic may go over its channel; its reply then says how many parts there were."""
         call = running.call
         if call.kind == HTTP:
-            response = await self._code.http(decode_http_request(payload), partial(self._open_channel, running))
+            request = self._decode_request(running, payload)
+            response = await self._code.http(request, partial(self._open_channel, running))
             if response is not None:
                 return HTTP_RESPONSE, self._pack_response(response)
         elif call.kind == WEBSOCKET:
             channel = self._open_channel(running)
             channel.greet()
-            await self._code.websocket(decode_http_request(payload), channel)
+            await self._code.websocket(self._decode_request(running, payload), channel)
         else:
             args, kwargs = self._codec.unpack_call(payload)
             await self._code.stream(call.method, tuple(args), kwargs, self._open_channel(running))
         return VALUE, b"%d" % (0 if running.channel is None else running.channel.sent)
+
+    def _decode_request(self, running: RunningCall, payload: bytes) -> HttpRequest:
+        request = decode_http_request(payload)
+        # In logs and for the user's code it has the id that its client knows.
+        running.info.request_id = request.request_id or running.call.id
+        return request
 
     def _open_channel(self, running: RunningCall) -> Channel:
         call = running.call
