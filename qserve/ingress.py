@@ -61,7 +61,23 @@ def bind_app(instance: object) -> Any:
     if "openapi" in vars(bound):
         # A custom schema function describes the routes of the app it was written for: let it see what is served.
         frozen.original.router.routes[:] = bound.routes
-    return bound
+    return _UnderPrefix(bound) if getattr(bound, "root_path", "") else bound
+
+
+class _UnderPrefix:
+    """A FastAPI application made with the deprecated `root_path`, which FastAPI sets over that of the server.
+
+    Paths begin with the prefix the deployment is served under, so with another root_path no route would match: the
+    prefix wins, and the application's own counts where there is none.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._own, app.root_path = app.root_path, ""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["root_path"] = scope.get("root_path") or self._own
+        await self._app(scope, receive, send)
 
 
 def _freeze(app: Any, cls: type) -> Any:

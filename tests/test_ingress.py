@@ -524,6 +524,24 @@ async def test_mounted_applications_redirects_and_urls_work_below_a_prefix(prefi
         assert (await replica.get("/slash")).header("location") == f"http://test{root}/slash/"
 
 
+@pytest.mark.parametrize(("prefix", "root_path"), [("/", "/own"), ("/own", "/own"), ("/other", "/other")])
+async def test_the_prefix_wins_over_the_root_path_of_an_application(prefix: str, root_path: str) -> None:
+    with pytest.warns(match="`root_path` parameter is deprecated"):
+        app = FastAPI(root_path="/own")
+
+    @app.get("/a")
+    def a(request: Request) -> str:
+        return str(request.scope["root_path"])
+
+    @ingress(app)
+    class Views: ...
+
+    async with running(Views, route_prefix=prefix) as replica:
+        assert (await replica.get("/a")).json() == root_path
+        assert (await replica.get("/openapi.json")).json()["servers"] == [{"url": root_path}]
+    assert app.root_path == "/own"
+
+
 async def test_a_custom_openapi_function_describes_what_is_served() -> None:
     app = FastAPI()
 

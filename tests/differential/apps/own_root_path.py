@@ -14,7 +14,7 @@ with warnings.catch_warnings():
 
 @app.get("/here", name="here")
 def here(request: Request) -> list[str]:
-    return [request.scope["root_path"], request.scope["path"], str(request.url_for("here")), request.app.root_path]
+    return [request.scope["root_path"], request.scope["path"], str(request.url_for("here"))]
 
 
 @serve.ingress(app)
