@@ -7,6 +7,7 @@ event-loop tick leave in one write, and answers go to callbacks in order. Everyt
 
 import asyncio
 import contextlib
+import logging
 import socket
 import ssl
 from collections import deque
@@ -18,6 +19,8 @@ from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisError
 
 from qserve.errors import BrokerUnavailable, ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 Answer = Any
 """A parsed RESP value; a failed command's answer is an exception instance."""
@@ -182,7 +185,10 @@ class Connection(asyncio.Protocol):
         lost = list(self._waiting)
         self._waiting.clear()
         for on_answer in lost:
-            on_answer(BrokerUnavailable("the connection to Redis was lost before it answered"))
+            try:
+                on_answer(BrokerUnavailable("the connection to Redis was lost before it answered"))
+            except Exception:  # the others have to learn of it all the same
+                logger.exception("the receiver of an answer failed on the loss of its connection")
         if self._on_lost is not None:
             self._on_lost()
 

@@ -1,7 +1,9 @@
 """Handles: how Python code calls a deployment."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import InvalidStateError
 from functools import lru_cache
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
@@ -9,7 +11,7 @@ from qserve.client import Client, Outcome, PendingCall
 from qserve.codec import Codec, collect_refs, substitute
 from qserve.context import CallInfo, current_call
 from qserve.errors import QServeError, ValueNotSerializable
-from qserve.messages import ERROR, PYTHON, Reply, decode_error
+from qserve.messages import ERROR, PYTHON, decode_error
 from qserve.process import current_client
 from qserve.ref import Ref
 from qserve.streams import ResultStream, open_stream
@@ -375,8 +377,8 @@ class CallRef(Ref[Any]):
         self._client.submit(self._pending)
 
     def fail(self, error: BaseException) -> None:
-        """End without having been sent."""
-        if not self.done():
+        """End with an error of this side, unless it was cancelled."""
+        with contextlib.suppress(InvalidStateError):
             self.set_exception(error)
 
     def withdraw(self) -> None:
@@ -391,20 +393,15 @@ class CallRef(Ref[Any]):
             self._caller.nested.discard(self)
         if self.done():
             return  # cancelled
-        if isinstance(outcome, QServeError):
-            self.set_exception(outcome)
-        elif outcome.kind == ERROR:
-            self.set_exception(self._codec.rebuild_error(decode_error(outcome.payload)))
-        else:
-            self._settle_value(outcome)
-
-    def _settle_value(self, reply: Reply) -> None:
         try:
-            value = self._codec.unpack(reply.payload)
+            if isinstance(outcome, QServeError):
+                self.set_exception(outcome)
+            elif outcome.kind == ERROR:
+                self.set_exception(self._codec.rebuild_error(decode_error(outcome.payload)))
+            else:
+                self.set_result(self._codec.unpack(outcome.payload))
         except Exception as exc:
-            self.set_exception(exc)
-        else:
-            self.set_result(value)
+            self.fail(exc)
 
 
 class _WaitForArguments:
@@ -438,6 +435,8 @@ class _WaitForArguments:
             self._call.send(self._codec.pack_call(args, kwargs, f"the call to {self._call.label}"))
         except Exception as exc:
             self._call.fail(exc)
+        if self._call.cancelled():  # in this very moment
+            self._call.withdraw()
 
 
 def codec_of(client: Client) -> Codec:

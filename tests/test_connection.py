@@ -169,6 +169,22 @@ async def test_closing_fails_open_commands_and_does_not_count_as_a_loss(
     assert not lost.is_set()
 
 
+async def test_a_receiver_that_fails_on_the_loss_keeps_it_from_nobody(
+    peer: tuple[Peer, Connection, asyncio.Event],
+) -> None:
+    _, connection, _ = peer
+    answers: list[Answer] = []
+
+    def fail(answer: Answer) -> None:
+        raise RuntimeError("not now")
+
+    connection.send(fail, "GET", "x")
+    connection.send(answers.append, "GET", "y")
+    connection.close()
+
+    assert [type(answer) for answer in answers] == [BrokerUnavailable]
+
+
 async def test_a_receiver_may_close_the_connection_it_is_answered_on(
     peer: tuple[Peer, Connection, asyncio.Event],
 ) -> None:
