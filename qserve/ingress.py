@@ -1,6 +1,7 @@
 """`@serve.ingress(app)`: an ASGI application (FastAPI, APIRouter, Starlette or any other) in front of a class."""
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
 from qserve.appcopy import copy_app, rebuild_route, walk
+
+logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=type)
 
@@ -57,11 +60,31 @@ def bind_app(instance: object) -> Any:
     frozen: FrozenApp = type(instance).__qserve_asgi__  # type: ignore[attr-defined]
     if not isinstance(frozen.app, Starlette):
         return frozen.app
+    if isinstance(frozen.original, Starlette):
+        _warn_of_late_additions(frozen, type(instance))
     bound = copy_app(frozen.app, lambda route: _bind(route, instance))
     if "openapi" in vars(bound):
         # A custom schema function describes the routes of the app it was written for: let it see what is served.
         frozen.original.router.routes[:] = bound.routes
     return _UnderPrefix(bound) if getattr(bound, "root_path", "") else bound
+
+
+def _warn_of_late_additions(frozen: FrozenApp, cls: type) -> None:
+    """Say so if the app was given more than routes after its class was decorated; routes may be for another class."""
+    counted: dict[str, Callable[[Any], int]] = {
+        "startup hooks": lambda app: len(getattr(app.router, "on_startup", ())),
+        "shutdown hooks": lambda app: len(getattr(app.router, "on_shutdown", ())),
+        "middlewares": lambda app: len(app.user_middleware),
+        "exception handlers": lambda app: len(app.exception_handlers),
+    }
+    late = [what for what, count in counted.items() if count(frozen.original) > count(frozen.app)]
+    if late:
+        logger.warning(
+            "%s were added to the application after @serve.ingress had decorated %s and are not used: "
+            "add them above the class.",
+            " and ".join(late).capitalize(),
+            cls.__qualname__,
+        )
 
 
 class _UnderPrefix:

@@ -524,6 +524,33 @@ async def test_mounted_applications_redirects_and_urls_work_below_a_prefix(prefi
         assert (await replica.get("/slash")).header("location") == f"http://test{root}/slash/"
 
 
+async def test_what_comes_after_the_class_is_not_used_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+    ran: list[str] = []
+
+    @ingress(app)
+    class Views: ...
+
+    app.router.on_startup.append(lambda: ran.append("late"))
+    app.add_middleware(CORSMiddleware)
+    async with running(Views):
+        assert ran == []
+    assert "Startup hooks and middlewares were added to the application after @serve.ingress had" in caplog.text
+
+
+async def test_routes_after_the_class_may_be_for_another_one(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+
+    @ingress(app)
+    class Views: ...
+
+    @app.get("/late")
+    def late() -> None: ...
+
+    async with running(Views):
+        assert caplog.text == ""
+
+
 @pytest.mark.parametrize(("prefix", "root_path"), [("/", "/own"), ("/own", "/own"), ("/other", "/other")])
 async def test_the_prefix_wins_over_the_root_path_of_an_application(prefix: str, root_path: str) -> None:
     with pytest.warns(match="`root_path` parameter is deprecated"):
