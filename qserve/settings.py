@@ -1,6 +1,7 @@
 """Configuration from the environment (`QSERVE_*`); docs/configuration.md lists it for users."""
 
 from functools import cached_property
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -40,6 +41,14 @@ class Settings(BaseSettings):
     """0: no limit; behind a proxy all connections come from one address."""
     websocket_origins: str = ""
     """Origins whose pages may open WebSockets beside our own, comma-separated; "*": all."""
+    access_log: Literal["off", "text", "json"] = "off"
+    api_keys: str = Field(default="", repr=False)
+    """Keys, or `sha256:` digests of them, separated by commas; with one, HTTP is only for whoever brings one."""
+    api_keys_file: str = ""
+    admin_port: int | None = Field(default=None, ge=0, le=65535)
+    admin_host: str = "127.0.0.1"
+    admin_token: str = Field(default="", repr=False)
+    admin_allowed_hosts: str = ""
     beat_interval_s: float = Field(default=1.0, gt=0)
     dead_after_s: float = Field(default=5.0, gt=0)
     max_loop_stall_s: float = Field(default=30.0, gt=0)

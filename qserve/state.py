@@ -209,6 +209,11 @@ class State:
         """Calls of a deployment that wait or run."""
         return int(self._do("XLEN", self.keys.calls(name)))
 
+    def counters(self) -> dict[str, int]:
+        """Rare events of all processes, by name."""
+        found: dict[bytes, bytes] = self._do("HGETALL", self.keys.counters)
+        return {name.decode(): int(count) for name, count in found.items()}
+
     def forget_remains(self, name: str) -> None:
         """Remove what is left of a deleted deployment: its queue, and what its replicas and workers reported."""
         keys = (self.keys.replicas(name), self.keys.heartbeats(name), self.keys.workers(name), self.keys.calls(name))

@@ -10,7 +10,7 @@ import click
 from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.local import find_settings
 from qserve.process import new_event_loop
-from qserve_gateway.server import GatewayProcess, Options
+from qserve_gateway.server import GatewayProcess, Options, Tls
 
 
 @click.command()
@@ -26,6 +26,10 @@ from qserve_gateway.server import GatewayProcess, Options
     default="",
     help="Proxies whose X-Forwarded-* headers are believed, comma-separated. Default: none.",
 )
+@click.option("--ssl-certfile", help="Certificate chain, for HTTPS.")
+@click.option("--ssl-keyfile", help="Its key, where it does not stand in the same file.")
+@click.option("--ssl-keyfile-password", envvar="QSERVE_SSL_KEYFILE_PASSWORD", help="Of the key.")
+@click.option("--ssl-ca-certs", help="Authorities; clients have to show a certificate of one of them.")
 @click.option("--graceful-shutdown-timeout", "graceful_shutdown_timeout_s", default=20, show_default=True)
 def main(
     host: str,
@@ -34,10 +38,15 @@ def main(
     reuse_port: bool,
     ready_file: Path | None,
     trusted_proxies: str,
+    ssl_certfile: str | None,
+    ssl_keyfile: str | None,
+    ssl_keyfile_password: str | None,
+    ssl_ca_certs: str | None,
     graceful_shutdown_timeout_s: int,
 ) -> None:
     """Serve the deployments of a namespace over HTTP."""
-    options = Options(host, port, fd, reuse_port, ready_file, trusted_proxies, graceful_shutdown_timeout_s)
+    tls = Tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs) if ssl_certfile else None
+    options = Options(host, port, fd, reuse_port, ready_file, trusted_proxies, graceful_shutdown_timeout_s, tls)
     try:
         settings = find_settings()
         _log_to_stderr(settings.log_level)

@@ -1,10 +1,8 @@
 """The gateway as an ASGI application: one request, from its path to its response."""
 
 import asyncio
-import os
 import re
 from collections.abc import Awaitable, Callable, Iterable
-from itertools import count
 from typing import Protocol
 
 from starlette.middleware import Middleware
@@ -16,8 +14,10 @@ from qserve.errors import ConfigurationError, QServeError, StreamBroken
 from qserve.messages import HTTP, WEBSOCKET, HttpRequest, HttpResponse, encode
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
+from qserve_gateway.apikeys import ApiKeys, KeyRefused
 from qserve_gateway.departures import Departures
-from qserve_gateway.headers import UNUSUAL, Headers, end_to_end
+from qserve_gateway.door import request_ids
+from qserve_gateway.headers import SPOOFED, UNUSUAL, Headers, end_to_end
 from qserve_gateway.respond import json_response, local_error_response, outcome_response, send_response, text_response
 from qserve_gateway.routes import Route, RouteTable
 from qserve_gateway.streaming import Upload, body_too_large, stream_response
@@ -91,19 +91,20 @@ class Gateway:
     Args:
         calls: Where calls are put.
         settings: Limits and defaults.
+        keys: Who may come in, None: everybody.
     """
 
-    def __init__(self, calls: Calls, settings: Settings) -> None:
+    def __init__(self, calls: Calls, settings: Settings, keys: ApiKeys | None = None) -> None:
         self._calls = calls
         self._settings = settings
+        self._keys = keys
         self._specs: tuple[DeploymentSpec, ...] = ()
         self._root_path = ""
         self._routes = RouteTable()
         self._stack: Callable[[Scope, Receive, Send], Awaitable[None]] = self.serve
         self._departures = Departures()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._id_prefix = os.urandom(8).hex()
-        self._id_numbers = count(1)
+        self._ids = request_ids()
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         # Not async: without middlewares the server awaits `serve` itself, a frame less per request.
@@ -142,12 +143,15 @@ class Gateway:
             return
         named = dict(scope["headers"])
         request_id = self._request_id(named.get(b"x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
         try:
             response = await self._respond(scope, receive, named, request_id)
         except Refused as refused:
             response = refused.response
         except QServeError as exc:
             response = local_error_response(exc)
+        except KeyRefused as exc:
+            response = _key_refused(exc)
         except ClientLeft:
             return
         if isinstance(response, Stream):
@@ -159,10 +163,13 @@ class Gateway:
         headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"], named)
         path, raw_path = self._full_path(scope)
         if path.startswith("/-/", len(self._root_path)):
-            return self._own_page(path)
+            return self._own_page(path, headers, named)
         route = self._routes.match(path)
+        if self._keys is not None:
+            headers = self._keys.check(headers, named, route.deployment if route is not None else "")
         if route is None:
             return _not_found(path)
+        scope["state"]["deployment"] = route.deployment
         body, follows = b"", False
         if b"transfer-encoding" in named or named.get(b"content-length", b"0") != b"0":
             body, follows = await _read_beginning(receive, named, self._settings)
@@ -274,14 +281,24 @@ class Gateway:
     async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         named = dict(scope["headers"])
         request_id = self._request_id(named.get(b"x-request-id"))
+        noted = scope.setdefault("state", {})
+        noted["request_id"] = request_id
         await receive()  # "websocket.connect"
         path, raw_path = self._full_path(scope)
         route = self._routes.match(path)
+        headers = [pair for pair in scope["headers"] if pair[0] not in SPOOFED]
+        try:
+            if self._keys is not None:
+                headers = self._keys.check(headers, named, route.deployment if route is not None else "")
+        except KeyRefused as exc:
+            await deny(send, _key_refused(exc), request_id)
+            return
         if route is None:
             await deny(send, _not_found(path), request_id)
             return
+        noted["deployment"] = route.deployment
         request = HttpRequest(
-            *("GET", path, raw_path, scope["query_string"], scope["headers"], route.root_path, scope["scheme"]),
+            *("GET", path, raw_path, scope["query_string"], headers, route.root_path, scope["scheme"]),
             *(scope["client"], scope["server"], scope["http_version"], request_id, b""),
             subprotocols=tuple(scope["subprotocols"]),
         )
@@ -309,18 +326,20 @@ class Gateway:
                 await stream.upload.stop()
             self._calls.cancel(stream.pending)  # without effect where it has ended
 
-    def _own_page(self, path: str) -> HttpResponse:
+    def _own_page(self, path: str, headers: Headers, named: Named) -> HttpResponse:
         name = path[len(self._root_path) :]
-        if name == "/-/routes":
-            return json_response(self.routes)
         if name == "/-/healthz":
             return text_response(200, "success")
+        if self._keys is not None:
+            self._keys.check(headers, named, "")
+        if name == "/-/routes":
+            return json_response(self.routes)
         return _not_found(path)
 
     def _request_id(self, asked: bytes | None) -> str:
         if asked is not None and _is_request_id(asked):
             return asked.decode("ascii")
-        return f"{self._id_prefix}{next(self._id_numbers):08x}"
+        return next(self._ids)
 
 
 def _cleaned(headers: Headers, named: Named) -> Headers:
@@ -347,6 +366,11 @@ async def _read_beginning(receive: Receive, named: Named, settings: Settings) ->
     if size > settings.max_body_bytes:
         raise body_too_large(settings.max_body_bytes)
     return parts[0] if len(parts) == 1 else b"".join(parts), more
+
+
+def _key_refused(exc: KeyRefused) -> HttpResponse:
+    challenge = ((b"www-authenticate", b"Bearer"),) if exc.status == 401 else ()
+    return text_response(exc.status, f"Refused: {exc}.", *challenge)
 
 
 def _not_found(path: str) -> HttpResponse:

@@ -3,13 +3,15 @@
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from qserve.settings import Settings
+from qserve_gateway.accesslog import AccessLog
 from qserve_gateway.gate import Refusal, header_in
+from qserve_gateway.observe import Observer
 
 SWEEP_S = 0.5
 LINGER_S = 1.5
@@ -32,6 +34,8 @@ class Door:
     Attributes:
         now: The event loop's time, at most half a second old.
         refused: Kind of refusal -> how often, for the metrics.
+        observer: Counts responses.
+        log: Where responses are noted, None: nowhere.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -43,6 +47,8 @@ class Door:
         self.now = 0.0
         self.refused: Counter[str] = Counter()
         self.websockets = 0
+        self.observer = Observer()
+        self.log = AccessLog(settings.access_log) if settings.access_log != "off" else None
         self._most = settings.http_max_connections
         self._most_per_ip = settings.http_max_connections_per_ip
         listed = settings.websocket_origins.lower().split(",")
@@ -56,10 +62,12 @@ class Door:
         """Start to watch the clock."""
         self._sweep()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Watch it no more."""
         if self._timer is not None:
             self._timer.cancel()
+        if self.log is not None:
+            await self.log.close()
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
@@ -105,6 +113,12 @@ class Door:
         self._by_ip[ip] -= 1
         if self._by_ip[ip] <= 0:
             del self._by_ip[ip]
+
+    def note(self, scope: Mapping[str, Any], status: int, size: int, seconds: float) -> None:
+        """A request has had its response."""
+        self.observer.count(scope["state"].get("deployment", ""), status, seconds)
+        if self.log is not None:
+            self.log.add(scope, status, size, seconds)
 
     def check_origin(self, head: bytes) -> None:
         """A browser sends a page's WebSockets to wherever the page says, with the user's cookies.

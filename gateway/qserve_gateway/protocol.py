@@ -1,6 +1,7 @@
 """One connection: what is let through to uvicorn's HTTP parser, and when its time is over."""
 
 import asyncio
+from time import monotonic
 from typing import Any
 
 from httptools import HttpParserError, HttpParserUpgrade
@@ -21,6 +22,10 @@ from qserve_gateway.gate import (
 )
 from qserve_gateway.transport import TickTransport
 
+CLIENT_LEFT = 499
+"""Noted as the status of requests whose clients did not wait; nginx's number."""
+LAST_CHANCE_S = 0.4
+"""How long an idle connection stays open when the gateway leaves: a request may be on its way."""
 MOST_UNWANTED = 1024 * 1024
 """How much of a body is read after its response, before the connection is closed instead."""
 
@@ -58,6 +63,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._refusal: Refusal | None = None
         """To be told when earlier requests have been answered."""
         self._leaving = False
+        self._began = 0.0
+        """When the request was handed on that `_active` answers."""
 
     # The connection
 
@@ -77,6 +84,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self._active is not None and not self._active.response_complete:
             self._active.disconnected = True  # uvicorn tells the newest only
             self._active.message_event.set()
+            seconds = monotonic() - self._began
+            self._door.note(self._active.scope, CLIENT_LEFT, self.transport.sent, seconds)
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
@@ -194,6 +203,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._active = cycle
+        self._began = monotonic()
         task = self.loop.create_task(cycle.run_asgi(app))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -202,6 +212,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Go on with the next request, or wait for one; the door's clock spares uvicorn's timer per request."""
         self.server_state.total_requests += 1
         self._since = self._door.now
+        self._note()
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
@@ -212,6 +223,12 @@ class HttpProtocol(HttpToolsProtocol):
             self._start_asgi_task(cycle, app)
         elif self._refusal is not None:
             self._answer(self._refusal)
+
+    def _note(self) -> None:
+        transport = self.transport
+        if transport.head is not None and self._active is not None:
+            self._door.note(self._active.scope, int(transport.head[9:12]), transport.sent, monotonic() - self._began)
+        transport.head, transport.sent = None, 0
 
     def _refuse(self, refusal: Refusal) -> None:
         """Read no further, and say why as soon as it is this request's turn."""
@@ -231,10 +248,14 @@ class HttpProtocol(HttpToolsProtocol):
             # Its application hears that the client has left.
             active.disconnected = True
             active.message_event.set()
+            active.response_complete = True
             self._answer(refusal)
 
     def _answer(self, refusal: Refusal) -> None:
         headers, body = self._door.refusal_response(refusal)
+        if self._door.log is not None:
+            about = {"client": self.client, "method": "-", "raw_path": b"-", "http_version": "1.1"}
+            self._door.log.add(about, refusal.status, len(body), 0.0)
         lines = [b"%b: %b\r\n" % field for field in (*self.server_state.default_headers, *headers)]
         self.transport.write(b"".join((STATUS_LINE[refusal.status], *lines, b"\r\n", body)))
         self._hang_up()
@@ -262,7 +283,7 @@ class HttpProtocol(HttpToolsProtocol):
         elif self._head or self._body is not None:
             self._look_at_request(self._door, now)
         elif self._active is None or self._active.response_complete:
-            patience = LINGER_S if self._leaving else self._door.keep_alive_s
+            patience = LAST_CHANCE_S if self._leaving else self._door.keep_alive_s
             if now - self._since > patience:
                 self.transport.close()
 
@@ -288,8 +309,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def __init__(self, door: Door, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
         self._door = door
+        self._began = monotonic()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         self._door.leave_websocket(self.client[0] if self.client else "")
+        if self._door.log is not None and self.handshake_initiated:
+            seconds = monotonic() - self._began
+            self._door.log.add(self.scope, 101 if self.handshake_complete else 0, 0, seconds)
         super().connection_lost(exc)

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +17,15 @@ from typing import Any, cast
 import msgspec
 import uvicorn
 
-from qserve.background import end
+from qserve.background import end, spawn
 from qserve.client import Client
 from qserve.codec import Codec
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.settings import Settings
 from qserve.spec import GatewayInfo, HttpSettings
-from qserve.state import Snapshot
+from qserve.state import Snapshot, State
+from qserve_gateway.admin import Admin, admin_token
+from qserve_gateway.apikeys import load_api_keys
 from qserve_gateway.app import Gateway
 from qserve_gateway.door import Door
 from qserve_gateway.following import Follower
@@ -37,6 +40,20 @@ _LARGEST_WEBSOCKET_MESSAGE = 1024 * 1024
 
 
 @dataclass(frozen=True)
+class Tls:
+    """As uvicorn's options of these names.
+
+    Attributes:
+        ca_certs: Clients have to show a certificate of one of these authorities.
+    """
+
+    certfile: str
+    keyfile: str | None = None
+    keyfile_password: str | None = None
+    ca_certs: str | None = None
+
+
+@dataclass(frozen=True)
 class Options:
     """Where to listen, and whom to tell.
 
@@ -45,6 +62,7 @@ class Options:
         reuse_port: Several gateways of this machine share the port.
         ready_file: Gets one line of JSON (`Ready`) once requests are served, or it is clear that they never will be.
         trusted_proxies: Addresses whose X-Forwarded-* headers are believed, as in uvicorn; "" for none.
+        tls: How to speak HTTPS, None: HTTP.
         graceful_shutdown_timeout_s: How long requests in flight may take to finish after SIGTERM.
     """
 
@@ -55,6 +73,7 @@ class Options:
     ready_file: Path | None = None
     trusted_proxies: str = ""
     graceful_shutdown_timeout_s: int = 20
+    tls: Tls | None = None
 
 
 class Ready(msgspec.Struct, omit_defaults=True):
@@ -65,6 +84,7 @@ class Ready(msgspec.Struct, omit_defaults=True):
     host: str = ""
     port: int = 0
     url: str = ""
+    admin_url: str = ""
     error: str = ""
 
 
@@ -84,6 +104,28 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._started.set_result(None)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, but serve those the kernel has taken for us: closing would reset them."""
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            listeners = [stack.enter_context(socket.socket(fileno=os.dup(it.fileno()))) for it in sockets or []]
+            for server in self.servers:
+                server.close()
+            for listener in listeners:
+                listener.setblocking(False)
+                with contextlib.suppress(BlockingIOError, ConnectionError):
+                    while True:
+                        connection, _ = listener.accept()
+                        await loop.connect_accepted_socket(self._new_protocol, connection, ssl=self.config.ssl)
+        await super().shutdown(sockets)
+
+    def _new_protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the caller."""
@@ -102,7 +144,7 @@ class GatewayProcess:
         self._options = options
         self._settings = settings
         self._client = Client(settings)
-        self._gateway = Gateway(self._client, settings)
+        self._gateway = Gateway(self._client, settings, load_api_keys(settings))
         self._door = Door(settings)
         self._http = HttpSettings()
         self._routes: dict[str, str] = {}
@@ -121,20 +163,23 @@ class GatewayProcess:
             raise
 
     async def _serve(self, sock: socket.socket) -> None:
-        ready = describe(sock, self._client.id)
+        ready = describe(sock, self._client.id, "https" if self._options.tls else "http")
         info = GatewayInfo(id=ready.id, host=socket.gethostname(), pid=ready.pid, url=ready.url)
         follower = Follower(self._client, info, self._apply)
         await _until_redis_answers(self._client.start)
         try:
             await _until_redis_answers(follower.start)
-            await self._serve_and_follow(sock, follower, ready)
+            async with contextlib.AsyncExitStack() as stack:
+                await self._serve_and_follow(sock, follower, ready, stack)
         finally:
-            self._door.close()
+            await self._door.close()
             await follower.stop()
             await self._client.stop()
         logger.info("stopped")
 
-    async def _serve_and_follow(self, sock: socket.socket, follower: Follower, ready: Ready) -> None:
+    async def _serve_and_follow(
+        self, sock: socket.socket, follower: Follower, ready: Ready, stack: contextlib.AsyncExitStack
+    ) -> None:
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         server = Server(self._uvicorn_config(), started)
         stopping = _stop_signal(server)
@@ -143,6 +188,7 @@ class GatewayProcess:
         await asyncio.wait({started, serving}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             raise cannot_listen(self._options, serving.exception())
+        await self._start_admin(stack, ready, stopping)
         following = asyncio.create_task(follower.run())
         report(self._options.ready_file, ready)
         logger.info("serving on %s", ready.url)
@@ -156,8 +202,55 @@ class GatewayProcess:
         if not following.cancelled():
             following.result()
 
+    async def _start_admin(
+        self, stack: contextlib.AsyncExitStack, ready: Ready, stopping: asyncio.Future[None]
+    ) -> None:
+        """Start the admin listener, where one is configured; it goes with the stack."""
+        if self._settings.admin_port is None:
+            return
+        token = admin_token(self._settings)
+        listen = Options(self._settings.admin_host, self._settings.admin_port)
+        sock = stack.enter_context(listening_socket(listen))
+        state = State(self._settings.redis_url, self._settings.keys, self._client.signer)
+        stack.callback(state.close)
+        door = Door(self._settings.model_copy(update={"access_log": "off"}))
+
+        def drain() -> None:
+            if not stopping.done():
+                stopping.set_result(None)
+
+        admin = Admin(self._settings, state, self._door, ready.id, token, drain)
+        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        server = Server(
+            uvicorn.Config(
+                admin,
+                http=cast(Any, partial(HttpProtocol, door)),
+                ws="none",
+                interface="asgi3",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=1,
+            ),
+            started,
+        )
+        serving = spawn(server.serve([sock]))
+
+        async def stop() -> None:
+            server.should_exit = True
+            await serving
+            await door.close()
+
+        stack.push_async_callback(stop)
+        door.open()
+        await started
+        ready.admin_url = describe(sock, "").url
+        logger.info("admin listener on %s", ready.admin_url)
+
     def _uvicorn_config(self) -> uvicorn.Config:
-        return uvicorn.Config(
+        tls = self._options.tls
+        config = uvicorn.Config(
             self._gateway,
             http=cast(Any, partial(HttpProtocol, self._door)),
             ws=cast(Any, partial(WebSocketProtocol, self._door)),
@@ -169,7 +262,17 @@ class GatewayProcess:
             proxy_headers=bool(self._options.trusted_proxies),
             forwarded_allow_ips=self._options.trusted_proxies,
             timeout_graceful_shutdown=self._options.graceful_shutdown_timeout_s,
+            ssl_certfile=tls.certfile if tls else None,
+            ssl_keyfile=tls.keyfile if tls else None,
+            ssl_keyfile_password=tls.keyfile_password if tls else None,
+            ssl_ca_certs=tls.ca_certs if tls else None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.ca_certs else ssl.CERT_NONE,
         )
+        try:
+            config.load()
+        except OSError as exc:  # ssl.SSLError too
+            raise ConfigurationError(f"the TLS certificate or key cannot be used: {exc}") from exc
+        return config
 
     def _apply(self, snapshot: Snapshot) -> None:
         self._gateway.use_deployments(deployed.spec for deployed in snapshot.deployments.values())
@@ -220,11 +323,11 @@ def cannot_listen(options: Options, exc: BaseException | None) -> ConfigurationE
     return ConfigurationError(f"cannot listen on {options.host}:{options.port}: {reason}")
 
 
-def describe(sock: socket.socket, gateway_id: str) -> Ready:
+def describe(sock: socket.socket, gateway_id: str, scheme: str = "http") -> Ready:
     """Where a bound socket can be reached from this machine."""
     host, port = sock.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-    return Ready(os.getpid(), gateway_id, host, port, f"http://{reachable}:{port}")
+    return Ready(os.getpid(), gateway_id, host, port, f"{scheme}://{reachable}:{port}")
 
 
 def report(file: Path | None, ready: Ready) -> None:

@@ -13,6 +13,10 @@ class TickTransport(asyncio.Transport):
     Args:
         transport: The real one.
         loop: Its event loop.
+
+    Attributes:
+        head: The first thing written of the current response, None before.
+        sent: Bytes of the current response.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -20,12 +24,17 @@ class TickTransport(asyncio.Transport):
         self._transport = transport
         self._loop = loop
         self._held: list[bytes | bytearray | memoryview[int]] = []
+        self.head: bytes | bytearray | memoryview[int] | None = None
+        self.sent = 0
 
     def write(self, data: "bytes | bytearray | memoryview[int]") -> None:
         """Hold the data until the end of this tick."""
         if not self._held:
             self._loop.call_soon(self._flush)
         self._held.append(data)
+        self.sent += len(data)
+        if self.head is None and data[9:10] != b"1":  # "HTTP/1.1 100 Continue" is no response yet
+            self.head = data
 
     def _flush(self) -> None:
         if self._held:

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("unharmed")
 
 LIMIT_S = 2.0
 CASES = dict(refused())
+INSERTED = [b"\r\n", b"\n", b"\r", b"\x00", b":", b" ", b"0\r\n\r\n", b"%00", b"\xff"]
 
 
 def test_there_are_more_than_200_cases_and_no_two_are_the_same() -> None:
@@ -140,7 +141,7 @@ def mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
             other = rng.choice(seeds)
             data[position:] = other[rng.randrange(len(other)) :]
         elif kind == 4:
-            data[position:position] = rng.choice([b"\r\n", b"\n", b"\r", b"\0", b":", b" ", b"0\r\n\r\n", b"%00", b"\xff"])
+            data[position:position] = rng.choice(INSERTED)
         else:
             del data[position:]
         data = data or bytearray(b"G")

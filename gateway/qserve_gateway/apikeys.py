@@ -1,0 +1,107 @@
+"""API keys: who may call which deployment. Off unless keys are configured."""
+
+import hmac
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from qserve.errors import ConfigurationError
+from qserve.settings import Settings
+from qserve_gateway.headers import Headers
+
+_HASHED = "sha256:"
+
+
+class ApiKey(NamedTuple):
+    """A key by its SHA-256, and the deployments it opens; None: all."""
+
+    digest: bytes
+    deployments: frozenset[str] | None
+
+
+class KeyRefused(Exception):
+    """No key, or one that does not open this deployment.
+
+    Attributes:
+        status: 401 or 403.
+    """
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class ApiKeys:
+    """All keys of a gateway."""
+
+    def __init__(self, keys: Iterable[ApiKey]) -> None:
+        self._keys = tuple(keys)
+
+    def check(self, headers: Headers, named: Mapping[bytes, bytes], deployment: str) -> Headers:
+        """The request's headers without the key, which is no business of the deployment.
+
+        Args:
+            deployment: Whose request it is, "" for pages of the gateway's own.
+
+        Raises:
+            KeyRefused: It may not go there.
+        """
+        carrier, presented = _presented(named)
+        if not presented:
+            raise KeyRefused(401, "an API key is needed: `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+        digest = sha256(presented).digest()
+        found = None
+        for key in self._keys:  # all of them, so that the time taken tells nothing
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        if found is None:
+            raise KeyRefused(401, "this API key is not known")
+        if deployment and found.deployments is not None and deployment not in found.deployments:
+            raise KeyRefused(403, "this API key does not open this deployment")
+        return [pair for pair in headers if pair[0] != carrier]
+
+
+def _presented(named: Mapping[bytes, bytes]) -> tuple[bytes, bytes]:
+    key = named.get(b"x-api-key")
+    if key is not None:
+        return b"x-api-key", key
+    scheme, _, key = named.get(b"authorization", b"").partition(b" ")
+    return b"authorization", key.strip() if scheme.lower() == b"bearer" else b""
+
+
+def load_api_keys(settings: Settings) -> ApiKeys | None:
+    """The keys of `QSERVE_API_KEYS` and of the file `QSERVE_API_KEYS_FILE`; None where neither is set.
+
+    A line of the file, and each key between commas, is the key or `sha256:` and the hex digest of it; in the file the
+    names of the deployments it opens may follow, separated by commas.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or there is no key in it.
+    """
+    if not settings.api_keys and not settings.api_keys_file:
+        return None
+    lines = settings.api_keys.split(",")
+    if settings.api_keys_file:
+        try:
+            lines += Path(settings.api_keys_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigurationError(f"QSERVE_API_KEYS_FILE {settings.api_keys_file} cannot be read: {exc}") from exc
+    keys = [_parse(line) for line in map(str.strip, lines) if line and not line.startswith("#")]
+    if not keys:
+        raise ConfigurationError("API keys are configured, but there is none in QSERVE_API_KEYS or its file.")
+    return ApiKeys(keys)
+
+
+def _parse(line: str) -> ApiKey:
+    key, _, names = line.partition(" ")
+    deployments = frozenset(name.strip() for name in names.split(",") if name.strip()) or None
+    if not key.startswith(_HASHED):
+        return ApiKey(sha256(key.encode()).digest(), deployments)
+    try:
+        digest = bytes.fromhex(key.removeprefix(_HASHED))
+    except ValueError:
+        digest = b""
+    if len(digest) != sha256().digest_size:
+        raise ConfigurationError("An API key begins with `sha256:`, but 64 hex digits do not follow.")
+    return ApiKey(digest, deployments)

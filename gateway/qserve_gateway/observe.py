@@ -1,0 +1,52 @@
+"""What a gateway counts of the requests it answers; cheap enough to be always on."""
+
+from bisect import bisect_left
+from itertools import accumulate
+
+BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds of the histogram of latencies."""
+
+
+class Series:
+    """Requests of one deployment with one class of status.
+
+    Attributes:
+        buckets: How many took no longer than each of `BOUNDS_S` but longer than the one before, then the rest.
+    """
+
+    __slots__ = ("buckets", "count", "seconds")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        self.buckets = [0] * (len(BOUNDS_S) + 1)
+
+
+class Observer:
+    """Counts responses.
+
+    Attributes:
+        series: By deployment ("" where none was asked) and first digit of the status.
+    """
+
+    def __init__(self) -> None:
+        self.series: dict[tuple[str, int], Series] = {}
+
+    def count(self, deployment: str, status: int, seconds: float) -> None:
+        """A response has been written, or its client has left before (status 499)."""
+        key = (deployment, status // 100)
+        series = self.series.get(key)
+        if series is None:
+            series = self.series[key] = Series()
+        series.count += 1
+        series.seconds += seconds
+        series.buckets[bisect_left(BOUNDS_S, seconds)] += 1
+
+    def latencies(self) -> dict[str, tuple[list[int], float]]:
+        """By deployment: how many took no longer than each bound (and in all), and the sum of their seconds."""
+        found: dict[str, tuple[list[int], float]] = {}
+        for (deployment, _), series in self.series.items():
+            buckets, seconds = found.get(deployment, ([0] * len(series.buckets), 0.0))
+            buckets = [a + b for a, b in zip(buckets, series.buckets, strict=True)]
+            found[deployment] = (buckets, seconds + series.seconds)
+        return {name: (list(accumulate(buckets)), seconds) for name, (buckets, seconds) in found.items()}
