@@ -48,6 +48,27 @@ class LightFuture(concurrent.futures.Future[T], Generic[T]):
         """Whether it was cancelled."""
         return self._state is CANCELLED_AND_NOTIFIED
 
+    def result(self, timeout: float | None = None) -> T:
+        """The result, or the exception raised; waits for it up to `timeout` seconds.
+
+        Raises:
+            TimeoutError: It is not there in time.
+            CancelledError: It was cancelled.
+        """
+        if self._state is not FINISHED:
+            return super().result(timeout)
+        if self._exception is None:
+            result: T = self._result
+            return result
+        try:
+            raise self._exception
+        finally:
+            del self  # else the traceback would hold the future that holds the exception
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The exception or None; waits and raises like `result`."""
+        return self._exception if self._state is FINISHED else super().exception(timeout)
+
     def cancel(self) -> bool:
         """Cancel it; False if it is done already."""
         return self._end(CANCELLED_AND_NOTIFIED, None, None)
