@@ -18,6 +18,7 @@ import msgspec
 from qserve.background import end, spawn
 from qserve.channel import ABORT, CREDIT, HELLO, Channel, Chunk, decode_chunk
 from qserve.connection import Answer, Connection
+from qserve.durable import ANYONE
 from qserve.errors import (
     BackPressureError,
     BrokerUnavailable,
@@ -47,6 +48,7 @@ from qserve.messages import (
 )
 from qserve.queues import ALIVE_TTL_MS, CALLS_PER_ADMIT, CallQueue, Inbox, send_chunk, send_control
 from qserve.settings import Settings
+from qserve.submitting import DurableCalls
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +115,7 @@ class Client:
         self.settings = settings
         self.signer = Signer(settings.secrets)
         self.id = secrets.token_hex(16)
+        self.durable = DurableCalls(settings, self.signer, self.id, lambda: self.writer)
         self.on_control: Callable[[str, Control], None] | None = None
         self.on_chunk: Callable[[str, Chunk], bool] | None = None
         self._keys = settings.keys
@@ -146,6 +149,7 @@ class Client:
         await end(self._keeper)
         self._stopped = True
         self._drain_submitted()
+        self.durable.stop()
         for pending in list(self._pending.values()):
             self._finish(pending, CallCancelled(_STOPPED))
         if self._link.sender is not None:
@@ -399,9 +403,12 @@ class Client:
         for frame in frames:
             try:
                 reply = decode_reply(self.signer.open(frame))
-                if reply.to != self.id:
+                if reply.to == self.id:
+                    self._dispatch(reply)
+                elif reply.to == ANYONE:
+                    self.durable.take(reply)
+                else:
                     raise FrameRejected("a reply to another process")
-                self._dispatch(reply)
             except (FrameRejected, msgspec.DecodeError) as exc:
                 self._reject(exc)
         if self._inbox.untrimmed >= _TRIM_EVERY and self._link.sender is not None:
@@ -475,6 +482,7 @@ class Client:
         await self._inbox.open(self._link.sender)
         self._read()
         self._flush()
+        self.durable.link_up()
         if self._link.losses:
             spawn(self._reconcile())
 
@@ -483,6 +491,7 @@ class Client:
             self._inbox.read(self._link.waiter, self._received, block_ms=BLOCK_MS, most=_FRAMES_PER_READ)
 
     def _refuse_waiting(self) -> None:
+        self.durable.link_down()
         batches, self._batches = self._batches, {}
         for call in itertools.chain.from_iterable(batches.values()):
             self._finish(call, BrokerUnavailable("Redis cannot be reached; the call was not sent"))
@@ -520,6 +529,7 @@ class Client:
                 self._inbox.say_alive(self._link.sender)
                 next_word = now + ALIVE_TTL_MS / 3000
             self._inbox.trim(self._link.sender)
+            self.durable.tick()
             if self._link.is_silent():
                 logger.warning("Redis has fallen silent")
                 self._link.lose()

@@ -66,6 +66,16 @@ class ReplicaContext:
         call = current_call.get()
         return call.request_id if call is not None else None
 
+    def report_progress(self, value: object) -> None:
+        """Tell those who follow the call how far it has come; without effect in a call that is not durable.
+
+        Args:
+            value: What `ref.progress()` gives, and the events over HTTP: anything a call could return, up to 64 KiB.
+        """
+        report = getattr(current_call.get(), "report", None)
+        if report is not None:
+            report(value)
+
     @property
     def attempt(self) -> int:
         """1 unless the call was taken over from a replica that died under it."""

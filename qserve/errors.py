@@ -3,6 +3,8 @@
 QServeError
  |- DeploymentNotFound      404  no such deployment (any more)
  |- MethodNotFound          404  the deployment has no such public method
+ |- CallNotFound            404  no durable call has this id (any more)
+ |- IdempotencyConflict     422  the idempotency key was used for another request
  |- NoInstanceError              no qserve instance is running here
  |- ConfigurationError           a setting, module or server is not usable as it is
  |- ValueNotSerializable    400  an argument cannot travel
@@ -44,6 +46,18 @@ class MethodNotFound(QServeError):
     """The deployment has no public method of that name."""
 
     status = 404
+
+
+class CallNotFound(QServeError):
+    """There is no durable call of that id, or it ended so long ago that it is forgotten."""
+
+    status = 404
+
+
+class IdempotencyConflict(QServeError):
+    """The idempotency key has been used for another request."""
+
+    status = 422
 
 
 class NoInstanceError(QServeError):

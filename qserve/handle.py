@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import InvalidStateError
 from functools import lru_cache
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, overload
@@ -10,6 +10,8 @@ from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, overlo
 from qserve.client import Client, Outcome, PendingCall
 from qserve.codec import Codec, collect_refs, substitute
 from qserve.context import CallInfo, current_call
+from qserve.durable import RESULT_TTL_S, Options, Priority, make_options
+from qserve.durable_ref import DurableRef, get_ref, submit
 from qserve.errors import QServeError, ValueNotSerializable
 from qserve.messages import ERROR, PYTHON, decode_error
 from qserve.process import current_client
@@ -18,6 +20,7 @@ from qserve.streams import ResultStream, open_stream
 
 P = ParamSpec("P")
 R = TypeVar("R")
+RetryOn = str | type[BaseException] | Iterable[str | type[BaseException]]
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -156,6 +159,21 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
         shard_key: str | None = None,
         stream: Literal[True],
     ) -> "StreamHandle": ...
+    @overload
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        timeout_s: float | None = None,
+        durable: Literal[True],
+        delay: float = 0.0,
+        retries: int = 0,
+        backoff: float = 1.0,
+        retry_on: RetryOn = (),
+        expires: float | None = None,
+        priority: Priority = "interactive",
+        result_ttl: float = RESULT_TTL_S,
+    ) -> "DurableHandle": ...
     def options(
         self,
         *,
@@ -165,7 +183,9 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
         http_headers: Mapping[str, str] | None = None,
         shard_key: str | None = None,
         stream: bool = False,
-    ) -> "DeploymentHandle[Any] | StreamHandle":
+        durable: bool = False,
+        **terms: Any,
+    ) -> "DeploymentHandle[Any] | StreamHandle | DurableHandle":
         """A handle with other options; this one stays as it is.
 
         Args:
@@ -173,6 +193,16 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
             timeout_s: Seconds until a call ends in GetTimeoutError.
             http_method, http_headers, shard_key: Accepted, without effect on plain calls.
             stream: Give what a generator method yields, as it yields it.
+            durable: The call outlives this process: `remote()` returns once Redis has it, and any process can ask for
+                its result by the ref's `id`. It runs at least once. The options below are for durable calls:
+            delay: Seconds before it may run.
+            retries: How often it may run again after it raised; then it is a dead letter.
+            backoff: Seconds before the first retry, about; doubled for each one after, 600 at most.
+            retry_on: Exception classes, or their names, to try again after; else after any that user code raises.
+            expires: Seconds after which it is not started any more (as is `timeout_s`); else it waits as long as it
+                takes.
+            priority: "batch" calls run while no other ones wait.
+            result_ttl: Seconds for which the result is kept.
         """
         changed = self._changed(
             method_name=method_name,
@@ -181,6 +211,11 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
             http_headers=http_headers,
             shard_key=shard_key,
         )
+        options = _durable_options(durable, changed, terms)
+        if options is not None:
+            if stream:
+                raise ValueError("a stream cannot be durable: there may be nobody to read it")
+            return DurableHandle(self._name, changed, options)
         return StreamHandle(self._name, changed) if stream else DeploymentHandle(self._name, changed)
 
     def __getattr__(self, name: str) -> "DeploymentHandle[Any]":
@@ -264,6 +299,21 @@ class AsyncDeploymentHandle(_BaseHandle, Generic[T_co]):
         shard_key: str | None = None,
         stream: Literal[True],
     ) -> "StreamHandle": ...
+    @overload
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        timeout_s: float | None = None,
+        durable: Literal[True],
+        delay: float = 0.0,
+        retries: int = 0,
+        backoff: float = 1.0,
+        retry_on: RetryOn = (),
+        expires: float | None = None,
+        priority: Priority = "interactive",
+        result_ttl: float = RESULT_TTL_S,
+    ) -> "AsyncDurableHandle": ...
     def options(
         self,
         *,
@@ -273,7 +323,9 @@ class AsyncDeploymentHandle(_BaseHandle, Generic[T_co]):
         http_headers: Mapping[str, str] | None = None,
         shard_key: str | None = None,
         stream: bool = False,
-    ) -> "AsyncDeploymentHandle[Any] | StreamHandle":
+        durable: bool = False,
+        **terms: Any,
+    ) -> "AsyncDeploymentHandle[Any] | StreamHandle | AsyncDurableHandle":
         """Like `DeploymentHandle.options`."""
         changed = self._changed(
             method_name=method_name,
@@ -282,6 +334,11 @@ class AsyncDeploymentHandle(_BaseHandle, Generic[T_co]):
             http_headers=http_headers,
             shard_key=shard_key,
         )
+        options = _durable_options(durable, changed, terms)
+        if options is not None:
+            if stream:
+                raise ValueError("a stream cannot be durable: there may be nobody to read it")
+            return AsyncDurableHandle(self._name, changed, options)
         return StreamHandle(self._name, changed) if stream else AsyncDeploymentHandle(self._name, changed)
 
     def __getattr__(self, name: str) -> "AsyncDeploymentHandle[Any]":
@@ -324,6 +381,86 @@ class StreamHandle(_BaseHandle):
 
     def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
         raise ValueNotSerializable(f"{self!r} does not travel: send the handle and call options(stream=True) there")
+
+
+class _BaseDurableHandle(_BaseHandle):
+    """What sync and async handles of durable calls share."""
+
+    def __init__(self, deployment_name: str, options: CallOptions, terms: Options) -> None:
+        super().__init__(deployment_name, options)
+        self._terms = terms
+
+    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DurableRef[Any], Ref[None]]:
+        client = current_client()
+        codec, method = codec_of(client), self._options.method_name
+        payload = codec.pack_plain_call(args, kwargs)
+        if payload is None:
+            payload = codec.pack_call(args, kwargs, f"the call to {self._name}")
+        return submit(client, codec, self._name, method, payload, self._terms)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._name, self._options, self._terms)
+
+    def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
+        raise ValueNotSerializable(f"{self!r} does not travel: send the handle and call options(durable=True) there")
+
+
+class DurableHandle(_BaseDurableHandle):
+    """Submits durable calls: `remote()` returns once Redis has the call, with a ref that any process can take up."""
+
+    _sync = True
+
+    def remote(self, *args: Any, **kwargs: Any) -> DurableRef[Any]:
+        """Submit a call. Refs among the arguments are waited for first.
+
+        Raises:
+            BackPressureError, DeploymentNotFound, DeploymentUnavailable: The call was refused.
+            BrokerUnavailable: Redis did not confirm the call in time; it may have it all the same.
+            ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
+            RuntimeError: Called where waiting would stop the event loop; use an asynchronous handle there.
+        """
+        if current_client().is_own_thread():
+            raise RuntimeError(
+                "submitting here would block the event loop that receives the confirmation: use a handle made with "
+                "sync=False, and `await handle.remote()`"
+            )
+        if refs := collect_refs(args, kwargs):
+            args, kwargs = substitute(args, kwargs, {ref: ref.result() for ref in refs})
+        ref, admitted = self._submit(args, kwargs)
+        admitted.result()
+        return ref
+
+    def __getattr__(self, name: str) -> "DurableHandle":
+        _refuse_private(self, name)
+        return DurableHandle(self._name, self._options._replace(method_name=name), self._terms)
+
+
+class AsyncDurableHandle(_BaseDurableHandle):
+    """Like `DurableHandle`, for asynchronous code: `await remote()` gives the ref."""
+
+    _sync = False
+
+    async def remote(self, *args: Any, **kwargs: Any) -> DurableRef[Any]:
+        """Like `DurableHandle.remote`."""
+        if refs := collect_refs(args, kwargs):
+            args, kwargs = substitute(args, kwargs, {ref: await ref for ref in refs})
+        ref, admitted = self._submit(args, kwargs)
+        await admitted
+        return ref
+
+    def __getattr__(self, name: str) -> "AsyncDurableHandle":
+        _refuse_private(self, name)
+        return AsyncDurableHandle(self._name, self._options._replace(method_name=name), self._terms)
+
+
+def _durable_options(durable: bool, changed: CallOptions, given: dict[str, Any]) -> Options | None:
+    if not durable:
+        if given:
+            raise ValueError(f"{', '.join(given)}: only calls with durable=True have this")
+        return None
+    if given.get("expires") is None and changed.timeout_s is not None:
+        given["expires"] = changed.timeout_s
+    return make_options(**given)
 
 
 def _refuse_private(handle: _BaseHandle, name: str) -> None:
@@ -447,6 +584,12 @@ def codec_of(client: Client) -> Codec:
 @lru_cache(maxsize=8)
 def _codec(signs: bool, max_bytes: int) -> Codec:
     return Codec(allow_pickle=signs, max_bytes=max_bytes, make_handle=handle_from_wire)
+
+
+def ref_of(call_id: str) -> DurableRef[Any]:
+    """The ref of a durable call by its id; raises like `serve.get_ref`."""
+    client = current_client()
+    return get_ref(client, codec_of(client), call_id)
 
 
 def handle_from_wire(data: dict[str, Any]) -> "DeploymentHandle[Any] | AsyncDeploymentHandle[Any]":

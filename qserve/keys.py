@@ -60,6 +60,27 @@ class Keys:
         """A payload too large to stand in the queue."""
         return self._key("p", call_id)
 
+    def call(self, call_id: str) -> str:
+        """Hash: the record of a durable call; also the channel on which its events are announced."""
+        return self._key("call", call_id)
+
+    def due(self, deployment: str) -> str:
+        """Sorted set: durable calls that wait for their time, by when it comes in ms."""
+        return self._key("due", deployment)
+
+    def low(self, deployment: str) -> str:
+        """Sorted set: durable calls of low priority that wait for an empty queue."""
+        return self._key("low", deployment)
+
+    def mover(self, deployment: str) -> str:
+        """String: which replica moves the calls of these two sets to the queue."""
+        return self._key("mover", deployment)
+
+    @property
+    def base(self) -> str:
+        """What every key begins with, for scripts that find the keys to use in a record."""
+        return self._key("")
+
     @property
     def deployments(self) -> str:
         """Set of deployment names that exist."""

@@ -20,6 +20,8 @@ VALUE, HTTP_RESPONSE, ERROR, CONTROL, CHUNK = 0, 1, 2, 3, 4
 """What a reply's payload is: packed value, an HttpResponse, an ErrorInfo, a Control message, or a channel's Chunk."""
 SAFE = "s"
 """Flag of an entry whose call may be run again after its replica died."""
+DURABLE = "d"
+"""Flag of an entry whose call has a record, which gets its answer."""
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -19,7 +19,7 @@ from qserve.channel import Chunk
 from qserve.connection import Answer, Connection, Script
 from qserve.errors import FrameRejected
 from qserve.keys import GROUP, Keys
-from qserve.messages import CHUNK, CONTROL, ERROR, SAFE, Call, Control, Reply, Signer, decode_call, encode
+from qserve.messages import CHUNK, CONTROL, DURABLE, ERROR, SAFE, Call, Control, Reply, Signer, decode_call, encode
 
 INBOX_TTL_MS = 60_000
 """How long an inbox nobody reads is kept."""
@@ -47,11 +47,13 @@ class Entry(NamedTuple):
     Attributes:
         frame: The sealed Call.
         deliveries: Which start of the call comes next; from 2 on a replica has died that may have run it.
+        durable: There is a record of the call, which gets its answer.
     """
 
     id: bytes
     frame: bytes
     deliveries: int = 1
+    durable: bool = False
 
     @property
     def time_ms(self) -> int:
@@ -60,8 +62,8 @@ class Entry(NamedTuple):
 
 
 def _entry(raw: Sequence[Any], deliveries: int = 1) -> Entry:
-    fields = raw[1]
-    return Entry(raw[0], dict(zip(fields[::2], fields[1::2], strict=True)).get(b"d", b""), deliveries)
+    fields = dict(zip(raw[1][::2], raw[1][1::2], strict=True))
+    return Entry(raw[0], fields.get(b"d", b""), deliveries, DURABLE.encode() in fields.get(b"f", b""))
 
 
 class CallQueue:
@@ -323,6 +325,8 @@ def fail_remaining(client: redis.Redis, keys: Keys, deployment: str, signer: Sig
     """Answer every call left in a deleted deployment's queue with an encoded ErrorInfo; returns how many."""
     count = 0
     for entry_id, fields in cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(keys.calls(deployment))):
+        if DURABLE.encode() in fields.get(b"f", b""):
+            continue  # `records` knows how
         try:
             call: Call = decode_call(signer.open(fields[b"d"]))
         except (FrameRejected, msgspec.DecodeError):  # no caller can be told

@@ -14,6 +14,7 @@ import msgspec
 from qserve.errors import DeploymentNotFound
 from qserve.messages import ErrorInfo, encode
 from qserve.queues import fail_remaining
+from qserve.records import fail_remaining_records
 from qserve.spec import (
     DEPLOY_FAILED,
     DEPLOYING,
@@ -274,6 +275,7 @@ def finish_deleting(state: State, spec: DeploymentSpec) -> None:
         logger.warning("Deleted '%s', but %s did not end within %.0f s.", name, _left_of(state, name), patience)
     error = ErrorInfo(DeploymentNotFound.__name__, "", "", f"Deployment '{name}' was deleted.")
     fail_remaining(state.redis, state.keys, name, state.signer, encode(error))
+    fail_remaining_records(state.redis, state.keys, name, state.signer, encode(error))
     state.forget_remains(name)
 
 

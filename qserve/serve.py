@@ -12,7 +12,8 @@ from qserve.batching import batch
 from qserve.context import ReplicaContext, get_replica_context
 from qserve.deployment import Deployment, deployment, set_instance_provider
 from qserve.driver import Driver
-from qserve.handle import AsyncDeploymentHandle, DeploymentHandle
+from qserve.durable_ref import DurableRef
+from qserve.handle import AsyncDeploymentHandle, DeploymentHandle, ref_of
 from qserve.http_options import HTTPOptions, Location
 from qserve.ingress import ingress
 from qserve.loading import is_importing
@@ -23,12 +24,14 @@ __all__ = [
     "Deployment",
     "DeploymentHandle",
     "DeploymentStatus",
+    "DurableRef",
     "HTTPOptions",
     "Location",
     "ReplicaContext",
     "batch",
     "deployment",
     "get_deployment",
+    "get_ref",
     "get_replica_context",
     "ingress",
     "list_deployments",
@@ -138,6 +141,18 @@ def get_deployment(name: str) -> Deployment[Any]:
     if deployed is None:
         raise KeyError(f"Deployment {name} was not found. Did you call Deployment.deploy()?")
     return instance.deployment(deployed)
+
+
+def get_ref(call_id: str) -> DurableRef[Any]:
+    """The ref of a durable call, whoever submitted it; the result of one sent over HTTP is a Starlette response.
+
+    An id that nobody knows (any more) is told by the ref: its `result()` raises CallNotFound.
+
+    Raises:
+        ValueError: This is no id of a durable call.
+        NoInstanceError, BrokerUnavailable: There is no qserve instance to ask.
+    """
+    return ref_of(call_id)
 
 
 def list_deployments() -> dict[str, Deployment[Any]]:

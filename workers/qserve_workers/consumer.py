@@ -18,6 +18,7 @@ from qserve.channel import ABORT, CREDIT, Channel, Chunk
 from qserve.codec import Codec
 from qserve.connection import Answer
 from qserve.context import CallInfo, current_call
+from qserve.durable import DurableCall, decode_durable_call
 from qserve.errors import (
     BrokerUnavailable,
     CallCancelled,
@@ -55,6 +56,7 @@ from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
 from qserve_workers.answers import Answers
 from qserve_workers.clock import SAMPLE_EVERY_S, RedisClock
+from qserve_workers.durable import DurableRuns
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +123,7 @@ class Consumer:
         self._clock = RedisClock()
         self._link = Link(settings.redis_url, self._link_up)
         self._answers = Answers(settings, signer, self.queue, self._link)
+        self.durable = DurableRuns(settings, signer, codec, replica, self._link, self)
         self._code: Code
         self._running: dict[bytes, RunningCall] = {}
         self._channels: dict[str, Channel] = {}
@@ -196,7 +199,7 @@ class Consumer:
                 if self._link.sender is not None:
                     await self._link.sender.call("PING")  # the answers before it have arrived
         await self._link.stop()
-        return not self._answers.unconfirmed
+        return not (self._answers.unconfirmed or self.durable.unconfirmed)
 
     @property
     def link(self) -> Link:
@@ -227,11 +230,12 @@ class Consumer:
         await self._clock.sample(sender)
         if self._link.losses:
             # A batch delivered into the dying connection is ours, but never arrived.
-            known = {*self._running, *(entry.id for entry in self._suspects)}
+            known = {*self._running, *(entry.id for entry in self._suspects), *self.durable.settled}
             for entry in await self.queue.history(sender):
                 if entry.id not in known and entry != self._suspect and not self._answers.has(entry.id):
                     self._begin(entry)
         self._answers.resend()
+        self.durable.resend()
         self._read_more()
 
     async def _sample_clock(self) -> None:
@@ -313,15 +317,16 @@ class Consumer:
 
     def _begin(self, entry: Entry) -> None:
         try:
-            call = decode_call(self._signer.open(entry.frame))
+            decode = decode_durable_call if entry.durable else decode_call
+            call = decode(self._signer.open(entry.frame))
             if call.deployment != self.spec.name:
                 raise FrameRejected(f"a call to {call.deployment!r}")
-            if self._seen(call.id, entry.id) != entry.id:
+            if not entry.durable and self._seen(call.id, entry.id) != entry.id:
                 raise FrameRejected("a call that was put before")
         except (FrameRejected, msgspec.DecodeError) as exc:
             spawn(self._answers.reject(entry, exc))
             return
-        if entry.id in self._unwanted:
+        if entry.id in self._unwanted and not entry.durable:
             self._answers.add(entry.id, call, ERROR, self._pack_error(CallCancelled("the caller left first")))
         elif entry.deliveries == 1:
             self._start(entry, call)
@@ -342,7 +347,8 @@ class Consumer:
         running = RunningCall(entry, call, self._code.needs_thread(call.method))
         self._running[entry.id] = running
         self._on_thread += running.needs_thread
-        running.task = asyncio.create_task(self._run(running))
+        run = self.durable.run(running, call, self._code) if isinstance(call, DurableCall) else self._run(running)
+        running.task = asyncio.create_task(run)
 
     def _begin_again(self, entry: Entry, call: Call) -> None:
         """Settle a call whose replica died, or keep it until it can run alone: it may have been what killed it."""
@@ -352,7 +358,10 @@ class Consumer:
         elif entry.deliveries > self._settings.max_deliveries:
             retries = self._settings.max_deliveries - 1
             text = f"Task failed with {retries} retries: every replica of {self.spec.name!r} that had the call died"
-            spawn(self._answers.bury(entry, call, text, self._pack_error(PoisonCall(text))))
+            if isinstance(call, DurableCall):
+                self.durable.bury(entry, call, text, PoisonCall(text))
+            else:
+                spawn(self._answers.bury(entry, call, text, self._pack_error(PoisonCall(text))))
         else:
             self._suspects.append(entry)
 
@@ -367,7 +376,8 @@ class Consumer:
             is_mine = False
             await asyncio.sleep(_NEXT_TRY_S)
         if is_mine:
-            self._start(entry, decode_call(self._signer.open(entry.frame)))
+            decode = decode_durable_call if entry.durable else decode_call
+            self._start(entry, decode(self._signer.open(entry.frame)))
             return
         self._suspect = None
         self._idle.set()
@@ -379,7 +389,7 @@ class Consumer:
         entry, call = running.entry, running.call
         current_call.set(running.info)
         try:
-            payload = call.payload if not call.out_of_line else await self._fetch(call)
+            payload = call.payload if not call.out_of_line else await self.fetch(call)
             running.info.deadline = running.started_at + self._time_left(entry, call)
             if call.kind == PYTHON:
                 args, kwargs = self._codec.unpack_call(payload)
@@ -403,6 +413,19 @@ class Consumer:
             self.handled += 1
             self.run_times_ms.append((time.monotonic() - running.started_at) * 1000)
             self._answers.add(entry.id, call, kind, result)
+        self._read_more()
+
+    def is_running(self, entry: bytes) -> bool:
+        """Whether a call is still this replica's to answer."""
+        return entry in self._running
+
+    def release(self, entry: bytes, *, counts: bool) -> None:
+        """Let go of a durable call; `counts`: it ran."""
+        running = self._running[entry]
+        self._forget(running)
+        if counts:
+            self.handled += 1
+            self.run_times_ms.append((time.monotonic() - running.started_at) * 1000)
         self._read_more()
 
     async def _converse(self, running: RunningCall, payload: bytes) -> tuple[int, bytes]:
@@ -496,7 +519,8 @@ class Consumer:
             raise GetTimeoutError("the deadline passed before a replica was free; the call was not run")
         return left_ms / 1000
 
-    async def _fetch(self, call: Call) -> bytes:
+    async def fetch(self, call: Call) -> bytes:
+        """The payload of a call that travelled out of line."""
         if self._link.sender is None:
             raise BrokerUnavailable("the call's payload could not be fetched: Redis is away")
         sealed = await self._link.sender.call("GET", self._keys.payload(call.id))

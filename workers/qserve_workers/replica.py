@@ -30,6 +30,7 @@ from qserve.settings import Settings
 from qserve.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed, ReplicaInfo
 from qserve.state import connect_asyncio, decode_deployed, follow, last_log_id
 from qserve_workers.consumer import Consumer
+from qserve_workers.durable import Mover
 from qserve_workers.heartbeat import Heartbeat
 from qserve_workers.takeover import Takeover
 from qserve_workers.usercode import UserCode
@@ -137,6 +138,7 @@ class Replica:
         self._code: UserCode
         self._consumer: Consumer
         self._takeover: Takeover
+        self._mover: Mover
         self._heartbeat: Heartbeat
         if not birth.standby:
             self.may_serve.set()
@@ -221,6 +223,8 @@ class Replica:
             on_lost=self._consumer.lost,
             on_tick=self._tick,
         )
+        self._mover = Mover(self._settings, self._name, self._id, self._consumer.link)
+        self._consumer.durable.on_retry = self._mover.look_in
         self._heartbeat.start()
         self._takeover.start()
         self._enter(STARTING)
@@ -252,6 +256,7 @@ class Replica:
             return
         self._consumer.start(self._code)
         self._takeover.sweep()
+        self._mover.start()
         self._heartbeat.serve()
         self._enter(SERVING)
         while not self.shall_leave.is_set():
@@ -315,6 +320,7 @@ class Replica:
         if not await self._consumer.finish(self._spec.graceful_shutdown_timeout_s):
             logger.warning("Deployment %s: %d calls outlived the shutdown", self._name, self._consumer.running)
         await self._takeover.stop()
+        await self._mover.stop()
         all_answered = await self._consumer.stop()
         if hasattr(self, "_code"):
             with contextlib.suppress(TimeoutError):

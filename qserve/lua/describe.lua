@@ -1,0 +1,30 @@
+#!lua flags=allow-oom
+-- DESCRIBE: everything about a durable call but its result, and how many calls are before it in its queue.
+-- KEYS[1] record | ARGV[1] base, ARGV[2] most to count, ARGV[3] event after which to begin, ARGV[4] group
+-- returns false | {fields, position or -1, {number, event, ...}}
+local names = {'state', 'deployment', 'kind', 'method', 'attempts', 'submitted', 'started', 'ended', 'due', 'expires',
+  'error', 'progress', 'entry', 'n', 'low'}
+local found = redis.call('HMGET', KEYS[1], unpack(names))
+if not found[1] then return false end
+local position = -1
+if found[1] == 'queued' and found[13] then
+  local stream = ARGV[1] .. 'q:' .. found[2]
+  local groups = redis.call('EXISTS', stream) == 1 and redis.call('XINFO', 'GROUPS', stream) or {}
+  for _, group in ipairs(groups) do
+    local last = '0-0'
+    for i = 1, #group, 2 do
+      if group[i] == 'last-delivered-id' then last = group[i + 1] end
+    end
+    position = #redis.call('XRANGE', stream, '(' .. last, '(' .. found[13], 'COUNT', ARGV[2])
+  end
+end
+local fields, events = {}, {}
+for i, name in ipairs(names) do
+  if found[i] then fields[#fields + 1] = name fields[#fields + 1] = found[i] end
+end
+local last = tonumber(found[14] or '0')
+for number = math.max(tonumber(ARGV[3]) + 1, last - EVENTS_KEPT + 1), last do
+  local event = redis.call('HGET', KEYS[1], 'e' .. number)
+  if event then events[#events + 1] = number events[#events + 1] = event end
+end
+return {fields, position, events}

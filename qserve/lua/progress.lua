@@ -1,0 +1,8 @@
+#!lua flags=allow-oom
+-- PROGRESS: how far a running call has come, for its record, its waiters and its followers.
+-- KEYS[1] record | ARGV[1] base, ARGV[2] entry id, ARGV[3] frame, ARGV[4] ms an unread inbox is kept
+local found = redis.call('HMGET', KEYS[1], 'state', 'entry', 'n', 'waiters')
+if found[1] ~= 'running' or found[2] ~= ARGV[2] then return 0 end
+note(KEYS[1], found[3], now_ms(), 'progress', ARGV[3], 'progress', ARGV[3])
+tell(ARGV[1], found[4], ARGV[3], ARGV[4])
+return 1

@@ -1,0 +1,52 @@
+-- What the scripts of durable calls share; put before each of them.
+-- A record is a hash: state, deployment, kind, method, attempts, failures, submitted, started, ended, entry (in the
+-- stream) or frame (while it waits in a sorted set), waiters, cancel, expires, result, error, progress; n counts its
+-- events e1, e2, ... ("name ms data"). Every key is base .. something, and base is the namespace's prefix.
+local ENDED = {done = true, failed = true, cancelled = true, dead = true, expired = true}
+local EVENTS_KEPT = 100
+
+local function now_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+local function whole(number) return string.format('%.0f', number) end
+
+-- Write fields and one event into a record, and wake those who follow it.
+local function note(record, n, now, event, data, ...)
+  n = (tonumber(n) or 0) + 1
+  redis.call('HSET', record, 'n', n, 'e' .. n, event .. ' ' .. whole(now) .. ' ' .. data, ...)
+  if n > EVENTS_KEPT then redis.call('HDEL', record, 'e' .. (n - EVENTS_KEPT)) end
+  redis.call('PUBLISH', record, n)
+end
+
+-- Put a frame into the inbox of every process that waits for the call, if it lives.
+local function tell(base, waiters, frame, inbox_ttl)
+  for waiter in string.gmatch(waiters or '', '%S+') do
+    if redis.call('EXISTS', base .. 'alive:' .. waiter) == 1 then
+      local inbox = base .. 'inbox:' .. waiter
+      redis.call('XADD', inbox, '*', 'd', frame)
+      redis.call('PEXPIRE', inbox, inbox_ttl)
+    end
+  end
+end
+
+-- The call's one end. The waiters stay: a dead letter sent again ends once more.
+local function finish(base, id, now, state, frame, ttl, inbox_ttl, data)
+  local record = base .. 'call:' .. id
+  local found = redis.call('HMGET', record, 'n', 'waiters')
+  redis.call('HDEL', record, 'frame', 'due', 'cancel', 'replica')
+  note(record, found[1], now, state, data, 'state', state, 'ended', whole(now), 'result', frame)
+  redis.call('PEXPIRE', record, ttl)
+  if state == 'dead' then
+    redis.call('PEXPIRE', base .. 'p:' .. id, ttl)
+  else
+    redis.call('DEL', base .. 'p:' .. id)
+  end
+  tell(base, found[2], frame, inbox_ttl)
+end
+
+-- Into the stream. The fourth field keeps these entries off the path that replicas have for ordinary ones.
+local function enqueue(stream, id, frame)
+  return redis.call('XADD', stream, 'NOMKSTREAM', '*', 'r', id, 'f', 'sd', 'd', frame, 'v', '1')
+end

@@ -1,0 +1,35 @@
+#!lua flags=allow-oom
+-- SETTLE: acknowledge a durable call, and write its end (or its next attempt) into its record, in one step. The first
+-- finisher wins.
+-- KEYS[1] call stream, KEYS[2] dead-letter stream, KEYS[3] calls not due yet
+-- ARGV[1] base, ARGV[2] group, ARGV[3] entry id, ARGV[4] id, ARGV[5] state: an end, or 'scheduled' to run again,
+-- ARGV[6] result frame, ARGV[7] ms the record is kept, or until it runs again, ARGV[8] ms an unread inbox is kept,
+-- ARGV[9] what the event says, ARGV[10] most dead letters kept, ARGV[11] the last error, or ''
+-- returns 1 if this was the first answer
+local base, entry, id, state = ARGV[1], ARGV[3], ARGV[4], ARGV[5]
+if redis.call('XACK', KEYS[1], ARGV[2], entry) == 0 then return 0 end
+local record, now = base .. 'call:' .. id, now_ms()
+if redis.call('EXISTS', record) == 0 then
+  redis.call('XDEL', KEYS[1], entry)
+  return 1
+end
+if ARGV[11] ~= '' then redis.call('HSET', record, 'error', ARGV[11]) end
+if state == 'scheduled' then
+  local put = redis.call('XRANGE', KEYS[1], entry, entry)
+  local due = now + tonumber(ARGV[7])
+  -- fields: r, id, f, flags, d, frame
+  redis.call('HINCRBY', record, 'failures', 1)
+  note(record, redis.call('HGET', record, 'n'), now, 'failed', ARGV[9],
+    'state', 'scheduled', 'due', whole(due), 'frame', put[1][2][6])
+  redis.call('ZADD', KEYS[3], due, id)
+else
+  if state == 'dead' then
+    local put = redis.call('XRANGE', KEYS[1], entry, entry)
+    local fields = put[1] and put[1][2] or {'r', id}
+    for _, field in ipairs({'err', ARGV[11], 'src', entry}) do fields[#fields + 1] = field end
+    redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[10], '*', unpack(fields))
+  end
+  finish(base, id, now, state, ARGV[6], ARGV[7], ARGV[8], ARGV[9])
+end
+redis.call('XDEL', KEYS[1], entry)
+return 1

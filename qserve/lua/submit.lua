@@ -1,0 +1,59 @@
+-- SUBMIT: put durable calls, each with its record, in one step; bounded like ADMIT, but what waits for its time counts.
+-- Submitted again under its id, a call is not put twice: whoever lost the answer may ask again.
+-- KEYS[1] call stream, KEYS[2] meta hash, KEYS[3] calls not due yet, KEYS[4] calls of low priority
+-- ARGV[1] base, ARGV[2] deployment, then per call: id, frame, ms until due, ms until it expires or 0, kind, method,
+--   waiter or '', 'b' low priority or '', idempotency hash or '', body hash, ms an idempotency hash is kept
+-- returns {-1} unknown deployment | {-2, reason} refused | {depth before, per call: 'queued' | false: full |
+--   'same:<id>' another call has this key | 'other:<id>' and another body}
+local meta = redis.call('HMGET', KEYS[2], 'max_queued', 'refuse')
+if not meta[1] then return {-1} end
+if meta[2] then return {-2, meta[2]} end
+local base, deployment, now = ARGV[1], ARGV[2], now_ms()
+local depth = redis.call('XLEN', KEYS[1]) + redis.call('ZCARD', KEYS[3]) + redis.call('ZCARD', KEYS[4])
+local room = tonumber(meta[1]) - depth
+local out = {depth}
+
+local function submit(id, frame, delay, expires, kind, method, waiter, low, idem, body, idem_ttl)
+  local record = base .. 'call:' .. id
+  if redis.call('EXISTS', record) == 1 then return 'queued' end
+  local known = idem ~= '' and redis.call('GET', base .. 'idem:' .. idem)
+  if known then
+    local first, hash = string.match(known, '^(%S+) (%S+)$')
+    if redis.call('EXISTS', base .. 'call:' .. first) == 1 then
+      return (hash == body and 'same:' or 'other:') .. first
+    end
+  end
+  if room <= 0 then return false end
+  room = room - 1
+  if idem ~= '' then redis.call('SET', base .. 'idem:' .. idem, id .. ' ' .. body, 'PX', idem_ttl) end
+  redis.call('PERSIST', base .. 'p:' .. id)
+  local fields = {'state', 'queued', 'deployment', deployment, 'kind', kind, 'method', method, 'attempts', 0,
+    'submitted', whole(now), 'waiters', waiter}
+  local function put(name, value) fields[#fields + 1] = name fields[#fields + 1] = value end
+  if expires ~= '0' then put('expires', whole(now + expires)) end
+  if low == 'b' then put('low', '1') end
+  local event = 'queued'
+  if delay ~= '0' then
+    event = 'scheduled'
+    fields[2] = 'scheduled'
+    put('due', whole(now + delay))
+    put('frame', frame)
+    redis.call('ZADD', KEYS[3], now + delay, id)
+  elseif low == 'b' then
+    put('frame', frame)
+    redis.call('ZADD', KEYS[4], now, id)
+  else
+    local entry = enqueue(KEYS[1], id, frame)
+    if not entry then return -1 end
+    put('entry', entry)
+  end
+  note(record, 0, now, event, '', unpack(fields))
+  return 'queued'
+end
+
+for i = 3, #ARGV, 11 do
+  local answer = submit(unpack(ARGV, i, i + 10))
+  if answer == -1 then return {-1} end
+  out[#out + 1] = answer
+end
+return out
