@@ -138,6 +138,8 @@ class LaunchOptions:
         host, port: Where the gateway listens; host None: no gateway. Port 0: any free one.
         http: What to note in the instance file of the http_options.
         detached: Outlives this process.
+        gateway_workers: How many gateways share the port.
+        gateway_arguments: What else stands on their command lines.
         log_to_stderr: Its processes log to this process' stderr instead of a file.
     """
 
@@ -146,6 +148,8 @@ class LaunchOptions:
     http: dict[str, str | int | None]
     detached: bool = False
     log_to_stderr: bool = False
+    gateway_workers: int = 1
+    gateway_arguments: tuple[str, ...] = ()
 
 
 class LocalInstance:
@@ -230,6 +234,8 @@ def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
         flags += ["--embedded"]
     if options.host is not None:
         flags += ["--gateway", "--host", options.host, "--port", str(options.port)]
+        flags += ["--gateway-workers", str(options.gateway_workers)]
+        flags += [f"--gateway-argument={argument}" for argument in options.gateway_arguments]
     if not options.detached:
         flags += ["--owner", str(os.getpid())]
     flags += ["--http", msgspec.json.encode(options.http).decode()]

@@ -15,6 +15,7 @@ from types import FrameType
 import click
 
 from qserve.cli.application import Application, deploy_application, import_application
+from qserve.cli.gateway import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.source import Watcher
@@ -45,8 +46,18 @@ _FORCED = 130
 @click.option("--replicas", type=click.IntRange(min=1), help="Replicas of every deployment, whatever the code says.")
 @click.option("--reload", is_flag=True, help="Deploy again when a source file of the application changes.")
 @click.option("--debug", is_flag=True, help="Put tracebacks into HTTP error bodies.")
+@gateway_options
 @click.argument("app", metavar="MODULE[:NAME]", envvar="QSERVE_APP")
-def run(app: str, host: str, port: int, replicas: int | None, reload: bool, debug: bool) -> None:
+def run(
+    app: str,
+    host: str,
+    port: int,
+    replicas: int | None,
+    reload: bool,
+    debug: bool,
+    gateway_workers: int,
+    **tls: str | None,
+) -> None:
     """Serve what is defined in a module (or one NAME of it) from this machine, until Ctrl-C.
 
     Without --redis-url a server of its own is started along. Ctrl-C lets calls in flight finish; a second one does not.
@@ -59,7 +70,7 @@ def run(app: str, host: str, port: int, replicas: int | None, reload: bool, debu
     if settings.redis_url:
         with connect(settings.redis_url) as redis:
             require_usable(redis)
-    instance = start_instance(settings, host, port)
+    instance = start_instance(settings, host, port, gateway_workers, gateway_arguments(**tls))
     try:
         with termination_as_interrupt():
             record, specs = bring_up(instance, application, stay_anyway=reload)
@@ -72,7 +83,9 @@ def run(app: str, host: str, port: int, replicas: int | None, reload: bool, debu
         stop(instance)
 
 
-def start_instance(settings: Settings, host: str, port: int) -> LocalInstance:
+def start_instance(
+    settings: Settings, host: str, port: int, gateway_workers: int = 1, gateway_arguments: tuple[str, ...] = ()
+) -> LocalInstance:
     """Start the processes of this machine.
 
     Raises:
@@ -87,7 +100,15 @@ def start_instance(settings: Settings, host: str, port: int) -> LocalInstance:
             )
         check_port(host, port)
         with logs_above_display():
-            return launch(settings, LaunchOptions(host, port, {"host": host, "port": port}, log_to_stderr=True))
+            options = LaunchOptions(
+                host,
+                port,
+                {"host": host, "port": port},
+                log_to_stderr=True,
+                gateway_workers=gateway_workers,
+                gateway_arguments=gateway_arguments,
+            )
+            return launch(settings, options)
 
 
 def bring_up(

@@ -7,6 +7,7 @@ import tempfile
 
 import click
 
+from qserve.cli.gateway import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port
 from qserve.cli.output import redis_url_option
 from qserve.doctor import connect, require_usable
@@ -21,7 +22,16 @@ from qserve.local import find_settings
 @click.option("--gateway/--no-gateway", default=False, help="Also run an HTTP gateway here.", show_default=True)
 @click.option("--host", default="127.0.0.1", help="Address the gateway listens on.", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Its port.", show_default=True)
-def start(only: str | None, replicas_per_node: int | None, gateway: bool, host: str, port: int) -> None:
+@gateway_options
+def start(
+    only: str | None,
+    replicas_per_node: int | None,
+    gateway: bool,
+    host: str,
+    port: int,
+    gateway_workers: int,
+    **tls: str | None,
+) -> None:
     """Run this machine's workers (and gateway) for an instance, until Ctrl-C.
 
     The node reads from Redis what is deployed and keeps one Celery worker per deployment running.
@@ -42,5 +52,7 @@ def start(only: str | None, replicas_per_node: int | None, gateway: bool, host: 
         check_port(host, port)
         folder = tempfile.mkdtemp(prefix="qs-")  # the node removes it
         command += ["--gateway", "--host", host, "--port", str(port), "--folder", folder]
+        command += ["--gateway-workers", str(gateway_workers)]
+        command += [f"--gateway-argument={argument}" for argument in gateway_arguments(**tls)]
     # The node takes this process' place, so signals, exit code and process id are its own.
     os.execv(sys.executable, command)  # noqa: S606 (no shell is what we want)

@@ -1,5 +1,7 @@
 """A whole instance whose gateway loses its patience after half a second, so that every input has an answer soon."""
 
+import asyncio
+import gzip
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -7,13 +9,14 @@ from typing import Any
 import psutil
 import pytest
 from starlette.requests import Request
+from starlette.responses import Response
 
 from qserve import process, serve
-from qserve.testing import instance
+from qserve.testing import TestInstance, instance
 from tests.front_door.wire import Address
 
 PATIENCE = {
-    "QSERVE_HTTP_HEADER_TIMEOUT_S": "0.5",
+    "QSERVE_HTTP_HEADER_TIMEOUT_S": "0.8",
     "QSERVE_HTTP_BODY_TIMEOUT_S": "0.5",
     "QSERVE_HTTP_KEEP_ALIVE_S": "1",
     "QSERVE_MAX_BODY_BYTES": "2000000",
@@ -33,23 +36,46 @@ async def tell(request: Request) -> dict[str, Any]:
     }
 
 
+async def fail(request: Request) -> None:
+    raise RuntimeError("for the log")
+
+
+async def slow(request: Request) -> str:
+    await asyncio.sleep(0.3)
+    return "done"
+
+
+async def compressed(request: Request) -> Response:
+    """A body that only a client which asked for it can read."""
+    coding = request.headers["accept-encoding"]
+    return Response(gzip.compress(b"hello"), headers={"content-encoding": coding, "vary": "accept-encoding"})
+
+
 @pytest.fixture(scope="session")
-def door() -> Iterator[Address]:
-    """Where that gateway listens; "/" answers with what has arrived there."""
+def impatient() -> Iterator[TestInstance]:
+    """The instance; "/" answers with what has arrived there, "/fail" fails, "/slow" takes a while."""
     outside = os.environ["QSERVE_RUNTIME_DIR"]
     os.environ |= PATIENCE
     try:
         with instance() as running:
             inside = os.environ["QSERVE_RUNTIME_DIR"]
-            serve.deployment(name="tell", route_prefix="/")(tell).deploy()
+            for name, function in (("tell", tell), ("fail", fail), ("slow", slow), ("zip", compressed)):
+                route = "/" if name == "tell" else f"/{name}"
+                serve.deployment(name=name, route_prefix=route)(function).deploy()
             process.close_current_client()
             os.environ["QSERVE_RUNTIME_DIR"] = outside
-            yield Address.of(running.url)
+            yield running
             os.environ["QSERVE_RUNTIME_DIR"] = inside
     finally:
         os.environ["QSERVE_RUNTIME_DIR"] = outside
         for name in PATIENCE:
             del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def door(impatient: TestInstance) -> Address:
+    """Where its gateway listens."""
+    return Address.of(impatient.url)
 
 
 @pytest.fixture

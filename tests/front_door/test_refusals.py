@@ -111,7 +111,7 @@ def test_two_thousand_mutations_are_all_answered_within_two_seconds(door: Addres
     inputs = [mutated(rng, seeds) for _ in range(2_000)]
 
     async def ask_all() -> list[tuple[bytes, bytes]]:
-        gate = asyncio.Semaphore(100)
+        gate = asyncio.Semaphore(50)
 
         async def ask(data: bytes) -> tuple[bytes, bytes]:
             async with gate:

@@ -51,7 +51,9 @@ class Options:
     Attributes:
         replicas_per_node: Replicas of each deployment here; None: each deployment's own num_replicas.
         only: Deployments to serve, empty for all.
-        gateway: Keep a gateway running on host and port.
+        gateway: Keep gateways running on host and port.
+        gateway_workers: How many of them; they share the port.
+        gateway_arguments: What else stands on their command lines.
         folder: For sockets and ready files; removed at the end.
         embedded: Run a Valkey of our own in `folder`.
         owner: Pid of the process to end with.
@@ -62,6 +64,8 @@ class Options:
     replicas_per_node: int | None = 1
     only: tuple[str, ...] = ()
     gateway: bool = False
+    gateway_workers: int = 1
+    gateway_arguments: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     folder: Path | None = None
@@ -94,7 +98,7 @@ class Node:
         self._state = State(settings.redis_url, settings.keys, self._signer)
         self._snapshot = Snapshot()
         self._valkey: KeptProcess | None = None
-        self._gateway: KeptProcess | None = None
+        self._gateways: list[KeptProcess] = []
         self._gateway_port = options.port
         self._workers: dict[str, KeptProcess] = {}
         self._specs: dict[str, DeploymentSpec] = {}
@@ -175,15 +179,24 @@ class Node:
     # HTTP
 
     async def _serve_http(self) -> None:
-        """Keep a gateway running; the instance file says when it listens."""
-        url = await self._start_gateway() if self._options.gateway else ""
+        """Keep the gateways running; the instance file says when they listen."""
+        url = ""
+        if self._options.gateway:
+            url = await self._start_gateway(0)  # alone, because it may have to find a port first
+            others = range(1, self._options.gateway_workers if url else 0)
+            await asyncio.gather(*map(self._start_gateway, others))
         self._write_instance_file(ready=True, gateway_url=url)
 
-    async def _start_gateway(self) -> str:
-        ready_file = self._folder / "gateway.json"
+    async def _start_gateway(self, number: int) -> str:
+        ready_file = self._folder / f"gateway-{number}.json"
         environment = os.environ | self._child_env()
-        self._gateway = KeptProcess("gateway", lambda: self._gateway_command(ready_file), environment)
-        self._gateway.start()
+        if self._settings.admin_port:
+            # An admin listener each: what they count is their own.
+            environment["QSERVE_ADMIN_PORT"] = str(self._settings.admin_port + number)
+        name = f"gateway {number}" if self._options.gateway_workers > 1 else "gateway"
+        gateway = KeptProcess(name, lambda: self._gateway_command(ready_file), environment)
+        self._gateways.append(gateway)
+        gateway.start()
         while True:
             with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
                 ready = msgspec.json.decode(ready_file.read_bytes(), type=GatewayReady)
@@ -198,6 +211,8 @@ class Node:
         return [
             *(sys.executable, "-m", "qserve_gateway", "--host", self._options.host, "--port", str(self._gateway_port)),
             *("--ready-file", str(ready_file)),
+            *(("--reuse-port",) if self._options.gateway_workers > 1 else ()),
+            *self._options.gateway_arguments,
         ]
 
     def _write_instance_file(self, *, ready: bool, gateway_url: str = "") -> None:
@@ -350,9 +365,9 @@ class Node:
         """Stop what was started: first what brings calls in, then what answers them, then the queue between them."""
         logger.info("Stopping.")
         await self._leave()
-        if self._gateway is not None:
+        if self._gateways:
             longest = max((self._specs[name].graceful_shutdown_timeout_s for name in self._workers), default=0.0)
-            await self._gateway.stop(longest + _STOP_MARGIN_S, self._force)
+            await asyncio.gather(*(each.stop(longest + _STOP_MARGIN_S, self._force) for each in self._gateways))
         await asyncio.gather(
             *(self._stop_worker(name, worker) for name, worker in self._workers.items()), *self._retiring.values()
         )
@@ -405,6 +420,8 @@ def parse(arguments: list[str]) -> Options:
     parser.add_argument("--exact", action="store_true", help="run each deployment's own num_replicas instead")
     parser.add_argument("--only", default="", metavar="A,B", help="serve only these deployments")
     parser.add_argument("--gateway", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--gateway-workers", type=int, default=1, metavar="N")
+    parser.add_argument("--gateway-argument", dest="gateway_arguments", action="append", default=[], metavar="ARG")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--folder", type=Path)
@@ -416,6 +433,7 @@ def parse(arguments: list[str]) -> Options:
     if found.pop("exact"):
         found["replicas_per_node"] = None
     found["only"] = tuple(name.strip() for name in found["only"].split(",") if name.strip())
+    found["gateway_arguments"] = tuple(found["gateway_arguments"])
     return Options(**found)
 
 
