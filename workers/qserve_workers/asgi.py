@@ -219,6 +219,7 @@ class Socket:
         self._request = request
         self._channel = channel
         self._connected = False
+        self._answered = False
         self._closed = False
         self._disconnect: Message = {"type": "websocket.disconnect", "code": 1006, "reason": ""}
 
@@ -243,7 +244,9 @@ class Socket:
         except BaseException as exc:
             if not isinstance(exc, StreamBroken):
                 logger.exception("Exception in ASGI application, WebSocket %s", self._request.request_id)
+                await self._deny_unanswered()
             raise StreamBroken("the application failed") from exc
+        await self._deny_unanswered()
 
     async def close(self, code: int, reason: str) -> None:
         """Close it on the server's behalf; the application hears that it was disconnected."""
@@ -255,6 +258,14 @@ class Socket:
             async with asyncio.timeout(_LAST_WORD_S):
                 await self._channel.send(encode(WebSocketEvent("close", code=code, reason=reason)))
         self._channel.close(StreamBroken(reason))
+
+    async def _deny_unanswered(self) -> None:
+        if self._answered or self._closed:
+            return
+        denial = _INTERNAL_SERVER_ERROR
+        with contextlib.suppress(StreamBroken):
+            await self._channel.send(encode(WebSocketEvent("deny", code=denial.status, headers=denial.headers)))
+            await self._channel.send(encode(WebSocketEvent("deny.body", data=denial.body)))
 
     async def _receive(self) -> Message:
         if not self._connected:
@@ -272,6 +283,7 @@ class Socket:
         try:
             if self._closed:
                 raise StreamBroken("the WebSocket is closed")
+            self._answered = True
             await self._channel.send(encode(_websocket_event(message)))
         except StreamBroken as exc:
             raise ClientLeft(str(exc)) from exc
@@ -296,7 +308,8 @@ def _websocket_event(message: Message) -> WebSocketEvent:
     if kind == "send":
         return WebSocketEvent(kind, text=message.get("text"), data=message.get("bytes"))
     if kind == "close":
-        return WebSocketEvent(kind, code=message.get("code") or 1000, reason=message.get("reason") or "")
+        # FastAPI gives its validation errors, a list, as the reason for not accepting.
+        return WebSocketEvent(kind, code=message.get("code") or 1000, reason=str(message.get("reason") or ""))
     if kind == "http.response.start":
         return WebSocketEvent("deny", code=message["status"], headers=headers)
     more = "more" if message.get("more_body", False) else ""
