@@ -19,7 +19,7 @@ NOT_COMPARED = {
     "x-request-id": "the gateway's own, on every answer",
     "connection": "belongs to one connection, not to the answer",
     "keep-alive": "belongs to one connection, not to the answer",
-    "transfer-encoding": "how the body travels; the body itself is compared",
+    "transfer-encoding": "how the body travels; the body is compared, part by part where both are chunked",
 }
 """Response headers that may differ, and why. A content-length may be added where plain uvicorn sends chunks."""
 
@@ -54,7 +54,9 @@ class Answer:
             self.tells("transfer-encoding") or other.tells("transfer-encoding")
         ):
             headers.pop("content-length", None)
-        body = re.sub(mask.encode(), b"*", self.body) if mask else self.body
+        streamed = self.tells("transfer-encoding") and other.tells("transfer-encoding")
+        parts = self.parts if streamed else [self.body]
+        body = [re.sub(mask.encode(), b"*", part) if mask else part for part in parts]
         return {"status": self.status, "reason": self.reason, "headers": dict(headers), "body": body}
 
     def tells(self, name: str) -> bool:

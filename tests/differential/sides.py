@@ -19,7 +19,7 @@ class Sides:
     """
 
     def __init__(self, plain: tuple[str, int], gateway: tuple[str, int]) -> None:
-        self._addresses = (plain, gateway)
+        self.addresses = (plain, gateway)
         self._deployed: Sequence[Topic] = ()
         self._cookies: dict[tuple[tuple[str, int], str], dict[str, str]] = defaultdict(dict)
 
@@ -35,7 +35,7 @@ class Sides:
 
     def ask(self, topic: Topic, case: Case) -> tuple[Answer, Answer]:
         """The answers of plain uvicorn and of the gateway."""
-        plain, gateway = (self._ask_one(address, topic, case) for address in self._addresses)
+        plain, gateway = (self._ask_one(address, topic, case) for address in self.addresses)
         return plain, gateway
 
     def _ask_one(self, address: tuple[str, int], topic: Topic, case: Case) -> Answer:
