@@ -151,6 +151,11 @@ class Channel:
                 parts, self._partial = self._partial, []
                 return b"".join(parts)
 
+    @property
+    def peer_has_ended(self) -> bool:
+        """Whether the end of the stream has arrived, read or not."""
+        return bool(self._arrived) and self._arrived[-1][0] == END
+
     async def wait_broken(self) -> None:
         """Wait until the peer leaves, whatever else it sends."""
         while self._broken is None:
@@ -223,15 +228,16 @@ class Channel:
         self._is_finished = True
         if self._next_in != parts:
             self.close(StreamBroken("the end of the stream is missing"))
-        elif not self._arrived or self._arrived[-1][0] != END:
+        elif not self.peer_has_ended:
             self._arrived.append((END, b""))
             self._readable.set()
 
-    def abort(self, reason: str) -> None:
-        """Break the channel on both sides."""
+    def abort(self, reason: str | StreamBroken) -> None:
+        """Break the channel on both sides; this one may raise an error of its own."""
+        error = StreamBroken(reason) if isinstance(reason, str) else reason
         if self.peer and self._is_open:
-            self._transmit(self.peer, Chunk(self._me, ABORT, 0, reason.encode()))
-        self.close(StreamBroken(reason))
+            self._transmit(self.peer, Chunk(self._me, ABORT, 0, str(error).encode()))
+        self.close(error)
 
     def close(self, error: QServeError) -> None:
         """Break the channel on this side: what has arrived can still be read, then `error` is raised."""

@@ -68,7 +68,7 @@ class PendingCall:
 
     __slots__ = (
         *("channel", "deadline", "deployment", "entry", "frame", "id", "inherited"),
-        *("on_outcome", "on_stream", "payload", "safe", "timeout_s", "timer"),
+        *("is_strict", "on_outcome", "on_stream", "payload", "safe", "timeout_s", "timer"),
     )
 
     def __init__(
@@ -91,6 +91,8 @@ class PendingCall:
         self.on_outcome = on_outcome
         self.entry: bytes | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.is_strict = False
+        """Its deadline is not put off while the replica takes in what it is sent."""
         self.inherited = False
         """Withdrawn with the call that made it, which was safe to leave half done: so is this one."""
         self.channel: Channel | None = None
@@ -435,16 +437,21 @@ class Client:
         if pending is not None and pending.channel is None and pending.on_stream is not None:
             self.open_channel(pending)
         if pending is not None and pending.channel is not None:
-            if pending.timer is not None:
-                pending.timer.cancel()
-                pending.timer = None
-            if chunk.kind in (HELLO, CREDIT):
-                pending.timer = self._loop.call_later(pending.timeout_s, self._expire, pending)
+            self._put_off(pending, chunk)
             pending.channel.feed(chunk)
         elif self.on_chunk is not None and self.on_chunk(call, chunk):
             return
         elif chunk.kind not in (ABORT, CREDIT):  # nobody listens any more
             self._send_chunk(call, None, chunk.sender, Chunk(self.id, ABORT, 0, b"the caller has left"))
+
+    def _put_off(self, pending: PendingCall, chunk: Chunk) -> None:
+        """A deadline holds until the first of a stream arrives; taking in what is sent buys time."""
+        if pending.timer is None or (pending.is_strict and chunk.kind in (HELLO, CREDIT)):
+            return
+        pending.timer.cancel()
+        pending.timer = None
+        if chunk.kind in (HELLO, CREDIT):
+            pending.timer = self._loop.call_later(pending.timeout_s, self._expire, pending)
 
     def _send_chunk(self, call: str, pending: PendingCall | None, to: str, chunk: Chunk) -> None:
         def check(answer: Answer) -> None:

@@ -29,6 +29,8 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 Named = dict[bytes, bytes]
 """Headers by lower-case name, the last of each; for looking, not for handing on."""
 
+_TIMEOUT = b"x-request-timeout-ms"
+_is_milliseconds = re.compile(rb"[0-9]{1,9}").fullmatch
 _is_request_id = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}").fullmatch
 
 
@@ -170,6 +172,8 @@ class Gateway:
         if route is None:
             return _not_found(path)
         scope["state"]["deployment"] = route.deployment
+        if _TIMEOUT in named:
+            route = _hurried(route, named[_TIMEOUT])
         body, follows = b"", False
         if b"transfer-encoding" in named or named.get(b"content-length", b"0") != b"0":
             body, follows = await _read_beginning(receive, named, self._settings)
@@ -230,6 +234,7 @@ class Gateway:
                 future.set_result(Stream(channel, pending))
 
         pending.on_stream = on_stream
+        pending.is_strict = route.is_hurried
         return pending, future
 
     async def _call(self, route: Route, payload: bytes, safe: bool, receive: Receive) -> "Outcome | Stream":
@@ -347,6 +352,13 @@ def _cleaned(headers: Headers, named: Named) -> Headers:
         return end_to_end(headers)
     except ValueError as exc:
         raise Refused(text_response(400, f"Bad request: {exc}.")) from exc
+
+
+def _hurried(route: Route, asked: bytes) -> Route:
+    """The route with the deadline that the client asks for, which can only be earlier than the deployment's."""
+    if _is_milliseconds(asked) is None or int(asked) == 0:
+        raise Refused(text_response(400, "Bad request: X-Request-Timeout-Ms is not a number of milliseconds."))
+    return route._replace(timeout_s=min(route.timeout_s, int(asked) / 1000), is_hurried=True)
 
 
 async def _read_beginning(receive: Receive, named: Named, settings: Settings) -> tuple[bytes, bool]:

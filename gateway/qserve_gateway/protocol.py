@@ -311,6 +311,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._door = door
         self._began = monotonic()
 
+    async def send(self, message: Any) -> None:
+        """Send a message of the application's."""
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            self.handshake_complete = True  # uvicorn forgets that a denial completes it, and logs an error
+
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         self._door.leave_websocket(self.client[0] if self.client else "")

@@ -13,6 +13,8 @@ class Route(NamedTuple):
     root_path: str
     timeout_s: float
     idempotent: bool
+    is_hurried: bool = False
+    """The client sets the deadline, and so it holds while a body comes in, too."""
 
 
 class RouteTable:

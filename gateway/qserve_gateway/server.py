@@ -31,6 +31,7 @@ from qserve_gateway.door import Door
 from qserve_gateway.following import Follower
 from qserve_gateway.middlewares import load_middlewares
 from qserve_gateway.protocol import HttpProtocol, WebSocketProtocol
+from qserve_gateway.streaming import OneLinePerCut
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +182,7 @@ class GatewayProcess:
         self, sock: socket.socket, follower: Follower, ready: Ready, stack: contextlib.AsyncExitStack
     ) -> None:
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        logging.getLogger("uvicorn.error").addFilter(OneLinePerCut())
         server = Server(self._uvicorn_config(), started)
         stopping = _stop_signal(server)
         serving = asyncio.create_task(server.serve([sock]))

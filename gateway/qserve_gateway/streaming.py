@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 
 from starlette.types import Receive, Send
@@ -10,11 +11,26 @@ from qserve.background import end, spawn
 from qserve.channel import Channel
 from qserve.errors import PayloadTooLarge, QServeError, StreamBroken
 from qserve.messages import decode_http_response
-from qserve_gateway.respond import start_message
+from qserve_gateway.respond import Unsendable, send_response, start_message
 
 
 class ResponseCut(Exception):
     """A response could not be finished: the connection must end without looking as if it had been."""
+
+
+class ClientGone(StreamBroken):
+    """The client has left while its response was streamed."""
+
+
+class OneLinePerCut(logging.Filter):
+    """uvicorn logs what ends a connection with its traceback; a cut response is no error of the gateway."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep the record, shortened."""
+        if record.exc_info and isinstance(record.exc_info[1], ResponseCut):
+            record.msg, record.args, record.exc_info = str(record.exc_info[1]), (), None
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+        return True
 
 
 class Upload:
@@ -50,7 +66,7 @@ class Upload:
             while more:
                 message = await self._receive()
                 if message["type"] == "http.disconnect":
-                    self._channel.abort("the client left")
+                    self._channel.abort(ClientGone("the client left"))
                     self._on_end(None)
                     return
                 body = message.get("body", b"")
@@ -65,7 +81,7 @@ class Upload:
             await self._channel.end()
             while (await self._receive())["type"] != "http.disconnect":
                 pass
-            self._channel.abort("the client left")
+            self._channel.abort(ClientGone("the client left"))
             self._on_end(None)
 
 
@@ -85,20 +101,36 @@ async def stream_response(send: Send, receive: Receive | None, channel: Channel,
     """
     listener = spawn(_abort_on_disconnect(receive, channel)) if receive is not None else None
     try:
-        head = await channel.receive()
-        if head is None:
-            raise ResponseCut("a stream without a beginning")
-        await send(start_message(decode_http_response(head), method, request_id, streamed=True))
+        if not await _send_head(send, channel, method, request_id):
+            return
         while (part := await channel.receive_part()) is not None:
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+    except ClientGone:
+        return
     except StreamBroken as exc:
-        raise ResponseCut(str(exc)) from exc
+        raise ResponseCut(f"the response to request {request_id} was cut: {exc}") from exc
     finally:
         await end(listener)
+
+
+async def _send_head(send: Send, channel: Channel, method: str, request_id: str) -> bool:
+    """Write the beginning; False if the response is over, because it cannot be sent as it is."""
+    head = await channel.receive()
+    if head is None:
+        raise StreamBroken("it has no beginning")
+    response = decode_http_response(head)
+    try:
+        start = start_message(response, method, request_id, streamed=True)
+    except Unsendable:
+        channel.abort("the response cannot be sent")
+        await send_response(send, response, method, request_id)
+        return False
+    await send(start)
+    return True
 
 
 async def _abort_on_disconnect(receive: Receive, channel: Channel) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    channel.abort("the client left")
+    channel.abort(ClientGone("the client left"))

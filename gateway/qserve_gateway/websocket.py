@@ -1,5 +1,6 @@
 """One WebSocket: its events between the client's connection and the replica that accepted it."""
 
+import asyncio
 import logging
 from typing import Any
 
@@ -13,7 +14,8 @@ from qserve_gateway.respond import Unsendable, start_message
 
 logger = logging.getLogger(__name__)
 
-GOING_AWAY, INTERNAL_ERROR = 1001, 1011
+INTERNAL_ERROR = 1011
+_LAST_WORD_S = 1.0
 
 
 class WebSocketBridge:
@@ -56,14 +58,20 @@ class WebSocketBridge:
                 message = await self._receive()
                 if message["type"] == "websocket.disconnect":
                     self.closed = True
-                    code, reason = message.get("code") or 1005, message.get("reason") or ""
-                    await self._channel.send(encode(WebSocketEvent("disconnect", code=code, reason=reason)))
-                    await self._channel.end()
+                    await self._tell_disconnect(message.get("code") or 1005, message.get("reason") or "")
                     return
                 event = WebSocketEvent("receive", text=message.get("text"), data=message.get("bytes"))
                 await self._channel.send(encode(event))
         except StreamBroken:
             return  # `run` hears of it too
+
+    async def _tell_disconnect(self, code: int, reason: str) -> None:
+        try:
+            async with asyncio.timeout(_LAST_WORD_S):
+                await self._channel.send(encode(WebSocketEvent("disconnect", code=code, reason=reason)))
+                await self._channel.end()
+        except TimeoutError:  # the application reads nothing; it hears of it when it sends
+            self._channel.abort("the client left")
 
     async def _to_client(self, event: WebSocketEvent) -> None:
         if self.closed:
@@ -84,7 +92,10 @@ class WebSocketBridge:
         else:
             self.closed = event.reason != "more"
             message = {"type": "websocket.http.response.body", "body": event.data or b"", "more_body": not self.closed}
-        await self._send(message)
+        try:
+            await self._send(message)
+        except OSError:  # the client has left; what the application sends meanwhile is for nobody
+            self.closed = True
 
     async def _close(self, code: int) -> None:
         if not self.closed:

@@ -281,7 +281,7 @@ class Socket:
 
     async def _send(self, message: Message) -> None:
         try:
-            if self._closed:
+            if self._closed or self._channel.peer_has_ended:
                 raise StreamBroken("the WebSocket is closed")
             self._answered = True
             await self._channel.send(encode(_websocket_event(message)))
