@@ -45,7 +45,8 @@ class Host:
     def __init__(self, settings: Settings, folder: Path, *arguments: str) -> None:
         self.reports_file = folder / f"reports-{secrets.token_hex(4)}"
         self.log = self.reports_file.with_suffix(".log")
-        environment = os.environ | {f"QSERVE_{k.upper()}": str(v) for k, v in settings.model_dump().items()}
+        given = settings.model_dump(exclude_defaults=True)
+        environment = os.environ | {f"QSERVE_{name.upper()}": str(value) for name, value in given.items()}
         with self.reports_file.open("wb") as out, self.log.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.replica_host", NAME, *arguments],
