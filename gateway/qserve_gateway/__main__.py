@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import click
 from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.local import find_settings
 from qserve.process import new_event_loop
-from qserve_gateway.server import GatewayProcess, Options, Tls
+from qserve_gateway.server import GatewayProcess, Options, Ready, Tls, report
 
 
 @click.command()
@@ -50,8 +51,13 @@ def main(
     try:
         settings = find_settings()
         _log_to_stderr(settings.log_level)
+        try:
+            gateway = GatewayProcess(options, settings)
+        except ConfigurationError as exc:
+            report(ready_file, Ready(os.getpid(), error=str(exc)))
+            raise
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(GatewayProcess(options, settings).run())
+            runner.run(gateway.run())
     except (ConfigurationError, NoInstanceError) as exc:
         sys.exit(str(exc))
     except KeyboardInterrupt:

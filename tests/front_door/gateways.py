@@ -51,9 +51,9 @@ def gateway(settings: Settings, *arguments: str, **variables: object) -> Iterato
         command, env=environment, pass_fds=(writing,), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     os.close(writing)
-    with os.fdopen(reading) as pipe:
-        ready = json.loads(pipe.readline())
     try:
+        with os.fdopen(reading) as pipe:
+            ready = json.loads(pipe.readline())
         yield Gateway(process, ready)
     finally:
         process.kill()

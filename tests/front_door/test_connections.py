@@ -16,7 +16,6 @@ from tests.front_door.cases import chunked, get, post
 from tests.front_door.gateways import gateway
 from tests.front_door.wire import Address, ask, read_response, statuses
 
-
 # Keep-alive
 
 
@@ -87,8 +86,8 @@ def test_a_body_that_trickles_is_408_although_it_never_pauses(impatient: TestIns
         assert 0.7 < time.monotonic() - began < 3
 
 
-def test_a_steady_body_may_take_longer_than_any_deadline(impatient: TestInstance) -> None:
-    with gateway(impatient.settings, QSERVE_HTTP_BODY_TIMEOUT_S=0.6) as patient, patient.address.connect() as connection:
+def test_a_steady_body_may_take_longer_than_its_deadline(impatient: TestInstance) -> None:
+    with gateway(impatient.settings, QSERVE_HTTP_BODY_TIMEOUT_S=0.6) as strict, strict.address.connect() as connection:
         connection.sendall(post(b"Content-Length: 20000"))
         for _ in range(20):
             connection.sendall(bytes(1000))
