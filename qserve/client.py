@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import hiredis
 import msgspec
 
 from qserve.background import end, spawn
@@ -30,12 +29,10 @@ from qserve.errors import (
     QServeError,
     StreamBroken,
 )
-from qserve.link import BLOCK_MS, Link
+from qserve.link import Link
 from qserve.messages import (
     CHUNK,
     CONTROL,
-    ERROR,
-    VALUE,
     Blob,
     Call,
     Control,
@@ -43,66 +40,18 @@ from qserve.messages import (
     Signer,
     decode_blob,
     decode_control,
-    decode_reply,
     encode,
 )
-from qserve.queues import ALIVE_TTL_MS, CALLS_PER_ADMIT, CallQueue, Inbox, send_chunk, send_control
+from qserve.pending import Outcome, PendingCall
+from qserve.queues import CALLS_PER_ADMIT, CallQueue, send_chunk, send_control
+from qserve.receiver import Receiver
 from qserve.settings import Settings
 from qserve.submitting import DurableCalls
 
 logger = logging.getLogger(__name__)
 
-Outcome = Reply | QServeError
-"""What becomes of a call: the replica's reply, or the reason why there is none."""
-
 _STOPPED = "the client was stopped before the call ended"
-_FRAMES_PER_READ = 512
-_TRIM_EVERY = 512 * 1024
-"""Bytes: what is streamed to this process must not pile up behind it."""
-_TRIM_INTERVAL_S = 1.0
 _PAYLOAD_GRACE_MS = 60_000
-
-
-class PendingCall:
-    """A call whose outcome somebody waits for."""
-
-    __slots__ = (
-        *("channel", "deadline", "deployment", "entry", "frame", "id", "inherited"),
-        *("is_strict", "on_outcome", "on_stream", "payload", "safe", "timeout_s", "timer"),
-    )
-
-    def __init__(
-        self,
-        call_id: str,
-        deployment: str,
-        safe: bool,
-        frame: bytes,
-        payload: bytes | None,
-        timeout_s: float,
-        on_outcome: Callable[[Outcome], None],
-    ) -> None:
-        self.id = call_id
-        self.deployment = deployment
-        self.safe = safe
-        self.frame = frame
-        self.payload = payload  # travels out of line, or None
-        self.timeout_s = timeout_s
-        self.deadline = time.monotonic() + timeout_s
-        self.on_outcome = on_outcome
-        self.entry: bytes | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.is_strict = False
-        """Its deadline is not put off while the replica takes in what it is sent."""
-        self.inherited = False
-        """Withdrawn with the call that made it, which was safe to leave half done: so is this one."""
-        self.channel: Channel | None = None
-        self.on_stream: Callable[[PendingCall, Channel], None] | None = None
-        """Called when the first of a stream arrives; without it, and without a channel, streams are turned away."""
-
-    def take_frame(self) -> bytes:
-        """The frame, which is kept no longer: a call may wait for an hour."""
-        frame, self.frame = self.frame, b""
-        return frame
 
 
 class Client:
@@ -121,7 +70,7 @@ class Client:
         self.on_control: Callable[[str, Control], None] | None = None
         self.on_chunk: Callable[[str, Chunk], bool] | None = None
         self._keys = settings.keys
-        self._inbox = Inbox(self._keys, self.id)
+        self._receiver = Receiver(self._keys, self.id, self.signer, self._accept)
         self._numbers = itertools.count()
         self._pending: dict[str, PendingCall] = {}
         self._batches: dict[str, list[PendingCall]] = {}
@@ -144,7 +93,7 @@ class Client:
         self._thread = threading.get_ident()
         self._link = Link(self.settings.redis_url, self._link_up, self._refuse_waiting)
         await self._link.start()
-        self._keeper = spawn(self._keep_alive())
+        self._keeper = spawn(self._receiver.keep_alive(self.durable.tick))
 
     async def stop(self) -> None:
         """Close the inbox; calls still pending end as cancelled."""
@@ -155,7 +104,7 @@ class Client:
         for pending in list(self._pending.values()):
             self._finish(pending, CallCancelled(_STOPPED))
         if self._link.sender is not None:
-            self._inbox.discard(self._link.sender)
+            self._receiver.discard(self._link.sender)
             self._link.sender.flush()
             with contextlib.suppress(BrokerUnavailable, TimeoutError):
                 async with asyncio.timeout(1):
@@ -351,9 +300,7 @@ class Client:
             return False
         if pending.timer is not None:
             pending.timer.cancel()
-        if pending.channel is not None:
-            _end_channel(pending.channel, outcome)
-            pending.channel = None  # they refer to each other, and the collector comes seldom
+        pending.end_channel(outcome)
         try:
             pending.on_outcome(outcome)
         except Exception:
@@ -393,28 +340,13 @@ class Client:
             control = Control("cancel", pending.entry.decode(), pending.inherited)
             send_control(self._link.sender, self._keys, self.signer, answer.decode(), control, pending.id)
 
-    def _received(self, answer: Answer) -> None:
-        if isinstance(answer, Exception):
-            if isinstance(answer, hiredis.ReplyError):
-                logger.warning("reading replies failed: %s", answer)
-                self._link.lose()
-            return
-        self._link.heard()
-        frames = self._inbox.frames(answer)
-        self._read()
-        for frame in frames:
-            try:
-                reply = decode_reply(self.signer.open(frame))
-                if reply.to == self.id:
-                    self._dispatch(reply)
-                elif reply.to == ANYONE:
-                    self.durable.take(reply)
-                else:
-                    raise FrameRejected("a reply to another process")
-            except (FrameRejected, msgspec.DecodeError) as exc:
-                self._reject(exc)
-        if self._inbox.untrimmed >= _TRIM_EVERY and self._link.sender is not None:
-            self._inbox.trim(self._link.sender)
+    def _accept(self, reply: Reply) -> None:
+        if reply.to == self.id:
+            self._dispatch(reply)
+        elif reply.to == ANYONE:
+            self.durable.take(reply)
+        else:
+            raise FrameRejected("a reply to another process")
 
     def _dispatch(self, reply: Reply) -> None:
         if reply.kind == CONTROL:
@@ -477,25 +409,14 @@ class Client:
             outcome = BrokerUnavailable(f"the result could not be fetched: {exc}")
         self._finish(pending, outcome)
 
-    def _reject(self, exc: Exception) -> None:
-        logger.warning("dropped a frame in the inbox: %s", exc)
-        if self._link.sender is not None:
-            self._link.sender.send(_ignore, "HINCRBY", self._keys.counters, "rejected_frames", 1)
-
     # The link to Redis
 
     async def _link_up(self) -> None:
-        assert self._link.sender is not None
-        await self._inbox.open(self._link.sender)
-        self._read()
+        await self._receiver.open(self._link)
         self._flush()
         self.durable.link_up()
         if self._link.losses:
             spawn(self._reconcile())
-
-    def _read(self) -> None:
-        if self._link.waiter is not None:
-            self._inbox.read(self._link.waiter, self._received, block_ms=BLOCK_MS, most=_FRAMES_PER_READ)
 
     def _refuse_waiting(self) -> None:
         self.durable.link_down()
@@ -514,8 +435,8 @@ class Client:
                 *(sender.call("XRANGE", self._keys.calls(call.deployment), call.entry, call.entry) for call in admitted)
             )
             # Answering removes the entry: what is gone by now has its answer in the inbox by now, or is lost.
-            newest = await self._inbox.newest(sender)
-            while not self._inbox.has_seen(newest):
+            newest = await self._receiver.newest(sender)
+            while not self._receiver.has_seen(newest):
                 await asyncio.sleep(0.01)
                 if self._link.losses != losses:
                     return
@@ -523,32 +444,6 @@ class Client:
                 if not entry and call.entry is not None:
                     lost = BrokerUnavailable("Redis lost the call or its answer while it was away; it may have run")
                     self._finish(call, lost)
-
-    async def _keep_alive(self) -> None:
-        """Say that the inbox is read, trim it, and notice a reader that has fallen silent."""
-        next_word = 0.0
-        while True:
-            await asyncio.sleep(_TRIM_INTERVAL_S)
-            if self._link.sender is None:
-                continue
-            now = time.monotonic()
-            if now >= next_word:
-                self._inbox.say_alive(self._link.sender)
-                next_word = now + ALIVE_TTL_MS / 3000
-            self._inbox.trim(self._link.sender)
-            self.durable.tick()
-            if self._link.is_silent():
-                logger.warning("Redis has fallen silent")
-                self._link.lose()
-
-
-def _end_channel(channel: Channel, outcome: Outcome) -> None:
-    if isinstance(outcome, QServeError):
-        channel.close(outcome)
-    elif outcome.kind == ERROR:
-        channel.close(StreamBroken("the call failed while it streamed"))
-    else:
-        channel.finish(int(outcome.payload or b"0") if outcome.kind == VALUE else 0)
 
 
 def _ignore(_answer: Answer) -> None:

@@ -7,13 +7,14 @@ from concurrent.futures import InvalidStateError
 from functools import lru_cache
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
-from qserve.client import Client, Outcome, PendingCall
+from qserve.client import Client
 from qserve.codec import Codec, collect_refs, substitute
 from qserve.context import CallInfo, current_call
 from qserve.durable import RESULT_TTL_S, Options, Priority, make_options
 from qserve.durable_ref import DurableRef, get_ref, submit
 from qserve.errors import QServeError, ValueNotSerializable
 from qserve.messages import ERROR, PYTHON, decode_error
+from qserve.pending import Outcome, PendingCall
 from qserve.process import current_client
 from qserve.ref import Ref
 from qserve.streams import ResultStream, open_stream

@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Itera
 from typing import Any, Generic, TypeVar
 
 from qserve.channel import Channel
-from qserve.client import Client, Outcome, PendingCall
+from qserve.client import Client
 from qserve.codec import Codec
 from qserve.context import CallInfo
 from qserve.errors import QServeError, StreamBroken
 from qserve.messages import ERROR, STREAM, decode_error
+from qserve.pending import Outcome, PendingCall
 
 T = TypeVar("T")
 OnOutcome = Callable[[Outcome], None]

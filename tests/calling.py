@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from qserve.channel import Channel
-from qserve.client import Client, Outcome, PendingCall
+from qserve.client import Client
 from qserve.codec import Codec
 from qserve.handle import codec_of
 from qserve.messages import ERROR, PYTHON, HttpRequest, HttpResponse, Reply, Signer, decode_error
+from qserve.pending import Outcome, PendingCall
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec, Target
 from qserve.state import State

@@ -16,7 +16,6 @@ import pytest
 import redis
 
 from qserve import embedded
-from qserve.client import Outcome
 from qserve.errors import (
     BackPressureError,
     BrokerUnavailable,
@@ -27,6 +26,7 @@ from qserve.errors import (
 )
 from qserve.keys import Keys
 from qserve.messages import CONTROL, VALUE, Reply, Signer, encode
+from qserve.pending import Outcome
 from qserve.settings import Settings
 from tests.calling import Caller, Code, calling, deploy, serving, until, within
 

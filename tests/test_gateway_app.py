@@ -16,7 +16,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message
 
 from qserve.channel import Channel
-from qserve.client import Outcome, PendingCall
 from qserve.errors import (
     BackPressureError,
     CallCancelled,
@@ -37,6 +36,7 @@ from qserve.messages import (
     decode_http_request,
     encode,
 )
+from qserve.pending import Outcome, PendingCall
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec, Target
 from qserve_gateway.app import Gateway

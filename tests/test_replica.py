@@ -16,7 +16,6 @@ import pytest
 import redis
 
 from qserve import queues
-from qserve.client import Outcome
 from qserve.codec import Codec
 from qserve.errors import (
     CallCancelled,
@@ -29,6 +28,7 @@ from qserve.errors import (
 )
 from qserve.keys import GROUP, Keys
 from qserve.messages import HTTP, PYTHON, Call, HttpRequest, Reply, Signer, decode_http_response, encode
+from qserve.pending import Outcome
 from qserve.settings import Settings
 from qserve.spec import SERVING, STANDBY, DeploymentSpec, Target
 from qserve.state import State

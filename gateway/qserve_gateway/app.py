@@ -9,14 +9,16 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qserve.channel import Channel
-from qserve.client import Outcome, PendingCall
-from qserve.errors import ConfigurationError, QServeError, StreamBroken
+from qserve.errors import ConfigurationError, PayloadTooLarge, QServeError, StreamBroken
 from qserve.messages import HTTP, WEBSOCKET, HttpRequest, HttpResponse, encode
+from qserve.pending import Outcome, PendingCall
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
 from qserve_gateway.apikeys import ApiKeys, KeyRefused
+from qserve_gateway.calls import PATH, CallPages, Wish, wish_of
 from qserve_gateway.departures import Departures
 from qserve_gateway.door import request_ids
+from qserve_gateway.events import EventStream
 from qserve_gateway.headers import SPOOFED, UNUSUAL, Headers, end_to_end
 from qserve_gateway.respond import json_response, local_error_response, outcome_response, send_response, text_response
 from qserve_gateway.routes import Route, RouteTable
@@ -25,6 +27,9 @@ from qserve_gateway.websocket import WebSocketBridge, deny
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 """A request with one of these may be run again after its replica died."""
+
+_KEPT = frozenset({b"prefer", b"idempotency-key"})
+"""A request with one of these may want to be a durable call."""
 
 Named = dict[bytes, bytes]
 """Headers by lower-case name, the last of each; for looking, not for handing on."""
@@ -94,10 +99,14 @@ class Gateway:
         calls: Where calls are put.
         settings: Limits and defaults.
         keys: Who may come in, None: everybody.
+        pages: For durable calls; None: there are none.
     """
 
-    def __init__(self, calls: Calls, settings: Settings, keys: ApiKeys | None = None) -> None:
+    def __init__(
+        self, calls: Calls, settings: Settings, keys: ApiKeys | None = None, pages: CallPages | None = None
+    ) -> None:
         self._calls = calls
+        self._pages = pages
         self._settings = settings
         self._keys = keys
         self._specs: tuple[DeploymentSpec, ...] = ()
@@ -158,14 +167,18 @@ class Gateway:
             return
         if isinstance(response, Stream):
             await self._write_stream(response, scope["method"], request_id, receive, send)
+        elif isinstance(response, EventStream):
+            await response.write(send, receive, scope["method"], request_id)
         else:
             await send_response(send, response, scope["method"], request_id)
 
-    async def _respond(self, scope: Scope, receive: Receive, named: Named, request_id: str) -> "HttpResponse | Stream":
+    async def _respond(
+        self, scope: Scope, receive: Receive, named: Named, request_id: str
+    ) -> "HttpResponse | Stream | EventStream":
         headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"], named)
         path, raw_path = self._full_path(scope)
         if path.startswith("/-/", len(self._root_path)):
-            return self._own_page(path, headers, named)
+            return await self._own_page(scope, path, headers, named, request_id)
         route = self._routes.match(path)
         if self._keys is not None:
             headers = self._keys.check(headers, named, route.deployment if route is not None else "")
@@ -174,9 +187,11 @@ class Gateway:
         scope["state"]["deployment"] = route.deployment
         if _TIMEOUT in named:
             route = _hurried(route, named[_TIMEOUT])
+        wish = None if _KEPT.isdisjoint(named) or self._pages is None else _wish(headers)
         body, follows = b"", False
         if b"transfer-encoding" in named or named.get(b"content-length", b"0") != b"0":
-            body, follows = await _read_beginning(receive, named, self._settings)
+            most = self._settings.max_value_bytes if wish is not None else self._settings.out_of_line_bytes
+            body, follows = await _read_beginning(receive, named, self._settings, most)
         request = HttpRequest(
             scope["method"],
             path,
@@ -192,6 +207,8 @@ class Gateway:
             body,
             follows,
         )
+        if wish is not None:
+            return await self._submit(route, request, wish)
         safe = request.method in SAFE_METHODS or route.idempotent or b"idempotency-key" in named
         if follows:
             outcome = await self._call_with_upload(route, request, receive)
@@ -200,6 +217,13 @@ class Gateway:
         if isinstance(outcome, Stream):
             return outcome
         return outcome_response(outcome, request_id, debug=self._settings.debug)
+
+    async def _submit(self, route: Route, request: HttpRequest, wish: Wish) -> HttpResponse:
+        most = self._settings.max_value_bytes
+        if request.body_follows or len(request.body) > most:
+            raise PayloadTooLarge(f"a request that is kept may have {most} bytes (QSERVE_MAX_VALUE_BYTES)")
+        assert self._pages is not None
+        return await self._pages.submit(route, request, wish, self._root_path)
 
     def _full_path(self, scope: Scope) -> tuple[str, bytes]:
         path, raw_path, root = scope["path"], scope["raw_path"], self._root_path
@@ -331,7 +355,9 @@ class Gateway:
                 await stream.upload.stop()
             self._calls.cancel(stream.pending)  # without effect where it has ended
 
-    def _own_page(self, path: str, headers: Headers, named: Named) -> HttpResponse:
+    async def _own_page(
+        self, scope: Scope, path: str, headers: Headers, named: Named, request_id: str
+    ) -> HttpResponse | EventStream:
         name = path[len(self._root_path) :]
         if name == "/-/healthz":
             return text_response(200, "success")
@@ -339,6 +365,8 @@ class Gateway:
             self._keys.check(headers, named, "")
         if name == "/-/routes":
             return json_response(self.routes)
+        if name.startswith(PATH) and self._pages is not None:
+            return await self._pages.page(scope, name, request_id)
         return _not_found(path)
 
     def _request_id(self, asked: bytes | None) -> str:
@@ -361,14 +389,21 @@ def _hurried(route: Route, asked: bytes) -> Route:
     return route._replace(timeout_s=min(route.timeout_s, int(asked) / 1000), is_hurried=True)
 
 
-async def _read_beginning(receive: Receive, named: Named, settings: Settings) -> tuple[bytes, bool]:
-    """The body, or its beginning and True where it is too large to be put on the queue at once."""
+def _wish(headers: Headers) -> Wish | None:
+    try:
+        return wish_of(headers)
+    except ValueError as exc:
+        raise Refused(text_response(400, f"Bad request: {exc}.")) from exc
+
+
+async def _read_beginning(receive: Receive, named: Named, settings: Settings, most: int) -> tuple[bytes, bool]:
+    """The body, or its beginning and True where it has more than `most` bytes, too many to be put on the queue."""
     if int(named.get(b"content-length", b"0")) > settings.max_body_bytes:
         raise body_too_large(settings.max_body_bytes)
     parts: list[bytes] = []
     size = 0
     more = True
-    while more and size <= settings.out_of_line_bytes:
+    while more and size <= most:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeft
