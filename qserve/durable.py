@@ -139,9 +139,9 @@ class CallEvent(NamedTuple):
 
     Attributes:
         number: Counts the call's events from 1.
-        name: "scheduled", "queued", "started", "failed" (and runs again), "progress", or how it ended.
+        name: "scheduled", "queued", "started", "retrying" (it failed, and runs again), "progress", or how it ended.
         at: Unix time on Redis' clock.
-        data: The attempt of "started", the error of "failed", a sealed frame of "progress".
+        data: The attempt of "started", the error of "retrying" or of the end, a sealed frame of "progress".
     """
 
     number: int

@@ -27,7 +27,9 @@ from qserve.state import Snapshot, State
 from qserve_gateway.admin import Admin, admin_token
 from qserve_gateway.apikeys import load_api_keys
 from qserve_gateway.app import Gateway
+from qserve_gateway.calls import CallPages
 from qserve_gateway.door import Door
+from qserve_gateway.events import News
 from qserve_gateway.following import Follower
 from qserve_gateway.middlewares import load_middlewares
 from qserve_gateway.protocol import HttpProtocol, WebSocketProtocol
@@ -145,7 +147,9 @@ class GatewayProcess:
         self._options = options
         self._settings = settings
         self._client = Client(settings)
-        self._gateway = Gateway(self._client, settings, load_api_keys(settings))
+        self._news = News(settings.redis_url, settings.keys)
+        pages = CallPages(self._client.durable, self._news, debug=settings.debug)
+        self._gateway = Gateway(self._client, settings, load_api_keys(settings), pages)
         self._door = Door(settings)
         self._http = HttpSettings()
         self._routes: dict[str, str] = {}
@@ -175,6 +179,7 @@ class GatewayProcess:
         finally:
             await self._door.close()
             await follower.stop()
+            await self._news.stop()
             await self._client.stop()
         logger.info("stopped")
 

@@ -19,7 +19,7 @@ if state == 'scheduled' then
   local due = now + tonumber(ARGV[7])
   -- fields: r, id, f, flags, d, frame
   redis.call('HINCRBY', record, 'failures', 1)
-  note(record, redis.call('HGET', record, 'n'), now, 'failed', ARGV[9],
+  note(record, redis.call('HGET', record, 'n'), now, 'retrying', ARGV[9],
     'state', 'scheduled', 'due', whole(due), 'frame', put[1][2][6])
   redis.call('ZADD', KEYS[3], due, id)
 else
