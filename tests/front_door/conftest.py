@@ -3,7 +3,9 @@
 import asyncio
 import gzip
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -90,3 +92,19 @@ def unharmed(door: Address) -> Iterator[None]:
 def processes() -> set[tuple[int, float]]:
     """This test session's instances: gateways, nodes, workers and replicas."""
     return {(found.pid, found.create_time()) for found in psutil.Process().children(recursive=True)}
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate and its key for localhost."""
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"),
+        ],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
+    return folder
