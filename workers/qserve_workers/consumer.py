@@ -5,102 +5,51 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from functools import partial
-from typing import Protocol
 
 import hiredis
 import msgspec
 from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
-from qserve.channel import ABORT, CREDIT, Channel, Chunk
 from qserve.codec import Codec
 from qserve.connection import Answer
-from qserve.context import CallInfo, current_call
+from qserve.context import current_call
 from qserve.durable import DurableCall, decode_durable_call
 from qserve.errors import (
     BrokerUnavailable,
     CallCancelled,
     FrameRejected,
-    GetTimeoutError,
-    PayloadTooLarge,
     PoisonCall,
     QServeError,
     ReplicaDied,
-    ResultNotSerializable,
-    ResultTooLarge,
     StreamBroken,
-    ValueNotSerializable,
 )
 from qserve.link import BLOCK_MS, Link
 from qserve.messages import (
     ERROR,
     HTTP,
-    HTTP_RESPONSE,
-    PYTHON,
     STREAM,
-    VALUE,
-    WEBSOCKET,
     Call,
-    HttpRequest,
-    HttpResponse,
     Signer,
-    decode_blob,
     decode_call,
-    decode_http_request,
     encode,
 )
-from qserve.queues import Entry, ReplicaQueue, send_chunk
+from qserve.queues import Entry, ReplicaQueue
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
 from qserve_workers.answers import Answers
 from qserve_workers.clock import SAMPLE_EVERY_S, RedisClock
 from qserve_workers.durable import DurableRuns
+from qserve_workers.running import Code, Conversations, Runner, RunningCall
 
 logger = logging.getLogger(__name__)
 
 _REMEMBERED = 8192
 """Of how many calls a replica knows at least that it has seen them."""
 _SUSPECTS_KEPT = 16
-_WATCH_EVERY_S = 2.0
 _LAST_WORD_S = 2.0
 _NEXT_TRY_S = 0.2
 _UNTOLD = "the replica was stopped before the call ended; it may have run in part, so it is not run again"
-
-
-OpenChannel = Callable[[], Channel]
-
-
-class Code(Protocol):
-    """User code as the consumer sees it."""
-
-    @property
-    def only_sync(self) -> bool: ...
-    def needs_thread(self, method: str) -> bool: ...
-    async def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object: ...
-    async def http(self, request: HttpRequest, open_channel: OpenChannel) -> HttpResponse | None: ...
-    async def stream(
-        self, method: str, args: tuple[object, ...], kwargs: dict[str, object], channel: Channel
-    ) -> None: ...
-    async def websocket(self, request: HttpRequest, channel: Channel) -> None: ...
-
-
-class RunningCall:
-    """A call between its arrival and its answer."""
-
-    __slots__ = ("call", "channel", "entry", "info", "needs_thread", "started_at", "streams", "task", "unwanted")
-
-    def __init__(self, entry: Entry, call: Call, needs_thread: bool) -> None:
-        self.entry = entry
-        self.call = call
-        self.needs_thread = needs_thread
-        self.started_at = time.monotonic()
-        self.task: asyncio.Task[None] | None = None
-        self.channel: Channel | None = None
-        self.info = CallInfo(call.id, entry.deliveries)
-        self.unwanted = False
-        self.streams = False
 
 
 class Consumer:
@@ -121,12 +70,20 @@ class Consumer:
         self._signer = signer
         self._codec = codec
         self._clock = RedisClock()
+        self._idle = asyncio.Event()
         self._link = Link(settings.redis_url, self._link_up)
         self._answers = Answers(settings, signer, self.queue, self._link)
+        self.conversations = Conversations(
+            settings,
+            signer,
+            self._link,
+            replica,
+            on_streaming=self._idle.set,
+            on_deserted=lambda running: self.cancel(running.entry.id),
+        )
+        self._runner = Runner(settings, signer, codec, link=self._link, clock=self._clock, talks=self.conversations)
         self.durable = DurableRuns(settings, signer, codec, replica, self._link, self)
-        self._code: Code
         self._running: dict[bytes, RunningCall] = {}
-        self._channels: dict[str, Channel] = {}
         self._on_thread = 0
         self._suspects: deque[Entry] = deque()
         self._suspect: Entry | None = None
@@ -136,7 +93,6 @@ class Consumer:
         self._accepting = False
         self._reading = False
         self._waiter_id = 0
-        self._idle = asyncio.Event()
         self._read_ended = asyncio.Event()
         self._clockwork: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -147,11 +103,11 @@ class Consumer:
         """Open the queue without taking anything from it."""
         await self._link.start()
         self._clockwork = spawn(self._sample_clock())
-        self._watch = spawn(self._watch_callers())
+        self._watch = spawn(self.conversations.watch_callers())
 
     def start(self, code: Code) -> None:
         """Begin, or go on, to take calls."""
-        self._code = code
+        self._runner.code = code
         self._accepting = True
         self._read_more()
 
@@ -277,7 +233,7 @@ class Consumer:
     def _room(self) -> int:
         running = len(self._running)
         free = self.spec.max_concurrent_queries - running
-        if self._code.only_sync:
+        if self._runner.code.only_sync:
             return min(free, self.spec.max_threads - running)
         if self._on_thread > self.spec.max_threads:
             return 0  # a call waits for the thread: leave the next one to a replica that is free
@@ -344,10 +300,13 @@ class Consumer:
         return entry
 
     def _start(self, entry: Entry, call: Call) -> None:
-        running = RunningCall(entry, call, self._code.needs_thread(call.method))
+        running = RunningCall(entry, call, self._runner.code.needs_thread(call.method))
         self._running[entry.id] = running
         self._on_thread += running.needs_thread
-        run = self.durable.run(running, call, self._code) if isinstance(call, DurableCall) else self._run(running)
+        if isinstance(call, DurableCall):
+            run = self.durable.run(running, call, self._runner.code)
+        else:
+            run = self._run(running)
         running.task = asyncio.create_task(run)
 
     def _begin_again(self, entry: Entry, call: Call) -> None:
@@ -389,13 +348,7 @@ class Consumer:
         entry, call = running.entry, running.call
         current_call.set(running.info)
         try:
-            payload = call.payload if not call.out_of_line else await self.fetch(call)
-            running.info.deadline = running.started_at + self._time_left(entry, call)
-            if call.kind == PYTHON:
-                args, kwargs = self._codec.unpack_call(payload)
-                kind, result = VALUE, self._pack_result(await self._code.call(call.method, tuple(args), kwargs))
-            else:
-                kind, result = await self._converse(running, payload)
+            kind, result = await self._runner.run(running)
         except asyncio.CancelledError:
             if entry.id not in self._running:
                 return  # abandoned or taken over: somebody else answers
@@ -415,6 +368,10 @@ class Consumer:
             self._answers.add(entry.id, call, kind, result)
         self._read_more()
 
+    async def fetch(self, call: Call) -> bytes:
+        """The payload of a call that travelled out of line."""
+        return await self._runner.fetch(call)
+
     def is_running(self, entry: bytes) -> bool:
         """Whether a call is still this replica's to answer."""
         return entry in self._running
@@ -428,65 +385,8 @@ class Consumer:
             self.run_times_ms.append((time.monotonic() - running.started_at) * 1000)
         self._read_more()
 
-    async def _converse(self, running: RunningCall, payload: bytes) -> tuple[int, bytes]:
-        """Run a call whose traffic may go over its channel; its reply then says how many parts there were."""
-        call = running.call
-        if call.kind == HTTP:
-            request = self._decode_request(running, payload)
-            response = await self._code.http(request, partial(self._open_channel, running))
-            if response is not None:
-                return HTTP_RESPONSE, self._pack_response(response)
-        elif call.kind == WEBSOCKET:
-            channel = self._open_channel(running)
-            channel.greet()
-            await self._code.websocket(self._decode_request(running, payload), channel)
-        else:
-            args, kwargs = self._codec.unpack_call(payload)
-            await self._code.stream(call.method, tuple(args), kwargs, self._open_channel(running))
-        return VALUE, b"%d" % (0 if running.channel is None else running.channel.sent)
-
-    def _decode_request(self, running: RunningCall, payload: bytes) -> HttpRequest:
-        request = decode_http_request(payload)
-        # In logs and for the user's code it has the id that its client knows.
-        running.info.request_id = request.request_id or running.call.id
-        return request
-
-    def _open_channel(self, running: RunningCall) -> Channel:
-        call = running.call
-
-        def check(answer: Answer) -> None:
-            if answer != 1:
-                channel.close(StreamBroken("the caller is gone"))
-
-        def transmit(to: str, chunk: Chunk) -> None:
-            if chunk.kind not in (CREDIT, ABORT) and not running.streams:
-                running.streams = True
-                running.info.deadline = None
-                self._idle.set()
-            if self._link.sender is not None:
-                send_chunk(self._link.sender, self._keys, self._signer, to, call.id, chunk, check)
-            else:
-                channel.close(StreamBroken("Redis cannot be reached"))
-
-        channel = running.channel = self._channels[call.id] = Channel(self._replica, transmit, call.reply_to)
-        if running.unwanted or running.entry.id not in self._running:
-            self._close_channel(running)
-        return channel
-
-    def take_chunk(self, call: str, chunk: Chunk) -> bool:
-        """Hand a chunk to the call it belongs to; False if that runs here no more."""
-        channel = self._channels.get(call)
-        if channel is not None:
-            channel.feed(chunk)
-        return channel is not None
-
-    def _close_channel(self, running: RunningCall) -> None:
-        if running.channel is not None:
-            running.channel.close(StreamBroken("the call has ended"))
-            self._channels.pop(running.call.id, None)
-
     def _forget(self, running: RunningCall) -> bool:
-        self._close_channel(running)
+        self.conversations.close(running)
         if self._running.pop(running.entry.id, None) is None:
             return False
         self._on_thread -= running.needs_thread
@@ -495,41 +395,8 @@ class Consumer:
         self._idle.set()
         return True
 
-    def _pack_result(self, value: object) -> bytes:
-        try:
-            return self._codec.pack(value, "the result")
-        except PayloadTooLarge as exc:
-            raise ResultTooLarge(str(exc)) from exc
-        except ValueNotSerializable as exc:
-            raise ResultNotSerializable(str(exc)) from exc
-
-    def _pack_response(self, response: HttpResponse) -> bytes:
-        if len(response.body) > self._settings.max_value_bytes:
-            most = self._settings.max_value_bytes
-            raise ResultTooLarge(f"the response has {len(response.body)} bytes, {most} may travel")
-        return encode(response)
-
     def _pack_error(self, error: BaseException) -> bytes:
         return encode(self._codec.pack_error(error))
-
-    def _time_left(self, entry: Entry, call: Call) -> float:
-        """Seconds until a call's deadline; raises where it is over."""
-        left_ms = call.ttl_ms - self._clock.age_ms(entry.time_ms)
-        if left_ms < 0:
-            raise GetTimeoutError("the deadline passed before a replica was free; the call was not run")
-        return left_ms / 1000
-
-    async def fetch(self, call: Call) -> bytes:
-        """The payload of a call that travelled out of line."""
-        if self._link.sender is None:
-            raise BrokerUnavailable("the call's payload could not be fetched: Redis is away")
-        sealed = await self._link.sender.call("GET", self._keys.payload(call.id))
-        if sealed is None:
-            raise GetTimeoutError("the call's payload has expired; it was not run")
-        blob = decode_blob(self._signer.open(sealed))
-        if blob.id != call.id:
-            raise FrameRejected("a payload of another call")
-        return blob.data
 
     def cancel(self, entry: bytes, *, inherited: bool = False) -> None:
         """The caller of a call has left: code that listens for that hears of it.
@@ -553,24 +420,6 @@ class Consumer:
             running.info.cancel_nested()
             if not running.needs_thread:
                 running.task.cancel()
-
-    async def _watch_callers(self) -> None:
-        """Notice callers that died: who waits for their credit, or for their next message, would wait for ever."""
-        while True:
-            await asyncio.sleep(_WATCH_EVERY_S)
-            with contextlib.suppress(BrokerUnavailable):
-                for caller in {running.call.reply_to for running in self._talking()}:
-                    await self._end_if_dead(caller)
-
-    async def _end_if_dead(self, caller: str) -> None:
-        if self._link.sender is None or await self._link.sender.call("EXISTS", self._keys.alive(caller)):
-            return
-        for running in self._talking():
-            if running.call.reply_to == caller:
-                self.cancel(running.entry.id)
-
-    def _talking(self) -> list[RunningCall]:
-        return [running for running in self._running.values() if running.channel is not None]
 
     def lost(self, entries: list[bytes]) -> None:
         """Stop calls that others have taken over while this replica was thought dead.

@@ -212,7 +212,7 @@ class Replica:
         self._consumer = Consumer(
             self._settings, self._client.signer, self._codec, deployed.spec, self._id
         )
-        self._client.on_chunk = self._consumer.take_chunk
+        self._client.on_chunk = self._consumer.conversations.take_chunk
         await self._consumer.connect()
         self._takeover = Takeover(self._settings, self._consumer, self._id)
         self._heartbeat = Heartbeat(
