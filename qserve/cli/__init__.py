@@ -14,6 +14,7 @@ COMMANDS = {
     "deploy": ("qserve.cli.deploy", "Deploy a module into a running instance."),
     "status": ("qserve.cli.status", "Show deployments, their replicas and queues."),
     "call": ("qserve.cli.call", "Call a deployment and print what it returns."),
+    "dead": ("qserve.cli.dead", "List, show, send again or drop calls that were given up on."),
     "delete": ("qserve.cli.deploy", "Stop serving a deployment."),
     "shutdown": ("qserve.cli.deploy", "Delete all deployments and stop the local instance."),
     "doctor": ("qserve.cli.doctor", "Check the Redis server for what would lose or delay calls."),

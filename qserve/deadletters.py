@@ -1,0 +1,141 @@
+"""Calls that were given up on: listed, shown, sent again, dropped."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import msgspec
+
+from qserve.durable import NEVER_MS, DurableCall, Terms, decode_durable_call, new_call_id
+from qserve.errors import CallNotFound, DeploymentNotFound, FrameRejected, QServeError
+from qserve.keys import Keys
+from qserve.messages import DURABLE, Blob, Call, Signer, decode_blob, decode_call, encode
+from qserve.queues import DEAD_LETTERS_KEPT
+from qserve.records import REVIVE, SUBMIT, run_script
+from qserve.state import State
+
+_PAYLOAD_MS = 60_000
+
+
+class Letter(NamedTuple):
+    """One call that was given up on.
+
+    Attributes:
+        id: Of the letter; the call has its own.
+        call: What was called; None if the frame is no call that a key of ours signed.
+        durable: Its record knows of it, and is settled anew when it is sent again.
+        attempts: How often it was started; None if nobody counted.
+        reason: Why it was given up: the last error.
+        at: Unix time in ms on Redis' clock.
+    """
+
+    id: str
+    deployment: str
+    call: Call | None
+    durable: bool
+    attempts: int | None
+    reason: str
+    at: int
+
+
+class DeadLetters:
+    """The dead letters of an instance. Synchronous; raises redis-py's errors."""
+
+    def __init__(self, state: State) -> None:
+        self._redis = state.redis
+        self._keys: Keys = state.keys
+        self._signer: Signer = state.signer
+
+    def of(self, deployment: str) -> Iterator[Letter]:
+        """Those of a deployment, oldest first."""
+        stream = self._keys.dead_letters(deployment)
+        raws = cast("list[Any]", self._redis.xrange(stream, count=DEAD_LETTERS_KEPT))
+        return (self._letter(deployment, raw) for raw in raws)
+
+    def get(self, deployment: str, letter_id: str) -> Letter:
+        """One of them, by its own id or by that of its call.
+
+        Raises:
+            CallNotFound: There is none.
+        """
+        for letter in self.of(deployment):
+            if letter_id in (letter.id, letter.call.id if letter.call is not None else ""):
+                return letter
+        raise CallNotFound(f"there is no dead letter {letter_id!r} of {deployment!r}")
+
+    def payload(self, letter: Letter) -> bytes:
+        """What was sent: packed arguments, or an encoded HttpRequest.
+
+        Raises:
+            FrameRejected, CallNotFound: It cannot be read, or is gone.
+        """
+        if letter.call is None:
+            raise FrameRejected("no key of ours signed this frame")
+        if not letter.call.out_of_line:
+            return letter.call.payload
+        sealed = cast("bytes | None", self._redis.get(self._keys.payload(letter.call.id)))
+        if sealed is None:
+            raise CallNotFound("the payload of the call has expired")
+        blob: Blob = decode_blob(self._signer.open(sealed))
+        if blob.id != letter.call.id:
+            raise FrameRejected("the payload of another call")
+        return blob.data
+
+    def retry(self, letter: Letter) -> str:
+        """Send it again; returns the id by which its result can be had: its own if it is durable.
+
+        Raises:
+            FrameRejected: It is no call of ours.
+            CallNotFound: The letter, or the record, is gone.
+            DeploymentNotFound: There is nobody to send it to.
+        """
+        if letter.call is None:
+            raise FrameRejected("no key of ours signed this frame: it is not sent again")
+        if not letter.durable:
+            return self._send_anew(letter, letter.call)
+        keys, name, call_id = self._keys, letter.deployment, letter.call.id
+        names = (keys.dead_letters(name), keys.calls(name), keys.call(call_id), keys.payload(call_id))
+        said = bytes(run_script(self._redis, REVIVE, names, letter.id, call_id)).decode()
+        if said == "deleted":
+            raise DeploymentNotFound(f"there is no deployment {name!r}")
+        if said != "queued":
+            raise CallNotFound(f"call {call_id} is no dead letter any more")
+        return call_id
+
+    def drop(self, letter: Letter) -> None:
+        """Forget it; a durable call's record stays until it expires."""
+        self._redis.xdel(self._keys.dead_letters(letter.deployment), letter.id)
+
+    def _send_anew(self, letter: Letter, call: Call) -> str:
+        """An ordinary call has been answered with its error; what is sent again is a durable one."""
+        keys, name, payload, call_id = self._keys, letter.deployment, self.payload(letter), new_call_id()
+        if call.out_of_line:
+            sealed = self._signer.seal(encode(Blob(call_id, payload)))
+            self._redis.set(keys.payload(call_id), sealed, px=_PAYLOAD_MS)
+            payload = b""
+        head = (call_id, name, "", NEVER_MS, call.kind, call.method, True, payload, call.out_of_line)
+        frame = self._signer.seal(encode(DurableCall(*head, terms=Terms())))
+        names = (keys.calls(name), keys.meta(name), keys.due(name), keys.low(name))
+        arguments = (call_id, frame, 0, 0, call.kind, call.method, "", "", "", "", 0)
+        answer = run_script(self._redis, SUBMIT, names, keys.base, name, *arguments)
+        if answer[0] < 0:
+            raise DeploymentNotFound(f"there is no deployment {name!r} that takes calls")
+        if answer[1] is None:
+            raise QServeError(f"the queue of {name!r} is full: try again later")
+        self.drop(letter)
+        return call_id
+
+    def _letter(self, deployment: str, raw: Any) -> Letter:
+        letter_id, fields = raw[0].decode(), raw[1]
+        durable = DURABLE.encode() in fields.get(b"f", b"")
+        call: Call | None
+        try:
+            call = (decode_durable_call if durable else decode_call)(self._signer.open(fields.get(b"d", b"")))
+        except (FrameRejected, msgspec.DecodeError):
+            call = None
+        attempts = None
+        if durable and call is not None:
+            counted = cast("bytes | None", self._redis.hget(self._keys.call(call.id), "attempts"))
+            attempts = int(counted) if counted is not None else None
+        reason = fields.get(b"err", b"").decode("utf-8", "replace")
+        at = int(letter_id.partition("-")[0])
+        return Letter(letter_id, deployment, call, durable, attempts, reason, at)
