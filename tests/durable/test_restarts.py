@@ -15,8 +15,8 @@ import httpx
 import psutil
 import pytest
 
-from qserve import embedded
-from tests.conftest import SECRET, _wait_until_accepting
+from tests.conftest import SECRET
+from tests.durable.servers import Server
 from tests.serving import free_port
 from tests.shell import Running, Shell
 
@@ -37,23 +37,6 @@ APP = """
             time.sleep(0.01)
         return f"{name} is done"
 """
-
-
-class Server:
-    """A Valkey that keeps its data on the disk."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.url = embedded.redis_url(folder)
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen([*embedded.command(self.folder), "--appendonly", "yes"])
-        _wait_until_accepting(embedded.socket_path(self.folder), self.process)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture
