@@ -102,7 +102,7 @@ class Channel:
             self._writable.clear()
             await self._writable.wait()
         if self._broken is not None:
-            raise self._broken
+            raise self._error()
         self._spent += cost
         self._emit(kind, data)
 
@@ -126,7 +126,7 @@ class Channel:
             self._writable.clear()
             await self._writable.wait()
         if self._broken is not None:
-            raise self._broken
+            raise self._error()
         self._emit(END, b"")
 
     def _emit(self, kind: int, data: bytes) -> None:
@@ -170,7 +170,7 @@ class Channel:
         """
         while not self._arrived:
             if self._broken is not None:
-                raise self._broken
+                raise self._error()
             self._readable.clear()
             await self._readable.wait()
         self._last_kind, data = self._arrived[0]
@@ -186,6 +186,11 @@ class Channel:
     @property
     def _is_open(self) -> bool:
         return self._broken is None and not self._is_finished
+
+    def _error(self) -> QServeError:
+        # A new one each time: an error that is kept keeps all frames it has passed, the generator that sends included.
+        assert self._broken is not None
+        return type(self._broken)(str(self._broken)) if isinstance(self._broken, StreamBroken) else self._broken
 
     # What arrives
 

@@ -258,7 +258,7 @@ class Client:
                     if call.payload is not None:
                         ttl_ms = int((call.deadline - time.monotonic()) * 1000) + _PAYLOAD_GRACE_MS
                         writer.send(_ignore, "SET", self._keys.payload(call.id), call.payload, "PX", max(1, ttl_ms))
-                        call.payload = None
+                        call.payload = b""
                 queue.put(writer, [(c.id, c.safe, c.take_frame()) for c in calls], partial(self._admitted, calls))
         writer.flush()
 
@@ -267,7 +267,7 @@ class Client:
             refused = BrokerUnavailable(f"Redis refused the call: {answer}")
             error = answer if isinstance(answer, QServeError) else refused
             for call in calls:
-                self._finish(call, error)
+                self._refuse(call, error)
             return
         if answer[0] < 0:
             name = calls[0].deployment
@@ -277,16 +277,20 @@ class Client:
                 else DeploymentUnavailable(f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}")
             )
             for call in calls:
-                self._finish(call, refusal)
+                self._refuse(call, refusal)
             return
         for call, entry in zip(calls, answer[1:], strict=True):
             if entry is None:
-                self._finish(call, self._full(call.deployment, answer[0]))
+                self._refuse(call, self._full(call.deployment, answer[0]))
             elif call.id in self._pending:
                 call.entry = entry
             else:  # ended before it was admitted
                 call.entry = entry
                 self._withdraw_entry(call)
+
+    def _refuse(self, call: PendingCall, error: QServeError) -> None:
+        self._drop_payload(call)
+        self._finish(call, error)
 
     @staticmethod
     def _full(deployment: str, depth: int) -> BackPressureError:
@@ -335,8 +339,14 @@ class Client:
         queue = self._queues[pending.deployment]
         queue.cancel(self._link.sender, pending.entry, partial(self._withdrawn, pending))
 
+    def _drop_payload(self, pending: PendingCall) -> None:
+        if pending.payload is not None and self._link.sender is not None:
+            self._link.sender.send(_ignore, "DEL", self._keys.payload(pending.id))
+
     def _withdrawn(self, pending: PendingCall, answer: Answer) -> None:
-        if isinstance(answer, bytes) and self._link.sender is not None and pending.entry is not None:
+        if answer == 1:
+            self._drop_payload(pending)
+        elif isinstance(answer, bytes) and self._link.sender is not None and pending.entry is not None:
             control = Control("cancel", pending.entry.decode(), pending.inherited)
             send_control(self._link.sender, self._keys, self.signer, answer.decode(), control, pending.id)
 
@@ -357,8 +367,10 @@ class Client:
         if reply.kind == CHUNK:
             self._take_chunk(reply.id, pending, decode_chunk(reply.payload))
             return
-        if pending is None:
-            return  # timed out or cancelled: the answer is late
+        if pending is None:  # timed out or cancelled: the answer is late
+            if reply.out_of_line and self._link.sender is not None:
+                self._link.sender.send(_ignore, "DEL", self._keys.payload(f"{reply.id}:r"))
+            return
         if reply.out_of_line:
             pending.entry = None  # answered: no more to be withdrawn or missed
             spawn(self._fetch(pending, reply))

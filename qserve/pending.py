@@ -34,7 +34,7 @@ class PendingCall:
         self.deployment = deployment
         self.safe = safe
         self.frame = frame
-        self.payload = payload  # travels out of line, or None
+        self.payload = payload  # travels out of line, or None; b"" once it does
         self.timeout_s = timeout_s
         self.deadline = time.monotonic() + timeout_s
         self.on_outcome = on_outcome

@@ -347,7 +347,10 @@ class Consumer:
     async def _run(self, running: RunningCall) -> None:
         entry, call = running.entry, running.call
         current_call.set(running.info)
+        running.began = True
         try:
+            if running.unwanted:
+                raise CallCancelled("the caller left before the call ran")
             kind, result = await self._runner.run(running)
         except asyncio.CancelledError:
             if entry.id not in self._running:
@@ -418,7 +421,7 @@ class Consumer:
             running.channel.close(StreamBroken("the caller left"))
         if inherited or running.call.safe or running.call.kind == STREAM or self.spec.idempotent:
             running.info.cancel_nested()
-            if not running.needs_thread:
+            if running.began and not running.needs_thread:  # a task cancelled before its first step never takes it
                 running.task.cancel()
 
     def lost(self, entries: list[bytes]) -> None:

@@ -62,7 +62,10 @@ class Code(Protocol):
 class RunningCall:
     """A call between its arrival and its answer."""
 
-    __slots__ = ("call", "channel", "entry", "info", "needs_thread", "started_at", "streams", "task", "unwanted")
+    __slots__ = (
+        *("began", "call", "channel", "entry", "info"),
+        *("needs_thread", "started_at", "streams", "task", "unwanted"),
+    )
 
     def __init__(self, entry: Entry, call: Call, needs_thread: bool) -> None:
         self.entry = entry
@@ -73,6 +76,7 @@ class RunningCall:
         self.channel: Channel | None = None
         self.info = CallInfo(call.id, entry.deliveries)
         self.unwanted = False
+        self.began = False
         self.streams = False
 
 
