@@ -48,6 +48,9 @@ class Child(asynpool.Worker):  # type: ignore[misc]
         self._leaving = self._serving = False
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGUSR2, self._on_signal)
+        # A signal that comes just before the poll, or on another thread, does not end it: Python runs `_on_signal` only
+        # after it. This wakes it at once.
+        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORK_SIGNALS)
         self._replica.start()
 
