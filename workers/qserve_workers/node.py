@@ -267,7 +267,7 @@ class Node:
     def _match_workers(self) -> None:
         # Also those just deleted: how long their replicas may take to leave is asked later.
         self._specs |= {name: deployed.spec for name, deployed in self._snapshot.deployments.items()}
-        serve = {name for name in self._snapshot.deployments if not self._options.only or name in self._options.only}
+        serve = {name for name in self._snapshot.deployments if self._serves(name)}
         for name in serve - self._workers.keys() - self._retiring.keys():
             self._workers[name] = KeptProcess(
                 f"worker of '{name}'",
@@ -279,6 +279,9 @@ class Node:
             self._workers[name].start()
         for name in self._workers.keys() - serve:
             self._retiring[name] = asyncio.create_task(self._retire(name, self._workers.pop(name)))
+
+    def _serves(self, name: str) -> bool:
+        return name in self._snapshot.deployments and (not self._options.only or name in self._options.only)
 
     def _worker_command(self, name: str) -> list[str]:
         count = self._options.replicas_per_node or self._specs[name].num_replicas
@@ -299,21 +302,29 @@ class Node:
         }
 
     async def _retire(self, name: str, worker: KeptProcess) -> None:
-        """Let the replicas of a deleted deployment finish what is queued, then stop their worker."""
+        """Let the replicas of a deleted deployment finish what is queued, then stop their worker.
+
+        A deployment that is back by then keeps the worker, whose waiting process has taken it up already.
+        """
         try:
             grace = self._specs[name].graceful_shutdown_timeout_s
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(grace + _DELETE_MARGIN_S):
-                    while not worker.ended.is_set() and await self._has_replicas(name):  # noqa: ASYNC110 lives in Redis
+                    while not worker.ended.is_set() and await self._is_draining(name):  # noqa: ASYNC110 lives in Redis
                         await asyncio.sleep(_POLL_S)
+            if self._serves(name):
+                self._workers[name] = worker
+                return
             await worker.stop(grace + _STOP_MARGIN_S, self._force)
             await self._forget(name)
         finally:
             del self._retiring[name]
             self._changed.set()
 
-    async def _has_replicas(self, name: str) -> bool:
-        """Whether replicas of this node run; those that were killed have left their entry behind."""
+    async def _is_draining(self, name: str) -> bool:
+        """Whether replicas of a deleted deployment still run here; those that were killed have left their entry."""
+        if self._serves(name):
+            return False
         return any(info.node == self.id and is_running(info.pid) for info in (await self._replicas(name)).values())
 
     async def _replicas(self, name: str) -> dict[bytes, ReplicaInfo]:
