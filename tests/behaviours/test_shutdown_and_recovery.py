@@ -260,3 +260,16 @@ def test_deleting_twice_and_redeploying_with_new_code_work(http: httpx.Client) -
     second.deploy()
 
     assert http.get("/again").text == "second"
+
+
+@pytest.mark.usefixtures("qserve_instance")
+def test_a_deployment_that_comes_and_goes_again_and_again_never_waits_for_a_replica_that_does_not_leave() -> None:
+    @serve.deployment(graceful_shutdown_timeout_s=60)  # whoever misses its order to leave is killed after that
+    async def fleeting() -> int:
+        return os.getpid()
+
+    for replicas in (1, 2, 3, 1):
+        fleeting.options(num_replicas=replicas).deploy()
+        assert fleeting.get_handle().remote().result(LIMIT_S) > 0
+        fleeting.delete()
+    assert serve.list_deployments() == {}
