@@ -23,9 +23,14 @@ def pids_of(handle: Any, calls: int = 20) -> set[int]:
     return set(qserve.get([handle.remote() for _ in range(calls)], timeout=LIMIT_S))
 
 
-def serving(name: str) -> set[int]:
-    """Pids of the replicas that take calls."""
-    return {replica.pid for replica in serve.status()[name].replicas if replica.state == "SERVING"}
+def serving(name: str, count: int) -> set[int]:
+    """Pids of the replicas that take calls, once they are that many: each of them says so itself."""
+
+    def found() -> set[int] | None:
+        pids = {replica.pid for replica in serve.status()[name].replicas if replica.state == "SERVING"}
+        return pids if len(pids) == count else None
+
+    return until(found)
 
 
 def deploy_pid(**options: Any) -> serve.Deployment[Any]:
@@ -52,34 +57,31 @@ def test_after_deploy_exactly_the_new_replicas_serve_and_each_is_a_process() -> 
     second = pids_of(handle)
     assert len(second) == 2
     assert not first & second
-    assert serving("Pid") == second
+    assert serving("Pid", 2) == second
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
 def test_scaling_together_with_a_new_version_ends_with_that_many_new_replicas(before: int, after: int) -> None:
     handle = deploy_pid(version="1", num_replicas=before).get_handle()
-    old = serving("Pid")
+    old = serving("Pid", before)
 
     deploy_pid(version="2", num_replicas=after)
 
-    new = serving("Pid")
-    assert len(new) == after
+    new = serving("Pid", after)
     assert not new & old
     assert pids_of(handle) <= new
 
 
 def test_scaling_the_same_version_starts_or_stops_only_the_difference() -> None:
     deploy_pid(version="1", num_replicas=2)
-    two = serving("Pid")
+    two = serving("Pid", 2)
 
     deploy_pid(version="1", num_replicas=3)
-    three = serving("Pid")
-    assert len(three) == 3
+    three = serving("Pid", 3)
     assert two < three
 
     deploy_pid(version="1", num_replicas=1)
-    one = serving("Pid")
-    assert len(one) == 1
+    one = serving("Pid", 1)
     assert one < three
 
 
