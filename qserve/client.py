@@ -305,8 +305,10 @@ class Client:
         if pending.timer is not None:
             pending.timer.cancel()
         pending.end_channel(outcome)
+        # Who waits often holds the call, too, and the collector comes seldom.
+        on_outcome, pending.on_outcome, pending.on_stream = pending.on_outcome, _ignore, None
         try:
-            pending.on_outcome(outcome)
+            on_outcome(outcome)
         except Exception:
             logger.exception("the receiver of call %s failed on its outcome", pending.id)
         return True
