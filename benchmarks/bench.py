@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import load, processes
+from benchmarks import load, processes, sockets
 
 RESULTS = Path(__file__).parent / "results.md"
 PEERS = processes.ROOT.parent / "shared" / "peers" / "run.py"
@@ -38,7 +38,7 @@ class Row:
 def main() -> None:
     os.chdir(processes.ROOT)
     busy = os.getloadavg()[0]
-    rows = [*http_and_handles(), *sleepers_and_burners(), *reply_list_or_stream(), *peers()]
+    rows = [*http_and_handles(), *streaming(), *sleepers_and_burners(), *reply_list_or_stream(), *peers()]
     text = table(rows, busy)
     print(text)
     RESULTS.write_text(text)
@@ -85,6 +85,48 @@ def http_rows(bare_url: str, url: str) -> list[Row]:
 
 def _rate(seen: load.Load) -> str:
     return f"{seen.requests_per_s:,.0f}/s, p50 {seen.p50_ms:.2f} ms, p99 {seen.p99_ms:.2f} ms"
+
+
+def streaming() -> list[Row]:
+    """One replica of a FastAPI application, beside the same application on bare uvicorn."""
+    bare_port, port = processes.free_port(), processes.free_port()
+    bare = [sys.executable, "-m", "uvicorn", "benchmarks.streaming:app", "--port", str(bare_port), *UVICORN]
+    qserve = [sys.executable, "-m", "qserve.cli", "run", "benchmarks.streaming", "--port", str(port)]
+    bare_url, url = f"http://127.0.0.1:{bare_port}", f"http://127.0.0.1:{port}/streaming"
+    with (
+        tempfile.TemporaryDirectory() as runtime_dir,
+        processes.running(qserve, f"{url}/events", runtime_dir),
+        processes.running(bare, f"{bare_url}/events"),
+    ):
+        return [*typed_rows(bare_url, url), *stream_rows(bare_url, url), *socket_rows(url)]
+
+
+def typed_rows(bare_url: str, url: str) -> list[Row]:
+    body = json.dumps({"name": "Ada", "amount": 3, "tags": ["a", "b"]})
+    rounds = [[load.drive(f"{each}/typed", 64, 5, body) for each in (bare_url, url)] for _ in range(ROUNDS)]
+    bare, ours = (load.median_of(list(runs)) for runs in zip(*rounds, strict=True))
+    ratio = ours.requests_per_s / bare.requests_per_s
+    return [
+        Row("FastAPI with a typed body on uvicorn alone, 64 connections", _rate(bare)),
+        Row("FastAPI with a typed body as ingress, 64 connections", _rate(ours)),
+        Row("- of the bare server's requests/s", f"{ratio:.2f} x", ">= 0.6 x", ratio >= 0.6),
+    ]
+
+
+def stream_rows(bare_url: str, url: str) -> list[Row]:
+    events, bare_events = (load.drive(f"{each}/events", 16, 5).requests_per_s * 10 for each in (url, bare_url))
+    down = load.drive(f"{url}/download", 8, 5).requests_per_s
+    up = load.drive(f"{url}/upload", 8, 5, "x" * 2**20).requests_per_s
+    return [
+        Row("server-sent events, 10 per response, 16 connections", f"{events:,.0f} chunks/s (bare {bare_events:,.0f})"),
+        Row("1 MiB downloads, streamed, 8 connections", f"{down:,.0f} MiB/s", ">= 200 MiB/s", down >= 200),
+        Row("1 MiB uploads, streamed, 8 connections", f"{up:,.0f} MiB/s", ">= 200 MiB/s", up >= 200),
+    ]
+
+
+def socket_rows(url: str) -> list[Row]:
+    seen = sockets.drive(f"{url}/echo", 500, 5)
+    return [Row("500 WebSocket clients, echo", f"{seen.messages_per_s:,.0f} messages/s, p99 {seen.p99_ms:.0f} ms")]
 
 
 def measure_handles(runtime_dir: str) -> dict[str, float]:

@@ -5,9 +5,12 @@ import re
 import shutil
 import statistics
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+
+_JSON = "application/json"
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,15 @@ def client_name() -> str:
     return "wrk -t1" if shutil.which("wrk") else "built-in client (wrk is not installed)"
 
 
-def drive(url: str, connections: int, seconds: float) -> Load:
-    """Sends GET requests over so many connections, each waiting for its answer before the next."""
+def drive(url: str, connections: int, seconds: float, body: str = "") -> Load:
+    """Sends requests over so many connections, each waiting for its answer before the next.
+
+    Args:
+        body: JSON to POST; without it, requests are GET.
+    """
     if wrk := shutil.which("wrk"):
-        return _wrk(wrk, url, connections, seconds)
-    return asyncio.run(_own_client(url, connections, seconds))
+        return _wrk(wrk, url, connections, seconds, body)
+    return asyncio.run(_own_client(url, connections, seconds, body.encode()))
 
 
 def median_of(loads: list[Load]) -> Load:
@@ -42,9 +49,13 @@ def median_of(loads: list[Load]) -> Load:
     )
 
 
-def _wrk(wrk: str, url: str, connections: int, seconds: float) -> Load:
-    command = [wrk, "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", url]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _wrk(wrk: str, url: str, connections: int, seconds: float, body: str) -> Load:
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        if body:
+            script.write(f'wrk.method = "POST"; wrk.body = [[{body}]]; wrk.headers["content-type"] = "{_JSON}"')
+        script.flush()
+        command = [wrk, "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", "-s", script.name, url]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     failures = re.findall(r"(?:connect|read|write|timeout|responses:) (\d+)", text)
     rate = re.search(r"Requests/sec:\s+([\d.]+)", text)
     assert rate, text
@@ -57,21 +68,24 @@ def _latency_ms(text: str, percentile: int) -> float:
     return float(found[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[found[2]]
 
 
-async def _own_client(url: str, connections: int, seconds: float) -> Load:
+async def _own_client(url: str, connections: int, seconds: float, body: bytes) -> Load:
     parts = urlsplit(url)
-    request = f"GET {parts.path or '/'} HTTP/1.1\r\nhost: {parts.netloc}\r\n\r\n".encode()
+    method, length = ("POST", f"content-length: {len(body)}\r\ncontent-type: {_JSON}\r\n") if body else ("GET", "")
+    request = f"{method} {parts.path or '/'} HTTP/1.1\r\nhost: {parts.netloc}\r\n{length}\r\n".encode() + body
     times: list[float] = []
     failed = 0
     end = time.perf_counter() + seconds
 
     async def connection() -> None:
         nonlocal failed
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=4 * 1024 * 1024)
         while (began := time.perf_counter()) < end:
             writer.write(request)
             head = await reader.readuntil(b"\r\n\r\n")
-            length = re.search(rb"(?i)content-length: (\d+)", head)
-            await reader.readexactly(int(length[1]) if length else 0)
+            if length := re.search(rb"(?i)content-length: (\d+)", head):
+                await reader.readexactly(int(length[1]))
+            else:
+                await reader.readuntil(b"0\r\n\r\n")
             times.append((time.perf_counter() - began) * 1000)
             failed += not head.startswith(b"HTTP/1.1 200")
         writer.close()

@@ -16,9 +16,9 @@ HELLO, PART, DATA, END, CREDIT, ABORT = range(6)
 """What a chunk is: the first sign of a peer; part of a message, not its last; a message or its last part; the end;
 permission for more; a reason to stop."""
 
-WINDOW = 1024 * 1024
-"""Bytes on their way to one reader at most; also the price of memory per stream."""
 LARGEST_PART = 128 * 1024
+WINDOW = 1024 * 1024 + LARGEST_PART
+"""Bytes on their way to one reader at most, so that a MiB never waits; also the price of memory per stream."""
 _SMALLEST_COST = 1024
 _GRANT_AFTER = WINDOW // 4
 
