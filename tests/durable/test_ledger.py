@@ -1,6 +1,7 @@
 """A ledger of durable calls while replicas and the server are killed: what was accepted ends, with its own result."""
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -20,6 +22,7 @@ from qserve.handle import get_handle
 from qserve.keys import GROUP
 from qserve.messages import Signer
 from qserve.process import close_current_client
+from qserve.queues import post_tombstone
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec, Target
 from qserve.state import State
@@ -37,34 +40,39 @@ async def work(number):
     os.write(descriptor, f"{number}\\n".encode())
     os.close(descriptor)
     await asyncio.sleep(random.uniform(0, 0.1))
-    if number % 10 == 0 and random.random() < 0.5:
+    if number % 10 == 0 and random.random() < 0.3:
         raise ValueError("try again")
     return number * 7
 """
 
 
 class Replicas:
-    """Three replicas without a worker; whoever is killed is replaced, and its death noticed by its neighbours."""
+    """Three replicas without a worker; whoever is killed is replaced, and its death made known as a worker would."""
 
-    def __init__(self, settings: Settings, environment: dict[str, str]) -> None:
-        self._settings = settings
+    def __init__(self, state: State, environment: dict[str, str]) -> None:
+        self._state = state
         self._environment = environment
         self.alive = [self._start() for _ in range(3)]
 
     def _start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "tests.replica_host", "work"]
-        quiet = subprocess.DEVNULL
-        return subprocess.Popen(command, cwd=ROOT, env=self._environment, stdout=quiet, stderr=quiet)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
 
     def kill(self, which: int) -> None:
-        self.alive[which].kill()
-        self.alive[which].wait()
+        killed = self.alive[which]
+        killed.kill()
+        reports, _ = killed.communicate()
+        if reports:
+            replica = json.loads(reports.splitlines()[0])["replica"]
+            post_tombstone(self._state.redis, self._state.keys, "work", replica, self._state.signer)
         self.alive[which] = self._start()
 
     def stop(self) -> None:
         for each in self.alive:
             each.kill()
-            each.wait()
+            each.communicate()
 
 
 @pytest.fixture
@@ -94,7 +102,7 @@ def test_every_call_ends_once_whatever_dies(server: Server) -> None:
     target = Target("ledgerapp:work", sys_path=(str(server.folder),))
     spec = DeploymentSpec(name="work", target=target, revision="1", is_class=False, max_concurrent_queries=8)
     state.deploy(spec, expected=0)
-    replicas = Replicas(settings, dict(os.environ))
+    replicas = Replicas(state, dict(os.environ))
     accepted: dict[int, str] = {}
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")  # noqa: T201  shown where it fails
@@ -102,7 +110,7 @@ def test_every_call_ends_once_whatever_dies(server: Server) -> None:
     submitted = threading.Event()
 
     def submit() -> None:
-        handle = get_handle("work").options(durable=True, retries=100, backoff=0.01)
+        handle = get_handle("work").options(durable=True, retries=100, backoff=0.001)
         for number in range(CALLS):
             with contextlib.suppress(qserve.BrokerUnavailable):  # perhaps accepted, perhaps not
                 accepted[number] = handle.remote(number).id
@@ -124,8 +132,10 @@ def test_every_call_ends_once_whatever_dies(server: Server) -> None:
 
         close_current_client()  # another one collects
         refs = {number: serve.get_ref(call_id) for number, call_id in accepted.items()}
-        wrong = {number: ref.result(60) for number, ref in refs.items() if ref.result(60) != number * 7}
-        assert wrong == {}
+        qserve.wait(list(refs.values()), num_returns=len(refs), timeout=30)
+        stuck = [ref for ref in refs.values() if not ref.done()]
+        assert not stuck, "\n".join(str((ref.status(), _trace(state, ref.id))) for ref in stuck)
+        assert {number: ref.result(0) for number, ref in refs.items() if ref.result(0) != number * 7} == {}
         assert {ref.status().state for ref in refs.values()} == {"done"}
         starts = [int(line) for line in (server.folder / "ledger").read_text().split()]
         assert accepted.keys() <= set(starts)
@@ -133,6 +143,15 @@ def test_every_call_ends_once_whatever_dies(server: Server) -> None:
     finally:
         replicas.stop()
         state.close()
+
+
+def _trace(state: State, call_id: str) -> object:
+    keys = state.keys
+    record = cast("dict[bytes, bytes]", state.redis.hgetall(keys.call(call_id)))
+    told = {name: value for name, value in record.items() if name not in (b"result", b"frame")}
+    entry = record.get(b"entry", b"0-0").decode()
+    pending = state.redis.xpending_range(keys.calls("work"), GROUP, entry, entry, 1)
+    return told, pending, state.redis.hgetall(keys.heartbeats("work"))
 
 
 def _nothing_is_left(state: State, starts: int) -> None:

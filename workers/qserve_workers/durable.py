@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import hiredis
+from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
 from qserve.channel import Channel
@@ -186,8 +187,8 @@ class DurableRuns:
             try:
                 if self._link.sender is not None:
                     return await self._records.run(self._link.sender, call, self._replica, entry.id)
-            except BrokerUnavailable as exc:
-                logger.debug("could not note that call %s runs: %s", call.id, exc)
+            except (BrokerUnavailable, RedisError) as exc:
+                logger.warning("could not note that call %s runs: %s", call.id, exc)
             await asyncio.sleep(_NEXT_TRY_S)
         return [b"lost"]
 
