@@ -1,4 +1,4 @@
-"""WebSocket load: many clients, each waiting for its echo before its next message.."""
+"""WebSocket load: many clients, each waiting for its echo before its next message."""
 
 import asyncio
 import statistics
