@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import load, processes, sockets
+from benchmarks import load, processes, reply_queue, sockets
 
 RESULTS = Path(__file__).parent / "results.md"
 PEERS = processes.ROOT.parent / "shared" / "peers" / "run.py"
@@ -190,8 +190,14 @@ def idle_rows(pid: int) -> list[Row]:
 
 
 def reply_list_or_stream() -> list[Row]:
-    """Replies through a list or through a stream: the comparison behind the choice in qserve/lua."""
-    return []
+    """The way back alone, through a list or through a stream: the price of replies that a broken read cannot lose."""
+    return [
+        Row(
+            f"replies, {batch} per script: stream against list",
+            f"{through_stream:,.0f}/s against {through_list:,.0f}/s = {through_stream / through_list:.2f}x",
+        )
+        for batch, (through_list, through_stream) in reply_queue.run().items()
+    ]
 
 
 def peers() -> list[Row]:

@@ -32,7 +32,8 @@ CALLS, ROUNDS = 25_600, 5
 IN_FLIGHT = 8
 """Batches that are on their way at a time."""
 MOST = 512
-TRIM_AFTER = 2048
+TRIM_AFTER = 512 * 1024
+"""Bytes, as the receiver has it."""
 
 
 def _script(source: str) -> Script:
