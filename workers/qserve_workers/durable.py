@@ -96,6 +96,8 @@ class Running(Protocol):
 
     entry: Entry
     info: CallInfo
+    began: bool
+    unwanted: bool
 
 
 class CollectedResponse(Channel):
@@ -195,7 +197,10 @@ class DurableRuns:
     async def _run(self, running: Running, call: DurableCall, code: Code, failures: int) -> None:
         entry = running.entry
         current_call.set(running.info)
+        running.began = True
         try:
+            if running.unwanted:
+                raise asyncio.CancelledError
             payload = call.payload if not call.out_of_line else await self._host.fetch(call)
             if call.kind == HTTP:
                 request = decode_http_request(payload)
