@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, overload
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 from qserve.client import Client
 from qserve.codec import Codec, collect_refs, substitute
 from qserve.context import current_call
-from qserve.durable import RESULT_TTL_S, Options, Priority, make_options
+from qserve.durable import Options, Priority, make_options
 from qserve.durable_ref import DurableRef, get_ref, submit
 from qserve.errors import ValueNotSerializable
 from qserve.outgoing import CallRef
@@ -29,6 +29,28 @@ class CallOptions(NamedTuple):
     http_method: str = "GET"
     http_headers: tuple[tuple[str, str], ...] = ()
     shard_key: str | None = None
+
+
+class Changes(TypedDict, total=False):
+    """What `options()` takes for every kind of call."""
+
+    timeout_s: float | None
+    http_method: str | None
+    http_headers: Mapping[str, str] | None
+    shard_key: str | None
+
+
+class DurableTerms(TypedDict, total=False):
+    """What `options(durable=True)` takes."""
+
+    timeout_s: float | None
+    delay: float
+    retries: int
+    backoff: float
+    retry_on: RetryOn
+    expires: float | None
+    priority: Priority
+    result_ttl: float
 
 
 class _BaseHandle:
@@ -55,11 +77,20 @@ class _BaseHandle:
     def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
         return "handle", {"name": self._name, "sync": self._sync, "options": self._options._asdict()}
 
-    def _changed(self, **changes: Any) -> CallOptions:
-        given = {key: value for key, value in changes.items() if value is not None}
+    def _change(
+        self, method_name: str | None, others: dict[str, Any], *, stream: bool, durable: bool
+    ) -> tuple[CallOptions, Options | None]:
+        """The options of a changed handle, and the terms of its durable calls."""
+        if stream and durable:
+            raise ValueError("a stream cannot be durable: there may be nobody to read it")
+        terms = {key: value for key, value in others.items() if key not in CallOptions._fields}
+        given = {key: value for key, value in others.items() if key not in terms and value is not None}
+        if method_name is not None:
+            given["method_name"] = method_name
         if "http_headers" in given:
             given["http_headers"] = tuple(dict(given["http_headers"]).items())
-        return self._options._replace(**given)
+        changed = self._options._replace(**given)
+        return changed, _durable_options(durable, changed, terms)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref[Any]:
         client = current_client()
@@ -121,60 +152,40 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
         self,
         *,
         method_name: None = None,
-        timeout_s: float | None = None,
-        http_method: str | None = None,
-        http_headers: Mapping[str, str] | None = None,
-        shard_key: str | None = None,
         stream: Literal[False] = False,
+        **changes: Unpack[Changes],
     ) -> "DeploymentHandle[T_co]": ...
     @overload
     def options(
         self,
         *,
         method_name: str,
-        timeout_s: float | None = None,
-        http_method: str | None = None,
-        http_headers: Mapping[str, str] | None = None,
-        shard_key: str | None = None,
         stream: Literal[False] = False,
+        **changes: Unpack[Changes],
     ) -> "DeploymentHandle[Any]": ...
     @overload
     def options(
         self,
         *,
         method_name: str | None = None,
-        timeout_s: float | None = None,
-        http_method: str | None = None,
-        http_headers: Mapping[str, str] | None = None,
-        shard_key: str | None = None,
         stream: Literal[True],
+        **changes: Unpack[Changes],
     ) -> "StreamHandle": ...
     @overload
     def options(
         self,
         *,
         method_name: str | None = None,
-        timeout_s: float | None = None,
         durable: Literal[True],
-        delay: float = 0.0,
-        retries: int = 0,
-        backoff: float = 1.0,
-        retry_on: RetryOn = (),
-        expires: float | None = None,
-        priority: Priority = "interactive",
-        result_ttl: float = RESULT_TTL_S,
+        **terms: Unpack[DurableTerms],
     ) -> "DurableHandle": ...
     def options(
         self,
         *,
         method_name: str | None = None,
-        timeout_s: float | None = None,
-        http_method: str | None = None,
-        http_headers: Mapping[str, str] | None = None,
-        shard_key: str | None = None,
         stream: bool = False,
         durable: bool = False,
-        **terms: Any,
+        **others: Any,
     ) -> "DeploymentHandle[Any] | StreamHandle | DurableHandle":
         """A handle with other options; this one stays as it is.
 
@@ -194,18 +205,9 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
             priority: "batch" calls run while no other ones wait.
             result_ttl: Seconds for which the result is kept.
         """
-        changed = self._changed(
-            method_name=method_name,
-            timeout_s=timeout_s,
-            http_method=http_method,
-            http_headers=http_headers,
-            shard_key=shard_key,
-        )
-        options = _durable_options(durable, changed, terms)
-        if options is not None:
-            if stream:
-                raise ValueError("a stream cannot be durable: there may be nobody to read it")
-            return DurableHandle(self._name, changed, options)
+        changed, terms = self._change(method_name, others, stream=stream, durable=durable)
+        if terms is not None:
+            return DurableHandle(self._name, changed, terms)
         return StreamHandle(self._name, changed) if stream else DeploymentHandle(self._name, changed)
 
     def __getattr__(self, name: str) -> "DeploymentHandle[Any]":
@@ -261,74 +263,45 @@ class AsyncDeploymentHandle(_BaseHandle, Generic[T_co]):
         self,
         *,
         method_name: None = None,
-        timeout_s: float | None = None,
-        http_method: str | None = None,
-        http_headers: Mapping[str, str] | None = None,
-        shard_key: str | None = None,
         stream: Literal[False] = False,
+        **changes: Unpack[Changes],
     ) -> "AsyncDeploymentHandle[T_co]": ...
     @overload
     def options(
         self,
         *,
         method_name: str,
-        timeout_s: float | None = None,
-        http_method: str | None = None,
-        http_headers: Mapping[str, str] | None = None,
-        shard_key: str | None = None,
         stream: Literal[False] = False,
+        **changes: Unpack[Changes],
     ) -> "AsyncDeploymentHandle[Any]": ...
     @overload
     def options(
         self,
         *,
         method_name: str | None = None,
-        timeout_s: float | None = None,
-        http_method: str | None = None,
-        http_headers: Mapping[str, str] | None = None,
-        shard_key: str | None = None,
         stream: Literal[True],
+        **changes: Unpack[Changes],
     ) -> "StreamHandle": ...
     @overload
     def options(
         self,
         *,
         method_name: str | None = None,
-        timeout_s: float | None = None,
         durable: Literal[True],
-        delay: float = 0.0,
-        retries: int = 0,
-        backoff: float = 1.0,
-        retry_on: RetryOn = (),
-        expires: float | None = None,
-        priority: Priority = "interactive",
-        result_ttl: float = RESULT_TTL_S,
+        **terms: Unpack[DurableTerms],
     ) -> "AsyncDurableHandle": ...
     def options(
         self,
         *,
         method_name: str | None = None,
-        timeout_s: float | None = None,
-        http_method: str | None = None,
-        http_headers: Mapping[str, str] | None = None,
-        shard_key: str | None = None,
         stream: bool = False,
         durable: bool = False,
-        **terms: Any,
+        **others: Any,
     ) -> "AsyncDeploymentHandle[Any] | StreamHandle | AsyncDurableHandle":
         """Like `DeploymentHandle.options`."""
-        changed = self._changed(
-            method_name=method_name,
-            timeout_s=timeout_s,
-            http_method=http_method,
-            http_headers=http_headers,
-            shard_key=shard_key,
-        )
-        options = _durable_options(durable, changed, terms)
-        if options is not None:
-            if stream:
-                raise ValueError("a stream cannot be durable: there may be nobody to read it")
-            return AsyncDurableHandle(self._name, changed, options)
+        changed, terms = self._change(method_name, others, stream=stream, durable=durable)
+        if terms is not None:
+            return AsyncDurableHandle(self._name, changed, terms)
         return StreamHandle(self._name, changed) if stream else AsyncDeploymentHandle(self._name, changed)
 
     def __getattr__(self, name: str) -> "AsyncDeploymentHandle[Any]":
@@ -444,6 +417,8 @@ class AsyncDurableHandle(_BaseDurableHandle):
 
 
 def _durable_options(durable: bool, changed: CallOptions, given: dict[str, Any]) -> Options | None:
+    if unknown := given.keys() - DurableTerms.__annotations__.keys():
+        raise TypeError(f"options() got unknown options: {', '.join(sorted(unknown))}")
     if not durable:
         if given:
             raise ValueError(f"{', '.join(given)}: only calls with durable=True have this")
