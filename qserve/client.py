@@ -315,7 +315,6 @@ class Client:
 
     def _expire(self, pending: PendingCall) -> None:
         if pending.id in self._pending:
-            self._withdraw_entry(pending)
             spawn(self._explain_timeout(pending))
 
     async def _explain_timeout(self, pending: PendingCall) -> None:
@@ -333,7 +332,9 @@ class Client:
                 if age > self.settings.dead_after_s:
                     since = f" since {time.strftime('%H:%M', time.localtime(int(seen)))}" if seen else ""
                     outcome = DeploymentUnavailable(f"no replica of {pending.deployment!r} has been seen{since}")
-        self._finish(pending, outcome)
+        # In this order: a replica that is told first would answer that the call was cancelled.
+        if self._finish(pending, outcome):
+            self._withdraw_entry(pending)
 
     def _withdraw_entry(self, pending: PendingCall) -> None:
         if pending.entry is None or self._link.sender is None:
