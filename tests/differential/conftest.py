@@ -38,7 +38,7 @@ def plain_uvicorn() -> Iterator[Address]:
             process.wait(20)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sides(plain_uvicorn: Address, _session_instance: tuple[TestInstance, str]) -> Iterator[Sides]:
     """The two servers."""
     running, folder = _session_instance
