@@ -11,7 +11,7 @@ import pytest
 
 import qserve
 from qserve import serve
-from tests.behaviours.tools import LIMIT_S, Gate, Notes
+from tests.behaviours.tools import LIMIT_S, Gate, Notes, until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -225,9 +225,11 @@ def test_a_cancelled_call_that_is_still_queued_never_runs(gate: Gate, notes: Not
     running = handle.remote("running")
     notes.wait_for(1)
     queued, last = handle.remote("queued"), handle.remote("last")
+    until(lambda: serve.status()["one_at_a_time"].queued == 3)
 
     assert queued.cancel()
 
+    until(lambda: serve.status()["one_at_a_time"].queued == 2)
     gate.open()
     qserve.get([running, last], timeout=LIMIT_S)
     assert notes.read() == ["running", "last"]
