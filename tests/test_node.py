@@ -3,68 +3,21 @@
 import asyncio
 import os
 import signal
-import subprocess
-import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
-import pytest
 import redis
 
 from qserve import rollout
-from qserve.codec import Codec
-from qserve.deployment import Deployment
 from qserve.keys import Keys
-from qserve.settings import Settings
-from qserve.spec import DeploymentSpec
 from qserve.state import State
 from qserve_workers.node import parse
 from qserve_workers.supervise import KeptProcess
 from tests.deployed import Broken, OtherPid, Pid
+from tests.nodes import StartNode, spec, start_node, wait_for
 
-ROOT = Path(__file__).parent.parent
-StartNode = Callable[..., "subprocess.Popen[bytes]"]
-
-
-def wait_for(condition: Callable[[], object], timeout: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
-def spec(deployment: "Deployment[object]") -> DeploymentSpec:
-    return deployment.to_spec(Codec(allow_pickle=True, max_bytes=1_000_000))
-
-
-@pytest.fixture
-def start_node(settings: Settings, state: State) -> Iterator[StartNode]:
-    """Starts nodes on the session's Valkey; at the end they get SIGTERM and must leave nothing running."""
-    nodes: list[subprocess.Popen[bytes]] = []
-    environment = os.environ | {
-        "QSERVE_REDIS_URL": settings.redis_url,
-        "QSERVE_SECRET": settings.secret,
-        "QSERVE_NAMESPACE": settings.namespace,
-    }
-
-    def start(*options: str) -> "subprocess.Popen[bytes]":
-        before = len(state.nodes())
-        command = [sys.executable, "-m", "qserve_workers.node", *options]
-        nodes.append(subprocess.Popen(command, env=environment, cwd=ROOT))
-        wait_for(lambda: len(state.nodes()) > before)
-        return nodes[-1]
-
-    yield start
-    children = [child for node in nodes if node.poll() is None for child in psutil.Process(node.pid).children(True)]
-    for node in nodes:
-        node.terminate()
-    for node in nodes:
-        node.wait(40)
-    wait_for(lambda: not [child for child in children if child.is_running()], timeout=5)
-
+__all__ = ["start_node"]
 
 class TestWorkers:
     def test_one_celery_worker_per_deployment_and_redeploys_touch_only_their_own(
