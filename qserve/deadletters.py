@@ -1,19 +1,26 @@
 """Calls that were given up on: listed, shown, sent again, dropped."""
 
+import contextlib
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import msgspec
 
+from qserve.codec import Codec
 from qserve.durable import NEVER_MS, DurableCall, Terms, decode_durable_call, new_call_id
 from qserve.errors import CallNotFound, DeploymentNotFound, FrameRejected, QServeError
 from qserve.keys import Keys
-from qserve.messages import DURABLE, Blob, Call, Signer, decode_blob, decode_call, encode
+from qserve.messages import DURABLE, HTTP, Blob, Call, Signer, decode_blob, decode_call, decode_http_request, encode
 from qserve.queues import DEAD_LETTERS_KEPT
 from qserve.records import REVIVE, SUBMIT, run_script
 from qserve.state import State
 
 _PAYLOAD_MS = 60_000
+_LONGEST_SHOWN = 2000
+
+# Whoever looks at a letter runs no user code.
+_codec = Codec(allow_pickle=False, max_bytes=1 << 40)
 
 
 class Letter(NamedTuple):
@@ -35,6 +42,19 @@ class Letter(NamedTuple):
     attempts: int | None
     reason: str
     at: int
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of it, in JSON types."""
+        call = self.call
+        return {
+            "letter": self.id,
+            "call": call.id if call is not None else None,
+            "deployment": self.deployment,
+            "method": (call.method or "__call__") if call is not None else None,
+            "durable": self.durable,
+            "attempts": self.attempts,
+            "reason": self.reason,
+        }
 
 
 class DeadLetters:
@@ -61,6 +81,30 @@ class DeadLetters:
             if letter_id in (letter.id, letter.call.id if letter.call is not None else ""):
                 return letter
         raise CallNotFound(f"there is no dead letter {letter_id!r} of {deployment!r}")
+
+    def all(self) -> Iterator[Letter]:
+        """Those of every deployment that there is."""
+        names = cast("set[bytes]", self._redis.smembers(self._keys.deployments))
+        for name in sorted(name.decode() for name in names):
+            yield from self.of(name)
+
+    def contents(self, letter: Letter) -> dict[str, Any]:
+        """The arguments or the request of a call, in JSON types; nothing of a frame that is no call of ours."""
+        if letter.call is None:
+            return {}
+        try:
+            payload = self.payload(letter)
+            if letter.call.kind != HTTP:
+                args, kwargs = _codec.unpack_call(payload)
+                return {"args": _shown(args), "kwargs": _shown(kwargs)}
+            request = decode_http_request(payload)
+        except QServeError as exc:  # a pickle, or a payload that has expired
+            return {"contents": str(exc)}
+        query = b"?" + request.query_string if request.query_string else b""
+        shown: dict[str, Any] = {"request": f"{request.method} {request.path}{query.decode('latin-1')}"}
+        with contextlib.suppress(UnicodeDecodeError):
+            shown["body"] = request.body[:_LONGEST_SHOWN].decode()
+        return shown
 
     def payload(self, letter: Letter) -> bytes:
         """What was sent: packed arguments, or an encoded HttpRequest.
@@ -139,3 +183,9 @@ class DeadLetters:
         reason = fields.get(b"err", b"").decode("utf-8", "replace")
         at = int(letter_id.partition("-")[0])
         return Letter(letter_id, deployment, call, durable, attempts, reason, at)
+
+
+def _shown(value: Any) -> Any:
+    plain = msgspec.to_builtins(value, enc_hook=repr, str_keys=True)
+    text = json.dumps(plain)
+    return plain if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."

@@ -20,6 +20,7 @@ from qserve.local import runtime_folder
 from qserve.messages import HttpResponse
 from qserve.settings import Settings
 from qserve.state import State
+from qserve_gateway import letters
 from qserve_gateway.door import Door, request_ids, same_host
 from qserve_gateway.overview import metrics, status
 from qserve_gateway.respond import json_response, local_error_response, send_response, text_response
@@ -82,10 +83,12 @@ class Admin:
         deployment = _is_deployment(path)
         if deployment is not None:
             return await self._delete(unquote(deployment[1])) if method == "DELETE" else _not_allowed("DELETE")
+        if path.startswith("/-/dead"):
+            return await asyncio.to_thread(letters.answer, self._state, method, path)
         if path == "/-/drain":
             return self._leave() if method == "POST" else _not_allowed("POST")
         if path not in ("/-/metrics", "/-/status"):
-            return text_response(404, "There are /-/metrics, /-/status, /-/deployments/NAME and /-/drain.")
+            return text_response(404, "There are /-/metrics, /-/status, /-/deployments/NAME, /-/dead and /-/drain.")
         if method not in ("GET", "HEAD"):
             return _not_allowed("GET, HEAD")
         if path == "/-/status":

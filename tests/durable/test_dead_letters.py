@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qserve import serve
 from qserve.cli import main
 from qserve.testing import TestInstance
 from tests.behaviours.tools import LIMIT_S, Gate, Notes
+from tests.front_door.gateways import gateway
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -116,3 +118,38 @@ def test_a_letter_that_is_not_there_is_told(broken: Any) -> None:
     assert done.exit_code == 1
     assert "there is no dead letter '1-1' of 'broken'" in done.output
     assert dead("retry", "broken").exit_code == 1
+
+
+@pytest.fixture
+def admin(qserve_instance: TestInstance) -> Iterator[httpx.Client]:
+    """A client of a gateway's admin side, with its token."""
+    with gateway(qserve_instance.settings, QSERVE_ADMIN_PORT=0, QSERVE_ADMIN_TOKEN="t") as running:
+        headers = {"Authorization": "Bearer t"}
+        with httpx.Client(base_url=running.admin, headers=headers, timeout=LIMIT_S) as client:
+            yield client
+
+
+def test_letters_are_seen_and_sent_again_over_http(broken: Any, gate: Gate, admin: httpx.Client) -> None:
+    refs = [broken.get_handle().options(durable=True, retries=1, backoff=0.01).remote(word) for word in ("ab", "cd")]
+    for ref in refs:
+        with pytest.raises(ValueError, match="not yet"):
+            ref.result(LIMIT_S)
+
+    assert {letter["call"] for letter in admin.get("/-/dead/broken").json()} == {ref.id for ref in refs}
+    assert {ref.id for ref in refs} <= {letter["call"] for letter in admin.get("/-/dead").json()}
+    shown = admin.get(f"/-/dead/broken/{refs[0].id}").json()
+    assert (shown["args"], shown["attempts"], shown["reason"]) == (["ab"], 2, "ValueError: not yet")
+    gate.open()
+    sent = admin.post(f"/-/dead/broken/{shown['letter']}/retry")
+    assert sent.json() == {"call": refs[0].id, "location": f"/-/calls/{refs[0].id}"}
+    assert serve.get_ref(refs[0].id).result(LIMIT_S) == "ab"
+    assert admin.delete(f"/-/dead/broken/{refs[1].id}").status_code == 200
+    assert admin.get("/-/dead/broken").json() == []
+
+
+def test_mistakes_about_letters_are_told_over_http(broken: Any, admin: httpx.Client) -> None:
+    assert admin.post("/-/dead/broken/1-1/retry").status_code == 404
+    assert admin.delete("/-/dead/broken").status_code == 405
+    assert admin.get("/-/dead/broken/1-1/retry").headers["allow"] == "POST"
+    assert admin.get("/-/dead/broken/1-1/other").status_code == 404
+    assert admin.get("/-/deadly").status_code == 404

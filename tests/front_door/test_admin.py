@@ -20,6 +20,7 @@ from tests.front_door.wire import Address, read_response, statuses
 TOKEN = "a-token-for-tests"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 PAGES = [("GET", "/-/metrics"), ("GET", "/-/status"), ("DELETE", "/-/deployments/none"), ("POST", "/-/drain")]
+PAGES += [("GET", "/-/dead"), ("POST", "/-/dead/tell/1-1/retry"), ("DELETE", "/-/dead/tell/1-1")]
 ALL_METHODS = [*PAGES, ("PUT", "/-/drain"), ("HEAD", "/-/status"), ("OPTIONS", "/-/status"), ("PATCH", "/-/x")]
 
 
