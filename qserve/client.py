@@ -41,6 +41,7 @@ from qserve.messages import (
     decode_blob,
     decode_control,
     encode,
+    result_id,
 )
 from qserve.pending import Outcome, PendingCall
 from qserve.queues import CALLS_PER_ADMIT, CallQueue, send_chunk, send_control
@@ -372,7 +373,7 @@ class Client:
             return
         if pending is None:  # timed out or cancelled: the answer is late
             if reply.out_of_line and self._link.sender is not None:
-                self._link.sender.send(_ignore, "DEL", self._keys.payload(f"{reply.id}:r"))
+                self._link.sender.send(_ignore, "DEL", self._keys.payload(result_id(reply.id)))
             return
         if reply.out_of_line:
             pending.entry = None  # answered: no more to be withdrawn or missed
@@ -411,14 +412,14 @@ class Client:
             pending.channel.close(StreamBroken("Redis cannot be reached"))
 
     async def _fetch(self, pending: PendingCall, reply: Reply) -> None:
-        key = self._keys.payload(f"{reply.id}:r")
+        key = self._keys.payload(result_id(reply.id))
         outcome: Outcome = BrokerUnavailable("the result is gone from Redis")
         try:
             assert self._link.sender is not None
             sealed = await self._link.sender.call("GETDEL", key)
             if sealed is not None:
                 blob = decode_blob(self.signer.open(sealed))
-                if blob.id == reply.id:
+                if blob.id == result_id(reply.id):
                     outcome = Reply(reply.id, reply.to, reply.kind, blob.data)
         except (BrokerUnavailable, FrameRejected, msgspec.DecodeError) as exc:
             outcome = BrokerUnavailable(f"the result could not be fetched: {exc}")

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from qserve.errors import QServeError, TaskError
-from qserve.messages import Call
+from qserve.messages import Call, decoder_of
 
 SCHEDULED, QUEUED, RUNNING = "scheduled", "queued", "running"
 """States of a call that goes on: waits for its time; waits for a replica; runs."""
@@ -71,7 +71,7 @@ class DurableCall(Call, frozen=True, array_like=True, gc=False, kw_only=True):
     terms: Terms
 
 
-decode_durable_call = msgspec.msgpack.Decoder(DurableCall).decode
+decode_durable_call = decoder_of(DurableCall)
 
 
 class Options(NamedTuple):

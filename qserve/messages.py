@@ -7,7 +7,8 @@ inside the body and so under the signature.
 
 import hashlib
 import hmac
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -58,7 +59,7 @@ class Reply(msgspec.Struct, frozen=True, array_like=True, gc=False):
         to: Process id of the receiver; a frame found in another inbox is rejected.
         kind: VALUE, HTTP_RESPONSE, ERROR, CONTROL or CHUNK.
         payload: Encoded by kind; empty if `out_of_line`.
-        out_of_line: The payload stands under `Keys.payload(id + ":r")`.
+        out_of_line: The payload stands under `Keys.payload(result_id(id))`.
     """
 
     id: str
@@ -69,7 +70,11 @@ class Reply(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Blob(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A payload that travels out of line, bound to its call's id by the signature."""
+    """A payload that travels out of line, bound by the signature to what it is of.
+
+    Attributes:
+        id: The call's id for arguments or a request, `result_id` of it for a result.
+    """
 
     id: str
     data: bytes
@@ -157,6 +162,11 @@ class HttpResponse(msgspec.Struct, frozen=True, array_like=True, gc=False):
     body: bytes
 
 
+def result_id(call_id: str) -> str:
+    """What a result that travels out of line is called, in its key and in its Blob."""
+    return f"{call_id}:r"
+
+
 _MAC_AT = 5
 _BODY_AT = 37
 _BLOCK = 64
@@ -229,12 +239,30 @@ class Signer:
         return body
 
 
+Message = TypeVar("Message")
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not what they should be."""
+
+
+def decoder_of(kind: type[Message]) -> Callable[[bytes], Message]:
+    """What reads a body as one kind of message, and raises FrameRejected for whatever else it is given."""
+    decode = msgspec.msgpack.Decoder(kind).decode
+
+    def read(body: bytes) -> Message:
+        try:
+            return decode(body)
+        except UNREADABLE as exc:
+            raise FrameRejected(f"not a {kind.__name__} ({exc})") from exc
+
+    return read
+
+
 encode = msgspec.msgpack.Encoder().encode
-decode_call = msgspec.msgpack.Decoder(Call).decode
-decode_reply = msgspec.msgpack.Decoder(Reply).decode
-decode_control = msgspec.msgpack.Decoder(Control).decode
-decode_blob = msgspec.msgpack.Decoder(Blob).decode
-decode_websocket_event = msgspec.msgpack.Decoder(WebSocketEvent).decode
-decode_error = msgspec.msgpack.Decoder(ErrorInfo).decode
-decode_http_request = msgspec.msgpack.Decoder(HttpRequest).decode
-decode_http_response = msgspec.msgpack.Decoder(HttpResponse).decode
+decode_call = decoder_of(Call)
+decode_reply = decoder_of(Reply)
+decode_control = decoder_of(Control)
+decode_blob = decoder_of(Blob)
+decode_websocket_event = decoder_of(WebSocketEvent)
+decode_error = decoder_of(ErrorInfo)
+decode_http_request = decoder_of(HttpRequest)
+decode_http_response = decoder_of(HttpResponse)

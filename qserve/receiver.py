@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable
 
 import hiredis
-import msgspec
 
 from qserve.connection import Answer, Connection
 from qserve.errors import FrameRejected
 from qserve.keys import Keys
 from qserve.link import BLOCK_MS, Link
-from qserve.messages import Reply, Signer, decode_reply
+from qserve.messages import UNREADABLE, Reply, Signer, decode_reply
 from qserve.queues import ALIVE_TTL_MS, Inbox
 
 logger = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ class Receiver:
         for frame in frames:
             try:
                 self._accept(decode_reply(self._signer.open(frame)))
-            except (FrameRejected, msgspec.DecodeError) as exc:
+            except (FrameRejected, *UNREADABLE) as exc:
                 self._reject(exc)
         if self._inbox.untrimmed >= _TRIM_EVERY and self._link.sender is not None:
             self._inbox.trim(self._link.sender)

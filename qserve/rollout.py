@@ -98,7 +98,7 @@ def deploy(state: State, wanted: DeploymentSpec) -> "Goal":
         ValueError: `prev_version` does not hold, or the route belongs to another deployment.
     """
     while True:
-        generation, current = state.generation(wanted.name), state.get(wanted.name)
+        generation, current = state.generation(wanted.name), state.find(wanted.name)
         spec = next_spec(wanted, current)
         if current is not None and _changes_nothing(spec, current):
             return Goal(state, current, current)
@@ -255,7 +255,7 @@ def delete(state: State, name: str, *, expected: int | None = None) -> None:
     Raises:
         GenerationChanged: It is not at generation `expected`.
     """
-    current = state.get(name)
+    current = state.find(name)
     log_id = state.delete(name, expected=expected)
     if current is not None and log_id is not None:
         wait_for_gateways(state, log_id)

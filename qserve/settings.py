@@ -1,5 +1,6 @@
 """Configuration from the environment (`QSERVE_*`); docs/configuration.md lists it for users."""
 
+import hmac
 from functools import cached_property
 from typing import Literal
 
@@ -64,5 +65,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def secrets(self) -> tuple[bytes, ...]:
-        """Signing keys, the first one signs."""
-        return tuple(part.strip().encode() for part in self.secret.split(",") if part.strip())
+        """Signing keys, the first one signs; each namespace has its own, so that no frame of one passes in another."""
+        about = f"qserve namespace {self.namespace}".encode()
+        given = (part.strip().encode() for part in self.secret.split(","))
+        return tuple(hmac.digest(secret, about, "sha256") for secret in given if secret)

@@ -60,6 +60,13 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     deployed_at: float = 0.0
 
 
+class SignedSpec(msgspec.Struct, frozen=True, array_like=True):
+    """What stands in the state: signed, so that no older spec can be put back under a newer generation."""
+
+    generation: int
+    spec: DeploymentSpec
+
+
 class Deployed(msgspec.Struct, frozen=True):
     """A spec with the generation under which the state holds it.
 

@@ -10,8 +10,9 @@ import contextlib
 import os
 import random
 import socket
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,12 +20,13 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import redis
 import redis.asyncio
-from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, OutOfMemoryError, RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
+from qserve import primary
+from qserve.broker import tls_problem
 from qserve.errors import BrokerUnavailable, ConfigurationError, FrameRejected
-from qserve.keys import GROUP, Keys
-from qserve.messages import Signer, encode
+from qserve.keys import GROUP, Keys, is_name
+from qserve.messages import UNREADABLE, Signer, decoder_of, encode
 from qserve.spec import (
     DEPLOYING,
     WAITING,
@@ -34,16 +36,21 @@ from qserve.spec import (
     HttpSettings,
     NodeInfo,
     ReplicaInfo,
+    SignedSpec,
     WorkerInfo,
 )
 
 logger = getLogger(__name__)
 
 _COMMAND_TIMEOUT_S = 5.0
+_PASSING = ("NOREPLICAS", "MISCONF", "UNBLOCKED", "BUSY ", "TRYAGAIN")
+"""How errors begin that have nothing to do with the command."""
 _FOLLOW_BLOCK_MS = 5_000
 _RECONNECT_S = (0.05, 1.0)
 _LUA = Path(__file__).parent / "lua"
-_DEPLOY, _DELETE, _SETTLE = ((_LUA / f"{name}.lua").read_text() for name in ("deploy", "delete", "settle"))
+_DEPLOY, _DELETE, _SETTLE, _RESTORE = (
+    (_LUA / f"{name}.lua").read_text() for name in ("deploy", "delete", "settle", "restore")
+)
 
 Info = TypeVar("Info", NodeInfo, GatewayInfo, WorkerInfo, ReplicaInfo)
 ChangeKind = Literal["deploy", "delete", "http", "resync"]
@@ -65,11 +72,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The whole desired state, at least as new as `log_id`."""
+    """The whole desired state, at least as new as `log_id`.
+
+    Attributes:
+        instance: Which history of the state it belongs to, "" where there is none yet.
+    """
 
     deployments: Mapping[str, Deployed] = field(default_factory=dict)
     http: HttpSettings = field(default_factory=HttpSettings)
     log_id: str = "0-0"
+    instance: str = ""
 
 
 class State:
@@ -82,11 +94,7 @@ class State:
     def __init__(self, redis_url: str, keys: Keys, signer: Signer) -> None:
         self.keys = keys
         self.signer = signer
-        try:
-            options = _connection_options(redis_url, redis.retry.Retry(NoBackoff(), 0))
-            self.redis = redis.Redis.from_url(redis_url, **options)
-        except ValueError as exc:
-            raise ConfigurationError(f"{redis_url!r} is not a Redis URL: {exc}") from exc
+        self.redis = primary.client(redis_url, _COMMAND_TIMEOUT_S)
 
     def close(self) -> None:
         """Close the connections."""
@@ -112,11 +120,12 @@ class State:
             GenerationChanged: The deployment has moved on since.
             ValueError: Its route belongs to another deployment. Nothing is written then.
         """
-        keys = (self.keys.meta(spec.name), self.keys.deployments, self.keys.log, self.keys.calls(spec.name))
+        names = self.keys
+        keys = (names.meta(spec.name), names.deployments, names.log, names.calls(spec.name), names.instance)
         route = spec.route_prefix or ""
-        frame = self.signer.seal(encode(spec))
-        arguments = (spec.name, expected, frame, spec.max_queued_requests, route, self.keys.meta(""), GROUP)
-        verdict, *facts = self._script(_DEPLOY, keys, *arguments)
+        frame = self.signer.seal(encode(SignedSpec(expected + 1, spec)))
+        arguments = (spec.name, expected, frame, spec.max_queued_requests, route, names.meta(""), GROUP)
+        verdict, *facts = self._script(_DEPLOY, keys, *arguments, secrets.token_hex(16))
         if verdict == b"route":
             raise ValueError(f"route_prefix '{route}' is already registered.")
         if verdict == b"generation":
@@ -157,12 +166,15 @@ class State:
         Raises:
             FrameRejected: Its spec was not signed with a key of ours.
         """
-        return decode_deployed(self.signer, self._do("HMGET", self.keys.meta(name), *_META_FIELDS))
+        return decode_deployed(self.signer, name, self._do("HMGET", self.keys.meta(name), *_META_FIELDS))
+
+    def find(self, name: str) -> Deployed | None:
+        """Like `get`; None with an error in the log for a spec that no key of ours signed."""
+        return _checked(lambda: self.get(name), f"the spec of deployment {name!r}")
 
     def list(self) -> dict[str, Deployed]:
-        """Every deployment by name."""
-        names = sorted(name.decode() for name in self._do("SMEMBERS", self.keys.deployments))
-        found = ((name, self.get(name)) for name in names)
+        """Every deployment by name; a spec that no key of ours signed is left out, with an error in the log."""
+        found = ((name, self.find(name)) for name in _names(self._do("SMEMBERS", self.keys.deployments)))
         return {name: deployed for name, deployed in found if deployed is not None}
 
     def routes(self) -> dict[str, str]:
@@ -220,7 +232,7 @@ class State:
         self._do("DEL", *keys)
 
     def _infos(self, key: str, kind: type[Info]) -> dict[str, Info]:
-        return dict(_decode_infos(self._do("HGETALL", key), kind))
+        return dict(decode_infos(self._do("HGETALL", key), kind))
 
     def _alive(self, infos: dict[str, Info]) -> dict[str, Info]:
         return {id_: info for id_, info in infos.items() if self.is_alive(id_)}
@@ -230,7 +242,7 @@ class State:
         return self._do("EVAL", source, len(keys), *keys, *arguments)
 
     def _do(self, *command: Any) -> Any:
-        with _our_errors():
+        with _our_errors(self.redis):
             return self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
 
@@ -239,21 +251,43 @@ class State:
 
 async def read_snapshot(client: "redis.asyncio.Redis", keys: Keys, signer: Signer) -> Snapshot:
     """The desired state now. A spec that no key of ours signed is left out, with an error in the log."""
-    with _our_errors():
+    with _our_errors(client):
         log_id = await last_log_id(client, keys)  # first: what follows is at least as new
-        names = sorted(name.decode() for name in await _ask(client, "SMEMBERS", keys.deployments))
+        names = _names(await _ask(client, "SMEMBERS", keys.deployments))
         pipeline = client.pipeline(transaction=False)
         for name in names:
             pipeline.hmget(keys.meta(name), _META_FIELDS)
         metas = await pipeline.execute() if names else []
-        http_frame = await _ask(client, "GET", keys.http_options)
+        http_frame, instance = await _ask(client, "MGET", keys.http_options, keys.instance)
     deployments = {}
     for name, meta in zip(names, metas, strict=True):
-        deployed = _checked(lambda meta=meta: decode_deployed(signer, meta), f"the spec of deployment {name!r}")  # type: ignore[misc]
+        deployed = _checked(partial(decode_deployed, signer, name, meta), f"the spec of deployment {name!r}")
         if deployed is not None:
             deployments[name] = deployed
     http = _checked(lambda: decode_http(signer, http_frame), "the HTTP settings") or HttpSettings()
-    return Snapshot(deployments, http, log_id)
+    return Snapshot(deployments, http, log_id, (instance or b"").decode())
+
+
+async def restore(
+    client: "redis.asyncio.Redis", keys: Keys, signer: Signer, known: Iterable[Deployed], instance: str
+) -> int:
+    """Put back deployments that the server has forgotten, as they were; returns how many."""
+    count = 0
+    with _our_errors():
+        for deployed in known:
+            spec = deployed.spec
+            names = (keys.meta(spec.name), keys.deployments, keys.log, keys.calls(spec.name), keys.instance)
+            told = (spec.max_queued_requests, spec.route_prefix or "", deployed.state, deployed.error, GROUP, instance)
+            frame = signer.seal(encode(spec))
+            script = (_RESTORE, len(names), *names, spec.name, deployed.generation, frame, *told)
+            count += await _ask(client, "EVAL", *script)
+    return count
+
+
+async def restore_http(client: "redis.asyncio.Redis", keys: Keys, signer: Signer, http: HttpSettings) -> None:
+    """Put back HTTP settings that the server has forgotten."""
+    with _our_errors():
+        await _ask(client, "SET", keys.http_options, signer.seal(encode(http)), "NX")
 
 
 async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerator[Change, None]:
@@ -285,19 +319,7 @@ async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerat
 
 def connect_asyncio(redis_url: str) -> "redis.asyncio.Redis":
     """A redis-py client for an event loop that never repeats a command by itself."""
-    options = _connection_options(redis_url, redis.asyncio.retry.Retry(NoBackoff(), 0))
-    options["socket_timeout"] = _FOLLOW_BLOCK_MS / 1000 + 2
-    return redis.asyncio.Redis.from_url(redis_url, **options)
-
-
-def _connection_options(redis_url: str, retry: object) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "socket_timeout": _COMMAND_TIMEOUT_S,
-        "socket_connect_timeout": 2.0,
-        "protocol": 2,
-        "retry": retry,
-    }
-    return options if redis_url.startswith("unix:") else options | {"socket_keepalive": True}
+    return primary.asyncio_client(redis_url, _FOLLOW_BLOCK_MS / 1000 + 2)
 
 
 async def _read_log(client: "redis.asyncio.Redis", keys: Keys, position: str) -> list[tuple[str, dict[bytes, bytes]]]:
@@ -316,28 +338,42 @@ async def _ask(client: "redis.asyncio.Redis", *command: Any) -> Any:
 
 
 def _decode_change(entry_id: str, fields: dict[bytes, bytes]) -> Change:
-    kind: Any = fields.get(b"kind", b"").decode()
-    return Change(kind, entry_id, fields.get(b"name", b"").decode(), int(fields.get(b"gen", b"0")))
+    kind: Any = fields.get(b"kind", b"").decode(errors="replace")
+    generation = fields.get(b"gen", b"")
+    name = fields.get(b"name", b"").decode(errors="replace")
+    return Change(kind, entry_id, name, int(generation) if generation.isdigit() else 0)
+
+
+def _names(members: Iterable[bytes]) -> list[str]:
+    """The names among the members of a set that others can write to, in order."""
+    return sorted(name for name in (member.decode(errors="replace") for member in members) if is_name(name))
 
 
 # From bytes to data
 
 _META_FIELDS = ("gen", "spec", "state", "error", "log_id")
-_decode_spec = msgspec.msgpack.Decoder(DeploymentSpec).decode
-_decode_http = msgspec.msgpack.Decoder(HttpSettings).decode
+_decode_spec = decoder_of(SignedSpec)
+_decode_http = decoder_of(HttpSettings)
 
 
-def decode_deployed(signer: Signer, fields: list[bytes | None]) -> Deployed | None:
-    """A deployment from the fields of its meta hash; verified before it is decoded."""
+def decode_deployed(signer: Signer, name: str, fields: list[bytes | None]) -> Deployed | None:
+    """A deployment from the fields of its meta hash; verified before it is decoded.
+
+    Raises:
+        FrameRejected: No key of ours signed it as the spec of this name and generation.
+    """
     generation, frame, state, error, log_id = fields
     if generation is None or frame is None:
         return None
+    signed = _decode_spec(signer.open(frame))
+    if signed.spec.name != name or b"%d" % signed.generation != generation:
+        raise FrameRejected(f"the spec of {signed.spec.name!r}, generation {signed.generation}, not of this one")
     return Deployed(
-        _decode_spec(signer.open(frame)),
-        int(generation),
-        (state or WAITING.encode()).decode(),
-        (error or b"").decode(),
-        (log_id or b"0-0").decode(),
+        signed.spec,
+        signed.generation,
+        (state or WAITING.encode()).decode(errors="replace"),
+        (error or b"").decode(errors="replace"),
+        (log_id or b"0-0").decode(errors="replace"),
     )
 
 
@@ -346,12 +382,13 @@ def decode_http(signer: Signer, frame: bytes | None) -> HttpSettings:
     return _decode_http(signer.open(frame)) if frame else HttpSettings()
 
 
-def _decode_infos(fields: Mapping[bytes, bytes], kind: type[Info]) -> Iterator[tuple[str, Info]]:
+def decode_infos(fields: Mapping[bytes, bytes], kind: type[Info]) -> Iterator[tuple[str, Info]]:
+    """What processes say of themselves, by id; unsigned, so it decides nothing, and what cannot be read is left out."""
     for id_, body in fields.items():
         try:
             yield id_.decode(), msgspec.msgpack.decode(body, type=kind)
-        except msgspec.DecodeError as exc:
-            logger.warning("Ignoring an unreadable %s of %s: %s", kind.__name__, id_.decode(), exc)
+        except UNREADABLE as exc:
+            logger.warning("Ignoring an unreadable %s of %r: %s", kind.__name__, id_, exc)
 
 
 Decoded = TypeVar("Decoded")
@@ -360,7 +397,7 @@ Decoded = TypeVar("Decoded")
 def _checked(read: Callable[[], Decoded], what: str) -> Decoded | None:
     try:
         return read()
-    except (FrameRejected, msgspec.DecodeError) as exc:
+    except FrameRejected as exc:
         logger.error("Ignoring %s: %s", what, exc)
         return None
 
@@ -379,7 +416,7 @@ def _gone_from_here(host: str, pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def _our_errors() -> Iterator[None]:
+def _our_errors(client: "redis.Redis | redis.asyncio.Redis") -> Iterator[None]:
     try:
         yield
     except NoScriptError:
@@ -389,4 +426,10 @@ def _our_errors() -> Iterator[None]:
     except OutOfMemoryError as exc:
         raise BrokerUnavailable(f"Redis has no memory left and refused the change: {exc}") from exc
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as exc:
+        if problem := tls_problem(exc, primary.broker_of(client).place):
+            raise ConfigurationError(problem) from exc
         raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
+    except ResponseError as exc:
+        if str(exc).startswith(_PASSING):
+            raise BrokerUnavailable(f"Redis does not take this now: {exc}") from exc
+        raise

@@ -33,7 +33,18 @@ from qserve.errors import (
     IdempotencyConflict,
     QServeError,
 )
-from qserve.messages import ERROR, Blob, Control, ErrorInfo, Reply, Signer, decode_blob, decode_reply, encode
+from qserve.messages import (
+    ERROR,
+    Blob,
+    Control,
+    ErrorInfo,
+    Reply,
+    Signer,
+    decode_blob,
+    decode_reply,
+    encode,
+    result_id,
+)
 from qserve.queues import CALLS_PER_ADMIT, send_control
 from qserve.records import Records, durable_reply, load_scripts
 from qserve.settings import Settings
@@ -198,9 +209,9 @@ class DurableCalls:
         if sender is None:
             return  # `link_up` looks again
         try:
-            sealed = await sender.call("GET", self._keys.payload(f"{reply.id}:r"))
+            sealed = await sender.call("GET", self._keys.payload(result_id(reply.id)))
             blob = decode_blob(self._signer.open(sealed or b""))
-            if blob.id != reply.id:
+            if blob.id != result_id(reply.id):
                 raise FrameRejected("the result of another call")
             self._end(reply.id, Reply(reply.id, ANYONE, reply.kind, blob.data))
         except BrokerUnavailable:

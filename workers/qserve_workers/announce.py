@@ -17,6 +17,7 @@ from qserve.keys import Keys
 from qserve.messages import Signer
 from qserve.queues import post_tombstone
 from qserve.spec import ReplicaInfo, WorkerInfo
+from qserve.state import decode_infos
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +101,8 @@ class Announcer:
         """This worker's deployment's replicas as they describe themselves, by id; empty when Redis is away."""
         try:
             fields: Any = self._client.hgetall(self._keys.replicas(self._deployment)) if self._client else {}
-            infos = (msgspec.msgpack.decode(body, type=ReplicaInfo) for body in fields.values())
-            return {info.id: info for info in infos}
-        except (redis.RedisError, OSError, msgspec.DecodeError):
+            return dict(decode_infos(fields, ReplicaInfo))
+        except (redis.RedisError, OSError):
             return {}
 
     def _write_info(self, client: redis.Redis) -> None:

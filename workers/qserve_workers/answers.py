@@ -10,7 +10,7 @@ import hiredis
 from qserve.connection import Answer
 from qserve.errors import BrokerUnavailable
 from qserve.link import Link
-from qserve.messages import ERROR, Blob, Call, Reply, Signer, encode
+from qserve.messages import ERROR, Blob, Call, Reply, Signer, encode, result_id
 from qserve.queues import Entry, ReplicaQueue
 from qserve.settings import Settings
 
@@ -48,8 +48,8 @@ class Answers:
         """Answer a call at the end of this tick."""
         out_of_line = len(payload) > self._settings.out_of_line_bytes
         if out_of_line:
-            sealed = self._signer.seal(encode(Blob(call.id, payload)))
-            self._results[entry] = (self._keys.payload(f"{call.id}:r"), sealed)
+            sealed = self._signer.seal(encode(Blob(result_id(call.id), payload)))
+            self._results[entry] = (self._keys.payload(result_id(call.id)), sealed)
             payload = b""
         if call.out_of_line and self._link.sender is not None:
             self._link.sender.send(_ignore, "DEL", self._keys.payload(call.id))

@@ -52,6 +52,7 @@ from qserve.messages import (
     decode_http_request,
     decode_http_response,
     encode,
+    result_id,
 )
 from qserve.queues import Entry
 from qserve.records import Records, durable_reply, load_scripts
@@ -277,7 +278,7 @@ class DurableRuns:
         if sender is None or settlement is None:
             return
         if settlement.result is not None:
-            key = self._keys.payload(f"{settlement.call.id}:r")
+            key = self._keys.payload(result_id(settlement.call.id))
             sender.send(_ignore, "SET", key, settlement.result, "PX", settlement.keep_ms)
         self._records.settle(
             sender,
@@ -319,7 +320,7 @@ class DurableRuns:
     def _frame(self, call: DurableCall, kind: int, payload: bytes) -> tuple[bytes, bytes | None]:
         if len(payload) <= self._settings.out_of_line_bytes:
             return durable_reply(self._signer, call.id, kind, payload), None
-        blob = self._signer.seal(encode(Blob(call.id, payload)))
+        blob = self._signer.seal(encode(Blob(result_id(call.id), payload)))
         return durable_reply(self._signer, call.id, kind, b"", out_of_line=True), blob
 
     def _error_frame(self, call: DurableCall, error: QServeError) -> bytes:

@@ -29,7 +29,7 @@ from qserve.local import InstanceRecord, is_running
 from qserve.messages import Signer, encode
 from qserve.settings import Settings
 from qserve.spec import HEALTHY, DeploymentSpec, NodeInfo, ReplicaInfo
-from qserve.state import Snapshot, State, connect_asyncio, follow, read_snapshot
+from qserve.state import Snapshot, State, connect_asyncio, decode_infos, follow, read_snapshot
 from qserve_workers.supervise import KeptProcess
 
 logger = logging.getLogger("qserve.node")
@@ -327,12 +327,12 @@ class Node:
             return False
         return any(info.node == self.id and is_running(info.pid) for info in (await self._replicas(name)).values())
 
-    async def _replicas(self, name: str) -> dict[bytes, ReplicaInfo]:
+    async def _replicas(self, name: str) -> dict[str, ReplicaInfo]:
         try:
             fields: Any = await self._redis.hgetall(self._keys.replicas(name))
         except (RedisError, OSError):
             return {}
-        return {id_: msgspec.msgpack.decode(body, type=ReplicaInfo) for id_, body in fields.items()}
+        return dict(decode_infos(fields, ReplicaInfo))
 
     async def _forget(self, name: str) -> None:
         """Remove what a worker that has ended said about itself."""

@@ -14,7 +14,6 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import redis
 import redis.asyncio
 
@@ -191,8 +190,8 @@ class Replica:
         except redis.RedisError as exc:
             raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
         try:
-            return decode_deployed(self._client.signer, meta)
-        except (FrameRejected, msgspec.DecodeError) as exc:
+            return decode_deployed(self._client.signer, self._name, meta)
+        except FrameRejected as exc:
             logger.error("Ignoring the spec of deployment %r: %s", self._name, exc)
             return self._deployed
 
