@@ -20,10 +20,9 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import redis
 import redis.asyncio
-from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, OutOfMemoryError, RedisError, ResponseError
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, OutOfMemoryError, RedisError
 
-from qserve import primary
-from qserve.broker import tls_problem
 from qserve.errors import BrokerUnavailable, ConfigurationError, FrameRejected
 from qserve.keys import GROUP, Keys, is_name
 from qserve.messages import UNREADABLE, Signer, decoder_of, encode
@@ -43,14 +42,10 @@ from qserve.spec import (
 logger = getLogger(__name__)
 
 _COMMAND_TIMEOUT_S = 5.0
-_PASSING = ("NOREPLICAS", "MISCONF", "UNBLOCKED", "BUSY ", "TRYAGAIN")
-"""How errors begin that have nothing to do with the command."""
 _FOLLOW_BLOCK_MS = 5_000
 _RECONNECT_S = (0.05, 1.0)
 _LUA = Path(__file__).parent / "lua"
-_DEPLOY, _DELETE, _SETTLE, _RESTORE = (
-    (_LUA / f"{name}.lua").read_text() for name in ("deploy", "delete", "settle", "restore")
-)
+_DEPLOY, _DELETE, _SETTLE = ((_LUA / f"{name}.lua").read_text() for name in ("deploy", "delete", "settle"))
 
 Info = TypeVar("Info", NodeInfo, GatewayInfo, WorkerInfo, ReplicaInfo)
 ChangeKind = Literal["deploy", "delete", "http", "resync"]
@@ -72,16 +67,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The whole desired state, at least as new as `log_id`.
-
-    Attributes:
-        instance: Which history of the state it belongs to, "" where there is none yet.
-    """
+    """The whole desired state, at least as new as `log_id`."""
 
     deployments: Mapping[str, Deployed] = field(default_factory=dict)
     http: HttpSettings = field(default_factory=HttpSettings)
     log_id: str = "0-0"
-    instance: str = ""
 
 
 class State:
@@ -94,7 +84,11 @@ class State:
     def __init__(self, redis_url: str, keys: Keys, signer: Signer) -> None:
         self.keys = keys
         self.signer = signer
-        self.redis = primary.client(redis_url, _COMMAND_TIMEOUT_S)
+        try:
+            options = _connection_options(redis_url, redis.retry.Retry(NoBackoff(), 0))
+            self.redis = redis.Redis.from_url(redis_url, **options)
+        except ValueError as exc:
+            raise ConfigurationError(f"{redis_url!r} is not a Redis URL: {exc}") from exc
 
     def close(self) -> None:
         """Close the connections."""
@@ -120,12 +114,11 @@ class State:
             GenerationChanged: The deployment has moved on since.
             ValueError: Its route belongs to another deployment. Nothing is written then.
         """
-        names = self.keys
-        keys = (names.meta(spec.name), names.deployments, names.log, names.calls(spec.name), names.instance)
+        keys = (self.keys.meta(spec.name), self.keys.deployments, self.keys.log, self.keys.calls(spec.name))
         route = spec.route_prefix or ""
         frame = self.signer.seal(encode(SignedSpec(expected + 1, spec)))
-        arguments = (spec.name, expected, frame, spec.max_queued_requests, route, names.meta(""), GROUP)
-        verdict, *facts = self._script(_DEPLOY, keys, *arguments, secrets.token_hex(16))
+        arguments = (spec.name, expected, frame, spec.max_queued_requests, route, self.keys.meta(""), GROUP)
+        verdict, *facts = self._script(_DEPLOY, keys, *arguments)
         if verdict == b"route":
             raise ValueError(f"route_prefix '{route}' is already registered.")
         if verdict == b"generation":
@@ -242,7 +235,7 @@ class State:
         return self._do("EVAL", source, len(keys), *keys, *arguments)
 
     def _do(self, *command: Any) -> Any:
-        with _our_errors(self.redis):
+        with _our_errors():
             return self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
 
@@ -251,43 +244,21 @@ class State:
 
 async def read_snapshot(client: "redis.asyncio.Redis", keys: Keys, signer: Signer) -> Snapshot:
     """The desired state now. A spec that no key of ours signed is left out, with an error in the log."""
-    with _our_errors(client):
+    with _our_errors():
         log_id = await last_log_id(client, keys)  # first: what follows is at least as new
         names = _names(await _ask(client, "SMEMBERS", keys.deployments))
         pipeline = client.pipeline(transaction=False)
         for name in names:
             pipeline.hmget(keys.meta(name), _META_FIELDS)
         metas = await pipeline.execute() if names else []
-        http_frame, instance = await _ask(client, "MGET", keys.http_options, keys.instance)
+        http_frame = await _ask(client, "GET", keys.http_options)
     deployments = {}
     for name, meta in zip(names, metas, strict=True):
         deployed = _checked(partial(decode_deployed, signer, name, meta), f"the spec of deployment {name!r}")
         if deployed is not None:
             deployments[name] = deployed
     http = _checked(lambda: decode_http(signer, http_frame), "the HTTP settings") or HttpSettings()
-    return Snapshot(deployments, http, log_id, (instance or b"").decode())
-
-
-async def restore(
-    client: "redis.asyncio.Redis", keys: Keys, signer: Signer, known: Iterable[Deployed], instance: str
-) -> int:
-    """Put back deployments that the server has forgotten, as they were; returns how many."""
-    count = 0
-    with _our_errors():
-        for deployed in known:
-            spec = deployed.spec
-            names = (keys.meta(spec.name), keys.deployments, keys.log, keys.calls(spec.name), keys.instance)
-            told = (spec.max_queued_requests, spec.route_prefix or "", deployed.state, deployed.error, GROUP, instance)
-            frame = signer.seal(encode(spec))
-            script = (_RESTORE, len(names), *names, spec.name, deployed.generation, frame, *told)
-            count += await _ask(client, "EVAL", *script)
-    return count
-
-
-async def restore_http(client: "redis.asyncio.Redis", keys: Keys, signer: Signer, http: HttpSettings) -> None:
-    """Put back HTTP settings that the server has forgotten."""
-    with _our_errors():
-        await _ask(client, "SET", keys.http_options, signer.seal(encode(http)), "NX")
+    return Snapshot(deployments, http, log_id)
 
 
 async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerator[Change, None]:
@@ -319,7 +290,19 @@ async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerat
 
 def connect_asyncio(redis_url: str) -> "redis.asyncio.Redis":
     """A redis-py client for an event loop that never repeats a command by itself."""
-    return primary.asyncio_client(redis_url, _FOLLOW_BLOCK_MS / 1000 + 2)
+    options = _connection_options(redis_url, redis.asyncio.retry.Retry(NoBackoff(), 0))
+    options["socket_timeout"] = _FOLLOW_BLOCK_MS / 1000 + 2
+    return redis.asyncio.Redis.from_url(redis_url, **options)
+
+
+def _connection_options(redis_url: str, retry: object) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "socket_timeout": _COMMAND_TIMEOUT_S,
+        "socket_connect_timeout": 2.0,
+        "protocol": 2,
+        "retry": retry,
+    }
+    return options if redis_url.startswith("unix:") else options | {"socket_keepalive": True}
 
 
 async def _read_log(client: "redis.asyncio.Redis", keys: Keys, position: str) -> list[tuple[str, dict[bytes, bytes]]]:
@@ -416,7 +399,7 @@ def _gone_from_here(host: str, pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def _our_errors(client: "redis.Redis | redis.asyncio.Redis") -> Iterator[None]:
+def _our_errors() -> Iterator[None]:
     try:
         yield
     except NoScriptError:
@@ -426,10 +409,4 @@ def _our_errors(client: "redis.Redis | redis.asyncio.Redis") -> Iterator[None]:
     except OutOfMemoryError as exc:
         raise BrokerUnavailable(f"Redis has no memory left and refused the change: {exc}") from exc
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as exc:
-        if problem := tls_problem(exc, primary.broker_of(client).place):
-            raise ConfigurationError(problem) from exc
         raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
-    except ResponseError as exc:
-        if str(exc).startswith(_PASSING):
-            raise BrokerUnavailable(f"Redis does not take this now: {exc}") from exc
-        raise
