@@ -1,0 +1,119 @@
+"""`python -m tests.chaos`: break everything under load, and judge every call from ledgers kept on both sides.
+
+    python -m tests.chaos                      the whole suite (make chaos), about an hour
+    python -m tests.chaos --part 2/8           an eighth of it; each part ends within 9 minutes
+    python -m tests.chaos --runs K1,K5         some runs
+    python -m tests.chaos --slice              every run, each for seconds; ends within 5 minutes
+
+Exit code 1: something that is promised did not hold. How the suite is made:
+
+    ledger     what clients and replicas write down, and the proof that an answer is the right one
+    app        the deployments that are called          load     the processes that call them (http: over HTTP)
+    cluster    server, nodes, gateways as processes      faults   what is done to them, and what that excuses
+    verdicts   lost, stuck, dup-run, ... for every call  play     a run: a cluster, load, faults, quiet, verdicts
+    checks     what else must hold, and figures          report   the table, benchmarks/chaos.md
+    runs/      the runs themselves: each module has a tuple RUNS, and `runs_of_the_suite` below lists the modules
+
+A new run is a `play.LoadRun` in a module of `runs`: a name, faults, lengths, checks. A fault is a function that gets
+the cluster, random numbers of the run and an `Injected` to note in it whom it has killed; with it stands what calls may
+end as because of it (`Excuses`), and nothing else is forgiven. Give processes environment variables (a failpoint, a
+preloaded library, the URL of a proxy) by their role: `Setup(environment={"node-1": {...}})`, or in `prepare`, which
+runs once the server does: `cluster.environment["node-0"] = {"QSERVE_REDIS_URL": proxy.url}`. The role "client" is the
+load. A run of another shape is any object with `name`, `title`, `length(plan)` and `play(plan) -> Result`; it can use
+`play.running(setup)` for a cluster and `play.calling(cluster, load, seconds, dice)` for load, and `verdicts.judge`.
+"""
+
+import argparse
+import logging
+import os
+import random
+import sys
+import threading
+import time
+
+from tests.chaos import report
+from tests.chaos.play import Plan, Result, Run, interleave
+from tests.chaos.runs import replicas
+
+SLICE_LIMIT_S = 290.0
+PART_LIMIT_S = 535.0
+
+
+def runs_of_the_suite() -> tuple[Run, ...]:
+    """Every run there is."""
+    return (*replicas.RUNS,)
+
+
+def main() -> int:
+    """Play what was asked for, print and save the table."""
+    options = _arguments()
+    plan = Plan(options.seed, options.seconds_scale, options.slice)
+    runs = _chosen(options, plan)
+    limit_s = SLICE_LIMIT_S if options.slice else PART_LIMIT_S if options.part else None
+    if limit_s is not None:
+        _stop_hard_after(limit_s)
+    logging.basicConfig(level=logging.ERROR)
+    results = [_played(run, plan) for run in runs]
+    table = report.table(results)
+    sys.stdout.write(f"\n{table}\n")
+    if options.save:
+        report.save(results, [run.name for run in runs_of_the_suite()])
+    return 0 if all(result.holds for result in results) else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--runs", default="", metavar="NAMES", help="only these, separated by commas")
+    parser.add_argument("--part", default="", metavar="N/M", help="the Nth of M parts of about the same length")
+    parser.add_argument("--seconds-scale", type=float, default=1.0, metavar="X", help="multiplies the lengths of runs")
+    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000), help="default: a random one")
+    parser.add_argument("--slice", action="store_true", help="every run for a few seconds; the five minutes for CI")
+    parser.add_argument("--save", action="store_true", help="put the rows into benchmarks/chaos.md")
+    return parser.parse_args()
+
+
+def _chosen(options: argparse.Namespace, plan: Plan) -> list[Run]:
+    runs = list(runs_of_the_suite())
+    if options.runs:
+        names = options.runs.split(",")
+        if unknown := set(names) - {run.name for run in runs}:
+            sys.exit(f"no such run: {', '.join(sorted(unknown))}. There are {', '.join(run.name for run in runs)}.")
+        runs = [run for run in runs if run.name in names]
+    if options.part:
+        number, _, parts = options.part.partition("/")
+        runs = interleave(runs, int(parts), plan)[int(number) - 1]
+    return runs
+
+
+def _played(run: Run, plan: Plan) -> Result:
+    sys.stdout.write(f"{run.name}: {run.title} (seed {plan.seed}, about {run.length(plan):.0f} s) ... ")
+    sys.stdout.flush()
+    started = time.monotonic()
+    try:
+        result = run.play(plan)
+    except Exception as exc:
+        logging.exception("%s broke off", run.name)
+        result = Result(run.name, run.title, plan.seed, failures=[f"broke off: {type(exc).__name__}: {exc}"])
+    verdict = "holds" if result.holds else "VIOLATED"
+    sys.stdout.write(f"{verdict}, {result.judgement.calls} calls in {time.monotonic() - started:.0f} s\n")
+    sys.stdout.write("".join(f"  {name}: {value}\n" for name, value in result.figures.items()))
+    if not result.holds:
+        sys.stdout.write("\n".join((result.judgement.told(), *result.failures)) + "\n")
+    sys.stdout.flush()
+    return result
+
+
+def _stop_hard_after(seconds: float) -> None:
+    """End with exit code 2 when the time is over: whoever started this must not wait for a run that hangs."""
+
+    def stop() -> None:
+        sys.stderr.write(f"\nthe suite was still at it after {seconds:.0f} s and was stopped\n")
+        os._exit(2)
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

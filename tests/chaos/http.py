@@ -1,0 +1,145 @@
+"""An HTTP/1.1 client that tells more than others: how a connection broke, and answers that nobody asked for."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+_IDLE_S = 2.0
+"""Gateways close a connection that is idle for 5 s; one that is used for longer than this could be closed just now."""
+
+
+class Response(NamedTuple):
+    """A whole response."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Broken(Exception):
+    """The connection broke; `begun` if that was in the middle of a response."""
+
+    def __init__(self, begun: bool, why: str) -> None:
+        super().__init__(why)
+        self.begun = begun
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self, on_surplus: Callable[[bytes], None]) -> None:
+        self._on_surplus = on_surplus
+        self.waiting: asyncio.Future[Response] | None = None
+        self.transport: asyncio.Transport
+        self.idle_since = time.monotonic()
+        self.usable = True
+        self._reset()
+
+    def _reset(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: dict[str, str] = {}
+        self._body = bytearray()
+        self._begun = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none of asyncio's classes
+
+    def data_received(self, data: bytes) -> None:
+        if self.waiting is None:
+            self.usable = False
+            self._on_surplus(data)
+            return
+        self._begun = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as exc:
+            self._fail(f"not HTTP: {exc}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(str(exc or "closed"))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode().lower()] = value.decode("latin-1")
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        self.usable = self.usable and self._parser.should_keep_alive()
+        response = Response(self._parser.get_status_code(), self._headers, bytes(self._body))
+        waiting, self.waiting = self.waiting, None
+        self.idle_since = time.monotonic()
+        if waiting is not None and not waiting.done():
+            waiting.set_result(response)
+
+    def _fail(self, why: str) -> None:
+        self.usable = False
+        self.transport.close()
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None and not waiting.done():
+            waiting.set_exception(Broken(self._begun, why))
+
+    async def ask(self, request: bytes) -> Response:
+        self._reset()
+        self.waiting = asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        return await self.waiting
+
+
+class HttpClient:
+    """Connections to one gateway, kept alive.
+
+    Args:
+        on_surplus: Gets what comes over a connection on which nothing is asked: an answer too many.
+    """
+
+    def __init__(self, url: str, on_surplus: Callable[[bytes], None]) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname or "", parts.port or 80
+        self._on_surplus = on_surplus
+        self._idle: list[_Connection] = []
+
+    async def ask(self, method: str, path: str, headers: dict[str, str], timeout_s: float) -> Response:
+        """Send a request without a body and wait for its response.
+
+        Raises:
+            Broken: There is no whole response.
+            TimeoutError: There is none in time.
+        """
+        lines = [f"{method} {path} HTTP/1.1", f"host: {self._host}:{self._port}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if method == "POST":
+            lines.append("content-length: 0")
+        async with asyncio.timeout(timeout_s):
+            connection = await self._connection()
+            try:
+                response = await connection.ask(("\r\n".join(lines) + "\r\n\r\n").encode())
+            except asyncio.CancelledError:
+                connection.usable = False
+                connection.transport.abort()
+                raise
+        if connection.usable:
+            self._idle.append(connection)
+        else:
+            connection.transport.close()
+        return response
+
+    def close(self) -> None:
+        """Close what is idle."""
+        for connection in self._idle:
+            connection.transport.close()
+
+    async def _connection(self) -> _Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable and time.monotonic() - connection.idle_since < _IDLE_S:
+                return connection
+            connection.transport.close()
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):
+            _, made = await loop.create_connection(lambda: _Connection(self._on_surplus), self._host, self._port)
+            return made
+        raise Broken(False, "cannot connect")
