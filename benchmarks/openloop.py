@@ -1,0 +1,301 @@
+"""An open-loop load generator: sends when it is time to send, whatever has become of the requests before.
+
+A process of its own: reads a `Plan` as msgpack from standard input, writes a list of `Request` to standard output.
+Latency counts from the time at which a request was due, so a server that stalls cannot hide it by slowing the client
+down (coordinated omission).
+"""
+
+import asyncio
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import uvloop
+
+from benchmarks import processes
+from qserve import serve
+from qserve.errors import BackPressureError, QServeError
+from qserve.process import current_client
+
+UNANSWERED, BROKEN = -1, 0
+"""In place of a status: no answer within the plan's patience, and a connection that was closed instead of answered."""
+_IDLE_S = 3.0  # gateways close connections that were idle for 5 s
+_TICK_S = 0.001
+_head = re.compile(rb"HTTP/1\.1 (\d+)")
+_length = re.compile(rb"(?i)\r\ncontent-length: (\d+)")
+_retry = re.compile(rb"(?i)\r\nretry-after: (\d+)")
+
+
+class Phase(msgspec.Struct, array_like=True):
+    """So many requests per second, at random moments, for so long."""
+
+    rate: float
+    seconds: float
+
+
+class Plan(msgspec.Struct):
+    """What to send.
+
+    Attributes:
+        targets: URLs, taken in turns; or one deployment's name, called through a handle.
+        start: When to begin, on the machine's monotonic clock.
+        closed: Instead of at the phases' rates, send over so many connections whenever an answer has come.
+        trickling: So many connections beside that send a byte of a request now and then.
+        patience_s: How long after the last phase answers are waited for.
+    """
+
+    targets: list[str]
+    start: float
+    phases: list[Phase]
+    seed: int = 0
+    closed: int = 0
+    trickling: int = 0
+    patience_s: float = 30.0
+
+
+class Request(msgspec.Struct, array_like=True):
+    """What became of one request.
+
+    Attributes:
+        due: When it was to be sent.
+        lag: Seconds until it was sent: those of the generator.
+        seconds: From `due` to the answer.
+        status: HTTP's; 200 or the error's where a handle called.
+        retry_after: Seconds to wait as told, 0 if not told.
+        swapped: It was the answer to another request.
+    """
+
+    due: float
+    lag: float
+    seconds: float
+    status: int
+    retry_after: float = 0.0
+    swapped: bool = False
+
+
+class Generator:
+    """A load generator that runs beside this process."""
+
+    def __init__(self, plan: Plan, runtime_dir: str) -> None:
+        self.plan = plan
+        environment = processes.environment(runtime_dir)
+        command = [sys.executable, "-m", "benchmarks.openloop"]
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `result`
+        self._process = subprocess.Popen(
+            command, cwd=processes.ROOT, env=environment, stdin=subprocess.PIPE, stdout=self._output
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.msgpack.encode(plan))
+        self._process.stdin.close()
+
+    def result(self) -> list[Request]:
+        """What became of the requests, when all is over."""
+        with self._output:
+            if self._process.wait():
+                raise SystemExit("a load generator failed")
+            self._output.seek(0)
+            return msgspec.msgpack.decode(self._output.read(), type=list[Request])
+
+
+Done = Callable[[int, float, str], None]
+"""Gets status, seconds to wait before another try, and the number that was echoed."""
+
+
+class _Connection(asyncio.Protocol):
+    """One keep-alive connection with at most one request on its way."""
+
+    def __init__(self, target: "_Target") -> None:
+        self._target = target
+        self._received = b""
+        self.transport: asyncio.Transport
+        self.done: Done | None = None
+        self.used_at = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]  # uvloop's does not say that it is one
+
+    def send(self, request: bytes, done: Done) -> None:
+        self.done = done
+        self.transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, ending, body = self._received.partition(b"\r\n\r\n")
+        length = _length.search(head)
+        if not ending or length is None or len(body) < int(length[1]):
+            return
+        self._received = b""
+        status, retry = _head.match(head), _retry.search(head)
+        done, self.done = self.done, None
+        self.used_at = time.monotonic()
+        self._target.idle.append(self)
+        if done is not None and status is not None:
+            done(int(status[1]), float(retry[1]) if retry else 0.0, body.decode("latin-1"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self in self._target.idle:
+            self._target.idle.remove(self)
+        done, self.done = self.done, None
+        if done is not None:
+            done(BROKEN, 0.0, "")
+
+
+class _Target:
+    """A URL and the connections to it."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self.address = (parts.hostname or "", parts.port or 80)
+        self._line = f"GET {parts.path}?n=".encode()
+        self._rest = f" HTTP/1.1\r\nhost: {parts.netloc}\r\n\r\n".encode()
+        self.idle: deque[_Connection] = deque()
+
+    def send(self, number: str, done: Done) -> None:
+        request = self._line + number.encode() + self._rest
+        while self.idle:
+            connection = self.idle.pop()
+            if time.monotonic() - connection.used_at < _IDLE_S:
+                connection.send(request, done)
+                return
+            connection.transport.close()
+        asyncio.get_running_loop().create_task(self._send_on_another(request, done))
+
+    async def _send_on_another(self, request: bytes, done: Done) -> None:
+        try:
+            connection = await self._connect()
+        except OSError:
+            done(BROKEN, 0.0, "")
+            return
+        connection.send(request, done)
+
+    async def _connect(self) -> _Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(lambda: _Connection(self), *self.address)
+        return connection
+
+    async def trickle(self, pause_s: float) -> None:
+        """Begin requests and do not end them, on a connection that is made again when the gateway has had enough."""
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection(*self.address)
+                for byte in self._line + b"0 HTTP/1.1\r\nx-slow: " + b"x" * 1000:
+                    writer.write(bytes((byte,)))
+                    await asyncio.wait({asyncio.ensure_future(asyncio.sleep(pause_s))})
+                    if reader.at_eof() or writer.is_closing():
+                        break
+                writer.close()
+            except OSError:
+                await asyncio.sleep(pause_s)
+
+
+class _Handle:
+    """A deployment called through a handle."""
+
+    def __init__(self, deployment: str) -> None:
+        self._handle = serve.get_deployment(deployment).get_handle().options(method_name="hold")
+        current_client()  # connects
+
+    def send(self, number: str, done: Done) -> None:
+        ref = self._handle.remote(number)
+        ref.add_done_callback(lambda ended: _tell(ended, done))
+
+
+def _tell(ref: Any, done: Done) -> None:
+    error = ref.exception(0)
+    if error is None:
+        done(200, 0.0, ref.result(0))
+    else:
+        retry_after = error.retry_after if isinstance(error, BackPressureError) else 0.0
+        done(error.status if isinstance(error, QServeError) else 500, retry_after, "")
+
+
+class _Run:
+    """One plan, carried out."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._targets = [_Target(target) if "://" in target else _Handle(target) for target in plan.targets]
+        self._sent = 0
+        self._on_their_way: dict[str, tuple[float, float]] = {}
+        self._seen: list[Request] = []
+        self._next: Callable[[], None] = lambda: None
+
+    async def carry_out(self) -> list[Request]:
+        trickling = [
+            asyncio.create_task(target.trickle(0.5 + index / self._plan.trickling))
+            for index in range(self._plan.trickling)
+            if isinstance(target := self._targets[index % len(self._targets)], _Target)
+        ]
+        await asyncio.sleep(max(0.0, self._plan.start - time.monotonic()))
+        await (self._closed_loop() if self._plan.closed else self._open_loop())
+        end = time.monotonic() + self._plan.patience_s
+        while self._on_their_way and time.monotonic() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for due, lag in list(self._on_their_way.values()):
+            self._seen.append(Request(due, lag, time.monotonic() - due, UNANSWERED))
+        for task in trickling:
+            task.cancel()
+        return self._seen
+
+    async def _open_loop(self) -> None:
+        times = arrivals(self._plan)
+        due = next(times, None)
+        while due is not None:
+            now = time.monotonic()
+            if due > now:
+                await asyncio.sleep(max(due - now, _TICK_S))
+                continue
+            self._send(due, now)
+            due = next(times, None)
+
+    async def _closed_loop(self) -> None:
+        seconds = sum(phase.seconds for phase in self._plan.phases)
+        self._next = lambda: self._send(time.monotonic(), time.monotonic())
+        for _ in range(self._plan.closed):
+            self._next()
+        await asyncio.sleep(seconds)
+        self._next = lambda: None
+
+    def _send(self, due: float, now: float) -> None:
+        number = f"{self._plan.seed}.{self._sent}"
+        self._on_their_way[number] = due, now - due
+
+        def done(status: int, retry_after: float, echoed: str) -> None:
+            seconds = time.monotonic() - due
+            del self._on_their_way[number]
+            swapped = status == 200 and echoed.strip('"') != number
+            self._seen.append(Request(due, now - due, seconds, status, retry_after, swapped))
+            self._next()
+
+        target = self._targets[self._sent % len(self._targets)]
+        self._sent += 1
+        target.send(number, done)
+
+
+def arrivals(plan: Plan) -> Iterator[float]:
+    """When requests are due: a Poisson process whose rate changes from phase to phase."""
+    chance = random.Random(plan.seed)
+    begin = plan.start
+    for phase in plan.phases:
+        due = begin
+        while phase.rate and (due := due + chance.expovariate(phase.rate)) < begin + phase.seconds:
+            yield due
+        begin += phase.seconds
+
+
+def main() -> None:
+    plan = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Plan)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        seen = runner.run(_Run(plan).carry_out())
+    sys.stdout.buffer.write(msgspec.msgpack.encode(seen))
+
+
+if __name__ == "__main__":
+    main()
