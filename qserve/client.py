@@ -8,14 +8,16 @@ import random
 import secrets
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
+from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
 from qserve.channel import ABORT, CREDIT, HELLO, Channel, Chunk, decode_chunk
+from qserve.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.connection import Answer, Connection
 from qserve.durable import ANYONE
 from qserve.errors import (
@@ -26,6 +28,7 @@ from qserve.errors import (
     DeploymentUnavailable,
     FrameRejected,
     GetTimeoutError,
+    Indeterminate,
     QServeError,
     StreamBroken,
 )
@@ -33,12 +36,14 @@ from qserve.link import Link
 from qserve.messages import (
     CHUNK,
     CONTROL,
+    ERROR,
     Blob,
     Call,
     Control,
     Reply,
     Signer,
     decode_blob,
+    decode_call,
     decode_control,
     encode,
     result_id,
@@ -46,6 +51,7 @@ from qserve.messages import (
 from qserve.pending import Outcome, PendingCall
 from qserve.queues import CALLS_PER_ADMIT, CallQueue, send_chunk, send_control
 from qserve.receiver import Receiver
+from qserve.reconcile import Reconciler
 from qserve.settings import Settings
 from qserve.submitting import DurableCalls
 
@@ -53,6 +59,7 @@ logger = logging.getLogger(__name__)
 
 _STOPPED = "the client was stopped before the call ended"
 _PAYLOAD_GRACE_MS = 60_000
+_STATE_PATIENCE_S, _STATE_POLL_S = 3.0, 0.1
 
 
 class Client:
@@ -61,6 +68,9 @@ class Client:
     Guarantees: each call gets exactly one outcome, at most once, no later than its deadline (plus a moment to ask why);
     a reply reaches only the call it was computed for, because inbox name and call ids are random per process.
     No write is ever repeated blindly.
+
+    Attributes:
+        tally: How many calls were accepted, `refused` by which error, and `ended` with which outcome.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -72,6 +82,9 @@ class Client:
         self.on_chunk: Callable[[str, Chunk], bool] | None = None
         self._keys = settings.keys
         self._receiver = Receiver(self._keys, self.id, self.signer, self._accept)
+        self.tally: Counter[str] = Counter()
+        self._clock = RedisClock()
+        self._sample_at = 0.0
         self._numbers = itertools.count()
         self._pending: dict[str, PendingCall] = {}
         self._batches: dict[str, list[PendingCall]] = {}
@@ -93,8 +106,9 @@ class Client:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._link = Link(self.settings.redis_url, self._link_up, self._refuse_waiting)
+        self._reconciler = Reconciler(self._keys, self._link, self._receiver, self)
         await self._link.start()
-        self._keeper = spawn(self._receiver.keep_alive(self.durable.tick))
+        self._keeper = spawn(self._receiver.keep_alive(self._tick))
 
     async def stop(self) -> None:
         """Close the inbox; calls still pending end as cancelled."""
@@ -111,6 +125,18 @@ class Client:
                 async with asyncio.timeout(1):
                     await self._link.sender.call("PING")
         await self._link.stop()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.durable.tick()
+        self._reconciler.budget.note(self.tally["accepted"], now)
+        if now >= self._sample_at and self._link.sender is not None:
+            self._sample_at = now + SAMPLE_EVERY_S
+            spawn(self._sample_clock(self._link.sender))
+
+    async def _sample_clock(self, sender: Connection) -> None:
+        with contextlib.suppress(BrokerUnavailable, RedisError):
+            await self._clock.sample(sender)
 
     @property
     def writer(self) -> Connection | None:
@@ -176,6 +202,9 @@ class Client:
             self._finish(pending, CallCancelled(_STOPPED))
             return
         pending.timer = self._loop.call_later(pending.deadline - time.monotonic(), self._expire, pending)
+        self._collect(pending)
+
+    def _collect(self, pending: PendingCall) -> None:
         batch = self._batches.get(pending.deployment)
         if batch is not None:
             batch.append(pending)
@@ -260,21 +289,31 @@ class Client:
                         ttl_ms = int((call.deadline - time.monotonic()) * 1000) + _PAYLOAD_GRACE_MS
                         writer.send(_ignore, "SET", self._keys.payload(call.id), call.payload, "PX", max(1, ttl_ms))
                         call.payload = b""
-                queue.put(writer, [(c.id, c.safe, c.take_frame()) for c in calls], partial(self._admitted, calls))
+                latest = self._clock.at_ms(min(c.deadline for c in calls))
+                frames = [(c.id, c.safe, c.frame) for c in calls]
+                queue.put(writer, frames, partial(self._admitted, calls), latest_ms=latest)
         writer.flush()
 
     def _admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
-        if isinstance(answer, Exception):
-            refused = BrokerUnavailable(f"Redis refused the call: {answer}")
-            error = answer if isinstance(answer, QServeError) else refused
+        if isinstance(answer, BrokerUnavailable) and not self._stopped:
             for call in calls:
-                self._refuse(call, error)
+                call.is_unanswered = True  # Redis may have taken it: the next link finds out
+            return
+        if isinstance(answer, Exception):
+            for call in calls:
+                self._refuse(call, BrokerUnavailable(f"Redis refused the call: {answer}"))
+            return
+        if answer[0] == -3:
+            spawn(self._put_late(calls))
+            return
+        if answer[0] == -4 and self.tally["accepted"]:
+            self._wait_for_state(calls)
             return
         if answer[0] < 0:
             name = calls[0].deployment
             refusal: QServeError = (
                 DeploymentNotFound(f"there is no deployment {name!r}")
-                if answer[0] == -1
+                if answer[0] in (-1, -4)
                 else DeploymentUnavailable(f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}")
             )
             for call in calls:
@@ -283,14 +322,39 @@ class Client:
         for call, entry in zip(calls, answer[1:], strict=True):
             if entry is None:
                 self._refuse(call, self._full(call.deployment, answer[0]))
-            elif call.id in self._pending:
-                call.entry = entry
-            else:  # ended before it was admitted
-                call.entry = entry
+                continue
+            self.tally["accepted"] += 1
+            call.admitted(entry)
+            if call.id not in self._pending:  # ended before it was admitted
                 self._withdraw_entry(call)
+
+    async def _put_late(self, calls: Sequence[PendingCall]) -> None:
+        """Put again what Redis took too late, or only seemed to because its clock has jumped."""
+        if self._link.sender is not None:
+            await self._sample_clock(self._link.sender)
+        for call in calls:
+            self._collect_if_pending(call)
+
+    def _wait_for_state(self, calls: Sequence[PendingCall]) -> None:
+        """Redis came back empty: whoever knows what was deployed is about to put it back."""
+        now = time.monotonic()
+        for call in calls:
+            if call.id not in self._pending:
+                continue
+            call.stateless_since = call.stateless_since or now
+            if now - call.stateless_since > _STATE_PATIENCE_S:
+                self._refuse(call, BrokerUnavailable("Redis has lost what was deployed; the call was not taken"))
+            else:
+                self._loop.call_later(_STATE_POLL_S, self._collect_if_pending, call)
+
+    def _collect_if_pending(self, call: PendingCall) -> None:
+        if call.id in self._pending:
+            self._collect(call)
 
     def _refuse(self, call: PendingCall, error: QServeError) -> None:
         self._drop_payload(call)
+        if call.id in self._pending:
+            self.tally[f"refused {error.code}"] += 1
         self._finish(call, error)
 
     @staticmethod
@@ -305,6 +369,9 @@ class Client:
             return False
         if pending.timer is not None:
             pending.timer.cancel()
+        if isinstance(outcome, Reply) or pending.entry is not None or pending.is_unanswered:
+            error = outcome.code if isinstance(outcome, QServeError) else "error" if outcome.kind == ERROR else "result"
+            self.tally[f"ended {error}"] += 1
         pending.end_channel(outcome)
         # Who waits often holds the call, too, and the collector comes seldom.
         on_outcome, pending.on_outcome, pending.on_stream = pending.on_outcome, _ignore, None
@@ -431,8 +498,10 @@ class Client:
         await self._receiver.open(self._link)
         self._flush()
         self.durable.link_up()
+        assert self._link.sender is not None
+        spawn(self._sample_clock(self._link.sender))
         if self._link.losses:
-            spawn(self._reconcile())
+            spawn(self._reconciler.run())
 
     def _refuse_waiting(self) -> None:
         self.durable.link_down()
@@ -440,26 +509,29 @@ class Client:
         for call in itertools.chain.from_iterable(batches.values()):
             self._finish(call, BrokerUnavailable("Redis cannot be reached; the call was not sent"))
 
-    async def _reconcile(self) -> None:
-        """Find calls that Redis has lost: neither queued nor answered any more."""
-        admitted = [call for call in self._pending.values() if call.entry is not None]
-        sender, losses = self._link.sender, self._link.losses
-        if sender is None or not admitted:
-            return
-        with contextlib.suppress(BrokerUnavailable):
-            found = await asyncio.gather(
-                *(sender.call("XRANGE", self._keys.calls(call.deployment), call.entry, call.entry) for call in admitted)
-            )
-            # Answering removes the entry: what is gone by now has its answer in the inbox by now, or is lost.
-            newest = await self._receiver.newest(sender)
-            while not self._receiver.has_seen(newest):
-                await asyncio.sleep(0.01)
-                if self._link.losses != losses:
-                    return
-            for call, entry in zip(admitted, found, strict=True):
-                if not entry and call.entry is not None:
-                    lost = BrokerUnavailable("Redis lost the call or its answer while it was away; it may have run")
-                    self._finish(call, lost)
+    # What the reconciler asks for
+
+    def unsettled(self) -> list[PendingCall]:
+        """Calls that Redis has taken, or may have."""
+        return [call for call in self._pending.values() if call.entry is not None or call.is_unanswered]
+
+    def conclude(self, call: PendingCall, error: QServeError) -> None:
+        """End a call that is lost."""
+        if isinstance(error, Indeterminate) and self._link.sender is not None:
+            self._link.sender.send(_ignore, "HINCRBY", self._keys.counters, "indeterminate", 1)
+        self._finish(call, error)
+
+    def send_again(self, call: PendingCall) -> None:
+        """Put a call once more, under another id: the first copy may still be somewhere, and is answered apart."""
+        lost = decode_call(self.signer.open(call.frame))
+        del self._pending[call.id]
+        call.id = f"{self.id}{next(self._numbers):x}"
+        call.entry, call.is_unanswered = None, False
+        left_ms = int((call.deadline - time.monotonic()) * 1000)
+        call.frame = self.signer.seal(encode(msgspec.structs.replace(lost, id=call.id, ttl_ms=max(0, left_ms))))
+        self._pending[call.id] = call
+        self.tally["sent again"] += 1
+        self._collect(call)
 
 
 def _ignore(_answer: Answer) -> None:

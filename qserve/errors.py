@@ -15,6 +15,7 @@ QServeError
  |- GetTimeoutError         504  the deadline passed (also a TimeoutError)
  |- CallCancelled           499  the caller withdrew the call
  |- ReplicaDied             502  the replica died under the call, which may have run
+ |- Indeterminate           502  Redis lost the call or its answer: it may have run or not
  |- StreamBroken            502  a stream ended before its end
  |- FrameRejected                a message with a bad signature or shape
  '- TaskError               500  user code raised; also an instance of the original class
@@ -116,6 +117,12 @@ class CallCancelled(QServeError):
 
 class ReplicaDied(QServeError):
     """The replica died while it had the call; it may have run, so it is not run again."""
+
+    status = 502
+
+
+class Indeterminate(QServeError):
+    """Redis lost the call or its answer, so it may have run or not; it is not run again."""
 
     status = 502
 

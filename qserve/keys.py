@@ -87,6 +87,11 @@ class Keys:
         return self._key("deployments")
 
     @property
+    def instance(self) -> str:
+        """String: which history of the desired state this is; a server that has lost it has lost them all."""
+        return self._key("instance")
+
+    @property
     def log(self) -> str:
         """Stream of changes of the desired state; gateways, nodes and replicas follow it."""
         return self._key("log")

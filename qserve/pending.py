@@ -16,8 +16,8 @@ class PendingCall:
     """A call whose outcome somebody waits for."""
 
     __slots__ = (
-        *("channel", "deadline", "deployment", "entry", "frame", "id", "inherited"),
-        *("is_strict", "on_outcome", "on_stream", "payload", "safe", "timeout_s", "timer"),
+        *("channel", "deadline", "deployment", "entry", "frame", "id", "inherited", "is_unanswered"),
+        *("is_strict", "on_outcome", "on_stream", "payload", "safe", "stateless_since", "timeout_s", "timer"),
     )
 
     def __init__(
@@ -39,6 +39,9 @@ class PendingCall:
         self.deadline = time.monotonic() + timeout_s
         self.on_outcome = on_outcome
         self.entry: bytes | None = None
+        self.stateless_since = 0.0
+        self.is_unanswered = False
+        """The connection was lost before Redis said whether it took the call."""
         self.timer: asyncio.TimerHandle | None = None
         self.is_strict = False
         """Its deadline is not put off while the replica takes in what it is sent."""
@@ -48,10 +51,12 @@ class PendingCall:
         self.on_stream: Callable[[PendingCall, Channel], None] | None = None
         """Called when the first of a stream arrives; without it, and without a channel, streams are turned away."""
 
-    def take_frame(self) -> bytes:
-        """The frame, which is kept no longer: a call may wait for an hour."""
-        frame, self.frame = self.frame, b""
-        return frame
+    def admitted(self, entry: bytes) -> None:
+        """Note where it stands. Only a safe call keeps its frame, which may be sent again: it may wait for an hour."""
+        self.entry = entry
+        self.is_unanswered = False
+        if not self.safe:
+            self.frame = b""
 
     def end_channel(self, outcome: Outcome) -> None:
         """Let the channel, where there is one, end as the call did."""

@@ -37,7 +37,8 @@ def _load(name: str) -> Script:
     return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
-ADMIT, REPLY, TELL, PRESENT = _load("admit"), _load("reply"), _load("tell"), _load("present")
+ADMIT, FIND, REPLY = _load("admit"), _load("find"), _load("reply")
+TELL, PRESENT = _load("tell"), _load("present")
 BEAT, TAKE, START, RETIRE = _load("beat"), _load("take"), _load("start"), _load("retire")
 DEAD_LETTER, CANCEL = _load("dead"), _load("cancel")
 
@@ -70,17 +71,31 @@ class CallQueue:
     """One deployment's queue, for callers: put and cancel."""
 
     def __init__(self, keys: Keys, deployment: str) -> None:
-        self._admit_keys = (keys.calls(deployment), keys.meta(deployment))
+        self._admit_keys = (keys.calls(deployment), keys.meta(deployment), keys.instance)
         self._stream = keys.calls(deployment)
 
     def put(
-        self, connection: Connection, calls: Sequence[tuple[str, bool, bytes]], on_answer: Callable[[Answer], None]
+        self,
+        connection: Connection,
+        calls: Sequence[tuple[str, bool, bytes]],
+        on_answer: Callable[[Answer], None],
+        *,
+        latest_ms: int = 0,
     ) -> None:
-        """Put (id, safe, frame) of at most CALLS_PER_ADMIT calls; `on_answer` gets what admit.lua returns."""
-        arguments: list[str | bytes] = []
+        """Put (id, safe, frame) of at most CALLS_PER_ADMIT calls; `on_answer` gets what admit.lua returns.
+
+        Args:
+            latest_ms: When it is too late to, on Redis' clock; 0: never.
+        """
+        arguments: list[str | bytes | int] = [latest_ms]
         for call_id, safe, frame in calls:
             arguments += (call_id, SAFE if safe else "", frame)
         ADMIT.send(connection, on_answer, self._admit_keys, *arguments)
+
+    async def find(self, connection: Connection, calls: Sequence[str], age_ms: int) -> list[bytes | None]:
+        """Entries of calls by their ids, None for each that has none; the oldest was put `age_ms` ago at most."""
+        found: list[bytes | None] = await FIND.call(connection, (self._stream,), age_ms, *calls)
+        return found
 
     def cancel(self, connection: Connection, entry: bytes, on_answer: Callable[[Answer], None]) -> None:
         """Withdraw an entry; `on_answer` gets 1, 0 or the replica that has it."""

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import random
+import secrets
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -67,11 +68,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The whole desired state, at least as new as `log_id`."""
+    """The whole desired state, at least as new as `log_id`.
+
+    Attributes:
+        instance: Which history of the state it belongs to, "" where there is none yet.
+    """
 
     deployments: Mapping[str, Deployed] = field(default_factory=dict)
     http: HttpSettings = field(default_factory=HttpSettings)
     log_id: str = "0-0"
+    instance: str = ""
 
 
 class State:
@@ -114,11 +120,12 @@ class State:
             GenerationChanged: The deployment has moved on since.
             ValueError: Its route belongs to another deployment. Nothing is written then.
         """
-        keys = (self.keys.meta(spec.name), self.keys.deployments, self.keys.log, self.keys.calls(spec.name))
+        names = self.keys
+        keys = (names.meta(spec.name), names.deployments, names.log, names.calls(spec.name), names.instance)
         route = spec.route_prefix or ""
         frame = self.signer.seal(encode(SignedSpec(expected + 1, spec)))
-        arguments = (spec.name, expected, frame, spec.max_queued_requests, route, self.keys.meta(""), GROUP)
-        verdict, *facts = self._script(_DEPLOY, keys, *arguments)
+        arguments = (spec.name, expected, frame, spec.max_queued_requests, route, names.meta(""), GROUP)
+        verdict, *facts = self._script(_DEPLOY, keys, *arguments, secrets.token_hex(16))
         if verdict == b"route":
             raise ValueError(f"route_prefix '{route}' is already registered.")
         if verdict == b"generation":
@@ -251,14 +258,14 @@ async def read_snapshot(client: "redis.asyncio.Redis", keys: Keys, signer: Signe
         for name in names:
             pipeline.hmget(keys.meta(name), _META_FIELDS)
         metas = await pipeline.execute() if names else []
-        http_frame = await _ask(client, "GET", keys.http_options)
+        http_frame, instance = await _ask(client, "MGET", keys.http_options, keys.instance)
     deployments = {}
     for name, meta in zip(names, metas, strict=True):
         deployed = _checked(partial(decode_deployed, signer, name, meta), f"the spec of deployment {name!r}")
         if deployed is not None:
             deployments[name] = deployed
     http = _checked(lambda: decode_http(signer, http_frame), "the HTTP settings") or HttpSettings()
-    return Snapshot(deployments, http, log_id)
+    return Snapshot(deployments, http, log_id, (instance or b"").decode())
 
 
 async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerator[Change, None]:

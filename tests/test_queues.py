@@ -19,6 +19,7 @@ from qserve.queues import (
     CANCEL,
     DEAD,
     DEAD_LETTER,
+    FIND,
     LEFT,
     REPLY,
     RETIRE,
@@ -51,7 +52,7 @@ class Queue:
         self.redis.set(ALIVE, "1", px=60_000)
 
     def put(self, *names: str, flags: str = "") -> list[Any]:
-        answer: list[Any] = self.run(ADMIT, (STREAM, META), *(part for name in names for part in (name, flags, name)))
+        answer: list[Any] = self.run(ADMIT, (STREAM, META, "instance"), 0, *(part for name in names for part in (name, flags, name)))
         return answer
 
     def read(self, replica: str, most: int = 10) -> list[bytes]:
@@ -140,8 +141,25 @@ class TestPutting:
         assert queue.put("accepted")[1] is not None
 
     def test_a_call_to_an_unknown_deployment_leaves_no_stream_behind(self, server: "redis.Redis") -> None:
+        server.set("instance", "one")
         assert Queue(server).put("a") == [-1]
-        assert server.keys() == []
+        assert server.keys() == [b"instance"]
+
+    def test_a_server_without_any_state_is_told_apart(self, server: "redis.Redis") -> None:
+        assert Queue(server).put("a") == [-4]
+
+    def test_nothing_is_put_after_its_time(self, queue: Queue) -> None:
+        now: Any = queue.redis.time()
+        call = ("a", "", "a")
+
+        assert queue.run(ADMIT, (STREAM, META, "instance"), now[0] * 1000 - 1, *call) == [-3]
+        assert queue.run(ADMIT, (STREAM, META, "instance"), (now[0] + 60) * 1000, *call)[0] == 0
+
+    def test_calls_are_found_by_their_ids(self, queue: Queue) -> None:
+        ids = [f"c{number}" for number in range(10)]
+        _, *entries = queue.put(*ids)
+
+        assert queue.run(FIND, (STREAM,), 60_000, "c3", "x", "c0") == [entries[3], None, entries[0]]
 
     def test_a_call_to_a_deployment_without_a_stream_leaves_none_behind(self, server: "redis.Redis") -> None:
         server.hset(META, "max_queued", 10)

@@ -1,13 +1,21 @@
 -- ADMIT: put calls on a deployment's queue while there is room; nothing is put where nobody reads.
--- KEYS[1] call stream, KEYS[2] meta hash of the deployment
--- ARGV    per call: id, flags, frame
--- returns {-1} unknown deployment | {-2, reason} refused for all | {depth before, entry id or false per call}
+-- KEYS[1] call stream, KEYS[2] meta hash of the deployment, KEYS[3] name of this history of the state
+-- ARGV[1] latest time to do so, in ms on this clock, or 0: what a connection held back longer must not run any more;
+--         then per call: id, flags, frame
+-- returns {-1} unknown deployment | {-2, reason} refused for all | {-3} too late for all
+--         | {-4} there is no state at all: this server has lost it, or never had any
+--         | {depth before, entry id or false per call}
 local meta = redis.call('HMGET', KEYS[2], 'max_queued', 'refuse')
-if not meta[1] then return {-1} end
+if not meta[1] then return {redis.call('EXISTS', KEYS[3]) == 1 and -1 or -4} end
 if meta[2] then return {-2, meta[2]} end
+local latest = tonumber(ARGV[1])
+if latest > 0 then
+  local now = redis.call('TIME')
+  if now[1] * 1000 + now[2] / 1000 > latest then return {-3} end
+end
 local room = tonumber(meta[1]) - redis.call('XLEN', KEYS[1])
 local out = {tonumber(meta[1]) - room}
-for i = 1, #ARGV, 3 do
+for i = 2, #ARGV, 3 do
   if room <= 0 then
     out[#out + 1] = false
   else

@@ -11,6 +11,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
+from qserve.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.codec import Codec
 from qserve.connection import Answer
 from qserve.context import current_call
@@ -38,7 +39,6 @@ from qserve.queues import Entry, ReplicaQueue
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
 from qserve_workers.answers import Answers
-from qserve_workers.clock import SAMPLE_EVERY_S, RedisClock
 from qserve_workers.durable import DurableRuns
 from qserve_workers.running import Code, Conversations, Runner, RunningCall
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Protocol
 
 from qserve.channel import ABORT, CREDIT, Channel, Chunk
+from qserve.clock import RedisClock
 from qserve.codec import Codec
 from qserve.connection import Answer
 from qserve.context import CallInfo
@@ -38,7 +39,6 @@ from qserve.messages import (
 )
 from qserve.queues import Entry, send_chunk
 from qserve.settings import Settings
-from qserve_workers.clock import RedisClock
 
 _WATCH_EVERY_S = 2.0
 

@@ -30,6 +30,10 @@ class RedisClock:
             self._trusted_from_ms = redis_ms
         self._offset_ms = offset_ms
 
+    def at_ms(self, moment: float) -> int:
+        """What Redis' clock shows when the monotonic clock shows `moment`; 0 where that cannot be known."""
+        return 0 if self._offset_ms is None else int(moment * 1000 + self._offset_ms)
+
     def age_ms(self, entry_time_ms: int) -> float:
         """Milliseconds since an entry was put; 0 where that cannot be known."""
         if self._offset_ms is None or entry_time_ms < self._trusted_from_ms:
