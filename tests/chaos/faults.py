@@ -48,12 +48,14 @@ class Injected:
         ended: When whatever was broken worked again, as far as the suite is concerned: the process has been started
             again, say. inf while it goes on.
         killed: Pids of processes that have ended.
+        via: URL of the gateway whose calls alone it concerns, "" for all.
     """
 
     fault: "Fault"
     began: float
     ended: float = float("inf")
     killed: list[int] = field(default_factory=list)
+    via: str = ""
 
 
 Act = Callable[[Cluster, Random, Injected], None]

@@ -1,9 +1,9 @@
 """The two ledgers: what clients sent and were answered, and what replicas started and ended.
 
-A client writes `> id kind via t0 timeout nonce fate` when it sends, `= id t durable-id` when a durable call is
+A client writes `> id kind via t0 timeout seconds nonce fate` when it sends, `= id t durable-id` when a durable call is
 accepted, and `< id t1 outcome digest detail` at each answer. A replica writes `id START|END t attempt pid version`.
-Times are those of the machine's monotonic clock, which all processes share. The right answer of a call follows from its
-id and a nonce that nobody else has, so an answer that was meant for another call shows.
+Times are those of the machine's monotonic clock, which all processes share. The right answer of a call follows from
+its id and a nonce that nobody else has, so an answer that was meant for another call shows.
 """
 
 import hashlib
@@ -58,6 +58,7 @@ class Call:
     via: str
     sent: float
     timeout_s: float
+    seconds: float
     nonce: str
     fate: str
     accepted: str = ""
@@ -106,7 +107,7 @@ class ClientLedger:
 
     def sent(self, order: Order, kind: str, via: str, at: float, timeout_s: float) -> None:
         """A call is about to be sent."""
-        self._file.write(f"> {order.id} {kind} {via} {at:.6f} {timeout_s} {order.nonce} {order.fate}\n")
+        self._file.write(f"> {order.id} {kind} {via} {at:.6f} {timeout_s} {order.seconds} {order.nonce} {order.fate}\n")
 
     def accepted(self, call_id: str, at: float, durable_id: str) -> None:
         """A durable call has been accepted under an id of its own."""
@@ -117,14 +118,14 @@ class ClientLedger:
         self._file.write(f"< {call_id} {at:.6f} {outcome} {digest(body) if body else '-'} {quote(detail[:300])}\n")
 
 
-def read(folder: Path) -> tuple[dict[str, Call], dict[str, list[Run]]]:
-    """All calls of all clients, with their runs; and the runs of calls that no client of this folder has sent."""
+def read(folder: Path, clients: str = "*") -> tuple[dict[str, Call], dict[str, list[Run]]]:
+    """The calls of these clients, with their runs; and the runs of calls that none of them has sent."""
     calls: dict[str, Call] = {}
-    for line in _lines(folder, "client-*"):
+    for line in _lines(folder, f"client-{clients}"):
         mark, call_id, *rest = line.split(" ")
         if mark == ">":
-            kind, via, at, timeout_s, nonce, fate = rest
-            calls[call_id] = Call(call_id, kind, via, float(at), float(timeout_s), nonce, fate)
+            kind, via, at, timeout_s, seconds, nonce, fate = rest
+            calls[call_id] = Call(call_id, kind, via, float(at), float(timeout_s), float(seconds), nonce, fate)
         elif mark == "=":
             calls[call_id].accepted = rest[1]
         else:

@@ -12,13 +12,15 @@ from tests.chaos.verdicts import VERDICTS
 from tests.serving import ROOT
 
 PATH = ROOT / "benchmarks/chaos.md"
-_COLUMNS = ("run", "what is done", "seed", "times", "calls", "durable", "ok", "told otherwise", *VERDICTS)
-_COLUMNS += ("95 % bound", "ran again", "indeterminate", "verdict")
+_COLUMNS = (
+    *("run", "what is done", "seed", "times", "calls", "durable", "ok", "told otherwise"),
+    *(*VERDICTS, "95 % bound", "ran again", "indeterminate", "verdict"),
+)
 _FIGURES = ("run", "figure", "value")
 _CALLS, _DURABLE = _COLUMNS.index("calls"), _COLUMNS.index("durable")
 _INTRODUCTION = """# What the chaos suite has shown
 
-Written by `make chaos` (tests/chaos); see [how this is tested](../docs/chaos.md) for what the columns mean. The bound is
+Written by `make chaos` (tests/chaos); [how this is tested](../docs/chaos.md) says what the columns mean. The bound is
 3/n: with no violation among n calls, the true rate is below it with 95 % confidence.
 """
 

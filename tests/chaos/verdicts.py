@@ -85,7 +85,7 @@ def _judge_answers(call: Call, injected: Sequence[Injected], judgement: Judgemen
 def _excuses(event: Injected, call: Call, answer: Answer) -> bool:
     allowed: frozenset[str] = getattr(event.fault.excuses, call.nature)
     under_way = call.sent <= event.ended + event.fault.grace_s and answer.at >= event.began - 0.05
-    return answer.outcome in allowed and under_way
+    return answer.outcome in allowed and under_way and event.via in {"", call.via}
 
 
 _FATES = {"safe": "500", "once": "502", "stream": "502", "durable": "500"}

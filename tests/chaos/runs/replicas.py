@@ -15,7 +15,7 @@ RUNS: tuple[Run, ...] = (
         every_s=4,
         seconds=150,
         short_every_s=1.5,
-        checks=(takeover(10.0),),
+        checks=(takeover(told_s=2),),
     ),
     LoadRun(
         "K1-node",
@@ -23,6 +23,6 @@ RUNS: tuple[Run, ...] = (
         (LOSE,),
         every_s=15,
         seconds=90,
-        checks=(takeover(10.0),),
+        checks=(takeover(told_s=10),),
     ),
 )
