@@ -6,19 +6,18 @@ event-loop tick leave in one write, and answers go to callbacks in order. Everyt
 """
 
 import asyncio
-import contextlib
 import logging
 import socket
-import ssl
 from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
 import hiredis
-from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisError
 
-from qserve.errors import BrokerUnavailable, ConfigurationError
+from qserve.broker import Broker, parse, tls_problem
+from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
+from qserve.primary import primaries_async, role_problem, unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +25,12 @@ Answer = Any
 """A parsed RESP value; a failed command's answer is an exception instance."""
 
 _CONNECT_TIMEOUT_S = 5.0
+_PRIMARY_TIMEOUT_S = 2.0
+"""For one that a sentinel names: it may be the one that has just died."""
+_FOREIGN = ("READONLY", "MASTERDOWN", "UNBLOCKED force unblock")
+"""How the errors of a server begin that has become a replica."""
+_WRONG = ("NOAUTH", "NOPERM", "WRONGPASS", "ERR")
+"""And those that another attempt does not change."""
 _LARGE = 8 * 1024
 _KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 
@@ -39,7 +44,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, on_lost: Callable[[], None] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._reader = hiredis.Reader(notEnoughData=_NOTHING)
+        self._reader = hiredis.Reader(notEnoughData=_NOTHING, replyError=self._error)
         self._waiting: deque[Callable[[Answer], None]] = deque()
         self._out: list[bytes] = []
         self._transport: asyncio.Transport | None = None
@@ -47,55 +52,72 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def open(cls, url: str, on_lost: Callable[[], None] | None = None) -> "Connection":
-        """Connect, authenticate and select the database.
+        """Connect to the primary, authenticate and select the database.
 
         Args:
-            url: redis://, rediss:// or unix:// with the options redis-py understands.
+            url: What QSERVE_REDIS_URL may be.
             on_lost: Called once when the connection is gone, unless `close` was called.
 
         Raises:
-            BrokerUnavailable: Nothing answers there.
-            ConfigurationError: It answers, but refuses the password or the database; or this is no Redis URL.
+            BrokerUnavailable: No primary answers there.
+            ConfigurationError: It answers, but refuses the password, the database or our certificate, or we refuse its;
+                or this is no Redis URL.
         """
-        try:
-            options = dict(parse_url(url))
-        except ValueError as exc:
-            raise ConfigurationError(f"{url!r} is not a Redis URL: {exc}") from exc
+        broker = parse(url)
+        if not broker.sentinels:
+            return await cls._open_at(broker, on_lost, _CONNECT_TIMEOUT_S)
+        problems: list[str] = []
+        async for address in primaries_async(broker, problems):
+            try:
+                return await cls._open_at(broker.at(address), on_lost, _PRIMARY_TIMEOUT_S)
+            except BrokerUnavailable as exc:
+                problems.append(str(exc))
+        raise BrokerUnavailable(unreachable(broker, problems))
+
+    @classmethod
+    async def _open_at(cls, server: Broker, on_lost: Callable[[], None] | None, timeout_s: float) -> "Connection":
         self = cls(on_lost)
         try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                await self._connect(options)
-                await self._greet(options)
+            async with asyncio.timeout(timeout_s):
+                await self._connect(server)
+                await self._greet(server)
         except (OSError, TimeoutError) as exc:
             self.close()
-            raise BrokerUnavailable(f"cannot connect to Redis: {exc or type(exc).__name__}") from exc
+            if problem := tls_problem(exc, server.place):
+                raise ConfigurationError(". ".join(problem)) from exc
+            raise BrokerUnavailable(f"cannot connect to Redis at {server.place}: {exc or type(exc).__name__}") from exc
         except BaseException:
             self.close()
             raise
         return self
 
-    async def _connect(self, options: dict[str, Any]) -> None:
-        if "path" in options:
-            await self._loop.create_unix_connection(lambda: self, options["path"])
+    async def _connect(self, server: Broker) -> None:
+        if server.path:
+            await self._loop.create_unix_connection(lambda: self, server.path)
             return
-        tls = _tls_context(options) if options.get("connection_class") else None
-        await self._loop.create_connection(
-            lambda: self, options.get("host", "localhost"), options.get("port", 6379), ssl=tls
-        )
+        tls = server.tls.context if server.tls else None
+        await self._loop.create_connection(lambda: self, server.host, server.port, ssl=tls)
 
-    async def _greet(self, options: dict[str, Any]) -> None:
-        password = options.get("password")
-        if password:
-            user = options.get("username")
-            await self._expect_ok("AUTH", *((user, password) if user else (password,)))
-        if options.get("db"):
-            await self._expect_ok("SELECT", options["db"])
+    async def _greet(self, server: Broker) -> None:
+        if server.username:
+            await self._expect_ok("AUTH", server.username, server.password)
+        elif server.password:
+            await self._expect_ok("AUTH", server.password)
+        if server.db:
+            await self._expect_ok("SELECT", server.db)
+        try:
+            role = await self.call("ROLE")
+        except RedisError:  # this user may not ask; a replica shows itself at the first write
+            return
+        if problem := role_problem(role, server.place):
+            raise BrokerUnavailable(problem)
 
     async def _expect_ok(self, *command: Any) -> None:
         try:
             await self.call(*command)
         except RedisError as exc:
-            raise ConfigurationError(f"Redis refused {command[0]}: {exc}") from exc
+            kind: type[QServeError] = ConfigurationError if str(exc).startswith(_WRONG) else BrokerUnavailable
+            raise kind(f"Redis refused {command[0]}: {exc}") from exc
 
     @property
     def is_open(self) -> bool:
@@ -151,9 +173,7 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         """Close without calling `on_lost`; unanswered commands fail."""
         self._on_lost = None
-        if self._transport is not None:
-            self._transport.abort()
-            self._lose()
+        self._abort()
 
     # asyncio.Protocol
 
@@ -170,10 +190,25 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         reader, waiting = self._reader, self._waiting
         reader.feed(data)
-        while (answer := reader.gets()) is not _NOTHING:
-            waiting.popleft()(answer)
-            if self._transport is None:
-                return  # that answer made its receiver close the connection
+        try:
+            while (answer := reader.gets()) is not _NOTHING:
+                waiting.popleft()(answer)
+                if self._transport is None:
+                    return  # that answer made its receiver close the connection
+        except hiredis.ProtocolError as exc:
+            logger.error("what answers is not Redis: %s", exc)
+            self._abort()
+
+    def _error(self, text: str) -> hiredis.ReplyError:
+        if text.startswith(_FOREIGN):
+            # The other answers first: their commands may have been carried out before.
+            self._loop.call_soon(self._abort)
+        return hiredis.ReplyError(text)
+
+    def _abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+            self._lose()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._transport is not None:
@@ -216,17 +251,6 @@ def _settle(future: asyncio.Future[Answer], answer: Answer) -> None:
         future.set_exception(answer)
     else:
         future.set_result(answer)
-
-
-def _tls_context(options: dict[str, Any]) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
-    if options.get("ssl_cert_reqs") == "none":
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    if options.get("ssl_certfile"):
-        with contextlib.suppress(KeyError):
-            context.load_cert_chain(options["ssl_certfile"], options["ssl_keyfile"])
-    return context
 
 
 class Script:

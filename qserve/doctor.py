@@ -3,28 +3,30 @@
 The judgements are plain functions over what INFO and CONFIG GET answered; only `check_server` talks to a server.
 """
 
+import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from redis import Redis
-from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
     BusyLoadingError,
     ConnectionError,  # noqa: A004
     InvalidResponse,
-    NoPermissionError,
     RedisError,
     ResponseError,
     TimeoutError,  # noqa: A004
 )
-from redis.retry import Retry
 
+from qserve import primary
+from qserve.broker import Broker, host_and_port, tls_problem
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
+
+logger = logging.getLogger(__name__)
 
 Level = Literal["ok", "warn", "fail"]
 OK: Final = "ok"
@@ -69,37 +71,33 @@ class Finding:
 
 
 def connect(url: str, timeout_s: float = 2.0) -> "Redis":
-    """A client that gives up after `timeout_s` and never repeats a command.
+    """A client that gives up after `timeout_s`, never repeats a command, and looks at replicas as well.
 
     Raises:
         ConfigurationError: Not a Redis URL.
     """
-    try:
-        return Redis.from_url(
-            url,
-            socket_connect_timeout=timeout_s,
-            socket_timeout=timeout_s,
-            protocol=2,  # asking for RESP3 would fail on servers too old to be told so
-            retry=Retry(NoBackoff(), 0),
-        )
-    except ValueError as exc:
-        raise ConfigurationError(f"Not a Redis URL: {exc} Example: redis://:password@localhost:6379/0") from exc
+    return primary.client(url, timeout_s, any_role=True)
 
 
 def check_server(redis: "Redis") -> list[Finding]:
     """Everything that can be found out about a server; the first finding says whether it answers at all."""
-    place = address(redis)
+    broker = primary.broker_of(redis)
+    sentinels = list(check_sentinels(broker))
+    if any(finding.level == FAIL for finding in sentinels):
+        return sentinels
     try:
-        info = redis.info()
+        info: Mapping[str, Any] = _if_allowed(redis.info) or {}
         before = time.time()
-        seconds, micros = redis.time()
-        offset = seconds + micros / 1e6 - (before + time.time()) / 2
+        now = _if_allowed(redis.time)
+        middle = (before + time.time()) / 2
         config = _read_config(redis, info)
     except (RedisError, OSError) as exc:
-        return [why_unreachable(exc, place, has_password=bool(_connection_options(redis).get("password")))]
+        return [*sentinels, why_unreachable(exc, broker.place, has_password=bool(broker.password))]
+    judged = judge(info, config) if info else _UNJUDGED
+    clock = check_clock(now[0] + now[1] / 1e6 - middle) if now else ()
     name, version = server_version(info)
-    answers = Finding("reachable", OK, f"{name} {'.'.join(map(str, version))} answers at {place}")
-    return [answers, *judge(info, config), *check_clock(offset), *check_exposure(redis)]
+    answers = f"{name} {'.'.join(map(str, version))} answers at {broker.place}" if info else f"{broker.place} answers"
+    return [Finding("reachable", OK, answers), *sentinels, *judged, *clock, *check_exposure(broker)]
 
 
 def require_usable(redis: "Redis") -> None:
@@ -109,9 +107,13 @@ def require_usable(redis: "Redis") -> None:
         BrokerUnavailable: It cannot be reached (now).
         ConfigurationError: It is too old, evicts keys, does not let us in, or cannot be written to.
     """
+    broker = primary.broker_of(redis)
     for finding in check_server(redis):
         if finding.level == FAIL:
-            raise as_error(finding, address(redis))
+            amid_failover = finding.check == "role" and bool(broker.sentinels)
+            raise as_error(replace(finding, retry=finding.retry or amid_failover), broker.place)
+        if finding.check == "permission":
+            logger.warning("Redis at %s: %s.", broker.place, finding.text)
 
 
 def as_error(finding: Finding, place: str) -> QServeError:
@@ -180,6 +182,32 @@ def check_role(info: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("role", FAIL, "this server is a read-only replica", "Give the URL of its primary")
     if str(info.get("cluster_enabled", 0)) == "1":
         yield Finding("role", WARN, "cluster mode is on; qserve keeps a namespace on one node and follows no redirect")
+
+
+def check_sentinels(broker: Broker) -> Iterator[Finding]:
+    """They answer, and agree."""
+    if not broker.sentinels:
+        return
+    problems: list[str] = []
+    found = [host_and_port(address) for address in primary.primaries(broker, problems)]
+    asked, said = len(broker.sentinels), "; ".join(problems)
+    if not found:
+        knows_nothing = len(problems) == asked and all("does not know" in problem for problem in problems)
+        yield Finding(
+            "sentinels",
+            FAIL,
+            f"no sentinel tells where {broker.place} is: {said}",
+            f"Is {broker.service!r} the name in their `sentinel monitor`, and do they run?",
+            retry=not knows_nothing,
+        )
+    elif problems:
+        text = f"{len(problems)} of {asked} sentinels are of no use: {said}"
+        yield Finding("sentinels", WARN, text, "A failover needs the majority of them")
+    elif len(found) > 1:
+        text = f"the sentinels do not agree where the primary is: {', '.join(found)}"
+        yield Finding("sentinels", WARN, text, "Look again when the failover is over")
+    else:
+        yield Finding("sentinels", OK, f"all {asked} sentinels know the primary: {found[0]}")
 
 
 def check_eviction(info: Mapping[str, Any]) -> Iterator[Finding]:
@@ -267,12 +295,11 @@ def check_clock(offset_s: float) -> Iterator[Finding]:
         yield Finding("clock", OK, f"clocks agree within {_CLOCK_TOLERANCE_S:.0f} s")
 
 
-def check_exposure(redis: "Redis") -> Iterator[Finding]:
+def check_exposure(broker: Broker) -> Iterator[Finding]:
     """Whoever can write to the queues decides what replicas run."""
-    options = _connection_options(redis)
-    if "path" in options or str(options.get("host", "")) in _LOCAL_HOSTS:
+    if broker.path or (broker.host in _LOCAL_HOSTS and not broker.sentinels):
         return
-    if not options.get("password"):
+    if not broker.password:
         yield Finding(
             "exposure",
             WARN,
@@ -286,10 +313,8 @@ def why_unreachable(exc: Exception, place: str, *, has_password: bool) -> Findin
     text = str(exc).rstrip(".")
     if isinstance(exc, AuthenticationError | AuthorizationError):
         return _wrong_password(place, text, has_password=has_password)
-    if isinstance(exc, NoPermissionError):
-        return Finding(
-            "permission", FAIL, f"The Redis user of the URL may not look at {place} ({text})", "Allow it: +info +time"
-        )
+    if problem := tls_problem(exc, place):
+        return Finding("tls", FAIL, *problem)
     if isinstance(exc, BusyLoadingError):
         return Finding(
             "reachable", FAIL, f"Redis at {place} is still loading its data", "Try again in a moment", retry=True
@@ -323,18 +348,25 @@ def _wrong_password(place: str, text: str, *, has_password: bool) -> Finding:
     )
 
 
-def address(redis: "Redis") -> str:
-    """Where a client connects to, without its password."""
-    options = _connection_options(redis)
-    return str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
+_UNJUDGED = [
+    Finding(
+        "permission",
+        WARN,
+        "the user of the URL may not ask for INFO, so version, role, eviction and persistence were not looked at",
+        "Look with another user, or allow it: +info",
+    )
+]
 
 
-def _connection_options(redis: "Redis") -> dict[str, Any]:
-    return redis.connection_pool.connection_kwargs
+def _if_allowed(ask: Callable[[], Any]) -> Any:
+    try:
+        return ask()
+    except ResponseError:  # forbidden or renamed by whoever hosts it
+        return None
 
 
 def _read_config(redis: "Redis", info: Mapping[str, Any]) -> dict[str, str]:
-    if server_version(info)[1] < OLDEST_USABLE:  # took one name at a time
+    if not info or server_version(info)[1] < OLDEST_USABLE:  # took one name at a time
         return {}
     try:
         answer = redis.config_get(*_CONFIG_READ)

@@ -21,9 +21,17 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import redis
 import redis.asyncio
-from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, OutOfMemoryError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    RedisError,
+    ResponseError,
+)
 
+from qserve import primary
+from qserve.broker import tls_problem
 from qserve.errors import BrokerUnavailable, ConfigurationError, FrameRejected
 from qserve.keys import GROUP, Keys, is_name
 from qserve.messages import UNREADABLE, Signer, decoder_of, encode
@@ -43,6 +51,8 @@ from qserve.spec import (
 logger = getLogger(__name__)
 
 _COMMAND_TIMEOUT_S = 5.0
+_PASSING = ("NOREPLICAS", "MISCONF", "UNBLOCKED", "BUSY ")
+"""How errors begin that have nothing to do with the command."""
 _FOLLOW_BLOCK_MS = 5_000
 _RECONNECT_S = (0.05, 1.0)
 _LUA = Path(__file__).parent / "lua"
@@ -90,11 +100,7 @@ class State:
     def __init__(self, redis_url: str, keys: Keys, signer: Signer) -> None:
         self.keys = keys
         self.signer = signer
-        try:
-            options = _connection_options(redis_url, redis.retry.Retry(NoBackoff(), 0))
-            self.redis = redis.Redis.from_url(redis_url, **options)
-        except ValueError as exc:
-            raise ConfigurationError(f"{redis_url!r} is not a Redis URL: {exc}") from exc
+        self.redis = primary.client(redis_url, _COMMAND_TIMEOUT_S)
 
     def close(self) -> None:
         """Close the connections."""
@@ -242,7 +248,7 @@ class State:
         return self._do("EVAL", source, len(keys), *keys, *arguments)
 
     def _do(self, *command: Any) -> Any:
-        with _our_errors():
+        with _our_errors(self.redis):
             return self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
 
@@ -251,7 +257,7 @@ class State:
 
 async def read_snapshot(client: "redis.asyncio.Redis", keys: Keys, signer: Signer) -> Snapshot:
     """The desired state now. A spec that no key of ours signed is left out, with an error in the log."""
-    with _our_errors():
+    with _our_errors(client):
         log_id = await last_log_id(client, keys)  # first: what follows is at least as new
         names = _names(await _ask(client, "SMEMBERS", keys.deployments))
         pipeline = client.pipeline(transaction=False)
@@ -297,19 +303,7 @@ async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerat
 
 def connect_asyncio(redis_url: str) -> "redis.asyncio.Redis":
     """A redis-py client for an event loop that never repeats a command by itself."""
-    options = _connection_options(redis_url, redis.asyncio.retry.Retry(NoBackoff(), 0))
-    options["socket_timeout"] = _FOLLOW_BLOCK_MS / 1000 + 2
-    return redis.asyncio.Redis.from_url(redis_url, **options)
-
-
-def _connection_options(redis_url: str, retry: object) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "socket_timeout": _COMMAND_TIMEOUT_S,
-        "socket_connect_timeout": 2.0,
-        "protocol": 2,
-        "retry": retry,
-    }
-    return options if redis_url.startswith("unix:") else options | {"socket_keepalive": True}
+    return primary.asyncio_client(redis_url, _FOLLOW_BLOCK_MS / 1000 + 2)
 
 
 async def _read_log(client: "redis.asyncio.Redis", keys: Keys, position: str) -> list[tuple[str, dict[bytes, bytes]]]:
@@ -406,7 +400,7 @@ def _gone_from_here(host: str, pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def _our_errors() -> Iterator[None]:
+def _our_errors(client: "redis.Redis | redis.asyncio.Redis") -> Iterator[None]:
     try:
         yield
     except NoScriptError:
@@ -416,4 +410,10 @@ def _our_errors() -> Iterator[None]:
     except OutOfMemoryError as exc:
         raise BrokerUnavailable(f"Redis has no memory left and refused the change: {exc}") from exc
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as exc:
+        if problem := tls_problem(exc, primary.broker_of(client).place):
+            raise ConfigurationError(". ".join(problem)) from exc
         raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
+    except ResponseError as exc:
+        if str(exc).startswith(_PASSING):
+            raise BrokerUnavailable(f"Redis does not take this now: {exc}") from exc
+        raise

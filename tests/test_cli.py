@@ -359,7 +359,7 @@ def test_an_old_server_is_refused(shell: Shell) -> None:
 
 
 def test_what_is_not_a_redis_url_is_told(shell: Shell) -> None:
-    assert "Not a Redis URL" in shell.error("status", "--redis-url", "http://localhost")
+    assert "is not a Redis URL" in shell.error("status", "--redis-url", "http://localhost")
 
 
 def test_code_that_cannot_be_imported_needs_a_key(shared: Shell) -> None:

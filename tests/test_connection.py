@@ -55,6 +55,9 @@ def wait_until_accepting(port: int) -> None:
     raise AssertionError(f"nothing listens on port {port}")
 
 
+ROLE = b"*1\r\n$4\r\nROLE\r\n"
+
+
 class Peer(asyncio.Protocol):
     """A server that says what a test wants said."""
 
@@ -69,7 +72,10 @@ class Peer(asyncio.Protocol):
         self.connected.set()
 
     def data_received(self, data: bytes) -> None:
-        self.received.append(data)
+        if data == ROLE:  # what a new connection asks
+            self.transport.write(b"*3\r\n$6\r\nmaster\r\n:0\r\n*0\r\n")
+        else:
+            self.received.append(data)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from qserve.keys import Keys
 from qserve.settings import Settings
 from qserve.spec import DEPLOY_FAILED, HEALTHY, DeploymentSpec, Target, WorkerInfo
 from qserve.state import State
-from qserve_workers.app import celery_url
+from qserve_workers.app import broker_settings
 
 LONG_S = 30.0
 """How long a test waits for what takes a moment on an idle machine."""
@@ -455,11 +455,14 @@ def test_a_real_replica_lives_in_the_pool(tmp_path: Path, settings: Settings, st
     ("url", "celerys"),
     [
         ("redis://:pw@host:6380/3", "redis://:pw@host:6380/3"),
-        ("redis://host?db=2", "redis://host/2"),
+        ("redis://u%40:p%2Fw@host?db=2", "redis://u%40:p%2Fw@host:6379/2"),
         ("unix:///tmp/x.sock", "redis+socket:///tmp/x.sock?virtual_host=0"),
         ("unix://:pw@/tmp/x.sock?db=1", "redis+socket://:pw@/tmp/x.sock?virtual_host=1"),
-        ("rediss://host/0", "rediss://host/0?ssl_cert_reqs=required"),
+        ("rediss://host/0", "redis://host:6379/0"),
+        ("redis+sentinel://:pw@a,b:1/main/4", "sentinel://:pw@a:26379/4;sentinel://:pw@b:1/4"),
     ],
 )
 def test_redis_urls_in_celerys_spelling(url: str, celerys: str) -> None:
-    assert celery_url(url) == celerys
+    spelt = broker_settings(url)
+    assert spelt["broker_url"] == celerys
+    assert bool(spelt["broker_use_ssl"]) == url.startswith("rediss")

@@ -10,9 +10,8 @@ from typing import Any
 
 import msgspec
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
+from qserve import primary
 from qserve.keys import Keys
 from qserve.messages import Signer
 from qserve.queues import post_tombstone
@@ -59,13 +58,8 @@ class Announcer:
 
     def start(self) -> None:
         """Make the client; it connects when there is something to write."""
-        self._client = redis.Redis.from_url(
-            self._url,
-            socket_timeout=_LIMIT_S,
-            socket_connect_timeout=_LIMIT_S,
-            retry=Retry(NoBackoff(), 0),
-            client_name=f"qserve-worker-{self._deployment}",
-            max_connections=1,
+        self._client = primary.client(
+            self._url, _LIMIT_S, client_name=f"qserve-worker-{self._deployment}", max_connections=1
         )
         if self._by_hand:
             self._say_alive()

@@ -2,15 +2,18 @@
 
 from functools import cached_property
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import quote
 
 import click
 from celery import Celery
 
+from qserve.broker import Broker, host_and_port, parse
 from qserve.errors import NoInstanceError
 from qserve.local import NO_INSTANCE, find_settings
 from qserve.settings import Settings
 from qserve_workers import control  # noqa: F401  registers the commands, for workers and for the command line
+
+_CONNECT_TIMEOUT_S = 1.0
 
 QUEUE = "qserve"
 """The one queue that Celery itself consumes; calls travel in streams of their own."""
@@ -28,9 +31,7 @@ class App(Celery):  # type: ignore[misc]
         self.settings = settings
         self.steps["worker"].add("qserve_workers.worker:Replicas")
         self.conf.update(
-            broker_url=celery_url(settings.redis_url) if settings.redis_url else None,
-            # Without a prefix another Celery app on the same Redis would get our control messages, and we theirs.
-            broker_transport_options={"global_keyprefix": settings.keys.celery_prefix},
+            **(broker_settings(settings.redis_url) if settings.redis_url else {"broker_transport_options": {}}),
             broker_connection_retry_on_startup=True,
             broker_connection_max_retries=None,
             control_exchange=QUEUE,
@@ -52,6 +53,8 @@ class App(Celery):  # type: ignore[misc]
             worker_log_format="%(asctime)s %(levelname)s %(message)s",
             qserve_replica="qserve_workers.replica:ReplicaProcess",
         )
+        # Without a prefix another Celery app on the same Redis would get our control messages, and we theirs.
+        self.conf.broker_transport_options["global_keyprefix"] = settings.keys.celery_prefix
 
     @cached_property
     def Worker(self) -> Any:  # noqa: N802
@@ -73,19 +76,35 @@ class App(Celery):  # type: ignore[misc]
             raise click.UsageError(NO_INSTANCE)
 
 
-def celery_url(url: str) -> str:
-    """A Redis URL in Celery's spelling, which differs for sockets and is careless about certificates."""
-    parts = urlsplit(url)
-    query = dict(parse_qsl(parts.query))
-    if parts.scheme == "unix":
-        query["virtual_host"] = query.pop("db", "0")
-        # Not urlunsplit, which leaves out the "//" before an empty host.
-        return f"redis+socket://{parts.netloc}{parts.path}?{urlencode(query)}"
-    if parts.scheme == "rediss":
-        query.setdefault("ssl_cert_reqs", "required")
-    if "db" in query:
-        parts = parts._replace(path=f"/{query.pop('db')}")
-    return urlunsplit(parts._replace(query=urlencode(query)))
+def broker_settings(url: str) -> dict[str, Any]:
+    """A Redis URL as Celery's settings, which have another spelling for nearly everything."""
+    broker = parse(url)
+    login = f"{quote(broker.username, safe='')}:{quote(broker.password, safe='')}@" if broker.password else ""
+    if broker.username and not broker.password:
+        login = f"{quote(broker.username, safe='')}@"
+    options: dict[str, Any] = {"socket_connect_timeout": _CONNECT_TIMEOUT_S}
+    if broker.path:
+        location = f"redis+socket://{login}{quote(broker.path)}?virtual_host={broker.db}"
+    elif broker.sentinels:
+        location = ";".join(f"sentinel://{login}{host_and_port(each)}/{broker.db}" for each in broker.sentinels)
+        options |= {"master_name": broker.service, "sentinel_kwargs": _sentinel_options(broker)}
+    else:
+        location = f"redis://{login}{host_and_port((broker.host, broker.port))}/{broker.db}"
+    return {
+        "broker_url": location,
+        "broker_transport_options": options,
+        "broker_use_ssl": broker.tls.options if broker.tls else None,
+    }
+
+
+def _sentinel_options(broker: Broker) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "username": broker.sentinel_username or None,
+        "password": broker.sentinel_password or None,
+        "socket_timeout": _CONNECT_TIMEOUT_S,
+        "socket_connect_timeout": _CONNECT_TIMEOUT_S,
+    }
+    return options | ({"ssl": True} | broker.tls.options if broker.tls else {})
 
 
 def _settings() -> Settings:

@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
+from qserve import primary
 from qserve.queues import beat
 from qserve.settings import Settings
 
@@ -88,12 +87,7 @@ class Heartbeat:
         self._on_tick()
 
     def _run(self) -> None:
-        client = redis.Redis.from_url(
-            self._settings.redis_url,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=_COMMAND_TIMEOUT_S,
-            socket_connect_timeout=_COMMAND_TIMEOUT_S,
-        )
+        client = primary.client(self._settings.redis_url, _COMMAND_TIMEOUT_S)
         beaten_at = time.monotonic()
         while True:
             started = time.monotonic()

@@ -17,6 +17,7 @@ from typing import Any
 import redis
 import redis.asyncio
 
+from qserve import primary
 from qserve.background import end, spawn
 from qserve.client import Client
 from qserve.errors import BrokerUnavailable, FrameRejected, QServeError
@@ -338,7 +339,7 @@ class Replica:
 
     def _say_goodbye(self, all_answered: bool) -> None:
         """Leave nothing behind but calls that were never started, for the neighbours to take."""
-        client = redis.Redis.from_url(self._settings.redis_url, socket_timeout=_QUICK_TIMEOUT_S)
+        client = primary.client(self._settings.redis_url, _QUICK_TIMEOUT_S)
         try:
             if not leave(client, self._keys, self._name, self._id, all_answered=all_answered):
                 call_neighbours(client, self._keys, self._name, self._id, self._client.signer)

@@ -14,6 +14,7 @@ from celery.exceptions import SecurityWarning
 from celery.worker import components, consumer
 from celery.worker.state import maybe_shutdown
 
+from qserve.broker import parse
 from qserve.keys import is_name
 from qserve_workers.app import QUEUE
 from qserve_workers.keeper import Keeper
@@ -60,7 +61,7 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         """One line instead of Celery's banner."""
         logger.info(
             "Worker %s: deployment %s, %d replica(s), Redis %s",
-            *(self.hostname, self.deployment, self.concurrency, self.app.connection().as_uri()),
+            *(self.hostname, self.deployment, self.concurrency, parse(self.app.settings.redis_url).place),
         )
         if os.geteuid() == 0:
             logger.warning("This worker runs as root, and so does the code of the deployment")
@@ -73,7 +74,8 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         """Connect, however long it takes, with short pauses."""
 
         def on_error(exc: Exception, interval: float) -> None:
-            logger.error("Cannot reach Redis at %s: %s. Next try in %g s.", conn.as_uri(), exc, interval)
+            place = parse(self.app.settings.redis_url).place
+            logger.error("Cannot reach Redis at %s: %s. Next try in %g s.", place, exc, interval)
 
         def meanwhile() -> None:
             maybe_shutdown()

@@ -1,0 +1,250 @@
+"""Which Redis, and how it is reached: what QSERVE_REDIS_URL says, read in one place for everything that connects."""
+
+import functools
+import re
+import ssl
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+from urllib.parse import parse_qsl, unquote
+
+from qserve.errors import ConfigurationError
+
+Address = tuple[str, int]
+Verify = Literal["required", "optional", "none"]
+
+PORT: Final = 6379
+SENTINEL_PORT: Final = 26379
+EXAMPLES: Final = (
+    "redis://:PASSWORD@localhost:6379/0, rediss://USER:PASSWORD@host:6379/0?ssl_ca_certs=/etc/ca.pem, "
+    "unix:///run/valkey.sock or redis+sentinel://host1,host2,host3/SERVICE"
+)
+
+_TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+_TLS_OPTIONS = (*_TLS_FILES, "ssl_cert_reqs", "ssl_check_hostname")
+_SENTINEL_OPTIONS = ("sentinel_username", "sentinel_password")
+_VERIFY_MODES = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
+_SCHEMES = {
+    # whether TLS is spoken, and whether sentinels are asked
+    "redis": (False, False),
+    "rediss": (True, False),
+    "unix": (False, False),
+    "redis+sentinel": (False, True),
+    "rediss+sentinel": (True, True),
+}
+
+
+@dataclass(frozen=True)
+class Tls:
+    """How the server proves who it is, and we who we are.
+
+    Attributes:
+        ca_certs: File of authorities that are trusted besides the system's.
+        certfile, keyfile: What we show.
+        verify: Whether the server has to show a certificate of an authority we trust.
+        check_hostname: Whether it has to be for the host we connect to.
+    """
+
+    ca_certs: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
+    verify: Verify = "required"
+    check_hostname: bool = True
+
+    @functools.cached_property
+    def context(self) -> ssl.SSLContext:
+        """For asyncio; redis-py makes the same out of `options`."""
+        context = ssl.create_default_context()
+        context.check_hostname = self.check_hostname
+        context.verify_mode = _VERIFY_MODES[self.verify]
+        if self.ca_certs:
+            context.load_verify_locations(self.ca_certs)
+        if self.certfile:
+            context.load_cert_chain(self.certfile, self.keyfile)
+        return context
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same for redis-py, all of it said, because its defaults have changed over time."""
+        return {
+            "ssl_ca_certs": self.ca_certs,
+            "ssl_certfile": self.certfile,
+            "ssl_keyfile": self.keyfile,
+            "ssl_cert_reqs": self.verify,
+            "ssl_check_hostname": self.check_hostname,
+        }
+
+
+@dataclass(frozen=True)
+class Broker:
+    """A Redis URL, taken apart.
+
+    Attributes:
+        path: Of its socket; then host and port mean nothing.
+        sentinels: Who knows where the primary of `service` is; then host and port mean nothing, either. The one that
+            answered last comes first.
+    """
+
+    host: str = "localhost"
+    port: int = PORT
+    path: str = ""
+    db: int = 0
+    username: str = ""
+    password: str = field(default="", repr=False)
+    tls: Tls | None = None
+    sentinels: list[Address] = field(default_factory=list)
+    service: str = ""
+    sentinel_username: str = ""
+    sentinel_password: str = field(default="", repr=False)
+
+    @property
+    def place(self) -> str:
+        """Where that is, for people; no password in it."""
+        if self.sentinels:
+            known_to = ", ".join(map(host_and_port, sorted(self.sentinels)))
+            return f"the primary of {self.service!r} (sentinels {known_to})"
+        return self.path or host_and_port((self.host, self.port))
+
+    def at(self, address: Address) -> "Broker":
+        """The one server at an address that a sentinel gave."""
+        return replace(self, host=address[0], port=address[1], sentinels=[], service="")
+
+    def sentinel(self, address: Address) -> "Broker":
+        """One of the sentinels, as a server to connect to."""
+        return replace(self.at(address), username=self.sentinel_username, password=self.sentinel_password, db=0)
+
+    def prefer(self, sentinel: Address) -> None:
+        """Ask this sentinel first from now on."""
+        self.sentinels.sort(key=lambda each: each != sentinel)
+
+
+@functools.cache
+def parse(url: str) -> Broker:
+    """What a URL says; the same object each time.
+
+    Raises:
+        ConfigurationError: It cannot be understood, or names files that cannot be read.
+    """
+    try:
+        return _parse(url)
+    except ValueError as exc:
+        raise ConfigurationError(
+            f"{mask(url)!r} is not a Redis URL: {exc}. Examples: {EXAMPLES}. In user names and passwords, characters "
+            "such as @ : / ? # % are written %40 %3A %2F %3F %23 %25."
+        ) from None  # the cause would show the password
+
+
+def mask(url: str) -> str:
+    """A URL without its passwords, even if it is not well-formed."""
+    url = re.sub(r"(?<=://).*@", "***@", url, flags=re.DOTALL)
+    return re.sub(r"(password=)[^&]*", r"\1***", url)
+
+
+def host_and_port(address: Address) -> str:
+    """`host:port`, with the brackets that an IPv6 address needs."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def tls_problem(error: BaseException, place: str) -> tuple[str, str] | None:
+    """Why TLS with a server failed, and what to do about it; None for an error that TLS is not behind."""
+    exc: BaseException | None = error
+    while exc is not None and not isinstance(exc, ssl.SSLError):
+        exc = exc.__cause__ or exc.__context__
+    if exc is None:
+        return None
+    if not isinstance(exc, ssl.SSLCertVerificationError):
+        return (
+            f"TLS with Redis at {place} failed ({exc.reason or exc})",
+            "Does it speak TLS (else write redis:// instead of rediss://), and does it want a certificate "
+            "(?ssl_certfile=FILE&ssl_keyfile=FILE)?",
+        )
+    reason = exc.verify_message.rstrip(".")
+    if "mismatch" in reason:
+        text = f"the certificate of Redis at {place} is for another host: {reason}"
+        return text, "Name the server in the URL as its certificate does"
+    text = f"the certificate of Redis at {place} is not trusted: {reason}"
+    return text, "Name the file of its authority in the URL: ?ssl_ca_certs=FILE"
+
+
+def _parse(url: str) -> Broker:
+    # By hand: urlsplit wants one host, and its errors show parts of passwords.
+    scheme, colon, rest = url.partition("://")
+    if not colon or scheme not in _SCHEMES:
+        raise ValueError(f"it has to begin with one of {', '.join(f'{each}://' for each in _SCHEMES)}")
+    has_tls, has_sentinels = _SCHEMES[scheme]
+    location, _, query = rest.partition("?")
+    server, slash, path = location.partition("/")
+    user, _, hosts = server.rpartition("@")
+    username, _, password = user.partition(":")
+    options = _options(query, (*_TLS_OPTIONS * has_tls, *_SENTINEL_OPTIONS * has_sentinels, "db"))
+    common: dict[str, Any] = {
+        "username": unquote(username),
+        "password": unquote(password),
+        "tls": _tls(options) if has_tls else None,
+    }
+    if scheme == "unix":
+        if not path:
+            raise ValueError("it names no socket")
+        return Broker(path=unquote(slash + path), db=_number(options.get("db"), "database"), **common)
+    if has_sentinels:
+        service, _, path = path.partition("/")
+        if not service:
+            raise ValueError("the name of the service that the sentinels watch is missing after the hosts")
+        common["service"] = unquote(service)
+        common["sentinels"] = [_address(each, SENTINEL_PORT) for each in hosts.split(",")]
+        common |= {name: options[name] for name in _SENTINEL_OPTIONS if name in options}
+    else:
+        common["host"], common["port"] = _address(hosts, PORT)
+    return Broker(db=_number(options.get("db", path), "database"), **common)
+
+
+def _options(query: str, known: tuple[str, ...]) -> dict[str, str]:
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise ValueError(f"option {unknown[0]!r} is not one of {', '.join(known)}, which this kind of URL has")
+    return options
+
+
+def _address(text: str, port: int) -> Address:
+    matched = re.fullmatch(r"\[(?P<v6>[^\]]+)\](:(?P<p6>.*))?|(?P<host>[^:\[\]]*)(:(?P<port>.*))?", text)
+    if matched is None:
+        raise ValueError("its host cannot be read")
+    host = matched["v6"] or unquote(matched["host"] or "") or "localhost"
+    return host, _number(matched["p6"] or matched["port"], "port", default=port)
+
+
+def _number(text: str | None, what: str, default: int = 0) -> int:
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise ValueError(f"its {what} is not a number")  # and may be a part of a password
+    return int(text)
+
+
+def _tls(options: dict[str, str]) -> Tls:
+    for name in _TLS_FILES:
+        if name in options:
+            try:
+                Path(options[name]).read_bytes()
+            except OSError as exc:
+                raise ValueError(f"{name} cannot be read: {options[name]}: {exc.strerror}") from exc
+    verify = options.get("ssl_cert_reqs", "required")
+    if verify not in _VERIFY_MODES:
+        raise ValueError(f"ssl_cert_reqs is none of {', '.join(_VERIFY_MODES)}")
+    checks = options.get("ssl_check_hostname", "true").lower()
+    if checks not in ("true", "false"):
+        raise ValueError("ssl_check_hostname is neither true nor false")
+    tls = Tls(
+        ca_certs=options.get("ssl_ca_certs"),
+        certfile=options.get("ssl_certfile"),
+        keyfile=options.get("ssl_keyfile"),
+        verify=cast("Verify", verify),
+        check_hostname=checks == "true" and verify != "none",
+    )
+    try:
+        tls.context  # noqa: B018 a bad file is told now, not at the first call
+    except (ssl.SSLError, OSError) as exc:
+        raise ValueError(f"its certificate files cannot be used: {exc}") from exc
+    return tls

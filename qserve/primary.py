@@ -1,0 +1,276 @@
+"""Clients of redis-py for everything off the path of a call: they find the primary, and never talk to a replica.
+
+All connections of a process are made alike, whatever the URL: no command is ever repeated by itself, each connection
+asks what it is connected to, and one whose server has become a replica is given up.
+"""
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Final
+
+import redis
+import redis.asyncio
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,  # noqa: A004
+    MasterDownError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,  # noqa: A004
+)
+
+from qserve.broker import Address, Broker, host_and_port, parse
+
+_SENTINEL_TIMEOUT_S: Final = 0.5
+_CONNECT_TIMEOUT_S: Final = 2.0
+_ASK: Final = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME")
+
+
+def client(url: str, timeout_s: float, *, any_role: bool = False, **options: Any) -> redis.Redis:
+    """A synchronous client.
+
+    Args:
+        timeout_s: How long it waits for an answer; for a connection at most two seconds of that.
+        any_role: It may be a replica.
+        options: Further ones of redis-py's connections.
+
+    Raises:
+        ConfigurationError: Not a Redis URL.
+    """
+    return _client(parse(url), timeout_s, None if any_role else _greet, options)
+
+
+def asyncio_client(url: str, timeout_s: float) -> "redis.asyncio.Redis":
+    """A client for an event loop; else like `client`."""
+    return _asyncio_client(parse(url), timeout_s, _greet_async)
+
+
+def unreachable(broker: Broker, problems: list[str]) -> str:
+    """What to say when no sentinel names a primary that can be used."""
+    return f"found nothing to connect to for {broker.place}: {'; '.join(problems)}"
+
+
+def broker_of(client: "redis.Redis | redis.asyncio.Redis") -> Broker:
+    """What a client made here connects to."""
+    broker: Broker = client.connection_pool.connection_kwargs["broker"]
+    return broker
+
+
+def role_problem(answer: object, place: str) -> str:
+    """What is wrong with a server that answers ROLE like this; "" if it takes writes, or does not tell."""
+    role = answer[0] if isinstance(answer, list) and answer else b"master"
+    return "" if role == b"master" else f"Redis at {place} is a read-only replica"
+
+
+# Asking sentinels
+
+
+def primaries(broker: Broker, problems: list[str]) -> Iterator[Address]:
+    """Where the primary is, as each sentinel in turn has it; no address twice. What goes wrong is added to `problems`.
+
+    Several, because a sentinel that was cut off from the others may know an old one only.
+    """
+    told = set()
+    for address in list(broker.sentinels):
+        try:
+            with _client(broker.sentinel(address), _SENTINEL_TIMEOUT_S, None, {}) as sentinel:
+                answer = sentinel.execute_command(*_ASK, broker.service)
+        except (RedisError, OSError) as exc:
+            problems.append(f"sentinel {host_and_port(address)}: {exc}")
+            continue
+        primary = _understand(broker, address, answer, problems)
+        if primary is not None and primary not in told:
+            told.add(primary)
+            yield primary
+
+
+async def primaries_async(broker: Broker, problems: list[str]) -> AsyncIterator[Address]:
+    """Like `primaries`, on an event loop."""
+    told = set()
+    for address in list(broker.sentinels):
+        try:
+            async with _asyncio_client(broker.sentinel(address), _SENTINEL_TIMEOUT_S, None) as sentinel:
+                answer: Any = await sentinel.execute_command(*_ASK, broker.service)  # type: ignore[no-untyped-call]
+        except (RedisError, OSError) as exc:
+            problems.append(f"sentinel {host_and_port(address)}: {exc}")
+            continue
+        primary = _understand(broker, address, answer, problems)
+        if primary is not None and primary not in told:
+            told.add(primary)
+            yield primary
+
+
+def _understand(broker: Broker, sentinel: Address, answer: Any, problems: list[str]) -> Address | None:
+    if answer is None:
+        problems.append(f"sentinel {host_and_port(sentinel)} does not know {broker.service!r}")
+        return None
+    broker.prefer(sentinel)
+    host, port = answer
+    return (host.decode() if isinstance(host, bytes) else str(host)), int(port)
+
+
+# Clients
+
+
+def _client(broker: Broker, timeout_s: float, greet: Any, options: dict[str, Any]) -> redis.Redis:
+    kinds: tuple[Any, ...] = (_Tcp, _Tls, _Unix)
+    options = options | {"broker": broker, "redis_connect_func": greet, "retry": redis.retry.Retry(NoBackoff(), 0)}
+    return redis.Redis.from_pool(redis.ConnectionPool(_kind(broker, kinds), **_options(broker, timeout_s), **options))
+
+
+def _asyncio_client(broker: Broker, timeout_s: float, greet: Any) -> "redis.asyncio.Redis":
+    kinds: tuple[Any, ...] = (_AsyncTcp, _AsyncTls, _AsyncUnix)
+    retry = redis.asyncio.retry.Retry(NoBackoff(), 0)
+    options = _options(broker, timeout_s) | {"broker": broker, "redis_connect_func": greet, "retry": retry}
+    return redis.asyncio.Redis.from_pool(redis.asyncio.ConnectionPool(_kind(broker, kinds), **options))
+
+
+def _kind(broker: Broker, kinds: tuple[Any, ...]) -> Any:
+    tcp, tls, unix = kinds
+    if broker.path:
+        return unix
+    return tls if broker.tls else tcp
+
+
+def _options(broker: Broker, timeout_s: float) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "username": broker.username or None,
+        "password": broker.password or None,
+        "db": broker.db,
+        "protocol": 2,  # asking for RESP3 would fail on servers too old to be told so
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": min(timeout_s, _CONNECT_TIMEOUT_S),
+    }
+    if broker.path:
+        return options | {"path": broker.path}
+    options |= {"host": broker.host, "port": broker.port, "socket_keepalive": True}
+    return options | (broker.tls.options if broker.tls else {})
+
+
+# Connections. redis-py has them twice, and so have we.
+
+
+class _Finding:
+    """Of a connection that asks the sentinels first, where there are any."""
+
+    _sock: Any
+    host: str
+    port: int
+
+    def __init__(self, *, broker: Broker, **options: Any) -> None:
+        self._broker = broker
+        super().__init__(**options)
+
+    def connect(self) -> None:
+        if self._sock is not None or not self._broker.sentinels:
+            super().connect()  # type: ignore[misc]
+            return
+        problems: list[str] = []
+        for address in primaries(self._broker, problems):
+            self.host, self.port = address
+            try:
+                super().connect()  # type: ignore[misc]
+            except AuthenticationError:
+                raise
+            except (ConnectionError, TimeoutError, OSError) as exc:
+                problems.append(str(exc))
+            else:
+                return
+        raise ConnectionError(unreachable(self._broker, problems))
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().read_response(*args, **options)  # type: ignore[misc]
+        except (ReadOnlyError, MasterDownError) as exc:
+            self.disconnect()  # type: ignore[attr-defined]
+            raise ConnectionError(f"Redis at {_place(self)} has become a read-only replica") from exc
+
+
+class _Tcp(_Finding, redis.Connection):
+    """To host and port."""
+
+
+class _Tls(_Finding, redis.SSLConnection):
+    """To host and port, encrypted."""
+
+
+class _Unix(_Finding, redis.UnixDomainSocketConnection):
+    """To a socket."""
+
+
+class _AsyncFinding:
+    """Like `_Finding`."""
+
+    is_connected: bool
+    host: str
+    port: int
+
+    def __init__(self, *, broker: Broker, **options: Any) -> None:
+        self._broker = broker
+        super().__init__(**options)
+
+    async def connect(self) -> None:
+        if self.is_connected or not self._broker.sentinels:
+            await super().connect()  # type: ignore[misc]
+            return
+        problems: list[str] = []
+        async for address in primaries_async(self._broker, problems):
+            self.host, self.port = address
+            try:
+                await super().connect()  # type: ignore[misc]
+            except AuthenticationError:
+                raise
+            except (ConnectionError, TimeoutError, OSError) as exc:
+                problems.append(str(exc))
+            else:
+                return
+        raise ConnectionError(unreachable(self._broker, problems))
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*args, **options)  # type: ignore[misc]
+        except (ReadOnlyError, MasterDownError) as exc:
+            await self.disconnect()  # type: ignore[attr-defined]
+            raise ConnectionError(f"Redis at {_place(self)} has become a read-only replica") from exc
+
+
+class _AsyncTcp(_AsyncFinding, redis.asyncio.Connection):
+    """To host and port."""
+
+
+class _AsyncTls(_AsyncFinding, redis.asyncio.SSLConnection):
+    """To host and port, encrypted."""
+
+
+class _AsyncUnix(_AsyncFinding, redis.asyncio.UnixDomainSocketConnection):
+    """To a socket."""
+
+
+def _place(connection: Any) -> str:
+    broker: Broker = connection._broker
+    return broker.path or broker.at((connection.host, connection.port)).place
+
+
+def _greet(connection: Any) -> None:
+    connection.on_connect()
+    connection.send_command("ROLE")
+    try:
+        answer = connection.read_response()
+    except ResponseError:  # this user may not ask; a replica shows itself at the first write
+        return
+    problem = role_problem(answer, _place(connection))
+    if problem:
+        raise ConnectionError(problem)
+
+
+async def _greet_async(connection: Any) -> None:
+    await connection.on_connect()
+    await connection.send_command("ROLE")
+    try:
+        answer = await connection.read_response()
+    except ResponseError:
+        return
+    problem = role_problem(answer, _place(connection))
+    if problem:
+        raise ConnectionError(problem)
