@@ -1,11 +1,12 @@
 """An open-loop load generator: sends when it is time to send, whatever has become of the requests before.
 
-A process of its own: reads a `Plan` as msgpack from standard input, writes a list of `Request` to standard output.
+A process of its own: gets a `Plan`, says when it is ready, begins when it is told to, and writes a list of `Request`.
 Latency counts from the time at which a request was due, so a server that stalls cannot hide it by slowing the client
 down (coordinated omission).
 """
 
 import asyncio
+import os
 import random
 import re
 import subprocess
@@ -22,12 +23,14 @@ import uvloop
 
 from benchmarks import processes
 from qserve import serve
+from qserve.background import spawn
 from qserve.errors import BackPressureError, QServeError
 from qserve.process import current_client
 
 UNANSWERED, BROKEN = -1, 0
 """In place of a status: no answer within the plan's patience, and a connection that was closed instead of answered."""
 _IDLE_S = 3.0  # gateways close connections that were idle for 5 s
+_CONNECTIONS = 400  # to one gateway: enough for a full queue and the refusals beside it
 _TICK_S = 0.001
 _head = re.compile(rb"HTTP/1\.1 (\d+)")
 _length = re.compile(rb"(?i)\r\ncontent-length: (\d+)")
@@ -46,14 +49,12 @@ class Plan(msgspec.Struct):
 
     Attributes:
         targets: URLs, taken in turns; or one deployment's name, called through a handle.
-        start: When to begin, on the machine's monotonic clock.
         closed: Instead of at the phases' rates, send over so many connections whenever an answer has come.
         trickling: So many connections beside that send a byte of a request now and then.
         patience_s: How long after the last phase answers are waited for.
     """
 
     targets: list[str]
-    start: float
     phases: list[Phase]
     seed: int = 0
     closed: int = 0
@@ -85,20 +86,31 @@ class Generator:
     """A load generator that runs beside this process."""
 
     def __init__(self, plan: Plan, runtime_dir: str) -> None:
-        self.plan = plan
-        environment = processes.environment(runtime_dir)
-        command = [sys.executable, "-m", "benchmarks.openloop"]
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `result`
+        number = self._output.fileno()
         self._process = subprocess.Popen(
-            command, cwd=processes.ROOT, env=environment, stdin=subprocess.PIPE, stdout=self._output
+            [sys.executable, "-m", "benchmarks.openloop", msgspec.json.encode(plan).decode(), str(number)],
+            cwd=processes.ROOT,
+            env=processes.environment(runtime_dir),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(number,),
         )
+
+    def wait_until_ready(self) -> None:
+        """Until it is connected and waits for `begin`."""
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    def begin(self, start: float) -> None:
+        """Tell it when its plan begins, on the machine's monotonic clock."""
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.msgpack.encode(plan))
+        self._process.stdin.write(f"{start}\n".encode())
         self._process.stdin.close()
 
     def result(self) -> list[Request]:
         """What became of the requests, when all is over."""
-        with self._output:
+        with self._output, self._process:
             if self._process.wait():
                 raise SystemExit("a load generator failed")
             self._output.seek(0)
@@ -136,13 +148,12 @@ class _Connection(asyncio.Protocol):
         status, retry = _head.match(head), _retry.search(head)
         done, self.done = self.done, None
         self.used_at = time.monotonic()
-        self._target.idle.append(self)
+        self._target.free(self)
         if done is not None and status is not None:
             done(int(status[1]), float(retry[1]) if retry else 0.0, body.decode("latin-1"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self in self._target.idle:
-            self._target.idle.remove(self)
+        self._target.lost(self)
         done, self.done = self.done, None
         if done is not None:
             done(BROKEN, 0.0, "")
@@ -156,25 +167,45 @@ class _Target:
         self.address = (parts.hostname or "", parts.port or 80)
         self._line = f"GET {parts.path}?n=".encode()
         self._rest = f" HTTP/1.1\r\nhost: {parts.netloc}\r\n\r\n".encode()
-        self.idle: deque[_Connection] = deque()
+        self._idle: deque[_Connection] = deque()
+        self._waiting: deque[tuple[bytes, Done]] = deque()
+        self._open = 0
 
     def send(self, number: str, done: Done) -> None:
         request = self._line + number.encode() + self._rest
-        while self.idle:
-            connection = self.idle.pop()
+        while self._idle:
+            connection = self._idle.pop()
             if time.monotonic() - connection.used_at < _IDLE_S:
                 connection.send(request, done)
                 return
             connection.transport.close()
-        asyncio.get_running_loop().create_task(self._send_on_another(request, done))
+        if self._open < _CONNECTIONS:
+            self._open += 1
+            spawn(self._send_on_another(request, done))
+        else:
+            self._waiting.append((request, done))
+
+    def free(self, connection: _Connection) -> None:
+        """Its answer is there."""
+        if self._waiting:
+            connection.send(*self._waiting.popleft())
+        else:
+            self._idle.append(connection)
+
+    def lost(self, connection: _Connection) -> None:
+        """It is closed."""
+        self._open -= 1
+        if connection in self._idle:
+            self._idle.remove(connection)
 
     async def _send_on_another(self, request: bytes, done: Done) -> None:
         try:
             connection = await self._connect()
         except OSError:
+            self._open -= 1
             done(BROKEN, 0.0, "")
-            return
-        connection.send(request, done)
+        else:
+            connection.send(request, done)
 
     async def _connect(self) -> _Connection:
         _, connection = await asyncio.get_running_loop().create_connection(lambda: _Connection(self), *self.address)
@@ -227,14 +258,14 @@ class _Run:
         self._seen: list[Request] = []
         self._next: Callable[[], None] = lambda: None
 
-    async def carry_out(self) -> list[Request]:
+    async def carry_out(self, start: float) -> list[Request]:
         trickling = [
             asyncio.create_task(target.trickle(0.5 + index / self._plan.trickling))
             for index in range(self._plan.trickling)
             if isinstance(target := self._targets[index % len(self._targets)], _Target)
         ]
-        await asyncio.sleep(max(0.0, self._plan.start - time.monotonic()))
-        await (self._closed_loop() if self._plan.closed else self._open_loop())
+        await asyncio.sleep(max(0.0, start - time.monotonic()))
+        await (self._closed_loop() if self._plan.closed else self._open_loop(start))
         end = time.monotonic() + self._plan.patience_s
         while self._on_their_way and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -244,8 +275,8 @@ class _Run:
             task.cancel()
         return self._seen
 
-    async def _open_loop(self) -> None:
-        times = arrivals(self._plan)
+    async def _open_loop(self, start: float) -> None:
+        times = arrivals(self._plan, start)
         due = next(times, None)
         while due is not None:
             now = time.monotonic()
@@ -279,10 +310,9 @@ class _Run:
         target.send(number, done)
 
 
-def arrivals(plan: Plan) -> Iterator[float]:
+def arrivals(plan: Plan, begin: float) -> Iterator[float]:
     """When requests are due: a Poisson process whose rate changes from phase to phase."""
     chance = random.Random(plan.seed)
-    begin = plan.start
     for phase in plan.phases:
         due = begin
         while phase.rate and (due := due + chance.expovariate(phase.rate)) < begin + phase.seconds:
@@ -291,10 +321,12 @@ def arrivals(plan: Plan) -> Iterator[float]:
 
 
 def main() -> None:
-    plan = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Plan)
+    run = _Run(msgspec.json.decode(sys.argv[1], type=Plan))
+    print("ready", flush=True)
+    start = float(sys.stdin.readline())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        seen = runner.run(_Run(plan).carry_out())
-    sys.stdout.buffer.write(msgspec.msgpack.encode(seen))
+        seen = runner.run(run.carry_out(start))
+    os.write(int(sys.argv[2]), msgspec.msgpack.encode(seen))
 
 
 if __name__ == "__main__":

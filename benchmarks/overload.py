@@ -7,6 +7,7 @@ run, of 60 s per step, is kept in benchmarks/overload.md.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +41,6 @@ FLOODED, NEIGHBOUR, BURNING = (deployment.name for deployment in DEPLOYMENTS)
 _CLOSED = 40
 """Connections by which capacity is measured: enough for every place, too few to fill the queue."""
 _HANDLE_SHARE = 0.2
-_WARM_UP_S = 2.0
 _SAMPLE_S = 0.002
 
 
@@ -53,42 +54,46 @@ class Stage:
 
     gateways: list[str]
     settings: Settings
-    accepted: dict[str, int] = field(default_factory=dict)
+    accepted: Counter[str] = field(default_factory=Counter)
     seed: int = 0
 
-    def plan(self, deployment: str, phases: list[Phase], start: float, **options: int) -> Plan:
+    def plan(self, deployment: str, phases: list[Phase], **options: int) -> Plan:
+        """A plan for HTTP, by way of every gateway."""
         self.seed += 1
-        targets = [f"{gateway}/{deployment}" for gateway in self.gateways]
-        return Plan(targets, start, phases, seed=self.seed, **options)
+        return Plan([f"{gateway}/{deployment}" for gateway in self.gateways], phases, seed=self.seed, **options)
+
+    def load(self, deployment: str, phases: list[Phase]) -> list[Plan]:
+        """Plans for HTTP and handles together."""
+        over_http = [Phase(phase.rate * (1 - _HANDLE_SHARE), phase.seconds) for phase in phases]
+        by_handle = [Phase(phase.rate * _HANDLE_SHARE, phase.seconds) for phase in phases]
+        self.seed += 1
+        return [self.plan(deployment, over_http), Plan([deployment], by_handle, seed=self.seed)]
 
     def capacity(self, deployment: str, seconds: float) -> float:
         """Calls per second when more are sent only as others are answered."""
-        start = time.monotonic() + _WARM_UP_S
-        phases = [Phase(0, seconds + 1)]
-        seen = self.run(deployment, [self.plan(deployment, phases, start, closed=_CLOSED)])
-        return ended(seen, start + 1, start + 1 + seconds) / seconds
+        plan = self.plan(deployment, [Phase(0, seconds + 1)], closed=_CLOSED)
+        seen, start = self.run({deployment: [plan]})
+        return ended(seen[deployment], start + 1, start + 1 + seconds) / seconds
 
-    def load(self, deployment: str, rates: list[Phase], start: float, **options: int) -> list[Plan]:
-        """Plans for HTTP and handles together."""
-        over_http = [Phase(phase.rate * (1 - _HANDLE_SHARE), phase.seconds) for phase in rates]
-        by_handle = [Phase(phase.rate * _HANDLE_SHARE, phase.seconds) for phase in rates]
-        self.seed += 1
-        handle = Plan([deployment], start, by_handle, seed=self.seed)
-        return [self.plan(deployment, over_http, start, **options), handle]
+    def run(self, plans: dict[str, list[Plan]]) -> tuple[dict[str, list[Request]], float]:
+        """Carry out plans for deployments, all at once.
 
-    def run(self, deployment: str, plans: list[Plan]) -> list[Request]:
-        """Carry plans out and remember what was answered."""
-        return self.finish(deployment, self.start(plans))
-
-    @staticmethod
-    def start(plans: list[Plan]) -> list[Generator]:
-        return [Generator(plan, os.environ["QSERVE_RUNTIME_DIR"]) for plan in plans]
-
-    def finish(self, deployment: str, generators: list[Generator]) -> list[Request]:
-        seen = [request for generator in generators for request in generator.result()]
-        answered = sum(request.status == 200 for request in seen)
-        self.accepted[deployment] = self.accepted.get(deployment, 0) + answered
-        return sorted(seen, key=lambda request: request.due)
+        Returns:
+            Deployment -> what became of its requests, in the order in which they were due; and when the plans began.
+        """
+        folder = os.environ["QSERVE_RUNTIME_DIR"]
+        running = {deployment: [Generator(plan, folder) for plan in each] for deployment, each in plans.items()}
+        for generator in itertools.chain.from_iterable(running.values()):
+            generator.wait_until_ready()
+        start = time.monotonic() + 0.2
+        for generator in itertools.chain.from_iterable(running.values()):
+            generator.begin(start)
+        seen: dict[str, list[Request]] = {}
+        for deployment, generators in running.items():
+            found = [request for generator in generators for request in generator.result()]
+            seen[deployment] = sorted(found, key=lambda request: request.due)
+            self.accepted[deployment] += sum(request.status == 200 for request in found)
+        return seen, start
 
     @contextlib.contextmanager
     def depths(self, deployment: str) -> Iterator[list[tuple[float, int]]]:
@@ -118,7 +123,7 @@ class Stage:
             while True:  # replicas say once a second how many they have run
                 infos: list[bytes] = client.hvals(keys.replicas(deployment))
                 ran = sum(msgspec.msgpack.decode(info, type=ReplicaInfo).handled for info in infos)
-                surplus = ran - self.accepted.get(deployment, 0)
+                surplus = ran - self.accepted[deployment]
                 if not surplus or time.monotonic() > end:
                     return client.xlen(keys.calls(deployment)), surplus
                 time.sleep(0.1)
@@ -157,10 +162,10 @@ def second_gateway() -> Iterator[str]:
 def overload(on: Stage, seconds: float) -> Iterator[Step | Verdict]:
     """The steps of LOADS, back to back."""
     capacity = on.capacity(FLOODED, seconds)
-    start = time.monotonic() + _WARM_UP_S
-    plans = on.load(FLOODED, [Phase(load * capacity, seconds) for load in LOADS], start)
+    plans = on.load(FLOODED, [Phase(load * capacity, seconds) for load in LOADS])
     with on.depths(FLOODED) as depths:
-        seen = on.run(FLOODED, plans)
+        found, start = on.run({FLOODED: plans})
+    seen = found[FLOODED]
     steps = [
         Step.of(f"{load:g} C", seen, start + index * seconds, seconds, depths, capacity)
         for index, load in enumerate(LOADS)
@@ -174,7 +179,8 @@ def overload(on: Stage, seconds: float) -> Iterator[Step | Verdict]:
         yield Verdict.at_most(f"p99 of what was accepted at {step.name}", step.p99_ms, longest_ms, "ms")
         yield Verdict.at_most(f"p99 of refusals at {step.name}", step.refusal_p99_ms, 50, "ms")
     yield from exact(on, FLOODED, seen)
-    yield Verdict.at_most("longest queue seen", max(depth for _, depth in depths), slots.BOUND, "calls")
+    over = sum(depth > slots.BOUND for _, depth in depths)
+    yield Verdict.none(f"samples of a queue longer than {slots.BOUND}", over, len(depths))
     patience = min(5.0, seconds / 2)
     later = Step.of("later", seen, start + 5 * seconds + patience, seconds - patience, depths, capacity, settle=0)
     yield Verdict.at_most(f"p99 {patience:g} s after 5 C, at {again.name}", later.p99_ms, 1.3 * half.p99_ms, "ms")
@@ -195,47 +201,45 @@ def exact(on: Stage, deployment: str, seen: list[Request]) -> Iterator[Verdict]:
 def neighbours(on: Stage, seconds: float) -> Iterator[Step | Verdict]:
     """Half the capacity of one deployment, alone and while another one gets five times of what it can do."""
     capacity = on.capacity(NEIGHBOUR, min(seconds, 5))
-    start = time.monotonic() + _WARM_UP_S
-    calm = on.load(NEIGHBOUR, [Phase(0.5 * capacity, 2 * seconds)], start)
-    flood = on.load(FLOODED, [Phase(5 * capacity, seconds)], start + seconds)
+    calm = on.load(NEIGHBOUR, [Phase(0.5 * capacity, 2 * seconds)])
+    flood = on.load(FLOODED, [Phase(0, seconds), Phase(5 * capacity, seconds)])
     with on.depths(NEIGHBOUR) as depths:
-        generators = on.start(flood)
-        seen = on.run(NEIGHBOUR, calm)
-        flooded = on.finish(FLOODED, generators)
-    alone = Step.of("0.5 C, alone", seen, start, seconds, depths, capacity)
-    beside = Step.of("0.5 C, another at 5 C", seen, start + seconds, seconds, depths, capacity)
+        seen, start = on.run({NEIGHBOUR: calm, FLOODED: flood})
+    alone = Step.of("0.5 C, alone", seen[NEIGHBOUR], start, seconds, depths, capacity)
+    beside = Step.of("0.5 C, another at 5 C", seen[NEIGHBOUR], start + seconds, seconds, depths, capacity)
     yield from (alone, beside)
     yield Verdict.at_most("p99 beside a flood on another deployment", beside.p99_ms / alone.p99_ms, 1.3, "x")
     yield Verdict.none("calls refused beside a flood", beside.refused, beside.sent)
-    yield from exact(on, FLOODED, flooded)
+    yield from exact(on, FLOODED, seen[FLOODED])
+    yield from exact(on, NEIGHBOUR, seen[NEIGHBOUR])
 
 
 def slow_clients(on: Stage, seconds: float) -> Iterator[Step | Verdict]:
     """Half the capacity, then the same beside connections that send a byte now and then."""
     capacity = on.capacity(NEIGHBOUR, min(seconds, 5))
     steps = []
-    for name, trickling in (("0.5 C", 0), (f"0.5 C, {SLOW_CLIENTS} slow clients", SLOW_CLIENTS)):
-        start = time.monotonic() + _WARM_UP_S
-        plans = on.load(NEIGHBOUR, [Phase(0.5 * capacity, seconds)], start)
-        trickle = on.plan(NEIGHBOUR, [Phase(0, seconds)], start, trickling=trickling)
+    for name, trickling in (("0.5 C, all clients quick", 0), (f"0.5 C, {SLOW_CLIENTS} slow clients", SLOW_CLIENTS)):
+        plans = on.load(NEIGHBOUR, [Phase(0.5 * capacity, seconds)])
+        trickle = on.plan(NEIGHBOUR, [Phase(0, seconds)], trickling=trickling)
         with on.depths(NEIGHBOUR) as depths:
-            seen = on.run(NEIGHBOUR, [*plans, trickle])
-        steps.append(Step.of(name, seen, start, seconds, depths, capacity))
+            seen, start = on.run({NEIGHBOUR: [*plans, trickle]})
+        steps.append(Step.of(name, seen[NEIGHBOUR], start, seconds, depths, capacity))
     yield from steps
     yield Verdict.at_most("p99 beside slow clients", steps[1].p99_ms / steps[0].p99_ms, 1.3, "x")
+    yield from exact(on, NEIGHBOUR, seen[NEIGHBOUR])
 
 
 def processor(on: Stage, seconds: float) -> Iterator[Step | Verdict]:
     """The same where the processor is the limit, which calls, gateways and load generators share here."""
     capacity = on.capacity(BURNING, min(seconds, 10))
-    start = time.monotonic() + _WARM_UP_S
     loads = (0.5, 2.0, 5.0)
-    plans = on.load(BURNING, [Phase(load * capacity, seconds) for load in loads], start)
+    plans = on.load(BURNING, [Phase(load * capacity, seconds) for load in loads])
     with on.depths(BURNING) as depths:
-        seen = on.run(BURNING, plans)
+        seen, start = on.run({BURNING: plans})
     for index, load in enumerate(loads):
-        yield Step.of(f"{load:g} C, bound by the processor", seen, start + index * seconds, seconds, depths, capacity)
-    yield from exact(on, BURNING, seen)
+        name = f"{load:g} C, bound by the processor"
+        yield Step.of(name, seen[BURNING], start + index * seconds, seconds, depths, capacity)
+    yield from exact(on, BURNING, seen[BURNING])
 
 
 PARTS: dict[str, Callable[[Stage, float], Iterator[Step | Verdict]]] = {
@@ -246,8 +250,13 @@ PARTS: dict[str, Callable[[Stage, float], Iterator[Step | Verdict]]] = {
 }
 
 
-def main(seconds_per_step: float = FULL_S, parts: list[str] | None = None) -> tuple[str, list[Verdict]]:
-    """Measure; returns the whole of overload.md and what was demanded."""
+def main(seconds_per_step: float = FULL_S, parts: list[str] | None = None) -> tuple[str, bool]:
+    """Measure, all parts or some.
+
+    Returns:
+        The whole of overload.md, and whether all held that was demanded. Counts are demanded always; times only of a
+        full run, which deserves a machine of its own.
+    """
     busy = os.getloadavg()[0]
     rows: list[Step | Verdict] = []
     with stage() as on:
@@ -259,7 +268,8 @@ def main(seconds_per_step: float = FULL_S, parts: list[str] | None = None) -> tu
         f"{machine()}, Python {platform.python_version()}; load average before the run: {busy:.1f}.",
         f"Command: `python -m benchmarks.overload {seconds_per_step:g}`, {seconds_per_step:g} s per step.",
     ]
-    return table(about, rows), [row for row in rows if isinstance(row, Verdict)]
+    demanded = [row for row in rows if isinstance(row, Verdict) and (row.is_exact or seconds_per_step >= FULL_S)]
+    return table(about, rows), all(row.passed for row in demanded)
 
 
 if __name__ == "__main__":
@@ -267,8 +277,8 @@ if __name__ == "__main__":
     parser.add_argument("seconds", nargs="?", type=float, default=FULL_S, help="per step")
     parser.add_argument("--part", action="append", choices=list(PARTS), help="only this; may be given again")
     arguments = parser.parse_args()
-    text, verdicts = main(arguments.seconds, arguments.part)
+    text, passed = main(arguments.seconds, arguments.part)
     print(text)
     if arguments.seconds >= FULL_S and not arguments.part:
         RESULTS.write_text(text)
-    sys.exit(1 if any(not verdict.passed for verdict in verdicts) else 0)
+    sys.exit(0 if passed else 1)
