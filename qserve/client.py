@@ -32,6 +32,7 @@ from qserve.errors import (
     QServeError,
     StreamBroken,
 )
+from qserve.failpoints import reach
 from qserve.link import Link
 from qserve.messages import (
     CHUNK,
@@ -273,6 +274,7 @@ class Client:
     def _flush(self) -> None:
         if not self._batches or self._link.sender is None:
             return  # while the broker is lost, `_refuse_waiting` ends the wait
+        reach("admit")
         writer = self._link.sender
         batches, self._batches = self._batches, {}
         for deployment, batch in batches.items():
@@ -293,6 +295,7 @@ class Client:
                 frames = [(c.id, c.safe, c.frame) for c in calls]
                 queue.put(writer, frames, partial(self._admitted, calls), latest_ms=latest)
         writer.flush()
+        reach("admit-sent")
 
     def _admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
         if isinstance(answer, BrokerUnavailable) and not self._stopped:
@@ -303,6 +306,7 @@ class Client:
             for call in calls:
                 self._refuse(call, BrokerUnavailable(f"Redis refused the call: {answer}"))
             return
+        reach("admitted")
         if answer[0] == -3:
             spawn(self._put_late(calls))
             return
@@ -452,6 +456,7 @@ class Client:
         if pending is not None and pending.channel is None and pending.on_stream is not None:
             self.open_channel(pending)
         if pending is not None and pending.channel is not None:
+            reach("chunk-arrived")
             self._put_off(pending, chunk)
             pending.channel.feed(chunk)
         elif self.on_chunk is not None and self.on_chunk(call, chunk):
@@ -483,6 +488,7 @@ class Client:
         outcome: Outcome = BrokerUnavailable("the result is gone from Redis")
         try:
             assert self._link.sender is not None
+            reach("result-announced")
             sealed = await self._link.sender.call("GETDEL", key)
             if sealed is not None:
                 blob = decode_blob(self.signer.open(sealed))

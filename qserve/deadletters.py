@@ -10,6 +10,7 @@ import msgspec
 from qserve.codec import Codec
 from qserve.durable import NEVER_MS, DurableCall, Terms, decode_durable_call, new_call_id
 from qserve.errors import CallNotFound, DeploymentNotFound, FrameRejected, QServeError
+from qserve.failpoints import reach
 from qserve.keys import Keys
 from qserve.messages import DURABLE, HTTP, Blob, Call, Signer, decode_blob, decode_call, decode_http_request, encode
 from qserve.queues import DEAD_LETTERS_KEPT
@@ -138,7 +139,9 @@ class DeadLetters:
             return self._send_anew(letter, letter.call)
         keys, name, call_id = self._keys, letter.deployment, letter.call.id
         names = (keys.dead_letters(name), keys.calls(name), keys.call(call_id), keys.payload(call_id))
+        reach("revive")
         said = bytes(run_script(self._redis, REVIVE, names, letter.id, call_id)).decode()
+        reach("revived")
         if said == "deleted":
             raise DeploymentNotFound(f"there is no deployment {name!r}")
         if said != "queued":

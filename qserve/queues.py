@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from qserve.channel import Chunk
 from qserve.connection import Answer, Connection, Script
 from qserve.errors import FrameRejected
+from qserve.failpoints import reach
 from qserve.keys import GROUP, Keys
 from qserve.messages import CHUNK, CONTROL, DURABLE, ERROR, SAFE, Call, Control, Reply, Signer, decode_call, encode
 
@@ -323,7 +324,9 @@ def post_tombstone(client: redis.Redis, keys: Keys, deployment: str, replica: st
 
     For whoever saw the process die; uses redis-py, raises its errors.
     """
+    reach("tombstone")
     client.hset(keys.heartbeats(deployment), replica, DEAD)
+    reach("tombstone-set")
     call_neighbours(client, keys, deployment, replica, signer)
 
 

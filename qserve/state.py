@@ -33,6 +33,7 @@ from redis.exceptions import (
 from qserve import primary
 from qserve.broker import tls_problem
 from qserve.errors import BrokerUnavailable, ConfigurationError, FrameRejected
+from qserve.failpoints import reach
 from qserve.keys import GROUP, Keys, is_name
 from qserve.messages import UNREADABLE, Signer, decoder_of, encode
 from qserve.spec import (
@@ -131,7 +132,9 @@ class State:
         route = spec.route_prefix or ""
         frame = self.signer.seal(encode(SignedSpec(expected + 1, spec)))
         arguments = (spec.name, expected, frame, spec.max_queued_requests, route, names.meta(""), GROUP)
+        reach("deploy")
         verdict, *facts = self._script(_DEPLOY, keys, *arguments, secrets.token_hex(16))
+        reach("deployed")
         if verdict == b"route":
             raise ValueError(f"route_prefix '{route}' is already registered.")
         if verdict == b"generation":

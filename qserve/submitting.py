@@ -33,6 +33,7 @@ from qserve.errors import (
     IdempotencyConflict,
     QServeError,
 )
+from qserve.failpoints import reach
 from qserve.messages import (
     ERROR,
     Blob,
@@ -142,6 +143,7 @@ class DurableCalls:
         sender = self._sender()
         if sender is None:
             return  # `link_up` or `link_down` goes on
+        reach("submit")
         collected, self._collected = self._collected, {}
         for deployment, submissions in collected.items():
             for start in range(0, len(submissions), CALLS_PER_ADMIT):
@@ -153,10 +155,12 @@ class DurableCalls:
                 calls = [(each.call, each.frame, each.options) for each in batch]
                 self.records.submit(sender, deployment, calls, self._process, partial(self._answered, batch))
         sender.flush()
+        reach("submit-sent")
 
     def _answered(self, batch: list[Submission], answer: Answer) -> None:
         if isinstance(answer, BrokerUnavailable):
             return  # the connection is lost: `link_up` asks again
+        reach("submitted")
         for place, each in enumerate(batch):
             if self._unconfirmed.pop(each.call.id, None) is not None:
                 if each.options.expires_s is not None:  # nobody tells of a call that no replica looks at
@@ -291,7 +295,9 @@ class DurableCalls:
                 on_answer(answer)
 
         info = ErrorInfo(error.code, type(error).__name__, type(error).__module__, str(error))
+        reach("end-call")
         self.records.end(sender, call_id, state, durable_reply(self._signer, call_id, ERROR, encode(info)), check)
+        reach("end-call-sent")
 
     # The client's life
 

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qserve.channel import Channel
 from qserve.errors import ConfigurationError, PayloadTooLarge, QServeError, StreamBroken
+from qserve.failpoints import reach
 from qserve.messages import HTTP, WEBSOCKET, HttpRequest, HttpResponse, encode
 from qserve.pending import Outcome, PendingCall
 from qserve.settings import Settings
@@ -165,6 +166,7 @@ class Gateway:
             response = _key_refused(exc)
         except ClientLeft:
             return
+        reach("respond")
         if isinstance(response, Stream):
             await self._write_stream(response, scope["method"], request_id, receive, send)
         elif isinstance(response, EventStream):

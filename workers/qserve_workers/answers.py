@@ -9,6 +9,7 @@ import hiredis
 
 from qserve.connection import Answer
 from qserve.errors import BrokerUnavailable
+from qserve.failpoints import reach
 from qserve.link import Link
 from qserve.messages import ERROR, Blob, Call, Reply, Signer, encode, result_id
 from qserve.queues import Entry, ReplicaQueue
@@ -67,11 +68,13 @@ class Answers:
         sender = self._link.sender
         if not self._collected or sender is None:
             return
+        reach("reply")
         collected, self._collected = self._collected, {}
         for caller, replies in collected.items():
             self._batches += 1
             self._send(self._batches, _Batch(caller, replies), is_first=True)
         sender.flush()
+        reach("reply-sent")
 
     def resend(self) -> None:
         """Send again, on a new connection, what the last one did not confirm."""
@@ -117,8 +120,10 @@ class Answers:
         caller, frame = "", b""
         if call is not None:
             caller, frame = call.reply_to, self._signer.seal(encode(Reply(call.id, call.reply_to, ERROR, error)))
+        reach("bury")
         try:
             await self._queue.give_up(self._link.sender, entry.id, reason, caller, frame)
+            reach("buried")
         except BrokerUnavailable as exc:
             logger.debug("could not give up entry %s: %s", entry.id, exc)
 
@@ -141,6 +146,7 @@ class Answers:
             return
         if isinstance(answer, Exception):
             return  # the connection is lost; `resend` follows
+        reach("replied")
         batch = self._sent.pop(number, None)
         if batch is None:
             return

@@ -25,6 +25,7 @@ from qserve.errors import (
     ReplicaDied,
     StreamBroken,
 )
+from qserve.failpoints import reach
 from qserve.link import BLOCK_MS, Link
 from qserve.messages import (
     ERROR,
@@ -247,6 +248,8 @@ class Consumer:
                 self._read_failed(answer)
             return
         self._link.heard()
+        if answer:
+            reach("taken")
         for entry in self.queue.entries(answer):
             self._begin(entry)
         self._read_more()
@@ -328,6 +331,7 @@ class Consumer:
         """Run a call again, once it is noted that it was started: if it kills this replica too, only it is blamed."""
         try:
             assert self._link.sender is not None
+            reach("note-start")
             is_mine = await self.queue.note_start(self._link.sender, entry.id)
         except (BrokerUnavailable, RedisError) as exc:
             logger.warning("could not note that a call runs again: %s", exc)
@@ -335,6 +339,7 @@ class Consumer:
             is_mine = False
             await asyncio.sleep(_NEXT_TRY_S)
         if is_mine:
+            reach("start-noted")
             decode = decode_durable_call if entry.durable else decode_call
             self._start(entry, decode(self._signer.open(entry.frame)))
             return
@@ -351,6 +356,7 @@ class Consumer:
         try:
             if running.unwanted:
                 raise CallCancelled("the caller left before the call ran")
+            reach("run")
             kind, result = await self._runner.run(running)
         except asyncio.CancelledError:
             if entry.id not in self._running:
@@ -365,6 +371,7 @@ class Consumer:
             if call.kind == HTTP and not isinstance(exc, QServeError):
                 logger.exception("Exception in deployment %r, request %s", self.spec.name, running.info.request_id)
             kind, result = ERROR, self._pack_error(exc)
+        reach("ran")
         if self._forget(running):
             self.handled += 1
             self.run_times_ms.append((time.monotonic() - running.started_at) * 1000)

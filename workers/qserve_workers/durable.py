@@ -37,6 +37,7 @@ from qserve.errors import (
     StreamBroken,
     ValueNotSerializable,
 )
+from qserve.failpoints import reach
 from qserve.link import Link
 from qserve.messages import (
     ERROR,
@@ -172,6 +173,7 @@ class DurableRuns:
         try:
             verdict, *facts = await self._note_start(entry, call)
             if verdict == b"run":
+                reach("run-noted")
                 ran = True
                 attempt, failures = facts
                 running.info = DurableCallInfo(call.id, attempt, report=self._reporter(entry, call))
@@ -277,6 +279,7 @@ class DurableRuns:
         sender, settlement = self._link.sender, self._unconfirmed.get(entry)
         if sender is None or settlement is None:
             return
+        reach("settle")
         if settlement.result is not None:
             key = self._keys.payload(result_id(settlement.call.id))
             sender.send(_ignore, "SET", key, settlement.result, "PX", settlement.keep_ms)
@@ -290,12 +293,14 @@ class DurableRuns:
             error=settlement.error,
             on_answer=partial(self._confirmed, entry),
         )
+        reach("settle-sent")
 
     def _confirmed(self, entry: bytes, answer: Answer) -> None:
         if isinstance(answer, hiredis.ReplyError):
             logger.error("Redis refused the result of a durable call, which will be sent again: %s", answer)
             asyncio.get_running_loop().call_later(1.0, self._send, entry)
         elif not isinstance(answer, Exception):  # else the connection is lost; `resend` follows
+            reach("settled")
             self._unconfirmed.pop(entry, None)
 
     def resend(self) -> None:
@@ -391,6 +396,7 @@ class Mover:
         sender = self._link.sender
         if sender is None:
             return _LOOK_EVERY_S
+        reach("due")
         try:
             ours, moved, next_ms, low = await self._records.move_due(
                 sender, self._deployment, self._replica, anyway=anyway
@@ -400,6 +406,8 @@ class Mover:
         except Exception:
             logger.exception("putting due calls on the queue of %s failed", self._deployment)
             return _LOOK_EVERY_S
+        if moved:
+            reach("moved")
         if ours != b"1":
             return _LOOK_EVERY_S
         if moved and (low or next_ms == 0):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import redis
 
 from qserve import primary
+from qserve.failpoints import reach
 from qserve.queues import beat
 from qserve.settings import Settings
 
@@ -103,6 +104,7 @@ class Heartbeat:
         client.close()
 
     def _beat(self, client: redis.Redis, ask: list[bytes]) -> bool:
+        reach("beat")
         try:
             keys = self._settings.keys
             lost = beat(client, keys, self._deployment, self._replica, ask, serving=self._serving)

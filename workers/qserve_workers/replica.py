@@ -21,6 +21,7 @@ from qserve import primary
 from qserve.background import end, spawn
 from qserve.client import Client
 from qserve.errors import BrokerUnavailable, FrameRejected, QServeError
+from qserve.failpoints import reach
 from qserve.handle import codec_of
 from qserve.loading import load_target
 from qserve.messages import Control, encode
@@ -339,6 +340,7 @@ class Replica:
 
     def _say_goodbye(self, all_answered: bool) -> None:
         """Leave nothing behind but calls that were never started, for the neighbours to take."""
+        reach("leave")
         client = primary.client(self._settings.redis_url, _QUICK_TIMEOUT_S)
         try:
             if not leave(client, self._keys, self._name, self._id, all_answered=all_answered):

@@ -22,6 +22,7 @@ from qserve.errors import (
     StreamBroken,
     ValueNotSerializable,
 )
+from qserve.failpoints import reach
 from qserve.link import Link
 from qserve.messages import (
     HTTP,
@@ -120,8 +121,10 @@ class Conversations:
                 running.streams = True
                 running.info.deadline = None
                 self._on_streaming()
+            reach("chunk")
             if self._link.sender is not None:
                 send_chunk(self._link.sender, self._keys, self._signer, to, call.id, chunk, check)
+                reach("chunk-sent")
             else:
                 channel.close(StreamBroken("Redis cannot be reached"))
 
@@ -233,6 +236,7 @@ class Runner:
         blob = decode_blob(self._signer.open(sealed))
         if blob.id != call.id:
             raise FrameRejected("a payload of another call")
+        reach("payload-fetched")
         return blob.data
 
     def _pack_result(self, value: object) -> bytes:

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from qserve.failpoints import reach
+
 logger = logging.getLogger("qserve.node")
 
 BACKOFF_S = (0.1, 10.0)
@@ -103,6 +105,7 @@ class KeptProcess:
             delay = min(2 * delay, BACKOFF_S[1])
 
     async def _run_once(self) -> int:
+        reach("spawn")
         self._process = await asyncio.create_subprocess_exec(
             *self._command(),
             env=self._environment,
@@ -110,6 +113,7 @@ class KeptProcess:
             start_new_session=True,
             preexec_fn=_dies_with_parent(self._death_signal),
         )
+        reach("spawned")
         logger.info("%s: pid %d.", self._what, self._process.pid)
         if self._stopping:  # asked to stop while it was being started
             self._signal(signal.SIGTERM)

@@ -9,6 +9,7 @@ import time
 from qserve.background import end, spawn
 from qserve.connection import Connection
 from qserve.errors import BrokerUnavailable
+from qserve.failpoints import reach
 from qserve.queues import DEAD, LEFT
 from qserve.settings import Settings
 from qserve_workers.consumer import Consumer
@@ -103,11 +104,14 @@ class Takeover:
         while (room := self._consumer.room_to_rerun) or not self._consumer.spec.idempotent:
             # Calls that nobody may run again are only answered: for those there is always room.
             most = min(room, _BATCH) or _BATCH
+            reach("take")
             entries = await self._queue.take(connection, replica, beat, most=most, unsafe_only=not room)
             if not entries:
                 break
+            reach("took")
             total += len(entries)
             self._consumer.take_over(entries)
         if total:
             logger.info("took over %d calls of replica %s", total, replica)
+        reach("retire")
         await self._queue.retire(connection, replica)
