@@ -32,8 +32,8 @@ import threading
 import time
 
 from tests.chaos import report
-from tests.chaos.play import Plan, Result, Run, interleave
-from tests.chaos.runs import replicas
+from tests.chaos.play import Plan, Result, Run, Stage, interleave
+from tests.chaos.runs import gateways, replicas, server
 
 SLICE_LIMIT_S = 290.0
 PART_LIMIT_S = 535.0
@@ -41,19 +41,20 @@ PART_LIMIT_S = 535.0
 
 def runs_of_the_suite() -> tuple[Run, ...]:
     """Every run there is."""
-    return (*replicas.RUNS,)
+    return (*replicas.RUNS, *gateways.RUNS, *server.RUNS)
 
 
 def main() -> int:
     """Play what was asked for, print and save the table."""
     options = _arguments()
-    plan = Plan(options.seed, options.seconds_scale, options.slice)
+    plan = Plan(options.seed, options.seconds_scale, options.slice, Stage(shared=options.slice))
     runs = _chosen(options, plan)
     limit_s = SLICE_LIMIT_S if options.slice else PART_LIMIT_S if options.part else None
     if limit_s is not None:
         _stop_hard_after(limit_s)
     logging.basicConfig(level=logging.ERROR)
     results = [_played(run, plan) for run in runs]
+    plan.stage.close()
     table = report.table(results)
     sys.stdout.write(f"\n{table}\n")
     if options.save:

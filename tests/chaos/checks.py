@@ -68,3 +68,9 @@ def _waited(call: Call, since: float) -> float:
 
 def _is_good(answers: list[Answer]) -> bool:
     return bool(answers) and answers[0].outcome == OK
+
+
+def late_results(evidence: Evidence) -> None:
+    """How many results came from replicas that others had taken the calls from; none of them reached a caller."""
+    count = evidence.cluster.state.counters().get("late_results", 0)
+    evidence.result.figures["results that came too late and were dropped"] = str(count)

@@ -130,8 +130,8 @@ class Cluster:
             self.start_node(number)
         for number in range(self.setup.gateways):
             self.start_gateway(number)
-        for url in self.gateway_urls:
-            self._wait_for(url + "/-/healthz")
+        for number in range(self.setup.gateways):
+            self.wait_for_gateway(number)
         self._wait("every node is there", lambda: len(self.state.nodes()) == self.setup.nodes)
         goals = [self.put(name, "1") for name in ("Safe", "Once")]
         for goal in goals:
@@ -220,6 +220,18 @@ class Cluster:
         for name in ("Safe", "Once"):
             self._wait(f"all replicas of {name} serve", lambda name=name: self._serving(name) == wanted, timeout_s)  # type: ignore[misc]
 
+    def wait_for_gateway(self, number: int) -> None:
+        """Until a gateway answers."""
+        url = f"{self.gateway_urls[number]}/-/healthz"
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(url, timeout=5).close()
+                return True
+            return False
+
+        self._wait(f"{url} answers", answers)
+
     def _serving(self, name: str) -> int:
         return sum(each.state == "SERVING" for each in self.state.replicas(name).values())
 
@@ -229,14 +241,6 @@ class Cluster:
             assert time.monotonic() < deadline, f"waited in vain until {what}\n{self.logs()}"
             time.sleep(0.05)
 
-    def _wait_for(self, url: str) -> None:
-        def answers() -> bool:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(url, timeout=5).close()
-                return True
-            return False
-
-        self._wait(f"{url} answers", answers)
 
 
 def kill_at_once(processes: Iterable[psutil.Process]) -> list[int]:

@@ -19,7 +19,9 @@ PARTS = 5
 
 OK = "ok"
 RESET, BROKEN = "reset", "broken"
-"""The connection broke before an answer; in the middle of one. Other outcomes are HTTP statuses, of handles as well."""
+"""The connection broke before an answer; in the middle of one."""
+INDETERMINATE = "indeterminate"
+"""The caller was told that it may have run or not. Other outcomes are HTTP statuses, of handles as well."""
 
 
 class Order(NamedTuple):

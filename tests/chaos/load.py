@@ -19,7 +19,7 @@ import uvloop
 from qserve.errors import QServeError
 from qserve.handle import get_handle
 from tests.chaos.http import Broken, HttpClient, Response
-from tests.chaos.ledger import BROKEN, OK, RESET, ClientLedger, Order
+from tests.chaos.ledger import BROKEN, INDETERMINATE, OK, RESET, ClientLedger, Order
 
 KINDS: tuple[str, ...] = ("http-safe", "http-once", "http-stream", "http-durable")
 KINDS += ("handle-safe", "handle-once", "handle-stream", "handle-durable")
@@ -131,11 +131,13 @@ class Caller:
         except Broken as exc:
             outcome, detail = (BROKEN if exc.begun else RESET), str(exc)
         except _Refused as exc:
-            outcome, detail = str(exc.response.status), exc.response.body[:200].decode("utf-8", "replace")
+            detail = exc.response.body[:200].decode("utf-8", "replace")
+            outcome = _outcome(exc.response.status, detail)
         except TimeoutError as exc:
             outcome, detail = "504", f"{type(exc).__name__}: {exc}"
         except QServeError as exc:
-            outcome, detail = str(exc.status), f"{type(exc).__name__}: {exc}"
+            detail = f"{type(exc).__name__}: {exc}"
+            outcome = _outcome(exc.status, detail)
         self._ledger.answered(order.id, time.monotonic(), outcome, body, detail)
 
     # Over HTTP
@@ -190,6 +192,10 @@ class Caller:
         order = Order(f"surplus-{self._task.name}-{now:.6f}", "-", 0)
         self._ledger.sent(order, "http-surplus", "http", now, 0)
         self._ledger.answered(order.id, now, "surplus", data, data[:200].decode("latin-1"))
+
+
+def _outcome(status: int, detail: str) -> str:
+    return INDETERMINATE if detail.startswith("Indeterminate") else str(status)
 
 
 class _Refused(Exception):

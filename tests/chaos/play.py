@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Protocol
@@ -30,6 +30,46 @@ _QUIET_S = 15.0
 """How long queues may take to be empty once every call has its outcome."""
 
 
+class Stage:
+    """Where runs take place: each in a cluster of its own, or, in the slice, in one that the run before has left.
+
+    Args:
+        shared: A cluster is kept for the next run that wants the same, unless what it went through was violated.
+    """
+
+    def __init__(self, shared: bool = False) -> None:
+        self._shared = shared
+        self._kept: Cluster | None = None
+
+    @contextmanager
+    def cluster(self, setup: Setup, prepare: "Prepare | None") -> Iterator[Cluster]:
+        """A cluster for the length of a block, in which every replica serves at the beginning."""
+        kept, self._kept = self._kept, None
+        if kept is not None and (kept.setup != setup or prepare is not None):
+            kept.stop()
+            kept = None
+        cluster = kept or started(setup, prepare)
+        try:
+            cluster.wait_until_served()
+            yield cluster
+        except BaseException:
+            cluster.stop()
+            raise
+        if self._shared and prepare is None:
+            self._kept = cluster
+        else:
+            cluster.stop()
+
+    def close(self) -> None:
+        """Stop what is kept."""
+        if self._kept is not None:
+            self._kept.stop()
+            self._kept = None
+
+
+Prepare = Callable[[Cluster], None]
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the suite is run this time.
@@ -42,6 +82,7 @@ class Plan:
     seed: int
     scale: float = 1.0
     is_slice: bool = False
+    stage: Stage = field(default_factory=Stage)
 
     def dice(self, name: str) -> Random:
         """Random numbers of a run, the same for the same seed."""
@@ -102,6 +143,7 @@ class Evidence:
         base: Keys in Redis before the load.
     """
 
+    plan: Plan
     cluster: Cluster
     calls: dict[str, Call]
     strange: dict[str, list[ledger.Run]]
@@ -127,6 +169,7 @@ class LoadRun:
         seconds, short_seconds: How long the load lasts, in the full suite and in the slice.
         rate: Calls per second in the full suite; the slice has `slice_rate`.
         prepare: Called when the server runs and nothing else does yet: puts a proxy before it, say.
+        watch: Entered with the cluster for as long as there is load: takes measurements, which it puts into the result.
         throughout: Excuses that hold for the whole run, because the load itself does the damage.
         checks: Look at what is left; see `checks`.
     """
@@ -141,7 +184,8 @@ class LoadRun:
     load: Load = field(default_factory=Load)
     short_rate: float = 100.0
     setup: Setup = field(default_factory=Setup)
-    prepare: Callable[[Cluster], None] = lambda cluster: None
+    prepare: Prepare | None = None
+    watch: Callable[[Cluster, Result], AbstractContextManager[None]] = lambda cluster, result: nullcontext()
     throughout: Fault | None = None
     checks: tuple[Check, ...] = ()
 
@@ -152,15 +196,17 @@ class LoadRun:
     def play(self, plan: Plan) -> Result:
         """Start a cluster, hurt it under load, and judge."""
         dice, result = plan.dice(self.name), Result(self.name, self.title, plan.seed)
-        with running(self.setup, self.prepare) as cluster:
+        setup = replace(self.setup, replicas=1) if plan.is_slice else self.setup
+        with plan.stage.cluster(setup, self.prepare) as cluster:
             base = int(cluster.redis.dbsize())
-            injected = self._hurt(cluster, plan, dice)
+            with self.watch(cluster, result):
+                injected = self._hurt(cluster, plan, dice)
             result.faults = len(injected)
             if self.throughout is not None:
                 injected.append(Injected(self.throughout, 0.0))
-            calls, strange = ledger.read(cluster.ledgers)
+            calls, strange = ledger.read(cluster.ledgers, f"{self.name}-*")
             result.judgement = judge(calls.values(), injected)
-            evidence = Evidence(cluster, calls, strange, injected, base, result)
+            evidence = Evidence(plan, cluster, calls, strange, injected, base, result)
             for check in (queues_are_empty, *self.checks):
                 check(evidence)
             if not result.holds:
@@ -172,7 +218,7 @@ class LoadRun:
         every_s = self.short_every_s if plan.is_slice else self.every_s
         load = replace(self.load, rate=self.short_rate, durations=_shorter(self.load)) if plan.is_slice else self.load
         injected: list[Injected] = []
-        with calling(cluster, load, seconds, dice):
+        with calling(cluster, load, seconds, dice, self.name):
             end = time.monotonic() + seconds
             at = time.monotonic() + _FIRST_FAULT_S
             for fault in itertools.cycle(self.faults) if self.faults else ():
@@ -188,14 +234,25 @@ def _shorter(load: Load) -> tuple[tuple[float, float], ...]:
     return tuple((share, min(seconds, 1.0)) for share, seconds in load.durations)
 
 
-@contextmanager
-def running(setup: Setup, prepare: Callable[[Cluster], None] = lambda cluster: None) -> Iterator[Cluster]:
-    """A cluster for the length of a block."""
+def started(setup: Setup, prepare: Prepare | None = None) -> Cluster:
+    """A cluster that serves."""
     cluster = Cluster(setup)
     try:
         cluster.start_server()
-        prepare(cluster)
+        if prepare is not None:
+            prepare(cluster)
         cluster.start()
+    except BaseException:
+        cluster.stop()
+        raise
+    return cluster
+
+
+@contextmanager
+def running(setup: Setup, prepare: Prepare | None = None) -> Iterator[Cluster]:
+    """A cluster for the length of a block."""
+    cluster = started(setup, prepare)
+    try:
         yield cluster
     finally:
         cluster.stop()
@@ -209,7 +266,7 @@ def calling(cluster: Cluster, load: Load, seconds: float, dice: Random, name: st
         name: What the ids of its calls begin with; two loads of a cluster need two.
     """
     callers = [
-        _start(cluster, Task(f"{name}{number}", dice.getrandbits(32), load, seconds, cluster.gateway_urls, ""))
+        _start(cluster, Task(f"{name}-{number}", dice.getrandbits(32), load, seconds, cluster.gateway_urls, ""))
         for number in range(load.processes)
     ]
     try:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tests.chaos.faults import Injected
-from tests.chaos.ledger import OK, Answer, Call
+from tests.chaos.ledger import INDETERMINATE, OK, Answer, Call
 
 VERDICTS = ("lost", "stuck", "dup-run", "dup-reply", "swapped", "wrong-code", "late-run")
 """lost: no outcome 2 s after the deadline. stuck: one that came later than 1 s after it. dup-run: what must not run
@@ -24,7 +24,7 @@ class Judgement:
         outcomes: How often calls of each nature ended how: ("safe", "ok") -> 1200.
         violations: Verdict -> a line for each call it fell on.
         reruns: Calls that may run again and did.
-        indeterminate: Calls whose caller was told that they may have run.
+        indeterminate: Calls whose caller was told that they may have run or not.
     """
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -65,7 +65,7 @@ def _judge_answers(call: Call, injected: Sequence[Injected], judgement: Judgemen
         return
     answer = call.answers[0]
     judgement.outcomes[call.nature, answer.outcome] += 1
-    judgement.indeterminate += answer.outcome == "503" and "may have run" in answer.detail
+    judgement.indeterminate += answer.outcome == INDETERMINATE
     late_s = answer.at - call.deadline
     if late_s > LOST_AFTER_S:
         judgement.blame("lost", tell(call))
