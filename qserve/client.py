@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import random
 import secrets
 import threading
 import time
@@ -21,7 +20,6 @@ from qserve.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.connection import Answer, Connection
 from qserve.durable import ANYONE
 from qserve.errors import (
-    BackPressureError,
     BrokerUnavailable,
     CallCancelled,
     DeploymentNotFound,
@@ -49,6 +47,7 @@ from qserve.messages import (
     encode,
     result_id,
 )
+from qserve.pace import Refusals
 from qserve.pending import Outcome, PendingCall
 from qserve.queues import CALLS_PER_ADMIT, CallQueue, send_chunk, send_control
 from qserve.receiver import Receiver
@@ -78,7 +77,8 @@ class Client:
         self.settings = settings
         self.signer = Signer(settings.secrets)
         self.id = secrets.token_hex(16)
-        self.durable = DurableCalls(settings, self.signer, self.id, lambda: self.writer)
+        self._refusals = Refusals(settings.keys, lambda: self.writer)
+        self.durable = DurableCalls(settings, self.signer, self.id, lambda: self.writer, self._refusals)
         self.on_control: Callable[[str, Control], None] | None = None
         self.on_chunk: Callable[[str, Chunk], bool] | None = None
         self._keys = settings.keys
@@ -301,36 +301,31 @@ class Client:
         if isinstance(answer, BrokerUnavailable) and not self._stopped:
             for call in calls:
                 call.is_unanswered = True  # Redis may have taken it: the next link finds out
-            return
-        if isinstance(answer, Exception):
-            for call in calls:
-                self._refuse(call, BrokerUnavailable(f"Redis refused the call: {answer}"))
-            return
-        reach("admitted")
+        elif isinstance(answer, Exception):
+            self._refuse_all(calls, BrokerUnavailable(f"Redis refused the call: {answer}"))
+        elif answer[0] < 0:
+            self._not_admitted(calls, answer)
+        else:
+            for call, entry in zip(calls, answer[1:], strict=True):
+                if entry is None:
+                    self._refuse(call, self._full(call.deployment, answer[0]))
+                    continue
+                self.tally["accepted"] += 1
+                call.admitted(entry)
+                if call.id not in self._pending:  # ended before it was admitted
+                    self._withdraw_entry(call)
+
+    def _not_admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
+        name = calls[0].deployment
         if answer[0] == -3:
             spawn(self._put_late(calls))
-            return
-        if answer[0] == -4 and self.tally["accepted"]:
+        elif answer[0] == -4 and self.tally["accepted"]:
             self._wait_for_state(calls)
-            return
-        if answer[0] < 0:
-            name = calls[0].deployment
-            refusal: QServeError = (
-                DeploymentNotFound(f"there is no deployment {name!r}")
-                if answer[0] in (-1, -4)
-                else DeploymentUnavailable(f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}")
-            )
-            for call in calls:
-                self._refuse(call, refusal)
-            return
-        for call, entry in zip(calls, answer[1:], strict=True):
-            if entry is None:
-                self._refuse(call, self._full(call.deployment, answer[0]))
-                continue
-            self.tally["accepted"] += 1
-            call.admitted(entry)
-            if call.id not in self._pending:  # ended before it was admitted
-                self._withdraw_entry(call)
+        elif answer[0] == -2:
+            why = f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}"
+            self._refuse_all(calls, DeploymentUnavailable(why))
+        else:
+            self._refuse_all(calls, DeploymentNotFound(f"there is no deployment {name!r}"))
 
     async def _put_late(self, calls: Sequence[PendingCall]) -> None:
         """Put again what Redis took too late, or only seemed to because its clock has jumped."""
@@ -355,16 +350,15 @@ class Client:
         if call.id in self._pending:
             self._collect(call)
 
+    def _refuse_all(self, calls: Sequence[PendingCall], error: QServeError) -> None:
+        for call in calls:
+            self._refuse(call, error)
+
     def _refuse(self, call: PendingCall, error: QServeError) -> None:
         self._drop_payload(call)
         if call.id in self._pending:
             self.tally[f"refused {error.code}"] += 1
         self._finish(call, error)
-
-    @staticmethod
-    def _full(deployment: str, depth: int) -> BackPressureError:
-        message = f"the queue of {deployment!r} is full ({depth} calls wait or run): try again later"
-        return BackPressureError(message, retry_after=random.uniform(1, 3))  # noqa: S311
 
     # Outcomes
 

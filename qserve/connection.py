@@ -47,6 +47,8 @@ class Connection(asyncio.Protocol):
         self._reader = hiredis.Reader(notEnoughData=_NOTHING, replyError=self._error)
         self._waiting: deque[Callable[[Answer], None]] = deque()
         self._out: list[bytes] = []
+        self.heard = 0
+        """How often data has come, for whoever watches that it does."""
         self._transport: asyncio.Transport | None = None
         self._on_lost = on_lost
 
@@ -189,6 +191,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         reader, waiting = self._reader, self._waiting
+        self.heard += 1
         reader.feed(data)
         try:
             while (answer := reader.gets()) is not _NOTHING:

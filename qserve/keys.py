@@ -92,6 +92,16 @@ class Keys:
         return self._key("instance")
 
     @property
+    def run_id(self) -> str:
+        """String: run id of the server process that was seen last, where calls are strict."""
+        return self._key("run_id")
+
+    @property
+    def before(self) -> str:
+        """Hash: deployment -> the last entry that it had when the server was replaced, where calls are strict."""
+        return self._key("before")
+
+    @property
     def log(self) -> str:
         """Stream of changes of the desired state; gateways, nodes and replicas follow it."""
         return self._key("log")

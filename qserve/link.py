@@ -9,14 +9,16 @@ from collections.abc import Awaitable, Callable
 from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
-from qserve.connection import Connection
+from qserve.connection import Answer, Connection
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
 logger = logging.getLogger(__name__)
 
 BLOCK_MS = 1000
 """How long a blocking read waits; short, so that no half-open connection is believed in for long."""
-_SILENCE_S = 3 * BLOCK_MS / 1000
+CHECK_EVERY_S = 1.0
+_SILENT_CHECKS = 3
+_UP_TIMEOUT_S = 10.0
 _LONGEST_DELAY_S = 2.0
 PATIENCE_S = 1.0
 """How long work waits for a lost broker before it is refused."""
@@ -42,7 +44,8 @@ class Link:
         self.sender: Connection | None = None
         self.waiter: Connection | None = None
         self.losses = 0
-        self._heard_at = 0.0
+        self._heard = (0, 0)
+        self._silent_checks = 0
 
     async def start(self) -> None:
         """Connect.
@@ -58,13 +61,26 @@ class Link:
         await end(self._keeper)
         self._disconnect()
 
-    def heard(self) -> None:
-        """The waiter has answered; without this for three blocking reads the pair counts as lost."""
-        self._heard_at = time.monotonic()
+    def check(self) -> None:
+        """Give up a pair of which one owes an answer and has been silent for three of these checks, as a half-open
+        connection is; to be called every CHECK_EVERY_S.
 
-    def is_silent(self) -> bool:
-        """Whether the waiter has not answered for too long, as a half-open connection does."""
-        return self.waiter is not None and time.monotonic() - self._heard_at > _SILENCE_S
+        Checks are counted instead of seconds: a process that was frozen finds answers it has not read yet.
+        """
+        sender, waiter = self.sender, self.waiter
+        if sender is None or waiter is None:
+            self._silent_checks = 0
+            return
+        heard = (-1 if sender.is_idle else sender.heard, -1 if waiter.is_idle else waiter.heard)
+        is_silent = any(old == new != -1 for old, new in zip(self._heard, heard, strict=True))
+        self._silent_checks = self._silent_checks + 1 if is_silent else 0
+        self._heard = heard
+        if self._silent_checks >= _SILENT_CHECKS:
+            logger.warning("Redis has fallen silent")
+            self._silent_checks = 0
+            self.lose()
+        elif sender.is_idle:
+            sender.send(_ignore, "PING")  # so that it owes one
 
     def lose(self) -> None:
         """Give up this pair and make another."""
@@ -85,9 +101,12 @@ class Link:
             sender.close()
             raise
         self.sender, self.waiter = sender, waiter
-        self.heard()
         try:
-            await self._on_up()
+            async with asyncio.timeout(_UP_TIMEOUT_S):
+                await self._on_up()
+        except TimeoutError as exc:
+            self._disconnect()
+            raise BrokerUnavailable("Redis was connected, but did not answer") from exc
         except RedisError as exc:
             self._disconnect()
             wrong = str(exc).startswith(("NOAUTH", "NOPERM", "WRONGPASS"))
@@ -107,13 +126,20 @@ class Link:
             await self._lost.wait()
             self._lost.clear()
             logger.warning("lost the connection to Redis; reconnecting")
-            lost_at, delay = time.monotonic(), 0.05
+            lost_at, delay, told = time.monotonic(), 0.05, ""
             while self.sender is None:
                 try:
                     await self._connect()
-                except QServeError:
+                except QServeError as exc:
+                    if isinstance(exc, ConfigurationError) and str(exc) != told:
+                        told = str(exc)
+                        logger.error("Redis cannot be used: %s", told)  # waiting does not mend it
                     if time.monotonic() - lost_at > PATIENCE_S:
                         self._on_long_loss()
                     await asyncio.sleep(random.uniform(0, delay))  # noqa: S311
                     delay = min(delay * 2, _LONGEST_DELAY_S)
             logger.info("connected to Redis again")
+
+
+def _ignore(_answer: Answer) -> None:
+    """For commands whose failure shows elsewhere."""

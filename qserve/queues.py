@@ -7,6 +7,7 @@ what that costs).
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -41,7 +42,7 @@ def _load(name: str) -> Script:
 ADMIT, FIND, REPLY = _load("admit"), _load("find"), _load("reply")
 TELL, PRESENT = _load("tell"), _load("present")
 BEAT, TAKE, START, RETIRE = _load("beat"), _load("take"), _load("start"), _load("retire")
-DEAD_LETTER, CANCEL = _load("dead"), _load("cancel")
+DEAD_LETTER, CANCEL, EPOCH = _load("dead"), _load("cancel"), _load("epoch")
 
 class Entry(NamedTuple):
     """A call's entry as Redis delivers it.
@@ -135,7 +136,7 @@ class Inbox:
 
     def has_seen(self, message: bytes) -> bool:
         """Whether a message was read."""
-        return _order(message) <= _order(self._last)
+        return order(message) <= order(self._last)
 
     def trim(self, connection: Connection) -> None:
         """Delete what was seen."""
@@ -261,6 +262,15 @@ class ReplicaQueue:
             if consumer[b"pending"] and consumer[b"name"].decode() not in beats:
                 await connection.call("HSETNX", self._heartbeats, consumer[b"name"], 0)
 
+    async def last_from_before(self, connection: Connection) -> bytes | None:
+        """The last entry from before the server was restarted or replaced, None where it was not."""
+        info = await connection.call("INFO", "server")
+        found = re.search(rb"run_id:(\w+)", info)
+        names = (self._keys.run_id, self._keys.deployments, self._keys.before)
+        run_id = found[1] if found else b""
+        last: bytes | None = await EPOCH.call(connection, names, run_id, self._keys.calls(""), self.deployment)
+        return last
+
     async def retire(self, connection: Connection, replica: str) -> bool:
         """Forget a replica if nothing is pending for it."""
         return bool(
@@ -373,11 +383,12 @@ def _ignore(_answer: Answer) -> None:
     """For commands whose failure shows elsewhere."""
 
 
-def _order(entry: bytes) -> tuple[int, int]:
+def order(entry: bytes) -> tuple[int, int]:
+    """What entry ids are compared by."""
     ms, _, sequence = entry.partition(b"-")
     return int(ms), int(sequence)
 
 
 def _next_id(entry: bytes) -> str:
-    ms, sequence = _order(entry)
+    ms, sequence = order(entry)
     return f"{ms}-{sequence + 1}"

@@ -10,7 +10,7 @@ import hiredis
 from qserve.connection import Answer, Connection
 from qserve.errors import FrameRejected
 from qserve.keys import Keys
-from qserve.link import BLOCK_MS, Link
+from qserve.link import BLOCK_MS, CHECK_EVERY_S, Link
 from qserve.messages import UNREADABLE, Reply, Signer, decode_reply
 from qserve.queues import ALIVE_TTL_MS, Inbox
 
@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 _FRAMES_PER_READ = 512
 _TRIM_EVERY = 512 * 1024
 """Bytes: what is streamed to this process must not pile up behind it."""
-_TICK_S = 1.0
 
 
 class Receiver:
@@ -59,7 +58,8 @@ class Receiver:
         """Say that the inbox is read, trim it, and notice a link that has fallen silent; `on_tick` every second."""
         next_word = 0.0
         while True:
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(CHECK_EVERY_S)
+            self._link.check()
             if self._link.sender is None:
                 continue
             now = time.monotonic()
@@ -68,9 +68,6 @@ class Receiver:
                 next_word = now + ALIVE_TTL_MS / 3000
             self._inbox.trim(self._link.sender)
             on_tick()
-            if self._link.is_silent():
-                logger.warning("Redis has fallen silent")
-                self._link.lose()
 
     def _read(self) -> None:
         if self._link.waiter is not None:
@@ -82,7 +79,6 @@ class Receiver:
                 logger.warning("reading replies failed: %s", answer)
                 self._link.lose()
             return
-        self._link.heard()
         frames = self._inbox.frames(answer)
         self._read()
         for frame in frames:

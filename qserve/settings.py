@@ -54,6 +54,10 @@ class Settings(BaseSettings):
     dead_after_s: float = Field(default=5.0, gt=0)
     max_loop_stall_s: float = Field(default=30.0, gt=0)
     max_deliveries: int = Field(default=3, ge=1)
+    autorestore: bool = True
+    """Put back what was deployed when the server has lost it."""
+    strict: bool = False
+    """Unsafe calls of before a restart or failover of the server are answered with `Indeterminate`, not run."""
     log_level: str = "INFO"
     debug: bool = False
     """Put tracebacks of plain deployments into HTTP bodies."""

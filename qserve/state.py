@@ -320,6 +320,16 @@ async def last_log_id(client: "redis.asyncio.Redis", keys: Keys) -> str:
     return newest[0][0].decode() if newest else "0-0"
 
 
+async def ask(client: "redis.asyncio.Redis", *command: Any) -> Any:
+    """The answer to a command.
+
+    Raises:
+        BrokerUnavailable, ConfigurationError: There is none.
+    """
+    with _our_errors(client):
+        return await _ask(client, *command)
+
+
 async def _ask(client: "redis.asyncio.Redis", *command: Any) -> Any:
     return await client.execute_command(*command)  # type: ignore[no-untyped-call]
 

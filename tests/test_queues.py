@@ -52,7 +52,8 @@ class Queue:
         self.redis.set(ALIVE, "1", px=60_000)
 
     def put(self, *names: str, flags: str = "") -> list[Any]:
-        answer: list[Any] = self.run(ADMIT, (STREAM, META, "instance"), 0, *(part for name in names for part in (name, flags, name)))
+        calls = (part for name in names for part in (name, flags, name))
+        answer: list[Any] = self.run(ADMIT, (STREAM, META, "instance"), 0, *calls)
         return answer
 
     def read(self, replica: str, most: int = 10) -> list[bytes]:

@@ -10,6 +10,7 @@ from qserve.background import spawn
 from qserve.client import Client
 from qserve.connection import Answer
 from qserve.errors import BrokerUnavailable, ConfigurationError
+from qserve.memory import Memory
 from qserve.messages import encode
 from qserve.spec import GatewayInfo
 from qserve.state import Change, Snapshot, connect_asyncio, follow, read_snapshot
@@ -36,6 +37,8 @@ class Follower:
         self._info = info
         self._apply = apply
         self._redis = connect_asyncio(client.settings.redis_url)
+        settings = client.settings
+        self._memory = Memory(settings.keys, client.signer, restores=settings.autorestore)
 
     async def start(self) -> None:
         """Apply the state as it is now, without telling anybody yet.
@@ -82,7 +85,8 @@ class Follower:
 
     async def _catch_up(self) -> None:
         # The whole state, whatever changed: it is small, and nothing can be missed.
-        snapshot = await read_snapshot(self._redis, self._settings.keys, self._client.signer)
+        found = await read_snapshot(self._redis, self._settings.keys, self._client.signer)
+        snapshot = await self._memory.compare(self._redis, found)
         self._apply(snapshot)
         self._info = msgspec.structs.replace(self._info, applied=snapshot.log_id)
 

@@ -65,7 +65,9 @@ class Announcer:
             self._say_alive()
 
     def resume(self) -> None:
-        """Try again now what could not be written."""
+        """Try again now what could not be written; a server that was away may have forgotten the rest."""
+        if self._info is not None:
+            self.publish(self._info)
         if self._pause:
             self._pause = 0.0
             self._flush()

@@ -20,13 +20,14 @@ from qserve.errors import (
     BrokerUnavailable,
     CallCancelled,
     FrameRejected,
+    Indeterminate,
     PoisonCall,
     QServeError,
     ReplicaDied,
     StreamBroken,
 )
 from qserve.failpoints import reach
-from qserve.link import BLOCK_MS, Link
+from qserve.link import BLOCK_MS, CHECK_EVERY_S, Link
 from qserve.messages import (
     ERROR,
     HTTP,
@@ -36,7 +37,7 @@ from qserve.messages import (
     decode_call,
     encode,
 )
-from qserve.queues import Entry, ReplicaQueue
+from qserve.queues import Entry, ReplicaQueue, order
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
 from qserve_workers.answers import Answers
@@ -50,6 +51,7 @@ _REMEMBERED = 8192
 _SUSPECTS_KEPT = 16
 _LAST_WORD_S = 2.0
 _NEXT_TRY_S = 0.2
+_FORGOTTEN = "Redis was restarted or replaced and may have lost that the call ran: it does not run again"
 _UNTOLD = "the replica was stopped before the call ended; it may have run in part, so it is not run again"
 
 
@@ -91,6 +93,7 @@ class Consumer:
         self._recent: dict[str, bytes] = {}
         self._less_recent: dict[str, bytes] = {}
         self._unwanted: dict[bytes, None] = {}
+        self._before = (0, 0)
         self._accepting = False
         self._reading = False
         self._waiter_id = 0
@@ -163,6 +166,10 @@ class Consumer:
         """The connections, for whoever takes over calls on behalf of this replica."""
         return self._link
 
+    def count(self, metric: str, by: int = 1) -> None:
+        """Raise one of the namespace's counters."""
+        self._answers.count(metric, by)
+
     @property
     def running(self) -> int:
         """How many calls are taken and not answered."""
@@ -185,6 +192,8 @@ class Consumer:
         await self.queue.open(sender)
         self._waiter_id = await waiter.call("CLIENT", "ID")
         await self._clock.sample(sender)
+        if self._settings.strict:
+            self._before = order(await self.queue.last_from_before(sender) or b"0-0")
         if self._link.losses:
             # A batch delivered into the dying connection is ours, but never arrived.
             known = {*self._running, *(entry.id for entry in self._suspects), *self.durable.settled}
@@ -196,11 +205,12 @@ class Consumer:
         self._read_more()
 
     async def _sample_clock(self) -> None:
+        sample_at = time.monotonic() + SAMPLE_EVERY_S
         while True:
-            await asyncio.sleep(SAMPLE_EVERY_S)
-            if self._link.is_silent() and self._reading:
-                self._link.lose()
-            elif self._link.sender is not None:
+            await asyncio.sleep(CHECK_EVERY_S)
+            self._link.check()
+            if self._link.sender is not None and time.monotonic() >= sample_at:
+                sample_at = time.monotonic() + SAMPLE_EVERY_S
                 try:
                     await self._clock.sample(self._link.sender)
                 except QServeError as exc:
@@ -247,11 +257,11 @@ class Consumer:
             if isinstance(answer, hiredis.ReplyError):
                 self._read_failed(answer)
             return
-        self._link.heard()
         if answer:
             reach("taken")
         for entry in self.queue.entries(answer):
-            self._begin(entry)
+            if entry.id not in self._running:  # else the server has forgotten that it gave it to us, and did so again
+                self._begin(entry)
         self._read_more()
 
     def _read_failed(self, error: Exception) -> None:
@@ -280,27 +290,32 @@ class Consumer:
             call = decode(self._signer.open(entry.frame))
             if call.deployment != self.spec.name:
                 raise FrameRejected(f"a call to {call.deployment!r}")
-            if not entry.durable and self._seen(call.id, entry.id) != entry.id:
+            first = None if entry.durable else self._seen(call.id, entry.id)
+            if first not in (None, entry.id):
                 raise FrameRejected("a call that was put before")
         except (FrameRejected, msgspec.DecodeError) as exc:
             spawn(self._answers.reject(entry, exc))
             return
         if entry.id in self._unwanted and not entry.durable:
             self._answers.add(entry.id, call, ERROR, self._pack_error(CallCancelled("the caller left first")))
-        elif entry.deliveries == 1:
-            self._start(entry, call)
-        else:
+        elif entry.deliveries > 1:
             self._begin_again(entry, call)
+        elif (first or order(entry.id) <= self._before) and not (call.safe or self.spec.idempotent):
+            # The server has forgotten that it gave this call out, to us or, where it is strict about it, to anybody.
+            self.count("indeterminate")
+            self._answers.add(entry.id, call, ERROR, self._pack_error(Indeterminate(_FORGOTTEN)))
+        else:
+            self._start(entry, call)
 
-    def _seen(self, call_id: str, entry: bytes) -> bytes:
-        """The first entry that this replica has seen of a call: a frame replayed on the queue has another one."""
+    def _seen(self, call_id: str, entry: bytes) -> bytes | None:
+        """The entry of a call that this replica has seen before, if any: a frame replayed on the queue has another."""
         first = self._recent.get(call_id) or self._less_recent.get(call_id)
         if first is not None:
             return first
         if len(self._recent) >= _REMEMBERED:
             self._recent, self._less_recent = {}, self._recent
         self._recent[call_id] = entry
-        return entry
+        return None
 
     def _start(self, entry: Entry, call: Call) -> None:
         running = RunningCall(entry, call, self._runner.code.needs_thread(call.method))

@@ -26,6 +26,7 @@ from qserve import embedded, rollout
 from qserve.background import end
 from qserve.errors import QServeError
 from qserve.local import InstanceRecord, is_running
+from qserve.memory import Memory
 from qserve.messages import Signer, encode
 from qserve.settings import Settings
 from qserve.spec import HEALTHY, DeploymentSpec, NodeInfo, ReplicaInfo
@@ -97,6 +98,7 @@ class Node:
         self._redis = connect_asyncio(settings.redis_url)
         self._state = State(settings.redis_url, settings.keys, self._signer)
         self._snapshot = Snapshot()
+        self._memory = Memory(self._keys, self._signer, restores=settings.autorestore)
         self._valkey: KeptProcess | None = None
         self._gateways: list[KeptProcess] = []
         self._gateway_port = options.port
@@ -246,7 +248,8 @@ class Node:
     async def _read_state(self) -> Snapshot:
         while True:
             try:
-                return await read_snapshot(self._redis, self._keys, self._signer)
+                found = await read_snapshot(self._redis, self._keys, self._signer)
+                return await self._memory.compare(self._redis, found)
             except QServeError as exc:
                 logger.warning("Cannot read the state, trying again: %s", exc)
                 await asyncio.sleep(_TICK_S[0])

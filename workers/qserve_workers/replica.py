@@ -24,6 +24,7 @@ from qserve.errors import BrokerUnavailable, FrameRejected, QServeError
 from qserve.failpoints import reach
 from qserve.handle import codec_of
 from qserve.loading import load_target
+from qserve.memory import restore
 from qserve.messages import Control, encode
 from qserve.process import new_event_loop, set_current_client
 from qserve.queues import call_neighbours, leave
@@ -135,6 +136,7 @@ class Replica:
         self._deployed: Deployed | None = None
         self._state = ""
         self._published: ReplicaInfo | None = None
+        self._published_at_loss = 0
         self._changed = asyncio.Event()
         self._code: UserCode
         self._consumer: Consumer
@@ -192,10 +194,18 @@ class Replica:
         except redis.RedisError as exc:
             raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
         try:
+            if meta[0] is None and self._deployed is not None:  # deleting leaves the generation
+                return await self._remember(self._deployed)
             return decode_deployed(self._client.signer, self._name, meta)
         except FrameRejected as exc:
             logger.error("Ignoring the spec of deployment %r: %s", self._name, exc)
             return self._deployed
+
+    async def _remember(self, deployed: Deployed) -> Deployed:
+        """The server has lost what was deployed: that is no wish to end it."""
+        if self._settings.autorestore and await restore(self._redis, self._keys, self._client.signer, [deployed]):
+            logger.warning("Deployment %s: Redis has lost it; it was put back", self._name)
+        return deployed
 
     async def _backoff(self) -> None:
         """Wait before another try after failed constructors; a new deploy is tried at once."""
@@ -399,9 +409,9 @@ class Replica:
             p50_ms=round(times[len(times) // 2], 3) if times else None,
             p99_ms=round(times[len(times) * 99 // 100], 3) if times else None,
         )
-        sender = self._consumer.link.sender
-        if info != self._published and sender is not None:
-            self._published = info
+        sender, losses = self._consumer.link.sender, self._consumer.link.losses
+        if (info != self._published or losses != self._published_at_loss) and sender is not None:
+            self._published, self._published_at_loss = info, losses
             sender.send(lambda _: None, "HSET", self._keys.replicas(self._name), self._id, encode(info))
 
     def _report_deployed(self, deployed: Deployed) -> None:

@@ -39,6 +39,7 @@ class Takeover:
         self._queue = consumer.queue
         self._replica = replica
         self._seen: dict[str, tuple[bytes, float]] = {}
+        self._own: tuple[bytes, float] = (b"", 0.0)
         self._last_round = 0.0
         self._orphans_at = time.monotonic() + _ORPHANS_EVERY_S
         self._wanted = asyncio.Event()
@@ -80,7 +81,7 @@ class Takeover:
         now = time.monotonic()
         paused = now - started > _LONGEST_ROUND_S or now - self._last_round > 3 * self._settings.beat_interval_s
         self._last_round = now
-        if paused:
+        if paused or not self._beats_myself(beats.get(self._replica, b""), now):
             self._seen.clear()
         gone = [(id_, beat) for id_, beat in beats.items() if id_ != self._replica and self._is_gone(id_, beat, now)]
         self._seen = {id_: seen for id_, seen in self._seen.items() if id_ in beats}
@@ -89,6 +90,12 @@ class Takeover:
         if now >= self._orphans_at:
             self._orphans_at = now + _ORPHANS_EVERY_S
             await self._queue.adopt_orphans(connection)
+
+    def _beats_myself(self, beat: bytes, now: float) -> bool:
+        """Whether this replica's own counter moves: where it does not, Redis takes nobody's beats."""
+        if beat != self._own[0]:
+            self._own = (beat, now)
+        return now - self._own[1] < 3 * self._settings.beat_interval_s
 
     def _is_gone(self, replica: str, beat: bytes, now: float) -> bool:
         if beat in (DEAD.encode(), LEFT.encode()):
@@ -113,5 +120,6 @@ class Takeover:
             self._consumer.take_over(entries)
         if total:
             logger.info("took over %d calls of replica %s", total, replica)
+            self._consumer.count("taken_over", total)
         reach("retire")
         await self._queue.retire(connection, replica)

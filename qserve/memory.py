@@ -1,0 +1,77 @@
+"""What a process remembers of the desired state, for the day on which the server has forgotten it."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from logging import getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qserve.keys import GROUP, Keys
+from qserve.messages import Signer, encode
+from qserve.spec import Deployed, SignedSpec
+from qserve.state import Snapshot, ask, read_snapshot
+
+if TYPE_CHECKING:
+    import redis.asyncio
+
+logger = getLogger(__name__)
+
+_RESTORE = (Path(__file__).parent / "lua/restore.lua").read_text()
+
+
+class Memory:
+    """The newest snapshot that a process has followed.
+
+    A server that comes back without its data has no history of the state, or another one: that nothing is deployed
+    there then is no wish to undeploy everything.
+
+    Args:
+        restores: Put back what is forgotten; else go on as before until somebody deploys.
+    """
+
+    def __init__(self, keys: Keys, signer: Signer, *, restores: bool) -> None:
+        self._keys = keys
+        self._signer = signer
+        self._restores = restores
+        self._known = Snapshot()
+
+    async def compare(self, client: "redis.asyncio.Redis", found: Snapshot) -> Snapshot:
+        """The state to follow: what was found, or what is known where the server has lost it.
+
+        Raises:
+            BrokerUnavailable: It cannot be put back now.
+        """
+        if not self._known.instance or found.instance == self._known.instance:
+            self._known = found
+            return found
+        if self._restores:
+            count = await restore(client, self._keys, self._signer, self._known.deployments.values())
+            http = self._signer.seal(encode(self._known.http))
+            await ask(client, "SET", self._keys.http_options, http, "NX")
+            # Last: whoever finds the history finds all of it.
+            await ask(client, "SET", self._keys.instance, self._known.instance, "NX")
+            if count:
+                logger.warning("Redis has lost what was deployed; %d deployments were put back", count)
+            self._known = await read_snapshot(client, self._keys, self._signer)
+        elif found.instance:
+            self._known = found
+        else:
+            logger.error("Redis has lost what was deployed. Going on as before; deploy again to change anything.")
+            return replace(self._known, log_id=found.log_id)
+        return self._known
+
+
+async def restore(client: "redis.asyncio.Redis", keys: Keys, signer: Signer, known: Iterable[Deployed]) -> int:
+    """Put back deployments that the server has forgotten, as they were; returns how many.
+
+    Raises:
+        BrokerUnavailable: Redis cannot be reached.
+    """
+    count = 0
+    for deployed in known:
+        spec = deployed.spec
+        names = (keys.meta(spec.name), keys.deployments, keys.log, keys.calls(spec.name))
+        frame = signer.seal(encode(SignedSpec(deployed.generation, spec)))
+        what = (spec.name, deployed.generation, frame, spec.max_queued_requests, spec.route_prefix or "")
+        count += await ask(client, "EVAL", _RESTORE, len(names), *names, *what, deployed.state, deployed.error, GROUP)
+    return count
