@@ -308,7 +308,7 @@ class Client:
         else:
             for call, entry in zip(calls, answer[1:], strict=True):
                 if entry is None:
-                    self._refuse(call, self._full(call.deployment, answer[0]))
+                    self._refuse(call, self._refusals.refusal(call.deployment, answer[0]))
                     continue
                 self.tally["accepted"] += 1
                 call.admitted(entry)

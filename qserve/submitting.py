@@ -22,7 +22,6 @@ from qserve.durable import (
     new_call_id,
 )
 from qserve.errors import (
-    BackPressureError,
     BrokerUnavailable,
     CallCancelled,
     CallNotFound,
@@ -46,6 +45,7 @@ from qserve.messages import (
     encode,
     result_id,
 )
+from qserve.pace import Refusals
 from qserve.queues import CALLS_PER_ADMIT, send_control
 from qserve.records import Records, durable_reply, load_scripts
 from qserve.settings import Settings
@@ -93,10 +93,16 @@ class DurableCalls:
     Args:
         process: Id of the inbox that gets the outcomes.
         sender: The connection for commands, None while there is none.
+        refusals: The errors for full queues.
     """
 
     def __init__(
-        self, settings: Settings, signer: Signer, process: str, sender: Callable[[], Connection | None]
+        self,
+        settings: Settings,
+        signer: Signer,
+        process: str,
+        sender: Callable[[], Connection | None],
+        refusals: Refusals,
     ) -> None:
         self.records = Records(settings.keys)
         self._settings = settings
@@ -104,6 +110,7 @@ class DurableCalls:
         self._signer = signer
         self._process = process
         self._sender = sender
+        self._refusals = refusals
         self._collected: dict[str, list[Submission]] = {}
         self._unconfirmed: dict[str, Submission] = {}
         self._watchers: dict[str, list[Watcher]] = {}
@@ -166,7 +173,7 @@ class DurableCalls:
                 if each.options.expires_s is not None:  # nobody tells of a call that no replica looks at
                     later = each.options.expires_s + _EXPIRY_SHOWS_S
                     asyncio.get_running_loop().call_later(later, self._look_if_watched, each.call.id)
-                each.on_admitted(_verdict(each.call, answer, place))
+                each.on_admitted(_verdict(each.call, answer, place, self._refusals))
 
     def _look_if_watched(self, call_id: str) -> None:
         if call_id in self._watchers:
@@ -336,7 +343,7 @@ class DurableCalls:
             self._end(call_id, CallCancelled("the client was stopped before the call ended; the call goes on"))
 
 
-def _verdict(call: DurableCall, answer: Answer, place: int) -> str | QServeError:
+def _verdict(call: DurableCall, answer: Answer, place: int, refusals: Refusals) -> str | QServeError:
     name = call.deployment
     if isinstance(answer, Exception):
         return answer if isinstance(answer, QServeError) else BrokerUnavailable(f"Redis refused the call: {answer}")
@@ -346,7 +353,7 @@ def _verdict(call: DurableCall, answer: Answer, place: int) -> str | QServeError
         return DeploymentUnavailable(f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}")
     found = answer[1 + place]
     if found is None:
-        return BackPressureError(f"the queue of {name!r} is full ({answer[0]} calls wait or run): try again later")
+        return refusals.refusal(name, answer[0])
     said, _, other = bytes(found).decode().partition(":")
     if said == "other":
         return IdempotencyConflict("another request was sent with this idempotency key before")
