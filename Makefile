@@ -4,6 +4,7 @@
 #   make test     all tests (ARGS="tests/test_codec.py -k numpy" for some)
 #   make check    ruff and mypy
 #   make bench    the table of benchmarks/results.md (BENCH_PEERS=dir adds the peers)
+#   make chaos    break everything under load, for an hour (ARGS="--part 2/8", "--slice", "--runs K1,K5")
 #   make docs     run what README.md and docs/ show
 #   make clean    remove .venv and caches
 
@@ -13,7 +14,7 @@ ARGS ?=
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: run test check bench docs clean
+.PHONY: run test check bench chaos docs clean
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -27,6 +28,9 @@ check: $(READY)
 
 bench: $(READY)
 	@$(VENV)/bin/python -m benchmarks.bench
+
+chaos: $(READY)
+	@$(VENV)/bin/python -m tests.chaos $(ARGS)
 
 docs: $(READY)
 	@$(VENV)/bin/python -m pytest tests/test_docs.py

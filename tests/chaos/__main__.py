@@ -33,7 +33,7 @@ import time
 
 from tests.chaos import report
 from tests.chaos.play import Plan, Result, Run, Stage, interleave
-from tests.chaos.runs import gateways, replicas, server
+from tests.chaos.runs import durable, gateways, overload, replicas, rollouts, server, soak
 
 SLICE_LIMIT_S = 290.0
 PART_LIMIT_S = 535.0
@@ -41,7 +41,8 @@ PART_LIMIT_S = 535.0
 
 def runs_of_the_suite() -> tuple[Run, ...]:
     """Every run there is."""
-    return (*replicas.RUNS, *gateways.RUNS, *server.RUNS)
+    modules = (replicas, gateways, server, rollouts, durable, overload, soak)
+    return tuple(run for module in modules for run in module.RUNS)
 
 
 def main() -> int:
@@ -80,6 +81,8 @@ def _chosen(options: argparse.Namespace, plan: Plan) -> list[Run]:
         if unknown := set(names) - {run.name for run in runs}:
             sys.exit(f"no such run: {', '.join(sorted(unknown))}. There are {', '.join(run.name for run in runs)}.")
         runs = [run for run in runs if run.name in names]
+    if options.slice:
+        runs = [run for run in runs if run.length(plan) > 0]
     if options.part:
         number, _, parts = options.part.partition("/")
         runs = interleave(runs, int(parts), plan)[int(number) - 1]

@@ -233,7 +233,8 @@ class Cluster:
         self._wait(f"{url} answers", answers)
 
     def _serving(self, name: str) -> int:
-        return sum(each.state == "SERVING" for each in self.state.replicas(name).values())
+        infos = self.state.replicas(name).values()  # those lost with their node are in it until that is noticed
+        return sum(each.state == "SERVING" and psutil.pid_exists(each.pid) for each in infos)
 
     def _wait(self, what: str, condition: Callable[[], bool], timeout_s: float = _START_S) -> None:
         deadline = time.monotonic() + timeout_s

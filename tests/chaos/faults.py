@@ -106,6 +106,7 @@ def lose_node(cluster: Cluster, dice: Random, event: Injected) -> None:
     event.began = time.monotonic()
     time.sleep(2)
     cluster.start_node(number)
+    cluster.wait_until_served()
 
 
 def freeze_replica(seconds: float) -> Act:

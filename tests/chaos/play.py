@@ -129,7 +129,7 @@ class Run(Protocol):
         """What is done, in a few words."""
 
     def length(self, plan: Plan) -> float:
-        """About how many seconds it takes, with everything."""
+        """About how many seconds it takes, with everything; 0: it is no part of this plan."""
 
     def play(self, plan: Plan) -> Result:
         """Do it."""
@@ -166,7 +166,7 @@ class LoadRun:
     Attributes:
         faults: One of them at a time, in turn.
         every_s: From the beginning of one fault to the next, give or take 40 %; what takes longer is waited for.
-        seconds, short_seconds: How long the load lasts, in the full suite and in the slice.
+        seconds, short_seconds: How long the load lasts, in the full suite and in the slice; 0: not in there.
         rate: Calls per second in the full suite; the slice has `slice_rate`.
         prepare: Called when the server runs and nothing else does yet: puts a proxy before it, say.
         watch: Entered with the cluster for as long as there is load: takes measurements, which it puts into the result.
@@ -191,7 +191,8 @@ class LoadRun:
 
     def length(self, plan: Plan) -> float:
         """The load, the start before it and what takes time after it."""
-        return plan.seconds(self.seconds, self.short_seconds) + 25
+        seconds = plan.seconds(self.seconds, self.short_seconds)
+        return seconds + 25 if seconds else 0
 
     def play(self, plan: Plan) -> Result:
         """Start a cluster, hurt it under load, and judge."""
