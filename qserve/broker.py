@@ -136,7 +136,7 @@ def parse(url: str) -> Broker:
 
 def mask(url: str) -> str:
     """A URL without its passwords, even if it is not well-formed."""
-    url = re.sub(r"(?<=://).*@", "***@", url, flags=re.DOTALL)
+    url = re.sub(r"^([a-z+]+://)?.*@", r"\1***@", url, flags=re.DOTALL)
     return re.sub(r"(password=)[^&]*", r"\1***", url)
 
 
@@ -156,8 +156,8 @@ def tls_problem(error: BaseException, place: str) -> tuple[str, str] | None:
     if not isinstance(exc, ssl.SSLCertVerificationError):
         return (
             f"TLS with Redis at {place} failed ({exc.reason or exc})",
-            "Does it speak TLS (else write redis:// instead of rediss://), and does it want a certificate "
-            "(?ssl_certfile=FILE&ssl_keyfile=FILE)?",
+            "Write redis:// instead of rediss:// if it does not speak TLS, and add ?ssl_certfile=FILE&ssl_keyfile=FILE "
+            "if it wants a certificate",
         )
     reason = exc.verify_message.rstrip(".")
     if "mismatch" in reason:

@@ -116,6 +116,12 @@ def require_usable(redis: "Redis") -> None:
             logger.warning("Redis at %s: %s.", broker.place, finding.text)
 
 
+def require_usable_at(url: str) -> None:
+    """Like `require_usable`, for the server of a URL."""
+    with connect(url) as redis:
+        require_usable(redis)
+
+
 def as_error(finding: Finding, place: str) -> QServeError:
     """The exception that a failed check of the server at `place` becomes."""
     kind = BrokerUnavailable if finding.retry else ConfigurationError
@@ -197,7 +203,7 @@ def check_sentinels(broker: Broker) -> Iterator[Finding]:
             "sentinels",
             FAIL,
             f"no sentinel tells where {broker.place} is: {said}",
-            f"Is {broker.service!r} the name in their `sentinel monitor`, and do they run?",
+            f"See whether they run, and whether {broker.service!r} is the name in their `sentinel monitor`",
             retry=not knows_nothing,
         )
     elif problems:

@@ -9,6 +9,7 @@ from typing import Any
 from qserve import local, process, rollout
 from qserve.codec import Codec
 from qserve.deployment import Deployment
+from qserve.doctor import require_usable_at
 from qserve.errors import NoInstanceError
 from qserve.handle import handle_from_wire
 from qserve.http_options import HTTPOptions
@@ -103,9 +104,12 @@ class Driver:
 
         Raises:
             ValueError: The address cannot be listened on.
-            ConfigurationError: The instance cannot be started.
+            ConfigurationError: The instance cannot be started, or the Redis of QSERVE_REDIS_URL cannot be used.
+            BrokerUnavailable: Nothing answers there.
         """
         settings = Settings()
+        if settings.redis_url:
+            require_usable_at(settings.redis_url)
         with self._lock, local.start_lock(settings.namespace):
             try:
                 running = self.current()

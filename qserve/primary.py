@@ -77,7 +77,7 @@ def primaries(broker: Broker, problems: list[str]) -> Iterator[Address]:
             with _client(broker.sentinel(address), _SENTINEL_TIMEOUT_S, None, {}) as sentinel:
                 answer = sentinel.execute_command(*_ASK, broker.service)
         except (RedisError, OSError) as exc:
-            problems.append(f"sentinel {host_and_port(address)}: {exc}")
+            problems.append(f"sentinel {host_and_port(address)}: {_reason(exc)}")
             continue
         primary = _understand(broker, address, answer, problems)
         if primary is not None and primary not in told:
@@ -93,12 +93,16 @@ async def primaries_async(broker: Broker, problems: list[str]) -> AsyncIterator[
             async with _asyncio_client(broker.sentinel(address), _SENTINEL_TIMEOUT_S, None) as sentinel:
                 answer: Any = await sentinel.execute_command(*_ASK, broker.service)  # type: ignore[no-untyped-call]
         except (RedisError, OSError) as exc:
-            problems.append(f"sentinel {host_and_port(address)}: {exc}")
+            problems.append(f"sentinel {host_and_port(address)}: {_reason(exc)}")
             continue
         primary = _understand(broker, address, answer, problems)
         if primary is not None and primary not in told:
             told.add(primary)
             yield primary
+
+
+def _reason(exc: Exception) -> str:
+    return str(exc).rstrip(".") or type(exc).__name__
 
 
 def _understand(broker: Broker, sentinel: Address, answer: Any, problems: list[str]) -> Address | None:
@@ -174,7 +178,7 @@ class _Finding:
             except AuthenticationError:
                 raise
             except (ConnectionError, TimeoutError, OSError) as exc:
-                problems.append(str(exc))
+                problems.append(_reason(exc))
             else:
                 return
         raise ConnectionError(unreachable(self._broker, problems))
@@ -222,7 +226,7 @@ class _AsyncFinding:
             except AuthenticationError:
                 raise
             except (ConnectionError, TimeoutError, OSError) as exc:
-                problems.append(str(exc))
+                problems.append(_reason(exc))
             else:
                 return
         raise ConnectionError(unreachable(self._broker, problems))

@@ -17,8 +17,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="QSERVE_", extra="ignore", ignored_types=(cached_property,))
 
-    redis_url: str = ""
-    """redis://, rediss:// or unix:// URL; empty: the local instance found by its file."""
+    redis_url: str = Field(default="", repr=False)
+    """What `qserve.broker` reads; empty: the local instance found by its file."""
     secret: str = Field(default="", repr=False)
     """Signs every frame; several, separated by commas, are accepted and the first one signs."""
     namespace: str = Field(default="default", pattern=r"^[A-Za-z0-9_.-]{1,63}$")

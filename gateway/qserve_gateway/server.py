@@ -20,6 +20,7 @@ import uvicorn
 from qserve.background import end, spawn
 from qserve.client import Client
 from qserve.codec import Codec
+from qserve.doctor import require_usable_at
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.settings import Settings
 from qserve.spec import GatewayInfo, HttpSettings
@@ -171,6 +172,7 @@ class GatewayProcess:
         ready = describe(sock, self._client.id, "https" if self._options.tls else "http")
         info = GatewayInfo(id=ready.id, host=socket.gethostname(), pid=ready.pid, url=ready.url)
         follower = Follower(self._client, info, self._apply)
+        await _until_redis_answers(partial(asyncio.to_thread, require_usable_at, self._settings.redis_url))
         await _until_redis_answers(self._client.start)
         try:
             await _until_redis_answers(follower.start)

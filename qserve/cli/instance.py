@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-from qserve.doctor import connect, require_usable
+from qserve.doctor import require_usable_at
 from qserve.errors import ConfigurationError, FrameRejected
 from qserve.local import check_address, find_settings
 from qserve.messages import Signer
@@ -20,8 +20,7 @@ def connected() -> Iterator[State]:
         BrokerUnavailable, ConfigurationError: Its server cannot be used.
     """
     settings = find_settings()
-    with connect(settings.redis_url) as redis:
-        require_usable(redis)
+    require_usable_at(settings.redis_url)
     with state_of(settings) as state:
         yield state
 

@@ -20,7 +20,7 @@ from qserve.cli.instance import check_port, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.source import Watcher
 from qserve.cli.terminal import logs_above_display
-from qserve.doctor import connect, require_usable
+from qserve.doctor import require_usable_at
 from qserve.errors import ConfigurationError
 from qserve.local import (
     InstanceRecord,
@@ -68,8 +68,7 @@ def run(
     application = import_application(app, replicas)
     settings = Settings()
     if settings.redis_url:
-        with connect(settings.redis_url) as redis:
-            require_usable(redis)
+        require_usable_at(settings.redis_url)
     instance = start_instance(settings, host, port, gateway_workers, gateway_arguments(**tls))
     try:
         with termination_as_interrupt():

@@ -10,7 +10,7 @@ import click
 from qserve.cli.gateway import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port
 from qserve.cli.output import redis_url_option
-from qserve.doctor import connect, require_usable
+from qserve.doctor import require_usable_at
 from qserve.errors import ConfigurationError
 from qserve.local import find_settings
 
@@ -40,8 +40,7 @@ def start(
     for module, extra in (("qserve_workers", "workers"), *((("qserve_gateway", "gateway"),) if gateway else ())):
         if importlib.util.find_spec(module) is None:
             raise ConfigurationError(f"{module} is not installed here: pip install 'qserve[{extra}]'")
-    with connect(settings.redis_url) as redis:
-        require_usable(redis)
+    require_usable_at(settings.redis_url)
     os.environ |= {"QSERVE_REDIS_URL": settings.redis_url, "QSERVE_SECRET": settings.secret}
     command = [sys.executable, "-m", "qserve_workers.node"]
     if only is not None:

@@ -8,7 +8,7 @@ import click
 from celery import Celery
 
 from qserve.broker import Broker, host_and_port, parse
-from qserve.errors import NoInstanceError
+from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.local import NO_INSTANCE, find_settings
 from qserve.settings import Settings
 from qserve_workers import control  # noqa: F401  registers the commands, for workers and for the command line
@@ -23,15 +23,16 @@ class App(Celery):  # type: ignore[misc]
     """A Celery app whose workers serve the deployments of one instance.
 
     Args:
-        settings: Where the instance is; without `redis_url` every attempt to connect says that there is none.
+        settings: Where the instance is; without a `redis_url` that can be used every attempt to connect says so.
     """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__("qserve")
         self.settings = settings
+        self._broker, self._problem = _reachable(settings)
         self.steps["worker"].add("qserve_workers.worker:Replicas")
         self.conf.update(
-            **(broker_settings(settings.redis_url) if settings.redis_url else {"broker_transport_options": {}}),
+            **self._broker,
             broker_connection_retry_on_startup=True,
             broker_connection_max_retries=None,
             control_exchange=QUEUE,
@@ -53,8 +54,6 @@ class App(Celery):  # type: ignore[misc]
             worker_log_format="%(asctime)s %(levelname)s %(message)s",
             qserve_replica="qserve_workers.replica:ReplicaProcess",
         )
-        # Without a prefix another Celery app on the same Redis would get our control messages, and we theirs.
-        self.conf.broker_transport_options["global_keyprefix"] = settings.keys.celery_prefix
 
     @cached_property
     def Worker(self) -> Any:  # noqa: N802
@@ -72,16 +71,28 @@ class App(Celery):  # type: ignore[misc]
         return super().connection_for_write(*args, **kwargs)
 
     def _check_instance(self) -> None:
-        if not self.settings.redis_url:  # else Celery would look for RabbitMQ
-            raise click.UsageError(NO_INSTANCE)
+        if self._problem:  # else Celery would look for RabbitMQ
+            raise click.UsageError(self._problem)
+
+
+def _reachable(settings: Settings) -> tuple[dict[str, Any], str]:
+    """Celery's settings for the broker, or why there are none; an import must not fail for want of an instance."""
+    if not settings.redis_url:
+        return {}, NO_INSTANCE
+    try:
+        found = broker_settings(settings.redis_url)
+    except ConfigurationError as exc:
+        return {}, str(exc)
+    # Without a prefix another Celery app on the same Redis would get our control messages, and we theirs.
+    found["broker_transport_options"]["global_keyprefix"] = settings.keys.celery_prefix
+    return found, ""
 
 
 def broker_settings(url: str) -> dict[str, Any]:
     """A Redis URL as Celery's settings, which have another spelling for nearly everything."""
     broker = parse(url)
-    login = f"{quote(broker.username, safe='')}:{quote(broker.password, safe='')}@" if broker.password else ""
-    if broker.username and not broker.password:
-        login = f"{quote(broker.username, safe='')}@"
+    login = quote(broker.username, safe="") + (f":{quote(broker.password, safe='')}" if broker.password else "")
+    login += "@" if login else ""
     options: dict[str, Any] = {"socket_connect_timeout": _CONNECT_TIMEOUT_S}
     if broker.path:
         location = f"redis+socket://{login}{quote(broker.path)}?virtual_host={broker.db}"

@@ -24,7 +24,8 @@ from redis.exceptions import RedisError
 
 from qserve import embedded, rollout
 from qserve.background import end
-from qserve.errors import QServeError
+from qserve.doctor import require_usable_at
+from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 from qserve.local import InstanceRecord, is_running
 from qserve.memory import Memory
 from qserve.messages import Signer, encode
@@ -115,8 +116,7 @@ class Node:
         self._watch_signals()
         tasks = [asyncio.create_task(self._watch_owner())]
         try:
-            if self._options.embedded:
-                await self._start_valkey()
+            await (self._start_valkey() if self._options.embedded else self._find_redis())
             self._write_instance_file(ready=False)
             tasks += [asyncio.create_task(step) for step in (self._serve_http(), self._follow(), self._keep_in_step())]
             for task in tasks:
@@ -153,6 +153,22 @@ class Node:
         self._stopping.set()
 
     # Redis
+
+    async def _find_redis(self) -> None:
+        """Wait for a Redis that answers, and refuse one that calls would be lost on."""
+        told = False
+        while not self._stopping.is_set():
+            try:
+                return await asyncio.to_thread(require_usable_at, self._settings.redis_url)
+            except ConfigurationError as exc:
+                return self._fail("%s", exc)
+            except BrokerUnavailable as exc:
+                if not told:
+                    logger.warning("%s Trying again until it answers.", exc)
+                told = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _TICK_S[0])
+        return None
 
     async def _start_valkey(self) -> None:
         folder = self._folder
@@ -459,7 +475,11 @@ def main() -> int:
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
-    return asyncio.run(Node(options, settings).run())
+    try:
+        node = Node(options, settings)
+    except ConfigurationError as exc:
+        sys.exit(str(exc))
+    return asyncio.run(node.run())
 
 
 if __name__ == "__main__":

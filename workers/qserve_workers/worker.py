@@ -74,8 +74,9 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         """Connect, however long it takes, with short pauses."""
 
         def on_error(exc: Exception, interval: float) -> None:
-            place = parse(self.app.settings.redis_url).place
-            logger.error("Cannot reach Redis at %s: %s. Next try in %g s.", place, exc, interval)
+            if interval:  # else another sentinel is asked at once
+                place = parse(self.app.settings.redis_url).place
+                logger.error("Cannot reach Redis at %s: %s. Next try in %g s.", place, exc, interval)
 
         def meanwhile() -> None:
             maybe_shutdown()

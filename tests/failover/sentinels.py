@@ -1,0 +1,116 @@
+"""A primary, a replica and three sentinels, for real; every one of them asks for a name and a password."""
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import redis
+
+from qserve import embedded
+from tests.serving import free_port
+
+USER, PASSWORD = "calls", "p@ss/w:rd?#%"
+SENTINEL_PASSWORD = "sesame/1"
+SERVICE = "main"
+
+
+class Server:
+    """One Valkey, as a server of data or as a sentinel."""
+
+    def __init__(self, folder: Path, config: str, *flags: str) -> None:
+        self.port = free_port()
+        self.folder = folder
+        folder.mkdir()
+        self._config = folder / "valkey.conf"
+        self._config.write_text(
+            f'port {self.port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/log\nsave ""\n{config}\n'
+        )
+        self._flags = flags
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen([str(embedded.find_server()), str(self._config), *self._flags])
+
+    def end(self) -> None:
+        """SIGKILL."""
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+
+    @contextlib.contextmanager
+    def client(self, username: str | None = USER, password: str = PASSWORD) -> Iterator["redis.Redis"]:
+        """To this very server, whatever its role."""
+        with redis.Redis(port=self.port, username=username, password=password, protocol=2, socket_timeout=5) as client:
+            yield client
+
+    def role(self) -> str:
+        with self.client() as client, contextlib.suppress(redis.RedisError):
+            return str(client.execute_command("ROLE")[0].decode())  # type: ignore[no-untyped-call]
+        return ""
+
+
+class Failover:
+    """The whole set; `url` is what qserve is told."""
+
+    def __init__(self, folder: Path) -> None:
+        quoted = (
+            f'user default off\nuser {USER} on ">{PASSWORD}" ~* &* +@all\nmasteruser {USER}\nmasterauth "{PASSWORD}"'
+        )
+        self.servers = [Server(folder / "primary", quoted)]
+        wait_until(lambda: self.servers[0].role() == "master")
+        self.servers.append(Server(folder / "replica", f"{quoted}\nreplicaof 127.0.0.1 {self.servers[0].port}"))
+        self.sentinels = [Server(folder / f"sentinel-{i}", self._sentinel_config(), "--sentinel") for i in range(3)]
+        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
+        login = f"{USER}:{quote(PASSWORD, safe='')}"
+        secret = quote(SENTINEL_PASSWORD, safe="")
+        self.url = f"redis+sentinel://{login}@{hosts}/{SERVICE}?sentinel_password={secret}"
+        wait_until(self.is_ready)
+
+    def _sentinel_config(self) -> str:
+        return f"""
+            requirepass {SENTINEL_PASSWORD}
+            sentinel sentinel-pass {SENTINEL_PASSWORD}
+            sentinel monitor {SERVICE} 127.0.0.1 {self.servers[0].port} 2
+            sentinel auth-user {SERVICE} {USER}
+            sentinel auth-pass {SERVICE} "{PASSWORD}"
+            sentinel down-after-milliseconds {SERVICE} 1000
+            sentinel failover-timeout {SERVICE} 5000"""
+
+    def primary(self) -> Server:
+        """The server that the sentinels name."""
+        for sentinel in self.sentinels:
+            with sentinel.client(None, SENTINEL_PASSWORD) as client, contextlib.suppress(redis.RedisError):
+                _, port = client.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)  # type: ignore[no-untyped-call]
+                return next(server for server in self.servers if server.port == int(port))
+        raise AssertionError("no sentinel answers")
+
+    def other(self, server: Server) -> Server:
+        """The one that is not it."""
+        return next(each for each in self.servers if each is not server)
+
+    def is_ready(self) -> bool:
+        """Whether every sentinel knows the others and a replica that could take over."""
+        return all(self._sees_all(sentinel) for sentinel in self.sentinels)
+
+    def _sees_all(self, sentinel: Server) -> bool:
+        with sentinel.client(None, SENTINEL_PASSWORD) as client, contextlib.suppress(redis.RedisError):
+            state = client.sentinel_master(SERVICE)
+            ready = state["num-other-sentinels"] == 2 and state["num-slaves"] >= 1
+            replicas = client.sentinel_slaves(SERVICE)
+            return bool(ready and all(each["master-link-status"] == "ok" and not each["is_sdown"] for each in replicas))
+        return False
+
+    def stop(self) -> None:
+        for server in (*self.sentinels, *self.servers):
+            server.end()
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 30) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
