@@ -1,7 +1,7 @@
 """Points at which a process can be made to die, so that tests can show what becomes of the calls it has.
 
-QSERVE_FAILPOINT names them: `NAME:NTH` kills the process (SIGKILL, by itself) when it passes the point for the NTH time,
-`NAME:NTH:stop` freezes it (SIGSTOP). Several are separated by commas. Every process counts for itself.
+QSERVE_FAILPOINT names them: `NAME:NTH` kills the process (SIGKILL, by itself) when it passes the point for the NTH
+time, `NAME:NTH:stop` freezes it (SIGSTOP). Several are separated by commas. Every process counts for itself.
 """
 
 import asyncio
@@ -63,8 +63,8 @@ POINTS: Mapping[str, str] = {
     "deploy": "a driver is about to write what shall be deployed",
     "deployed": "that is written, and the driver does not wait for it yet",
 }
-"""Every point there is, and where it is. At those called `-sent` a process dies in the next turn of its event loop, when
-what it has written has left it."""
+"""Every point there is, and where it is. At those called `-sent` a process dies in the next turn of its event loop,
+when what it has written has left it."""
 
 _SIGNALS = {"": signal.SIGKILL, "stop": signal.SIGSTOP}
 

@@ -148,7 +148,7 @@ class DurableCalls:
 
     def _flush(self) -> None:
         sender = self._sender()
-        if sender is None:
+        if sender is None or not self._collected:
             return  # `link_up` or `link_down` goes on
         reach("submit")
         collected, self._collected = self._collected, {}
