@@ -60,6 +60,10 @@ class Keys:
         """A payload too large to stand in the queue."""
         return self._key("p", call_id)
 
+    def claims(self, process: str, part: int) -> str:
+        """String of bits: which calls of a process were run; 32,768 of them in each part."""
+        return self._key("claims", process, str(part))
+
     def call(self, call_id: str) -> str:
         """Hash: the record of a durable call; also the channel on which its events are announced."""
         return self._key("call", call_id)

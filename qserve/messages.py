@@ -244,11 +244,11 @@ UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are not what they should be."""
 
 
-def decoder_of(kind: type[Message]) -> Callable[[bytes], Message]:
+def decoder_of(kind: type[Message]) -> Callable[[bytes | memoryview], Message]:
     """What reads a body as one kind of message, and raises FrameRejected for whatever else it is given."""
     decode = msgspec.msgpack.Decoder(kind).decode
 
-    def read(body: bytes) -> Message:
+    def read(body: bytes | memoryview) -> Message:
         try:
             return decode(body)
         except UNREADABLE as exc:

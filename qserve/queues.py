@@ -42,7 +42,7 @@ def _load(name: str) -> Script:
 ADMIT, FIND, REPLY = _load("admit"), _load("find"), _load("reply")
 TELL, PRESENT = _load("tell"), _load("present")
 BEAT, TAKE, START, RETIRE = _load("beat"), _load("take"), _load("start"), _load("retire")
-DEAD_LETTER, CANCEL, EPOCH = _load("dead"), _load("cancel"), _load("epoch")
+DEAD_LETTER, CANCEL, EPOCH, CLAIM = _load("dead"), _load("cancel"), _load("epoch"), _load("claim")
 
 class Entry(NamedTuple):
     """A call's entry as Redis delivers it.
@@ -51,12 +51,14 @@ class Entry(NamedTuple):
         frame: The sealed Call.
         deliveries: Which start of the call comes next; from 2 on a replica has died that may have run it.
         durable: There is a record of the call, which gets its answer.
+        call: Id of a durable call, as the entry says it.
     """
 
     id: bytes
     frame: bytes
     deliveries: int = 1
     durable: bool = False
+    call: bytes = b""
 
     @property
     def time_ms(self) -> int:
@@ -66,7 +68,8 @@ class Entry(NamedTuple):
 
 def _entry(raw: Sequence[Any], deliveries: int = 1) -> Entry:
     fields = dict(zip(raw[1][::2], raw[1][1::2], strict=True))
-    return Entry(raw[0], fields.get(b"d", b""), deliveries, DURABLE.encode() in fields.get(b"f", b""))
+    durable = DURABLE.encode() in fields.get(b"f", b"")
+    return Entry(raw[0], fields.get(b"d", b""), deliveries, durable, fields.get(b"r", b"") if durable else b"")
 
 
 class CallQueue:
@@ -375,7 +378,7 @@ def _run(client: redis.Redis, script: Script, keys: tuple[str, ...], *arguments:
 
 def _load_scripts(connection: Connection) -> None:
     """Load the scripts whose order matters; one that is loaded on its first use is overtaken by what is sent next."""
-    for script in (ADMIT, REPLY, TELL):
+    for script in (ADMIT, CLAIM, REPLY, TELL):
         connection.send(_ignore, "SCRIPT", "LOAD", script.source)
 
 

@@ -10,6 +10,7 @@ import redis
 from qserve.connection import Answer, Connection, Script
 from qserve.durable import (
     ANYONE,
+    DEAD_TTL_S,
     FAILED,
     IDEMPOTENCY_TTL_S,
     RESULT_TTL_S,
@@ -20,7 +21,7 @@ from qserve.durable import (
 )
 from qserve.keys import GROUP, Keys
 from qserve.messages import DURABLE, ERROR, Reply, Signer, encode
-from qserve.queues import DEAD_LETTERS_KEPT, INBOX_TTL_MS
+from qserve.queues import DEAD_LETTERS_KEPT, INBOX_TTL_MS, Entry
 
 POSITIONS_COUNTED = 100
 """Beyond this a call's place in its queue is not counted: that would mean to read what is before it."""
@@ -41,7 +42,7 @@ def _load(name: str) -> Script:
 
 SUBMIT, ATTACH, END, DESCRIBE = _load("submit"), _load("attach"), _load("end_call"), _load("describe")
 RUN, SETTLE, DUE, TELL_PROGRESS = _load("run_call"), _load("settle_call"), _load("due"), _load("progress")
-REVIVE = _load("revive")
+REVIVE, REJECT = _load("revive"), _load("reject_call")
 
 
 def durable_reply(signer: Signer, call_id: str, kind: int, payload: bytes, *, out_of_line: bool = False) -> bytes:
@@ -118,6 +119,13 @@ class Records:
             *(connection, on_answer, names, keys.base, GROUP, entry, call.id, state, frame, keep_ms, INBOX_TTL_MS),
             *(said, DEAD_LETTERS_KEPT, said),
         )
+
+    async def reject(self, connection: Connection, deployment: str, entry: Entry, reason: str, frame: bytes) -> None:
+        """Put an entry that is no call of ours among the dead letters; the record whose entry it is ends as dead."""
+        keys, call_id = self._keys, entry.call.decode(errors="replace")
+        names = (keys.calls(deployment), keys.dead_letters(deployment), keys.call(call_id))
+        arguments = (keys.base, GROUP, entry.id, call_id, frame, int(DEAD_TTL_S * 1000), INBOX_TTL_MS)
+        await REJECT.call(connection, names, *arguments, reason[:_LONGEST_ERROR], DEAD_LETTERS_KEPT)
 
     def progress(self, connection: Connection, call_id: str, entry: bytes, frame: bytes) -> None:
         """Tell how far a running call has come."""

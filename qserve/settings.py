@@ -58,6 +58,8 @@ class Settings(BaseSettings):
     """Put back what was deployed when the server has lost it."""
     strict: bool = False
     """Unsafe calls of before a restart or failover of the server are answered with `Indeterminate`, not run."""
+    refuse_replays: bool = False
+    """Claim each unsafe call in Redis before it runs, where frames are signed, so that none runs twice."""
     log_level: str = "INFO"
     debug: bool = False
     """Put tracebacks of plain deployments into HTTP bodies."""

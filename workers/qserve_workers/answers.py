@@ -99,9 +99,13 @@ class Answers:
             call: The call whose contents are wrong, if it is one; else there is no caller to trust.
             told: Encoded ErrorInfo for its caller.
         """
+        self.note_rejected(error)
+        await self._give_up(entry, f"rejected: {error}", call, told)
+
+    def note_rejected(self, error: Exception) -> None:
+        """Log and count what is no message of ours."""
         logger.warning("rejected a frame in the queue of %s: %s", self._queue.deployment, error)
         self.count("rejected_frames", 1)
-        await self._give_up(entry, f"rejected: {error}", call, told)
 
     async def bury(self, entry: Entry, call: Call, reason: str, error: bytes) -> None:
         """Put a call among the dead letters and answer its caller with an encoded ErrorInfo."""

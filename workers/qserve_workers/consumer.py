@@ -5,9 +5,9 @@ import contextlib
 import logging
 import time
 from collections import deque
+from functools import partial
 
 import hiredis
-import msgspec
 from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
@@ -15,7 +15,7 @@ from qserve.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.codec import Codec
 from qserve.connection import Answer
 from qserve.context import current_call
-from qserve.durable import DurableCall, decode_durable_call
+from qserve.durable import DurableCall
 from qserve.errors import (
     BrokerUnavailable,
     CallCancelled,
@@ -34,20 +34,19 @@ from qserve.messages import (
     STREAM,
     Call,
     Signer,
-    decode_call,
     encode,
 )
 from qserve.queues import Entry, ReplicaQueue, order
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
 from qserve_workers.answers import Answers
+from qserve_workers.arrivals import Arrivals
 from qserve_workers.durable import DurableRuns
 from qserve_workers.running import Code, Conversations, Runner, RunningCall
 
 logger = logging.getLogger(__name__)
 
-_REMEMBERED = 8192
-"""Of how many calls a replica knows at least that it has seen them."""
+_UNWANTED_KEPT = 8192
 _SUSPECTS_KEPT = 16
 _LAST_WORD_S = 2.0
 _NEXT_TRY_S = 0.2
@@ -90,8 +89,7 @@ class Consumer:
         self._on_thread = 0
         self._suspects: deque[Entry] = deque()
         self._suspect: Entry | None = None
-        self._recent: dict[str, bytes] = {}
-        self._less_recent: dict[str, bytes] = {}
+        self._arrivals = Arrivals(settings, signer, spec.name, self._link)
         self._unwanted: dict[bytes, None] = {}
         self._before = (0, 0)
         self._accepting = False
@@ -286,46 +284,52 @@ class Consumer:
 
     def _begin(self, entry: Entry) -> None:
         try:
-            decode = decode_durable_call if entry.durable else decode_call
-            call = decode(self._signer.open(entry.frame))
-            if call.deployment != self.spec.name:
-                raise FrameRejected(f"a call to {call.deployment!r}")
-            first = None if entry.durable else self._seen(call.id, entry.id)
-            if first not in (None, entry.id):
-                raise FrameRejected("a call that was put before")
-        except (FrameRejected, msgspec.DecodeError) as exc:
-            spawn(self._answers.reject(entry, exc))
+            call, again = self._arrivals.open(entry)
+        except FrameRejected as exc:
+            self._reject(entry, exc)
             return
         if entry.id in self._unwanted and not entry.durable:
             self._answers.add(entry.id, call, ERROR, self._pack_error(CallCancelled("the caller left first")))
         elif entry.deliveries > 1:
             self._begin_again(entry, call)
-        elif (first or order(entry.id) <= self._before) and not (call.safe or self.spec.idempotent):
+        elif (again or order(entry.id) <= self._before) and not (call.safe or self.spec.idempotent):
             # The server has forgotten that it gave this call out, to us or, where it is strict about it, to anybody.
             self.count("indeterminate")
             self._answers.add(entry.id, call, ERROR, self._pack_error(Indeterminate(_FORGOTTEN)))
         else:
             self._start(entry, call)
 
-    def _seen(self, call_id: str, entry: bytes) -> bytes | None:
-        """The entry of a call that this replica has seen before, if any: a frame replayed on the queue has another."""
-        first = self._recent.get(call_id) or self._less_recent.get(call_id)
-        if first is not None:
-            return first
-        if len(self._recent) >= _REMEMBERED:
-            self._recent, self._less_recent = {}, self._recent
-        self._recent[call_id] = entry
-        return None
+    def _reject(self, entry: Entry, error: FrameRejected) -> None:
+        if entry.durable:
+            self._answers.note_rejected(error)
+            spawn(self.durable.reject(entry, self.spec.name, error))
+        else:
+            spawn(self._answers.reject(entry, error))
 
     def _start(self, entry: Entry, call: Call) -> None:
         running = RunningCall(entry, call, self._runner.code.needs_thread(call.method))
         self._running[entry.id] = running
         self._on_thread += running.needs_thread
         if isinstance(call, DurableCall):
-            run = self.durable.run(running, call, self._runner.code)
+            running.task = asyncio.create_task(self.durable.run(running, call, self._runner.code))
+        elif call.safe or self.spec.idempotent or not self._arrivals.claims:
+            running.task = asyncio.create_task(self._run(running))
         else:
-            run = self._run(running)
-        running.task = asyncio.create_task(run)
+            self._arrivals.claim(call, partial(self._claimed, running))
+
+    def _claimed(self, running: RunningCall, first: bool | BrokerUnavailable) -> None:
+        """Run a call that nobody has run; the answer to one that somebody has is theirs to give."""
+        entry = running.entry
+        if first is True and entry.id in self._running:
+            running.unwanted = running.unwanted or entry.id in self._unwanted
+            running.task = asyncio.create_task(self._run(running))
+            return
+        if self._forget(running):
+            if isinstance(first, BrokerUnavailable):
+                self._answers.add(entry.id, running.call, ERROR, self._pack_error(first))
+            else:
+                self._reject(entry, FrameRejected("a call that was run before"))
+        self._read_more()
 
     def _begin_again(self, entry: Entry, call: Call) -> None:
         """Settle a call whose replica died, or keep it until it can run alone: it may have been what killed it."""
@@ -355,8 +359,8 @@ class Consumer:
             await asyncio.sleep(_NEXT_TRY_S)
         if is_mine:
             reach("start-noted")
-            decode = decode_durable_call if entry.durable else decode_call
-            self._start(entry, decode(self._signer.open(entry.frame)))
+            call, _ = self._arrivals.open(entry)
+            self._start(entry, call)
             return
         self._suspect = None
         self._idle.set()
@@ -401,6 +405,10 @@ class Consumer:
         """Whether a call is still this replica's to answer."""
         return entry in self._running
 
+    def note_rejected(self, error: Exception) -> None:
+        """Count what is no message of ours."""
+        self._answers.note_rejected(error)
+
     def release(self, entry: bytes, *, counts: bool) -> None:
         """Let go of a durable call; `counts`: it ran."""
         running = self._running[entry]
@@ -435,7 +443,7 @@ class Consumer:
         running = self._running.get(entry)
         if running is None or running.task is None:
             self._unwanted[entry] = None
-            if len(self._unwanted) > _REMEMBERED:
+            if len(self._unwanted) > _UNWANTED_KEPT:
                 del self._unwanted[next(iter(self._unwanted))]
             return
         running.unwanted = True

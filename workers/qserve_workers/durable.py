@@ -29,6 +29,7 @@ from qserve.durable import (
 from qserve.errors import (
     BrokerUnavailable,
     CallCancelled,
+    FrameRejected,
     GetTimeoutError,
     PayloadTooLarge,
     QServeError,
@@ -81,6 +82,9 @@ class Host(Protocol):
 
     def is_running(self, entry: bytes) -> bool:
         """Whether a call is still this replica's."""
+
+    def note_rejected(self, error: Exception) -> None:
+        """Count what is no message of ours."""
 
     def release(self, entry: bytes, *, counts: bool) -> None:
         """A call has ended here; `counts`: it ran."""
@@ -219,6 +223,8 @@ class DurableRuns:
                 self._settle(entry, call, CANCELLED, self._error_frame(call, CallCancelled("the call was cancelled")))
             return
         except Exception as exc:
+            if isinstance(exc, FrameRejected):
+                self._host.note_rejected(exc)
             self._failed(entry, call, exc, failures + 1)
             return
         if self._host.is_running(entry.id):
@@ -256,6 +262,16 @@ class DurableRuns:
         """Give up on a call that killed every replica it was given to."""
         logger.error("gave up on call %s: %s", call.id, reason)
         self._settle(entry, call, DEAD, self._error_frame(call, error), error=reason)
+
+    async def reject(self, entry: Entry, deployment: str, error: Exception) -> None:
+        """Give up an entry that is no call of ours, and with it the call that it stood for."""
+        if self._link.sender is None:
+            return  # still pending for this replica: the next link finds it
+        frame = durable_reply(self._signer, entry.call.decode(errors="replace"), ERROR, self._pack_error(error))
+        try:
+            await self._records.reject(self._link.sender, deployment, entry, f"rejected: {error}", frame)
+        except (BrokerUnavailable, RedisError) as exc:
+            logger.warning("could not give up entry %s: %s", entry.id, exc)
 
     # Settling
 
