@@ -306,6 +306,7 @@ class Client:
         elif answer[0] < 0:
             self._not_admitted(calls, answer)
         else:
+            reach("admitted")
             for call, entry in zip(calls, answer[1:], strict=True):
                 if entry is None:
                     self._refuse(call, self._refusals.refusal(call.deployment, answer[0]))
