@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import load, processes, reply_queue, sockets
+from benchmarks import backlog, load, processes, reply_queue, sockets
 
 RESULTS = Path(__file__).parent / "results.md"
 PEERS = processes.ROOT.parent / "shared" / "peers" / "run.py"
@@ -38,7 +38,7 @@ class Row:
 def main() -> None:
     os.chdir(processes.ROOT)
     busy = os.getloadavg()[0]
-    rows = [*http_and_handles(), *streaming(), *sleepers_and_burners(), *reply_list_or_stream(), *peers()]
+    rows = [*http_and_handles(), *streaming(), *sleepers_and_burners(), *reply_list_or_stream(), *backlogs(), *peers()]
     text = table(rows, busy)
     print(text)
     RESULTS.write_text(text)
@@ -198,6 +198,29 @@ def reply_list_or_stream() -> list[Row]:
         )
         for batch, (through_list, through_stream) in reply_queue.run().items()
     ]
+
+
+def backlogs() -> list[Row]:
+    """Memory per queued call, and whether putting, answering and taking over get slower as a queue grows."""
+    short, *longer = backlog.run()
+    rows = [Row(f"{short.length:,} calls queued", _backlog(short))]
+    for each in longer:
+        lowest = min(
+            each.admitted_per_s / short.admitted_per_s,
+            each.answered_per_s / short.answered_per_s,
+            each.taken_per_s / short.taken_per_s,
+        )
+        small, quick = each.bytes_each < 1.2 * 1024, lowest >= 0.8
+        rows += [
+            Row(f"{each.length:,} calls queued", _backlog(each), "< 1.2 KiB per call", small),
+            Row(f"- lowest of these rates against {short.length:,} queued", f"{lowest:.2f} x", ">= 0.8 x", quick),
+        ]
+    return rows
+
+
+def _backlog(seen: backlog.Backlog) -> str:
+    rates = f"ADMIT {seen.admitted_per_s:,.0f}/s, read and REPLY {seen.answered_per_s:,.0f}/s"
+    return f"{seen.bytes_each:,.0f} bytes per call, {rates}, TAKE {seen.taken_per_s:,.0f}/s"
 
 
 def peers() -> list[Row]:
