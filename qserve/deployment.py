@@ -7,12 +7,21 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
+import msgspec
+
 from qserve.codec import Codec
-from qserve.deployment_options import OPTION_DEFAULTS, Default, DeploymentConfig, check_options
+from qserve.deployment_options import (
+    OPTION_DEFAULTS,
+    AutoscalingConfig,
+    Default,
+    DeploymentConfig,
+    check_options,
+    check_replica_options,
+)
 from qserve.errors import NoInstanceError
 from qserve.handle import AsyncDeploymentHandle, DeploymentHandle, get_handle
 from qserve.loading import Deployable, importing, is_importing, load_target, make_target
-from qserve.spec import DeploymentSpec, Target
+from qserve.spec import Autoscaling, DeploymentSpec, Target
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +135,11 @@ class Deployment(Deployable, Generic[T_co]):
         return self._config.num_replicas
 
     @property
+    def autoscaling_config(self) -> AutoscalingConfig | None:
+        """How many replicas instead, by how much there is to do; None: always `num_replicas`."""
+        return self._config.autoscaling_config
+
+    @property
     def user_config(self) -> Any:
         """What `reconfigure` gets."""
         return self._config.user_config
@@ -223,6 +237,7 @@ class Deployment(Deployable, Generic[T_co]):
         version: str | None = None,
         prev_version: str | None = None,
         num_replicas: int | None = None,
+        autoscaling_config: AutoscalingConfig | Mapping[str, Any] | None = None,
         init_args: Sequence[Any] | None = None,
         init_kwargs: Mapping[str, Any] | None = None,
         route_prefix: str | Default | None = Default.VALUE,
@@ -241,13 +256,19 @@ class Deployment(Deployable, Generic[T_co]):
     ) -> "Deployment[T_co]":
         """A copy with other options; what is not given, or None, stays. None disables `route_prefix`.
 
-        `prev_version` is a condition on one deploy and not carried over.
+        `prev_version` is a condition on one deploy and not carried over. `num_replicas` ends autoscaling, and
+        `autoscaling_config` begins it.
         """
         given = locals().copy()
         del given["self"], given["func_or_class"]
         changes = {key: value for key, value in given.items() if value is not None}
         changes["prev_version"] = prev_version
         changes["route_prefix"] = self._route_prefix if isinstance(route_prefix, Default) else route_prefix
+        check_replica_options(given)
+        if num_replicas is not None:
+            changes["autoscaling_config"] = None
+        elif autoscaling_config is not None:
+            changes["num_replicas"] = OPTION_DEFAULTS["num_replicas"]
         code, target = (self._code, self._target) if func_or_class is None else (func_or_class, None)
         return Deployment._create(code, target, {**self._options(), **changes})
 
@@ -273,7 +294,7 @@ class Deployment(Deployable, Generic[T_co]):
         args, kwargs = init_args or (), init_kwargs or {}
         self._check_init_args(args, kwargs)
         config, name, code, actor_options = self._config, self._name, self.func_or_class, self._ray_actor_options
-        user_config = config.user_config
+        user_config, scaling = config.user_config, config.autoscaling_config
         if user_config is not None:
             user_config = codec.pack(user_config, f"user_config of {name!r}")
         return DeploymentSpec(
@@ -289,7 +310,8 @@ class Deployment(Deployable, Generic[T_co]):
             is_class=inspect.isclass(code),
             is_ingress=hasattr(code, "__qserve_asgi__"),
             deployed_at=time.time(),
-            **config.model_dump(exclude={"user_config"}),
+            autoscaling=None if scaling is None else Autoscaling(**scaling.model_dump()),
+            **config.model_dump(exclude={"user_config", "autoscaling_config"}),
         )
 
     @classmethod
@@ -299,10 +321,11 @@ class Deployment(Deployable, Generic[T_co]):
             args, kwargs = codec.unpack_call(spec.init_args) if spec.init_args else ((), {})
             user_config = None if spec.user_config is None else codec.unpack(spec.user_config)
             actor_options = codec.unpack(spec.ray_actor_options) if spec.ray_actor_options else {}
-        options = {key: getattr(spec, key) for key in DeploymentConfig.model_fields}
+        options = {key: getattr(spec, key, None) for key in DeploymentConfig.model_fields}
         options |= {key: getattr(spec, key) for key in ("name", "version", "prev_version", "route_prefix")}
         options |= {"init_args": tuple(args), "init_kwargs": kwargs}
         options |= {"user_config": user_config, "ray_actor_options": actor_options}
+        options["autoscaling_config"] = spec.autoscaling and msgspec.to_builtins(spec.autoscaling)
         return cls._create(None, spec.target, options)
 
     def __eq__(self, other: object) -> bool:
@@ -372,6 +395,7 @@ def deployment(
     version: str | None = None,
     prev_version: str | None = None,
     num_replicas: int | None = None,
+    autoscaling_config: AutoscalingConfig | Mapping[str, Any] | None = None,
     init_args: Sequence[Any] | None = None,
     init_kwargs: Mapping[str, Any] | None = None,
     route_prefix: str | Default | None = Default.VALUE,
@@ -396,6 +420,8 @@ def deployment(func_or_class: Any = None, /, **options: Any) -> Any:
         version: Replicas are replaced when it changes; None: on every deploy.
         prev_version: Deploy only if this version is deployed now.
         num_replicas: Replicas, each a process of its own. Default: 1.
+        autoscaling_config: How many instead, by how much there is to do: `min_replicas` (1), `max_replicas`,
+            `target_ongoing_requests` (2), `upscale_delay_s` (30), `downscale_delay_s` (600), `max_wait_s` (10).
         init_args, init_kwargs: Arguments of the constructor.
         route_prefix: HTTP path prefix; default "/<name>", None: not served over HTTP.
         ray_actor_options: Accepted and recorded; without effect.
@@ -418,6 +444,7 @@ def deployment(func_or_class: Any = None, /, **options: Any) -> Any:
     given = {key: value for key, value in options.items() if value is not None or key == "route_prefix"}
     if isinstance(func_or_class, str):
         given.setdefault("name", func_or_class)
+    check_replica_options(given)
     check_options({**OPTION_DEFAULTS, "name": "unnamed", **given})
 
     def decorate(code: Callable[..., Any]) -> Deployment[Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from qserve.keys import is_name
 
@@ -17,11 +17,47 @@ class Default(Enum):
     VALUE = "default"
 
 
+class AutoscalingConfig(BaseModel):
+    """How many replicas there are to be, by how much there is to do; named as in Ray Serve.
+
+    Attributes:
+        min_replicas: Never fewer. At least 1: a deployment without replicas would let its first caller wait for one.
+        max_replicas: Never more.
+        target_ongoing_requests: Calls, queued and running, that one replica is for.
+        upscale_delay_s: How long more replicas must have been wanted before they are started.
+        downscale_delay_s: How long fewer must have been enough before idle ones leave.
+        max_wait_s: A call that has waited for so long asks for one more replica, whatever the count of calls says.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt = 1
+    target_ongoing_requests: PositiveFloat = 2.0
+    upscale_delay_s: NonNegativeFloat = 30.0
+    downscale_delay_s: NonNegativeFloat = 600.0
+    max_wait_s: PositiveFloat = 10.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_none(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("min_replicas") == 0:
+            raise ValueError("min_replicas must be at least 1: qserve keeps a replica, so that no call waits for one.")
+        return values
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "AutoscalingConfig":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas}).")
+        return self
+
+
 class DeploymentConfig(BaseModel):
     """What of a deployment can change without new replicas; checked on every assignment.
 
     Attributes:
         num_replicas: Processes that serve it, where replicas are not counted per node.
+        autoscaling_config: How many instead, by how much there is to do.
         max_concurrent_queries: Calls one replica runs at once.
         max_queued_requests: Calls, queued and running, beyond which callers are turned away.
         user_config: Handed to `reconfigure`, at once and whenever it changes.
@@ -38,6 +74,7 @@ class DeploymentConfig(BaseModel):
     model_config = ConfigDict(validate_assignment=True, extra="forbid")
 
     num_replicas: PositiveInt = 1
+    autoscaling_config: AutoscalingConfig | None = None
     max_concurrent_queries: PositiveInt = 100
     max_queued_requests: PositiveInt = 10_000
     user_config: Any = None
@@ -85,6 +122,16 @@ def check_options(options: Mapping[str, Any]) -> None:
         if key in (options["ray_actor_options"] or {}):
             raise ValueError(f"Specifying {key!r} in ray_actor_options is not allowed.")
     DeploymentConfig(**{key: options[key] for key in DeploymentConfig.model_fields})
+
+
+def check_replica_options(given: Mapping[str, Any]) -> None:
+    """Check what was said of the number of replicas in one place, where the later place wins.
+
+    Raises:
+        ValueError: It is fixed and scaled at once.
+    """
+    if given.get("num_replicas") is not None and given.get("autoscaling_config") is not None:
+        raise ValueError("num_replicas and autoscaling_config exclude each other: give min_replicas and max_replicas.")
 
 
 def _check_type(options: Mapping[str, Any], key: str, kind: type | tuple[type, ...], said: str) -> None:

@@ -157,12 +157,12 @@ class Driver:
         with self._lock:
             known = self._connected
             if known is None or known.settings != settings:
-                self._forget()
+                self._forget(unless=settings)
                 self._connected = known = ConnectedInstance(settings)
             return known
 
-    def _forget(self) -> None:
-        process.close_current_client()
+    def _forget(self, unless: Settings | None = None) -> None:
+        process.close_current_client(unless=unless)
         if self._connected is not None:
             self._connected.close()
             self._connected = None

@@ -106,9 +106,15 @@ def set_current_client(client: Client | None) -> None:
         _process.client = client
 
 
-def close_current_client() -> None:
-    """Stop the client that this process made for itself; the next call makes a new one."""
+def close_current_client(*, unless: Settings | None = None) -> None:
+    """Stop the client that this process made for itself; the next call makes a new one.
+
+    Args:
+        unless: A client with these settings goes on, and the calls that it has under way with it.
+    """
     with _process.lock:
+        if unless is not None and _process.client is not None and _process.client.settings == unless:
+            return
         thread, _process.thread = _process.thread, None
         if thread is not None:
             _process.client = None

@@ -43,6 +43,7 @@ ADMIT, FIND, REPLY = _load("admit"), _load("find"), _load("reply")
 TELL, PRESENT = _load("tell"), _load("present")
 BEAT, TAKE, START, RETIRE = _load("beat"), _load("take"), _load("start"), _load("retire")
 DEAD_LETTER, CANCEL, EPOCH, CLAIM = _load("dead"), _load("cancel"), _load("epoch"), _load("claim")
+DEMAND = _load("demand")
 
 class Entry(NamedTuple):
     """A call's entry as Redis delivers it.
@@ -291,6 +292,27 @@ def beat(
     names = (keys.calls(deployment), keys.heartbeats(deployment), keys.meta(deployment))
     lost: list[bytes] = _run(client, BEAT, names, GROUP, replica, "1" if serving else "0", *entries)
     return lost
+
+
+class Demand(NamedTuple):
+    """What there is to do for a deployment.
+
+    Attributes:
+        calls: Queued and running.
+        waited_s: How long the first call that nobody has taken has waited.
+        nodes: Ids of the live nodes that serve it, and of workers started by hand.
+    """
+
+    calls: int
+    waited_s: float
+    nodes: tuple[str, ...]
+
+
+def measure(client: redis.Redis, keys: Keys, deployment: str) -> Demand:
+    """What there is to do for a deployment, for the heartbeat thread."""
+    names = (keys.calls(deployment), keys.low(deployment), keys.workers(deployment))
+    calls, waited_ms, *nodes = _run(client, DEMAND, names, GROUP, keys.alive(""))
+    return Demand(calls, waited_ms / 1000, tuple(sorted(node.decode() for node in nodes)))
 
 
 def leave(client: redis.Redis, keys: Keys, deployment: str, replica: str, *, all_answered: bool) -> bool:

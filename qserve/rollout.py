@@ -207,6 +207,11 @@ class Progress:
         return self.error is not None or (not self.deleted and self.asked == self.reached)
 
 
+def wanted(state: State, name: str) -> int:
+    """How many replicas the live workers of a deployment are to have now."""
+    return sum(w.wanted for id_, w in state.workers(name).items() if state.is_alive(id_))
+
+
 def judge(name: str, generation: int, state: State) -> Progress:
     """How far a generation has come, by what nodes and workers report."""
     if state.get(name) is None:

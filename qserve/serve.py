@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
-from qserve import local, process
+import msgspec
+
+from qserve import local, process, rollout
 from qserve.batching import batch
 from qserve.context import ReplicaContext, get_replica_context
 from qserve.deployment import Deployment, deployment, set_instance_provider
@@ -177,6 +179,8 @@ class DeploymentStatus:
         route_prefix: None when it is not served over HTTP.
         replicas: One for each process, as it last described itself.
         queued: Calls that wait or run.
+        wanted: How many replicas there are to be now, over all nodes, as far as their workers have told.
+        autoscaling_config: Between which bounds, and how, that follows the load; None: it does not.
     """
 
     state: str
@@ -186,6 +190,8 @@ class DeploymentStatus:
     route_prefix: str | None
     replicas: tuple[ReplicaInfo, ...]
     queued: int
+    wanted: int
+    autoscaling_config: dict[str, Any] | None
 
 
 def status() -> dict[str, DeploymentStatus]:
@@ -204,8 +210,11 @@ def status() -> dict[str, DeploymentStatus]:
             route_prefix=deployed.spec.route_prefix,
             replicas=tuple(state.replicas(name).values()),
             queued=state.queued(name),
+            wanted=rollout.wanted(state, name),
+            autoscaling_config=None if scaling is None else msgspec.structs.asdict(scaling),
         )
         for name, deployed in state.list().items()
+        for scaling in [deployed.spec.autoscaling]
     }
 
 

@@ -23,6 +23,17 @@ class Target(msgspec.Struct, frozen=True):
     sys_path: tuple[str, ...] = ()
 
 
+class Autoscaling(msgspec.Struct, frozen=True):
+    """How many replicas there are to be; see `qserve.deployment_options.AutoscalingConfig`."""
+
+    min_replicas: int
+    max_replicas: int
+    target_ongoing_requests: float = 2.0
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
+    max_wait_s: float = 10.0
+
+
 class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a node needs to run a deployment.
 
@@ -41,6 +52,7 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     version: str | None = None
     prev_version: str | None = None
     num_replicas: int = 1
+    autoscaling: Autoscaling | None = None
     route_prefix: str | None = None
     max_concurrent_queries: int = 100
     max_queued_requests: int = 10_000
@@ -115,6 +127,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         node: Id of the node that keeps it running; its own id when it was started by hand.
         generation: The newest generation it has finished with (reached or failed).
+        wanted: How many replicas it is to have now.
         state: DEPLOYING, HEALTHY or DEPLOY_FAILED.
         error: Text of the last constructor or reconfigure failure of this generation.
     """

@@ -42,6 +42,9 @@ class FakeReplica:
     def serve(self) -> None:
         self.may_serve.set()
 
+    def release(self) -> None:
+        self.draining.set()
+
     def drain(self) -> None:
         self.draining.set()
 

@@ -222,6 +222,8 @@ def test_the_table_shows_what_somebody_on_call_looks_for() -> None:
                 "p50_ms": 12.34,
                 "p99_ms": 1234.0,
                 "replicas": [replica("gpu1", 71, "SERVING"), replica("gpu2", 72, "STARTING")],
+                "wanted": 3,
+                "autoscaling_config": {"min_replicas": 1, "max_replicas": 5},
             }
         ],
     }
@@ -233,6 +235,7 @@ def test_the_table_shows_what_somebody_on_call_looks_for() -> None:
     for part in shown:
         assert part in text
     assert "pid 72 on gpu2 (starting)" in text
+    assert "3 wanted, of 1 to 5" in text
     assert "Model: no such file: weights" in text
 
 

@@ -194,7 +194,6 @@ def test_under_a_node_the_worker_reports_as_the_nodes_and_follows_num_replicas(s
         ([], "-Q names none"),
         (["-Q", "Echo,Counter"], "-Q names 2: Echo, Counter"),
         (["-Q", "Ec ho"], "'Ec ho' is not a deployment name"),
-        (["-Q", "Echo", "--autoscale", "3,1"], "--autoscale"),
         (["-Q", "Echo", "--pool", "solo"], "leave out --pool"),
     ],
 )

@@ -11,7 +11,10 @@ import msgspec
 from qserve.spec import DeploymentSpec
 
 # Changes of these are applied to running replicas, so they do not make another version.
-_IN_PLACE = {"revision", "version", "prev_version", "num_replicas", "route_prefix", "user_config", "deployed_at"}
+_IN_PLACE = {
+    *("revision", "version", "prev_version", "deployed_at"),
+    *("num_replicas", "autoscaling", "route_prefix", "user_config"),
+}
 
 
 def project_files(folder: Path, modules: Iterable[str] = ()) -> list[Path]:

@@ -6,6 +6,7 @@ import time
 from typing import TypedDict
 
 import click
+from msgspec.structs import asdict
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from qserve.cli.instance import connected
 from qserve.cli.output import redis_url_option
+from qserve.rollout import wanted
 from qserve.spec import WAITING, Deployed, GatewayInfo, NodeInfo, ReplicaInfo
 from qserve.state import State
 
@@ -52,6 +54,8 @@ class DeploymentStatus(TypedDict):
     p50_ms: float | None
     p99_ms: float | None
     replicas: list[ReplicaStatus]
+    wanted: int
+    autoscaling_config: dict[str, float] | None
 
 
 class ProcessStatus(TypedDict):
@@ -118,6 +122,8 @@ def _deployment(state: State, deployed: Deployed) -> DeploymentStatus:
         "p50_ms": _slowest([replica["p50_ms"] for replica in replicas]),
         "p99_ms": _slowest([replica["p99_ms"] for replica in replicas]),
         "replicas": replicas,
+        "wanted": wanted(state, spec.name),
+        "autoscaling_config": None if spec.autoscaling is None else asdict(spec.autoscaling),
     }
 
 
@@ -176,7 +182,7 @@ def render(found: InstanceStatus) -> RenderableType:
             Text(row["name"], style="bold"),
             row["route"] or "-",
             Text(row["state"], style=_COLORS.get(row["state"], "")),
-            Text("\n").join(_replica_line(replica) for replica in row["replicas"]) or Text("none", style="dim"),
+            _replicas(row),
             str(row["queued"]),
             str(row["running"]),
             _milliseconds(row["p50_ms"]),
@@ -192,6 +198,14 @@ def render(found: InstanceStatus) -> RenderableType:
         Text(f"{row['name']}: {row['error'].strip()}\n", style="red") for row in found["deployments"] if row["error"]
     ]
     return Group(*lines, table, *errors)
+
+
+def _replicas(row: DeploymentStatus) -> Text:
+    lines = [_replica_line(replica) for replica in row["replicas"]]
+    if (scaling := row["autoscaling_config"]) is not None:
+        bounds = f"{scaling['min_replicas']} to {scaling['max_replicas']}"
+        lines.append(Text(f"{row['wanted']} wanted, of {bounds}", style="dim"))
+    return Text("\n").join(lines) or Text("none", style="dim")
 
 
 def _replica_line(replica: ReplicaStatus) -> Text:

@@ -147,14 +147,20 @@ class Load:
             found = self._changed.wait_for(lambda: any(map(condition, self.ended[seen:])), timeout_s)
         assert found, self.summary()
 
-    def check(self) -> None:
-        """Every call has ended, none failed, each with its own answer, and each ran exactly once."""
-        assert not [thread for thread in self._threads if thread.is_alive()], "a call never ended"
-        failed = [each for each in self.ended if each.error]
-        assert not failed, f"{self.summary()}: {failed[:5]}"
+    def check(self, *others: "Load") -> None:
+        """Every call has ended, none failed, each with its own answer, and each ran exactly once.
+
+        Args:
+            others: Loads whose replicas made their notes in the same file.
+        """
+        loads = (self, *others)
+        for load in loads:
+            assert not [thread for thread in load._threads if thread.is_alive()], "a call never ended"
+            failed = [each for each in load.ended if each.error]
+            assert not failed, f"{load.summary()}: {failed[:5]}"
         runs = Counter(ran(self._notes))
         assert {call: count for call, count in runs.items() if count != 1} == {}
-        assert runs.keys() == {each.call for each in self.ended}
+        assert runs.keys() == {each.call for load in loads for each in load.ended}
 
     def summary(self) -> str:
         """How many of each kind ended how."""

@@ -41,6 +41,7 @@ class App(Celery):  # type: ignore[misc]
             accept_content=["json"],
             task_ignore_result=True,
             worker_pool="qserve_workers.pool:ReplicaPool",
+            worker_autoscaler="qserve_workers.autoscale:Autoscaler",
             worker_consumer="qserve_workers.worker:Consumer",
             worker_pool_start_method="fork",
             worker_concurrency=1,

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Protocol
 
 from celery.concurrency import asynpool
 
-FORK_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR2})
+FORK_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 """Blocked while the pool forks, so that none is lost before the child has its handlers."""
 
 
@@ -26,6 +26,7 @@ class Replica(Protocol):
 
     def start(self) -> None: ...
     def serve(self) -> None: ...
+    def release(self) -> None: ...
     def drain(self) -> None: ...
     def wait_drained(self, timeout: float | None) -> bool: ...
 
@@ -45,9 +46,10 @@ class Child(asynpool.Worker):  # type: ignore[misc]
         self._poll = select.poll()
         for fd in (self._wake_reader, self.inq._reader.fileno()):
             self._poll.register(fd, select.POLLIN)
-        self._leaving = self._serving = False
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGUSR2, self._on_signal)
+        self._leaving = False
+        self._orders: list[Callable[[], None]] = []
+        for signum in FORK_SIGNALS:
+            signal.signal(signum, self._on_signal)
         # A signal that comes just before the poll, or on another thread, does not end it: Python runs `_on_signal` only
         # after it. This wakes it at once.
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
@@ -55,10 +57,13 @@ class Child(asynpool.Worker):  # type: ignore[misc]
         self._replica.start()
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        if signum == signal.SIGTERM:
-            self._leaving = True
-        else:
-            self._serving = True
+        match signum:
+            case signal.SIGTERM:
+                self._leaving = True
+            case signal.SIGUSR1:
+                self._orders.append(self._replica.release)
+            case signal.SIGUSR2:
+                self._orders.append(self._replica.serve)
         with contextlib.suppress(BlockingIOError):  # woken often enough
             os.write(self._wake_writer, b"\0")
 
@@ -75,9 +80,8 @@ class Child(asynpool.Worker):  # type: ignore[misc]
         ready = {fd for fd, _ in self._poll.poll()}
         if self._wake_reader in ready:
             os.read(self._wake_reader, 4096)
-        if self._serving:
-            self._serving = False
-            self._replica.serve()
+        while self._orders:
+            self._orders.pop(0)()
         if self._leaving:
             raise SystemExit(0)
         if self.inq._reader.fileno() not in ready:

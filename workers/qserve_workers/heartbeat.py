@@ -32,6 +32,7 @@ class Heartbeat:
         entries: Entry ids of the calls in hand, asked for on the loop.
         on_lost: Gets the ids that others have taken over, on the loop.
         on_tick: Called on the loop with every beat.
+        on_beat: Called on the thread, with its connection, after every beat.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Heartbeat:
         entries: Callable[[], list[bytes]],
         on_lost: Callable[[list[bytes]], None],
         on_tick: Callable[[], None],
+        on_beat: Callable[[redis.Redis], None],
     ) -> None:
         self._settings = settings
         self._deployment = deployment
@@ -50,6 +52,7 @@ class Heartbeat:
         self._entries = entries
         self._on_lost = on_lost
         self._on_tick = on_tick
+        self._on_beat = on_beat
         # After this long without a beat others may have taken over calls: the next beat asks which.
         self._gap_s = min(_LONGEST_GAP_S, settings.dead_after_s / 2)
         self._serving = False
@@ -108,6 +111,7 @@ class Heartbeat:
         try:
             keys = self._settings.keys
             lost = beat(client, keys, self._deployment, self._replica, ask, serving=self._serving)
+            self._on_beat(client)
         except redis.RedisError as exc:
             logger.debug("a heartbeat failed: %s", exc)
             return False

@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 from qserve.messages import Signer
 from qserve.settings import Settings
-from qserve.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, WorkerInfo
+from qserve.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, Autoscaling, WorkerInfo
 from qserve_workers.announce import Announcer
 from qserve_workers.child import Replica
 from qserve_workers.replica import Birth
-from qserve_workers.rollout import Action, Kill, Publish, Resize, Rollout, Serve, Status, Stop
+from qserve_workers.rollout import Action, Kill, Publish, Release, Resize, Rollout, Serve, Status, Stop
+from qserve_workers.scaling import Demand, Scaler
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,11 @@ class Processes(Protocol):
 
 
 class Keeper:
-    """Owns the rollout of one worker, the pipe its replicas report through, and what the worker announces."""
+    """Owns the rollout of one worker, the pipe its replicas report through, and what the worker announces.
+
+    Attributes:
+        on_demand: Called when the replicas have reported how much there is to do.
+    """
 
     def __init__(
         self,
@@ -52,10 +57,14 @@ class Keeper:
         *,
         node: str = "",
         exact: bool = False,
+        bounds: tuple[int, int] | None = None,
     ) -> None:
         self.deployment = deployment
         self.id = f"{deployment}-{secrets.token_hex(8)}"
-        self.rollout = Rollout(concurrency, exact=exact)
+        self.rollout = Rollout(concurrency, exact=exact, bounded=bounds is not None)
+        self.scaler = Scaler(bounds)
+        self.on_demand: Callable[[], None] = self.act
+        self._demand: Demand | None = None
         self._settings = settings
         self._processes = processes
         self._make_replica = make_replica
@@ -97,7 +106,8 @@ class Keeper:
     def before_birth(self) -> Callable[[], Replica]:
         """What the process forked next shall run."""
         self._standby, failures = self.rollout.birth()
-        birth = Birth(self.deployment, self.id, self._node, self._standby, failures, self._writer)
+        scaled = self.scaler.bounds is not None
+        birth = Birth(self.deployment, self.id, self._node, self._standby, failures, self._writer, scaled)
         return partial(self._in_child, birth)
 
     def _in_child(self, birth: Birth) -> Replica:
@@ -127,7 +137,10 @@ class Keeper:
 
     def on_readable(self, *_args: object) -> None:
         """Replicas have reported."""
+        before = self._demand
         self._read()
+        if self._demand is not before:
+            self.on_demand()
         self.act()
 
     def act(self) -> None:
@@ -150,11 +163,28 @@ class Keeper:
         self._announcer.resume()
         self.act()
 
+    # Called by the autoscaler
+
+    def decide(self, now: float) -> int:
+        """How many replicas there are to be; 0 where they are not scaled, or nothing was measured yet."""
+        rollout, bounds = self.rollout, self.scaler.bounds
+        if not rollout.is_scaled or rollout.desired is None or self._demand is None:
+            return 0
+        policy = rollout.desired.autoscaling or Autoscaling(*(bounds or (1, 1)))
+        return self.scaler.decide(self._demand, policy, current=rollout.wanted, ready=rollout.ready, now=now)
+
+    def scale(self, wanted: int) -> None:
+        """Have so many replicas; those that are too many leave when they are idle."""
+        self.rollout.scale(wanted, self.scaler.lowest)
+        self.act()
+
     def _do(self, action: Action) -> None:
         match action:
             case Stop(pid):
                 logger.info("Deployment %s: pid %d is to drain and leave", self.deployment, pid)
                 _signal(pid, signal.SIGTERM)
+            case Release(pid):
+                _signal(pid, signal.SIGUSR1)
             case Serve(pid):
                 _signal(pid, signal.SIGUSR2)
             case Kill(pid, why):
@@ -243,7 +273,10 @@ class Keeper:
             *lines, self._partial = (self._partial + chunk).split(b"\n")
             for line in lines:
                 try:
-                    self.rollout.report(json.loads(line), time.monotonic())
+                    report, now = json.loads(line), time.monotonic()
+                    self.rollout.report(report, now)
+                    if report["event"] == "demand":
+                        self._demand = Demand.from_report(report, now)
                 except (ValueError, KeyError, TypeError) as exc:
                     logger.error("Deployment %s: ignoring an unreadable report %r: %s", self.deployment, line, exc)
 

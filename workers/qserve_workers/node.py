@@ -303,7 +303,8 @@ class Node:
         return name in self._snapshot.deployments and (not self._options.only or name in self._options.only)
 
     def _worker_command(self, name: str) -> list[str]:
-        count = self._options.replicas_per_node or self._specs[name].num_replicas
+        spec = self._specs[name]
+        count = 1 if spec.autoscaling else self._options.replicas_per_node or spec.num_replicas
         return [
             *(sys.executable, "-m", "celery", "-A", "qserve_workers", "worker", "-Q", name, "-c", str(count)),
             *("-n", f"{name}-{self.id[:8]}@%h", "--loglevel", self._settings.log_level),

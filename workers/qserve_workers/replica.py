@@ -14,6 +14,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import redis
 import redis.asyncio
 
@@ -27,7 +28,7 @@ from qserve.loading import load_target
 from qserve.memory import restore
 from qserve.messages import Control, encode
 from qserve.process import new_event_loop, set_current_client
-from qserve.queues import call_neighbours, leave
+from qserve.queues import call_neighbours, leave, measure
 from qserve.settings import Settings
 from qserve.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed, ReplicaInfo
 from qserve.state import connect_asyncio, decode_deployed, follow, last_log_id
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.1, 10.0
 _LONGEST_ERROR = 3000
 _QUICK_TIMEOUT_S = 2.0
+_IDLE_WITHIN_S = 0.5
+"""How long a replica that may leave when it is idle looks for such a moment."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Birth:
         standby: Construct, then wait for `ReplicaProcess.serve` before taking calls.
         failures: Constructor failures so far; the replica waits accordingly before it tries.
         reports_fd: Pipe for reports to the parent, one JSON line each.
+        scaled: Report what there is to do, whatever the deployment says.
     """
 
     deployment: str
@@ -61,6 +65,7 @@ class Birth:
     standby: bool
     failures: int
     reports_fd: int
+    scaled: bool = False
 
 
 class ReplicaProcess:
@@ -82,6 +87,10 @@ class ReplicaProcess:
     def serve(self) -> None:
         """Let a standby replica take calls, or one that asked for its turn reconfigure. From any thread."""
         self._tell(lambda replica: replica.may_serve.set())
+
+    def release(self) -> None:
+        """Leave at the next moment without a call in hand; if none comes soon, say so and stay. From any thread."""
+        self._tell(lambda replica: replica.may_leave.set())
 
     def drain(self) -> None:
         """Finish the calls in hand, hand back the rest, and end. From any thread; again without effect."""
@@ -122,6 +131,7 @@ class Replica:
 
     def __init__(self, birth: Birth, settings: Settings) -> None:
         self.may_serve = asyncio.Event()
+        self.may_leave = asyncio.Event()
         self.shall_leave = asyncio.Event()
         self._birth = birth
         self._name = birth.deployment
@@ -233,6 +243,7 @@ class Replica:
             entries=lambda: self._consumer.entries,
             on_lost=self._consumer.lost,
             on_tick=self._tick,
+            on_beat=self._measure,
         )
         self._mover = Mover(self._settings, self._name, self._id, self._consumer.link)
         self._consumer.durable.on_retry = self._mover.look_in
@@ -271,10 +282,22 @@ class Replica:
         self._heartbeat.serve()
         self._enter(SERVING)
         while not self.shall_leave.is_set():
-            await self._first_of(self._changed, self.shall_leave)
+            await self._first_of(self._changed, self.shall_leave, self.may_leave)
             if self._changed.is_set():
                 self._changed.clear()
                 await self._follow_change()
+            elif self.may_leave.is_set():
+                await self._leave_if_idle()
+
+    async def _leave_if_idle(self) -> None:
+        self.may_leave.clear()
+        if await self._consumer.finish(_IDLE_WITHIN_S):
+            await self._consumer.pause()
+            if not self._consumer.entries:  # else a call came before the pause
+                self.shall_leave.set()
+                return
+            self._consumer.start(self._code)
+        self._report("busy", running=self._consumer.running)
 
     async def _follow_change(self) -> None:
         try:
@@ -391,6 +414,19 @@ class Replica:
         if before is not None and after is not None and before.handled != after.handled:
             self._report("stats", running=after.running, handled=after.handled)
 
+    def _measure(self, client: redis.Redis) -> None:
+        if not self._birth.scaled and self._spec.autoscaling is None:
+            return
+        try:
+            demand = measure(client, self._keys, self._name)
+        except redis.RedisError as exc:  # the number of replicas stays as it is meanwhile
+            logger.debug("could not measure the load: %s", exc)
+            return
+        nodes, node = demand.nodes, self._birth.node
+        place = nodes.index(node) if node in nodes else len(nodes)
+        facts = {"calls": demand.calls, "waited_s": demand.waited_s, "running": self._consumer.running}
+        self._report("demand", place=place, nodes=max(len(nodes), place + 1), **facts)
+
     def _publish(self) -> None:
         times = sorted(self._consumer.run_times_ms)
         info = ReplicaInfo(
@@ -424,6 +460,7 @@ class Replica:
             surge=spec.surge,
             initialization_timeout=spec.initialization_timeout_s,
             graceful_timeout=spec.graceful_shutdown_timeout_s,
+            autoscaling=msgspec.to_builtins(spec.autoscaling),
         )
 
     def _report(self, event: str, **facts: Any) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qserve.spec import DEPLOY_FAILED, DEPLOYING, DRAINING, HEALTHY, SERVING, STANDBY, STARTING
+import msgspec
+
+from qserve.spec import DEPLOY_FAILED, DEPLOYING, DRAINING, HEALTHY, SERVING, STANDBY, STARTING, Autoscaling
 
 KILL_MARGIN_S = 2.0
 """How long after its own grace period a leaving replica is killed."""
@@ -26,6 +28,13 @@ class Resize:
 @dataclass(frozen=True)
 class Stop:
     """Tell a replica to finish its calls and leave."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """Tell a replica to leave as soon as it has no call in hand; if that does not come soon, it says so and stays."""
 
     pid: int
 
@@ -64,7 +73,7 @@ class Publish:
     status: Status | None
 
 
-Action = Resize | Stop | Serve | Kill | Publish
+Action = Resize | Stop | Release | Serve | Kill | Publish
 
 
 @dataclass
@@ -76,6 +85,7 @@ class Desired:
     surge: bool = True
     initialization_timeout_s: float = 600.0
     graceful_timeout_s: float = 20.0
+    autoscaling: Autoscaling | None = None
 
 
 @dataclass
@@ -100,6 +110,17 @@ class Replica:
     """Generations whose change needs a turn, which is asked for and then given."""
     running: int = 0
     handled: int = 0
+    released: bool = False
+    """It was told that it may leave, and has not answered."""
+    refusals: int = 0
+    """How often it answered that it had calls to run."""
+
+    def counted(self, report: Mapping[str, Any]) -> None:
+        """It has told how many calls it has in hand."""
+        self.running = report.get("running", self.running)
+        self.handled = report.get("handled", self.handled)
+        if report["event"] == "busy":
+            self.released, self.refusals = False, self.refusals + 1
 
     @property
     def leaving(self) -> bool:
@@ -118,10 +139,12 @@ class Rollout:
     Args:
         concurrency: How many replicas there are to be.
         exact: Follow the deployment's num_replicas instead, once it is known.
+        bounded: Scaled between bounds of this worker's own, whatever the deployment says.
     """
 
     concurrency: int
     exact: bool = False
+    bounded: bool = False
     replicas: dict[int, Replica] = field(default_factory=dict)
     desired: Desired | None = None
     failures: int = 0
@@ -129,6 +152,8 @@ class Rollout:
     error: str = ""
     gave_up: bool = False
     _wanted: int = 0
+    _lowest: int = 0
+    """How many must serve for the deployment to be healthy, where it is scaled; 0 as long as that is not known."""
     _finished: int = 0
     _came_up: bool = False
     _refused: bool = False
@@ -140,6 +165,11 @@ class Rollout:
 
     def __post_init__(self) -> None:
         self._wanted = self._size = self.concurrency
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether `scale` says how many replicas there are to be."""
+        return self.bounded or (self.desired is not None and self.desired.autoscaling is not None)
 
     # What happened
 
@@ -179,9 +209,8 @@ class Rollout:
                 replica.applied = max(replica.applied, report["generation"])
             case "reconfigure_failed" if self.desired and report["generation"] >= self.desired.generation:
                 self._refused, self.error = True, report.get("error", "")
-            case "stats":
-                replica.running = report.get("running", replica.running)
-                replica.handled = report.get("handled", replica.handled)
+            case "stats" | "demand" | "busy":
+                replica.counted(report)
 
     def stop(self, pid: int, now: float) -> bool:
         """Let one replica leave and be replaced; False if there is no such replica to stop."""
@@ -190,6 +219,26 @@ class Rollout:
             return False
         replica.leaving_since = now
         return True
+
+    @property
+    def wanted(self) -> int:
+        """How many replicas there are to be."""
+        return self._wanted
+
+    @property
+    def ready(self) -> int:
+        """How many take calls with what is deployed."""
+        generation = self.desired.generation if self.desired else 0
+        return sum(r.state == SERVING and r.applied >= generation for r in self._fresh())
+
+    def scale(self, wanted: int, lowest: int) -> None:
+        """Have more or fewer replicas; those that are too many leave when they are idle.
+
+        Args:
+            wanted: How many there are to be.
+            lowest: How many are enough to be healthy.
+        """
+        self._wanted, self._lowest = wanted, lowest
 
     def close(self) -> None:
         """Let all replicas leave and start none any more."""
@@ -214,6 +263,7 @@ class Rollout:
         for replica in leaving:
             replica.leaving_since = now
             actions.append(Stop(replica.pid))
+        actions += map(Release, self._releases())
         for replica in self._live():
             if replica.predecessors == set() and not replica.told_to_serve:
                 replica.told_to_serve = True
@@ -256,11 +306,16 @@ class Rollout:
             report.get("surge", before.surge),
             report.get("initialization_timeout", before.initialization_timeout_s),
             report.get("graceful_timeout", before.graceful_timeout_s),
+            msgspec.convert(report.get("autoscaling"), Autoscaling | None),
         )
         alive = {r.revision for r in self.replicas.values()}
         self._specs = {revision: spec for revision, spec in self._specs.items() if revision in alive}
         self._specs[self.desired.revision] = self.desired
-        self._wanted = max(1, report.get("num_replicas", self._wanted)) if self.exact else self.concurrency
+        if self.is_scaled:
+            return  # as many as there are, until somebody has measured how much there is to do
+        self._wanted, self._lowest = self.concurrency, 0
+        if self.exact:
+            self._wanted = max(1, report.get("num_replicas", self._wanted))
 
     def _deleted(self) -> None:
         self.desired = None
@@ -361,8 +416,20 @@ class Rollout:
     def _excess(self, fresh: list[Replica]) -> list[Replica]:
         """Replicas of the newest revision beyond the wanted number: those not serving first, then the youngest."""
         too_many = max(0, len(fresh) - self._wanted)
-        youngest_first = fresh[::-1]
+        youngest_first = [r for r in fresh[::-1] if not (self.is_scaled and r.state == SERVING)]
         return sorted(youngest_first, key=lambda r: r.state == SERVING)[:too_many]
+
+    def _releases(self) -> list[int]:
+        """Whom to let go where replicas are scaled: those that seem idle first, then the youngest, each in its turn."""
+        if not self.is_scaled or self._closing or self.desired is None:
+            return []
+        serving = [r for r in self._fresh() if r.state == SERVING]
+        too_many = len(serving) - self._wanted - sum(r.released for r in serving)
+        staying = sorted((r for r in serving[::-1] if not r.released), key=lambda r: (r.running > 0, r.refusals))
+        going = staying[: max(0, too_many)]
+        for replica in going:
+            replica.released = True
+        return [r.pid for r in going]
 
     def _new_size(self) -> int:
         leaving = sum(r.leaving for r in self.replicas.values())
@@ -413,16 +480,22 @@ class Rollout:
                 kills.append(Kill(pid, why))
         return kills
 
+    def _is_changing(self, generation: int) -> bool:
+        """Whether some replica still serves what was deployed before."""
+        behind = any(r.state == SERVING and r.applied < generation for r in self._fresh())
+        return behind or not all(map(self._is_fresh, self.replicas.values()))
+
     def _status(self) -> Status | None:
         if self.desired is None:
             return None
-        generation = self.desired.generation
-        ready = sum(r.state == SERVING and r.applied >= generation for r in self._fresh())
+        generation, ready = self.desired.generation, self.ready
         state = DEPLOYING
         if self.gave_up or self._refused:
             state = DEPLOY_FAILED
         elif ready >= self._wanted and ready == len(self.replicas):
             state, self.failures, self.error = HEALTHY, 0, ""
+        elif self.is_scaled and 0 < self._lowest <= ready and not self._is_changing(generation):
+            state = HEALTHY
         if state != DEPLOYING:
             self._finished = generation
         return Status(self._finished, state, self._wanted, ready, self.error)

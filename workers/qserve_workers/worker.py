@@ -11,7 +11,7 @@ import click
 from celery import bootsteps
 from celery.apps import worker as celery_worker
 from celery.exceptions import SecurityWarning
-from celery.worker import components, consumer
+from celery.worker import autoscale, components, consumer
 from celery.worker.state import maybe_shutdown
 
 from qserve.broker import parse
@@ -29,8 +29,9 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
 
     def __init__(self, app: Any = None, hostname: str | None = None, **options: Any) -> None:
         self.deployment = _one_deployment(options.get("queues"))
-        if options.get("autoscale"):
-            raise click.UsageError("--autoscale counts Celery tasks, which replicas do not take; deploy num_replicas=.")
+        self.bounds = _bounds(options.get("autoscale"))
+        concurrency = options.get("concurrency") or self.app.conf.worker_concurrency
+        options["autoscale"] = self.bounds[::-1] if self.bounds else (concurrency, concurrency)
         if _is_default("loglevel"):
             options["loglevel"] = self.app.settings.log_level.upper()
         if hostname is None or _is_default("hostname"):  # else two workers on one host would share a name
@@ -61,7 +62,7 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         """One line instead of Celery's banner."""
         logger.info(
             "Worker %s: deployment %s, %d replica(s), Redis %s",
-            *(self.hostname, self.deployment, self.concurrency, parse(self.app.settings.redis_url).place),
+            *(self.hostname, self.deployment, self.min_concurrency, parse(self.app.settings.redis_url).place),
         )
         if os.geteuid() == 0:
             logger.warning("This worker runs as root, and so does the code of the deployment")
@@ -102,20 +103,22 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 class Replicas(bootsteps.Step):  # type: ignore[misc]
     """Gives the pool its keeper, before the first child is forked."""
 
-    requires = (components.Pool,)
+    requires = (components.Pool, autoscale.WorkerComponent)
 
     def include(self, parent: Worker) -> None:
         """Called once, when all steps have been created and none has started."""
         parent.pool.hub = parent.hub
         parent.pool.keeper = Keeper(
             parent.deployment,
-            parent.concurrency,
+            parent.min_concurrency,
             parent.app.settings,
             parent.pool,
             pkgutil.resolve_name(parent.app.conf.qserve_replica),
             node=os.environ.get("QSERVE_NODE", ""),
             exact=os.environ.get("QSERVE_REPLICAS_EXACT") == "1",
+            bounds=parent.bounds,
         )
+        parent.pool.keeper.on_demand = parent.autoscaler.maybe_scale
 
 
 def _one_deployment(queues: Any) -> str:
@@ -129,6 +132,16 @@ def _one_deployment(queues: Any) -> str:
         f"A worker serves one deployment, and {found}. Give one, as in `celery -A qserve_workers worker -Q Echo "
         "--concurrency 2`, or run `qserve start`, which keeps a worker for every deployment."
     )
+
+
+def _bounds(option: Any) -> tuple[int, int] | None:
+    """(fewest, most) replicas from `--autoscale MAX,MIN`."""
+    if not option:
+        return None
+    most, fewest = option
+    if most < 1:
+        raise click.UsageError(f"--autoscale {most}: give the most replicas, and the fewest, as in --autoscale 4,1.")
+    return max(1, fewest), most  # `--autoscale 4` arrives as 4,0
 
 
 def _is_default(option: str) -> bool:
