@@ -132,8 +132,7 @@ def fill(it: System) -> None:
 
 
 def refuse_writes(it: System) -> None:
-    (it.world.folder / "taken").mkdir()  # so no snapshot can be written under this name
-    it.world.redis.config_set("dbfilename", "taken")
+    (it.server.folder / "dump.rdb").mkdir()  # so no snapshot can be written
     it.world.redis.config_set("save", "3600 1")
     it.world.redis.bgsave()
 
