@@ -249,6 +249,11 @@ class ReplicaQueue:
         )
         return [_entry(raw, deliveries) for deliveries, raw in answer]
 
+    async def introduce(self, connection: Connection) -> None:
+        """Be known to the neighbours: they look seldom for calls of a replica whose heart they never heard."""
+        names = (self._stream, self._heartbeats, self._keys.meta(self.deployment))
+        await BEAT.call(connection, names, GROUP, self._replica, "0")
+
     async def note_start(self, connection: Connection, entry: bytes) -> bool:
         """Note that a call taken over is about to run again; False if it is not this replica's any more."""
         return bool(await START.call(connection, (self._stream,), GROUP, self._replica, entry))

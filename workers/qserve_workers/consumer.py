@@ -104,6 +104,8 @@ class Consumer:
     async def connect(self) -> None:
         """Open the queue without taking anything from it."""
         await self._link.start()
+        if self._link.sender is not None:
+            await self.queue.introduce(self._link.sender)
         self._clockwork = spawn(self._sample_clock())
         self._watch = spawn(self.conversations.watch_callers())
 
