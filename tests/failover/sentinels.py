@@ -1,11 +1,11 @@
 """A primary, a replica and three sentinels, for real; every one of them asks for a name and a password."""
 
 import contextlib
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import redis
@@ -16,6 +16,14 @@ from tests.serving import free_port
 USER, PASSWORD = "calls", "p@ss/w:rd?#%"
 SENTINEL_PASSWORD = "sesame/1"
 SERVICE = "main"
+_DATA = f"""
+    save ""
+    repl-diskless-sync-delay 0
+    maxmemory-policy noeviction
+    user default off
+    user {USER} on ">{PASSWORD}" ~* &* +@all
+    masteruser {USER}
+    masterauth "{PASSWORD}\""""
 
 
 class Server:
@@ -30,14 +38,12 @@ class Server:
             f'port {self.port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/log\nsave ""\n{config}\n'
         )
         self._flags = flags
-        self.start()
 
     def start(self) -> None:
         self.process = subprocess.Popen([str(embedded.find_server()), str(self._config), *self._flags])
 
-    def end(self) -> None:
-        """SIGKILL."""
-        self.process.send_signal(signal.SIGCONT)
+    def kill(self) -> None:
+        """End it as a crash does."""
         self.process.kill()
         self.process.wait()
 
@@ -57,18 +63,24 @@ class Failover:
     """The whole set; `url` is what qserve is told."""
 
     def __init__(self, folder: Path) -> None:
-        quoted = (
-            f'user default off\nuser {USER} on ">{PASSWORD}" ~* &* +@all\nmasteruser {USER}\nmasterauth "{PASSWORD}"'
-        )
-        self.servers = [Server(folder / "primary", quoted)]
-        wait_until(lambda: self.servers[0].role() == "master")
-        self.servers.append(Server(folder / "replica", f"{quoted}\nreplicaof 127.0.0.1 {self.servers[0].port}"))
+        self.servers = [Server(folder / "a", _DATA)]
+        self.servers.append(Server(folder / "b", f"{_DATA}\nreplicaof 127.0.0.1 {self.servers[0].port}"))
         self.sentinels = [Server(folder / f"sentinel-{i}", self._sentinel_config(), "--sentinel") for i in range(3)]
         hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
         login = f"{USER}:{quote(PASSWORD, safe='')}"
         secret = quote(SENTINEL_PASSWORD, safe="")
         self.url = f"redis+sentinel://{login}@{hosts}/{SERVICE}?sentinel_password={secret}"
+
+    def start(self) -> None:
+        """Start all of it, and wait until a failover can succeed."""
+        for server in (*self.servers, *self.sentinels):
+            server.start()
         wait_until(self.is_ready)
+
+    def kill(self) -> None:
+        """End all of it."""
+        for server in (*self.sentinels, *self.servers):
+            server.kill()
 
     def _sentinel_config(self) -> str:
         return f"""
@@ -98,15 +110,11 @@ class Failover:
 
     def _sees_all(self, sentinel: Server) -> bool:
         with sentinel.client(None, SENTINEL_PASSWORD) as client, contextlib.suppress(redis.RedisError):
-            state = client.sentinel_master(SERVICE)
-            ready = state["num-other-sentinels"] == 2 and state["num-slaves"] >= 1
-            replicas = client.sentinel_slaves(SERVICE)
-            return bool(ready and all(each["master-link-status"] == "ok" and not each["is_sdown"] for each in replicas))
+            state: Any = client.sentinel_master(SERVICE)
+            replicas: Any = client.sentinel_slaves(SERVICE)
+            healthy = [each for each in replicas if each["master-link-status"] == "ok" and not each["is_sdown"]]
+            return bool(state["num-other-sentinels"] == 2 and healthy)
         return False
-
-    def stop(self) -> None:
-        for server in (*self.sentinels, *self.servers):
-            server.end()
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 30) -> None:

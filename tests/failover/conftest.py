@@ -1,0 +1,75 @@
+"""Fixtures: sentinels with their servers, and an instance that was told of nothing else."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qserve import process
+from tests.conftest import SECRET
+from tests.failover.sentinels import Failover
+from tests.serving import free_port
+from tests.shell import Running, Shell
+
+APP = """
+    from qserve import serve
+
+    @serve.deployment(version="1", idempotent=True)
+    def echo(value):
+        return value if isinstance(value, int) else value.query_params["value"]
+"""
+
+
+@pytest.fixture(scope="module")
+def failover() -> Iterator[Failover]:
+    folder = Path(tempfile.mkdtemp(prefix="qs-"))
+    failover = Failover(folder)
+    failover.start()
+    yield failover
+    failover.kill()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def shell(failover: Failover, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    runtime = Path(tempfile.mkdtemp(prefix="qs-"))
+    shell = Shell(tmp_path_factory.mktemp("app"), runtime, {"QSERVE_REDIS_URL": failover.url, "QSERVE_SECRET": SECRET})
+    shell.write("app.py", APP)
+    yield shell
+    shutil.rmtree(runtime)
+
+
+class Instance:
+    """`qserve start` with a gateway, and its deployment."""
+
+    def __init__(self, shell: Shell) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.shell = shell
+        self.node = Running(shell, "start", "--gateway", "--port", str(port), "--replicas-per-node", "2")
+        self.node.wait_for("serving on")
+        deployed = shell.run("deploy", "app")
+        assert deployed.returncode == 0, deployed.stderr
+
+    def end(self) -> None:
+        self.node.interrupt()
+        assert self.node.end() == 0, self.node.output
+
+
+@pytest.fixture(scope="module")
+def served(shell: Shell) -> Iterator[Instance]:
+    instance = Instance(shell)
+    yield instance
+    instance.end()
+
+
+@pytest.fixture(autouse=True)
+def own_calls(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls of this process go to that instance."""
+    for name, value in shell.extra.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("QSERVE_RUNTIME_DIR", str(shell.runtime))
+    yield
+    process.close_current_client()
