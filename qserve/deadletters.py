@@ -8,16 +8,15 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from qserve.codec import Codec
-from qserve.durable import NEVER_MS, DurableCall, Terms, decode_durable_call, new_call_id
+from qserve.durable import NEVER_MS, DurableCall, Options, Terms, decode_durable_call, new_call_id
 from qserve.errors import CallNotFound, DeploymentNotFound, FrameRejected, QServeError
 from qserve.failpoints import reach
 from qserve.keys import Keys
-from qserve.messages import DURABLE, HTTP, Blob, Call, Signer, decode_blob, decode_call, decode_http_request, encode
+from qserve.messages import DURABLE, HTTP, Blob, Call, Signer, decode_blob, decode_call, decode_http_request
 from qserve.queues import DEAD_LETTERS_KEPT
-from qserve.records import REVIVE, SUBMIT, run_script
+from qserve.records import REVIVE, run_script, submit_now
 from qserve.state import State
 
-_PAYLOAD_MS = 60_000
 _LONGEST_SHOWN = 2000
 
 # Whoever looks at a letter runs no user code.
@@ -154,16 +153,9 @@ class DeadLetters:
 
     def _send_anew(self, letter: Letter, call: Call) -> str:
         """An ordinary call has been answered with its error; what is sent again is a durable one."""
-        keys, name, payload, call_id = self._keys, letter.deployment, self.payload(letter), new_call_id()
-        if call.out_of_line:
-            sealed = self._signer.seal(encode(Blob(call_id, payload)))
-            self._redis.set(keys.payload(call_id), sealed, px=_PAYLOAD_MS)
-            payload = b""
-        head = (call_id, name, "", NEVER_MS, call.kind, call.method, True, payload, call.out_of_line)
-        frame = self._signer.seal(encode(DurableCall(*head, terms=Terms())))
-        names = (keys.calls(name), keys.meta(name), keys.due(name), keys.low(name))
-        arguments = (call_id, frame, 0, 0, call.kind, call.method, "", "", "", "", 0)
-        answer = run_script(self._redis, SUBMIT, names, keys.base, name, *arguments)
+        name, call_id = letter.deployment, new_call_id()
+        head = (call_id, name, "", NEVER_MS, call.kind, call.method, True, self.payload(letter))
+        answer = submit_now(self._redis, self._keys, self._signer, DurableCall(*head, terms=Terms()), Options())
         if answer[0] < 0:
             raise DeploymentNotFound(f"there is no deployment {name!r} that takes calls")
         if answer[1] is None:

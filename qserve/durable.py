@@ -7,7 +7,7 @@ The id is random: knowing it is the permission to see the result.
 import random
 import secrets
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -33,6 +33,8 @@ NEVER_MS = 1 << 62
 _LONGEST_BACKOFF_S = 600.0
 
 Priority = Literal["interactive", "batch"]
+Durability = Literal["memory", "fsync", "replica"]
+"""Where Redis has a call when it is said to be submitted: in its memory, on its disk, or on a replica of it, too."""
 
 
 class Terms(msgspec.Struct, frozen=True, array_like=True):
@@ -43,12 +45,14 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
         backoff_s: Seconds before the first of them, doubled for each one after.
         retry_on: Names of exception classes, with or without their module; empty: whatever user code raises.
         result_ttl_s: How long its record is kept after its end.
+        celery_id: Id of the task, if a Celery client submitted it and wants the result.
     """
 
     retries: int = 0
     backoff_s: float = 1.0
     retry_on: tuple[str, ...] = ()
     result_ttl_s: float = RESULT_TTL_S
+    celery_id: str = ""
 
     def retries_after(self, error: BaseException) -> bool:
         """Whether this is an error to try again after."""
@@ -84,6 +88,8 @@ class Options(NamedTuple):
     idempotency: str = ""
     """Hash of the caller's idempotency key, "" without one."""
     body_hash: str = ""
+    durability: Durability | None = None
+    """None: as the settings say."""
 
 
 def make_options(
@@ -95,6 +101,7 @@ def make_options(
     expires: float | None = None,
     priority: Priority = "interactive",
     result_ttl: float = RESULT_TTL_S,
+    durability: Durability | None = None,
 ) -> Options:
     """The options as users give them.
 
@@ -111,9 +118,11 @@ def make_options(
             raise ValueError(f"{name} must be at least {least:g}, not {value!r}")
     if priority not in ("interactive", "batch"):
         raise ValueError(f"priority must be 'interactive' or 'batch', not {priority!r}")
+    if durability not in (None, *get_args(Durability)):
+        raise ValueError(f"durability must be 'memory', 'fsync' or 'replica', not {durability!r}")
     given = (retry_on,) if isinstance(retry_on, str | type) else retry_on
     terms = Terms(int(retries), float(backoff), tuple(_class_name(each) for each in given), float(result_ttl))
-    return Options(float(delay), expires, priority == "batch", terms)
+    return Options(float(delay), expires, priority == "batch", terms, durability=durability)
 
 
 def _class_name(given: Any) -> str:
@@ -175,6 +184,8 @@ class CallRecord(NamedTuple):
     error: str
     progress: bytes | None
     events: tuple[CallEvent, ...]
+    is_late: bool
+    """Its time is over, and nobody has noticed yet."""
 
 
 def parse_record(call_id: str, answer: Any) -> CallRecord | None:
@@ -197,4 +208,5 @@ def parse_record(call_id: str, answer: Any) -> CallRecord | None:
         *(call_id, text(b"state"), text(b"deployment"), int(fields[b"kind"]), text(b"method")),
         *(int(fields[b"attempts"]), moment(b"submitted") or 0.0, moment(b"started"), moment(b"ended"), moment(b"due")),
         *(answer[1] if answer[1] >= 0 else None, text(b"error"), fields.get(b"progress"), tuple(events)),
+        bool(answer[3]),
     )

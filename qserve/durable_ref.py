@@ -1,5 +1,6 @@
 """References to durable calls: results that any process can ask for, now or later."""
 
+from asyncio import wrap_future
 from collections.abc import Coroutine
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -82,20 +83,40 @@ class DurableRef(Ref[T]):
             RuntimeError: Called where waiting would stop the event loop that has to receive the answer.
         """
         if self._client.is_own_thread():
-            raise RuntimeError("asking for the status here would block the event loop that receives the answer")
-        answered: Future[CallRecord | None] = Future()
+            raise RuntimeError(
+                "asking for the status here would block the event loop that receives the answer: `await ref.astatus()`"
+            )
+        return status_of(self._ask().result())
+
+    async def astatus(self) -> CallStatus:
+        """Like `status`, for asynchronous code."""
+        return status_of(await wrap_future(self._ask()))
+
+    async def aprogress(self) -> Any:
+        """Like `progress`, asked of Redis: what the call has reported last, whenever this ref was made.
+
+        Raises:
+            CallNotFound, BrokerUnavailable: As for `status`.
+        """
+        packed = (await wrap_future(self._ask())).progress
+        if packed is not None:
+            self._take_progress(self._client.durable.open(packed, self._id).payload)
+        return self._progress
+
+    def _ask(self) -> Future[CallRecord]:
+        answered: Future[CallRecord] = Future()
 
         async def ask() -> None:
             try:
-                answered.set_result(await self._client.durable.describe(self._id))
+                record = await self._client.durable.describe(self._id)
+                if record is None:
+                    raise CallNotFound(f"there is no durable call {self._id!r} (any more)")
+                answered.set_result(record)
             except BaseException as exc:
                 answered.set_exception(exc)
 
         self._client.run_soon(lambda: _start(ask()))
-        record = answered.result()
-        if record is None:
-            raise CallNotFound(f"there is no durable call {self._id!r} (any more)")
-        return status_of(record)
+        return answered
 
     def withdraw(self) -> None:
         self._client.run_soon(self._withdraw)

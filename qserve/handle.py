@@ -7,12 +7,13 @@ from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypedDict, Type
 from qserve.client import Client
 from qserve.codec import Codec, collect_refs, substitute
 from qserve.context import current_call
-from qserve.durable import Options, Priority, make_options
+from qserve.durable import Durability, Options, Priority, make_options
 from qserve.durable_ref import DurableRef, get_ref, submit
 from qserve.errors import ValueNotSerializable
 from qserve.outgoing import CallRef
 from qserve.process import current_client
 from qserve.ref import Ref
+from qserve.schedules import Plan
 from qserve.streams import ResultStream, open_stream
 
 P = ParamSpec("P")
@@ -51,6 +52,7 @@ class DurableTerms(TypedDict, total=False):
     expires: float | None
     priority: Priority
     result_ttl: float
+    durability: Durability | None
 
 
 class _BaseHandle:
@@ -204,6 +206,8 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
                 takes.
             priority: "batch" calls run while no other ones wait.
             result_ttl: Seconds for which the result is kept.
+            durability: Where Redis has the call when `remote()` returns: "memory"; "fsync": its disk; "replica": a
+                replica of it, too. Else as QSERVE_DURABILITY says.
         """
         changed, terms = self._change(method_name, others, stream=stream, durable=durable)
         if terms is not None:
@@ -431,6 +435,20 @@ def _durable_options(durable: bool, changed: CallOptions, given: dict[str, Any])
 def _refuse_private(handle: _BaseHandle, name: str) -> None:
     if name.startswith("_"):  # copy, pickle and IPython ask for such names
         raise AttributeError(f"{type(handle).__name__} has no attribute {name!r}; private methods cannot be called")
+
+
+def plan_call(
+    name: str, when: str, handle: "DeploymentHandle[Any] | DurableHandle", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Plan:
+    """The plan to call what a handle calls.
+
+    Raises:
+        TypeError: This is no handle of a deployment, or one of a kind that schedules cannot have.
+    """
+    if not isinstance(handle, DeploymentHandle | DurableHandle):
+        raise TypeError(f"a schedule takes a deployment or a handle made with sync=True, not {handle!r}")
+    terms = handle._terms if isinstance(handle, DurableHandle) else make_options()
+    return Plan(name, when, handle.deployment_name, handle._options.method_name, terms, args, kwargs)
 
 
 def codec_of(client: Client) -> Codec:

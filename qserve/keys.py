@@ -111,6 +111,16 @@ class Keys:
         return self._key("log")
 
     @property
+    def schedules(self) -> str:
+        """Hash: name -> sealed Schedule."""
+        return self._key("schedules")
+
+    @property
+    def fired(self) -> str:
+        """Hash: name of a schedule -> what became of its last moment."""
+        return self._key("fired")
+
+    @property
     def http_options(self) -> str:
         """String: msgpack HttpSettings."""
         return self._key("http")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import redis
 
 from qserve.connection import Answer, Connection, Script
@@ -20,13 +21,16 @@ from qserve.durable import (
     parse_record,
 )
 from qserve.keys import GROUP, Keys
-from qserve.messages import DURABLE, ERROR, Reply, Signer, encode
+from qserve.messages import DURABLE, ERROR, Blob, Reply, Signer, encode
 from qserve.queues import DEAD_LETTERS_KEPT, INBOX_TTL_MS, Entry
 
 POSITIONS_COUNTED = 100
 """Beyond this a call's place in its queue is not counted: that would mean to read what is before it."""
 _MOVED_AT_ONCE = 256
 _LEASE_MS = 3000
+_IDEMPOTENCY_TTL_MS = int(IDEMPOTENCY_TTL_S * 1000)
+_OUT_OF_LINE = 256 * 1024
+_UNCONFIRMED_PAYLOAD_MS = 60_000
 _LONGEST_ERROR = 2000
 _SHEBANG = "#!lua flags=allow-oom\n"
 
@@ -65,14 +69,7 @@ class Records:
         on_answer: Callable[[Answer], None],
     ) -> None:
         """Put (call, its sealed frame, options); `on_answer` gets what submit.lua returns."""
-        keys = self._keys
-        arguments: list[str | bytes | int] = []
-        for call, frame, options in calls:
-            arguments += (call.id, frame, int(options.delay_s * 1000), int((options.expires_s or 0) * 1000))
-            arguments += (call.kind, call.method, waiter, "b" if options.low_priority else "")
-            arguments += (options.idempotency, options.body_hash, int(IDEMPOTENCY_TTL_S * 1000))
-        names = (keys.calls(deployment), keys.meta(deployment), keys.due(deployment), keys.low(deployment))
-        SUBMIT.send(connection, on_answer, names, keys.base, deployment, *arguments)
+        SUBMIT.send(connection, on_answer, *submit_arguments(self._keys, deployment, calls, waiter))
 
     def attach(self, connection: Connection, call_id: str, waiter: str, on_answer: Callable[[Answer], None]) -> None:
         """Ask for the outcome, and be told of it if there is none yet; `on_answer` gets what attach.lua returns."""
@@ -109,15 +106,20 @@ class Records:
         frame: bytes,
         keep_ms: int,
         error: str,
+        celery: bytes,
         on_answer: Callable[[Answer], None],
     ) -> None:
-        """Write the end of a call, or of an attempt; `on_answer` gets 1 if this was the first answer."""
+        """Write the end of a call, or of an attempt; `on_answer` gets 1 if this was the first answer.
+
+        Args:
+            celery: What Celery's result backend is told, b"" if it is not.
+        """
         keys = self._keys
         names = (keys.calls(call.deployment), keys.dead_letters(call.deployment), keys.due(call.deployment))
         said = error[:_LONGEST_ERROR]
         SETTLE.send(
             *(connection, on_answer, names, keys.base, GROUP, entry, call.id, state, frame, keep_ms, INBOX_TTL_MS),
-            *(said, DEAD_LETTERS_KEPT, said),
+            *(said, DEAD_LETTERS_KEPT, said, celery),
         )
 
     async def reject(self, connection: Connection, deployment: str, entry: Entry, reason: str, frame: bytes) -> None:
@@ -154,6 +156,31 @@ def fail_remaining_records(client: redis.Redis, keys: Keys, deployment: str, sig
         frame = durable_reply(signer, call_id, ERROR, error)
         arguments = (keys.base, call_id, GROUP, FAILED, frame, int(RESULT_TTL_S * 1000), INBOX_TTL_MS)
         run_script(client, END, (keys.call(call_id),), *arguments)
+
+
+def submit_now(client: redis.Redis, keys: Keys, signer: Signer, call: DurableCall, options: Options) -> Any:
+    """Put one call that nobody here waits for; returns what submit.lua says. A large payload is put out of line."""
+    if len(call.payload) > _OUT_OF_LINE:
+        sealed = signer.seal(encode(Blob(call.id, call.payload)))
+        client.set(keys.payload(call.id), sealed, px=_UNCONFIRMED_PAYLOAD_MS)  # the script makes it last
+        call = msgspec.structs.replace(call, payload=b"", out_of_line=True)
+    names, *arguments = submit_arguments(keys, call.deployment, [(call, signer.seal(encode(call)), options)], "")
+    return run_script(client, SUBMIT, names, *arguments)
+
+
+def submit_arguments(
+    keys: Keys, deployment: str, calls: Sequence[tuple[DurableCall, bytes, Options]], waiter: str
+) -> tuple[Any, ...]:
+    """Keys and arguments of SUBMIT for (call, its sealed frame, options)."""
+    arguments: list[str | bytes | int] = []
+    for call, frame, options in calls:
+        terms = call.terms
+        arguments += (call.id, frame, int(options.delay_s * 1000), int((options.expires_s or 0) * 1000))
+        arguments += (call.kind, call.method, waiter, "b" if options.low_priority else "")
+        arguments += (options.idempotency, options.body_hash, _IDEMPOTENCY_TTL_MS)
+        arguments += ("" if terms.result_ttl_s == RESULT_TTL_S else int(terms.result_ttl_s * 1000), terms.celery_id)
+    names = (keys.calls(deployment), keys.meta(deployment), keys.due(deployment), keys.low(deployment))
+    return names, keys.base, deployment, *arguments
 
 
 def load_scripts(connection: Connection) -> None:

@@ -11,14 +11,17 @@ import msgspec
 
 from qserve import local, process, rollout
 from qserve.batching import batch
+from qserve.codec import Codec
 from qserve.context import ReplicaContext, get_replica_context
+from qserve.cron import parse_when
 from qserve.deployment import Deployment, deployment, set_instance_provider
 from qserve.driver import Driver
 from qserve.durable_ref import DurableRef
-from qserve.handle import AsyncDeploymentHandle, DeploymentHandle, ref_of
+from qserve.handle import AsyncDeploymentHandle, DeploymentHandle, DurableHandle, plan_call, ref_of
 from qserve.http_options import HTTPOptions, Location
 from qserve.ingress import ingress
 from qserve.loading import is_importing
+from qserve.schedules import Declared, Schedules
 from qserve.spec import ReplicaInfo
 
 __all__ = [
@@ -38,9 +41,11 @@ __all__ = [
     "ingress",
     "list_deployments",
     "run",
+    "schedule",
     "shutdown",
     "start",
     "status",
+    "unschedule",
 ]
 
 logger = logging.getLogger(__name__)
@@ -155,6 +160,48 @@ def get_ref(call_id: str) -> DurableRef[Any]:
         NoInstanceError, BrokerUnavailable: There is no qserve instance to ask.
     """
     return ref_of(call_id)
+
+
+def schedule(
+    name: str, when: str, target: Deployment[Any] | DeploymentHandle[Any] | DurableHandle, /, *args: Any, **kwargs: Any
+) -> None:
+    """Call a deployment whenever it is due, with a durable call each time; replaces the schedule of that name.
+
+    At the top level of an application it takes effect when that is deployed (`qserve run`, `qserve deploy`). It stays
+    until `unschedule`, also if its deployment goes; moments that nobody was there for are made up for by one call.
+
+    Args:
+        name: Of the schedule.
+        when: "0 3 * * *" (minute, hour, day, month, weekday; UTC, unless a time zone follows), or "every 30s".
+        target: What to call; for a method, retries and so on: its handle, made with `options(durable=True, ...)`.
+        args, kwargs: Its arguments.
+
+    Raises:
+        ValueError: The name or the time cannot be.
+        ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
+        NoInstanceError: No instance is running.
+    """
+    handle = target.get_handle() if isinstance(target, Deployment) else target
+    plan = plan_call(name, when, handle, args, kwargs)
+    if is_importing():
+        parse_when(when)
+        Declared.plans.append(plan)
+        return
+    instance = _driver.current()
+    settings = instance.settings
+    codec = Codec(allow_pickle=bool(settings.secrets), max_bytes=settings.max_value_bytes)
+    Schedules(instance.state).put(plan, codec)
+
+
+def unschedule(name: str) -> None:
+    """Forget a schedule; calls that it has submitted go on.
+
+    Raises:
+        KeyError: There is none of that name.
+        NoInstanceError: No instance is running.
+    """
+    if not _ignored("unschedule") and not Schedules(_driver.current().state).remove(name):
+        raise KeyError(f"there is no schedule {name!r}")
 
 
 def list_deployments() -> dict[str, Deployment[Any]]:

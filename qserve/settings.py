@@ -50,6 +50,10 @@ class Settings(BaseSettings):
     admin_host: str = "127.0.0.1"
     admin_token: str = Field(default="", repr=False)
     admin_allowed_hosts: str = ""
+    durability: Literal["memory", "fsync", "replica"] = "memory"
+    """Where Redis has a durable call when it is said to be submitted."""
+    celery_calls: bool | None = None
+    """Take calls from Celery clients, which sign nothing; None: where nothing is signed, and on a local instance."""
     beat_interval_s: float = Field(default=1.0, gt=0)
     dead_after_s: float = Field(default=5.0, gt=0)
     max_loop_stall_s: float = Field(default=30.0, gt=0)

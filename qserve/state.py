@@ -60,7 +60,7 @@ _LUA = Path(__file__).parent / "lua"
 _DEPLOY, _DELETE, _SETTLE = ((_LUA / f"{name}.lua").read_text() for name in ("deploy", "delete", "settle"))
 
 Info = TypeVar("Info", NodeInfo, GatewayInfo, WorkerInfo, ReplicaInfo)
-ChangeKind = Literal["deploy", "delete", "http", "resync"]
+ChangeKind = Literal["deploy", "delete", "http", "schedule", "resync"]
 
 
 class GenerationChanged(Exception):

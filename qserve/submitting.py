@@ -4,11 +4,14 @@ import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import hiredis
 import msgspec
+from redis.exceptions import RedisError
 
 from qserve.background import spawn
+from qserve.confirming import Confirmed
 from qserve.connection import Answer, Connection
 from qserve.durable import (
     ANYONE,
@@ -17,6 +20,7 @@ from qserve.durable import (
     NEVER_MS,
     PROGRESS,
     CallRecord,
+    Durability,
     DurableCall,
     Options,
     new_call_id,
@@ -47,7 +51,7 @@ from qserve.messages import (
 )
 from qserve.pace import Refusals
 from qserve.queues import CALLS_PER_ADMIT, send_control
-from qserve.records import Records, durable_reply, load_scripts
+from qserve.records import SUBMIT, Records, durable_reply, load_scripts, submit_arguments
 from qserve.settings import Settings
 
 Outcome = Reply | QServeError
@@ -115,6 +119,7 @@ class DurableCalls:
         self._unconfirmed: dict[str, Submission] = {}
         self._watchers: dict[str, list[Watcher]] = {}
         self._look_at = time.monotonic() + _LOOK_AGAIN_S
+        self._confirmed = {each: Confirmed(settings.redis_url, each) for each in get_args(Durability)}
         self._stopped = False
 
     # Submitting
@@ -141,10 +146,29 @@ class DurableCalls:
         if self._stopped:
             submission.on_admitted(BrokerUnavailable("the client is stopped"))
             return
+        durability = submission.options.durability or self._settings.durability
+        if durability != "memory":
+            spawn(self._submit_confirmed(submission, durability))
+            return
         self._unconfirmed[submission.call.id] = submission
         if not self._collected:
             asyncio.get_running_loop().call_soon(self._flush)
         self._collected.setdefault(submission.call.deployment, []).append(submission)
+
+    async def _submit_confirmed(self, each: Submission, durability: Durability) -> None:
+        call = each.call
+        try:
+            if (sender := self._sender()) is None:
+                raise BrokerUnavailable("Redis cannot be reached")
+            if each.payload is not None:  # the script makes it last
+                await sender.call("SET", self._keys.payload(call.id), each.payload, "PX", _UNCONFIRMED_PAYLOAD_MS)
+            arguments = submit_arguments(self._keys, call.deployment, [(call, each.frame, each.options)], self._process)
+            answer = await self._confirmed[durability].run(SUBMIT, arguments)
+        except (BrokerUnavailable, RedisError) as exc:
+            text = f"call {call.id} was not confirmed with durability={durability!r}: {exc}. It may be stored and run, "
+            each.on_admitted(BrokerUnavailable(f"{text}or be lost: `serve.get_ref({call.id!r})` tells"))
+            return
+        self._admitted(each, answer, 0)
 
     def _flush(self) -> None:
         sender = self._sender()
@@ -170,10 +194,13 @@ class DurableCalls:
         reach("submitted")
         for place, each in enumerate(batch):
             if self._unconfirmed.pop(each.call.id, None) is not None:
-                if each.options.expires_s is not None:  # nobody tells of a call that no replica looks at
-                    later = each.options.expires_s + _EXPIRY_SHOWS_S
-                    asyncio.get_running_loop().call_later(later, self._look_if_watched, each.call.id)
-                each.on_admitted(_verdict(each.call, answer, place, self._refusals))
+                self._admitted(each, answer, place)
+
+    def _admitted(self, each: Submission, answer: Answer, place: int) -> None:
+        if each.options.expires_s is not None:  # nobody tells of a call that no replica looks at
+            later = each.options.expires_s + _EXPIRY_SHOWS_S
+            asyncio.get_running_loop().call_later(later, self._look_if_watched, each.call.id)
+        each.on_admitted(_verdict(each.call, answer, place, self._refusals))
 
     def _look_if_watched(self, call_id: str) -> None:
         if call_id in self._watchers:
@@ -273,6 +300,17 @@ class DurableCalls:
         sender = self._sender()
         if sender is None:
             raise BrokerUnavailable("Redis cannot be reached")
+        record = await self.records.describe(sender, call_id, after_event)
+        if record is None or not record.is_late:
+            return record
+        expired: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def noticed(_: Answer) -> None:
+            if not expired.done():
+                expired.set_result(None)
+
+        self.expire(call_id, noticed)
+        await expired
         return await self.records.describe(sender, call_id, after_event)
 
     # Ending
@@ -281,9 +319,9 @@ class DurableCalls:
         """Withdraw a call: waiting, it never runs; running, it is stopped if it is asynchronous, and not run again."""
         self._end_call(call_id, CANCELLED, CallCancelled("the call was cancelled"), on_answer)
 
-    def expire(self, call_id: str) -> None:
+    def expire(self, call_id: str, on_answer: Callable[[Answer], None] | None = None) -> None:
         """Let a call end whose time is over."""
-        self._end_call(call_id, EXPIRED, GetTimeoutError("the call expired before it ran"), None)
+        self._end_call(call_id, EXPIRED, GetTimeoutError("the call expired before it ran"), on_answer)
 
     def _end_call(
         self, call_id: str, state: str, error: QServeError, on_answer: Callable[[Answer], None] | None
@@ -338,6 +376,8 @@ class DurableCalls:
     def stop(self) -> None:
         """Nobody is told of anything any more; the calls go on."""
         self._stopped = True
+        for confirmed in self._confirmed.values():
+            confirmed.close()
         self.link_down()
         for call_id in list(self._watchers):
             self._end(call_id, CallCancelled("the client was stopped before the call ended; the call goes on"))

@@ -166,9 +166,11 @@ def test_the_public_names_are_these() -> None:
         "ingress",
         "list_deployments",
         "run",
+        "schedule",
         "shutdown",
         "start",
         "status",
+        "unschedule",
     }
 
 

@@ -89,8 +89,9 @@ class Admin:
             return self._leave() if method == "POST" else _not_allowed("POST")
         if path not in ("/-/metrics", "/-/status"):
             return text_response(404, "There are /-/metrics, /-/status, /-/deployments/NAME, /-/dead and /-/drain.")
-        if method not in ("GET", "HEAD"):
-            return _not_allowed("GET, HEAD")
+        return await self._tell(path) if method in ("GET", "HEAD") else _not_allowed("GET, HEAD")
+
+    async def _tell(self, path: str) -> HttpResponse:
         if path == "/-/status":
             found = await asyncio.to_thread(status, self._state, self._settings.namespace, self._gateway_id)
             return json_response(found)

@@ -15,6 +15,7 @@ COMMANDS = {
     "status": ("qserve.cli.status", "Show deployments, their replicas and queues."),
     "call": ("qserve.cli.call", "Call a deployment and print what it returns."),
     "dead": ("qserve.cli.dead", "List, show, send again or drop calls that were given up on."),
+    "schedule": ("qserve.cli.schedule", "List, show, put or remove calls that are submitted on a schedule."),
     "delete": ("qserve.cli.deploy", "Stop serving a deployment."),
     "shutdown": ("qserve.cli.deploy", "Delete all deployments and stop the local instance."),
     "doctor": ("qserve.cli.doctor", "Check the Redis server for what would lose or delay calls."),

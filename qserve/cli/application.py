@@ -21,6 +21,7 @@ from qserve.deployment import Deployment
 from qserve.doctor import connect, require_usable
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.handle import handle_from_wire
+from qserve.schedules import Declared, Schedules
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
 from qserve.state import State
@@ -103,6 +104,8 @@ def deploy_application(application: Application, state: State, settings: Setting
             failures.append(f"Deployment {goal.name!r}: {users_part(str(exc))}")
     if failures:
         raise Failure("\n".join(failures))
+    for plan in Declared.plans:
+        Schedules(state).put(plan, codec)
     return [goal.deployed.spec for goal in goals]
 
 

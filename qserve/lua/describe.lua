@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- DESCRIBE: everything about a durable call but its result, and how many calls are before it in its queue.
 -- KEYS[1] record | ARGV[1] base, ARGV[2] most to count, ARGV[3] event after which to begin, ARGV[4] group
--- returns false | {fields, position or -1, {number, event, ...}}
+-- returns false | {fields, position or -1, {number, event, ...}, 1 if it is past its time and nobody has noticed}
 local names = {'state', 'deployment', 'kind', 'method', 'attempts', 'submitted', 'started', 'ended', 'due', 'expires',
   'error', 'progress', 'entry', 'n', 'low'}
 local found = redis.call('HMGET', KEYS[1], unpack(names))
@@ -27,4 +27,5 @@ for number = math.max(tonumber(ARGV[3]) + 1, last - EVENTS_KEPT + 1), last do
   local event = redis.call('HGET', KEYS[1], 'e' .. number)
   if event then events[#events + 1] = number events[#events + 1] = event end
 end
-return {fields, position, events}
+local late = found[10] and (found[1] == 'queued' or found[1] == 'scheduled') and now_ms() > tonumber(found[10])
+return {fields, position, events, late and 1 or 0}

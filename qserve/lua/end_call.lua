@@ -2,10 +2,10 @@
 -- END: cancel a durable call, or let it expire. One that runs is marked, and not run again. Or fail it, because its
 -- deployment is gone and with it whoever could run it.
 -- KEYS[1] record | ARGV[1] base, ARGV[2] id, ARGV[3] group, ARGV[4] 'cancelled', 'expired' or 'failed', ARGV[5] frame for those
--- who wait, ARGV[6] ms the record is kept, ARGV[7] ms an unread inbox is kept
+-- who wait, ARGV[6] ms the record is kept if it does not say, ARGV[7] ms an unread inbox is kept
 -- returns 'unknown' | 'ended' before | 'done' | {replica, entry id, deployment} it runs there | 'later' about to run
 local base, id = ARGV[1], ARGV[2]
-local found = redis.call('HMGET', KEYS[1], 'state', 'deployment', 'entry', 'replica', 'expires')
+local found = redis.call('HMGET', KEYS[1], 'state', 'deployment', 'entry', 'replica', 'expires', 'ttl')
 if not found[1] then return 'unknown' end
 if ENDED[found[1]] then return 'ended' end
 local now = now_ms()
@@ -24,5 +24,5 @@ if redis.call('ZREM', base .. 'due:' .. found[2], id) == 0 and redis.call('ZREM'
   end
   if found[3] then redis.call('XDEL', stream, found[3]) end
 end
-finish(base, id, now, ARGV[4], ARGV[5], ARGV[6], ARGV[7], '')
+finish(base, id, now, ARGV[4], ARGV[5], found[6] or ARGV[6], ARGV[7], '')
 return 'done'

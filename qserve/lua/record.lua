@@ -1,6 +1,7 @@
 -- What the scripts of durable calls share; put before each of them.
 -- A record is a hash: state, deployment, kind, method, attempts, failures, submitted, started, ended, entry (in the
--- stream) or frame (while it waits in a sorted set), waiters, cancel, expires, result, error, progress; n counts its
+-- stream) or frame (while it waits in a sorted set), waiters, cancel, expires, result, error, progress, celery (its task
+-- id, if a Celery client submitted it), ttl (ms it is kept, where that is not what others are); n counts its
 -- events e1, e2, ... ("name ms data"). Every key is base .. something, and base is the namespace's prefix.
 local ENDED = {done = true, failed = true, cancelled = true, dead = true, expired = true}
 local EVENTS_KEPT = 100
@@ -31,10 +32,30 @@ local function tell(base, waiters, frame, inbox_ttl)
   end
 end
 
+-- What Celery's result backend for Redis expects of the end of a task: the key, and word of it. `outcome`: JSON of the
+-- fields that tell the result, or '' where the state tells it all.
+local CELERY = {done = 'SUCCESS', failed = 'FAILURE', dead = 'FAILURE', cancelled = 'REVOKED', expired = 'REVOKED'}
+
+local function tell_celery(base, task, state, outcome, ttl)
+  if outcome == '' then
+    local kind, why = '"TaskRevokedError","exc_module":"celery.exceptions"', state
+    if state == 'failed' then
+      kind, why = '"DeploymentNotFound","exc_module":"qserve.errors"', 'the deployment was deleted'
+    elseif state == 'dead' then
+      kind, why = '"FrameRejected","exc_module":"qserve.errors"', 'no key of the instance signed the call'
+    end
+    outcome = '"result":{"exc_type":' .. kind .. ',"exc_message":["' .. why .. '"]},"traceback":null,"date_done":null'
+  end
+  local meta = '{"status":"' .. CELERY[state] .. '",' .. outcome .. ',"children":[],"task_id":' .. cjson.encode(task) .. '}'
+  local key = base .. 'celery:celery-task-meta-' .. task
+  redis.call('SET', key, meta, 'PX', ttl)
+  redis.call('PUBLISH', key, meta)
+end
+
 -- The call's one end. The waiters stay: a dead letter sent again ends once more.
-local function finish(base, id, now, state, frame, ttl, inbox_ttl, data)
+local function finish(base, id, now, state, frame, ttl, inbox_ttl, data, outcome)
   local record = base .. 'call:' .. id
-  local found = redis.call('HMGET', record, 'n', 'waiters')
+  local found = redis.call('HMGET', record, 'n', 'waiters', 'celery')
   redis.call('HDEL', record, 'frame', 'due', 'cancel', 'replica')
   note(record, found[1], now, state, data, 'state', state, 'ended', whole(now), 'result', frame)
   redis.call('PEXPIRE', record, ttl)
@@ -44,6 +65,7 @@ local function finish(base, id, now, state, frame, ttl, inbox_ttl, data)
     redis.call('DEL', base .. 'p:' .. id)
   end
   tell(base, found[2], frame, inbox_ttl)
+  if found[3] then tell_celery(base, found[3], state, outcome or '', ttl) end
 end
 
 -- Into the stream. The fourth field keeps these entries off the path that replicas have for ordinary ones.

@@ -4,7 +4,8 @@
 -- KEYS[1] call stream, KEYS[2] dead-letter stream, KEYS[3] calls not due yet
 -- ARGV[1] base, ARGV[2] group, ARGV[3] entry id, ARGV[4] id, ARGV[5] state: an end, or 'scheduled' to run again,
 -- ARGV[6] result frame, ARGV[7] ms the record is kept, or until it runs again, ARGV[8] ms an unread inbox is kept,
--- ARGV[9] what the event says, ARGV[10] most dead letters kept, ARGV[11] the last error, or ''
+-- ARGV[9] what the event says, ARGV[10] most dead letters kept, ARGV[11] the last error, or '', ARGV[12] what Celery's
+-- result backend is told, or ''
 -- returns 1 if this was the first answer
 local base, entry, id, state = ARGV[1], ARGV[3], ARGV[4], ARGV[5]
 if redis.call('XACK', KEYS[1], ARGV[2], entry) == 0 then return 0 end
@@ -29,7 +30,7 @@ else
     for _, field in ipairs({'err', ARGV[11], 'src', entry}) do fields[#fields + 1] = field end
     redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[10], '*', unpack(fields))
   end
-  finish(base, id, now, state, ARGV[6], ARGV[7], ARGV[8], ARGV[9])
+  finish(base, id, now, state, ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[12])
 end
 redis.call('XDEL', KEYS[1], entry)
 return 1

@@ -2,7 +2,8 @@
 -- Submitted again under its id, a call is not put twice: whoever lost the answer may ask again.
 -- KEYS[1] call stream, KEYS[2] meta hash, KEYS[3] calls not due yet, KEYS[4] calls of low priority
 -- ARGV[1] base, ARGV[2] deployment, then per call: id, frame, ms until due, ms until it expires or 0, kind, method,
---   waiter or '', 'b' low priority or '', idempotency hash or '', body hash, ms an idempotency hash is kept
+--   waiter or '', 'b' low priority or '', idempotency hash or '', body hash, ms an idempotency hash is kept,
+--   ms the record is kept or '' as others are, Celery's task id or ''
 -- returns {-1} unknown deployment | {-2, reason} refused | {depth before, per call: 'queued' | false: full |
 --   'same:<id>' another call has this key | 'other:<id>' and another body}
 local meta = redis.call('HMGET', KEYS[2], 'max_queued', 'refuse')
@@ -13,7 +14,7 @@ local depth = redis.call('XLEN', KEYS[1]) + redis.call('ZCARD', KEYS[3]) + redis
 local room = tonumber(meta[1]) - depth
 local out = {depth}
 
-local function submit(id, frame, delay, expires, kind, method, waiter, low, idem, body, idem_ttl)
+local function submit(id, frame, delay, expires, kind, method, waiter, low, idem, body, idem_ttl, ttl, celery)
   local record = base .. 'call:' .. id
   if redis.call('EXISTS', record) == 1 then return 'queued' end
   local known = idem ~= '' and redis.call('GET', base .. 'idem:' .. idem)
@@ -32,6 +33,8 @@ local function submit(id, frame, delay, expires, kind, method, waiter, low, idem
   local function put(name, value) fields[#fields + 1] = name fields[#fields + 1] = value end
   if expires ~= '0' then put('expires', whole(now + expires)) end
   if low == 'b' then put('low', '1') end
+  if ttl ~= '' then put('ttl', ttl) end
+  if celery ~= '' then put('celery', celery) end
   local event = 'queued'
   if delay ~= '0' then
     event = 'scheduled'
@@ -51,8 +54,8 @@ local function submit(id, frame, delay, expires, kind, method, waiter, low, idem
   return 'queued'
 end
 
-for i = 3, #ARGV, 11 do
-  local answer = submit(unpack(ARGV, i, i + 10))
+for i = 3, #ARGV, 13 do
+  local answer = submit(unpack(ARGV, i, i + 12))
   if answer == -1 then return {-1} end
   out[#out + 1] = answer
 end

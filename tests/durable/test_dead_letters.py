@@ -100,6 +100,7 @@ def test_an_ordinary_call_is_sent_again_as_a_durable_one(
         return "fine"
 
     poison.deploy()
+    dead("drop", "--all", "poison")  # of other tests
     with httpx.Client(base_url=qserve_instance.url, timeout=LIMIT_S) as http:
         assert http.get("/poison").status_code == 500
         [letter] = listed("poison")

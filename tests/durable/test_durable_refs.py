@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import pytest
+from redis import Redis
 
 import qserve
 from qserve import serve
@@ -403,3 +404,55 @@ def test_impossible_terms_are_refused(terms: dict[str, Any]) -> None:
 def test_terms_without_durable_are_refused() -> None:
     with pytest.raises(ValueError, match="durable=True"):
         DeploymentHandle[Any]("Any").options(delay=3)  # type: ignore[call-overload]
+
+
+async def test_asynchronous_code_asks_for_status_and_progress(gate: Gate) -> None:
+    @serve.deployment
+    async def told() -> str:
+        serve.get_replica_context().report_progress(7)
+        await gate.passed()
+        return "done"
+
+    await asyncio.to_thread(told.deploy)
+    ref = await told.get_handle(sync=False).options(durable=True).remote()
+
+    while await serve.get_ref(ref.id).aprogress() != 7:  # noqa: ASYNC110 each time another ref
+        await asyncio.sleep(0.01)
+    assert (await ref.astatus()).state == "running"
+    gate.open()
+    assert await ref == "done"
+
+
+def test_a_call_whose_time_is_over_is_expired_for_whoever_looks(gate: Gate, notes: Notes) -> None:
+    @serve.deployment
+    def held() -> None:
+        notes.add("held")
+        gate.pass_through()
+
+    held.deploy()
+    first = durable(held).remote()
+    notes.wait_for(1)
+    ref = durable(held, expires=0.2).remote()
+
+    until(lambda: ref.status().state != "queued")
+    status = ref.status()
+    gate.open()
+
+    assert status.state == "expired"
+    assert status.ended is not None
+    first.result(LIMIT_S)
+    assert notes.read() == ["held"]
+
+
+def test_what_is_cancelled_is_kept_as_long_as_its_result_would_be(qserve_instance: TestInstance) -> None:
+    @serve.deployment
+    def later() -> None:
+        pass
+
+    later.deploy()
+    ref = durable(later, delay=1000, result_ttl=50).remote()
+    ref.cancel()
+    until(lambda: ref.status().state == "cancelled")
+
+    with Redis.from_url(qserve_instance.settings.redis_url) as redis:
+        assert 0 < redis.ttl(qserve_instance.settings.keys.call(ref.id)) <= 50

@@ -12,6 +12,7 @@ from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.local import NO_INSTANCE, find_settings
 from qserve.settings import Settings
 from qserve_workers import control  # noqa: F401  registers the commands, for workers and for the command line
+from qserve_workers.celerycalls import QServeCall
 
 _CONNECT_TIMEOUT_S = 1.0
 
@@ -31,6 +32,7 @@ class App(Celery):  # type: ignore[misc]
         self.settings = settings
         self._broker, self._problem = _reachable(settings)
         self.steps["worker"].add("qserve_workers.worker:Replicas")
+        self.register_task(QServeCall())
         self.conf.update(
             **self._broker,
             broker_connection_retry_on_startup=True,

@@ -59,6 +59,7 @@ from qserve.messages import (
 from qserve.queues import Entry
 from qserve.records import Records, durable_reply, load_scripts
 from qserve.settings import Settings
+from qserve_workers.celeryresults import celery_error, celery_result
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ class _Settlement(NamedTuple):
     keep_ms: int
     error: str
     result: bytes | None  # sealed, out of line
+    celery: bytes
 
 
 class DurableRuns:
@@ -228,7 +230,12 @@ class DurableRuns:
             self._failed(entry, call, exc, failures + 1)
             return
         if self._host.is_running(entry.id):
-            self._settle(entry, call, DONE, *self._frame(call, kind, result))
+            try:
+                celery = celery_result(self._codec.unpack(result)) if call.terms.celery_id else b""
+            except QServeError as exc:
+                self._failed(entry, call, exc, failures + 1)
+                return
+            self._settle(entry, call, DONE, *self._frame(call, kind, result), celery=celery)
 
     async def _run_http(self, request: HttpRequest, code: Code) -> bytes:
         collected: list[CollectedResponse] = []
@@ -256,12 +263,14 @@ class DurableRuns:
             return
         exhausted = call.terms.retries > 0 and call.terms.retries_after(error)
         state = DEAD if exhausted else FAILED
-        self._settle(entry, call, state, *self._frame(call, ERROR, self._pack_error(error)), error=said)
+        frame = self._frame(call, ERROR, self._pack_error(error))
+        self._settle(entry, call, state, *frame, error=said, celery=celery_error(call, error))
 
     def bury(self, entry: Entry, call: DurableCall, reason: str, error: QServeError) -> None:
         """Give up on a call that killed every replica it was given to."""
         logger.error("gave up on call %s: %s", call.id, reason)
-        self._settle(entry, call, DEAD, self._error_frame(call, error), error=reason)
+        frame = self._error_frame(call, error)
+        self._settle(entry, call, DEAD, frame, error=reason, celery=celery_error(call, error))
 
     async def reject(self, entry: Entry, deployment: str, error: Exception) -> None:
         """Give up an entry that is no call of ours, and with it the call that it stood for."""
@@ -285,10 +294,11 @@ class DurableRuns:
         *,
         keep_ms: int | None = None,
         error: str = "",
+        celery: bytes = b"",
     ) -> None:
         if keep_ms is None:
             keep_ms = int((DEAD_TTL_S if state == DEAD else call.terms.result_ttl_s) * 1000)
-        self._unconfirmed[entry.id] = _Settlement(call, state, frame, keep_ms, error, result)
+        self._unconfirmed[entry.id] = _Settlement(call, state, frame, keep_ms, error, result, celery)
         self._send(entry.id)
 
     def _send(self, entry: bytes) -> None:
@@ -307,6 +317,7 @@ class DurableRuns:
             frame=settlement.frame,
             keep_ms=settlement.keep_ms,
             error=settlement.error,
+            celery=settlement.celery,
             on_answer=partial(self._confirmed, entry),
         )
         reach("settle-sent")

@@ -43,6 +43,8 @@ _POLL_S = 0.02
 _VALKEY_POLL_S = 0.003
 _VALKEY_GRACE_S = 3.0
 _STOP_MARGIN_S = 5.0
+_BEAT_GRACE_S = 3.0
+_SCHEDULER = "qserve_workers.beat:Scheduler"
 _DELETE_MARGIN_S = 1.0
 
 
@@ -102,6 +104,7 @@ class Node:
         self._memory = Memory(self._keys, self._signer, restores=settings.autorestore)
         self._valkey: KeptProcess | None = None
         self._gateways: list[KeptProcess] = []
+        self._beat: KeptProcess | None = None
         self._gateway_port = options.port
         self._workers: dict[str, KeptProcess] = {}
         self._specs: dict[str, DeploymentSpec] = {}
@@ -277,6 +280,7 @@ class Node:
             await self._announce()
             self._snapshot = await self._read_state()
             self._match_workers()
+            await self._match_beat()
             unsettled = [name for name, d in self._snapshot.deployments.items() if d.state != HEALTHY]
             if unsettled:
                 await asyncio.to_thread(self._settle, unsettled)
@@ -299,6 +303,21 @@ class Node:
         for name in self._workers.keys() - serve:
             self._retiring[name] = asyncio.create_task(self._retire(name, self._workers.pop(name)))
 
+    async def _match_beat(self) -> None:
+        """Run Celery's beat while anything is scheduled; every node does, and each call is submitted once."""
+        try:
+            wanted = bool(await self._redis.exists(self._keys.schedules))
+        except (RedisError, OSError):
+            return
+        if wanted and self._beat is None:
+            command = [sys.executable, "-m", "celery", "-A", "qserve_workers", "-q", "beat", "-S", _SCHEDULER]
+            command += ["--loglevel", self._settings.log_level]
+            self._beat = KeptProcess("beat", lambda: command, os.environ | self._child_env())
+            self._beat.start()
+        elif not wanted and self._beat is not None:
+            beat, self._beat = self._beat, None
+            await beat.stop(_BEAT_GRACE_S, self._force)
+
     def _serves(self, name: str) -> bool:
         return name in self._snapshot.deployments and (not self._options.only or name in self._options.only)
 
@@ -312,6 +331,9 @@ class Node:
         ]
 
     def _child_env(self) -> dict[str, str]:
+        # Nobody but this user reaches the embedded server.
+        trusted = self._options.embedded and self._settings.celery_calls is None
+        celery_calls = {"QSERVE_CELERY_CALLS": "1"} if trusted else {}
         exact = {"QSERVE_REPLICAS_EXACT": "1"} if self._options.replicas_per_node is None else {}
         return {
             "QSERVE_REDIS_URL": self._settings.redis_url,
@@ -319,6 +341,7 @@ class Node:
             "QSERVE_NAMESPACE": self._settings.namespace,
             "QSERVE_NODE": self.id,
             **exact,
+            **celery_calls,
         }
 
     async def _retire(self, name: str, worker: KeptProcess) -> None:
@@ -396,6 +419,8 @@ class Node:
         """Stop what was started: first what brings calls in, then what answers them, then the queue between them."""
         logger.info("Stopping.")
         await self._leave()
+        if self._beat is not None:
+            await self._beat.stop(_BEAT_GRACE_S, self._force)
         if self._gateways:
             longest = max((self._specs[name].graceful_shutdown_timeout_s for name in self._workers), default=0.0)
             await asyncio.gather(*(each.stop(longest + _STOP_MARGIN_S, self._force) for each in self._gateways))

@@ -1,0 +1,115 @@
+"""`qserve schedule`: calls that are submitted again and again."""
+
+import json
+import time
+from typing import Any
+
+import click
+
+from qserve.cli.instance import connected
+from qserve.cli.output import Failure, note, redis_url_option
+from qserve.codec import Codec
+from qserve.cron import parse_when
+from qserve.durable import make_options
+from qserve.errors import QServeError
+from qserve.schedules import Fired, Plan, Schedule, Schedules
+
+
+@click.group()
+def schedule() -> None:
+    """List, show, put or remove schedules: durable calls that are submitted when their time comes."""
+
+
+@schedule.command()
+@redis_url_option
+def ls() -> None:
+    """List the schedules, with their last call and when the next one is due."""
+    with connected() as state:
+        schedules = Schedules(state)
+        for each, fired in schedules.all():
+            called = f"{each.deployment}.{each.method}" if each.method else each.deployment
+            click.echo(f"{each.name}  {each.when}  {called}  next {_when(_due(schedules, each))}{_last(fired)}")
+
+
+@schedule.command()
+@redis_url_option
+@click.argument("name")
+def show(name: str) -> None:
+    """Show the schedule NAME."""
+    with connected() as state:
+        schedules = Schedules(state)
+        found = next(((each, fired) for each, fired in schedules.all() if each.name == name), None)
+        if found is None:
+            raise Failure(f"There is no schedule {name!r}; `qserve schedule ls` lists them.")
+        each, fired = found
+        facts: dict[str, Any] = {
+            "name": each.name,
+            "when": each.when,
+            "deployment": each.deployment,
+            "method": each.method or "__call__",
+            **_arguments(each),
+            "retries": each.terms.retries,
+            "expires": each.expires_s,
+            "next": _when(_due(schedules, each)),
+            "last": _when(fired.at / 1000) if fired is not None else None,
+            "call": fired.call_id if fired is not None and not fired.error else None,
+            "error": fired.error if fired is not None and fired.error else None,
+        }
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+
+
+@schedule.command()
+@redis_url_option
+@click.option("--method", default="", help="Method to call instead of __call__.")
+@click.option("--retries", type=click.IntRange(min=0), default=0, help="How often it may run again after it raised.")
+@click.option("--expires", type=click.FloatRange(min=0.001), help="Seconds after which a call is not started any more.")
+@click.argument("name")
+@click.argument("when")
+@click.argument("deployment")
+@click.argument("args", nargs=-1, metavar="[JSON]...")
+def put(
+    name: str, when: str, deployment: str, args: tuple[str, ...], method: str, retries: int, expires: float | None
+) -> None:
+    """Call DEPLOYMENT with these arguments WHEN they are due: "0 3 * * *", "0 3 * * * Europe/Berlin", "every 30s"."""
+    with connected() as state:
+        options = make_options(retries=retries, expires=expires)
+        try:
+            plan = Plan(name, when, deployment, method, options, tuple(map(json.loads, args)), {})
+            schedules = Schedules(state)
+            made = schedules.put(plan, Codec(allow_pickle=False, max_bytes=1 << 24))
+        except ValueError as exc:
+            raise Failure(f"{exc}") from exc
+        note(f"{name}: next {_when(_due(schedules, made))}")
+
+
+@schedule.command()
+@redis_url_option
+@click.argument("name")
+def rm(name: str) -> None:
+    """Remove the schedule NAME; calls that it has submitted go on."""
+    with connected() as state:
+        if not Schedules(state).remove(name):
+            raise Failure(f"There is no schedule {name!r}; `qserve schedule ls` lists them.")
+    note(f"{name}: removed")
+
+
+def _due(schedules: Schedules, each: Schedule) -> float:
+    return parse_when(each.when).next_after(schedules.now())
+
+
+def _when(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+
+
+def _last(fired: Fired | None) -> str:
+    if fired is None:
+        return ""
+    return f"  last {_when(fired.at / 1000)} {fired.error or fired.call_id}"
+
+
+def _arguments(each: Schedule) -> dict[str, Any]:
+    try:
+        args, kwargs = Codec(allow_pickle=False, max_bytes=1 << 40).unpack_call(each.payload)
+    except QServeError as exc:  # a pickle
+        return {"args": str(exc)}
+    return {"args": [repr(each) for each in args], "kwargs": {key: repr(value) for key, value in kwargs.items()}}

@@ -1,0 +1,126 @@
+"""When something is due again and again: cron's five fields, or a number of seconds."""
+
+import math
+import re
+import zoneinfo
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+_FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 12), ("weekday", 0, 7))
+_JANUARY_ON = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_SUNDAY_ON = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+_NAMES = {name: str(number) for number, name in (*enumerate(_JANUARY_ON, 1), *enumerate(_SUNDAY_ON))}
+_every = re.compile(r"every\s+(\d+(?:\.\d+)?)\s*(s|m|h)").fullmatch
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_DAYS_AHEAD = 366 * 8 + 2
+"""The 29th of February may be eight years away."""
+_WINDOWS_S = (60.0, 3600.0, 86_400.0, 31 * 86_400.0, 366 * 86_400.0, _DAYS_AHEAD * 86_400.0)
+
+
+class When(NamedTuple):
+    """The moments at which something is due.
+
+    Attributes:
+        every_s: Seconds from one to the next, counted from 1970 so that all clocks agree; 0: by the fields.
+        fields: Minutes, hours, days, months and weekdays (Sunday is 0).
+        any_day: Days and weekdays are both restricted: one of them is enough.
+    """
+
+    every_s: float
+    fields: tuple[frozenset[int], ...] = ()
+    any_day: bool = False
+    zone: zoneinfo.ZoneInfo | None = None
+
+    def next_after(self, moment: float) -> float:
+        """The first of them after a Unix time; never: infinity.
+
+        A time that the clocks skip counts as the one an hour later, one that they repeat counts once.
+        """
+        if self.every_s:
+            return (math.floor(moment / self.every_s) + 1) * self.every_s
+        day = datetime.fromtimestamp(moment, self.zone).replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
+        for _ in range(_DAYS_AHEAD):
+            if self._is_day(day):
+                for hour in sorted(self.fields[1]):
+                    for minute in sorted(self.fields[0]):
+                        if (found := day.replace(hour=hour, minute=minute).timestamp()) > moment:
+                            return found
+            day += timedelta(days=1)
+        return math.inf
+
+    def last_between(self, after: float, until: float) -> float | None:
+        """The last of them after one Unix time and not after another one."""
+        if self.every_s:
+            last = math.floor(until / self.every_s) * self.every_s
+            return last if last > after else None
+        for window in _WINDOWS_S:
+            found = self.next_after(max(after, until - window))
+            if found <= until:
+                while (following := self.next_after(found)) <= until:
+                    found = following
+                return found
+            if after >= until - window:
+                return None
+        return None
+
+    def _is_day(self, day: datetime) -> bool:
+        _, _, days, months, weekdays = self.fields
+        by_day, by_weekday = day.day in days, day.isoweekday() % 7 in weekdays
+        return day.month in months and (by_day or by_weekday if self.any_day else by_day and by_weekday)
+
+
+def parse_when(text: str) -> When:
+    """What a schedule says.
+
+    Args:
+        text: "every 30s" (s, m or h); or cron's five fields, with a time zone after them if it is not UTC.
+
+    Raises:
+        ValueError: It cannot be understood, or never is.
+    """
+    if match := _every(text.strip()):
+        seconds = float(match[1]) * _SECONDS[match[2]]
+        if seconds < 1:
+            raise ValueError(f"{text!r}: a second is the shortest interval")
+        return When(seconds)
+    parts = text.split()
+    if len(parts) not in (5, 6):
+        raise ValueError(f"{text!r} is no schedule: say 'every 30s', or 'minute hour day month weekday' as cron does")
+    try:
+        zone = zoneinfo.ZoneInfo(parts[5] if len(parts) > 5 else "UTC")
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as exc:
+        raise ValueError(f"{text!r}: there is no time zone {parts[5:] and parts[5]!r} here") from exc
+    minutes, hours, days, months, weekdays = (
+        _parse_field(text, part, *field) for part, field in zip(parts, _FIELDS, strict=False)
+    )
+    weekdays = frozenset(day % 7 for day in weekdays)
+    any_day = not parts[2].startswith("*") and not parts[4].startswith("*")
+    when = When(0.0, (minutes, hours, days, months, weekdays), any_day, zone)
+    if when.next_after(0.0) == math.inf:
+        raise ValueError(f"{text!r} never comes")
+    return when
+
+
+def _parse_field(text: str, part: str, name: str, least: int, most: int) -> frozenset[int]:
+    found: set[int] = set()
+    for piece in part.lower().split(","):
+        span, _, step = piece.partition("/")
+        try:
+            first, last = (least, most) if span == "*" else _span(span, step, most)
+            every = int(step) if step or "/" in piece else 1
+        except ValueError as exc:
+            raise ValueError(f"{text!r}: {piece!r} is no {name}") from exc
+        if not (least <= first <= last <= most and every > 0):
+            raise ValueError(f"{text!r}: a {name} is {least} to {most}, not {piece!r}")
+        found.update(range(first, last + 1, every))
+    return frozenset(found)
+
+
+def _span(span: str, step: str, most: int) -> Sequence[int]:
+    first, dash, last = span.partition("-")
+    return _number(first), _number(last) if dash else most if step else _number(first)
+
+
+def _number(text: str) -> int:
+    return int(_NAMES.get(text, text))

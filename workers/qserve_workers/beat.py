@@ -1,0 +1,45 @@
+"""`celery -A qserve_workers beat -S qserve_workers.beat:Scheduler`: submits what is scheduled when it is due."""
+
+import logging
+from typing import Any
+
+from celery import beat
+from redis.exceptions import RedisError
+
+from qserve.errors import QServeError
+from qserve.messages import Signer
+from qserve.schedules import Schedules
+from qserve.state import State
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 1.0
+"""How soon a schedule that is added is noticed."""
+
+
+class Scheduler(beat.Scheduler):  # type: ignore[misc]
+    """Keeps nothing itself: what is scheduled, and what was submitted last, stands in the state of the instance.
+
+    So it may be stopped, started anew, and run several times, on one machine or many: each call is submitted once.
+    """
+
+    def __init__(self, app: Any, **options: Any) -> None:
+        settings = app.settings
+        self._schedules = Schedules(State(settings.redis_url, settings.keys, Signer(settings.secrets)))
+        super().__init__(app, **options)
+
+    def setup_schedule(self) -> None:
+        """There is nothing to set up."""
+
+    def tick(self, *_args: Any, **_kwargs: Any) -> float:
+        """Submit what is due; returns after how many seconds to look again."""
+        try:
+            return min(max(self._schedules.fire_due(), 0.0) + 0.002, _LOOK_EVERY_S)
+        except (QServeError, RedisError, OSError) as exc:
+            logger.error("Cannot look at the schedules: %s. Next try in %g s.", exc, _LOOK_EVERY_S)
+            return _LOOK_EVERY_S
+
+    @property
+    def info(self) -> str:
+        """For the banner."""
+        return "    . schedules -> those of the qserve instance"

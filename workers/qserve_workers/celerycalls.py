@@ -1,0 +1,155 @@
+"""Calls from Celery clients: `send_task("qserve.call", args=[deployment, method, args, kwargs])`.
+
+The worker's parent turns the message into a durable call and acknowledges it then. It never waits for the result: that
+is written for Celery's result backend by whoever ends the call.
+"""
+
+import hashlib
+import inspect
+import logging
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from celery import Task
+from celery.exceptions import InvalidTaskError, TaskRevokedError
+from redis.exceptions import RedisError
+
+from qserve.codec import Codec
+from qserve.durable import ANYONE, NEVER_MS, DurableCall, Options, Terms
+from qserve.errors import (
+    BackPressureError,
+    ConfigurationError,
+    DeploymentNotFound,
+    DeploymentUnavailable,
+    MethodNotFound,
+    QServeError,
+)
+from qserve.keys import is_name
+from qserve.messages import PYTHON, Signer
+from qserve.records import submit_now
+from qserve.settings import Settings
+from qserve.state import State
+from qserve_workers.celeryresults import store_error
+
+logger = logging.getLogger(__name__)
+
+_NEXT_TRY_S = 1.0
+
+
+class QServeCall(Task):  # type: ignore[misc]
+    """The task that Celery clients name; no pool process ever runs it."""
+
+    name = "qserve.call"
+    Strategy = "qserve_workers.celerycalls:strategy"
+
+
+class Wanted(msgspec.Struct):
+    """The arguments of the task."""
+
+    deployment: str
+    method: str = ""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+
+
+_signature = inspect.signature(Wanted)
+
+
+class Desk:
+    """Turns messages into durable calls. Synchronous: a step or two on Redis for each."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._allowed = settings.celery_calls if settings.celery_calls is not None else not settings.secrets
+        self._signer = Signer(settings.secrets)
+        self._state = State(settings.redis_url, settings.keys, self._signer)
+        self._codec = Codec(allow_pickle=False, max_bytes=settings.max_value_bytes)
+
+    def take(self, headers: dict[str, Any], body: Any) -> None:
+        """Submit the call of a message; one that cannot be is a failed task.
+
+        Raises:
+            InvalidTaskError: It is no message of Celery's.
+            RedisError: It is to be taken again.
+        """
+        try:
+            task, (args, kwargs, _) = str(headers["id"]), body
+        except (KeyError, TypeError, ValueError) as exc:
+            raise InvalidTaskError(f"not a message of protocol 2: {exc!r}") from exc
+        try:
+            self._submit(headers, task, self._wanted(args, kwargs))
+        except (QServeError, TypeError, ValueError) as exc:
+            logger.warning("task %s is no call: %s", task, exc)
+            store_error(self._state.redis, self._settings.keys, task, exc)
+
+    def _wanted(self, args: Any, kwargs: Any) -> Wanted:
+        if not self._allowed:
+            raise ConfigurationError(
+                "calls from Celery clients are not signed, and this instance signs its calls: set "
+                "QSERVE_CELERY_CALLS=1 for its workers to take them all the same"
+            )
+        try:
+            bound = _signature.bind(*args, **kwargs).arguments
+            wanted = msgspec.convert({name: value for name, value in bound.items() if value is not None}, Wanted)
+        except (TypeError, msgspec.ValidationError) as exc:
+            raise TypeError(f"qserve.call takes deployment, method, args, kwargs: {exc}") from exc
+        if not is_name(wanted.deployment):
+            raise DeploymentNotFound(f"there is no deployment {wanted.deployment!r}")
+        if wanted.method.startswith("_") and wanted.method != "__call__":
+            raise MethodNotFound(f"{wanted.method!r} is private")
+        return wanted
+
+    def _submit(self, headers: dict[str, Any], task: str, wanted: Wanted) -> None:
+        name = wanted.deployment
+        payload = self._codec.pack_call(tuple(wanted.args), wanted.kwargs, f"the call to {name}")
+        expires_s = _seconds_until(headers.get("expires"))
+        if expires_s is not None and expires_s <= 0:
+            store_error(self._state.redis, self._settings.keys, task, TaskRevokedError("expired"), status="REVOKED")
+            return
+        terms = Terms(celery_id="" if headers.get("ignore_result") else task)
+        method = "" if wanted.method == "__call__" else wanted.method
+        head = (call_id_of(task), name, ANYONE, NEVER_MS, PYTHON, method, True, payload)
+        expires_s = None if expires_s is None else max(expires_s, 0.001)
+        options = Options(max(0.0, _seconds_until(headers.get("eta")) or 0.0), expires_s, terms=terms)
+        call, keys = DurableCall(*head, terms=terms), self._settings.keys
+        answer = submit_now(self._state.redis, keys, self._signer, call, options)
+        if answer[0] == -1:
+            raise DeploymentNotFound(f"there is no deployment {name!r}")
+        if answer[0] == -2:
+            raise DeploymentUnavailable(f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}")
+        if answer[1] is None:
+            raise BackPressureError(f"the queue of {name!r} is full ({answer[0]} calls wait or run): try again later")
+
+
+def call_id_of(task: str) -> str:
+    """The id of the durable call of a Celery task: the same for the same task, so that none is submitted twice."""
+    try:
+        return "d" + uuid.UUID(task).hex
+    except ValueError:
+        return "d" + hashlib.sha256(task.encode()).hexdigest()[:32]
+
+
+def _seconds_until(moment: Any) -> float | None:
+    if not moment:
+        return None
+    at = datetime.fromisoformat(str(moment))
+    return ((at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
+
+
+def strategy(task: QServeCall, app: Any, consumer: Any) -> Callable[..., None]:
+    """What Celery's consumer does with messages for the task."""
+    desk = Desk(app.settings)
+
+    def on_message(message: Any, _body: Any, ack: Callable[..., None], reject: Any, callbacks: Any) -> None:
+        try:
+            desk.take(message.headers, message.decode())
+        except RedisError as exc:  # not acknowledged until it stands in a record
+            logger.error("Cannot take task %s from Celery's queue for now: %s", message.headers.get("id"), exc)
+            consumer.timer.call_after(_NEXT_TRY_S, on_message, (message, None, ack, reject, callbacks))
+            return
+        ack(logger, consumer.connection_errors)
+
+    return on_message
