@@ -8,7 +8,7 @@ what that costs).
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -32,6 +32,7 @@ DEAD, LEFT = "dead", "left"
 DEAD_LETTERS_KEPT = 10_000
 CALLS_PER_ADMIT = 256
 _MOST_PENDING = 10_000
+_PAGE = 500
 
 
 def _load(name: str) -> Script:
@@ -79,6 +80,8 @@ class CallQueue:
     def __init__(self, keys: Keys, deployment: str) -> None:
         self._admit_keys = (keys.calls(deployment), keys.meta(deployment), keys.instance)
         self._stream = keys.calls(deployment)
+        self.is_idempotent = False
+        """Whether all calls may run again, as Redis has said last."""
 
     def put(
         self,
@@ -379,10 +382,18 @@ def call_neighbours(client: redis.Redis, keys: Keys, deployment: str, replica: s
             _run(client, TELL, (keys.inbox(neighbour), keys.alive(neighbour)), INBOX_TTL_MS, frame)
 
 
+def remaining(client: redis.Redis, stream: str) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
+    """The (id, fields) of every entry of a stream, a few at a time: a million would keep Redis from all other work."""
+    after = "-"
+    while found := cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(stream, after, count=_PAGE)):
+        yield from found
+        after = f"({found[-1][0].decode()}"
+
+
 def fail_remaining(client: redis.Redis, keys: Keys, deployment: str, signer: Signer, error: bytes) -> int:
     """Answer every call left in a deleted deployment's queue with an encoded ErrorInfo; returns how many."""
     count = 0
-    for entry_id, fields in cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(keys.calls(deployment))):
+    for entry_id, fields in remaining(client, keys.calls(deployment)):
         if DURABLE.encode() in fields.get(b"f", b""):
             continue  # `records` knows how
         try:

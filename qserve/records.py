@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import redis
@@ -22,7 +22,7 @@ from qserve.durable import (
 )
 from qserve.keys import GROUP, Keys
 from qserve.messages import DURABLE, ERROR, Blob, Reply, Signer, encode
-from qserve.queues import DEAD_LETTERS_KEPT, INBOX_TTL_MS, Entry
+from qserve.queues import DEAD_LETTERS_KEPT, INBOX_TTL_MS, Entry, remaining
 
 POSITIONS_COUNTED = 100
 """Beyond this a call's place in its queue is not counted: that would mean to read what is before it."""
@@ -147,7 +147,7 @@ class Records:
 def fail_remaining_records(client: redis.Redis, keys: Keys, deployment: str, signer: Signer, error: bytes) -> None:
     """End every durable call that waits for a deleted deployment with an encoded ErrorInfo."""
     waiting = [*client.zrange(keys.due(deployment), 0, -1), *client.zrange(keys.low(deployment), 0, -1)]
-    for entry, fields in cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(keys.calls(deployment))):
+    for entry, fields in remaining(client, keys.calls(deployment)):
         if DURABLE.encode() in fields.get(b"f", b""):
             client.xdel(keys.calls(deployment), entry)
             waiting.append(fields[b"r"])

@@ -120,26 +120,31 @@ def queue(server: "redis.Redis") -> Queue:
 
 class TestPutting:
     def test_calls_stand_in_the_queue_in_the_order_they_were_put(self, queue: Queue) -> None:
-        depth, *entries = queue.put("a", "b", "c")
+        depth, _, *entries = queue.put("a", "b", "c")
 
         assert depth == 0
         assert queue.read("A") == entries
 
     def test_exactly_as_many_calls_are_let_in_as_the_bound_says(self, queue: Queue) -> None:
-        _, *entries = queue.put(*map(str, range(12)))
+        _, _, *entries = queue.put(*map(str, range(12)))
 
         assert [entry is not None for entry in entries] == [True] * 10 + [False] * 2
         assert queue.depth() == 10
-        assert queue.put("one more") == [10, None]
+        assert queue.put("one more") == [10, 0, None]
 
     def test_a_running_call_takes_a_place_until_it_is_answered(self, queue: Queue) -> None:
         queue.put(*map(str, range(10)))
         first, *_ = queue.read("A")
-        assert queue.put("refused")[1] is None
+        assert queue.put("refused")[2] is None
 
         queue.reply((first, "done"))
 
-        assert queue.put("accepted")[1] is not None
+        assert queue.put("accepted")[2] is not None
+
+    def test_the_caller_is_told_whether_calls_may_run_again(self, queue: Queue) -> None:
+        queue.redis.hset(META, "idempotent", "1")
+
+        assert queue.put("a")[1] == 1
 
     def test_a_call_to_an_unknown_deployment_leaves_no_stream_behind(self, server: "redis.Redis") -> None:
         server.set("instance", "one")
@@ -158,7 +163,7 @@ class TestPutting:
 
     def test_calls_are_found_by_their_ids(self, queue: Queue) -> None:
         ids = [f"c{number}" for number in range(10)]
-        _, *entries = queue.put(*ids)
+        _, _, *entries = queue.put(*ids)
 
         assert queue.run(FIND, (STREAM,), 60_000, "c3", "x", "c0") == [entries[3], None, entries[0]]
 
@@ -216,7 +221,7 @@ class TestAnswering:
         assert queue.inbox() == [b"1", b"2"]
 
     def test_a_call_nobody_was_given_cannot_be_answered(self, queue: Queue) -> None:
-        _, entry = queue.put("a")
+        _, _, entry = queue.put("a")
 
         assert queue.reply((entry, "forged")) == 0
         assert queue.depth() == 1
@@ -412,7 +417,7 @@ class TestForgetting:
         assert queue.inbox() == []
 
     def test_a_queued_call_is_withdrawn_and_a_running_one_tells_where(self, queue: Queue) -> None:
-        _, running, queued = queue.put("a", "b")
+        _, _, running, queued = queue.put("a", "b")
         queue.read("A", 1)
 
         assert queue.cancel(queued) == 1
@@ -505,3 +510,11 @@ class TestNeighbours:
 
         reply = decode_reply(signer.open(queue.inbox()[0]))
         assert (reply.id, reply.kind, reply.payload) == ("caller0", ERROR, b"gone")
+
+    def test_a_long_queue_is_read_in_parts_and_whole(
+        self, redis_client: "redis.Redis", monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(queues, "_PAGE", 2)
+        put = [redis_client.xadd(STREAM, {"r": str(number)}) for number in range(5)]
+
+        assert [entry for entry, _ in queues.remaining(redis_client, STREAM)] == put
