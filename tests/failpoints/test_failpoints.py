@@ -1,0 +1,77 @@
+"""Processes that die at every point there is: what becomes of the call is the row of the failure table, each time."""
+
+import asyncio
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from qserve.failpoints import POINTS, Armed
+from qserve.keys import Keys
+from qserve.settings import Settings
+from tests.calling import calling, deploy, serving
+from tests.failpoints.rows import ROWS, Row
+from tests.failpoints.stage import Stage
+from tests.test_house import SOURCES
+
+AT_ONCE = 3
+Outcomes = dict[Row, BaseException | None]
+
+
+async def play(row: Row, redis_url: str, at_once: asyncio.Semaphore) -> BaseException | None:
+    """What is wrong with a row."""
+    async with at_once:
+        with tempfile.TemporaryDirectory(prefix="qs-") as folder:
+            try:
+                async with Stage(redis_url, Path(folder)) as stage:
+                    await row.play(stage, row)
+            except Exception as exc:
+                return exc
+            return None
+
+
+@pytest.fixture(scope="module")
+def outcomes(redis_server: str) -> Outcomes:
+    """All rows, several at a time: most of that is starting processes."""
+
+    async def play_all() -> Outcomes:
+        at_once = asyncio.Semaphore(AT_ONCE)
+        return dict(zip(ROWS, await asyncio.gather(*(play(row, redis_server, at_once) for row in ROWS)), strict=True))
+
+    return asyncio.run(play_all())
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_death_at_this_point_has_the_outcome_of_the_failure_table(row: Row, outcomes: Outcomes) -> None:
+    problem = outcomes[row]
+    if problem is not None:
+        raise problem
+
+
+def test_there_is_a_row_for_every_point() -> None:
+    assert {row.point for row in ROWS} == set(POINTS)
+
+
+def test_every_point_is_in_the_code_once_and_the_code_has_no_others() -> None:
+    used = [
+        point
+        for path in SOURCES.values()
+        if path.name != "failpoints.py"
+        for point in re.findall(r"\breach\(\"([^\"]+)\"\)", path.read_text())
+    ]
+    assert sorted(used) == sorted(POINTS)
+
+
+@pytest.mark.parametrize("wrong", ["nowhere:1", "taken", "taken:", "taken:0", "taken:x", "taken:1:explode", "run:1,"])
+def test_a_point_that_does_not_exist_is_refused(wrong: str) -> None:
+    with pytest.raises(ValueError, match="is not NAME:NTH"):
+        Armed(wrong)
+
+
+async def test_a_replica_is_known_to_its_neighbours_before_it_takes_a_call(settings: Settings, keys: Keys) -> None:
+    """Else nobody would look for its calls soon, should it die together with its worker."""
+    async with serving(settings, deploy(settings)), calling(settings) as caller:
+        assert caller.client.writer is not None
+        assert await caller.client.writer.call("HLEN", keys.heartbeats("Echo")) == 1
