@@ -301,18 +301,20 @@ class Client:
         if isinstance(answer, BrokerUnavailable) and not self._stopped:
             for call in calls:
                 call.is_unanswered = True  # Redis may have taken it: the next link finds out
+                call.safe = call.safe or self._queues[call.deployment].is_idempotent
         elif isinstance(answer, Exception):
             self._refuse_all(calls, BrokerUnavailable(f"Redis refused the call: {answer}"))
         elif answer[0] < 0:
             self._not_admitted(calls, answer)
         else:
             reach("admitted")
-            for call, entry in zip(calls, answer[1:], strict=True):
+            idempotent = self._queues[calls[0].deployment].is_idempotent = answer[1] == 1
+            for call, entry in zip(calls, answer[2:], strict=True):
                 if entry is None:
                     self._refuse(call, self._refusals.refusal(call.deployment, answer[0]))
                     continue
                 self.tally["accepted"] += 1
-                call.admitted(entry)
+                call.admitted(entry, idempotent)
                 if call.id not in self._pending:  # ended before it was admitted
                     self._withdraw_entry(call)
 

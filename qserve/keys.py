@@ -33,7 +33,7 @@ class Keys:
         return self._key("dead", deployment)
 
     def meta(self, deployment: str) -> str:
-        """Hash with what ADMIT and the rollout need: gen, spec, max_queued, state, error, last_seen."""
+        """Hash with what ADMIT and the rollout need: gen, spec, max_queued, idempotent, state, error, last_seen."""
         return self._key("meta", deployment)
 
     def heartbeats(self, deployment: str) -> str:

@@ -73,5 +73,6 @@ async def restore(client: "redis.asyncio.Redis", keys: Keys, signer: Signer, kno
         names = (keys.meta(spec.name), keys.deployments, keys.log, keys.calls(spec.name))
         frame = signer.seal(encode(SignedSpec(deployed.generation, spec)))
         what = (spec.name, deployed.generation, frame, spec.max_queued_requests, spec.route_prefix or "")
-        count += await ask(client, "EVAL", _RESTORE, len(names), *names, *what, deployed.state, deployed.error, GROUP)
+        rest = (deployed.state, deployed.error, GROUP, int(spec.idempotent))
+        count += await ask(client, "EVAL", _RESTORE, len(names), *names, *what, *rest)
     return count

@@ -51,9 +51,14 @@ class PendingCall:
         self.on_stream: Callable[[PendingCall, Channel], None] | None = None
         """Called when the first of a stream arrives; without it, and without a channel, streams are turned away."""
 
-    def admitted(self, entry: bytes) -> None:
-        """Note where it stands. Only a safe call keeps its frame, which may be sent again: it may wait for an hour."""
+    def admitted(self, entry: bytes, idempotent: bool) -> None:
+        """Note where it stands. Only a safe call keeps its frame, which may be sent again: it may wait for an hour.
+
+        Args:
+            idempotent: The deployment says that all its calls are safe.
+        """
         self.entry = entry
+        self.safe = self.safe or idempotent
         self.is_unanswered = False
         if not self.safe:
             self.frame = b""

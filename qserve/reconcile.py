@@ -126,7 +126,7 @@ class Reconciler:
                     if entry is None:
                         missing.append(call)
                     else:
-                        call.admitted(entry)
+                        call.admitted(entry, call.safe)
         return missing
 
     def _settle(self, missing: Sequence[PendingCall]) -> None:

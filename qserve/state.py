@@ -133,7 +133,7 @@ class State:
         frame = self.signer.seal(encode(SignedSpec(expected + 1, spec)))
         arguments = (spec.name, expected, frame, spec.max_queued_requests, route, names.meta(""), GROUP)
         reach("deploy")
-        verdict, *facts = self._script(_DEPLOY, keys, *arguments, secrets.token_hex(16))
+        verdict, *facts = self._script(_DEPLOY, keys, *arguments, secrets.token_hex(16), int(spec.idempotent))
         reach("deployed")
         if verdict == b"route":
             raise ValueError(f"route_prefix '{route}' is already registered.")

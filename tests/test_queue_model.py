@@ -41,7 +41,7 @@ class Machine(RuleBasedStateMachine):
     @rule(target=entries, count=integers(1, 3), safe=booleans())
     def put(self, count: int, safe: bool) -> object:
         room = BOUND - len(self.model)
-        depth, *admitted = self.queue.put(*"abc"[:count], flags="s" if safe else "")
+        depth, _, *admitted = self.queue.put(*"abc"[:count], flags="s" if safe else "")
         assert depth == len(self.model)
         put = [entry for entry in admitted if entry is not None]
         assert len(put) == min(count, room)

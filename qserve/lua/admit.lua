@@ -4,8 +4,8 @@
 --         then per call: id, flags, frame
 -- returns {-1} unknown deployment | {-2, reason} refused for all | {-3} too late for all
 --         | {-4} there is no state at all: this server has lost it, or never had any
---         | {depth before, entry id or false per call}
-local meta = redis.call('HMGET', KEYS[2], 'max_queued', 'refuse')
+--         | {depth before, 1 if all its calls may run again, entry id or false per call}
+local meta = redis.call('HMGET', KEYS[2], 'max_queued', 'refuse', 'idempotent')
 if not meta[1] then return {redis.call('EXISTS', KEYS[3]) == 1 and -1 or -4} end
 if meta[2] then return {-2, meta[2]} end
 local latest = tonumber(ARGV[1])
@@ -14,7 +14,7 @@ if latest > 0 then
   if now[1] * 1000 + now[2] / 1000 > latest then return {-3} end
 end
 local room = tonumber(meta[1]) - redis.call('XLEN', KEYS[1])
-local out = {tonumber(meta[1]) - room}
+local out = {tonumber(meta[1]) - room, meta[3] == '1' and 1 or 0}
 for i = 2, #ARGV, 3 do
   if room <= 0 then
     out[#out + 1] = false

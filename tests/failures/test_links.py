@@ -101,6 +101,22 @@ async def test_a_call_that_never_reached_redis_is_sent_again_if_it_is_safe() -> 
         assert len(it.world.books.starts("safe")) == 1
 
 
+async def test_a_lost_call_to_an_idempotent_deployment_is_sent_again_whoever_made_it() -> None:
+    async with system(replicas=1, idempotent=True) as it:
+        link = it.link()
+        async with calling(it.behind(link)) as caller:
+            it.world.books.gate.open()
+            assert await ask(caller, "before") == "before"
+
+            link.lose_requests()
+            call = put(caller, "wait", "call")[1]
+            await asyncio.sleep(0.2)
+            link.heal()
+
+            assert await value(caller, call) == "call"
+        assert len(it.world.books.starts("call")) == 1
+
+
 async def test_what_was_delivered_into_a_dying_connection_runs_once() -> None:
     async with system(replicas=0) as it, calling(it.settings) as caller:
         link = it.link()
