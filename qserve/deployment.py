@@ -189,6 +189,8 @@ class Deployment(Deployable, Generic[T_co]):
     def deploy(self, *init_args: Any, _blocking: bool = True, **init_kwargs: Any) -> Any:
         """Deploy or update; returns when all replicas are at this version. While qserve imports code it does nothing.
 
+        When somebody deploys the same name meanwhile, theirs is rolled out, and this returns with a warning in the log.
+
         Args:
             init_args, init_kwargs: Win over those of the decorator, for this call only.
 

@@ -109,10 +109,16 @@ def deploy(state: State, wanted: DeploymentSpec) -> "Goal":
 
 
 class Goal:
-    """One generation of a deployment on its way to being served everywhere."""
+    """One generation of a deployment on its way to being served everywhere.
+
+    Attributes:
+        deployed: The generation.
+        superseded_by: The generation that took its place before it was reached, 0 for none.
+    """
 
     def __init__(self, state: State, deployed: Deployed, previous: Deployed | None) -> None:
         self.deployed = deployed
+        self.superseded_by = 0
         self._state = state
         self._previous = previous
 
@@ -125,6 +131,7 @@ class Goal:
         """Wait until every live node serves it and every live gateway knows it.
 
         With no node alive it returns at once and leaves the deployment waiting for one; False when `timeout` is over.
+        When another deploy takes its place, that is logged, and there is nothing left to wait for.
 
         Raises:
             RuntimeError: It failed, and what was there before is deployed again.
@@ -132,6 +139,14 @@ class Goal:
         progress = self._wait_for_workers(timeout)
         if progress is None:
             return False
+        if progress.superseded_by:
+            self.superseded_by = progress.superseded_by
+            logger.warning(
+                "SUPERSEDED: generation %d of '%s' was replaced by generation %d, deployed by somebody else before all "
+                "replicas had it. Generation %d is rolled out now, and nothing is left of this one.",
+                *(self.deployed.generation, self.name, self.superseded_by, self.superseded_by),
+            )
+            return True
         if progress.error is not None:
             self._roll_back(progress.error)
             message = "Failed to reach deployment goal. Check the serve logs for details."
@@ -192,6 +207,7 @@ class Progress:
         wanted, ready: Replicas over all of them, as far as they have reported.
         error: Why it failed, or None.
         deleted: The deployment is gone.
+        superseded_by: The newer generation that is deployed, 0 for none.
     """
 
     asked: frozenset[str]
@@ -200,11 +216,12 @@ class Progress:
     ready: int = 0
     error: str | None = None
     deleted: bool = False
+    superseded_by: int = 0
 
     @property
     def done(self) -> bool:
         """Nothing is left to wait for."""
-        return self.error is not None or (not self.deleted and self.asked == self.reached)
+        return self.error is not None or self.superseded_by > 0 or (not self.deleted and self.asked == self.reached)
 
 
 def wanted(state: State, name: str) -> int:
@@ -214,8 +231,11 @@ def wanted(state: State, name: str) -> int:
 
 def judge(name: str, generation: int, state: State) -> Progress:
     """How far a generation has come, by what nodes and workers report."""
-    if state.get(name) is None:
+    deployed = state.get(name)
+    if deployed is None:
         return Progress(frozenset(), frozenset(), deleted=True)
+    if deployed.generation > generation:
+        return Progress(frozenset(), frozenset(), superseded_by=deployed.generation)
     nodes, workers = state.nodes(), state.workers(name)
     by_hand = {id_ for id_, worker in workers.items() if worker.node == worker.id and state.is_alive(id_)}
     return weigh(name, generation, nodes, {id_: w for id_, w in workers.items() if id_ in nodes or id_ in by_hand})
@@ -241,6 +261,8 @@ def settle(state: State, name: str) -> None:
     if deployed is None:
         return
     progress = judge(name, deployed.generation, state)
+    if progress.superseded_by:
+        return
     if progress.error is not None:
         serving = any(info.state == SERVING and state.is_alive(id_) for id_, info in state.replicas(name).items())
         refuse = "" if serving else f"Deployment '{name}' failed: {(progress.error.strip().splitlines() or ['?'])[-1]}"

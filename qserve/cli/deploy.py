@@ -42,6 +42,8 @@ def deploy(app: str, replicas: int | None, timeout: float, print_files: bool) ->
         for spec in deploy_application(application, state, settings):
             deployed = state.get(spec.name)
             how = "waits for a node" if deployed is not None and deployed.state == WAITING else "serving"
+            if deployed is not None and deployed.spec.version != spec.version:
+                how = f"superseded by version {deployed.spec.version}"
             note(f"{spec.name}: {how}, version {spec.version}, route {spec.route_prefix or 'none'}")
 
 
