@@ -3,9 +3,12 @@
 Not decorated, because mypy does not follow class decorators.
 """
 
+import asyncio
 import os
 import time
 from pathlib import Path
+
+from starlette.requests import Request
 
 from qserve import serve
 
@@ -72,6 +75,24 @@ class LastWordsCode:
     def __del__(self) -> None:
         with Path(self.path).open("a") as file:
             file.write("gone\n")
+
+
+class GatedCode:
+    """Notes each call, and answers it once a file is there."""
+
+    def __init__(self, gate: str, ledger: str) -> None:
+        self.gate = Path(gate)
+        self.ledger = Path(ledger)
+
+    async def __call__(self, request: Request) -> str:
+        return await self.hold(request.query_params["n"])
+
+    async def hold(self, number: str) -> str:
+        with self.ledger.open("a") as file:
+            file.write(f"{number}\n")
+        while not self.gate.exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        return number
 
 
 Pid = serve.deployment(name="Pid")(PidCode)
