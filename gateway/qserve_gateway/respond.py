@@ -8,7 +8,7 @@ import msgspec
 from starlette.types import Send
 
 from qserve import errors
-from qserve.errors import BackPressureError, PoisonCall, QServeError, TaskError
+from qserve.errors import BackPressureError, PoisonCall, QServeError, StreamBroken, TaskError
 from qserve.messages import ERROR, HTTP_RESPONSE, ErrorInfo, HttpResponse, Reply, decode_error, decode_http_response
 from qserve_gateway.headers import HOP_BY_HOP, Headers, connection_tokens, has_control, is_name
 
@@ -50,7 +50,8 @@ def outcome_response(outcome: Reply | QServeError, request_id: str, *, debug: bo
         return decode_http_response(outcome.payload)
     if outcome.kind == ERROR:
         return remote_error_response(decode_error(outcome.payload), request_id, debug=debug)
-    raise Unsendable(f"a reply of kind {outcome.kind} to an HTTP request")
+    # How a streamed response ends: its parts have not arrived, and will not.
+    return local_error_response(StreamBroken("the response was streamed, and its beginning is lost"))
 
 
 def local_error_response(error: QServeError) -> HttpResponse:
