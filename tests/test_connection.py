@@ -1,6 +1,7 @@
 """The connection that carries calls: order, loss, and what it refuses to connect to."""
 
 import asyncio
+import contextlib
 import hashlib
 import socket
 import subprocess
@@ -13,10 +14,15 @@ import pytest
 import redis
 from redis.exceptions import RedisError
 
-from qserve import embedded
+from qserve import embedded, primary
 from qserve.connection import Answer, Connection, Script
 from qserve.errors import BrokerUnavailable, ConfigurationError
+from qserve.keys import Keys
 from qserve.link import Link
+from qserve.messages import Signer
+from qserve.spec import HttpSettings
+from qserve.state import State
+from tests.conftest import _wait_until_accepting
 from tests.serving import free_port
 
 
@@ -303,3 +309,61 @@ async def test_a_link_comes_back_by_itself_and_tells_when(redis_server: str, red
     await asyncio.wait_for(up.wait(), 10)
     assert (ups, link.losses) == (2, 1)
     await link.stop()
+
+
+@pytest.fixture
+def lonely_server() -> Iterator[str]:
+    """A server of its own, which a test may make a replica."""
+    with tempfile.TemporaryDirectory(prefix="qs-") as folder:
+        server = subprocess.Popen(embedded.command(Path(folder)))
+        try:
+            _wait_until_accepting(embedded.socket_path(Path(folder)), server)
+            yield embedded.redis_url(Path(folder))
+        finally:
+            server.kill()
+            server.wait()
+
+
+async def test_a_server_that_has_become_a_replica_is_given_up(lonely_server: str) -> None:
+    """Even by connections that have asked for its role before."""
+    lost = asyncio.Event()
+    connection, blocked = await Connection.open(lonely_server, lost.set), await Connection.open(lonely_server)
+    waiting = asyncio.ensure_future(blocked.call("BLPOP", "nothing", 20))
+    with primary.client(lonely_server, 5) as sync, primary.client(lonely_server, 5, any_role=True) as admin:
+        async with primary.asyncio_client(lonely_server, 5) as other:
+            assert sync.set("key", 1)
+            assert await other.set("key", 1)
+            admin.execute_command("REPLICAOF", "127.0.0.1", "1")
+            with pytest.raises(RedisError, match="READONLY"):
+                await connection.call("SET", "key", "2")
+            await asyncio.wait_for(lost.wait(), 5)
+            with pytest.raises((RedisError, BrokerUnavailable), match=r"UNBLOCKED|lost"):
+                await waiting
+            with pytest.raises(redis.ConnectionError, match="has become a read-only replica"):
+                sync.set("key", 2)
+            with pytest.raises(redis.ConnectionError, match="has become a read-only replica"):
+                await other.set("key", 2)
+            with pytest.raises(redis.ConnectionError, match="is a read-only replica"):
+                sync.ping()
+            with pytest.raises(redis.ConnectionError, match="is a read-only replica"):
+                await other.ping()
+            with pytest.raises(BrokerUnavailable, match="is a read-only replica"):
+                await Connection.open(lonely_server)
+            admin.execute_command("REPLICAOF", "NO", "ONE")
+            assert sync.set("key", 3)
+            assert await other.set("key", 3)
+    connection.close()
+    blocked.close()
+
+
+async def test_a_server_without_enough_replicas_refuses_calls_and_keeps_its_connections(lonely_server: str) -> None:
+    connection = await Connection.open(lonely_server)
+    with primary.client(lonely_server, 5) as client:
+        client.config_set("min-replicas-to-write", 1)
+    with pytest.raises(RedisError, match="NOREPLICAS"):
+        await connection.call("SET", "key", "1")
+    state = State(lonely_server, Keys("test"), Signer(()))
+    with contextlib.closing(state), pytest.raises(BrokerUnavailable, match="NOREPLICAS"):
+        state.set_http(HttpSettings())
+    assert connection.is_open
+    connection.close()

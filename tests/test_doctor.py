@@ -1,8 +1,10 @@
 """What makes a Redis server unfit for calls, from facts and from real servers."""
 
 import http.server
+import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qserve import doctor, embedded
+from qserve import doctor, embedded, serve
 from qserve.broker import parse
 from qserve.doctor import FAIL, OK, WARN, Finding, as_error, check_server, connect, judge, require_usable
 from qserve.errors import BrokerUnavailable, ConfigurationError
@@ -270,6 +272,26 @@ def test_a_replica_of_another_server_is_refused(start_server: StartServer) -> No
     primary = start_server(tcp=True)
     url = start_server("--replicaof", f"127.0.0.1 {primary.rpartition(':')[2]}")
     assert "read-only replica" in refusal(url)
+
+
+@pytest.mark.parametrize("command", [("qserve_gateway", "--port", "0"), ("qserve_workers.node",)])
+def test_no_process_starts_on_a_server_that_would_lose_calls(start_server: StartServer, command: list[str]) -> None:
+    url = start_server("--maxmemory-policy", "allkeys-lru")
+    environment = os.environ | {"QSERVE_REDIS_URL": url}
+    started = [sys.executable, "-m", *command]
+    done = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=40, check=False)
+    assert done.returncode == 1
+    assert "maxmemory-policy is allkeys-lru" in done.stderr
+    assert "CONFIG SET maxmemory-policy noeviction" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_serve_start_refuses_a_replica(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    primary = start_server(tcp=True)
+    url = start_server("--replicaof", f"127.0.0.1 {primary.rpartition(':')[2]}")
+    monkeypatch.setenv("QSERVE_REDIS_URL", url)
+    with pytest.raises(ConfigurationError, match="read-only replica"):
+        serve.start(http_options={"port": 0})
 
 
 def test_nobody_listening_may_pass_and_is_an_unavailable_broker() -> None:

@@ -1,6 +1,8 @@
 """Fixtures: sentinels with their servers, and an instance that was told of nothing else."""
 
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 
 from qserve import process
 from tests.conftest import SECRET
-from tests.failover.sentinels import Failover
+from tests.failover.sentinels import Failover, wait_until
 from tests.serving import free_port
 from tests.shell import Running, Shell
 
@@ -65,7 +67,7 @@ def served(shell: Shell) -> Iterator[Instance]:
     instance.end()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def own_calls(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Calls of this process go to that instance."""
     for name, value in shell.extra.items():
@@ -73,3 +75,14 @@ def own_calls(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("QSERVE_RUNTIME_DIR", str(shell.runtime))
     yield
     process.close_current_client()
+
+
+def assert_control_works(shell: Shell) -> None:
+    """Celery's control messages arrive, whose broker is the same Redis."""
+    command = [sys.executable, "-m", "celery", "-A", "qserve_workers", "inspect", "ping", "--timeout", "1"]
+
+    def answer() -> str:
+        done = subprocess.run(command, env=shell.environment, capture_output=True, text=True, timeout=40, check=False)
+        return done.stdout
+
+    wait_until(lambda: "pong" in answer())

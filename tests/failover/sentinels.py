@@ -1,6 +1,7 @@
 """A primary, a replica and three sentinels, for real; every one of them asks for a name and a password."""
 
 import contextlib
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ from tests.serving import free_port
 
 USER, PASSWORD = "calls", "p@ss/w:rd?#%"
 SENTINEL_PASSWORD = "sesame/1"
+LOGIN = f"{USER}:{quote(PASSWORD, safe='')}"
+SENTINEL_LOGIN = f"sentinel_password={quote(SENTINEL_PASSWORD, safe='')}"
 SERVICE = "main"
-_DATA = f"""
+DATA = f"""
     save ""
     repl-diskless-sync-delay 0
     maxmemory-policy noeviction
@@ -47,6 +50,11 @@ class Server:
         self.process.kill()
         self.process.wait()
 
+    def accepts(self) -> bool:
+        """Whether it listens."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
     @contextlib.contextmanager
     def client(self, username: str | None = USER, password: str = PASSWORD) -> Iterator["redis.Redis"]:
         """To this very server, whatever its role."""
@@ -59,17 +67,29 @@ class Server:
         return ""
 
 
+def sentinel(port: int, quorum: int = 2) -> str:
+    """What a sentinel is told that watches a primary."""
+    return f"""
+        requirepass {SENTINEL_PASSWORD}
+        sentinel sentinel-pass {SENTINEL_PASSWORD}
+        sentinel monitor {SERVICE} 127.0.0.1 {port} {quorum}
+        sentinel auth-user {SERVICE} {USER}
+        sentinel auth-pass {SERVICE} "{PASSWORD}"
+        sentinel down-after-milliseconds {SERVICE} 1000
+        sentinel failover-timeout {SERVICE} 5000"""
+
+
 class Failover:
     """The whole set; `url` is what qserve is told."""
 
     def __init__(self, folder: Path) -> None:
-        self.servers = [Server(folder / "a", _DATA)]
-        self.servers.append(Server(folder / "b", f"{_DATA}\nreplicaof 127.0.0.1 {self.servers[0].port}"))
-        self.sentinels = [Server(folder / f"sentinel-{i}", self._sentinel_config(), "--sentinel") for i in range(3)]
+        self.servers = [Server(folder / "a", DATA)]
+        self.servers.append(Server(folder / "b", f"{DATA}\nreplicaof 127.0.0.1 {self.servers[0].port}"))
+        self.sentinels = [
+            Server(folder / f"sentinel-{i}", sentinel(self.servers[0].port), "--sentinel") for i in range(3)
+        ]
         hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
-        login = f"{USER}:{quote(PASSWORD, safe='')}"
-        secret = quote(SENTINEL_PASSWORD, safe="")
-        self.url = f"redis+sentinel://{login}@{hosts}/{SERVICE}?sentinel_password={secret}"
+        self.url = f"redis+sentinel://{LOGIN}@{hosts}/{SERVICE}?{SENTINEL_LOGIN}"
 
     def start(self) -> None:
         """Start all of it, and wait until a failover can succeed."""
@@ -81,16 +101,6 @@ class Failover:
         """End all of it."""
         for server in (*self.sentinels, *self.servers):
             server.kill()
-
-    def _sentinel_config(self) -> str:
-        return f"""
-            requirepass {SENTINEL_PASSWORD}
-            sentinel sentinel-pass {SENTINEL_PASSWORD}
-            sentinel monitor {SERVICE} 127.0.0.1 {self.servers[0].port} 2
-            sentinel auth-user {SERVICE} {USER}
-            sentinel auth-pass {SERVICE} "{PASSWORD}"
-            sentinel down-after-milliseconds {SERVICE} 1000
-            sentinel failover-timeout {SERVICE} 5000"""
 
     def primary(self) -> Server:
         """The server that the sentinels name."""

@@ -6,12 +6,15 @@ import time
 from typing import Any
 
 import httpx
+import pytest
 
-from tests.failover.conftest import Instance
+from tests.failover.conftest import Instance, assert_control_works
 from tests.failover.load import Load
 from tests.failover.sentinels import PASSWORD, SENTINEL_PASSWORD, Failover, wait_until
 from tests.serving import free_port
 from tests.shell import Running, Shell
+
+pytestmark = pytest.mark.usefixtures("own_calls")
 
 KINDS = {"handle", "http", "durable"}
 HONEST = {"503", "502", "BrokerUnavailable", "Indeterminate", "CallNotFound"}
@@ -63,17 +66,6 @@ def test_no_password_is_ever_logged(served: Instance) -> None:
     assert "connected to Redis again" in served.node.output
     for secret in (PASSWORD, SENTINEL_PASSWORD, "%2Fw%3A"):
         assert secret not in served.node.output
-
-
-def assert_control_works(shell: Shell) -> None:
-    """Celery's control messages arrive, whose broker is the same Redis."""
-    command = [sys.executable, "-m", "celery", "-A", "qserve_workers", "inspect", "ping", "--timeout", "1"]
-
-    def answer() -> str:
-        done = subprocess.run(command, env=shell.environment, capture_output=True, text=True, timeout=40, check=False)
-        return done.stdout
-
-    wait_until(lambda: "pong" in answer())
 
 
 def run_by_hand(shell: Shell) -> None:
