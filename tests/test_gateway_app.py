@@ -32,6 +32,7 @@ from qserve.messages import (
     ErrorInfo,
     HttpRequest,
     HttpResponse,
+    VALUE,
     Reply,
     decode_http_request,
     encode,
@@ -41,7 +42,7 @@ from qserve.settings import Settings
 from qserve.spec import DeploymentSpec, Target
 from qserve_gateway.app import Gateway
 
-Answer = Callable[[HttpRequest], HttpResponse | ErrorInfo | Exception | None]
+Answer = Callable[[HttpRequest], HttpResponse | ErrorInfo | Exception | bytes | None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ class FakeCalls:
         return self.puts[-1]
 
 
-def outcome(answer: HttpResponse | ErrorInfo | Exception) -> Outcome:
+def outcome(answer: HttpResponse | ErrorInfo | Exception | bytes) -> Outcome:
+    if isinstance(answer, bytes):
+        return Reply("id", "me", VALUE, answer)
     if isinstance(answer, HttpResponse):
         return Reply("id", "me", HTTP_RESPONSE, encode(answer))
     if isinstance(answer, ErrorInfo):
@@ -449,6 +452,13 @@ async def test_errors_have_their_status_and_say_what_happened(
     response = await http.get("/hello")
     assert (response.status_code, response.text) == (status, text)
     assert ("retry-after" in response.headers) is (status == 503)
+
+
+async def test_a_stream_whose_parts_never_came_is_502(http: httpx.AsyncClient, calls: FakeCalls) -> None:
+    calls.answer = lambda request: b"5"  # there were five, and nothing of them has arrived
+    response = await http.get("/hello")
+    assert response.status_code == 502
+    assert "its beginning is lost" in response.text
 
 
 async def test_a_full_queue_says_when_to_try_again(http: httpx.AsyncClient, calls: FakeCalls) -> None:

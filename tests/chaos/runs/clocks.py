@@ -1,0 +1,90 @@
+"""Runs in which a clock jumps by an hour while everything goes on: that of one node, or of the server.
+
+libfaketime, preloaded, shifts the wall clock of processes and leaves their monotonic clocks alone, as setting the clock
+of a machine does. It reads the shift from a file, so a clock can jump while its processes run.
+"""
+
+import importlib.util
+import itertools
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+
+from tests.chaos.cluster import Cluster, Setup
+from tests.chaos.faults import Fault, Injected
+from tests.chaos.play import Evidence, LoadRun, Run
+
+_HOUR_S = 3600
+_SHIFTS = (_HOUR_S, 0, -_HOUR_S, 0, 2)
+_SHIFT = Path(tempfile.gettempdir()) / f"qserve-chaos-clock-{os.getpid()}"
+
+
+def _library() -> Path | None:
+    found = importlib.util.find_spec("libfaketime")
+    if found is None or found.origin is None or platform.machine() != "x86_64":
+        return None
+    library = Path(found.origin).parent / "vendor/libfaketime/src/libfaketime.so.1"
+    return library if library.exists() else None
+
+
+def _clock() -> Mapping[str, str]:
+    """Variables that give processes a clock of their own, which is right until it is set."""
+    return {
+        "LD_PRELOAD": str(_library()),
+        "FAKETIME": "+0",
+        "FAKETIME_TIMESTAMP_FILE": str(_SHIFT),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+
+
+def _set_right(_cluster: Cluster) -> None:
+    _SHIFT.unlink(missing_ok=True)
+
+
+class Jumps:
+    """The clock goes an hour forth, back, an hour back, forth again, two seconds forth: one of these each time."""
+
+    def __init__(self) -> None:
+        self._shifts = itertools.cycle(_SHIFTS)
+
+    def __call__(self, _cluster: Cluster, _dice: Random, _event: Injected) -> None:
+        written = _SHIFT.with_suffix(".new")
+        written.write_text(f"{next(self._shifts):+d}\n")
+        written.replace(_SHIFT)
+
+
+def nobody_counts_as_dead(evidence: Evidence) -> None:
+    """No call was taken from a replica that lives: none ran twice."""
+    again = evidence.result.judgement.reruns
+    evidence.result.figures["calls that ran again"] = str(again)
+    if again:
+        evidence.fail(f"{again} calls ran again though nobody died")
+    _SHIFT.unlink(missing_ok=True)
+
+
+def _run(name: str, title: str, role: str, short_s: float) -> LoadRun:
+    return LoadRun(
+        name,
+        title,
+        (Fault("a jump of the clock", Jumps()),),
+        every_s=8,
+        seconds=150,
+        short_seconds=short_s,
+        setup=Setup(environment={role: _clock()}),
+        prepare=_set_right,
+        checks=(nobody_counts_as_dead,),
+    )
+
+
+RUNS: tuple[Run, ...] = (
+    ()
+    if _library() is None
+    else (
+        _run("K10-node", "the clock of one node jumps by an hour, forth and back", "node-0", 0),
+        _run("K10-server", "the clock of the server jumps by an hour, forth and back", "server", 9),
+    )
+)
