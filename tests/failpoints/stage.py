@@ -284,6 +284,12 @@ class Stage:
         """How many dead letters there are."""
         return int(self.redis.xlen(self.keys.dead_letters(NAME)))
 
+    def logs(self) -> str:
+        """What its processes have said, and what they left in Redis."""
+        beats, pending = self.redis.hgetall(self.keys.heartbeats(NAME)), self.redis.xpending(self.keys.calls(NAME), GROUP)
+        said = [f"{each.process.args}\n{each.log.read_text()}" for each in self._processes]
+        return "\n".join((f"heartbeats {beats}, pending {pending}", *said))
+
     async def quiet(self) -> None:
         """Until nothing is queued or runs."""
         await until(lambda: self.redis.xlen(self.keys.calls(NAME)) == 0, LIMIT_S)

@@ -25,10 +25,18 @@ async def play(row: Row, redis_url: str, at_once: asyncio.Semaphore) -> BaseExce
         with tempfile.TemporaryDirectory(prefix="qs-") as folder:
             try:
                 async with Stage(redis_url, Path(folder)) as stage:
-                    await row.play(stage, row)
+                    await _play(row, stage)
             except Exception as exc:
                 return exc
             return None
+
+
+async def _play(row: Row, stage: Stage) -> None:
+    try:
+        await row.play(stage, row)
+    except Exception as exc:
+        exc.add_note(stage.logs())
+        raise
 
 
 @pytest.fixture(scope="module")
