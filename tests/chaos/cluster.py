@@ -27,6 +27,7 @@ from qserve.rollout import Goal
 from qserve.settings import Settings
 from qserve.state import State
 from tests.chaos import app
+from tests.failover.sentinels import Failover
 from tests.serving import ROOT, free_port
 
 _MARK = "QSERVE_CHAOS_CLUSTER"
@@ -43,6 +44,7 @@ class Setup:
         persistent: The server writes down what it is told (`appendonly yes`).
         environment: Variables by role, of all processes of qserve under "".
         server: More arguments for the server.
+        sentinels: Instead of one server a primary and a replica, watched by three sentinels.
     """
 
     nodes: int = 2
@@ -51,6 +53,7 @@ class Setup:
     persistent: bool = True
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     server: tuple[str, ...] = ()
+    sentinels: bool = False
 
 
 class Server:
@@ -97,6 +100,7 @@ class Cluster:
         self.ledgers.mkdir()
         self.environment: dict[str, dict[str, str]] = {role: dict(own) for role, own in setup.environment.items()}
         self.server = Server(self.folder, setup, self.environment.get("server", {}))
+        self.failover = Failover(self.folder) if setup.sentinels else None
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.gateways: list[subprocess.Popen[bytes]] = []
         self.gateway_urls = [f"http://127.0.0.1:{free_port()}" for _ in range(setup.gateways)]
@@ -107,11 +111,12 @@ class Cluster:
 
     def start_server(self) -> None:
         """Start the server alone, and point this process to it; a proxy may be put before it then."""
-        self.server.start()
+        broker = self.failover or self.server
+        broker.start()
         for name in [name for name in os.environ if name.startswith("QSERVE_")]:
             del os.environ[name]
         os.environ |= {
-            "QSERVE_REDIS_URL": self.server.url,
+            "QSERVE_REDIS_URL": broker.url,
             "QSERVE_SECRET": secrets.token_hex(16),
             "QSERVE_RUNTIME_DIR": str(self.folder),
             "QSERVE_LOG_LEVEL": "INFO",
@@ -140,7 +145,7 @@ class Cluster:
     def stop(self) -> None:
         """End every process of it, at once, and remove what it wrote."""
         process.close_current_client()
-        self.server.kill()
+        (self.failover or self.server).kill()
         for gone in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 gone.kill()

@@ -45,8 +45,8 @@ class Injected:
     """One time that a fault was done; times of the monotonic clock.
 
     Attributes:
-        ended: When whatever was broken worked again, as far as the suite is concerned: the process has been started
-            again, say. inf while it goes on.
+        ended: When whatever was broken could be used again: when `act` returned, unless it says earlier. inf while it
+            goes on.
         killed: Pids of processes that have ended.
         via: URL of the gateway whose calls alone it concerns, "" for all.
     """
@@ -81,7 +81,7 @@ class Fault:
         event = Injected(self, time.monotonic())
         injected.append(event)
         self.act(cluster, dice, event)
-        event.ended = time.monotonic()
+        event.ended = min(event.ended, time.monotonic())
 
 
 REPLICA_DIED = Excuses.of(once="502", stream="502 broken")

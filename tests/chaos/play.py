@@ -238,8 +238,8 @@ def _shorter(load: Load) -> tuple[tuple[float, float], ...]:
 def started(setup: Setup, prepare: Prepare | None = None) -> Cluster:
     """A cluster that serves."""
     cluster = Cluster(setup)
+    cluster.start_server()
     try:
-        cluster.start_server()
         if prepare is not None:
             prepare(cluster)
         cluster.start()
