@@ -23,10 +23,11 @@ from qserve.failpoints import reach
 from qserve.keys import GROUP, Keys
 from qserve.messages import CHUNK, CONTROL, DURABLE, ERROR, SAFE, Call, Control, Reply, Signer, decode_call, encode
 
-INBOX_TTL_MS = 60_000
+INBOX_TTL_MS = 35_000
 """How long an inbox nobody reads is kept."""
-ALIVE_TTL_MS = 15_000
-"""How long a process counts as alive after it last said so; it says so every third of this."""
+ALIVE_TTL_MS = 25_000
+"""How long a process counts as alive after it last said so; it says so every fifth of this, so that a server which
+stands still for 20 s forgets nobody. Within a minute nothing is left of a process that was killed."""
 DEAD, LEFT = "dead", "left"
 """Values in place of a heartbeat counter: died, and left after handing back what it had not started."""
 DEAD_LETTERS_KEPT = 10_000

@@ -65,7 +65,7 @@ class Receiver:
             now = time.monotonic()
             if now >= next_word:
                 self._inbox.say_alive(self._link.sender)
-                next_word = now + ALIVE_TTL_MS / 3000
+                next_word = now + ALIVE_TTL_MS / 5000
             self._inbox.trim(self._link.sender)
             on_tick()
 

@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     http_body_timeout_s: float = Field(default=30.0, gt=0)
     http_body_bytes_per_s: int = Field(default=1024, ge=0)
     """A request's body that comes slower, after `http_body_timeout_s`, is given up; 0: it may."""
+    http_send_timeout_s: float = Field(default=60.0, gt=0)
+    """A client that takes nothing of its response for so long is given up."""
     http_keep_alive_s: float = Field(default=5.0, gt=0)
     http_max_connections: int = Field(default=10_000, gt=0)
     http_max_connections_per_ip: int = Field(default=0, ge=0)

@@ -230,6 +230,21 @@ class State:
         """Calls of a deployment that wait or run."""
         return int(self._do("XLEN", self.keys.calls(name)))
 
+    def waiting(self, name: str) -> tuple[int, float]:
+        """Calls of a deployment that no replica has taken: how many, and the seconds for which the first has waited."""
+        key = self.keys.calls(name)
+        try:
+            (group, *_) = self._do("XINFO", "GROUPS", key)
+        except (redis.exceptions.ResponseError, ValueError):
+            return 0, 0.0
+        facts = dict(zip(group[::2], group[1::2], strict=True))
+        first = self._do("XRANGE", key, b"(" + facts[b"last-delivered-id"], "+", "COUNT", 1)
+        if not first:
+            return 0, 0.0
+        now = self._do("TIME")
+        age_s = now[0] + now[1] / 1e6 - int(first[0][0].split(b"-")[0]) / 1000
+        return self.queued(name) - int(facts[b"pending"]), max(0.0, age_s)
+
     def counters(self) -> dict[str, int]:
         """Rare events of all processes, by name."""
         found: dict[bytes, bytes] = self._do("HGETALL", self.keys.counters)

@@ -15,6 +15,7 @@ import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
+from qserve.client import Client
 from qserve.errors import ConfigurationError, QServeError
 from qserve.local import runtime_folder
 from qserve.messages import HttpResponse
@@ -38,17 +39,18 @@ class Admin:
     Args:
         state: Of the instance.
         door: Of the gateway's public side.
+        client: With which the gateway puts its calls.
         token: See `admin_token`.
         drain: Makes the gateway leave as SIGTERM does.
     """
 
     def __init__(
-        self, settings: Settings, state: State, door: Door, gateway_id: str, token: str, drain: Callable[[], None]
+        self, settings: Settings, state: State, door: Door, client: Client, token: str, drain: Callable[[], None]
     ) -> None:
         self._settings = settings
         self._state = state
         self._door = door
-        self._gateway_id = gateway_id
+        self._client = client
         self._token = token.encode()
         self._drain = drain
         self._hosts = frozenset(name.strip().lower() for name in settings.admin_allowed_hosts.split(",")) | _LOCAL
@@ -93,9 +95,9 @@ class Admin:
 
     async def _tell(self, path: str) -> HttpResponse:
         if path == "/-/status":
-            found = await asyncio.to_thread(status, self._state, self._settings.namespace, self._gateway_id)
+            found = await asyncio.to_thread(status, self._state, self._settings.namespace, self._client.id)
             return json_response(found)
-        text = await asyncio.to_thread(metrics, self._state, self._door)
+        text = await asyncio.to_thread(metrics, self._state, self._door, self._client)
         return HttpResponse(200, [(b"content-type", CONTENT_TYPE_LATEST.encode())], text)
 
     def _leave(self) -> HttpResponse:

@@ -43,6 +43,7 @@ class Door:
         self.body_timeout_s = settings.http_body_timeout_s
         self.body_bytes_per_s = settings.http_body_bytes_per_s
         self.keep_alive_s = settings.http_keep_alive_s
+        self.send_timeout_s = settings.http_send_timeout_s
         self.largest_body = settings.max_body_bytes
         self.now = 0.0
         self.refused: Counter[str] = Counter()

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from qserve.client import Client
 from qserve.state import State
 from qserve_gateway.door import Door
 from qserve_gateway.observe import BOUNDS_S
@@ -43,21 +44,23 @@ def status(state: State, namespace: str, gateway_id: str) -> dict[str, Any]:
     }
 
 
-def metrics(state: State, door: Door) -> bytes:
+def metrics(state: State, door: Door, client: Client) -> bytes:
     """This gateway's requests, and the queues and replicas that all gateways share, as Prometheus reads them."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(state, door))
+    registry.register(_Collector(state, door, client))
     return generate_latest(registry)
 
 
 class _Collector(Collector):
-    def __init__(self, state: State, door: Door) -> None:
+    def __init__(self, state: State, door: Door, client: Client) -> None:
+        self._client = client
         self._state = state
         self._door = door
 
     def collect(self) -> Iterator[Metric]:
         yield from self._requests()
         yield from self._connections()
+        yield from self._calls()
         yield from self._deployments()
         events = CounterMetricFamily("qserve_events", "Rare events anywhere in the instance.", labels=["event"])
         for name, count in sorted(self._state.counters().items()):
@@ -86,15 +89,35 @@ class _Collector(Collector):
         yield GaugeMetricFamily("qserve_http_connections", "Open connections.", value=self._door.connections)
         yield GaugeMetricFamily("qserve_websockets", "Open WebSockets.", value=self._door.websockets)
 
+    def _calls(self) -> Iterator[Metric]:
+        tally = self._client.tally
+        yield CounterMetricFamily("qserve_calls_accepted", "Calls on a queue.", value=tally["accepted"])
+        yield CounterMetricFamily("qserve_calls_sent_again", "After Redis lost them.", value=tally["sent again"])
+        refused = CounterMetricFamily("qserve_calls_refused", "Calls that no queue took.", labels=["reason"])
+        ended = CounterMetricFamily("qserve_calls_ended", "Accepted calls that ended.", labels=["outcome"])
+        for what, count in sorted(dict(tally).items()):
+            kind, _, which = what.partition(" ")
+            if kind in ("refused", "ended"):
+                (refused if kind == "refused" else ended).add_metric([which], count)
+        yield from (refused, ended)
+        yield GaugeMetricFamily("qserve_calls_pending", "Calls that wait for their end.", value=self._client.pending)
+
     def _deployments(self) -> Iterator[Metric]:
         queued = GaugeMetricFamily("qserve_queue_depth", "Calls queued and running.", labels=["deployment"])
+        waiting = GaugeMetricFamily("qserve_queue_waiting", "Calls that no replica has taken.", labels=["deployment"])
+        oldest = GaugeMetricFamily(
+            "qserve_queue_oldest_waiting_seconds", "For how long the first of them has waited.", labels=["deployment"]
+        )
         running = GaugeMetricFamily("qserve_running", "Calls running.", labels=["deployment"])
         replicas = GaugeMetricFamily("qserve_replicas", "Replicas.", labels=["deployment", "state"])
         for name in sorted(self._state.list()):
             found = list(self._state.replicas(name).values())
             queued.add_metric([name], self._state.queued(name))
+            count, seconds = self._state.waiting(name)
+            waiting.add_metric([name], count)
+            oldest.add_metric([name], seconds)
             running.add_metric([name], sum(replica.running for replica in found))
             by_state = Counter(replica.state for replica in found)
             for state in (*STATES, *sorted(by_state.keys() - set(STATES))):
                 replicas.add_metric([name, state], by_state[state])
-        yield from (queued, running, replicas)
+        yield from (queued, waiting, oldest, running, replicas)

@@ -1,6 +1,8 @@
 """One connection: what is let through to uvicorn's HTTP parser, and when its time is over."""
 
 import asyncio
+import socket
+import struct
 from time import monotonic
 from typing import Any
 
@@ -26,6 +28,7 @@ CLIENT_LEFT = 499
 """Noted as the status of requests whose clients did not wait; nginx's number."""
 LAST_CHANCE_S = 0.4
 """How long an idle connection stays open when the gateway leaves: a request may be on its way."""
+_NO_LINGER = struct.pack("ii", 1, 0)
 MOST_UNWANTED = 1024 * 1024
 """How much of a body is read after its response, before the connection is closed instead."""
 
@@ -63,6 +66,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._refusal: Refusal | None = None
         """To be told when earlier requests have been answered."""
         self._leaving = False
+        self._unsent = 0
+        """Bytes of responses that the network had not taken when somebody looked last, since `_unsent_since`."""
+        self._unsent_since = 0.0
         self._began = 0.0
         """When the request was handed on that `_active` answers."""
 
@@ -272,6 +278,15 @@ class HttpProtocol(HttpToolsProtocol):
 
     def look(self, now: float) -> None:
         """Close the connection if its time is over."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent != self._unsent:
+            self._unsent, self._unsent_since = unsent, now
+        if unsent:
+            # Also one that is closed already, but still waits for its last byte to be taken.
+            if now - self._unsent_since > self._door.send_timeout_s:
+                self._door.refused["unread"] += 1
+                self._reset()
+            return
         if self._refusal is not None:
             return  # until the requests before have been answered
         if self._deaf:
@@ -286,6 +301,13 @@ class HttpProtocol(HttpToolsProtocol):
             patience = LAST_CHANCE_S if self._leaving else self._door.keep_alive_s
             if now - self._since > patience:
                 self.transport.close()
+
+    def _reset(self) -> None:
+        """Close without a last attempt to send: else the kernel would keep what is not read for minutes."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.transport.abort()
 
     def _look_at_request(self, door: Door, now: float) -> None:
         waited = now - self._since

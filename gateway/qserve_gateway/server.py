@@ -228,7 +228,7 @@ class GatewayProcess:
             if not stopping.done():
                 stopping.set_result(None)
 
-        admin = Admin(self._settings, state, self._door, ready.id, token, drain)
+        admin = Admin(self._settings, state, self._door, self._client, token, drain)
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         server = Server(
             uvicorn.Config(

@@ -95,6 +95,9 @@ def test_metrics_count_what_happened(served: Gateway) -> None:
         good,
         'qserve_http_requests_total{deployment="fail",status="5xx"}',
         'qserve_http_refused_total{reason="framing"}',
+        "qserve_calls_accepted_total",
+        'qserve_calls_ended_total{outcome="result"}',
+        'qserve_calls_ended_total{outcome="error"}',
         'qserve_http_request_duration_seconds_count{deployment="tell"}',
         'qserve_http_request_duration_seconds_bucket{deployment="tell",le="+Inf"}',
     ]
@@ -107,9 +110,10 @@ def test_metrics_count_what_happened(served: Gateway) -> None:
         assert read_response(connection)[0] == 500
         assert value("qserve_http_connections") >= 1
     served.address.ask(get(b"Content-Length: 1", b"Content-Length: 2"))
-    assert {name: value(name) - before[name] for name in names} == dict(zip(names, (3, 1, 1, 3, 3), strict=True))
+    assert {name: value(name) - before[name] for name in names} == dict(zip(names, (3, 1, 1, 4, 3, 1, 3, 3), strict=True))
     assert value('qserve_replicas{deployment="tell",state="SERVING"}') == 1
     assert value('qserve_queue_depth{deployment="tell"}') == 0
+    assert value('qserve_queue_waiting{deployment="tell"}') == 0
 
 
 def test_metrics_are_in_prometheus_format(served: Gateway) -> None:
