@@ -275,6 +275,16 @@ class ReplicaQueue:
             if consumer[b"pending"] and consumer[b"name"].decode() not in beats:
                 await connection.call("HSETNX", self._heartbeats, consumer[b"name"], 0)
 
+    async def silent_workers(self, connection: Connection) -> list[str]:
+        """Nodes (or workers without one) that have told how far they are here, and do not say that they live."""
+        told = await connection.call("HKEYS", self._keys.workers(self.deployment))
+        nodes = [node.decode() for node in told]
+        return [node for node in nodes if not await connection.call("EXISTS", self._keys.alive(node))]
+
+    async def forget_worker(self, connection: Connection, node: str) -> None:
+        """Remove what a worker told that is gone."""
+        await connection.call("HDEL", self._keys.workers(self.deployment), node)
+
     async def last_from_before(self, connection: Connection) -> bytes | None:
         """The last entry from before the server was restarted or replaced, None where it was not."""
         info = await connection.call("INFO", "server")

@@ -278,16 +278,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def look(self, now: float) -> None:
         """Close the connection if its time is over."""
-        unsent = self.transport.get_write_buffer_size()
-        if unsent != self._unsent:
-            self._unsent, self._unsent_since = unsent, now
-        if unsent:
-            # Also one that is closed already, but still waits for its last byte to be taken.
-            if now - self._unsent_since > self._door.send_timeout_s:
-                self._door.refused["unread"] += 1
-                self._reset()
-            return
-        if self._refusal is not None:
+        if self._is_unread(now) or self._refusal is not None:
             return  # until the requests before have been answered
         if self._deaf:
             if now - self._since > LINGER_S:
@@ -301,6 +292,16 @@ class HttpProtocol(HttpToolsProtocol):
             patience = LAST_CHANCE_S if self._leaving else self._door.keep_alive_s
             if now - self._since > patience:
                 self.transport.close()
+
+    def _is_unread(self, now: float) -> bool:
+        """Whether the client has not taken all of its responses; also of a connection that is closed already."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent != self._unsent:
+            self._unsent, self._unsent_since = unsent, now
+        elif unsent and now - self._unsent_since > self._door.send_timeout_s:
+            self._door.refused["unread"] += 1
+            self._reset()
+        return unsent > 0
 
     def _reset(self) -> None:
         """Close without a last attempt to send: else the kernel would keep what is not read for minutes."""

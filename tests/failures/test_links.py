@@ -42,7 +42,7 @@ async def test_a_replica_that_is_cut_off_loses_its_calls_and_its_late_results_ar
 
 async def serves(caller: Caller, pid: int) -> None:
     """Until that replica answers calls again."""
-    while await value(caller, put(caller, "pid", None)[1]) != pid:
+    while await value(caller, put(caller, "pid", None)[1]) != pid:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 

@@ -12,6 +12,9 @@ import pytest
 from qserve.clock import RedisClock
 from qserve.errors import ReplicaDied
 from qserve.messages import PYTHON, Call, encode
+from qserve.settings import Settings
+from qserve_workers.takeover import Takeover
+from tests.calling import deploy, serving
 from tests.failures.systems import NAME, System, ask, calling, put, system, until, value
 from tests.test_replica import Host
 
@@ -162,3 +165,21 @@ async def test_a_call_that_takes_longer_than_deaths_do_runs_once() -> None:
 
         assert await value(caller, long) == "long"
         assert len(it.world.books.starts("long")) == 1
+
+
+async def test_what_a_killed_worker_told_is_forgotten_and_what_live_ones_tell_stays(settings: Settings) -> None:
+    spec = deploy(settings)
+    async with serving(settings, spec) as (consumer, _):
+        takeover, sender, keys = Takeover(settings, consumer, "me"), consumer.link.sender, settings.keys
+        assert sender is not None
+        for node in ("killed", "alive", "late"):
+            await sender.call("HSET", keys.workers(spec.name), node, b"told")
+        await sender.call("SET", keys.alive("alive"), 1)
+
+        for look in range(3):
+            assert len(await sender.call("HKEYS", keys.workers(spec.name))) == 3
+            if look == 2:  # it lives after all: its word came late
+                await sender.call("SET", keys.alive("late"), 1)
+            await takeover.forget_workers(sender)
+
+        assert await sender.call("HKEYS", keys.workers(spec.name)) == [b"alive", b"late"]

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import random
 import time
+from collections import Counter
 
 from qserve.background import end, spawn
 from qserve.connection import Connection
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 16
 _ORPHANS_EVERY_S = 60.0
+_WORKERS_EVERY_S = 10.0
+_LOOKS = 3
 _LONGEST_ROUND_S = 1.0
 
 
@@ -42,6 +45,8 @@ class Takeover:
         self._own: tuple[bytes, float] = (b"", 0.0)
         self._last_round = 0.0
         self._orphans_at = time.monotonic() + _ORPHANS_EVERY_S
+        self._workers_at = time.monotonic() + _WORKERS_EVERY_S
+        self._silent: Counter[str] = Counter()
         self._wanted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -90,6 +95,17 @@ class Takeover:
         if now >= self._orphans_at:
             self._orphans_at = now + _ORPHANS_EVERY_S
             await self._queue.adopt_orphans(connection)
+        if now >= self._workers_at:
+            self._workers_at = now + _WORKERS_EVERY_S
+            await self.forget_workers(connection)
+
+    async def forget_workers(self, connection: Connection) -> None:
+        """Remove what workers told that were silent each of the last few times this looked."""
+        silent = await self._queue.silent_workers(connection)
+        self._silent = Counter({node: self._silent[node] + 1 for node in silent})
+        for node, looks in self._silent.items():
+            if looks >= _LOOKS:
+                await self._queue.forget_worker(connection, node)
 
     def _beats_myself(self, beat: bytes, now: float) -> bool:
         """Whether this replica's own counter moves: where it does not, Redis takes nobody's beats."""
