@@ -21,8 +21,9 @@ CLIENTS, ROUNDS = 4, 8
 def version(notes: Path, client: int, number: int) -> Any:
     """A version whose options and configuration tell who made it."""
     mark = client * 100 + number
-    options = {"user_config": {"mark": mark}, "max_concurrent_queries": 1000 + mark}
-    return Loaded.options(init_args=(str(notes),), version=f"v{mark}", **options)
+    return Loaded.options(
+        init_args=(str(notes),), version=f"v{mark}", user_config={"mark": mark}, max_concurrent_queries=1000 + mark
+    )
 
 
 def test_the_last_one_wins_whole_and_the_others_end_by_themselves(

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Iterable
 from functools import partial
 
 import hiredis
@@ -39,6 +40,7 @@ from qserve.messages import (
 from qserve.queues import Entry, ReplicaQueue, order
 from qserve.settings import Settings
 from qserve.spec import DeploymentSpec
+from qserve_workers.absence import Absence
 from qserve_workers.answers import Answers
 from qserve_workers.arrivals import Arrivals
 from qserve_workers.durable import DurableRuns
@@ -90,6 +92,7 @@ class Consumer:
         self._suspects: deque[Entry] = deque()
         self._suspect: Entry | None = None
         self._arrivals = Arrivals(settings, signer, spec.name, self._link)
+        self.absence = Absence(settings.dead_after_s, self._is_mine, self._begin_all)
         self._unwanted: dict[bytes, None] = {}
         self._before = (0, 0)
         self._accepting = False
@@ -197,9 +200,15 @@ class Consumer:
         if self._link.losses:
             # A batch delivered into the dying connection is ours, but never arrived.
             known = {*self._running, *(entry.id for entry in self._suspects), *self.durable.settled}
-            for entry in await self.queue.history(sender):
-                if entry.id not in known and entry != self._suspect and not self._answers.has(entry.id):
-                    self._begin(entry)
+            ours = [
+                entry
+                for entry in await self.queue.history(sender)
+                if entry.id not in known and entry != self._suspect and not self._answers.has(entry.id)
+            ]
+            if self.absence.noticed():
+                self.absence.hold(ours)
+            else:
+                self._begin_all(ours)
         self._answers.resend()
         self.durable.resend()
         self._read_more()
@@ -231,6 +240,8 @@ class Consumer:
         waiter = self._link.waiter
         if self._reading or waiter is None or not self._accepting or self._suspect is not None:
             return
+        if self.absence.noticed():
+            return
         if self._suspects:
             if not self._running:
                 self._suspect = self._suspects.popleft()
@@ -259,10 +270,21 @@ class Consumer:
             return
         if answer:
             reach("taken")
-        for entry in self.queue.entries(answer):
+        if self.absence.noticed():
+            self.absence.hold(self.queue.entries(answer))
+        else:
+            self._begin_all(self.queue.entries(answer))
+
+    def _begin_all(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
             if entry.id not in self._running:  # else the server has forgotten that it gave it to us, and did so again
                 self._begin(entry)
         self._read_more()
+
+    async def _is_mine(self, entry: Entry) -> bool:
+        if self._link.sender is None:
+            raise BrokerUnavailable("the connection to Redis is lost")
+        return await self.queue.note_start(self._link.sender, entry.id)
 
     def _read_failed(self, error: Exception) -> None:
         # NOGROUP: the stream is gone. After a deletion that is as it should be; else the link makes it again.

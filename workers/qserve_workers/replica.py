@@ -31,7 +31,7 @@ from qserve.process import new_event_loop, set_current_client
 from qserve.queues import call_neighbours, leave, measure
 from qserve.settings import Settings
 from qserve.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed, ReplicaInfo
-from qserve.state import connect_asyncio, decode_deployed, follow, last_log_id
+from qserve.state import connect_asyncio, decode_deployed, decode_infos, follow, last_log_id
 from qserve_workers.consumer import Consumer
 from qserve_workers.durable import Mover
 from qserve_workers.heartbeat import Heartbeat
@@ -233,6 +233,7 @@ class Replica:
         self._consumer = Consumer(
             self._settings, self._client.signer, self._codec, deployed.spec, self._id
         )
+        self._consumer.absence.may_go_on = self._is_current
         self._client.on_chunk = self._consumer.conversations.take_chunk
         await self._consumer.connect()
         self._takeover = Takeover(self._settings, self._consumer, self._id)
@@ -288,6 +289,22 @@ class Replica:
                 await self._follow_change()
             elif self.may_leave.is_set():
                 await self._leave_if_idle()
+
+    async def _is_current(self) -> bool:
+        """Whether this replica, back from an absence, serves what is deployed, or nobody serves anything newer."""
+        deployed = await self._read_state()
+        if deployed is None or deployed.spec.revision == self._spec.revision:
+            return True
+        try:
+            fields: Any = await self._redis.hgetall(self._keys.replicas(self._name))
+        except redis.RedisError as exc:
+            raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
+        others = dict(decode_infos(fields, ReplicaInfo)).values()
+        if not any(info.state == SERVING and info.revision == deployed.spec.revision for info in others):
+            return True
+        logger.warning("Deployment %s: replica %s leaves, a newer version serves", self._name, self._tag)
+        self.shall_leave.set()
+        return False
 
     async def _leave_if_idle(self) -> None:
         self.may_leave.clear()
@@ -408,6 +425,7 @@ class Replica:
         logger.info("Deployment %s: replica %s (pid %d) is %s", self._name, self._tag, os.getpid(), state)
 
     def _tick(self) -> None:
+        self._consumer.absence.noticed()
         before = self._published
         self._publish()
         after = self._published
