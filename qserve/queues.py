@@ -79,7 +79,8 @@ class CallQueue:
     """One deployment's queue, for callers: put and cancel."""
 
     def __init__(self, keys: Keys, deployment: str) -> None:
-        self._admit_keys = (keys.calls(deployment), keys.meta(deployment), keys.instance)
+        waiting = (keys.due(deployment), keys.low(deployment))
+        self._admit_keys = (keys.calls(deployment), keys.meta(deployment), keys.instance, *waiting)
         self._stream = keys.calls(deployment)
         self.is_idempotent = False
         """Whether all calls may run again, as Redis has said last."""

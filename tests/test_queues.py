@@ -132,6 +132,16 @@ class TestPutting:
         assert queue.depth() == 10
         assert queue.put("one more") == [10, 0, None]
 
+    def test_durable_calls_that_wait_for_their_time_have_their_places(self, queue: Queue) -> None:
+        queue.redis.zadd(KEYS.due("Echo"), dict.fromkeys("abcd", 1e15))
+        queue.redis.zadd(KEYS.low("Echo"), dict.fromkeys("efg", 1))
+        keys = (STREAM, META, "instance", KEYS.due("Echo"), KEYS.low("Echo"))
+
+        depth, _, *entries = queue.run(ADMIT, keys, 0, *("id", "", "frame") * 4)
+
+        assert depth == 7
+        assert [entry is not None for entry in entries] == [True, True, True, False]
+
     def test_a_running_call_takes_a_place_until_it_is_answered(self, queue: Queue) -> None:
         queue.put(*map(str, range(10)))
         first, *_ = queue.read("A")

@@ -1,5 +1,6 @@
 -- ADMIT: put calls on a deployment's queue while there is room; nothing is put where nobody reads.
--- KEYS[1] call stream, KEYS[2] meta hash of the deployment, KEYS[3] name of this history of the state
+-- KEYS[1] call stream, KEYS[2] meta hash of the deployment, KEYS[3] name of this history of the state,
+-- KEYS[4], KEYS[5] durable calls that will come into the stream, and so have their places already
 -- ARGV[1] latest time to do so, in ms on this clock, or 0: what a connection held back longer must not run any more;
 --         then per call: id, flags, frame
 -- returns {-1} unknown deployment | {-2, reason} refused for all | {-3} too late for all
@@ -14,6 +15,9 @@ if latest > 0 then
   if now[1] * 1000 + now[2] / 1000 > latest then return {-3} end
 end
 local room = tonumber(meta[1]) - redis.call('XLEN', KEYS[1])
+if KEYS[5] and redis.call('EXISTS', KEYS[4], KEYS[5]) > 0 then
+  room = room - redis.call('ZCARD', KEYS[4]) - redis.call('ZCARD', KEYS[5])
+end
 local out = {tonumber(meta[1]) - room, meta[3] == '1' and 1 or 0}
 for i = 2, #ARGV, 3 do
   if room <= 0 then
