@@ -24,6 +24,8 @@ ANYONE = ""
 """Receiver of a durable call's result: whoever asks for it by its id."""
 PROGRESS = 5
 """Kind of a reply that is not the last one: the packed value that user code reported."""
+PART, NEWS = 6, 7
+"""Kinds of replies, too: an encoded Part, and word to those who wait that there is one."""
 
 RESULT_TTL_S = 86_400.0
 DEAD_TTL_S = 7 * RESULT_TTL_S
@@ -143,6 +145,24 @@ def is_call_id(text: str) -> bool:
     return len(text) == 33 and text[0] == "d" and all(letter in "0123456789abcdef" for letter in text[1:])
 
 
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """One of the things that a call gives before it has ended.
+
+    Attributes:
+        attempt: Which attempt gives it.
+        index: Counts the parts of the attempt from 1.
+        packed: Whether the data is a packed value; else it is a piece of a response's body.
+    """
+
+    attempt: int
+    index: int
+    packed: bool
+    data: bytes
+
+
+decode_part = decoder_of(Part)
+
+
 class CallEvent(NamedTuple):
     """Something that happened to a durable call.
 
@@ -184,6 +204,9 @@ class CallRecord(NamedTuple):
     error: str
     progress: bytes | None
     events: tuple[CallEvent, ...]
+    last_number: int
+    """Of its last event or part."""
+    has_parts: bool
     is_late: bool
     """Its time is over, and nobody has noticed yet."""
 
@@ -208,5 +231,5 @@ def parse_record(call_id: str, answer: Any) -> CallRecord | None:
         *(call_id, text(b"state"), text(b"deployment"), int(fields[b"kind"]), text(b"method")),
         *(int(fields[b"attempts"]), moment(b"submitted") or 0.0, moment(b"started"), moment(b"ended"), moment(b"due")),
         *(answer[1] if answer[1] >= 0 else None, text(b"error"), fields.get(b"progress"), tuple(events)),
-        bool(answer[3]),
+        *(int(fields.get(b"n", 0)), b"parts" in fields, bool(answer[3])),
     )

@@ -1,7 +1,8 @@
 """References to durable calls: results that any process can ask for, now or later."""
 
+import asyncio
 from asyncio import wrap_future
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from qserve.background import spawn
 from qserve.client import Client
 from qserve.codec import Codec
-from qserve.durable import CallRecord, Options, is_call_id
-from qserve.errors import CallNotFound, QServeError
+from qserve.durable import ENDS, CallRecord, Options, Part, is_call_id
+from qserve.errors import CallNotFound, QServeError, StreamBroken
 from qserve.messages import ERROR, HTTP_RESPONSE, PYTHON, HttpResponse, Reply, decode_error, decode_http_response
 from qserve.ref import Ref
 from qserve.submitting import Outcome, Watcher
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 T = TypeVar("T")
+_LOOK_AGAIN_S = 10.0
+"""Word of news may get lost with a connection."""
 
 
 class CallStatus(NamedTuple):
@@ -58,7 +61,8 @@ class DurableRef(Ref[T]):
         self._id = call_id
         self._label = label
         self._progress: object = None
-        self._watcher = Watcher(self._settle, self._take_progress)
+        self._news: set[asyncio.Event] = set()
+        self._watcher = Watcher(self._settle, self._take_progress, self._wake)
 
     @property
     def id(self) -> str:
@@ -102,6 +106,61 @@ class DurableRef(Ref[T]):
         if packed is not None:
             self._take_progress(self._client.durable.open(packed, self._id).payload)
         return self._progress
+
+    def __iter__(self) -> Iterator[Any]:
+        """What the call yields, as it does, from the first part of the attempt that runs or ran last.
+
+        Raises:
+            StreamBroken: The attempt ended before its time and another one begins; iterate again for its parts.
+            QServeError: What `result` raises.
+        """
+        reader = _PartReader(self._id, self._client)
+        while (page := self._wait_for(self._read(reader)).result()) is not None:
+            yield from page
+        self.result()
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        """Like `__iter__`, for asynchronous code."""
+        reader = _PartReader(self._id, self._client)
+        while (page := await wrap_future(self._wait_for(self._read(reader)))) is not None:
+            for value in page:
+                yield value
+        await self
+
+    async def _read(self, reader: "_PartReader") -> list[Any] | None:
+        woken = asyncio.Event()
+        self._news.add(woken)
+        try:
+            while True:
+                woken.clear()
+                parts, is_over = await reader.read()
+                if parts:
+                    return [self._codec.unpack(part.data) if part.packed else part.data for part in parts]
+                if is_over:
+                    return None
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(woken.wait(), _LOOK_AGAIN_S)
+        finally:
+            self._news.discard(woken)
+
+    def _wake(self) -> None:
+        for woken in self._news:
+            woken.set()
+
+    def _wait_for(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        if self._client.is_own_thread():
+            work.close()
+            raise RuntimeError("waiting here would block the event loop that receives the answer")
+        answered: Future[Any] = Future()
+
+        async def run() -> None:
+            try:
+                answered.set_result(await work)
+            except BaseException as exc:
+                answered.set_exception(exc)
+
+        self._client.run_soon(lambda: _start(run()))
+        return answered
 
     def _ask(self) -> Future[CallRecord]:
         answered: Future[CallRecord] = Future()
@@ -150,6 +209,7 @@ class DurableRef(Ref[T]):
             self._progress = self._codec.unpack(packed)
 
     def _settle(self, outcome: Outcome) -> None:
+        self._wake()
         if self.done():
             return
         try:
@@ -166,6 +226,34 @@ class DurableRef(Ref[T]):
         if reply.kind == HTTP_RESPONSE:
             return make_response(decode_http_response(reply.payload))
         return self._codec.unpack(reply.payload)
+
+
+class _PartReader:
+    """Reads the parts of one attempt of a call, a page at a time. Belongs to the client's loop."""
+
+    def __init__(self, call_id: str, client: Client) -> None:
+        self._id = call_id
+        self._client = client
+        self._attempt = self._after = self._count = 0
+
+    async def read(self) -> tuple[list[Part], bool]:
+        """What is there after what was read before, and whether the call has ended and that was all."""
+        record = await self._client.durable.describe(self._id)
+        if record is None:
+            raise CallNotFound(f"there is no durable call {self._id!r} (any more)")
+        if self._count and record.attempts != self._attempt:
+            raise StreamBroken(
+                f"attempt {self._attempt} of call {self._id} ended after {self._count} parts were read; attempt "
+                f"{record.attempts} gives them anew: iterate again"
+            )
+        self._attempt = record.attempts
+        found = await self._client.durable.parts(record, self._after)
+        for number, _, part in found:
+            self._count += 1
+            if part.index != self._count:
+                raise StreamBroken(f"part {self._count} of attempt {self._attempt} of call {self._id} is missing")
+            self._after = number
+        return [part for _, _, part in found], record.state in ENDS
 
 
 def make_response(response: HttpResponse) -> "Response":

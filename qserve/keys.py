@@ -68,6 +68,10 @@ class Keys:
         """Hash: the record of a durable call; also the channel on which its events are announced."""
         return self._key("call", call_id)
 
+    def parts(self, call_id: str) -> str:
+        """Stream: what a running durable call has given so far, as "attempt-number", numbered with its events."""
+        return self._key("parts", call_id)
+
     def due(self, deployment: str) -> str:
         """Sorted set: durable calls that wait for their time, by when it comes in ms."""
         return self._key("due", deployment)

@@ -47,6 +47,7 @@ def _load(name: str) -> Script:
 SUBMIT, ATTACH, END, DESCRIBE = _load("submit"), _load("attach"), _load("end_call"), _load("describe")
 RUN, SETTLE, DUE, TELL_PROGRESS = _load("run_call"), _load("settle_call"), _load("due"), _load("progress")
 REVIVE, REJECT = _load("revive"), _load("reject_call")
+TELL_PART = _load("part")
 
 
 def durable_reply(signer: Signer, call_id: str, kind: int, payload: bytes, *, out_of_line: bool = False) -> bytes:
@@ -92,7 +93,7 @@ class Records:
 
     async def run(self, connection: Connection, call: DurableCall, replica: str, entry: bytes) -> list[Any]:
         """Note that a call is about to run; what run_call.lua returns."""
-        names = (self._keys.calls(call.deployment), self._keys.call(call.id))
+        names = (self._keys.calls(call.deployment), self._keys.call(call.id), self._keys.parts(call.id))
         answer: list[Any] = await RUN.call(connection, names, GROUP, replica, entry)
         return answer
 
@@ -134,6 +135,21 @@ class Records:
         TELL_PROGRESS.send(
             connection, _ignore, (self._keys.call(call_id),), self._keys.base, entry, frame, INBOX_TTL_MS
         )
+
+    async def part(
+        self, connection: Connection, call_id: str, entry: bytes, index: int, frame: bytes, news: bytes
+    ) -> None:
+        """Record a part that a running call gives; twice is harmless."""
+        names = (self._keys.call(call_id), self._keys.parts(call_id))
+        await TELL_PART.call(connection, names, self._keys.base, entry, index, frame, news, INBOX_TTL_MS)
+
+    async def parts(
+        self, connection: Connection, record: CallRecord, after: int, most: int
+    ) -> list[tuple[int, float, bytes]]:
+        """(number, Unix time, frame) of the parts that the record's last attempt has given after that number."""
+        first, last = f"{record.attempts}-{after + 1}", f"{record.attempts}-{record.last_number}"
+        answer = await connection.call("XRANGE", self._keys.parts(record.id), first, last, "COUNT", most)
+        return [(int(entry.split(b"-")[1]), int(fields[3]) / 1000, fields[1]) for entry, fields in answer]
 
     async def move_due(self, connection: Connection, deployment: str, replica: str, *, anyway: bool) -> list[Any]:
         """Queue what is due; what due.lua returns."""

@@ -18,11 +18,15 @@ from qserve.durable import (
     CANCELLED,
     EXPIRED,
     NEVER_MS,
+    NEWS,
+    PART,
     PROGRESS,
     CallRecord,
     Durability,
     DurableCall,
     Options,
+    Part,
+    decode_part,
     new_call_id,
 )
 from qserve.errors import (
@@ -61,6 +65,8 @@ _LOOK_AGAIN_S = 30.0
 """An inbox is told of every end; looking again now and then finds what was missed while the inbox counted as dead."""
 _UNCONFIRMED_PAYLOAD_MS = 60_000
 _EXPIRY_SHOWS_S = 0.05
+PARTS_READ = 64
+"""Of how many parts at most a reader holds the data."""
 
 
 class Submission:
@@ -81,9 +87,15 @@ class Submission:
 class Watcher:
     """Somebody in this process who waits for a durable call."""
 
-    __slots__ = ("on_outcome", "on_progress")
+    __slots__ = ("on_news", "on_outcome", "on_progress")
 
-    def __init__(self, on_outcome: Callable[[Outcome], None], on_progress: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        on_outcome: Callable[[Outcome], None],
+        on_progress: Callable[[bytes], None],
+        on_news: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.on_news = on_news
         self.on_outcome = on_outcome
         self.on_progress = on_progress
 
@@ -233,6 +245,9 @@ class DurableCalls:
         if reply.kind == PROGRESS:
             for watcher in list(watchers):
                 watcher.on_progress(reply.payload)
+        elif reply.kind in (NEWS, PART):
+            for watcher in list(watchers):
+                watcher.on_news()
         elif reply.out_of_line:
             spawn(self._fetch(reply))
         else:
@@ -312,6 +327,26 @@ class DurableCalls:
         self.expire(call_id, noticed)
         await expired
         return await self.records.describe(sender, call_id, after_event)
+
+    async def parts(self, record: CallRecord, after: int) -> list[tuple[int, float, Part]]:
+        """Some of the parts that a call has given after that number; PARTS_READ of them if there may be more.
+
+        Raises:
+            BrokerUnavailable: Redis cannot be asked.
+            FrameRejected: One is not the call's.
+        """
+        sender = self._sender()
+        if sender is None:
+            raise BrokerUnavailable("Redis cannot be reached")
+        found = await self.records.parts(sender, record, after, PARTS_READ) if record.has_parts else []
+        return [(number, at, self._open_part(frame, record)) for number, at, frame in found]
+
+    def _open_part(self, frame: bytes, record: CallRecord) -> Part:
+        reply = self.open(frame, record.id)
+        part = decode_part(reply.payload) if reply.kind == PART else None
+        if part is None or part.attempt != record.attempts:
+            raise FrameRejected("no part of this attempt")
+        return part
 
     # Ending
 

@@ -1,6 +1,7 @@
 """News of durable calls as they happen, for clients that follow one: server-sent events."""
 
 import asyncio
+import base64
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -11,12 +12,12 @@ import redis
 from starlette.types import Receive, Send
 
 from qserve.background import end, spawn
-from qserve.durable import ENDS, CallEvent
+from qserve.durable import ENDS, CallEvent, CallRecord, Part
 from qserve.errors import BrokerUnavailable, FrameRejected, QServeError
 from qserve.keys import Keys
 from qserve.messages import HttpResponse
 from qserve.state import connect_asyncio
-from qserve.submitting import DurableCalls
+from qserve.submitting import PARTS_READ, DurableCalls
 from qserve_gateway.respond import start_message
 from qserve_gateway.values import plain_value
 
@@ -124,17 +125,32 @@ class EventStream:
     async def _write_events(self, send: Send, woken: asyncio.Event) -> None:
         while not self._left.is_set():
             woken.clear()
-            text, is_over = b": \n\n", False
+            text, is_over, is_all = b": \n\n", False, True
             with contextlib.suppress(BrokerUnavailable):
                 record = await self._durable.describe(self._call_id, self._after)
-                is_over = record is None or record.state in ENDS
-                for event in record.events if record is not None else ():
-                    text += self._text(event)
-                    self._after = event.number
+                if record is not None:
+                    news, is_all = await self._news_of(record)
+                    text += b"".join(news)
+                is_over = is_all and (record is None or record.state in ENDS)
             await send({"type": "http.response.body", "body": text, "more_body": True})
             if is_over:
                 return
-            await self._wait(woken)
+            if is_all:
+                await self._wait(woken)
+
+    async def _news_of(self, record: CallRecord) -> tuple[list[bytes], bool]:
+        """Events and parts in their order, as far as they are at hand, and whether that is all."""
+        try:
+            parts = await self._durable.parts(record, self._after)
+        except FrameRejected as exc:
+            logger.warning("left out parts of call %s: %s", record.id, exc)
+            parts = []
+        is_all = len(parts) < PARTS_READ
+        last = record.last_number if is_all else parts[-1][0]
+        news = {event.number: self._text(event) for event in record.events if event.number <= last}
+        news |= {number: _part_text(number, at, part) for number, at, part in parts}
+        self._after = max(self._after, last)
+        return [news[number] for number in sorted(news)], is_all
 
     async def _wait(self, woken: asyncio.Event) -> None:
         waits = [asyncio.ensure_future(event.wait()) for event in (woken, self._left)]
@@ -162,3 +178,16 @@ class EventStream:
         if name in ENDS:
             data["state"], name = name, "done"
         return b"id: %d\nevent: %b\ndata: %b\n\n" % (event.number, name.encode(), msgspec.json.encode(data))
+
+
+def _part_text(number: int, at: float, part: Part) -> bytes:
+    data: dict[str, Any] = {"at": at, "attempt": part.attempt, "number": part.index}
+    if part.packed:
+        with contextlib.suppress(QServeError, msgspec.DecodeError):
+            data["chunk"] = plain_value(part.data)
+    else:
+        try:
+            data["chunk"] = part.data.decode()
+        except UnicodeDecodeError:
+            data["chunk_base64"] = base64.b64encode(part.data).decode()
+    return b"id: %d\nevent: chunk\ndata: %b\n\n" % (number, msgspec.json.encode(data))

@@ -2,7 +2,8 @@
 -- A record is a hash: state, deployment, kind, method, attempts, failures, submitted, started, ended, entry (in the
 -- stream) or frame (while it waits in a sorted set), waiters, cancel, expires, result, error, progress, celery (its task
 -- id, if a Celery client submitted it), ttl (ms it is kept, where that is not what others are); n counts its
--- events e1, e2, ... ("name ms data"). Every key is base .. something, and base is the namespace's prefix.
+-- events e1, e2, ... ("name ms data") and, once there are some, its parts with them (parts, part: how many, in all and in
+-- this attempt; then an event is "number name ms data"). Every key is base .. something, and base is the namespace's prefix.
 local ENDED = {done = true, failed = true, cancelled = true, dead = true, expired = true}
 local EVENTS_KEPT = 100
 
@@ -16,8 +17,10 @@ local function whole(number) return string.format('%.0f', number) end
 -- Write fields and one event into a record, and wake those who follow it.
 local function note(record, n, now, event, data, ...)
   n = (tonumber(n) or 0) + 1
-  redis.call('HSET', record, 'n', n, 'e' .. n, event .. ' ' .. whole(now) .. ' ' .. data, ...)
-  if n > EVENTS_KEPT then redis.call('HDEL', record, 'e' .. (n - EVENTS_KEPT)) end
+  local parts = tonumber(redis.call('HGET', record, 'parts') or '0')
+  local place, number = n - parts, parts > 0 and n .. ' ' or ''
+  redis.call('HSET', record, 'n', n, 'e' .. place, number .. event .. ' ' .. whole(now) .. ' ' .. data, ...)
+  if place > EVENTS_KEPT then redis.call('HDEL', record, 'e' .. (place - EVENTS_KEPT)) end
   redis.call('PUBLISH', record, n)
 end
 
@@ -55,7 +58,7 @@ end
 -- The call's one end. The waiters stay: a dead letter sent again ends once more.
 local function finish(base, id, now, state, frame, ttl, inbox_ttl, data, outcome)
   local record = base .. 'call:' .. id
-  local found = redis.call('HMGET', record, 'n', 'waiters', 'celery')
+  local found = redis.call('HMGET', record, 'n', 'waiters', 'celery', 'parts')
   redis.call('HDEL', record, 'frame', 'due', 'cancel', 'replica')
   note(record, found[1], now, state, data, 'state', state, 'ended', whole(now), 'result', frame)
   redis.call('PEXPIRE', record, ttl)
@@ -64,6 +67,7 @@ local function finish(base, id, now, state, frame, ttl, inbox_ttl, data, outcome
   else
     redis.call('DEL', base .. 'p:' .. id)
   end
+  if found[4] then redis.call('PEXPIRE', base .. 'parts:' .. id, ttl) end
   tell(base, found[2], frame, inbox_ttl)
   if found[3] then tell_celery(base, found[3], state, outcome or '', ttl) end
 end

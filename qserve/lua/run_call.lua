@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- RUN: a replica is about to run a durable call; its record says whether it still should.
--- KEYS[1] call stream, KEYS[2] record | ARGV[1] group, ARGV[2] replica, ARGV[3] entry id
+-- KEYS[1] call stream, KEYS[2] record, KEYS[3] its parts | ARGV[1] group, ARGV[2] replica, ARGV[3] entry id
 -- returns {'run', which attempt, failures so far} | {'cancelled', frame} | {'expired'} | {'lost'} not its entry any more |
 --   {'gone'} nothing to run: the entry is deleted
 local mine = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2])
@@ -16,6 +16,10 @@ local now = now_ms()
 if found[3] then return {'cancelled', found[3]} end
 if found[4] and now > tonumber(found[4]) then return {'expired'} end
 local attempt = tonumber(found[5]) + 1
+if attempt > 1 then
+  redis.call('DEL', KEYS[3]) -- it gives all of them anew
+  redis.call('HDEL', KEYS[2], 'part')
+end
 note(KEYS[2], found[7], now, 'started', whole(attempt),
   'state', 'running', 'started', whole(now), 'replica', ARGV[2], 'attempts', attempt)
 return {'run', attempt, tonumber(found[6] or '0')}

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -22,9 +22,12 @@ from qserve.durable import (
     DONE,
     EXPIRED,
     FAILED,
+    NEWS,
+    PART,
     PROGRESS,
     SCHEDULED,
     DurableCall,
+    Part,
 )
 from qserve.errors import (
     BrokerUnavailable,
@@ -96,6 +99,7 @@ class DurableCallInfo(CallInfo):
     """The durable call that is being run; `report` tells how far it has come, from any thread."""
 
     report: Callable[[object], None] = lambda _: None
+    on_chunk: Callable[[object], Awaitable[None]] | None = None
 
 
 class Running(Protocol):
@@ -110,9 +114,10 @@ class Running(Protocol):
 class CollectedResponse(Channel):
     """In place of the channel of a request whose client has left: collects the response, however it is sent."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, on_part: Callable[[bytes], Awaitable[None]]) -> None:
         super().__init__("", lambda _to, _chunk: None)
         self._limit = limit
+        self._on_part = on_part
         self._parts: list[bytes] = []
         self._size = 0
         self._closed = asyncio.Event()
@@ -126,6 +131,8 @@ class CollectedResponse(Channel):
         if self._size > self._limit:
             raise ResultTooLarge(f"the response has more than {self._limit} bytes, which is all that is kept of one")
         self._parts.append(data)
+        if len(self._parts) > 1 and data:
+            await self._on_part(data)
 
     async def receive_part(self) -> bytes | None:
         """Wait until the response is complete: this client never leaves."""
@@ -182,8 +189,10 @@ class DurableRuns:
                 reach("run-noted")
                 ran = True
                 attempt, failures = facts
-                running.info = DurableCallInfo(call.id, attempt, report=self._reporter(entry, call))
-                await self._run(running, call, code, failures)
+                parts = self._parts(entry, call, attempt)
+                report = self._reporter(entry, call)
+                running.info = DurableCallInfo(call.id, attempt, report=report, on_chunk=parts.value)
+                await self._run(running, call, code, failures, parts)
             elif verdict == b"cancelled":
                 self._settle(entry, call, CANCELLED, facts[0])
             elif verdict == b"expired":
@@ -203,7 +212,7 @@ class DurableRuns:
             await asyncio.sleep(_NEXT_TRY_S)
         return [b"lost"]
 
-    async def _run(self, running: Running, call: DurableCall, code: Code, failures: int) -> None:
+    async def _run(self, running: Running, call: DurableCall, code: Code, failures: int, parts: "_Parts") -> None:
         entry = running.entry
         current_call.set(running.info)
         running.began = True
@@ -214,7 +223,7 @@ class DurableRuns:
             if call.kind == HTTP:
                 request = decode_http_request(payload)
                 running.info.request_id = request.request_id or call.id
-                kind, result = HTTP_RESPONSE, await self._run_http(request, code)
+                kind, result = HTTP_RESPONSE, await self._run_http(request, code, parts)
             elif call.kind == PYTHON:
                 args, kwargs = self._codec.unpack_call(payload)
                 kind, result = VALUE, self._pack(await code.call(call.method, tuple(args), kwargs))
@@ -237,11 +246,11 @@ class DurableRuns:
                 return
             self._settle(entry, call, DONE, *self._frame(call, kind, result), celery=celery)
 
-    async def _run_http(self, request: HttpRequest, code: Code) -> bytes:
+    async def _run_http(self, request: HttpRequest, code: Code, parts: "_Parts") -> bytes:
         collected: list[CollectedResponse] = []
 
         def open_channel() -> Channel:
-            collected.append(CollectedResponse(self._settings.max_value_bytes))
+            collected.append(CollectedResponse(self._settings.max_value_bytes, parts.body))
             return collected[-1]
 
         response = await code.http(request, open_channel)
@@ -381,9 +390,57 @@ class DurableRuns:
 
         return report
 
+    def _parts(self, entry: Entry, call: DurableCall, attempt: int) -> "_Parts":
+        async def record(index: int, part: bytes) -> None:
+            frame = durable_reply(self._signer, call.id, PART, part)
+            news = durable_reply(self._signer, call.id, NEWS, b"")
+            while self._host.is_running(entry.id):
+                try:
+                    if self._link.sender is not None:
+                        await self._records.part(self._link.sender, call.id, entry.id, index, frame, news)
+                        return
+                except (BrokerUnavailable, RedisError) as exc:
+                    logger.warning("could not record a part of call %s: %s", call.id, exc)
+                await asyncio.sleep(_NEXT_TRY_S)
+
+        return _Parts(attempt, self._codec, self._settings.max_value_bytes, record)
+
     def _send_progress(self, entry: bytes, call_id: str, frame: bytes) -> None:
         if self._link.sender is not None and entry not in self._unconfirmed:
             self._records.progress(self._link.sender, call_id, entry, frame)
+
+
+class _Parts:
+    """Records what one attempt of a call gives before its end, one after the other.
+
+    Args:
+        limit: Most bytes that are recorded of an attempt.
+        record: Puts an encoded Part with its index.
+    """
+
+    def __init__(
+        self, attempt: int, codec: Codec, limit: int, record: Callable[[int, bytes], Awaitable[None]]
+    ) -> None:
+        self._attempt = attempt
+        self._codec = codec
+        self._limit = limit
+        self._record = record
+        self._count = self._size = 0
+
+    async def value(self, value: object) -> None:
+        """What a generator has yielded."""
+        await self._add(self._codec.pack(value, "a chunk of the result"), packed=True)
+
+    async def body(self, data: bytes) -> None:
+        """A piece of a response's body."""
+        await self._add(data, packed=False)
+
+    async def _add(self, data: bytes, *, packed: bool) -> None:
+        self._size += len(data)
+        if self._size > self._limit:
+            raise ResultTooLarge(f"the call has given more than {self._limit} bytes, which is all that is kept of one")
+        self._count += 1
+        await self._record(self._count, encode(Part(self._attempt, self._count, packed, data)))
 
 
 class Mover:

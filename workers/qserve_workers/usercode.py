@@ -18,7 +18,7 @@ from starlette.requests import Request
 
 import qserve.serve  # noqa: F401  tells deployments that user code may deploy where the instance is
 from qserve.channel import Channel
-from qserve.context import ReplicaContext, set_replica_context
+from qserve.context import ReplicaContext, current_call, set_replica_context
 from qserve.errors import MethodNotFound
 from qserve.ingress import bind_app
 from qserve.loading import importing
@@ -150,7 +150,14 @@ class UserCode:
         except (SystemExit, KeyboardInterrupt) as exc:
             raise _not_an_exit(exc) from exc
         if isinstance(result, GeneratorType | AsyncGeneratorType):
-            return [chunk async for chunk in self._iterate(result)]
+            on_chunk = getattr(current_call.get(), "on_chunk", None)
+            chunks = []
+            async with contextlib.aclosing(self._iterate(result)) as iterated:
+                async for chunk in iterated:
+                    chunks.append(chunk)
+                    if on_chunk is not None:
+                        await on_chunk(chunk)
+            return chunks
         return result
 
     async def stream(self, method: str, args: Any, kwargs: dict[str, Any], channel: Channel) -> None:
