@@ -1,0 +1,81 @@
+"""A server that has forgotten what was deployed gets it back, or at least nobody takes that for a wish."""
+
+import redis
+
+from qserve.keys import Keys
+from qserve.memory import Memory, restore
+from qserve.messages import Signer
+from qserve.settings import Settings
+from qserve.spec import Deployed, DeploymentSpec, HttpSettings, Target
+from qserve.state import State, connect_asyncio, read_snapshot
+
+
+def deploy(state: State, name: str, route: str | None = None) -> Deployed:
+    spec = DeploymentSpec(name=name, target=Target("m:C"), revision="1", route_prefix=route)
+    return state.deploy(spec, expected=state.generation(name))
+
+
+async def test_what_is_forgotten_is_put_back_as_it_was(
+    settings: Settings, keys: Keys, signer: Signer, state: State, redis_client: "redis.Redis"
+) -> None:
+    deploy(state, "A", "/a")
+    deploy(state, "B")
+    deploy(state, "B")
+    state.set_http(HttpSettings(root_path="/root"))
+    memory, client = Memory(keys, signer, restores=True), connect_asyncio(settings.redis_url)
+    before = await memory.compare(client, await read_snapshot(client, keys, signer))
+
+    redis_client.flushall()
+    after = await memory.compare(client, await read_snapshot(client, keys, signer))
+
+    assert {name: deployed.spec for name, deployed in after.deployments.items()} == {
+        name: deployed.spec for name, deployed in before.deployments.items()
+    }
+    assert (state.generation("A"), state.generation("B")) == (1, 2)
+    assert (after.http, after.instance) == (before.http, before.instance)
+    assert redis_client.xlen(keys.calls("A")) == 0
+    await client.aclose()
+
+
+async def test_what_was_deleted_or_deployed_since_stays_so(
+    settings: Settings, keys: Keys, signer: Signer, state: State
+) -> None:
+    old, gone = deploy(state, "Old"), deploy(state, "Gone")
+    deploy(state, "Old")
+    state.delete("Gone")
+    client = connect_asyncio(settings.redis_url)
+
+    assert await restore(client, keys, signer, [old, gone]) == 0
+    assert state.list()["Old"].generation == 2
+    assert "Gone" not in state.list()
+    await client.aclose()
+
+
+async def test_of_two_that_remember_the_newer_wins(
+    settings: Settings, keys: Keys, signer: Signer, state: State, redis_client: "redis.Redis"
+) -> None:
+    first, second = deploy(state, "A"), deploy(state, "A")
+    redis_client.flushall()
+    client = connect_asyncio(settings.redis_url)
+
+    assert [await restore(client, keys, signer, [each]) for each in (first, second, first)] == [1, 1, 0]
+    assert state.generation("A") == 2
+    await client.aclose()
+
+
+async def test_without_autorestore_nothing_is_written_and_nothing_is_undeployed(
+    settings: Settings, keys: Keys, signer: Signer, state: State, redis_client: "redis.Redis"
+) -> None:
+    deploy(state, "A")
+    memory, client = Memory(keys, signer, restores=False), connect_asyncio(settings.redis_url)
+    await memory.compare(client, await read_snapshot(client, keys, signer))
+
+    redis_client.flushall()
+    lost = await memory.compare(client, await read_snapshot(client, keys, signer))
+    assert list(lost.deployments) == ["A"]
+    assert redis_client.keys() == []
+
+    deploy(state, "B")
+    anew = await memory.compare(client, await read_snapshot(client, keys, signer))
+    assert list(anew.deployments) == ["B"]
+    await client.aclose()
