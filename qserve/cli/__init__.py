@@ -19,6 +19,7 @@ COMMANDS = {
     "delete": ("qserve.cli.deploy", "Stop serving a deployment."),
     "shutdown": ("qserve.cli.deploy", "Delete all deployments and stop the local instance."),
     "doctor": ("qserve.cli.doctor", "Check the Redis server for what would lose or delay calls."),
+    "redis-acl": ("qserve.cli.redis_acl", "Print Redis users with the least rights that processes need."),
 }
 """Command -> (its module, what `--help` says), so that `--help` need not import the whole library."""
 
@@ -32,7 +33,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

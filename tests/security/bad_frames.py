@@ -327,9 +327,7 @@ def celery_envelope(body: bytes, content_type: str = "application/x-python-seria
 
 PLACES: dict[str, Place] = {
     place.__name__: place
-    for place in (
-        *(queue, durable_queue, odd_queue, inboxes, specs, names, http_settings, reports, results, celery),
-    )
+    for place in (*(queue, durable_queue, odd_queue, inboxes, specs, names, http_settings, reports, results, celery),)
 }
 
 
