@@ -286,9 +286,12 @@ class Stage:
 
     def logs(self) -> str:
         """What its processes have said, and what they left in Redis."""
-        beats, pending = self.redis.hgetall(self.keys.heartbeats(NAME)), self.redis.xpending(self.keys.calls(NAME), GROUP)
+        beats, pending = (
+            self.redis.hgetall(self.keys.heartbeats(NAME)),
+            self.redis.xpending(self.keys.calls(NAME), GROUP),
+        )
         said = [f"{each.process.args}\n{each.log.read_text()}" for each in self._processes]
-        return "\n".join((f"heartbeats {beats}, pending {pending}", *said))
+        return "\n".join((f"heartbeats {beats!r}, pending {pending!r}", *said))
 
     async def quiet(self) -> None:
         """Until nothing is queued or runs."""

@@ -2,8 +2,6 @@
 
 import asyncio
 import re
-import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -12,42 +10,16 @@ from qserve.keys import Keys
 from qserve.settings import Settings
 from tests.calling import calling, deploy, serving
 from tests.failpoints.rows import ROWS, Row
-from tests.failpoints.stage import Stage
+from tests.failpoints.sweep import sweep
 from tests.test_house import SOURCES
 
-AT_ONCE = 3
-Outcomes = dict[Row, BaseException | None]
-
-
-async def play(row: Row, redis_url: str, at_once: asyncio.Semaphore) -> BaseException | None:
-    """What is wrong with a row."""
-    async with at_once:
-        with tempfile.TemporaryDirectory(prefix="qs-") as folder:
-            try:
-                async with Stage(redis_url, Path(folder)) as stage:
-                    await _play(row, stage)
-            except Exception as exc:
-                return exc
-            return None
-
-
-async def _play(row: Row, stage: Stage) -> None:
-    try:
-        await row.play(stage, row)
-    except Exception as exc:
-        exc.add_note(stage.logs())
-        raise
+Outcomes = dict[Row, Exception | None]
 
 
 @pytest.fixture(scope="module")
 def outcomes(redis_server: str) -> Outcomes:
-    """All rows, several at a time: most of that is starting processes."""
-
-    async def play_all() -> Outcomes:
-        at_once = asyncio.Semaphore(AT_ONCE)
-        return dict(zip(ROWS, await asyncio.gather(*(play(row, redis_server, at_once) for row in ROWS)), strict=True))
-
-    return asyncio.run(play_all())
+    """What is wrong with each row."""
+    return dict(zip(ROWS, asyncio.run(sweep(redis_server, ROWS)), strict=True))
 
 
 @pytest.mark.timeout(300)

@@ -8,10 +8,14 @@ import importlib.util
 import itertools
 import os
 import platform
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tests.chaos.cluster import Cluster, Setup
 from tests.chaos.faults import Fault, Injected
@@ -31,10 +35,9 @@ def _library() -> Path | None:
 
 
 def _clock() -> Mapping[str, str]:
-    """Variables that give processes a clock of their own, which is right until it is set."""
+    """Variables that give processes a clock of their own, which is right while there is no file."""
     return {
         "LD_PRELOAD": str(_library()),
-        "FAKETIME": "+0",
         "FAKETIME_TIMESTAMP_FILE": str(_SHIFT),
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
@@ -48,13 +51,27 @@ def _set_right(_cluster: Cluster) -> None:
 class Jumps:
     """The clock goes an hour forth, back, an hour back, forth again, two seconds forth: one of these each time."""
 
-    def __init__(self) -> None:
+    def __init__(self, role: str) -> None:
+        self._role = role
         self._shifts = itertools.cycle(_SHIFTS)
 
-    def __call__(self, _cluster: Cluster, _dice: Random, _event: Injected) -> None:
+    def __call__(self, cluster: Cluster, _dice: Random, _event: Injected) -> None:
+        shift = next(self._shifts)
         written = _SHIFT.with_suffix(".new")
-        written.write_text(f"{next(self._shifts):+d}\n")
+        written.write_text(f"{shift:+d}\n")
         written.replace(_SHIFT)
+        found = self._now(cluster) - time.time()
+        assert abs(found - shift) < 2, f"the clock of {self._role} was to be {shift} s off and is {found:.1f}"
+
+    def _now(self, cluster: Cluster) -> float:
+        if self._role == "server":
+            seconds: Any = cluster.redis.time()
+            return float(seconds[0])
+        command, environment = (
+            [sys.executable, "-c", "import time; print(time.time())"],
+            cluster.environment_of(self._role),
+        )
+        return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 def nobody_counts_as_dead(evidence: Evidence) -> None:
@@ -70,7 +87,7 @@ def _run(name: str, title: str, role: str, short_s: float) -> LoadRun:
     return LoadRun(
         name,
         title,
-        (Fault("a jump of the clock", Jumps()),),
+        (Fault("a jump of the clock", Jumps(role)),),
         every_s=8,
         seconds=150,
         short_seconds=short_s,
