@@ -9,14 +9,14 @@ from starlette.middleware import Middleware
 
 from qserve.codec import Codec
 from qserve.loading import make_target
-from qserve.spec import HttpSettings, MiddlewareSpec
+from qserve.spec import EVERY_NODE, HttpSettings, MiddlewareSpec
 
 
 class Location(StrEnum):
     """Where gateways run; on one machine EveryNode is HeadOnly."""
 
     HEAD_ONLY = "HeadOnly"
-    EVERY_NODE = "EveryNode"
+    EVERY_NODE = EVERY_NODE
     NO_SERVER = "NoServer"
 
 

@@ -5,6 +5,9 @@ import msgspec
 WAITING, DEPLOYING, HEALTHY, DEPLOY_FAILED = "WAITING", "DEPLOYING", "HEALTHY", "DEPLOY_FAILED"
 """States of a deployment: no node alive; replicas on their way; serving as asked; given up (an older one may serve)."""
 
+EVERY_NODE = "EveryNode"
+"""The `HttpSettings.location` with a gateway beside every node."""
+
 STARTING, STANDBY, SERVING, DRAINING = "STARTING", "STANDBY", "SERVING", "DRAINING"
 """States of a replica: constructing; constructed, waits for its predecessor; takes calls; finishes them and leaves."""
 

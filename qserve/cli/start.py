@@ -19,14 +19,18 @@ from qserve.local import find_settings
 @redis_url_option
 @click.option("--only", metavar="NAMES", help="Run only these deployments (comma-separated).")
 @click.option("--replicas-per-node", type=click.IntRange(min=1), help="Replicas of each deployment here. Default: 1.")
-@click.option("--gateway/--no-gateway", default=False, help="Also run an HTTP gateway here.", show_default=True)
+@click.option(
+    "--gateway/--no-gateway",
+    default=None,
+    help="Also run an HTTP gateway here. Default: if the instance was started with location EveryNode.",
+)
 @click.option("--host", default="127.0.0.1", help="Address the gateway listens on.", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Its port.", show_default=True)
 @gateway_options
 def start(
     only: str | None,
     replicas_per_node: int | None,
-    gateway: bool,
+    gateway: bool | None,
     host: str,
     port: int,
     gateway_workers: int,
@@ -49,8 +53,10 @@ def start(
         command += ["--replicas-per-node", str(replicas_per_node)]
     if gateway:
         check_port(host, port)
+    command += [] if gateway is None else ["--gateway" if gateway else "--no-gateway"]
+    if gateway is not False:
         folder = tempfile.mkdtemp(prefix="qs-")  # the node removes it
-        command += ["--gateway", "--host", host, "--port", str(port), "--folder", folder]
+        command += ["--host", host, "--port", str(port), "--folder", folder]
         command += ["--gateway-workers", str(gateway_workers)]
         command += [f"--gateway-argument={argument}" for argument in gateway_arguments(**tls)]
     # The node takes this process' place, so signals, exit code and process id are its own.

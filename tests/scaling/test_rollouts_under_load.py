@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qserve import rollout
+from qserve.spec import EVERY_NODE, HttpSettings
 from qserve.state import State
 from tests.nodes import StartNode, spec, wait_for
 from tests.scaling.load import Load
@@ -107,3 +108,20 @@ def test_gateways_restart(start_node: StartNode, state: State, notes: Path) -> N
             gateways(state, 2)
         load.more()
     load.check()
+
+
+def test_gateways_beside_every_node_share_a_port(start_node: StartNode, state: State, notes: Path) -> None:
+    state.set_http(HttpSettings(location=EVERY_NODE))
+    port = str(free_port())
+    leaving, _staying = start_node("--port", port), start_node("--port", port)
+    start_node("--port", port, "--no-gateway")
+    deploy(state, notes)
+    urls = gateways(state, 2)
+    assert urls == [f"http://127.0.0.1:{port}"] * 2
+    with Load("Loaded", notes, urls=urls[:1], http=6, handles=0, durable=0) as load:
+        load.more()
+        leaving.terminate()
+        assert leaving.wait(40) == 0
+        load.more()
+    load.check()
+    assert len(state.gateways()) == 1

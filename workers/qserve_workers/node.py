@@ -30,7 +30,7 @@ from qserve.local import InstanceRecord, is_running
 from qserve.memory import Memory
 from qserve.messages import Signer, encode
 from qserve.settings import Settings
-from qserve.spec import HEALTHY, DeploymentSpec, NodeInfo, ReplicaInfo
+from qserve.spec import EVERY_NODE, HEALTHY, DeploymentSpec, NodeInfo, ReplicaInfo
 from qserve.state import Snapshot, State, connect_asyncio, decode_infos, follow, read_snapshot
 from qserve_workers.supervise import KeptProcess
 
@@ -55,7 +55,7 @@ class Options:
     Attributes:
         replicas_per_node: Replicas of each deployment here; None: each deployment's own num_replicas.
         only: Deployments to serve, empty for all.
-        gateway: Keep gateways running on host and port.
+        gateway: Keep gateways running on host and port; None: if the instance has them beside every node.
         gateway_workers: How many of them; they share the port.
         gateway_arguments: What else stands on their command lines.
         folder: For sockets and ready files; removed at the end.
@@ -67,7 +67,7 @@ class Options:
 
     replicas_per_node: int | None = 1
     only: tuple[str, ...] = ()
-    gateway: bool = False
+    gateway: bool | None = None
     gateway_workers: int = 1
     gateway_arguments: tuple[str, ...] = ()
     host: str = "127.0.0.1"
@@ -104,6 +104,8 @@ class Node:
         self._memory = Memory(self._keys, self._signer, restores=settings.autorestore)
         self._valkey: KeptProcess | None = None
         self._gateways: list[KeptProcess] = []
+        self._shares_port = options.gateway_workers > 1 or _location(options.http) == EVERY_NODE
+        self._beside: asyncio.Task[None] | None = None
         self._beat: KeptProcess | None = None
         self._gateway_port = options.port
         self._workers: dict[str, KeptProcess] = {}
@@ -126,7 +128,7 @@ class Node:
                 task.add_done_callback(self._on_task_end)
             await self._stopping.wait()
         finally:
-            await end(*tasks)
+            await end(*tasks, self._beside)
             await self._stop()
         return self._exit_code
 
@@ -199,10 +201,10 @@ class Node:
 
     # HTTP
 
-    async def _serve_http(self) -> None:
+    async def _serve_http(self, *, beside_node: bool = False) -> None:
         """Keep the gateways running; the instance file says when they listen."""
         url = ""
-        if self._options.gateway:
+        if self._options.gateway or beside_node:
             url = await self._start_gateway(0)  # alone, because it may have to find a port first
             others = range(1, self._options.gateway_workers if url else 0)
             await asyncio.gather(*map(self._start_gateway, others))
@@ -221,6 +223,9 @@ class Node:
         while True:
             with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
                 ready = msgspec.json.decode(ready_file.read_bytes(), type=GatewayReady)
+                if ready.error and self._beside is not None:  # nobody asked this very node for it
+                    logger.error("The gateway beside this node cannot start, will try again: %s", ready.error)
+                    return ""
                 if ready.error:
                     self._fail("The gateway cannot start: %s", ready.error)
                     return ""
@@ -232,7 +237,7 @@ class Node:
         return [
             *(sys.executable, "-m", "qserve_gateway", "--host", self._options.host, "--port", str(self._gateway_port)),
             *("--ready-file", str(ready_file)),
-            *(("--reuse-port",) if self._options.gateway_workers > 1 else ()),
+            *(("--reuse-port",) if self._shares_port else ()),
             *self._options.gateway_arguments,
         ]
 
@@ -255,6 +260,13 @@ class Node:
         draft.touch(mode=0o600)
         draft.write_bytes(msgspec.json.encode(record))
         draft.replace(path)
+
+    def _match_gateways(self) -> None:
+        """Start the gateways of an instance that has them beside every node."""
+        if self._options.gateway is None and self._beside is None and self._snapshot.http.location == EVERY_NODE:
+            self._shares_port = True
+            self._beside = asyncio.create_task(self._serve_http(beside_node=True))
+            self._beside.add_done_callback(self._on_task_end)
 
     # Workers
 
@@ -280,6 +292,7 @@ class Node:
             await self._announce()
             self._snapshot = await self._read_state()
             self._match_workers()
+            self._match_gateways()
             await self._match_beat()
             unsettled = [name for name, d in self._snapshot.deployments.items() if d.state != HEALTHY]
             if unsettled:
@@ -464,6 +477,11 @@ async def _wait_for_end(pid: int) -> None:
         os.close(descriptor)
 
 
+def _location(http: str) -> object:
+    options: dict[str, object] = msgspec.json.decode(http)
+    return options.get("location")
+
+
 def _accepts(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(path)) == 0
@@ -475,7 +493,7 @@ def parse(arguments: list[str]) -> Options:
     parser.add_argument("--replicas-per-node", type=int, default=1, metavar="N")
     parser.add_argument("--exact", action="store_true", help="run each deployment's own num_replicas instead")
     parser.add_argument("--only", default="", metavar="A,B", help="serve only these deployments")
-    parser.add_argument("--gateway", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--gateway", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--gateway-workers", type=int, default=1, metavar="N")
     parser.add_argument("--gateway-argument", dest="gateway_arguments", action="append", default=[], metavar="ARG")
     parser.add_argument("--host", default="127.0.0.1")
