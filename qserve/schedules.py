@@ -138,7 +138,11 @@ class Schedules:
         """
         now, pause = self.now(), 3600.0
         for schedule, fired in self.all():
-            when = parse_when(schedule.when)
+            try:
+                when = parse_when(schedule.when)
+            except ValueError as exc:  # a time zone that is not known here
+                logger.error("Ignoring schedule %s: %s", schedule.name, exc)
+                continue
             since = max(schedule.created, fired.at if fired is not None else 0) / 1000
             moment = when.last_between(since, now)
             if moment is not None:
@@ -185,7 +189,12 @@ class Declared:
 
 
 def _fired(packed: bytes | None) -> Fired | None:
-    return None if packed is None else msgspec.msgpack.decode(packed, type=Fired)
+    if packed is None:
+        return None
+    try:
+        return msgspec.msgpack.decode(packed, type=Fired)
+    except msgspec.DecodeError:  # not ours; the call of a moment has its id all the same
+        return None
 
 
 _decode = msgspec.msgpack.Decoder(Schedule).decode

@@ -1,5 +1,6 @@
 """`send_task("qserve.call")` from a plain Celery client: results through Celery's own backend, messages never lost."""
 
+import json
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -11,7 +12,11 @@ from celery.exceptions import TaskRevokedError
 from redis import Redis
 
 from qserve import serve
+from qserve.settings import Settings
+from qserve.spec import DeploymentSpec, Target
+from qserve.state import State
 from qserve.testing import TestInstance
+from qserve_workers.celerycalls import Desk
 from tests.behaviours.tools import LIMIT_S, Gate, Notes, until
 
 sent: list[Any] = []
@@ -144,3 +149,18 @@ def test_pickles_are_refused_and_nothing_is_left_in_celerys_queue(
     with Redis.from_url(qserve_instance.settings.redis_url) as redis:
         prefix = f"{qserve_instance.settings.keys.celery_prefix}"
         until(lambda: not redis.exists(f"{prefix}unacked") and not redis.exists(f"{prefix}qserve"))
+
+
+@pytest.mark.parametrize(("allowed", "status"), [(None, "FAILURE"), (False, "FAILURE"), (True, None)])
+def test_where_calls_are_signed_celery_clients_have_to_be_allowed(
+    settings: Settings, state: State, allowed: bool | None, status: str | None
+) -> None:
+    desk = Desk(settings.model_copy(update={"celery_calls": allowed}))
+    state.deploy(DeploymentSpec(name="x", target=Target("m:x"), revision="r"), expected=0)
+
+    desk.take({"id": "t"}, [["x", "", [1]], {}, {}])
+
+    told: Any = state.redis.get(f"{settings.keys.celery_prefix}celery-task-meta-t")
+    assert state.queued("x") == (1 if allowed else 0)
+    assert (json.loads(told)["status"] if told else None) == status
+    assert told is None or "QSERVE_CELERY_CALLS=1" in told.decode()

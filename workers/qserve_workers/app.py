@@ -15,6 +15,7 @@ from qserve_workers import control  # noqa: F401  registers the commands, for wo
 from qserve_workers.celerycalls import QServeCall
 
 _CONNECT_TIMEOUT_S = 1.0
+_VISIBILITY_S = 60
 
 QUEUE = "qserve"
 """The one queue that Celery itself consumes; calls travel in streams of their own."""
@@ -42,6 +43,7 @@ class App(Celery):  # type: ignore[misc]
             task_default_queue=QUEUE,
             accept_content=["json"],
             task_ignore_result=True,
+            beat_scheduler="qserve_workers.beat:Scheduler",
             worker_pool="qserve_workers.pool:ReplicaPool",
             worker_autoscaler="qserve_workers.autoscale:Autoscaler",
             worker_consumer="qserve_workers.worker:Consumer",
@@ -88,6 +90,8 @@ def _reachable(settings: Settings) -> tuple[dict[str, Any], str]:
         return {}, str(exc)
     # Without a prefix another Celery app on the same Redis would get our control messages, and we theirs.
     found["broker_transport_options"]["global_keyprefix"] = settings.keys.celery_prefix
+    # A message is in a worker's hands for a moment only: one that is still there belongs to a dead worker.
+    found["broker_transport_options"]["visibility_timeout"] = _VISIBILITY_S
     return found, ""
 
 
