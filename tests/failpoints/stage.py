@@ -290,7 +290,7 @@ class Stage:
             self.redis.hgetall(self.keys.heartbeats(NAME)),
             self.redis.xpending(self.keys.calls(NAME), GROUP),
         )
-        said = [f"{each.process.args}\n{each.log.read_text()}" for each in self._processes]
+        said = [f"{each.process.args!r}\n{each.log.read_text()}" for each in self._processes]
         return "\n".join((f"heartbeats {beats!r}, pending {pending!r}", *said))
 
     async def quiet(self) -> None:
