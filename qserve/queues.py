@@ -160,12 +160,12 @@ class Inbox:
 
     def say_alive(self, connection: Connection) -> None:
         """Keep the inbox open for another ALIVE_TTL_MS."""
-        PRESENT.send(connection, _ignore, (self._alive,), ALIVE_TTL_MS)
+        PRESENT.send(connection, _ignore, (self._alive, self._stream), ALIVE_TTL_MS, INBOX_TTL_MS)
 
     async def open(self, connection: Connection) -> None:
         """Make sure replies are accepted before the first call is put."""
         _load_scripts(connection)
-        await PRESENT.call(connection, (self._alive,), ALIVE_TTL_MS)
+        await PRESENT.call(connection, (self._alive, self._stream), ALIVE_TTL_MS, INBOX_TTL_MS)
 
     def discard(self, connection: Connection) -> None:
         """Close for good: later replies are dropped."""
@@ -229,13 +229,19 @@ class ReplicaQueue:
         caller: str,
         replies: Iterable[tuple[bytes, bytes]],
         on_answer: Callable[[Answer], None],
+        *,
+        insist: bool = True,
     ) -> None:
-        """Answer (entry id, frame) pairs of one caller; `on_answer` gets how many were the first answer."""
+        """Answer (entry id, frame) pairs of one caller; `on_answer` gets how many were the first answer.
+
+        Args:
+            insist: Drop them if the caller seems dead; else nothing is done then, and `on_answer` gets -1.
+        """
         arguments: list[bytes] = []
         for pair in replies:
             arguments += pair
         keys = (self._stream, self._keys.inbox(caller), self._keys.alive(caller))
-        REPLY.send(connection, on_answer, keys, GROUP, INBOX_TTL_MS, *arguments)
+        REPLY.send(connection, on_answer, keys, GROUP, INBOX_TTL_MS, "1" if insist else "0", *arguments)
 
     async def give_up(self, connection: Connection, entry: bytes, reason: str, caller: str, frame: bytes) -> bool:
         """Move an entry to the dead letters and answer its caller (none if `frame` is empty)."""

@@ -463,7 +463,7 @@ class TestBeyondMaxmemory:
 
     def test_replicas_still_beat_and_callers_stay_alive(self, full: Queue) -> None:
         full.beat("A")
-        full.run(queues.PRESENT, (ALIVE,), 60_000)
+        full.run(queues.PRESENT, (ALIVE, INBOX), 60_000, 60_000)
 
         assert full.redis.hget(BEATS, "A") == b"2"
 

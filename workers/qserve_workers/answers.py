@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _RESULT_TTL_MS = 60_000
 _RETRY_AFTER_S = 1.0
+_DOUBT_S = 6.0
+"""For how long a caller that seems dead may still show that it lives: somewhat longer than between two of its words."""
 
 
 class _Batch(NamedTuple):
@@ -44,6 +46,7 @@ class Answers:
         self._sent: dict[int, _Batch] = {}
         self._results: dict[bytes, tuple[str, bytes]] = {}
         self._batches = 0
+        self._insists = False
 
     def add(self, entry: bytes, call: Call, kind: int, payload: bytes) -> None:
         """Answer a call at the end of this tick."""
@@ -86,6 +89,12 @@ class Answers:
         """Whether an entry is answered, but not yet confirmed to be."""
         batches = [*self._collected.values(), *(batch.replies for batch in self._sent.values())]
         return any(entry == answered for replies in batches for answered, _ in replies)
+
+    def insist(self) -> None:
+        """There is no time left: answers to callers that seem dead are dropped."""
+        self._insists = True
+        for number, batch in list(self._sent.items()):
+            self._send(number, batch, is_first=False)
 
     @property
     def unconfirmed(self) -> bool:
@@ -131,7 +140,7 @@ class Answers:
         except BrokerUnavailable as exc:
             logger.debug("could not give up entry %s: %s", entry.id, exc)
 
-    def _send(self, number: int, batch: _Batch, *, is_first: bool) -> None:
+    def _send(self, number: int, batch: _Batch, *, is_first: bool, insist: bool = False) -> None:
         sender = self._link.sender
         if sender is None:
             return
@@ -141,7 +150,8 @@ class Answers:
                 if entry in self._results:
                     key, sealed = self._results[entry]
                     sender.send(_ignore, "SET", key, sealed, "PX", _RESULT_TTL_MS)
-        self._queue.reply(sender, batch.caller, batch.replies, partial(self._confirmed, number, is_first))
+        on_answer = partial(self._confirmed, number, is_first)
+        self._queue.reply(sender, batch.caller, batch.replies, on_answer, insist=insist or self._insists)
 
     def _confirmed(self, number: int, is_first: bool, answer: Answer) -> None:
         if isinstance(answer, hiredis.ReplyError):
@@ -150,6 +160,9 @@ class Answers:
             return
         if isinstance(answer, Exception):
             return  # the connection is lost; `resend` follows
+        if answer == -1:
+            asyncio.get_running_loop().call_later(_DOUBT_S, partial(self._retry, number, insist=True))
+            return
         reach("replied")
         batch = self._sent.pop(number, None)
         if batch is None:
@@ -162,9 +175,9 @@ class Answers:
             logger.warning("%d late results of %s were dropped: others had answered", late, self._queue.deployment)
             self.count("late_results", late)
 
-    def _retry(self, number: int) -> None:
+    def _retry(self, number: int, *, insist: bool = False) -> None:
         if number in self._sent:
-            self._send(number, self._sent[number], is_first=True)
+            self._send(number, self._sent[number], is_first=True, insist=insist)
 
 
 def _ignore(_answer: Answer) -> None:

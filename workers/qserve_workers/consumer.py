@@ -155,6 +155,7 @@ class Consumer:
         """Answer what never ended, and disconnect; False if an answer may not have arrived."""
         for running in list(self._running.values()):
             self._abandon(running)
+        self._answers.insist()
         self._answers.flush()
         await end(self._clockwork, self._watch)
         with contextlib.suppress(QServeError, TimeoutError):
