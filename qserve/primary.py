@@ -4,6 +4,7 @@ All connections of a process are made alike, whatever the URL: no command is eve
 asks what it is connected to, and one whose server has become a replica is given up.
 """
 
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final
 
@@ -24,6 +25,8 @@ from qserve.broker import Address, Broker, host_and_port, parse
 
 _SENTINEL_TIMEOUT_S: Final = 0.5
 _CONNECT_TIMEOUT_S: Final = 2.0
+_REST_S: Final = 2.0
+"""How long a connection may lie idle before the sentinels are asked whether it still leads to the primary."""
 _ASK: Final = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME")
 
 
@@ -155,22 +158,42 @@ def _options(broker: Broker, timeout_s: float) -> dict[str, Any]:
 # Connections. redis-py has them twice, and so have we.
 
 
-class _Finding:
-    """Of a connection that asks the sentinels first, where there are any."""
+class _Rested:
+    """Of a connection that knows how long it has not been used."""
 
-    _sock: Any
     host: str
     port: int
 
     def __init__(self, *, broker: Broker, **options: Any) -> None:
         self._broker = broker
+        self._used_at = time.monotonic()
         super().__init__(**options)
 
+    def _has_rested(self) -> bool:
+        # A primary that was cut off or frozen does not know yet that it is one no more, and neither do we.
+        before, self._used_at = self._used_at, time.monotonic()
+        return self._used_at - before > _REST_S
+
+    def _is_at(self, primary: Address | None) -> bool:
+        return primary is None or primary == (self.host, self.port)
+
+
+class _Finding(_Rested):
+    """Of a connection that asks the sentinels first, where there are any, and again after a rest."""
+
+    _sock: Any
+
     def connect(self) -> None:
-        if self._sock is not None or not self._broker.sentinels:
+        if not self._broker.sentinels:
             super().connect()  # type: ignore[misc]
             return
+        has_rested = self._has_rested()
+        if self._sock is not None:
+            if not has_rested or self._is_at(next(primaries(self._broker, []), None)):
+                return
+            self.disconnect()  # type: ignore[attr-defined]
         problems: list[str] = []
+        failure: Exception | None = None
         for address in primaries(self._broker, problems):
             self.host, self.port = address
             try:
@@ -178,10 +201,11 @@ class _Finding:
             except AuthenticationError:
                 raise
             except (ConnectionError, TimeoutError, OSError) as exc:
+                failure = exc
                 problems.append(_reason(exc))
             else:
                 return
-        raise ConnectionError(unreachable(self._broker, problems))
+        raise ConnectionError(unreachable(self._broker, problems)) from failure
 
     def read_response(self, *args: Any, **options: Any) -> Any:
         try:
@@ -203,22 +227,22 @@ class _Unix(_Finding, redis.UnixDomainSocketConnection):
     """To a socket."""
 
 
-class _AsyncFinding:
+class _AsyncFinding(_Rested):
     """Like `_Finding`."""
 
     is_connected: bool
-    host: str
-    port: int
-
-    def __init__(self, *, broker: Broker, **options: Any) -> None:
-        self._broker = broker
-        super().__init__(**options)
 
     async def connect(self) -> None:
-        if self.is_connected or not self._broker.sentinels:
+        if not self._broker.sentinels:
             await super().connect()  # type: ignore[misc]
             return
+        has_rested = self._has_rested()
+        if self.is_connected:
+            if not has_rested or self._is_at(await anext(primaries_async(self._broker, []), None)):
+                return
+            await self.disconnect()  # type: ignore[attr-defined]
         problems: list[str] = []
+        failure: Exception | None = None
         async for address in primaries_async(self._broker, problems):
             self.host, self.port = address
             try:
@@ -226,10 +250,11 @@ class _AsyncFinding:
             except AuthenticationError:
                 raise
             except (ConnectionError, TimeoutError, OSError) as exc:
+                failure = exc
                 problems.append(_reason(exc))
             else:
                 return
-        raise ConnectionError(unreachable(self._broker, problems))
+        raise ConnectionError(unreachable(self._broker, problems)) from failure
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
         try:

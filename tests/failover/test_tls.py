@@ -177,9 +177,10 @@ async def test_a_server_that_wants_a_certificate_is_shown_one(
     await connect(secured.demanding_url + secured.certificate)
 
 
-def test_every_process_serves_over_tls(shell: Shell, secured: Secured) -> None:
+@pytest.mark.timeout(120)
+def test_every_process_serves_over_tls_with_sentinels(shell: Shell, secured: Secured) -> None:
     port = free_port()
-    shell.extra["QSERVE_REDIS_URL"] = secured.url()
+    shell.extra["QSERVE_REDIS_URL"] = secured.sentinel_url
     running = Running(shell, "run", "app", "--port", str(port))
     try:
         running.wait_for("Ctrl-C stops it")
