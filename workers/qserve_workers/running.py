@@ -38,10 +38,12 @@ from qserve.messages import (
     decode_http_request,
     encode,
 )
-from qserve.queues import Entry, send_chunk
+from qserve.queues import ALIVE_TTL_MS, Entry, send_chunk
 from qserve.settings import Settings
 
 _WATCH_EVERY_S = 2.0
+_SILENT_CALLER_MS = 12_000
+"""Who was silent for so long gets no more of a stream; it says that it lives every 5 s."""
 
 OpenChannel = Callable[[], Channel]
 
@@ -158,7 +160,9 @@ class Conversations:
                     await self._end_if_dead(caller)
 
     async def _end_if_dead(self, caller: str) -> None:
-        if self._link.sender is None or await self._link.sender.call("EXISTS", self._keys.alive(caller)):
+        if self._link.sender is None:
+            return
+        if await self._link.sender.call("PTTL", self._keys.alive(caller)) > ALIVE_TTL_MS - _SILENT_CALLER_MS:
             return
         for running in list(self._talking.values()):
             if running.call.reply_to == caller:
