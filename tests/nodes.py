@@ -44,11 +44,12 @@ def start_node(settings: Settings, state: State) -> Iterator[StartNode]:
         "QSERVE_NAMESPACE": settings.namespace,
     }
 
-    def start(*options: str) -> "subprocess.Popen[bytes]":
+    def start(*options: str, wait: bool = True) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "qserve_workers.node", *options]
         node = subprocess.Popen(command, env=environment, cwd=ROOT)
         nodes.append(node)
-        wait_for(lambda: any(info.pid == node.pid for info in state.nodes().values()))
+        if wait:
+            wait_for(lambda: any(info.pid == node.pid for info in state.nodes().values()))
         return node
 
     yield start

@@ -29,7 +29,8 @@ def test_a_frozen_node_that_returns_runs_no_call_with_what_was_deployed_before(
 ) -> None:
     monkeypatch.setenv("QSERVE_DEAD_AFTER_S", str(DEAD_AFTER_S))
     monkeypatch.setenv("QSERVE_BEAT_INTERVAL_S", "0.3")
-    frozen, _other = start_node(), start_node()
+    frozen, _other = start_node(wait=False), start_node()
+    wait_for(lambda: len(state.nodes()) == 2)
     old = Loaded.options(init_args=(f"{notes}-old", 0.01), idempotent=True)
     rollout.deploy(state, spec(old)).wait(60)
     with Load("Loaded", notes, handles=6, durable=0, pause_s=0.0) as load:

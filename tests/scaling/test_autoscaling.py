@@ -67,7 +67,7 @@ def test_a_rollout_while_replicas_come_and_go(start_node: StartNode, state: Stat
 
 
 def test_nodes_share_the_replicas(start_node: StartNode, state: State, notes: Path) -> None:
-    nodes = [start_node(), start_node()]
+    nodes = [start_node(wait=False), start_node()]
     bounds = {"min_replicas": 3, "max_replicas": 4}
     deploy(state, notes, seconds=0.05, autoscaling_config=QUICK | bounds)
     with Load("Loaded", notes, handles=1, durable=0) as calm:

@@ -64,7 +64,7 @@ def test_nodes_come_and_go(start_node: StartNode, state: State, notes: Path) -> 
     nodes = [start_node("--gateway", "--port", "0")]
     deploy(state, notes)
     with Load("Loaded", notes, urls=gateways(state)) as load:
-        nodes += [start_node() for _ in range(3)]
+        nodes += [start_node(wait=False) for _ in range(3)]
         wait_for(lambda: len(state.replicas("Loaded")) == 4)
         load.more()
         for node in nodes[1:]:
@@ -92,20 +92,21 @@ def test_through_zero_workers(start_node: StartNode, state: State, notes: Path) 
 
 def test_gateways_restart(start_node: StartNode, state: State, notes: Path) -> None:
     def start_gateway(port: int) -> "subprocess.Popen[bytes]":
-        return start_node("--gateway", "--port", str(port), "--only", "Nothing")
+        return start_node("--gateway", "--port", str(port), "--only", "Nothing", wait=False)
 
     start_node()
     deploy(state, notes, seconds=0.05)
     ports = [free_port(), free_port()]
-    nodes = [start_gateway(port) for port in ports]
+    first, second = (start_gateway(port) for port in ports)
     with Load("Loaded", notes, urls=gateways(state, 2), http=6, handles=1) as load:
-        for node, port in zip(nodes, ports, strict=True):
-            load.more()
-            node.terminate()
-            assert node.wait(40) == 0
-            load.more()
-            start_gateway(port)
-            gateways(state, 2)
+        load.more()
+        first.terminate()
+        assert first.wait(40) == 0
+        load.more()
+        start_gateway(ports[0])
+        gateways(state, 2)
+        second.terminate()
+        assert second.wait(40) == 0
         load.more()
     load.check()
 
@@ -113,7 +114,7 @@ def test_gateways_restart(start_node: StartNode, state: State, notes: Path) -> N
 def test_gateways_beside_every_node_share_a_port(start_node: StartNode, state: State, notes: Path) -> None:
     state.set_http(HttpSettings(location=EVERY_NODE))
     port = str(free_port())
-    leaving, _staying = start_node("--port", port), start_node("--port", port)
+    leaving, _staying = start_node("--port", port, wait=False), start_node("--port", port, wait=False)
     start_node("--port", port, "--no-gateway")
     deploy(state, notes)
     urls = gateways(state, 2)
