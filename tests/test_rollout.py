@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from qserve.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY
-from qserve_workers.rollout import KILL_MARGIN_S, Action, Kill, Publish, Resize, Rollout, Serve, Status, Stop
+from qserve_workers.orders import Action, Kill, Publish, Resize, Serve, Status, Stop
+from qserve_workers.rollout import KILL_MARGIN_S, Rollout
 
 
 class Pool:

@@ -4,7 +4,7 @@ import pytest
 
 from qserve import serve
 from qserve.spec import HEALTHY, Autoscaling
-from qserve_workers.rollout import Release, Resize, Stop
+from qserve_workers.orders import Release, Resize, Stop
 from qserve_workers.scaling import Demand, Scaler
 from tests.test_rollout import Pool
 

@@ -20,8 +20,9 @@ from qserve.settings import Settings
 from qserve.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, Autoscaling, WorkerInfo
 from qserve_workers.announce import Announcer
 from qserve_workers.child import Replica
+from qserve_workers.orders import Action, Kill, Publish, Release, Resize, Serve, Status, Stop
 from qserve_workers.replica import Birth
-from qserve_workers.rollout import Action, Kill, Publish, Release, Resize, Rollout, Serve, Status, Stop
+from qserve_workers.rollout import Rollout
 from qserve_workers.scaling import Demand, Scaler
 
 logger = logging.getLogger(__name__)
