@@ -6,6 +6,9 @@ from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from redis.exceptions import ResponseError
+
+from qserve.errors import ConfigurationError
 from qserve.keys import GROUP, Keys
 from qserve.messages import Signer, encode
 from qserve.spec import Deployed, SignedSpec
@@ -34,6 +37,7 @@ class Memory:
         self._signer = signer
         self._restores = restores
         self._known = Snapshot()
+        self._told = False
 
     async def compare(self, client: "redis.asyncio.Redis", found: Snapshot) -> Snapshot:
         """The state to follow: what was found, or what is known where the server has lost it.
@@ -44,21 +48,30 @@ class Memory:
         if not self._known.instance or found.instance == self._known.instance:
             self._known = found
             return found
-        if self._restores:
+        if self._restores and await self._restore(client):
+            self._known = await read_snapshot(client, self._keys, self._signer)
+        elif found.instance:
+            self._known = found
+        else:
+            if not self._told:
+                self._told = True
+                logger.error("Redis has lost what was deployed. Going on as before; deploy again to change anything.")
+            return replace(self._known, log_id=found.log_id)
+        return self._known
+
+    async def _restore(self, client: "redis.asyncio.Redis") -> bool:
+        try:
             count = await restore(client, self._keys, self._signer, self._known.deployments.values())
             http = self._signer.seal(encode(self._known.http))
             await ask(client, "SET", self._keys.http_options, http, "NX")
             # Last: whoever finds the history finds all of it.
             await ask(client, "SET", self._keys.instance, self._known.instance, "NX")
-            if count:
-                logger.warning("Redis has lost what was deployed; %d deployments were put back", count)
-            self._known = await read_snapshot(client, self._keys, self._signer)
-        elif found.instance:
-            self._known = found
-        else:
-            logger.error("Redis has lost what was deployed. Going on as before; deploy again to change anything.")
-            return replace(self._known, log_id=found.log_id)
-        return self._known
+        except (ConfigurationError, ResponseError) as exc:  # gateways need not have the right to deploy; nodes have
+            logger.info("This process may not put back what Redis has lost: %s", exc)
+            return False
+        if count:
+            logger.warning("Redis has lost what was deployed; %d deployments were put back", count)
+        return True
 
 
 async def restore(client: "redis.asyncio.Redis", keys: Keys, signer: Signer, known: Iterable[Deployed]) -> int:

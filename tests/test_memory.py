@@ -79,3 +79,26 @@ async def test_without_autorestore_nothing_is_written_and_nothing_is_undeployed(
     anew = await memory.compare(client, await read_snapshot(client, keys, signer))
     assert list(anew.deployments) == ["B"]
     await client.aclose()
+
+
+async def test_whoever_may_not_put_it_back_goes_on_until_somebody_does(
+    settings: Settings, keys: Keys, signer: Signer, state: State, redis_client: "redis.Redis"
+) -> None:
+    known = deploy(state, "A")
+    redis_client.acl_setuser("reader", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-hset", "-set"])
+    client = connect_asyncio(settings.redis_url.replace("unix://", "unix://reader:any@"))
+    memory = Memory(keys, signer, restores=True)
+    before = await memory.compare(client, await read_snapshot(client, keys, signer))
+
+    redis_client.flushall()
+    lost = await memory.compare(client, await read_snapshot(client, keys, signer))
+    assert list(lost.deployments) == ["A"]
+    other = connect_asyncio(settings.redis_url)
+    await restore(other, keys, signer, [known])
+    redis_client.set(keys.instance, before.instance)
+
+    after = await memory.compare(client, await read_snapshot(client, keys, signer))
+    assert after.deployments["A"].spec == known.spec
+    redis_client.acl_deluser("reader")
+    await other.aclose()
+    await client.aclose()
