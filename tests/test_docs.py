@@ -122,3 +122,17 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text())
     missing = [target for target in targets if "://" not in target and not (document.parent / target).exists()]
     assert missing == []
+
+
+def test_the_metrics_to_watch_exist() -> None:
+    """What docs/operations.md tells to alert on is what the admin listener shows."""
+    sources = "".join(
+        path.read_text() for folder in ("qserve", "gateway", "workers") for path in (ROOT / folder).rglob("*.py")
+    )
+    page = (ROOT / "docs/operations.md").read_text()
+    metrics = set(re.findall(r"`(qserve_\w+)", page))
+    events = set(re.findall(r'(?:event=|`)"(\w+)"', page))
+    assert len(metrics) > 5
+    assert len(events) > 3
+    assert [name for name in sorted(metrics) if f'"{name}"' not in sources] == []
+    assert [name for name in sorted(events) if f'"{name}"' not in sources] == []
