@@ -92,7 +92,7 @@ def measure(url: str, reader: ListReader | StreamReader, batch: int) -> float:
             if sent < CALLS:
                 pairs = [part for entry in entries[sent : sent + batch] for part in (entry, frame)]
                 sent += batch
-                reader.script.send(sender, answer, (STREAM, INBOX, ALIVE), GROUP, 60_000, *pairs)
+                reader.script.send(sender, answer, (STREAM, INBOX, ALIVE), GROUP, 60_000, "1", *pairs)
 
         def receive(replies: Answer) -> None:
             nonlocal seen

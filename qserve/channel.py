@@ -5,6 +5,7 @@ ones before it, breaks the channel: a stream is whole or visibly cut, never sile
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -20,6 +21,8 @@ LARGEST_PART = 128 * 1024
 WINDOW = 1024 * 1024 + LARGEST_PART
 """Bytes on their way to one reader at most, so that a MiB never waits; also the price of memory per stream."""
 _SMALLEST_COST = 1024
+DOUBT_S = 6.0
+"""For how long a process that seems dead may still show that it lives: somewhat longer than between two of its words."""
 _GRANT_AFTER = WINDOW // 4
 
 
@@ -65,12 +68,26 @@ class Channel:
         self._last_kind = DATA
         self._broken: QServeError | None = None
         self._is_finished = False
+        self._doubted_at = 0.0
         self.on_data: Callable[[], None] | None = None
         """Called once, when the first of the stream arrives."""
         self._partial: list[bytes] = []
         self._readable = asyncio.Event()
         self._writable = asyncio.Event()
         self._sending = asyncio.Lock()
+
+    def peer_has_left(self, answer: object) -> bool:
+        """Whether the other side is gone, by what Redis answered to a chunk (1: it lives).
+
+        When the server's clock jumps everybody seems dead until they speak next, and what was sent arrives all the same.
+        """
+        if answer == 1:
+            self._doubted_at = 0.0
+        elif answer == 0:
+            self._doubted_at = self._doubted_at or time.monotonic()
+        else:
+            return True
+        return answer == 0 and time.monotonic() - self._doubted_at > DOUBT_S
 
     def greet(self) -> None:
         """Tell the peer who it is talking to, so that it may send."""

@@ -472,8 +472,9 @@ class Client:
 
     def _send_chunk(self, call: str, pending: PendingCall | None, to: str, chunk: Chunk) -> None:
         def check(answer: Answer) -> None:
-            if answer != 1 and pending is not None and pending.channel is not None:
-                pending.channel.close(StreamBroken("the replica is gone"))
+            channel = pending.channel if pending is not None else None
+            if channel is not None and channel.peer_has_left(answer):
+                channel.close(StreamBroken("the replica is gone"))
 
         if self._link.sender is not None:
             send_chunk(self._link.sender, self._keys, self.signer, to, call, chunk, check)

@@ -375,9 +375,9 @@ def send_chunk(
     chunk: Chunk,
     on_answer: Callable[[Answer], None],
 ) -> None:
-    """Send a chunk of a call's channel; `on_answer` gets 0 when the receiver is gone."""
+    """Send a chunk of a call's channel; `on_answer` gets 0 when the receiver seems to be gone."""
     frame = signer.seal(encode(Reply(call, to, CHUNK, encode(chunk))))
-    TELL.send(connection, on_answer, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame)
+    TELL.send(connection, on_answer, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame, "1")
 
 
 def post_tombstone(client: redis.Redis, keys: Keys, deployment: str, replica: str, signer: Signer) -> None:

@@ -62,7 +62,7 @@ class Queue:
 
     def reply(self, *replies: tuple[bytes, str]) -> int:
         parts = (part for reply in replies for part in reply)
-        return int(self.run(REPLY, (STREAM, INBOX, ALIVE), GROUP, 60_000, *parts))
+        return int(self.run(REPLY, (STREAM, INBOX, ALIVE), GROUP, 60_000, "1", *parts))
 
     def beat(self, replica: str, *entries: bytes, serving: bool = True) -> list[bytes]:
         lost: list[bytes] = self.run(BEAT, (STREAM, BEATS, META), GROUP, replica, "1" if serving else "0", *entries)
@@ -243,6 +243,24 @@ class TestAnswering:
 
         assert queue.reply((entry, "1")) == 1
         assert (queue.depth(), queue.redis.exists(INBOX)) == (0, 0)
+
+    def test_a_caller_that_seems_dead_is_given_time_if_there_is_some(self, queue: Queue) -> None:
+        """It seems so to a server whose clock has jumped, until it says again that it lives."""
+        queue.put("a")
+        queue.redis.delete(ALIVE)
+        (entry,) = queue.read("A")
+
+        assert queue.run(REPLY, (STREAM, INBOX, ALIVE), GROUP, 60_000, "0", entry, "1") == -1
+        assert queue.depth() == 1
+        queue.run(queues.PRESENT, (ALIVE, INBOX), 60_000, 60_000)
+        assert queue.run(REPLY, (STREAM, INBOX, ALIVE), GROUP, 60_000, "0", entry, "1") == 1
+        assert queue.inbox() == [b"1"]
+
+    def test_an_inbox_stays_while_its_owner_lives(self, queue: Queue) -> None:
+        """Ids of one made anew might be below those that were read."""
+        queue.run(TELL, (INBOX, ALIVE), 50, "hello")
+        queue.run(queues.PRESENT, (ALIVE, INBOX), 60_000, 60_000)
+        assert queue.redis.pttl(INBOX) > 50_000
 
     def test_an_inbox_that_nobody_reads_does_not_stay(self, queue: Queue) -> None:
         queue.put("a")

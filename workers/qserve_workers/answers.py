@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import hiredis
 
+from qserve.channel import DOUBT_S
 from qserve.connection import Answer
 from qserve.errors import BrokerUnavailable
 from qserve.failpoints import reach
@@ -19,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 _RESULT_TTL_MS = 60_000
 _RETRY_AFTER_S = 1.0
-_DOUBT_S = 6.0
-"""For how long a caller that seems dead may still show that it lives: somewhat longer than between two of its words."""
 
 
 class _Batch(NamedTuple):
@@ -161,7 +160,7 @@ class Answers:
         if isinstance(answer, Exception):
             return  # the connection is lost; `resend` follows
         if answer == -1:
-            asyncio.get_running_loop().call_later(_DOUBT_S, partial(self._retry, number, insist=True))
+            asyncio.get_running_loop().call_later(DOUBT_S, partial(self._retry, number, insist=True))
             return
         reach("replied")
         batch = self._sent.pop(number, None)

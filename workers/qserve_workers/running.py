@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from qserve.channel import ABORT, CREDIT, Channel, Chunk
+from qserve.channel import ABORT, CREDIT, DOUBT_S, Channel, Chunk
 from qserve.clock import RedisClock
 from qserve.codec import Codec
 from qserve.connection import Answer
@@ -109,13 +109,14 @@ class Conversations:
         self._on_streaming = on_streaming
         self._on_deserted = on_deserted
         self._talking: dict[str, RunningCall] = {}
+        self._doubted: dict[str, float] = {}
 
     def open(self, running: RunningCall) -> Channel:
         """The channel of a call; closed already where nobody wants the call any more."""
         call = running.call
 
         def check(answer: Answer) -> None:
-            if answer != 1:
+            if channel.peer_has_left(answer):
                 channel.close(StreamBroken("the caller is gone"))
 
         def transmit(to: str, chunk: Chunk) -> None:
@@ -162,8 +163,13 @@ class Conversations:
     async def _end_if_dead(self, caller: str) -> None:
         if self._link.sender is None:
             return
-        if await self._link.sender.call("PTTL", self._keys.alive(caller)) > ALIVE_TTL_MS - _SILENT_CALLER_MS:
+        left_ms = await self._link.sender.call("PTTL", self._keys.alive(caller))
+        if left_ms > ALIVE_TTL_MS - _SILENT_CALLER_MS:
+            self._doubted.pop(caller, None)
             return
+        if left_ms < 0 and time.monotonic() - self._doubted.setdefault(caller, time.monotonic()) < DOUBT_S:
+            return  # the server's clock may have jumped: the caller will say so when it speaks next
+        self._doubted.pop(caller, None)
         for running in list(self._talking.values()):
             if running.call.reply_to == caller:
                 self._on_deserted(running)
