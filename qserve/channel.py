@@ -22,7 +22,7 @@ WINDOW = 1024 * 1024 + LARGEST_PART
 """Bytes on their way to one reader at most, so that a MiB never waits; also the price of memory per stream."""
 _SMALLEST_COST = 1024
 DOUBT_S = 6.0
-"""For how long a process that seems dead may still show that it lives: somewhat longer than between two of its words."""
+"""For how long a process that seems dead may still show that it lives: longer than between two of its words."""
 _GRANT_AFTER = WINDOW // 4
 
 
@@ -79,7 +79,7 @@ class Channel:
     def peer_has_left(self, answer: object) -> bool:
         """Whether the other side is gone, by what Redis answered to a chunk (1: it lives).
 
-        When the server's clock jumps everybody seems dead until they speak next, and what was sent arrives all the same.
+        When the server's clock jumps everybody seems dead until they speak next; what is sent arrives all the same.
         """
         if answer == 1:
             self._doubted_at = 0.0
