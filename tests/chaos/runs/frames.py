@@ -18,12 +18,12 @@ class Intruder:
     def __init__(self) -> None:
         self._put: dict[Cluster, int] = {}
         self._before: dict[Cluster, int] = {}
+        self._readers: dict[Cluster, list[str]] = {}
 
     def __call__(self, cluster: Cluster, dice: Random, _event: Injected) -> None:
         client, keys = cluster.redis, cluster.keys
         self._before.setdefault(cluster, self._rejected(cluster))
-        alive = [key.decode().rpartition(":")[2] for key in client.scan_iter(keys.alive("*"))]
-        processes = [each for each in alive if client.exists(keys.inbox(each)) or len(each) == 32]
+        processes = self._readers.setdefault(cluster, self._who_reads(cluster))
         for _ in range(_AT_ONCE):
             name, process = dice.choice(["Safe", "Once"]), dice.choice(processes)
             frames = bad_frames(Settings(), name, self._canary(cluster), process)
@@ -45,6 +45,13 @@ class Intruder:
             evidence.fail(f"{put} bad frames were put and {rejected} refused")
         if self._canary(cluster).exists():
             evidence.fail("a frame was unpickled")
+
+    @staticmethod
+    def _who_reads(cluster: Cluster) -> list[str]:
+        """Processes that have got something already; nodes, for one, live without an inbox."""
+        client, keys = cluster.redis, cluster.keys
+        alive = [key.decode().rpartition(":")[2] for key in client.scan_iter(keys.alive("*"))]
+        return [each for each in alive if client.exists(keys.inbox(each))]
 
     @staticmethod
     def _canary(cluster: Cluster) -> Path:
