@@ -19,7 +19,7 @@ _CALL = (
     "zrangebyscore publish"
 )
 _RESULTS = "celery:celery-task-meta-*"
-_CALL_KEYS = f"q:* inbox:* alive:* p:* call:* idem:* due:* low:* counters {_RESULTS}"
+_CALL_KEYS = f"q:* inbox:* alive:* p:* parts:* call:* idem:* due:* low:* counters {_RESULTS}"
 _STATE_KEYS = "meta:* deployments log http instance schedules fired"
 _REPORTS = "hb:* replicas:* workers:* nodes gateways"
 _ANY_CALL = f"call:* {_RESULTS}"

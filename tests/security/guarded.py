@@ -106,11 +106,12 @@ def acl_file(passwords: dict[str, str]) -> str:
 
 
 @contextmanager
-def guarded(folder: Path, mark: str = "", **variables: str) -> Iterator[Guarded]:
+def guarded(folder: Path, mark: str = "", *, processes: bool = True, **variables: str) -> Iterator[Guarded]:
     """Runs a server, a node and a gateway.
 
     Args:
         mark: Begins every secret.
+        processes: Run a node and a gateway; else the server alone.
         variables: Environment of the gateway and the node.
     """
     passwords = {role.name: f"{mark}{secrets.token_hex(8)}" for role in ROLES} | {"admin": secrets.token_hex(8)}
@@ -132,14 +133,15 @@ def guarded(folder: Path, mark: str = "", **variables: str) -> Iterator[Guarded]
     )
     try:
         _wait_until_accepting(embedded.socket_path(folder), server)
-        found.start("worker", "node", "qserve_workers.node", "--exact", **variables)
-        ready = folder / "ready"
-        os.mkfifo(ready)
-        found.start(
-            *("gateway", "gateway", "qserve_gateway", "--port", "0", "--ready-file", str(ready)),
-            **variables,
-        )
-        found.gateway_url = json.loads(ready.read_text())["url"]
+        if processes:
+            found.start("worker", "node", "qserve_workers.node", "--exact", **variables)
+            ready = folder / "ready"
+            os.mkfifo(ready)
+            found.start(
+                *("gateway", "gateway", "qserve_gateway", "--port", "0", "--ready-file", str(ready)),
+                **variables,
+            )
+            found.gateway_url = json.loads(ready.read_text())["url"]
         yield found
     finally:
         for process in found.processes:

@@ -1,8 +1,11 @@
 """Redis users with the least rights: everything works with them, and nothing else is allowed to them."""
 
+import inspect
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import httpx
@@ -12,6 +15,7 @@ from click.testing import CliRunner
 
 from qserve.acl import ROLES
 from qserve.cli import main
+from qserve.keys import Keys
 from tests.security.guarded import Guarded, guarded
 
 FORBIDDEN = (
@@ -140,3 +144,24 @@ def test_a_password_that_nobody_gave_is_asked_for() -> None:
     assert ">PASSWORD-OF-qserve-metrics" in printed.stdout
     assert "QSERVE_ACL_METRICS" in printed.stderr
     assert CliRunner().invoke(main, ["redis-acl", "--namespace", "a b"]).exit_code == 2
+
+
+def test_no_key_and_no_script_is_forgotten() -> None:
+    """Workers may use every key there is, and run every script: who adds one says here whose it is."""
+    worker = next(role for role in ROLES if role.name == "worker")
+    keys = Keys("n")
+    allowed = [f"{keys.base}{pattern}" for pattern in worker.keys.split()]
+    for name, member in vars(Keys).items():
+        if isinstance(member, property):
+            key = getattr(keys, name)
+        elif name.startswith("_") or name == "namespace":
+            continue
+        else:
+            given = inspect.signature(member).parameters
+            key = member(keys, *["x"] * (len(given) - 1))
+        if key not in (keys.base, keys.celery_prefix):
+            assert any(fnmatchcase(key, pattern) for pattern in allowed), f"{name} is in no user's keys"
+    commands = set(worker.commands.split())
+    for script in (Path(inspect.getfile(Keys)).parent / "lua").glob("*.lua"):
+        for command, sub in re.findall(r"redis\.p?call\('([A-Z]+)'(?:, '([A-Z]+)')?", script.read_text()):
+            assert commands & {command.lower(), f"{command}|{sub}".lower()}, f"{script.name}: {command} {sub}"
