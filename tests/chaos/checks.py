@@ -4,6 +4,7 @@ import bisect
 
 from tests.chaos.ledger import OK, Answer, Call
 from tests.chaos.play import Check, Evidence, percentile
+from tests.chaos.verdicts import tell
 
 
 def takeover(told_s: float, again_s: float = 20.0) -> Check:
@@ -43,15 +44,19 @@ def recovery(answered_s: float, serving_s: float) -> Check:
 
     def check(evidence: Evidence) -> None:
         good = sorted((call.sent, call.answers[0].at) for call in evidence.calls.values() if _is_good(call.answers))
-        answered, serving = [0.0], [0.0]
+        answered: list[tuple[float, str]] = [(0.0, "")]
+        serving = [0.0]
         for event in evidence.injected:
-            answered += [_waited(call, event.ended) for call in evidence.calls.values() if _is_open(call, event.ended)]
+            under_way = (call for call in evidence.calls.values() if _is_open(call, event.ended))
+            answered += [(_waited(call, event.ended), call.id) for call in under_way]
             after = good[bisect.bisect(good, (event.ended, 0.0)) :]
             serving += [min(at for _, at in after[:2000]) - event.ended] if after else []
-        evidence.result.figures["under way at the return: answered after at most"] = f"{max(answered):.2f} s"
+        longest, call_id = max(answered)
+        evidence.result.figures["under way at the return: answered after at most"] = f"{longest:.2f} s"
         evidence.result.figures["new after the return: first good answer after at most"] = f"{max(serving):.2f} s"
-        if max(answered) > answered_s:
-            evidence.fail(f"a call under way was answered {max(answered):.2f} s after the return, not {answered_s} s")
+        if longest > answered_s:
+            call = tell(evidence.calls[call_id])
+            evidence.fail(f"a call under way was answered {longest:.2f} s after the return, not {answered_s} s: {call}")
         if max(serving) > serving_s:
             evidence.fail(f"served again {max(serving):.2f} s after the return, not {serving_s} s")
 
