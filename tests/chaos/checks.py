@@ -46,8 +46,9 @@ def recovery(answered_s: float, serving_s: float) -> Check:
         good = sorted((call.sent, call.answers[0].at) for call in evidence.calls.values() if _is_good(call.answers))
         answered: list[tuple[float, str]] = [(0.0, "")]
         serving = [0.0]
-        for event in evidence.injected:
-            under_way = (call for call in evidence.calls.values() if _is_open(call, event.ended))
+        ends = [*(event.began for event in evidence.injected[1:]), float("inf")]
+        for event, next_at in zip(evidence.injected, ends, strict=True):
+            under_way = (call for call in evidence.calls.values() if _is_open(call, event.ended, next_at))
             answered += [(_waited(call, event.ended), call.id) for call in under_way]
             after = good[bisect.bisect(good, (event.ended, 0.0)) :]
             serving += [min(at for _, at in after[:2000]) - event.ended] if after else []
@@ -63,8 +64,9 @@ def recovery(answered_s: float, serving_s: float) -> Check:
     return check
 
 
-def _is_open(call: Call, at: float) -> bool:
-    return bool(call.answers) and call.sent < at < call.answers[0].at
+def _is_open(call: Call, at: float, next_at: float) -> bool:
+    """Whether it was under way at a time, and answered before the next fault began."""
+    return bool(call.answers) and call.sent < at < call.answers[0].at < next_at
 
 
 def _waited(call: Call, since: float) -> float:

@@ -25,7 +25,7 @@ from tests.chaos.load import LATE_S, Load, Task
 from tests.chaos.verdicts import Judgement, judge
 from tests.serving import ROOT
 
-_FIRST_FAULT_S = 1.0
+_FIRST_FAULT_S = _CALM_S = 1.0
 _QUIET_S = 15.0
 """How long queues may take to be empty once every call has its outcome."""
 
@@ -227,7 +227,7 @@ class LoadRun:
                     break
                 time.sleep(max(0.0, at - time.monotonic()))
                 fault.inject(cluster, dice, injected)
-                at = max(at + every_s * dice.uniform(0.6, 1.4), time.monotonic())
+                at = max(at + every_s * dice.uniform(0.6, 1.4), time.monotonic() + _CALM_S)
         return injected
 
 

@@ -93,7 +93,7 @@ RUNS: tuple[Run, ...] = (
         ),
         every_s=18,
         seconds=240,
-        short_seconds=11,
+        short_seconds=8,
         short_every_s=3,
         checks=(recovery(answered_s=10, serving_s=5), still_deployed),
     ),
