@@ -137,7 +137,8 @@ class Client:
 
     async def _sample_clock(self, sender: Connection) -> None:
         with contextlib.suppress(BrokerUnavailable, RedisError):
-            await self._clock.sample(sender)
+            if await self._clock.sample(sender):  # then what was unread in the inbox may have expired
+                spawn(self._reconciler.run())
 
     @property
     def writer(self) -> Connection | None:

@@ -19,16 +19,19 @@ class RedisClock:
         self._offset_ms: float | None = None
         self._trusted_from_ms = 0.0
 
-    async def sample(self, connection: Connection) -> None:
-        """Compare with Redis once."""
+    async def sample(self, connection: Connection) -> bool:
+        """Compare with Redis once; whether its clock has jumped."""
         before = time.monotonic()
         seconds, microseconds = await connection.call("TIME")
         after = time.monotonic()
         redis_ms = int(seconds) * 1000 + int(microseconds) / 1000
         offset_ms = redis_ms - (before + after) / 2 * 1000
-        if self._offset_ms is not None and abs(offset_ms - self._offset_ms) > _JUMP_MS + (after - before) * 1000:
+        known = offset_ms if self._offset_ms is None else self._offset_ms
+        has_jumped = abs(offset_ms - known) > _JUMP_MS + (after - before) * 1000
+        if has_jumped:
             self._trusted_from_ms = redis_ms
         self._offset_ms = offset_ms
+        return has_jumped
 
     def at_ms(self, moment: float) -> int:
         """What Redis' clock shows when the monotonic clock shows `moment`; 0 where that cannot be known."""

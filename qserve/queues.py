@@ -42,7 +42,7 @@ def _load(name: str) -> Script:
 
 
 ADMIT, FIND, REPLY = _load("admit"), _load("find"), _load("reply")
-TELL, PRESENT = _load("tell"), _load("present")
+TELL, PRESENT, TRIM = _load("tell"), _load("present"), _load("trim")
 BEAT, TAKE, START, RETIRE = _load("beat"), _load("take"), _load("start"), _load("retire")
 DEAD_LETTER, CANCEL, EPOCH, CLAIM = _load("dead"), _load("cancel"), _load("epoch"), _load("claim")
 DEMAND = _load("demand")
@@ -148,10 +148,15 @@ class Inbox:
         return order(message) <= order(self._last)
 
     def trim(self, connection: Connection) -> None:
-        """Delete what was seen."""
-        if self._untrimmed:
-            self._untrimmed = 0
-            connection.send(_ignore, "XTRIM", self._stream, "MINID", _next_id(self._last))
+        """Delete what was seen, and begin anew where the inbox is another one, which a clock set back may cause."""
+        self._untrimmed = 0
+        seen = self._last
+
+        def check(answer: Answer) -> None:
+            if answer == 0 and self._last == seen:
+                self._last = b"0-0"
+
+        TRIM.send(connection, check, (self._stream,), seen)
 
     @property
     def untrimmed(self) -> int:
@@ -446,8 +451,3 @@ def order(entry: bytes) -> tuple[int, int]:
     """What entry ids are compared by."""
     ms, _, sequence = entry.partition(b"-")
     return int(ms), int(sequence)
-
-
-def _next_id(entry: bytes) -> str:
-    ms, sequence = order(entry)
-    return f"{ms}-{sequence + 1}"

@@ -262,6 +262,16 @@ class TestAnswering:
         queue.run(queues.PRESENT, (ALIVE, INBOX), 60_000, 60_000)
         assert queue.redis.pttl(INBOX) > 50_000
 
+    def test_what_was_read_is_deleted_unless_the_inbox_is_another_one(self, queue: Queue) -> None:
+        """A clock that was set back gives the messages of an inbox made anew ids below those that were read."""
+        for entry in ("5-1", "5-2", "5-3"):
+            queue.redis.xadd(INBOX, {"d": entry}, id=entry)
+        assert queue.run(queues.TRIM, (INBOX,), "5-2") == 1
+        assert queue.inbox() == [b"5-3"]
+
+        assert queue.run(queues.TRIM, (INBOX,), "7-0") == 0
+        assert queue.inbox() == [b"5-3"]
+
     def test_an_inbox_that_nobody_reads_does_not_stay(self, queue: Queue) -> None:
         queue.put("a")
         queue.reply((queue.read("A")[0], "1"))
