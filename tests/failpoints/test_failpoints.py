@@ -11,7 +11,7 @@ from qserve.settings import Settings
 from tests.calling import calling, deploy, serving
 from tests.failpoints.rows import ROWS, Row
 from tests.failpoints.sweep import sweep
-from tests.test_house import SOURCES
+from tests.test_house import ROOT, SOURCES, table_column
 
 Outcomes = dict[Row, Exception | None]
 
@@ -55,3 +55,8 @@ async def test_a_replica_is_known_to_its_neighbours_before_it_takes_a_call(setti
     async with serving(settings, deploy(settings)), calling(settings) as caller:
         assert caller.client.writer is not None
         assert await caller.client.writer.call("HLEN", keys.heartbeats("Echo")) == 1
+
+
+def test_the_page_lists_every_point() -> None:
+    assert table_column("failpoints.md", "Points") >= set(POINTS)
+    assert len(re.findall(r"^\| `[a-z-]+` \|", (ROOT / "docs/failpoints.md").read_text(), re.MULTILINE)) == len(POINTS)
