@@ -231,8 +231,9 @@ def test_a_killed_replica_is_replaced_at_once_twenty_times_out_of_twenty(
         delays.append(born["at"] - killed_at)
         buried = worker.wait_for(partial(redis_client.hget, keys.heartbeats("Echo"), f"replica-{victim}"))
         assert buried == b"dead"
-    assert sorted(delays)[10] < 0.15
-    assert max(delays) < 2.0  # a loaded machine; without the watch on the process it is up to 5 s
+    # On a machine with other things to do. Without the watch on the process it is up to 5 s.
+    assert sorted(delays)[10] < 0.75
+    assert max(delays) < 2.5
 
 
 def test_a_killed_replica_is_replaced_though_a_child_of_its_own_outlives_it(start_worker: StartWorker) -> None:
