@@ -18,11 +18,14 @@ from random import Random
 from typing import Any
 
 from tests.chaos.cluster import Cluster, Setup
-from tests.chaos.faults import Fault, Injected
+from tests.chaos.faults import NOTHING, Excuses, Fault, Injected
 from tests.chaos.play import Evidence, LoadRun, Run
 
 _HOUR_S = 3600
 _SHIFTS = (_HOUR_S, 0, -_HOUR_S, 0, 2)
+_UNREAD = Excuses.of(once="indeterminate", stream="502 broken indeterminate")
+"""An inbox expires when the server's clock jumps forth, and with it what nobody had read at that moment: a call or two,
+whose callers are told at once that it may have run. Safe ones are sent again."""
 _SHIFT = Path(tempfile.gettempdir()) / f"qserve-chaos-clock-{os.getpid()}"
 
 
@@ -87,7 +90,7 @@ def _run(name: str, title: str, role: str, short_s: float) -> LoadRun:
     return LoadRun(
         name,
         title,
-        (Fault("a jump of the clock", Jumps(role)),),
+        (Fault("a jump of the clock", Jumps(role), _UNREAD if role == "server" else NOTHING),),
         every_s=8,
         seconds=150,
         short_seconds=short_s,
