@@ -27,13 +27,12 @@ async def test_a_replica_that_is_cut_off_loses_its_calls_and_its_late_results_ar
         await it.world.started("safe", 2)
         await until(lambda: "fallen silent" in parted.log.read_text())
         starts = len(it.world.books.starts())
-        it.world.books.gate.open()
-        assert await value(caller, safe) == "safe"
         link.heal()
+        await asyncio.wait_for(serves(caller, parted.pid), 30)
+        it.world.books.gate.open()
 
+        assert await value(caller, safe) == "safe"
         await until(lambda: it.world.counter("late_results") >= 1)
-        parted_works = asyncio.create_task(serves(caller, parted.pid))
-        await asyncio.wait_for(parted_works, 30)
         assert it.world.books.starts("safe") == [parted.pid, other.pid]
         assert len(it.world.books.starts("thread")) == len(it.world.books.starts("unsafe")) == 1
         assert starts == 4
