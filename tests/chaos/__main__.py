@@ -27,13 +27,15 @@ import argparse
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
 
 from tests.chaos import report
+from tests.chaos.cluster import end_everything
 from tests.chaos.play import Plan, Result, Run, Stage, interleave
 from tests.chaos.runs import (
     cancels,
@@ -51,7 +53,7 @@ from tests.chaos.runs import (
     soak,
 )
 
-SLICE_LIMIT_S = 290.0
+SLICE_LIMIT_S, SLICE_LAST_START_S = 290.0, 225.0
 PART_LIMIT_S = 535.0
 _LANES = 2
 
@@ -65,7 +67,7 @@ def runs_of_the_suite() -> tuple[Run, ...]:
 
 def main() -> int:
     """Play what was asked for, print and save the table."""
-    options = _arguments()
+    started, options = time.monotonic(), _arguments()
     if options.slice and not options.runs and not options.part:
         return _play_lanes(options.seed)
     plan = Plan(options.seed, options.seconds_scale, options.slice, Stage(shared=options.slice))
@@ -73,11 +75,13 @@ def main() -> int:
     limit_s = SLICE_LIMIT_S if options.slice else PART_LIMIT_S if options.part else None
     if limit_s is not None:
         _stop_hard_after(limit_s)
-    logging.basicConfig(level=logging.ERROR)
-    results = [_played(run, plan) for run in runs]
-    plan.stage.close()
-    table = report.table(results)
-    sys.stdout.write(f"\n{table}\n")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of everything that has to be stopped
+    logging.basicConfig(level=logging.CRITICAL)
+    try:
+        results = _played_in_time(runs, plan, started)
+    finally:
+        plan.stage.close()
+    sys.stdout.write(f"\n{report.table(results)}\n")
     if options.save:
         report.save(results, [run.name for run in runs_of_the_suite()])
     return 0 if all(result.holds for result in results) else 1
@@ -97,14 +101,14 @@ def _arguments() -> argparse.Namespace:
 def _play_lanes(seed: int) -> int:
     """The slice, in two processes side by side: most of it is waiting."""
     command = [sys.executable, "-m", "tests.chaos", "--slice", "--seed", str(seed), "--part"]
-    started = [
-        subprocess.Popen([*command, f"{lane}/{_LANES}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for lane in range(1, _LANES + 1)
-    ]
-    with ThreadPoolExecutor(_LANES) as readers:
-        for output, _ in readers.map(lambda lane: lane.communicate(), started):
-            sys.stdout.write(output)
-    return max(abs(int(lane.returncode)) for lane in started)
+    lanes = [subprocess.Popen([*command, f"{lane}/{_LANES}"]) for lane in range(1, _LANES + 1)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return max(abs(lane.wait()) for lane in lanes)
+    finally:
+        for lane in lanes:
+            lane.terminate()
+            lane.wait(30)
 
 
 def _chosen(options: argparse.Namespace, plan: Plan) -> list[Run]:
@@ -119,23 +123,39 @@ def _chosen(options: argparse.Namespace, plan: Plan) -> list[Run]:
     if options.part:
         number, _, parts = options.part.partition("/")
         runs = interleave(runs, int(parts), plan)[int(number) - 1]
+    if options.slice and runs:  # in the order of the suite, where neighbours share a cluster; not always the same first
+        names = [run.name for run in runs_of_the_suite()]
+        runs.sort(key=lambda run: names.index(run.name))
+        first = plan.seed % len(runs)
+        runs = runs[first:] + runs[:first]
     return runs
 
 
+def _played_in_time(runs: list[Run], plan: Plan, started: float) -> list[Result]:
+    """Play them; the slice leaves out those for which a slow machine has no time left, and says so."""
+    results = []
+    for number, run in enumerate(runs):
+        if plan.is_slice and time.monotonic() - started > SLICE_LAST_START_S:
+            sys.stdout.write(f"left out, there is no time left: {', '.join(each.name for each in runs[number:])}\n")
+            break
+        results.append(_played(run, plan))
+    return results
+
+
 def _played(run: Run, plan: Plan) -> Result:
-    sys.stdout.write(f"{run.name}: {run.title} (seed {plan.seed}, about {run.length(plan):.0f} s) ... ")
-    sys.stdout.flush()
     started = time.monotonic()
     try:
         result = run.play(plan)
     except Exception as exc:
-        logging.exception("%s broke off", run.name)
-        result = Result(run.name, run.title, plan.seed, failures=[f"broke off: {type(exc).__name__}: {exc}"])
+        broken = "".join(traceback.format_exception(exc))
+        result = Result(run.name, run.title, plan.seed, failures=[f"broke off: {broken}"])
     verdict = "holds" if result.holds else "VIOLATED"
-    sys.stdout.write(f"{verdict}, {result.judgement.calls} calls in {time.monotonic() - started:.0f} s\n")
-    sys.stdout.write("".join(f"  {name}: {value}\n" for name, value in result.figures.items()))
+    what = f"{run.name}, {run.title}: {verdict}, {result.judgement.calls} calls"
+    lines = [f"{what} in {time.monotonic() - started:.0f} s, seed {plan.seed}"]
+    lines += [f"  {name}: {value}" for name, value in result.figures.items()]
     if not result.holds:
-        sys.stdout.write("\n".join((result.judgement.told(), *result.failures)) + "\n")
+        lines += [result.judgement.told(), *result.failures]
+    sys.stdout.write("\n".join((*lines, "")))  # in one piece: lanes share the terminal
     sys.stdout.flush()
     return result
 
@@ -145,6 +165,7 @@ def _stop_hard_after(seconds: float) -> None:
 
     def stop() -> None:
         sys.stderr.write(f"\nthe suite was still at it after {seconds:.0f} s and was stopped\n")
+        end_everything()
         os._exit(2)
 
     timer = threading.Timer(seconds, stop)

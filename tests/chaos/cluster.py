@@ -98,13 +98,13 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="qs-"))
         self.ledgers = self.folder / "ledgers"
         self.ledgers.mkdir()
+        self._mark = f"{os.getpid()}-{secrets.token_hex(8)}"
         self.environment: dict[str, dict[str, str]] = {role: dict(own) for role, own in setup.environment.items()}
-        self.server = Server(self.folder, setup, self.environment.get("server", {}))
+        self.server = Server(self.folder, setup, {_MARK: self._mark, **self.environment.get("server", {})})
         self.failover = Failover(self.folder) if setup.sentinels else None
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.gateways: list[subprocess.Popen[bytes]] = []
         self.gateway_urls = [f"http://127.0.0.1:{free_port()}" for _ in range(setup.gateways)]
-        self._mark = secrets.token_hex(8)
         self._kept = dict(os.environ)
 
     # Life cycle
@@ -247,6 +247,14 @@ class Cluster:
             assert time.monotonic() < deadline, f"waited in vain until {what}\n{self.logs()}"
             time.sleep(0.05)
 
+
+
+def end_everything() -> None:
+    """End every process of every cluster that this process has started."""
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if each.pid != os.getpid() and each.environ().get(_MARK, "").startswith(f"{os.getpid()}-"):
+                each.kill()
 
 
 def kill_at_once(processes: Iterable[psutil.Process]) -> list[int]:
