@@ -1,7 +1,7 @@
 """`python -m tests.chaos`: break everything under load, and judge every call from ledgers kept on both sides.
 
-    python -m tests.chaos                      the whole suite (make chaos), about an hour
-    python -m tests.chaos --part 2/8           an eighth of it; each part ends within 9 minutes
+    python -m tests.chaos                      the whole suite (make chaos), 80 minutes
+    python -m tests.chaos --part 2/10          a tenth of it; each part ends within 9 minutes
     python -m tests.chaos --runs K1,K5         some runs
     python -m tests.chaos --slice              every run, each for seconds; ends within 5 minutes
 
@@ -123,7 +123,7 @@ def _chosen(options: argparse.Namespace, plan: Plan) -> list[Run]:
     if options.part:
         number, _, parts = options.part.partition("/")
         runs = interleave(runs, int(parts), plan)[int(number) - 1]
-    if options.slice and runs:  # in the order of the suite, where neighbours share a cluster; not always the same first
+    if options.slice and runs:  # in the order of the suite, as neighbours share a cluster; not always the same first
         names = [run.name for run in runs_of_the_suite()]
         runs.sort(key=lambda run: names.index(run.name))
         first = plan.seed % len(runs)

@@ -45,7 +45,7 @@ RUNS: tuple[Run, ...] = (
         "failover by sentinels; the primary dies with half a second of writes that only it has",
         (Fault("a failover", fail_over, LOST_TAIL, grace_s=10),),
         every_s=20,
-        seconds=200,
+        seconds=160,
         short_seconds=10,
         short_every_s=20,
         setup=Setup(sentinels=True, environment={"": {"QSERVE_STRICT": "1"}}),

@@ -52,7 +52,7 @@ RUNS: tuple[Run, ...] = (
             ),
         ),
         every_s=8,
-        seconds=120,
+        seconds=95,
         short_every_s=4,
         checks=(keys_are_gone,),
     ),

@@ -68,7 +68,7 @@ class RacingDeploys:
     rounds: int = 20
     clients: int = 4
     deploys: int = 50
-    round_s: float = 6.0
+    round_s: float = 2.5
     load: Load = field(default_factory=lambda: Load(rate=60, processes=1, durations=((1, 0.02),)))
 
     def length(self, plan: Plan) -> float:
@@ -140,7 +140,7 @@ RUNS: tuple[Run, ...] = (
         "a new version every few seconds; the constructor of every fifth raises",
         (Fault("a rollout", Rollouts()),),
         every_s=8,
-        seconds=200,
+        seconds=150,
         short_seconds=9,
         short_every_s=2,
         checks=(no_bad_version_served,),
