@@ -1,10 +1,12 @@
 """Keeping a gateway in step with the desired state, and telling deployers how far it has come."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
 import msgspec
+from redis.exceptions import RedisError
 
 from qserve.background import spawn
 from qserve.client import Client
@@ -48,8 +50,14 @@ class Follower:
         """
         await self._catch_up()
 
+    async def announce(self) -> None:
+        """Be counted among the live gateways; returns when Redis knows, or cannot be told now."""
+        if self._client.writer is not None:
+            with contextlib.suppress(BrokerUnavailable, RedisError):
+                await self._client.writer.call("HSET", *self._entry())
+
     async def run(self) -> None:
-        """Be counted among the live gateways and follow the state, until cancelled."""
+        """Stay counted and follow the state, until cancelled."""
         announcing = spawn(self._keep_announcing())
         try:
             await self._follow()
@@ -98,8 +106,10 @@ class Follower:
 
     def _tell(self) -> None:
         if self._client.writer is not None:
-            info = encode(self._info)
-            self._client.writer.send(_log_refusal, "HSET", self._settings.keys.gateways, self._info.id, info)
+            self._client.writer.send(_log_refusal, "HSET", *self._entry())
+
+    def _entry(self) -> tuple[str, str, bytes]:
+        return self._settings.keys.gateways, self._info.id, encode(self._info)
 
 
 def _log_refusal(answer: Answer) -> None:

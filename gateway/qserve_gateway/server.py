@@ -198,6 +198,7 @@ class GatewayProcess:
         if serving.done():
             raise cannot_listen(self._options, serving.exception())
         await self._start_admin(stack, ready, stopping)
+        await follower.announce()  # before anybody is told where we are, and looks us up
         following = asyncio.create_task(follower.run())
         report(self._options.ready_file, ready)
         logger.info("serving on %s", ready.url)
