@@ -219,6 +219,10 @@ class Signer:
             return b"\x00" + body
         return b"%b%b%b" % (self._head, self._mac(body), body)
 
+    def is_own(self, frame: bytes) -> bool:
+        """Whether this is how `seal` would have signed a frame that `open` accepts, not with another accepted key."""
+        return frame.startswith(self._head)
+
     def open(self, frame: bytes) -> bytes:
         """The body of a frame.
 

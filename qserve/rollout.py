@@ -101,6 +101,7 @@ def deploy(state: State, wanted: DeploymentSpec) -> "Goal":
         generation, current = state.generation(wanted.name), state.find(wanted.name)
         spec = next_spec(wanted, current)
         if current is not None and _changes_nothing(spec, current):
+            state.sign_again(current)
             return Goal(state, current, current)
         try:
             return Goal(state, state.deploy(spec, expected=generation), current)

@@ -58,6 +58,7 @@ _FOLLOW_BLOCK_MS = 5_000
 _RECONNECT_S = (0.05, 1.0)
 _LUA = Path(__file__).parent / "lua"
 _DEPLOY, _DELETE, _SETTLE = ((_LUA / f"{name}.lua").read_text() for name in ("deploy", "delete", "settle"))
+_SIGN = (_LUA / "sign.lua").read_text()
 
 Info = TypeVar("Info", NodeInfo, GatewayInfo, WorkerInfo, ReplicaInfo)
 ChangeKind = Literal["deploy", "delete", "http", "schedule", "resync"]
@@ -164,6 +165,14 @@ class State:
             refuse: Why calls are turned away at once; "" lets them in.
         """
         return bool(self._script(_SETTLE, (self.keys.meta(name),), generation, state, error, refuse))
+
+    def sign_again(self, deployed: Deployed) -> None:
+        """Sign a spec with the first key where another one has signed it, so that the other can be dropped."""
+        key, spec = self.keys.meta(deployed.spec.name), deployed.spec
+        frame = self._do("HGET", key, "spec")
+        if frame is not None and not self.signer.is_own(frame):
+            signed = self.signer.seal(encode(SignedSpec(deployed.generation, spec)))
+            self._script(_SIGN, (key,), deployed.generation, signed)
 
     def generation(self, name: str) -> int:
         """The newest generation ever used under a name, 0 for none."""

@@ -5,7 +5,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +106,9 @@ def acl_file(passwords: dict[str, str]) -> str:
 
 
 @contextmanager
-def guarded(folder: Path, mark: str = "", *, processes: bool = True, **variables: str) -> Iterator[Guarded]:
+def guarded(
+    folder: Path, mark: str = "", *, processes: bool = True, variables: Mapping[str, str] | None = None
+) -> Iterator[Guarded]:
     """Runs a server, a node and a gateway.
 
     Args:
@@ -120,26 +122,20 @@ def guarded(folder: Path, mark: str = "", *, processes: bool = True, **variables
     users.write_text(acl_file(passwords))
     server = subprocess.Popen(
         [
-            *embedded.command(folder),
-            "--port",
-            str(found.port),
-            "--bind",
-            "127.0.0.1",
-            "--aclfile",
-            str(users),
-            "--enable-debug-command",
-            "yes",
+            *(*embedded.command(folder), "--port", str(found.port), "--bind", "127.0.0.1", "--aclfile", str(users)),
+            # so that DEBUG is refused to users, not to everybody; so that what is stored can be searched
+            *("--enable-debug-command", "yes", "--rdbcompression", "no"),
         ]
     )
     try:
         _wait_until_accepting(embedded.socket_path(folder), server)
         if processes:
-            found.start("worker", "node", "qserve_workers.node", "--exact", **variables)
+            found.start("worker", "node", "qserve_workers.node", "--exact", **(variables or {}))
             ready = folder / "ready"
             os.mkfifo(ready)
             found.start(
                 *("gateway", "gateway", "qserve_gateway", "--port", "0", "--ready-file", str(ready)),
-                **variables,
+                **(variables or {}),
             )
             found.gateway_url = json.loads(ready.read_text())["url"]
         yield found
