@@ -17,6 +17,7 @@ from celery.worker.state import maybe_shutdown
 from qserve.broker import parse
 from qserve.keys import is_name
 from qserve_workers.app import QUEUE
+from qserve_workers.envelopes import drop_what_is_no_message
 from qserve_workers.keeper import Keeper
 from qserve_workers.pool import ReplicaPool
 
@@ -40,6 +41,7 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
         options.update(without_gossip=True, without_mingle=True, without_heartbeat=not chatty)
         # How long one blocking read of Celery's queue lasts: an idle worker need not wake each second.
         self.app.conf.broker_transport_options["polling_interval"] = 5
+        drop_what_is_no_message()
         super().__init__(app=app, hostname=hostname, **options)
 
     def on_before_init(self, **options: Any) -> None:
