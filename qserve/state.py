@@ -195,6 +195,23 @@ class State:
         found = ((name, self.find(name)) for name in _names(self._do("SMEMBERS", self.keys.deployments)))
         return {name: deployed for name, deployed in found if deployed is not None}
 
+    def check_key(self) -> None:
+        """See that what is deployed can be read.
+
+        Raises:
+            FrameRejected: Not one of the specs was signed with a key of ours: so this process has another one.
+        """
+        rejected = None
+        for name in _names(self._do("SMEMBERS", self.keys.deployments)):
+            try:
+                self.get(name)
+            except FrameRejected as exc:
+                rejected = exc
+            else:
+                return
+        if rejected is not None:
+            raise rejected
+
     def routes(self) -> dict[str, str]:
         """Route prefix -> deployment name."""
         return {d.spec.route_prefix: name for name, d in self.list().items() if d.spec.route_prefix is not None}

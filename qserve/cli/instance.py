@@ -34,6 +34,7 @@ def state_of(settings: Settings) -> Iterator[State]:
     """
     with closing(State(settings.redis_url, settings.keys, Signer(settings.secrets))) as state:
         try:
+            state.check_key()
             yield state
         except FrameRejected as exc:
             raise ConfigurationError(
