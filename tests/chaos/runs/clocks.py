@@ -78,7 +78,7 @@ class Jumps:
 
 
 def nobody_counts_as_dead(evidence: Evidence) -> None:
-    """No call was taken from a replica that lives; what is sent again because its answer was lost is a first attempt."""
+    """No call was taken from a replica that lives; one sent again because its answer was lost is a first attempt."""
     again = sum(run.attempt > 1 for call in evidence.calls.values() for run in call.runs)
     evidence.result.figures["calls taken from somebody"] = str(again)
     if again:
