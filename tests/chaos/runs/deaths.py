@@ -10,6 +10,7 @@ from random import Random
 
 from tests.chaos.cluster import Cluster, Server, Setup
 from tests.chaos.faults import REPLICA_DIED, Fault, Injected
+from tests.chaos.load import Load
 from tests.chaos.play import Evidence, LoadRun, Plan, Result, Run
 from tests.failpoints.rows import ROWS, Row
 from tests.failpoints.sweep import sweep
@@ -60,7 +61,7 @@ class Deaths:
 
 def other_deaths(cluster: Cluster, dice: Random, _event: Injected) -> None:
     """One node is started anew, and from then on all of its replicas die at another point, sooner or later."""
-    spot, nth = dice.choice(_SPOTS), dice.randint(10, 60)
+    spot, nth = dice.choice(_SPOTS), dice.randint(60, 300)
     cluster.environment.setdefault("node-0", {})["QSERVE_FAILPOINT"] = f"{spot}:{nth}"
     cluster.nodes[0].terminate()
     cluster.nodes[0].wait(60)
@@ -85,6 +86,7 @@ RUNS: tuple[Run, ...] = (
         every_s=12,
         seconds=150,
         short_seconds=0,
+        load=Load(rate=150),
         throughout=Fault("failpoints", other_deaths, REPLICA_DIED),
         checks=(count_deaths,),
     ),
