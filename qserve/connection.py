@@ -107,12 +107,21 @@ class Connection(asyncio.Protocol):
             await self._expect_ok("AUTH", server.password)
         if server.db:
             await self._expect_ok("SELECT", server.db)
+        await self._expect_data(server.place)
         try:
             role = await self.call("ROLE")
         except RedisError:  # this user may not ask; a replica shows itself at the first write
             return
         if problem := role_problem(role, server.place):
             raise BrokerUnavailable(problem)
+
+    async def _expect_data(self, place: str) -> None:
+        # While a server reads its file it lets one in, and refuses every other command.
+        try:
+            await self.call("PING")
+        except RedisError as exc:
+            if str(exc).startswith("LOADING"):
+                raise BrokerUnavailable(f"Redis at {place} is still loading its data") from exc
 
     async def _expect_ok(self, *command: Any) -> None:
         try:

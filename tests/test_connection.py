@@ -61,7 +61,7 @@ def wait_until_accepting(port: int) -> None:
     raise AssertionError(f"nothing listens on port {port}")
 
 
-ROLE = b"*1\r\n$4\r\nROLE\r\n"
+PING, ROLE = b"*1\r\n$4\r\nPING\r\n", b"*1\r\n$4\r\nROLE\r\n"
 
 
 class Peer(asyncio.Protocol):
@@ -70,6 +70,7 @@ class Peer(asyncio.Protocol):
     def __init__(self) -> None:
         self.connected = asyncio.Event()
         self.received: list[bytes] = []
+        self._greetings = [(PING, b"+PONG\r\n"), (ROLE, b"*3\r\n$6\r\nmaster\r\n:0\r\n*0\r\n")]
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -78,8 +79,8 @@ class Peer(asyncio.Protocol):
         self.connected.set()
 
     def data_received(self, data: bytes) -> None:
-        if data == ROLE:  # what a new connection asks
-            self.transport.write(b"*3\r\n$6\r\nmaster\r\n:0\r\n*0\r\n")
+        if self._greetings and data == self._greetings[0][0]:  # what a new connection asks
+            self.transport.write(self._greetings.pop(0)[1])
         else:
             self.received.append(data)
 
@@ -367,3 +368,37 @@ async def test_a_server_without_enough_replicas_refuses_calls_and_keeps_its_conn
         state.set_http(HttpSettings())
     assert connection.is_open
     connection.close()
+
+
+async def test_a_server_that_still_reads_its_file_is_not_connected_to() -> None:
+    with tempfile.TemporaryDirectory(prefix="qs-") as folder:
+        command, url = [*embedded.command(Path(folder)), "--appendonly", "yes"], embedded.redis_url(Path(folder))
+        server = subprocess.Popen(command)
+        try:
+            _wait_until_accepting(embedded.socket_path(Path(folder)), server)
+            with primary.client(url, 5) as client:
+                for number in range(5000):
+                    client.execute_command("SET", "key", number)
+            server.kill()
+            server.wait()
+
+            server = subprocess.Popen([*command, "--key-load-delay", "400"])
+            _wait_until_accepting(embedded.socket_path(Path(folder)), server)
+            with pytest.raises(BrokerUnavailable, match="still loading"):
+                await Connection.open(url)
+            connection = await _open_later(url)
+            assert await connection.call("GET", "key") == b"4999"
+            connection.close()
+        finally:
+            server.kill()
+            server.wait()
+
+
+async def _open_later(url: str) -> Connection:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return await Connection.open(url)
+        except BrokerUnavailable:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
