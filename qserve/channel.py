@@ -204,10 +204,11 @@ class Channel:
     def _is_open(self) -> bool:
         return self._broken is None and not self._is_finished
 
-    def _error(self) -> QServeError:
+    def _error(self) -> StreamBroken:
         # A new one each time: an error that is kept keeps all frames it has passed, the generator that sends included.
-        assert self._broken is not None
-        return type(self._broken)(str(self._broken)) if isinstance(self._broken, StreamBroken) else self._broken
+        # Whatever ended the call: here it is a stream that broke, and the call's outcome says why.
+        kind = type(self._broken) if isinstance(self._broken, StreamBroken) else StreamBroken
+        return kind(str(self._broken))
 
     # What arrives
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from qserve.channel import CREDIT, LARGEST_PART, WINDOW, Channel, Chunk
-from qserve.errors import StreamBroken
+from qserve.errors import Indeterminate, StreamBroken
 
 
 class Wire:
@@ -99,6 +99,14 @@ async def test_a_missing_part_breaks_both_sides() -> None:
         await wire.client.receive()
     with pytest.raises(StreamBroken, match="part 1"):
         await wire.server.send(b"more")
+
+
+async def test_to_its_reader_a_stream_is_broken_by_whatever_ended_its_call() -> None:
+    wire = Wire()
+    wire.client.close(Indeterminate("Redis lost the call"))
+
+    with pytest.raises(StreamBroken, match="Redis lost the call"):
+        await wire.client.receive_part()
 
 
 async def test_a_second_replica_cannot_continue_a_stream() -> None:

@@ -101,6 +101,22 @@ async def test_a_server_that_forgot_everything_is_told_what_is_deployed() -> Non
         assert it.world.redis.hget(it.world.keys.meta(NAME), "gen") == b"1"
 
 
+async def test_a_caller_that_speaks_again_after_a_server_forgot_it_is_answered_soon() -> None:
+    async with system(replicas=1) as it, calling(it.settings) as caller:
+        _, running = put(caller, "wait", "running")
+        await it.world.started("running")
+        alive = it.world.keys.alive(caller.client.id)
+        it.world.redis.delete(alive)
+
+        it.world.books.gate.open()
+        await asyncio.sleep(0.5)  # the answer has found nobody
+        it.world.redis.set(alive, "1", px=15_000)
+        watch = Stopwatch()
+
+        assert await value(caller, running) == "running"
+        assert watch.seconds < 3
+
+
 async def test_strict_replicas_do_not_run_unsafe_calls_of_before_a_restart() -> None:
     async with (
         system(replicas=1, strict=True, max_concurrent_queries=1) as it,

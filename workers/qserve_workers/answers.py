@@ -20,11 +20,15 @@ logger = logging.getLogger(__name__)
 
 _RESULT_TTL_MS = 60_000
 _RETRY_AFTER_S = 1.0
+_ASK_AGAIN_S = (0.2, 2.0)
+"""How soon to see whether a caller that seemed dead has spoken, first and later; a server that has lost everything
+knows nobody until they come back."""
 
 
 class _Batch(NamedTuple):
     caller: str
     replies: list[tuple[bytes, bytes]]
+    doubted_s: float = 0.0
 
 
 class Answers:
@@ -160,7 +164,7 @@ class Answers:
         if isinstance(answer, Exception):
             return  # the connection is lost; `resend` follows
         if answer == -1:
-            asyncio.get_running_loop().call_later(DOUBT_S, partial(self._retry, number, insist=True))
+            self._doubt(number)
             return
         reach("replied")
         batch = self._sent.pop(number, None)
@@ -173,6 +177,16 @@ class Answers:
         if late and is_first:  # of those sent again, the first ones may have arrived
             logger.warning("%d late results of %s were dropped: others had answered", late, self._queue.deployment)
             self.count("late_results", late)
+
+    def _doubt(self, number: int) -> None:
+        """Their caller seems dead: ask again, and after DOUBT_S drop them if it still does."""
+        batch = self._sent.get(number)
+        if batch is not None:
+            pause = min(max(batch.doubted_s, _ASK_AGAIN_S[0]), _ASK_AGAIN_S[1], DOUBT_S - batch.doubted_s)
+            doubted_s = batch.doubted_s + pause
+            self._sent[number] = batch._replace(doubted_s=doubted_s)
+            retry = partial(self._retry, number, insist=doubted_s >= DOUBT_S)
+            asyncio.get_running_loop().call_later(pause, retry)
 
     def _retry(self, number: int, *, insist: bool = False) -> None:
         if number in self._sent:
