@@ -4,7 +4,7 @@
 #   make test     all tests (ARGS="tests/test_codec.py -k numpy" for some)
 #   make check    ruff and mypy
 #   make bench    the table of benchmarks/results.md (BENCH_PEERS=dir adds the peers)
-#   make chaos    break everything under load, for 80 minutes (ARGS="--part 2/10", "--slice", "--runs K1,K5")
+#   make chaos    break everything under load, for 80 minutes (ARGS="--part 2/11", "--slice", "--runs K1,K5")
 #   make docs     run what README.md and docs/ show
 #   make clean    remove .venv and caches
 

@@ -1,7 +1,7 @@
 """`python -m tests.chaos`: break everything under load, and judge every call from ledgers kept on both sides.
 
     python -m tests.chaos                      the whole suite (make chaos), 80 minutes
-    python -m tests.chaos --part 2/10          a tenth of it; each part ends within 9 minutes
+    python -m tests.chaos --part 2/11          an eleventh; each ends within 9 minutes
     python -m tests.chaos --runs K1,K5         some runs
     python -m tests.chaos --slice              every run, each for seconds; ends within 5 minutes
 
