@@ -232,7 +232,7 @@ class TestDeath:
 
             with pytest.raises(ReplicaDied, match="it may have run"):
                 await value(caller, unsafe)
-            await until(lambda: len(world.books.starts()) == 4)
+            await until(lambda: len(world.books.starts()) == 5)  # together, not one after the other
             world.books.gate.open()
             assert await value(caller, safe) == "safe"
             response = await within(page)

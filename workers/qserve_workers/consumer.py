@@ -59,8 +59,8 @@ _UNTOLD = "the replica was stopped before the call ended; it may have run in par
 class Consumer:
     """One replica's share of its deployment's calls. Belongs to the replica's event loop.
 
-    A call taken before its replica died comes here a second time only if it is safe to run again, then runs alone, and
-    after `max_deliveries` goes to the dead letters.
+    A call taken before its replica died comes here a second time only if it is safe to run again. Then it runs apart from
+    new calls, with others of its kind, the last time alone, and after `max_deliveries` goes to the dead letters.
     """
 
     def __init__(self, settings: Settings, signer: Signer, codec: Codec, spec: DeploymentSpec, replica: str) -> None:
@@ -90,7 +90,7 @@ class Consumer:
         self._running: dict[bytes, RunningCall] = {}
         self._on_thread = 0
         self._suspects: deque[Entry] = deque()
-        self._suspect: Entry | None = None
+        self._on_trial: set[bytes] = set()
         self._arrivals = Arrivals(settings, signer, spec.name, self._link)
         self.absence = Absence(settings.dead_after_s, self._is_mine, self._begin_all)
         self._unwanted: dict[bytes, None] = {}
@@ -134,7 +134,7 @@ class Consumer:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                while self._suspect or any(streams or not call.streams for call in self._running.values()):
+                while self._on_trial or any(streams or not call.streams for call in self._running.values()):
                     self._idle.clear()
                     await self._idle.wait()
         except TimeoutError:
@@ -204,7 +204,7 @@ class Consumer:
             ours = [
                 entry
                 for entry in await self.queue.history(sender)
-                if entry.id not in known and entry != self._suspect and not self._answers.has(entry.id)
+                if entry.id not in known and entry.id not in self._on_trial and not self._answers.has(entry.id)
             ]
             if self.absence.noticed():
                 self.absence.hold(ours)
@@ -239,14 +239,13 @@ class Consumer:
 
     def _read_more(self) -> None:
         waiter = self._link.waiter
-        if self._reading or waiter is None or not self._accepting or self._suspect is not None:
+        if self._reading or waiter is None or not self._accepting or self._on_trial:
             return
         if self.absence.noticed():
             return
         if self._suspects:
             if not self._running:
-                self._suspect = self._suspects.popleft()
-                spawn(self._start_alone(self._suspect))
+                self._try_suspects()
             return
         room = self._room()
         if room > 0:
@@ -357,7 +356,7 @@ class Consumer:
         self._read_more()
 
     def _begin_again(self, entry: Entry, call: Call) -> None:
-        """Settle a call whose replica died, or keep it until it can run alone: it may have been what killed it."""
+        """Settle a call whose replica died, or keep it for a trial: it may have been what killed it."""
         if not (call.safe or self.spec.idempotent):
             text = f"a replica of {self.spec.name!r} died while it had the call; it may have run: it does not run again"
             self._answers.add(entry.id, call, ERROR, self._pack_error(ReplicaDied(text)))
@@ -371,8 +370,19 @@ class Consumer:
         else:
             self._suspects.append(entry)
 
-    async def _start_alone(self, entry: Entry) -> None:
-        """Run a call again, once it is noted that it was started: if it kills this replica too, only it is blamed."""
+    def _try_suspects(self) -> None:
+        # Apart from new calls, which would be harmed; together, since most of them are innocent and one after the other
+        # they would keep callers waiting for the sum of their times. Nobody has his last chance in such company.
+        last = self._settings.max_deliveries
+        most = self.spec.max_threads if self._runner.code.only_sync else self.spec.max_concurrent_queries
+        chosen = [entry for entry in self._suspects if entry.deliveries < last][:most] or [self._suspects[0]]
+        self._on_trial = {entry.id for entry in chosen}
+        self._suspects = deque(entry for entry in self._suspects if entry.id not in self._on_trial)
+        for entry in chosen:
+            spawn(self._try(entry))
+
+    async def _try(self, entry: Entry) -> None:
+        """Run a call again, once it is noted that it was started: only what was is blamed if this replica dies, too."""
         try:
             assert self._link.sender is not None
             reach("note-start")
@@ -387,7 +397,7 @@ class Consumer:
             call, _ = self._arrivals.open(entry)
             self._start(entry, call)
             return
-        self._suspect = None
+        self._on_trial.discard(entry.id)
         self._idle.set()
         self._read_more()
 
@@ -448,8 +458,7 @@ class Consumer:
         if self._running.pop(running.entry.id, None) is None:
             return False
         self._on_thread -= running.needs_thread
-        if running.entry is self._suspect:
-            self._suspect = None
+        self._on_trial.discard(running.entry.id)
         self._idle.set()
         return True
 
