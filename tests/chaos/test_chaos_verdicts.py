@@ -30,10 +30,11 @@ class Books:
         self.ledger.sent(order, kind, "http://gateway", SENT_AT, TIMEOUT_S)
         return order
 
-    def runs(self, order: Order, at: float = SENT_AT + 0.1, pid: int = 7) -> None:
-        """A replica starts and ends it."""
+    def runs(self, order: Order, at: float = SENT_AT + 0.1, pid: int = 7, ends: bool = True) -> None:
+        """A replica starts it, and ends it."""
         self._replica.write(run_line(order.id, START, at, 1, pid, "1"))
-        self._replica.write(run_line(order.id, END, at + 0.02, 1, pid, "1"))
+        if ends:
+            self._replica.write(run_line(order.id, END, at + 0.02, 1, pid, "1"))
 
     def answers(self, order: Order, outcome: str = OK, at: float = SENT_AT + 0.2, body: str | None = None) -> None:
         """Its client is answered, rightly unless told otherwise."""
@@ -52,11 +53,11 @@ def books(tmp_path: Path) -> Books:
     return Books(tmp_path)
 
 
-def kill(at: float) -> Injected:
+def kill(at: float, *pids: int) -> Injected:
     def nothing(_cluster: Cluster, _dice: Random, _event: Injected) -> None:
         """Tests only need the excuses."""
 
-    return Injected(Fault("SIGKILL", nothing, REPLICA_DIED), at, at)
+    return Injected(Fault("SIGKILL", nothing, REPLICA_DIED), at, at, list(pids))
 
 
 def test_a_call_with_its_own_answer_is_no_violation(books: Books) -> None:
@@ -132,6 +133,17 @@ def test_it_is_not_excused_by_a_fault_before_or_after_or_of_another_kind(
 ) -> None:
     books.answers(books.call(kind=kind), outcome)
     assert books.judge(kill(killed_at)).violations.keys() == {"wrong-code"}
+
+
+@pytest.mark.parametrize(("deaths", "verdicts"), [(3, set()), (2, {"wrong-code"})])
+def test_a_call_may_be_given_up_that_three_replicas_died_under(books: Books, deaths: int, verdicts: set[str]) -> None:
+    order = books.call(kind="handle-durable")
+    for pid in range(deaths):
+        books.runs(order, pid=pid, ends=False)
+    books.ledger.answered(order.id, SENT_AT + 9, "500", detail="PoisonCall: Task failed with 2 retries: every replica")
+
+    killed = [kill(SENT_AT + 1, pid) for pid in range(deaths)]
+    assert books.judge(*killed).violations.keys() == verdicts
 
 
 def test_a_call_started_after_its_deadline_is_seen(books: Books) -> None:

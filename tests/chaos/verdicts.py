@@ -13,6 +13,8 @@ twice did. dup-reply: two answers. swapped: not the right answer. wrong-code: an
 late-run: started after its deadline."""
 
 LOST_AFTER_S, STUCK_AFTER_S = 2.0, 1.0
+MOST_RUNS = 3
+"""Replicas that a call may take down, by QSERVE_MAX_DELIVERIES."""
 _MOST_SHOWN = 5
 
 
@@ -78,7 +80,11 @@ def _judge_answers(call: Call, injected: Sequence[Injected], judgement: Judgemen
             judgement.blame("swapped", tell(call))
         elif not call.runs:
             judgement.blame("swapped", f"{tell(call)}, which no replica has started")
-    elif not any(_excuses(event, call, answer) for event in injected) and not _is_own_fault(call, answer):
+    elif not (
+        any(_excuses(event, call, answer) for event in injected)
+        or _is_own_fault(call, answer)
+        or _has_killed_three(call, answer, injected)
+    ):
         judgement.blame("wrong-code", tell(call))
 
 
@@ -96,6 +102,13 @@ def _is_own_fault(call: Call, answer: Answer) -> bool:
     if call.fate == "raise":
         return answer.outcome == "500"
     return call.fate in {"abort", "exit"} and answer.outcome == _FATES[call.nature]
+
+
+def _has_killed_three(call: Call, answer: Answer, injected: Sequence[Injected]) -> bool:
+    """Given up, and rightly: three replicas that had started it were killed before it ended."""
+    killed = {pid for event in injected for pid in event.killed}
+    died = {run.pid for run in call.runs} & killed - {run.pid for run in call.ends}
+    return answer.outcome == "500" and "Task failed with 2 retries" in answer.detail and len(died) >= MOST_RUNS
 
 
 def _judge_runs(call: Call, judgement: Judgement) -> None:

@@ -128,7 +128,7 @@ RUNS: tuple[Run, ...] = (
         "calls that abort() or _exit() their replica among others",
         seconds=100,
         short_seconds=6,
-        load=Load(rate=150, fates=((0.005, "abort"), (0.002, "exit"))),
+        load=Load(rate=150, durations=((0.7, 0.02), (0.3, 0.3)), fates=((0.01, "abort"), (0.002, "exit"))),
         short_rate=60,
         throughout=Fault("calls that end their replica", kill_replica, Excuses.of(once="502", stream="502 broken")),
         checks=(culprits_are_buried,),
