@@ -5,6 +5,7 @@ import gzip
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +57,21 @@ async def compressed(request: Request) -> Response:
 @pytest.fixture(scope="session")
 def impatient() -> Iterator[TestInstance]:
     """The instance; "/" answers with what has arrived there, "/fail" fails, "/slow" takes a while."""
-    outside = os.environ["QSERVE_RUNTIME_DIR"]
-    os.environ |= PATIENCE
-    try:
-        with instance() as running:
-            inside = os.environ["QSERVE_RUNTIME_DIR"]
-            for name, function in (("tell", tell), ("fail", fail), ("slow", slow), ("zip", compressed)):
-                route = "/" if name == "tell" else f"/{name}"
-                serve.deployment(name=name, route_prefix=route)(function).deploy()
-            process.close_current_client()
-            os.environ["QSERVE_RUNTIME_DIR"] = outside
-            yield running
-            os.environ["QSERVE_RUNTIME_DIR"] = inside
-    finally:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        outside = os.environ["QSERVE_RUNTIME_DIR"]
+        for name, value in PATIENCE.items():
+            patch.setenv(name, value)
+        running = stack.enter_context(instance())
+        inside = os.environ["QSERVE_RUNTIME_DIR"]
+        for name, function in (("tell", tell), ("fail", fail), ("slow", slow), ("zip", compressed)):
+            route = "/" if name == "tell" else f"/{name}"
+            serve.deployment(name=name, route_prefix=route)(function).deploy()
+        process.close_current_client()
+        for name in PATIENCE:  # an instance that starts later in this session is not to have them
+            patch.delenv(name)
         os.environ["QSERVE_RUNTIME_DIR"] = outside
-        for name in PATIENCE:
-            del os.environ[name]
+        yield running
+        os.environ["QSERVE_RUNTIME_DIR"] = inside
 
 
 @pytest.fixture(scope="session")
