@@ -373,7 +373,7 @@ async def test_a_server_without_enough_replicas_refuses_calls_and_keeps_its_conn
 async def test_a_server_that_still_reads_its_file_is_not_connected_to() -> None:
     with tempfile.TemporaryDirectory(prefix="qs-") as folder:
         command, url = [*embedded.command(Path(folder)), "--appendonly", "yes"], embedded.redis_url(Path(folder))
-        server = subprocess.Popen(command)
+        server = _started(command)
         try:
             _wait_until_accepting(embedded.socket_path(Path(folder)), server)
             with primary.client(url, 5) as client:
@@ -382,7 +382,7 @@ async def test_a_server_that_still_reads_its_file_is_not_connected_to() -> None:
             server.kill()
             server.wait()
 
-            server = subprocess.Popen([*command, "--key-load-delay", "400"])
+            server = _started([*command, "--key-load-delay", "400"])
             _wait_until_accepting(embedded.socket_path(Path(folder)), server)
             with pytest.raises(BrokerUnavailable, match="still loading"):
                 await Connection.open(url)
@@ -392,6 +392,10 @@ async def test_a_server_that_still_reads_its_file_is_not_connected_to() -> None:
         finally:
             server.kill()
             server.wait()
+
+
+def _started(command: list[str]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(command)
 
 
 async def _open_later(url: str) -> Connection:
