@@ -1,7 +1,7 @@
 # One door for developers; CI uses the same targets. Needs Python 3.11 or newer and make, everything else goes into .venv.
 #
 #   make run      serve the examples on port 8000, with a Valkey of their own (PORT=..., APP=...)
-#   make test     all tests (ARGS="tests/test_codec.py -k numpy" for some)
+#   make test     all tests, two files at a time (ARGS="tests/test_codec.py -k numpy" for some)
 #   make check    ruff and mypy
 #   make bench    the table of benchmarks/results.md (BENCH_PEERS=dir adds the peers)
 #   make chaos    break everything under load, for 80 minutes (ARGS="--part 2/11", "--slice", "--runs K1,K5")
@@ -21,7 +21,7 @@ run: $(READY)
 	@exec $(VENV)/bin/qserve run $(APP) --port $(PORT)
 
 test: $(READY)
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest $(or $(ARGS),-n 2 --dist loadfile)
 
 check: $(READY)
 	@$(VENV)/bin/ruff check .; lint=$$?; $(VENV)/bin/mypy && exit $$lint
