@@ -124,8 +124,9 @@ class Driver:
 
     def wait_until_ready(self) -> None:
         """Wait until the instance on this machine, if that is ours, serves HTTP."""
-        if self._local is not None:
-            self._local.wait_until_ready()
+        own = self._own(self.current())
+        if own is not None:
+            own.wait_until_ready()
         elif not Settings().redis_url:
             local.wait_until_ready(Settings().namespace)
 
@@ -143,12 +144,18 @@ class Driver:
             embedded = record is not None and not Settings().redis_url and _is_embedded(record)
             if not embedded:
                 running.clear()
+            own = self._own(running)
             self._forget()
-            if self._local is not None:
-                self._local.stop()
+            if own is not None:
+                own.stop()
                 self._local = None
             elif record is not None:
                 local.stop_instance(record)
+
+    def _own(self, running: ConnectedInstance) -> local.LocalInstance | None:
+        """The instance in use if this process started it: the environment may name another one by now."""
+        started = self._local
+        return started if started is not None and started.settings.redis_url == running.settings.redis_url else None
 
     def _find_settings(self) -> Settings:
         return local.find_settings()

@@ -78,7 +78,7 @@ def start(settings: Settings) -> Iterator[Start]:
         with os.fdopen(reading) as pipe:
             line = pipe.readline()
         if ready_file is not None:
-            wait_until(ready_file.exists)
+            wait_until(lambda: ready_file.exists() and ready_file.read_text().endswith("\n"))
             line = ready_file.read_text()
         return Process(process, json.loads(line))
 
