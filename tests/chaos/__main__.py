@@ -8,7 +8,7 @@
 Exit code 1: something that is promised did not hold. How the suite is made:
 
     ledger     what clients and replicas write down, and the proof that an answer is the right one
-    app        the deployments that are called          load     the processes that call them (http: over HTTP)
+    app        the deployments that are called          load     the processes that call them (http_calls: over HTTP)
     cluster    server, nodes, gateways as processes      faults   what is done to them, and what that excuses
     verdicts   lost, stuck, dup-run, ... for every call  play     a run: a cluster, load, faults, quiet, verdicts
     checks     what else must hold, and figures          report   the table, benchmarks/chaos.md

@@ -18,7 +18,7 @@ import uvloop
 
 from qserve.errors import QServeError
 from qserve.handle import get_handle
-from tests.chaos.http import Broken, HttpClient, Response
+from tests.chaos.http_calls import Broken, HttpClient, Response
 from tests.chaos.ledger import BROKEN, INDETERMINATE, OK, RESET, ClientLedger, Order
 
 KINDS: tuple[str, ...] = ("http-safe", "http-once", "http-stream", "http-durable")
