@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -39,20 +40,26 @@ pytestmark = [
 ]
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 class Stack:
     """One run of the project's compose file under a project name and port of its own."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+    def __init__(self, folder: Path, overlays: list[str], **environment: str) -> None:
+        self.port = _free_port()
         self.folder = folder
+        self.overlays = overlays
         settings = {"QSERVE_PORT": str(self.port), **environment}
         (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
 
     def compose(self, *arguments: str, check: bool = True) -> str:
         assert COMMAND is not None
-        files = ["-f", str(ROOT / "docker-compose.yml")]
+        files = [part for name in ("docker-compose.yml", *self.overlays) for part in ("-f", str(ROOT / name))]
         if network := os.environ.get("QSERVE_TEST_BUILD_NETWORK"):
             override = {name: {"build": {"network": network}} for name in ("deploy", "gateway", "worker")}
             path = self.folder / "override.yml"
@@ -67,16 +74,17 @@ class Stack:
             pytest.fail(f"compose {' '.join(arguments)}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
         return done.stdout
 
-    def get(self, path: str, timeout_s: float = 10) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=timeout_s) as response:
+    def get(self, path: str, timeout_s: float = 10, headers: dict[str, str] | None = None) -> str:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers or {})
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
             return str(response.read().decode())
 
-    def wait_for(self, path: str, timeout_s: float = 120) -> str:
+    def wait_for(self, path: str, timeout_s: float = 120, headers: dict[str, str] | None = None) -> str:
         """The first answer with status 200."""
         end = time.monotonic() + timeout_s
         while True:
             try:
-                return self.get(path)
+                return self.get(path, headers=headers)
             except (OSError, urllib.error.HTTPError) as error:
                 if time.monotonic() > end:
                     logs = self.compose("logs", "--no-color", "--tail", "40", check=False)
@@ -94,7 +102,8 @@ class Stack:
 @pytest.fixture(scope="class")
 def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The stack of a test class, with the settings and `up` options that the class names."""
-    running = Stack(tmp_path_factory.mktemp("compose"), **request.cls.settings)
+    overlays = getattr(request.cls, "overlays", [])
+    running = Stack(tmp_path_factory.mktemp("compose"), overlays, **request.cls.settings)
     running.compose("down", "--volumes", "--remove-orphans")  # what a test that was killed left behind
     try:
         running.compose("up", "--build", "--detach", *request.cls.up)
@@ -176,7 +185,62 @@ class TestWithSecret:
             seen.add(json.loads(stack.get("/counter"))["host"])
         assert seen == workers
 
+    def test_no_call_fails_while_workers_come_and_go(self, stack: Stack) -> None:
+        """From four workers to one and back, with calls under way all the time."""
+        failures: list[BaseException] = []
+        counts: list[int] = []
+        over = threading.Event()
+
+        def keep_calling() -> None:
+            while not over.is_set():
+                try:
+                    counts.append(json.loads(stack.get("/counter", timeout_s=60))["count"])
+                except (OSError, ValueError, KeyError) as error:
+                    failures.append(error)
+
+        callers = [threading.Thread(target=keep_calling) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        try:
+            for scale in (1, 4):
+                stack.compose("up", "--detach", "--no-build", "--scale", f"worker={scale}")
+        finally:
+            over.set()
+            for caller in callers:
+                caller.join()
+        assert failures == []
+        assert len(counts) > 100
+        assert len(stack.containers("worker")) == 4
+
     def test_a_message_without_the_key_never_runs(self, stack: Stack) -> None:
         """A driver in the same network that lacks the secret is refused."""
         call = ["exec", "-T", "-e", "QSERVE_SECRET=", "worker", "qserve", "call", "Counter", "add", "1"]
         assert stack.compose(*call, check=False) == ""
+
+
+class TestSecured:
+    """With docker-compose.secure.yml: API keys, an access log, and an admin listener."""
+
+    overlays: ClassVar[list[str]] = ["docker-compose.secure.yml"]
+    settings: ClassVar[dict[str, str]] = {
+        "QSERVE_APP": "examples.hello",
+        "QSERVE_SECRET": secrets.token_hex(16),
+        "QSERVE_API_KEYS": "key-of-the-app",
+        "QSERVE_ADMIN_TOKEN": "token-of-the-operator",
+        "QSERVE_ADMIN_PUBLISHED_PORT": str(_free_port()),
+    }
+    up: ClassVar[list[str]] = []
+    ready: ClassVar[list[str]] = ["/-/healthz"]
+
+    def test_only_who_brings_a_key_is_served(self, stack: Stack) -> None:
+        stack.wait_for("/hello?name=Ada", headers={"X-API-Key": "key-of-the-app"})
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            stack.get("/hello?name=Ada")
+
+    def test_metrics_are_for_who_has_the_token(self, stack: Stack) -> None:
+        url = f"http://127.0.0.1:{self.settings['QSERVE_ADMIN_PUBLISHED_PORT']}/-/metrics"
+        request = urllib.request.Request(url, headers={"Authorization": "Bearer token-of-the-operator"})
+        with urllib.request.urlopen(request, timeout=10) as response:
+            assert "qserve_queue_depth" in response.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(url, timeout=10)
