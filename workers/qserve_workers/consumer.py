@@ -59,8 +59,8 @@ _UNTOLD = "the replica was stopped before the call ended; it may have run in par
 class Consumer:
     """One replica's share of its deployment's calls. Belongs to the replica's event loop.
 
-    A call taken before its replica died comes here a second time only if it is safe to run again. Then it runs apart from
-    new calls, with others of its kind, the last time alone, and after `max_deliveries` goes to the dead letters.
+    A call taken before its replica died comes here a second time only if it is safe to run again. Then it runs apart
+    from new calls, with others of its kind, the last time alone, and after `max_deliveries` goes to the dead letters.
     """
 
     def __init__(self, settings: Settings, signer: Signer, codec: Codec, spec: DeploymentSpec, replica: str) -> None:
