@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import psutil
 
@@ -212,6 +213,12 @@ class Cluster:
             with contextlib.suppress(psutil.Error):
                 if each.pid != os.getpid() and each.environ().get(_MARK) == self._mark:
                     yield each
+
+    def stored(self) -> set[str]:
+        """The keys in Redis, but for the inboxes of those who live: they come with the first message."""
+        found = {key.decode() for key in cast("list[bytes]", list(self.redis.scan_iter(count=1000)))}
+        owners = {key.removeprefix(self.keys.inbox("")) for key in found if key.startswith(self.keys.inbox(""))}
+        return found - {self.keys.inbox(owner) for owner in owners if self.keys.alive(owner) in found}
 
     def logs(self) -> str:
         """The end of what every process has said."""

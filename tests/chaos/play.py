@@ -199,7 +199,7 @@ class LoadRun:
         dice, result = plan.dice(self.name), Result(self.name, self.title, plan.seed)
         setup = replace(self.setup, replicas=1) if plan.is_slice else self.setup
         with plan.stage.cluster(setup, self.prepare) as cluster:
-            base = int(cluster.redis.dbsize())
+            base = len(cluster.stored())
             with self.watch(cluster, result):
                 injected = self._hurt(cluster, plan, dice)
             result.faults = len(injected)
