@@ -215,10 +215,11 @@ class Cluster:
                     yield each
 
     def stored(self) -> set[str]:
-        """The keys in Redis, but for the inboxes of those who live: they come with the first message."""
+        """The keys in Redis, but for what comes with the first message or mishap: inboxes of those who live, counters."""
         found = {key.decode() for key in cast("list[bytes]", list(self.redis.scan_iter(count=1000)))}
         owners = {key.removeprefix(self.keys.inbox("")) for key in found if key.startswith(self.keys.inbox(""))}
-        return found - {self.keys.inbox(owner) for owner in owners if self.keys.alive(owner) in found}
+        inboxes = {self.keys.inbox(owner) for owner in owners if self.keys.alive(owner) in found}
+        return found - inboxes - {self.keys.counters}
 
     def logs(self) -> str:
         """The end of what every process has said."""
