@@ -215,7 +215,7 @@ class Cluster:
                     yield each
 
     def stored(self) -> set[str]:
-        """The keys in Redis, but for what comes with the first message or mishap: inboxes of those who live, counters."""
+        """The keys in Redis, but for what comes with a first message or mishap: inboxes of those who live, counters."""
         found = {key.decode() for key in cast("list[bytes]", list(self.redis.scan_iter(count=1000)))}
         owners = {key.removeprefix(self.keys.inbox("")) for key in found if key.startswith(self.keys.inbox(""))}
         inboxes = {self.keys.inbox(owner) for owner in owners if self.keys.alive(owner) in found}
