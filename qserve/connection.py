@@ -49,6 +49,7 @@ class Connection(asyncio.Protocol):
         self._out: list[bytes] = []
         self.heard = 0
         """How often data has come, for whoever watches that it does."""
+        self._server: Broker
         self._transport: asyncio.Transport | None = None
         self._on_lost = on_lost
 
@@ -76,9 +77,14 @@ class Connection(asyncio.Protocol):
                 problems.append(str(exc))
         raise BrokerUnavailable(unreachable(broker, problems))
 
+    async def another(self, on_lost: Callable[[], None] | None = None) -> "Connection":
+        """A second connection to the very server that this one leads to; raises like `open`."""
+        return await self._open_at(self._server, on_lost, _PRIMARY_TIMEOUT_S)
+
     @classmethod
     async def _open_at(cls, server: Broker, on_lost: Callable[[], None] | None, timeout_s: float) -> "Connection":
         self = cls(on_lost)
+        self._server = server
         try:
             async with asyncio.timeout(timeout_s):
                 await self._connect(server)

@@ -96,7 +96,9 @@ class Link:
     async def _connect(self) -> None:
         sender = await Connection.open(self._url, self.lose)
         try:
-            waiter = await Connection.open(self._url, self.lose)
+            # Not asked for again: after a failover sentinels disagree for a while, and what is read from one server
+            # cannot be answered on another.
+            waiter = await sender.another(self.lose)
         except BaseException:
             sender.close()
             raise

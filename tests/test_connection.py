@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import hashlib
+import itertools
+import re
 import socket
 import subprocess
 import tempfile
@@ -15,6 +17,7 @@ import redis
 from redis.exceptions import RedisError
 
 from qserve import embedded, primary
+from qserve.broker import Broker
 from qserve.connection import Answer, Connection, Script
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.keys import Keys
@@ -313,6 +316,44 @@ async def test_a_link_comes_back_by_itself_and_tells_when(redis_server: str, red
 
 
 @pytest.fixture
+def two_primaries() -> Iterator[list[int]]:
+    """Ports of two servers, each of which takes writes."""
+    ports = [free_port(), free_port()]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(embedded.find_server()), "--save", "", "--dir", folder, "--logfile", f"{folder}/log", "--port"]
+        servers = [subprocess.Popen([*command, str(port)]) for port in ports]
+        try:
+            for port in ports:
+                wait_until_accepting(port)
+            yield ports
+        finally:
+            for server in servers:
+                server.kill()
+                server.wait()
+
+
+async def test_both_connections_of_a_link_lead_to_one_server_while_sentinels_disagree(
+    two_primaries: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = itertools.cycle(two_primaries)
+
+    async def as_the_next_sentinel_has_it(_broker: Broker, _problems: list[str]) -> AsyncIterator[tuple[str, int]]:
+        yield "127.0.0.1", next(told)
+
+    async def come_up() -> None:
+        """Nothing to do."""
+
+    monkeypatch.setattr("qserve.connection.primaries_async", as_the_next_sentinel_has_it)
+    link = Link("redis+sentinel://127.0.0.1:1/main", come_up)
+    await link.start()
+    assert link.sender is not None
+    assert link.waiter is not None
+    run_ids = {re.search(rb"run_id:(\w+)", await each.call("INFO", "server")) for each in (link.sender, link.waiter)}
+    await link.stop()
+    assert len({found[1] for found in run_ids if found}) == 1
+
+
+@pytest.fixture
 def lonely_server() -> Iterator[str]:
     """A server of its own, which a test may make a replica."""
     with tempfile.TemporaryDirectory(prefix="qs-") as folder:
@@ -372,13 +413,17 @@ async def test_a_server_without_enough_replicas_refuses_calls_and_keeps_its_conn
 
 async def test_a_server_that_still_reads_its_file_is_not_connected_to() -> None:
     with tempfile.TemporaryDirectory(prefix="qs-") as folder:
-        command, url = [*embedded.command(Path(folder)), "--appendonly", "yes"], embedded.redis_url(Path(folder))
+        # "everysec" keeps back what it has acknowledged while the disk is busy: a kill costs it.
+        command = [*embedded.command(Path(folder)), "--appendonly", "yes", "--appendfsync", "always"]
+        url = embedded.redis_url(Path(folder))
         server = _started(command)
         try:
             _wait_until_accepting(embedded.socket_path(Path(folder)), server)
-            with primary.client(url, 5) as client:
+            with primary.client(url, 20) as client:
+                several = client.pipeline(transaction=False)
                 for number in range(5000):
-                    client.execute_command("SET", "key", number)
+                    several.set("key", number)
+                several.execute()
             server.kill()
             server.wait()
 
