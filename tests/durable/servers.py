@@ -14,7 +14,8 @@ class Server:
     def __init__(self, folder: Path, *, keeps_data: bool = True) -> None:
         self.folder = folder
         self.url = embedded.redis_url(folder)
-        self._options = ["--appendonly", "yes"] if keeps_data else []
+        # "everysec" holds back writes while the disk is busy, for two seconds at most: a kill would cost them.
+        self._options = ["--appendonly", "yes", "--appendfsync", "always"] if keeps_data else []
         self.start()
 
     def start(self) -> None:

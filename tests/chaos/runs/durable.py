@@ -6,6 +6,7 @@ from starlette.responses import Response
 
 from qserve import serve
 from tests.chaos.checks import recovery
+from tests.chaos.cluster import Setup
 from tests.chaos.faults import Excuses, Fault, kill_replica
 from tests.chaos.ledger import digest
 from tests.chaos.load import DURABLE, Load
@@ -55,6 +56,7 @@ RUNS: tuple[Run, ...] = (
         short_every_s=1.5,
         load=Load(rate=110, kinds=DURABLE),
         short_rate=60,
+        setup=Setup(server=("--appendfsync", "always")),  # "everysec" holds writes back while a disk is busy
         checks=(recovery(answered_s=25, serving_s=15), everyone_gets_the_same, ran_again_for_a_reason),
     ),
 )
