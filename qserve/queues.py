@@ -26,8 +26,9 @@ from qserve.messages import CHUNK, CONTROL, DURABLE, ERROR, SAFE, Call, Control,
 INBOX_TTL_MS = 35_000
 """How long an inbox nobody reads is kept."""
 ALIVE_TTL_MS = 25_000
-"""How long a process counts as alive after it last said so; it says so every fifth of this, so that a server which
-stands still for 20 s forgets nobody. Within a minute nothing is left of a process that was killed."""
+"""How long a process counts as alive after it last said so: long, so that a server which stands still for 20 s forgets
+nobody; within a minute nothing is left of a process that was killed. It says so every second, because a server whose
+clock jumps forth forgets everybody at once, again and again if the clock does."""
 DEAD, LEFT = "dead", "left"
 """Values in place of a heartbeat counter: died, and left after handing back what it had not started."""
 DEAD_LETTERS_KEPT = 10_000

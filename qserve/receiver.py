@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 
 import hiredis
@@ -12,7 +11,7 @@ from qserve.errors import FrameRejected
 from qserve.keys import Keys
 from qserve.link import BLOCK_MS, CHECK_EVERY_S, Link
 from qserve.messages import UNREADABLE, Reply, Signer, decode_reply
-from qserve.queues import ALIVE_TTL_MS, Inbox
+from qserve.queues import Inbox
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +55,12 @@ class Receiver:
 
     async def keep_alive(self, on_tick: Callable[[], None]) -> None:
         """Say that the inbox is read, trim it, and notice a link that has fallen silent; `on_tick` every second."""
-        next_word = 0.0
         while True:
             await asyncio.sleep(CHECK_EVERY_S)
             self._link.check()
             if self._link.sender is None:
                 continue
-            now = time.monotonic()
-            if now >= next_word:
-                self._inbox.say_alive(self._link.sender)
-                next_word = now + ALIVE_TTL_MS / 5000
+            self._inbox.say_alive(self._link.sender)
             self._inbox.trim(self._link.sender)
             on_tick()
 

@@ -26,7 +26,7 @@ _RETRY_S = 0.2
 class Follower:
     """Applies each change of the state and reports it at once: `deploy` waits until all live gateways have.
 
-    Its id is the client's, whose inbox already says every 5 s that this process lives.
+    Its id is the client's, whose inbox already says every second that this process lives.
 
     Args:
         client: Started by the caller, stopped by the caller after this.

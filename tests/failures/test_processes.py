@@ -128,6 +128,17 @@ async def test_calls_from_before_and_after_a_jump_of_redis_clock_run(jump_ms: in
         assert await ask(caller, "later") == "later"
 
 
+async def test_a_server_whose_clock_jumps_forth_again_and_again_forgets_nobody_for_long() -> None:
+    """All that lives expires at such a jump; answers to callers who seem dead are kept for 6 s only."""
+    async with system(replicas=1) as it, calling(it.settings) as caller:
+        it.world.books.gate.open()
+        key = it.world.keys.alive(caller.client.id)
+        for _ in range(4):
+            it.world.redis.delete(key)
+            await until(lambda: it.world.redis.exists(key), 2.5)
+        assert await ask(caller, "after") == "after"
+
+
 class ClockOnly:
     """A connection to a server that knows the time."""
 

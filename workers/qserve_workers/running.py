@@ -43,7 +43,7 @@ from qserve.settings import Settings
 
 _WATCH_EVERY_S = 2.0
 _SILENT_CALLER_MS = 12_000
-"""Who was silent for so long gets no more of a stream; it says that it lives every 5 s."""
+"""Who was silent for so long gets no more of a stream; it says that it lives every second."""
 
 OpenChannel = Callable[[], Channel]
 
