@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 
 from qserve.settings import Settings
 from qserve_workers.replica import Birth, ReplicaProcess
@@ -18,11 +17,16 @@ def main() -> None:
     standby = "standby" in sys.argv
     birth = Birth(deployment=sys.argv[1], worker="w", node="n", standby=standby, failures=0, reports_fd=1)
     process = ReplicaProcess(birth, Settings())
-    leaving = threading.Event()
-    signal.signal(signal.SIGTERM, lambda _signal, _frame: leaving.set())
-    signal.signal(signal.SIGUSR2, lambda _signal, _frame: process.serve())
+    # Read from a pipe, as the pool's children do: a handler runs when the main thread next runs Python code, and a
+    # signal that another thread takes does not wake it from a lock.
+    signals, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for signum in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(signum, lambda _signal, _frame: None)
+    signal.set_wakeup_fd(writer)
     process.start()
-    leaving.wait()
+    while os.read(signals, 1)[0] != signal.SIGTERM:
+        process.serve()
     process.drain()
     process.wait_drained(None)
     os._exit(0)
