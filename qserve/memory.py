@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from redis.exceptions import ResponseError
 
 from qserve.errors import ConfigurationError
+from qserve.follow import Snapshot, ask, read_snapshot
 from qserve.keys import GROUP, Keys
 from qserve.messages import Signer, encode
 from qserve.spec import Deployed, SignedSpec
-from qserve.state import Snapshot, ask, read_snapshot
 
 if TYPE_CHECKING:
     import redis.asyncio

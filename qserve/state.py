@@ -1,38 +1,24 @@
 """Desired and observed state in Redis: what should run, what does run, and who serves HTTP.
 
 `State` is what a driver works with: synchronous, usable from any thread. Processes that follow the state (gateway,
-node, replica) use `follow` and `read_snapshot` on their event loop. Specs and HTTP settings are signed like calls are,
+node, replica) use `qserve.follow` on their event loop. Specs and HTTP settings are signed like calls are,
 since they may carry pickles.
 """
 
-import asyncio
-import contextlib
 import os
-import random
 import secrets
 import socket
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import redis
 import redis.asyncio
-from redis.exceptions import (
-    AuthenticationError,
-    NoPermissionError,
-    NoScriptError,
-    OutOfMemoryError,
-    RedisError,
-    ResponseError,
-)
 
 from qserve import primary
-from qserve.broker import tls_problem
-from qserve.errors import BrokerUnavailable, ConfigurationError, FrameRejected
+from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.failpoints import reach
 from qserve.keys import GROUP, Keys, is_name
 from qserve.messages import UNREADABLE, Signer, decoder_of, encode
@@ -52,44 +38,15 @@ from qserve.spec import (
 logger = getLogger(__name__)
 
 _COMMAND_TIMEOUT_S = 5.0
-_PASSING = ("NOREPLICAS", "MISCONF", "UNBLOCKED", "BUSY ")
-"""How errors begin that have nothing to do with the command."""
-_FOLLOW_BLOCK_MS = 5_000
-_RECONNECT_S = (0.05, 1.0)
 _LUA = Path(__file__).parent / "lua"
 _DEPLOY, _DELETE, _SETTLE = ((_LUA / f"{name}.lua").read_text() for name in ("deploy", "delete", "settle"))
 _SIGN = (_LUA / "sign.lua").read_text()
 
 Info = TypeVar("Info", NodeInfo, GatewayInfo, WorkerInfo, ReplicaInfo)
-ChangeKind = Literal["deploy", "delete", "http", "schedule", "resync"]
 
 
 class GenerationChanged(Exception):
     """Another deploy or delete came first; read again and decide again."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """One entry of the state log; `resync` stands for whatever was missed while Redis was away."""
-
-    kind: ChangeKind
-    log_id: str
-    name: str = ""
-    generation: int = 0
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The whole desired state, at least as new as `log_id`.
-
-    Attributes:
-        instance: Which history of the state it belongs to, "" where there is none yet.
-    """
-
-    deployments: Mapping[str, Deployed] = field(default_factory=dict)
-    http: HttpSettings = field(default_factory=HttpSettings)
-    log_id: str = "0-0"
-    instance: str = ""
 
 
 class State:
@@ -184,15 +141,15 @@ class State:
         Raises:
             FrameRejected: Its spec was not signed with a key of ours.
         """
-        return decode_deployed(self.signer, name, self._do("HMGET", self.keys.meta(name), *_META_FIELDS))
+        return decode_deployed(self.signer, name, self._do("HMGET", self.keys.meta(name), *META_FIELDS))
 
     def find(self, name: str) -> Deployed | None:
         """Like `get`; None with an error in the log for a spec that no key of ours signed."""
-        return _checked(lambda: self.get(name), f"the spec of deployment {name!r}")
+        return checked(lambda: self.get(name), f"the spec of deployment {name!r}")
 
     def list(self) -> dict[str, Deployed]:
         """Every deployment by name; a spec that no key of ours signed is left out, with an error in the log."""
-        found = ((name, self.find(name)) for name in _names(self._do("SMEMBERS", self.keys.deployments)))
+        found = ((name, self.find(name)) for name in names_of(self._do("SMEMBERS", self.keys.deployments)))
         return {name: deployed for name, deployed in found if deployed is not None}
 
     def check_key(self) -> None:
@@ -202,7 +159,7 @@ class State:
             FrameRejected: Not one of the specs was signed with a key of ours: so this process has another one.
         """
         rejected = None
-        for name in _names(self._do("SMEMBERS", self.keys.deployments)):
+        for name in names_of(self._do("SMEMBERS", self.keys.deployments)):
             try:
                 self.get(name)
             except FrameRejected as exc:
@@ -292,104 +249,18 @@ class State:
         return self._do("EVAL", source, len(keys), *keys, *arguments)
 
     def _do(self, *command: Any) -> Any:
-        with _our_errors(self.redis):
+        with primary.our_errors(self.redis):
             return self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
 
-# Following the state, on an event loop
-
-
-async def read_snapshot(client: "redis.asyncio.Redis", keys: Keys, signer: Signer) -> Snapshot:
-    """The desired state now. A spec that no key of ours signed is left out, with an error in the log."""
-    with _our_errors(client):
-        log_id = await last_log_id(client, keys)  # first: what follows is at least as new
-        names = _names(await _ask(client, "SMEMBERS", keys.deployments))
-        pipeline = client.pipeline(transaction=False)
-        for name in names:
-            pipeline.hmget(keys.meta(name), _META_FIELDS)
-        metas = await pipeline.execute() if names else []
-        http_frame, instance = await _ask(client, "MGET", keys.http_options, keys.instance)
-    deployments = {}
-    for name, meta in zip(names, metas, strict=True):
-        deployed = _checked(partial(decode_deployed, signer, name, meta), f"the spec of deployment {name!r}")
-        if deployed is not None:
-            deployments[name] = deployed
-    http = _checked(lambda: decode_http(signer, http_frame), "the HTTP settings") or HttpSettings()
-    return Snapshot(deployments, http, log_id, (instance or b"").decode())
-
-
-async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerator[Change, None]:
-    """Changes after log entry `from_id`, for ever.
-
-    Reconnects by itself; after that comes a Change of kind "resync", upon which a snapshot must be read again.
-    """
-    position, connected_before, delay = from_id, False, _RECONNECT_S[0]
-    while True:
-        client = connect_asyncio(redis_url)
-        try:
-            if connected_before or position == "$":
-                position = await last_log_id(client, keys)
-            if connected_before:
-                yield Change("resync", position)
-            connected_before = True
-            while True:
-                for entry_id, fields in await _read_log(client, keys, position):
-                    delay, position = _RECONNECT_S[0], entry_id
-                    yield _decode_change(entry_id, fields)
-        except (RedisError, OSError) as exc:
-            logger.debug("Lost the state log (%s), trying again in %.2f s.", exc, delay)
-        finally:
-            with contextlib.suppress(RedisError, OSError):
-                await client.aclose()
-        await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 jitter
-        delay = min(2 * delay, _RECONNECT_S[1])
-
-
-def connect_asyncio(redis_url: str) -> "redis.asyncio.Redis":
-    """A redis-py client for an event loop that never repeats a command by itself."""
-    return primary.asyncio_client(redis_url, _FOLLOW_BLOCK_MS / 1000 + 2)
-
-
-async def _read_log(client: "redis.asyncio.Redis", keys: Keys, position: str) -> list[tuple[str, dict[bytes, bytes]]]:
-    answer = await _ask(client, "XREAD", "COUNT", 100, "BLOCK", _FOLLOW_BLOCK_MS, "STREAMS", keys.log, position)
-    return [(entry_id.decode(), fields) for entry_id, fields in answer[0][1]] if answer else []
-
-
-async def last_log_id(client: "redis.asyncio.Redis", keys: Keys) -> str:
-    """The newest entry of the state log: what is read after this is at least as new."""
-    newest = await _ask(client, "XREVRANGE", keys.log, "+", "-", "COUNT", 1)
-    return newest[0][0].decode() if newest else "0-0"
-
-
-async def ask(client: "redis.asyncio.Redis", *command: Any) -> Any:
-    """The answer to a command.
-
-    Raises:
-        BrokerUnavailable, ConfigurationError: There is none.
-    """
-    with _our_errors(client):
-        return await _ask(client, *command)
-
-
-async def _ask(client: "redis.asyncio.Redis", *command: Any) -> Any:
-    return await client.execute_command(*command)  # type: ignore[no-untyped-call]
-
-
-def _decode_change(entry_id: str, fields: dict[bytes, bytes]) -> Change:
-    kind: Any = fields.get(b"kind", b"").decode(errors="replace")
-    generation = fields.get(b"gen", b"")
-    name = fields.get(b"name", b"").decode(errors="replace")
-    return Change(kind, entry_id, name, int(generation) if generation.isdigit() else 0)
-
-
-def _names(members: Iterable[bytes]) -> list[str]:
+def names_of(members: Iterable[bytes]) -> list[str]:
     """The names among the members of a set that others can write to, in order."""
     return sorted(name for name in (member.decode(errors="replace") for member in members) if is_name(name))
 
 
 # From bytes to data
 
-_META_FIELDS = ("gen", "spec", "state", "error", "log_id")
+META_FIELDS = ("gen", "spec", "state", "error", "log_id")
 _decode_spec = decoder_of(SignedSpec)
 _decode_http = decoder_of(HttpSettings)
 
@@ -432,7 +303,7 @@ def decode_infos(fields: Mapping[bytes, bytes], kind: type[Info]) -> Iterator[tu
 Decoded = TypeVar("Decoded")
 
 
-def _checked(read: Callable[[], Decoded], what: str) -> Decoded | None:
+def checked(read: Callable[[], Decoded], what: str) -> Decoded | None:
     try:
         return read()
     except FrameRejected as exc:
@@ -451,23 +322,3 @@ def _gone_from_here(host: str, pid: int) -> bool:
     except PermissionError:
         pass
     return False
-
-
-@contextlib.contextmanager
-def _our_errors(client: "redis.Redis | redis.asyncio.Redis") -> Iterator[None]:
-    try:
-        yield
-    except NoScriptError:
-        raise
-    except (AuthenticationError, NoPermissionError) as exc:
-        raise ConfigurationError(f"Redis refuses us: {exc}") from exc
-    except OutOfMemoryError as exc:
-        raise BrokerUnavailable(f"Redis has no memory left and refused the change: {exc}") from exc
-    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as exc:
-        if problem := tls_problem(exc, primary.broker_of(client).place):
-            raise ConfigurationError(". ".join(problem)) from exc
-        raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
-    except ResponseError as exc:
-        if str(exc).startswith(_PASSING):
-            raise BrokerUnavailable(f"Redis does not take this now: {exc}") from exc
-        raise

@@ -2,12 +2,13 @@
 
 import redis
 
+from qserve.follow import connect_asyncio, read_snapshot
 from qserve.keys import Keys
 from qserve.memory import Memory, restore
 from qserve.messages import Signer
 from qserve.settings import Settings
 from qserve.spec import Deployed, DeploymentSpec, HttpSettings, Target
-from qserve.state import State, connect_asyncio, read_snapshot
+from qserve.state import State
 
 
 def deploy(state: State, name: str, route: str | None = None) -> Deployed:

@@ -14,11 +14,12 @@ import redis
 
 from qserve import embedded
 from qserve.errors import BrokerUnavailable, FrameRejected
+from qserve.follow import Change, connect_asyncio, follow, read_snapshot
 from qserve.keys import Keys
 from qserve.messages import Signer, encode
 from qserve.settings import Settings
 from qserve.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, DeploymentSpec, GatewayInfo, HttpSettings, NodeInfo, Target
-from qserve.state import Change, GenerationChanged, State, connect_asyncio, follow, read_snapshot
+from qserve.state import GenerationChanged, State
 
 
 def spec(name: str = "Echo", *, route: str | None = None, max_queued: int = 10) -> DeploymentSpec:

@@ -14,9 +14,9 @@ from starlette.types import Receive, Send
 from qserve.background import end, spawn
 from qserve.durable import ENDS, CallEvent, CallRecord, Part
 from qserve.errors import BrokerUnavailable, FrameRejected, QServeError
+from qserve.follow import connect_asyncio
 from qserve.keys import Keys
 from qserve.messages import HttpResponse
-from qserve.state import connect_asyncio
 from qserve.submitting import PARTS_READ, DurableCalls
 from qserve_gateway.respond import start_message
 from qserve_gateway.values import plain_value

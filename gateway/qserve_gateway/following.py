@@ -12,10 +12,10 @@ from qserve.background import spawn
 from qserve.client import Client
 from qserve.connection import Answer
 from qserve.errors import BrokerUnavailable, ConfigurationError
+from qserve.follow import Change, Snapshot, connect_asyncio, follow, read_snapshot
 from qserve.memory import Memory
 from qserve.messages import encode
 from qserve.spec import GatewayInfo
-from qserve.state import Change, Snapshot, connect_asyncio, follow, read_snapshot
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,10 @@ from qserve.client import Client
 from qserve.codec import Codec
 from qserve.doctor import require_usable_at
 from qserve.errors import BrokerUnavailable, ConfigurationError
+from qserve.follow import Snapshot
 from qserve.settings import Settings
 from qserve.spec import GatewayInfo, HttpSettings
-from qserve.state import Snapshot, State
+from qserve.state import State
 from qserve_gateway.admin import Admin, admin_token
 from qserve_gateway.apikeys import load_api_keys
 from qserve_gateway.app import Gateway

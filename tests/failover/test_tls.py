@@ -17,10 +17,11 @@ from kombu.exceptions import OperationalError
 
 from qserve.connection import Connection
 from qserve.errors import BrokerUnavailable, ConfigurationError
+from qserve.follow import connect_asyncio, read_snapshot
 from qserve.keys import Keys
 from qserve.messages import Signer
 from qserve.settings import Settings
-from qserve.state import State, connect_asyncio, read_snapshot
+from qserve.state import State
 from qserve_workers.app import App
 from tests.conftest import SECRET
 from tests.failover.conftest import APP, assert_control_works

@@ -26,12 +26,13 @@ from qserve import embedded, rollout
 from qserve.background import end
 from qserve.doctor import require_usable_at
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
+from qserve.follow import Snapshot, connect_asyncio, follow, read_snapshot
 from qserve.local import InstanceRecord, is_running
 from qserve.memory import Memory
 from qserve.messages import Signer, encode
 from qserve.settings import Settings
 from qserve.spec import EVERY_NODE, HEALTHY, DeploymentSpec, NodeInfo, ReplicaInfo
-from qserve.state import Snapshot, State, connect_asyncio, decode_infos, follow, read_snapshot
+from qserve.state import State, decode_infos
 from qserve_workers.supervise import KeptProcess
 
 logger = logging.getLogger("qserve.node")

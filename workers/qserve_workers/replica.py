@@ -23,6 +23,7 @@ from qserve.background import end, spawn
 from qserve.client import Client
 from qserve.errors import BrokerUnavailable, FrameRejected, QServeError
 from qserve.failpoints import reach
+from qserve.follow import connect_asyncio, follow, last_log_id
 from qserve.handle import codec_of
 from qserve.loading import load_target
 from qserve.memory import restore
@@ -31,7 +32,7 @@ from qserve.process import new_event_loop, set_current_client
 from qserve.queues import call_neighbours, leave, measure
 from qserve.settings import Settings
 from qserve.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed, ReplicaInfo
-from qserve.state import connect_asyncio, decode_deployed, decode_infos, follow, last_log_id
+from qserve.state import decode_deployed, decode_infos
 from qserve_workers.consumer import Consumer
 from qserve_workers.durable import Mover
 from qserve_workers.heartbeat import Heartbeat
