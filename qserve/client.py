@@ -8,12 +8,13 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import msgspec
 from redis.exceptions import RedisError
 
+from qserve.admission import Admission
 from qserve.background import end, spawn
 from qserve.channel import ABORT, CREDIT, HELLO, Channel, Chunk, decode_chunk
 from qserve.clock import SAMPLE_EVERY_S, RedisClock
@@ -22,7 +23,6 @@ from qserve.durable import ANYONE
 from qserve.errors import (
     BrokerUnavailable,
     CallCancelled,
-    DeploymentNotFound,
     DeploymentUnavailable,
     FrameRejected,
     GetTimeoutError,
@@ -49,7 +49,7 @@ from qserve.messages import (
 )
 from qserve.pace import Refusals
 from qserve.pending import Outcome, PendingCall
-from qserve.queues import CALLS_PER_ADMIT, CallQueue, send_chunk, send_control
+from qserve.queues import send_chunk, send_control
 from qserve.receiver import Receiver
 from qserve.reconcile import Reconciler
 from qserve.settings import Settings
@@ -58,8 +58,6 @@ from qserve.submitting import DurableCalls
 logger = logging.getLogger(__name__)
 
 _STOPPED = "the client was stopped before the call ended"
-_PAYLOAD_GRACE_MS = 60_000
-_STATE_PATIENCE_S, _STATE_POLL_S = 3.0, 0.1
 
 
 class Client:
@@ -85,11 +83,10 @@ class Client:
         self._receiver = Receiver(self._keys, self.id, self.signer, self._accept)
         self.tally: Counter[str] = Counter()
         self._clock = RedisClock()
+        self._admission = Admission(self._keys, self._clock, self._refusals, self)
         self._sample_at = 0.0
         self._numbers = itertools.count()
         self._pending: dict[str, PendingCall] = {}
-        self._batches: dict[str, list[PendingCall]] = {}
-        self._queues: dict[str, CallQueue] = {}
         self._submitted: deque[Callable[[], None]] = deque()
         self._wake_scheduled = False
         self._stopped = False
@@ -115,6 +112,7 @@ class Client:
         """Close the inbox; calls still pending end as cancelled."""
         await end(self._keeper)
         self._stopped = True
+        self._admission.stop()
         self._drain_submitted()
         self.durable.stop()
         for pending in list(self._pending.values()):
@@ -133,12 +131,14 @@ class Client:
         self._reconciler.budget.note(self.tally["accepted"], now)
         if now >= self._sample_at and self._link.sender is not None:
             self._sample_at = now + SAMPLE_EVERY_S
-            spawn(self._sample_clock(self._link.sender))
+            spawn(self.sample_clock())
 
-    async def _sample_clock(self, sender: Connection) -> None:
+    async def sample_clock(self) -> None:
+        """See whether Redis' clock has jumped."""
+        sender = self._link.sender
         with contextlib.suppress(BrokerUnavailable, RedisError):
-            if await self._clock.sample(sender):  # then what was unread in the inbox may have expired
-                spawn(self._reconciler.run())
+            if sender is not None and await self._clock.sample(sender):
+                spawn(self._reconciler.run())  # what was unread in the inbox may have expired
 
     @property
     def writer(self) -> Connection | None:
@@ -204,18 +204,7 @@ class Client:
             self._finish(pending, CallCancelled(_STOPPED))
             return
         pending.timer = self._loop.call_later(pending.deadline - time.monotonic(), self._expire, pending)
-        self._collect(pending)
-
-    def _collect(self, pending: PendingCall) -> None:
-        batch = self._batches.get(pending.deployment)
-        if batch is not None:
-            batch.append(pending)
-            return
-        if not self._batches:
-            self._loop.call_soon(self._flush)
-        self._batches[pending.deployment] = [pending]
-        if self._link.sender is not None and self._link.sender.is_idle:
-            self._flush()  # nobody to wait for: the tick's other calls follow in their own batch
+        self._admission.put(pending)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -250,7 +239,7 @@ class Client:
         if pending.channel is not None and pending.id in self._pending:
             pending.channel.abort("the caller left")
         if self._finish(pending, CallCancelled("the call was cancelled")):
-            self._withdraw_entry(pending)
+            self.withdraw_entry(pending)
 
     def _from_thread(self, action: Callable[[], None]) -> None:
         # One wake-up serves all actions until the loop gets to them: a wake-up is a system call.
@@ -272,93 +261,14 @@ class Client:
                 return
             action()
 
-    def _flush(self) -> None:
-        if not self._batches or self._link.sender is None:
-            return  # while the broker is lost, `_refuse_waiting` ends the wait
-        reach("admit")
-        writer = self._link.sender
-        batches, self._batches = self._batches, {}
-        for deployment, batch in batches.items():
-            queue = self._queues.get(deployment)
-            if queue is None:
-                queue = self._queues[deployment] = CallQueue(self._keys, deployment)
-            for start in range(0, len(batch), CALLS_PER_ADMIT):
-                # Not those that have ended meanwhile, cancelled or over their deadline.
-                calls = [call for call in batch[start : start + CALLS_PER_ADMIT] if call.id in self._pending]
-                if not calls:
-                    continue
-                for call in calls:
-                    if call.payload is not None:
-                        ttl_ms = int((call.deadline - time.monotonic()) * 1000) + _PAYLOAD_GRACE_MS
-                        writer.send(_ignore, "SET", self._keys.payload(call.id), call.payload, "PX", max(1, ttl_ms))
-                        call.payload = b""
-                latest = self._clock.at_ms(min(c.deadline for c in calls))
-                frames = [(c.id, c.safe, c.frame) for c in calls]
-                queue.put(writer, frames, partial(self._admitted, calls), latest_ms=latest)
-        writer.flush()
-        reach("admit-sent")
+    # What admission asks for
 
-    def _admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
-        if isinstance(answer, BrokerUnavailable) and not self._stopped:
-            for call in calls:
-                call.is_unanswered = True  # Redis may have taken it: the next link finds out
-                call.safe = call.safe or self._queues[call.deployment].is_idempotent
-        elif isinstance(answer, Exception):
-            self._refuse_all(calls, BrokerUnavailable(f"Redis refused the call: {answer}"))
-        elif answer[0] < 0:
-            self._not_admitted(calls, answer)
-        else:
-            reach("admitted")
-            idempotent = self._queues[calls[0].deployment].is_idempotent = answer[1] == 1
-            for call, entry in zip(calls, answer[2:], strict=True):
-                if entry is None:
-                    self._refuse(call, self._refusals.refusal(call.deployment, answer[0]))
-                    continue
-                self.tally["accepted"] += 1
-                call.admitted(entry, idempotent)
-                if call.id not in self._pending:  # ended before it was admitted
-                    self._withdraw_entry(call)
+    def waits_for(self, call: PendingCall) -> bool:
+        """Whether a call still has no outcome."""
+        return call.id in self._pending
 
-    def _not_admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
-        name = calls[0].deployment
-        if answer[0] == -3:
-            spawn(self._put_late(calls))
-        elif answer[0] == -4 and self.tally["accepted"]:
-            self._wait_for_state(calls)
-        elif answer[0] == -2:
-            why = f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}"
-            self._refuse_all(calls, DeploymentUnavailable(why))
-        else:
-            self._refuse_all(calls, DeploymentNotFound(f"there is no deployment {name!r}"))
-
-    async def _put_late(self, calls: Sequence[PendingCall]) -> None:
-        """Put again what Redis took too late, or only seemed to because its clock has jumped."""
-        if self._link.sender is not None:
-            await self._sample_clock(self._link.sender)
-        for call in calls:
-            self._collect_if_pending(call)
-
-    def _wait_for_state(self, calls: Sequence[PendingCall]) -> None:
-        """Redis came back empty: whoever knows what was deployed is about to put it back."""
-        now = time.monotonic()
-        for call in calls:
-            if call.id not in self._pending:
-                continue
-            call.stateless_since = call.stateless_since or now
-            if now - call.stateless_since > _STATE_PATIENCE_S:
-                self._refuse(call, BrokerUnavailable("Redis has lost what was deployed; the call was not taken"))
-            else:
-                self._loop.call_later(_STATE_POLL_S, self._collect_if_pending, call)
-
-    def _collect_if_pending(self, call: PendingCall) -> None:
-        if call.id in self._pending:
-            self._collect(call)
-
-    def _refuse_all(self, calls: Sequence[PendingCall], error: QServeError) -> None:
-        for call in calls:
-            self._refuse(call, error)
-
-    def _refuse(self, call: PendingCall, error: QServeError) -> None:
+    def refuse(self, call: PendingCall, error: QServeError) -> None:
+        """End a call that Redis has not taken."""
         self._drop_payload(call)
         if call.id in self._pending:
             self.tally[f"refused {error.code}"] += 1
@@ -404,12 +314,13 @@ class Client:
                     outcome = DeploymentUnavailable(f"no replica of {pending.deployment!r} has been seen{since}")
         # In this order: a replica that is told first would answer that the call was cancelled.
         if self._finish(pending, outcome):
-            self._withdraw_entry(pending)
+            self.withdraw_entry(pending)
 
-    def _withdraw_entry(self, pending: PendingCall) -> None:
+    def withdraw_entry(self, pending: PendingCall) -> None:
+        """Take a call that has ended off its queue, or have it cancelled where it runs."""
         if pending.entry is None or self._link.sender is None:
             return
-        queue = self._queues[pending.deployment]
+        queue = self._admission.queue_of(pending)
         queue.cancel(self._link.sender, pending.entry, partial(self._withdrawn, pending))
 
     def _drop_payload(self, pending: PendingCall) -> None:
@@ -501,17 +412,15 @@ class Client:
 
     async def _link_up(self) -> None:
         await self._receiver.open(self._link)
-        self._flush()
+        self._admission.flush()
         self.durable.link_up()
-        assert self._link.sender is not None
-        spawn(self._sample_clock(self._link.sender))
+        spawn(self.sample_clock())
         if self._link.losses:
             spawn(self._reconciler.run())
 
     def _refuse_waiting(self) -> None:
         self.durable.link_down()
-        batches, self._batches = self._batches, {}
-        for call in itertools.chain.from_iterable(batches.values()):
+        for call in self._admission.give_back():
             self._finish(call, BrokerUnavailable("Redis cannot be reached; the call was not sent"))
 
     # What the reconciler asks for
@@ -536,7 +445,7 @@ class Client:
         call.frame = self.signer.seal(encode(msgspec.structs.replace(lost, id=call.id, ttl_ms=max(0, left_ms))))
         self._pending[call.id] = call
         self.tally["sent again"] += 1
-        self._collect(call)
+        self._admission.put(call)
 
 
 def _ignore(_answer: Answer) -> None:
