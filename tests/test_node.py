@@ -12,7 +12,7 @@ import redis
 from qserve import rollout
 from qserve.keys import Keys
 from qserve.state import State
-from qserve_workers.node import parse
+from qserve_workers.node_options import parse
 from qserve_workers.supervise import KeptProcess
 from tests.deployed import Broken, OtherPid, Pid
 from tests.nodes import StartNode, spec, start_node, wait_for

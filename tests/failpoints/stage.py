@@ -30,7 +30,7 @@ from qserve.state import State
 from qserve.streams import ResultStream
 from qserve.submitting import Watcher
 from qserve_workers.consumer import Consumer
-from qserve_workers.durable import Mover
+from qserve_workers.mover import Mover
 from qserve_workers.takeover import Takeover
 from qserve_workers.usercode import UserCode
 from tests.calling import Caller, until

@@ -18,7 +18,7 @@ from qserve.settings import Settings
 from qserve.spec import DeploymentSpec, Target
 from qserve.state import State
 from qserve.submitting import Watcher
-from qserve_workers.durable import Mover
+from qserve_workers.mover import Mover
 from tests.calling import Caller, calling, deploy, serving, until, within
 from tests.security import bad_frames as table
 

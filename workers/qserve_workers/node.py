@@ -4,7 +4,6 @@ A node reads what is deployed and keeps one Celery worker per deployment running
 for an instance of its own, the embedded Valkey. It imports neither user code nor Celery.
 """
 
-import argparse
 import asyncio
 import contextlib
 import logging
@@ -15,7 +14,6 @@ import signal
 import socket
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from qserve.messages import Signer, encode
 from qserve.settings import Settings
 from qserve.spec import EVERY_NODE, HEALTHY, DeploymentSpec, NodeInfo, ReplicaInfo
 from qserve.state import State, decode_infos
+from qserve_workers.node_options import Options, parse
 from qserve_workers.supervise import KeptProcess
 
 logger = logging.getLogger("qserve.node")
@@ -47,37 +46,6 @@ _STOP_MARGIN_S = 5.0
 _BEAT_GRACE_S = 3.0
 _SCHEDULER = "qserve_workers.beat:Scheduler"
 _DELETE_MARGIN_S = 1.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line.
-
-    Attributes:
-        replicas_per_node: Replicas of each deployment here; None: each deployment's own num_replicas.
-        only: Deployments to serve, empty for all.
-        gateway: Keep gateways running on host and port; None: if the instance has them beside every node.
-        gateway_workers: How many of them; they share the port.
-        gateway_arguments: What else stands on their command lines.
-        folder: For sockets and ready files; removed at the end.
-        embedded: Run a Valkey of our own in `folder`.
-        owner: Pid of the process to end with.
-        instance_file: Where to tell other processes of the user how to reach us.
-        http: JSON of the http_options, for the instance file.
-    """
-
-    replicas_per_node: int | None = 1
-    only: tuple[str, ...] = ()
-    gateway: bool | None = None
-    gateway_workers: int = 1
-    gateway_arguments: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
-    port: int = 8000
-    folder: Path | None = None
-    embedded: bool = False
-    owner: int | None = None
-    instance_file: Path | None = None
-    http: str = "{}"
 
 
 class GatewayReady(msgspec.Struct):
@@ -488,33 +456,9 @@ def _accepts(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
-def parse(arguments: list[str]) -> Options:
-    """Options from a command line."""
-    parser = argparse.ArgumentParser(prog="python -m qserve_workers.node", description=__doc__)
-    parser.add_argument("--replicas-per-node", type=int, default=1, metavar="N")
-    parser.add_argument("--exact", action="store_true", help="run each deployment's own num_replicas instead")
-    parser.add_argument("--only", default="", metavar="A,B", help="serve only these deployments")
-    parser.add_argument("--gateway", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--gateway-workers", type=int, default=1, metavar="N")
-    parser.add_argument("--gateway-argument", dest="gateway_arguments", action="append", default=[], metavar="ARG")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--embedded", action="store_true")
-    parser.add_argument("--owner", type=int)
-    parser.add_argument("--instance-file", type=Path)
-    parser.add_argument("--http", default="{}")
-    found = vars(parser.parse_args(arguments))
-    if found.pop("exact"):
-        found["replicas_per_node"] = None
-    found["only"] = tuple(name.strip() for name in found["only"].split(",") if name.strip())
-    found["gateway_arguments"] = tuple(found["gateway_arguments"])
-    return Options(**found)
-
-
 def main() -> int:
     """Run the node of this command line and environment."""
-    options, settings = parse(sys.argv[1:]), Settings()
+    options, settings = parse(sys.argv[1:], __doc__), Settings()
     logging.basicConfig(
         level=settings.log_level.upper(),
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",

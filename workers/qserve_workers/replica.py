@@ -34,8 +34,8 @@ from qserve.settings import Settings
 from qserve.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed, ReplicaInfo
 from qserve.state import decode_deployed, decode_infos
 from qserve_workers.consumer import Consumer
-from qserve_workers.durable import Mover
 from qserve_workers.heartbeat import Heartbeat
+from qserve_workers.mover import Mover
 from qserve_workers.takeover import Takeover
 from qserve_workers.usercode import UserCode
 
