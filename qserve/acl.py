@@ -24,8 +24,9 @@ _STATE_KEYS = "meta:* deployments log http instance schedules fired"
 _REPORTS = "hb:* replicas:* workers:* nodes gateways"
 _ANY_CALL = f"call:* {_RESULTS}"
 _CELERY = (
-    "lpush rpush brpop rpop llen lrem lindex lrange sadd srem smembers zadd zrem zrevrangebyscore zscore hset hsetnx "
-    "hget hdel hlen setnx expire watch unwatch multi exec discard publish subscribe unsubscribe psubscribe punsubscribe"
+    "lpush rpush blmove brpop rpop llen lrem lindex lrange sadd srem smembers zadd zrem zrevrangebyscore zscore hset "
+    "hsetnx hget hdel hlen setnx expire watch unwatch multi exec discard "
+    "publish subscribe unsubscribe psubscribe punsubscribe"
 )
 
 

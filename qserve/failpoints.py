@@ -58,6 +58,8 @@ POINTS: Mapping[str, str] = {
     # workers, nodes and drivers
     "tombstone": "a worker has seen one of its replicas die and has told nobody",
     "tombstone-set": "it has told Redis, but not the neighbours",
+    "celery-read": "a worker has read a message of a Celery client and is about to make a durable call of it",
+    "celery-taken": "the call has its record, and the message still stands in Celery's queue",
     "spawn": "a node is about to start a worker",
     "spawned": "it has started one",
     "deploy": "a driver is about to write what shall be deployed",

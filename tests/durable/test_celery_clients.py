@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import NotRegistered, TaskRevokedError
 from redis import Redis
 
 from qserve import serve
@@ -139,16 +139,34 @@ def test_waiting_calls_hold_no_worker_and_can_be_cancelled(
     assert [task.get(LIMIT_S) for task in waiting[:-1]] == list(range(1, 50))
 
 
-def test_pickles_are_refused_and_nothing_is_left_in_celerys_queue(
+def test_what_is_no_call_fails_and_nothing_is_left_in_celerys_queue(
     calc: Any, client: Celery, qserve_instance: TestInstance
 ) -> None:
-    send(client, "calc", "add", [1], serializer="pickle")
-
-    assert send(client, "calc", "add", [1], ignore_result=True).id
-    assert send(client, "calc", "add", [2]).get(LIMIT_S) == 3
+    queue = f"{qserve_instance.settings.keys.celery_prefix}qserve"
+    pickled = send(client, "calc", "add", [1], serializer="pickle")
+    sent.append(client.send_task("os.system", args=["true"]))
     with Redis.from_url(qserve_instance.settings.redis_url) as redis:
-        prefix = f"{qserve_instance.settings.keys.celery_prefix}"
-        until(lambda: not redis.exists(f"{prefix}unacked") and not redis.exists(f"{prefix}qserve"))
+        redis.lpush(queue, b"no message", b"[]", b'{"headers": 1}', b"\xff")
+
+        assert send(client, "calc", "add", [1], ignore_result=True).id
+        assert send(client, "calc", "add", [2]).get(LIMIT_S) == 3
+        with pytest.raises(Exception, match="untrusted content"):
+            pickled.get(LIMIT_S)
+        with pytest.raises(NotRegistered, match=r"os\.system"):
+            sent[1].get(LIMIT_S)
+        until(lambda: not redis.exists(queue))
+
+
+def test_messages_of_every_priority_are_read_the_most_urgent_first(
+    calc: Any, client: Celery, qserve_instance: TestInstance, notes: Notes
+) -> None:
+    with Redis.from_url(qserve_instance.settings.redis_url) as redis:
+        lease = f"{qserve_instance.settings.keys.celery_prefix}qserve.reader"
+        redis.set(lease, "nobody")
+        tasks = [send(client, "calc", "add", [priority], priority=priority) for priority in (9, 6, 0, 3)]
+        redis.delete(lease)
+        assert [task.get(LIMIT_S) for task in tasks] == [10, 7, 1, 4]
+    assert notes.read() == ["1", "4", "7", "10"]
 
 
 @pytest.mark.parametrize(("allowed", "status"), [(None, "FAILURE"), (False, "FAILURE"), (True, None)])
@@ -158,7 +176,7 @@ def test_where_calls_are_signed_celery_clients_have_to_be_allowed(
     desk = Desk(settings.model_copy(update={"celery_calls": allowed}))
     state.deploy(DeploymentSpec(name="x", target=Target("m:x"), revision="r"), expected=0)
 
-    desk.take({"id": "t"}, [["x", "", [1]], {}, {}])
+    desk.take({"id": "t", "task": "qserve.call"}, [["x", "", [1]], {}, {}])
 
     told: Any = state.redis.get(f"{settings.keys.celery_prefix}celery-task-meta-t")
     assert state.queued("x") == (1 if allowed else 0)

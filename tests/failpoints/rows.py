@@ -5,6 +5,7 @@ A row that does not hold raises AssertionError.
 
 import asyncio
 import contextlib
+import json
 import urllib.request
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -190,6 +191,24 @@ async def worker_dies(stage: Stage, row: Row) -> None:
     await _leave(node)
 
 
+async def reader_dies(stage: Stage, row: Row) -> None:
+    """The worker that reads Celery's queue dies, and another one comes."""
+    task = await stage.send_task()
+    command = ("celery", "-A", "qserve_workers", "worker", "-Q", "Nobody")
+    victim = stage.spawn(*command, failpoint=f"{row.point}:1")
+    await victim.died()
+    async with stage.survivor():
+        worker = stage.spawn(*command)
+        ended = f"{stage.keys.celery_prefix}celery-task-meta-{task}"
+        await until(lambda: stage.redis.exists(ended), LIMIT_S)
+        await until(lambda: not stage.redis.exists(f"{stage.keys.celery_prefix}qserve"), LIMIT_S)
+        await stage.quiet()
+        assert tuple(stage.runs("work")) == row.runs
+        assert stage.records() == [row.state]
+        assert json.loads(str(stage.redis.get(ended), "utf-8"))["status"] == "SUCCESS"  # type: ignore[arg-type]
+        await _leave(worker)
+
+
 async def node_dies(stage: Stage, row: Row) -> None:
     """A node dies while it starts its worker; the next node has one worker, and nobody else does."""
     ended = stage.call()
@@ -280,6 +299,8 @@ ROWS = (
     Row(gateway_dies, "respond", "http", (1,)),
     Row(worker_dies, "tombstone"),
     Row(worker_dies, "tombstone-set"),
+    Row(reader_dies, "celery-read", "durable", (1,), state="done"),
+    Row(reader_dies, "celery-taken", "durable", (1,), state="done"),
     Row(node_dies, "spawn"),
     Row(node_dies, "spawned"),
     Row(driver_dies, "deploy", state="1 1"),

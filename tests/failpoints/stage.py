@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import redis
+from celery import Celery
 
 from qserve.codec import Codec
 from qserve.durable import Options
@@ -29,6 +30,9 @@ from qserve.spec import DeploymentSpec, Target
 from qserve.state import State
 from qserve.streams import ResultStream
 from qserve.submitting import Watcher
+from qserve_workers.app import broker_settings
+from qserve_workers.celerycalls import TASK
+from qserve_workers.celeryqueue import QUEUE
 from qserve_workers.consumer import Consumer
 from qserve_workers.mover import Mover
 from qserve_workers.takeover import Takeover
@@ -101,6 +105,7 @@ class Stage:
             namespace=f"stage-{secrets.token_hex(4)}",
             beat_interval_s=0.2,
             dead_after_s=1.5,
+            celery_calls=True,
         )
         self.keys = self.settings.keys
         self.signer = Signer(self.settings.secrets)
@@ -256,6 +261,15 @@ class Stage:
         call_id = await admitted
         assert isinstance(call_id, str), call_id
         return call_id, asyncio.ensure_future(self._said(ended))
+
+    async def send_task(self, method: str = "work") -> str:
+        """Have a Celery client send a task; its id."""
+        found = broker_settings(self.settings.redis_url)
+        found["broker_transport_options"]["global_keyprefix"] = self.keys.celery_prefix
+        with Celery(set_as_current=False) as app:
+            app.conf.update(found)
+            task = await asyncio.to_thread(app.send_task, TASK, [NAME, method, [method]], queue=QUEUE)
+        return str(task.id)
 
     async def _said(self, ended: "asyncio.Future[Outcome]") -> Said:
         outcome = await asyncio.wait_for(ended, LIMIT_S)

@@ -12,13 +12,9 @@ from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.local import NO_INSTANCE, find_settings
 from qserve.settings import Settings
 from qserve_workers import control  # noqa: F401  registers the commands, for workers and for the command line
-from qserve_workers.celerycalls import QServeCall
+from qserve_workers.celeryqueue import QUEUE
 
 _CONNECT_TIMEOUT_S = 1.0
-_VISIBILITY_S = 60
-
-QUEUE = "qserve"
-"""The one queue that Celery itself consumes; calls travel in streams of their own."""
 
 
 class App(Celery):  # type: ignore[misc]
@@ -33,7 +29,7 @@ class App(Celery):  # type: ignore[misc]
         self.settings = settings
         self._broker, self._problem = _reachable(settings)
         self.steps["worker"].add("qserve_workers.worker:Replicas")
-        self.register_task(QServeCall())
+        self.steps["consumer"].add("qserve_workers.worker:CeleryCalls")
         self.conf.update(
             **self._broker,
             broker_connection_retry_on_startup=True,
@@ -90,8 +86,6 @@ def _reachable(settings: Settings) -> tuple[dict[str, Any], str]:
         return {}, str(exc)
     # Without a prefix another Celery app on the same Redis would get our control messages, and we theirs.
     found["broker_transport_options"]["global_keyprefix"] = settings.keys.celery_prefix
-    # A message is in a worker's hands for a moment only: one that is still there belongs to a dead worker.
-    found["broker_transport_options"]["visibility_timeout"] = _VISIBILITY_S
     return found, ""
 
 

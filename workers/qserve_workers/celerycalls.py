@@ -1,21 +1,18 @@
 """Calls from Celery clients: `send_task("qserve.call", args=[deployment, method, args, kwargs])`.
 
-The worker's parent turns the message into a durable call and acknowledges it then. It never waits for the result: that
-is written for Celery's result backend by whoever ends the call.
+The worker's parent turns the message into a durable call. It never waits for the result: that is written for Celery's
+result backend by whoever ends the call.
 """
 
 import hashlib
 import inspect
 import logging
 import uuid
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-from celery import Task
-from celery.exceptions import InvalidTaskError, TaskRevokedError
-from redis.exceptions import RedisError
+from celery.exceptions import NotRegistered, TaskRevokedError
 
 from qserve.codec import Codec
 from qserve.durable import ANYONE, NEVER_MS, DurableCall, Options, Terms
@@ -36,14 +33,8 @@ from qserve_workers.celeryresults import store_error
 
 logger = logging.getLogger(__name__)
 
-_NEXT_TRY_S = 1.0
-
-
-class QServeCall(Task):  # type: ignore[misc]
-    """The task that Celery clients name; no pool process ever runs it."""
-
-    name = "qserve.call"
-    Strategy = "qserve_workers.celerycalls:strategy"
+TASK = "qserve.call"
+"""The one task there is."""
 
 
 class Wanted(msgspec.Struct):
@@ -71,19 +62,26 @@ class Desk:
     def take(self, headers: dict[str, Any], body: Any) -> None:
         """Submit the call of a message; one that cannot be is a failed task.
 
+        Args:
+            headers, body: Of Celery's protocol 2.
+
         Raises:
-            InvalidTaskError: It is no message of Celery's.
             RedisError: It is to be taken again.
         """
         try:
-            task, (args, kwargs, _) = str(headers["id"]), body
-        except (KeyError, TypeError, ValueError) as exc:
-            raise InvalidTaskError(f"not a message of protocol 2: {exc!r}") from exc
-        try:
-            self._submit(headers, task, self._wanted(args, kwargs))
-        except (QServeError, TypeError, ValueError) as exc:
-            logger.warning("task %s is no call: %s", task, exc)
-            store_error(self._state.redis, self._settings.keys, task, exc)
+            task, (args, kwargs, _) = headers["id"], body
+            if headers["task"] != TASK:
+                raise NotRegistered(headers["task"])
+            self._submit(headers, str(task), self._wanted(args, kwargs))
+        except (QServeError, NotRegistered, KeyError, TypeError, ValueError) as exc:
+            self.refuse(headers, exc)
+
+    def refuse(self, headers: dict[str, Any], error: Exception) -> None:
+        """Let the task of a message fail, as far as it has an id."""
+        task = str(headers.get("id", ""))
+        logger.warning("task %s is no call: %s", task or "without an id", error)
+        if task:
+            store_error(self._state.redis, self._settings.keys, task, error)
 
     def _wanted(self, args: Any, kwargs: Any) -> Wanted:
         if not self._allowed:
@@ -137,19 +135,3 @@ def _seconds_until(moment: Any) -> float | None:
         return None
     at = datetime.fromisoformat(str(moment))
     return ((at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
-
-
-def strategy(task: QServeCall, app: Any, consumer: Any) -> Callable[..., None]:
-    """What Celery's consumer does with messages for the task."""
-    desk = Desk(app.settings)
-
-    def on_message(message: Any, _body: Any, ack: Callable[..., None], reject: Any, callbacks: Any) -> None:
-        try:
-            desk.take(message.headers, message.decode())
-        except RedisError as exc:  # not acknowledged until it stands in a record
-            logger.error("Cannot take task %s from Celery's queue for now: %s", message.headers.get("id"), exc)
-            consumer.timer.call_after(_NEXT_TRY_S, on_message, (message, None, ack, reject, callbacks))
-            return
-        ack(logger, consumer.connection_errors)
-
-    return on_message

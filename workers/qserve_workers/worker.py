@@ -1,6 +1,5 @@
 """Celery's worker and consumer, told that `-Q` names a deployment and `--concurrency` counts its replicas."""
 
-import contextlib
 import logging
 import os
 import pkgutil
@@ -12,12 +11,12 @@ from celery import bootsteps
 from celery.apps import worker as celery_worker
 from celery.exceptions import SecurityWarning
 from celery.worker import autoscale, components, consumer
+from celery.worker.consumer.tasks import Tasks
 from celery.worker.state import maybe_shutdown
 
 from qserve.broker import parse
 from qserve.keys import is_name
-from qserve_workers.app import QUEUE
-from qserve_workers.envelopes import drop_what_is_no_message
+from qserve_workers.celeryqueue import QUEUE, CeleryQueue
 from qserve_workers.keeper import Keeper
 from qserve_workers.pool import ReplicaPool
 
@@ -39,9 +38,6 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             hostname = f"{self.deployment}-{os.getpid()}@{os.uname().nodename}"
         chatty = bool(options.get("task_events"))
         options.update(without_gossip=True, without_mingle=True, without_heartbeat=not chatty)
-        # How long one blocking read of Celery's queue lasts: an idle worker need not wake each second.
-        self.app.conf.broker_transport_options["polling_interval"] = 5
-        drop_what_is_no_message()
         super().__init__(app=app, hostname=hostname, **options)
 
     def on_before_init(self, **options: Any) -> None:
@@ -51,8 +47,8 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             super().on_before_init(**options)
 
     def setup_queues(self, include: Any, exclude: Any = None) -> None:
-        """Read Celery's own queue, whatever -Q says: the deployment's calls are no Celery messages."""
-        super().setup_queues([QUEUE], exclude)
+        """Let Celery read no queue, whatever -Q says: calls are no Celery messages, and `CeleryCalls` reads those."""
+        super().setup_queues([QUEUE], [QUEUE])
 
     def on_init_blueprint(self) -> None:
         """Refuse pools whose children are not processes."""
@@ -92,15 +88,6 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         self.first_connection_attempt = False
         return conn
 
-    def shutdown(self) -> None:
-        """Close, without waiting for the blocking read (BRPOP, 5 s) that kombu has always under way."""
-        for channel in (self.connection and self.connection.transport.channels) or ():
-            reading = channel._in_poll
-            with contextlib.suppress(*self.connection_errors):  # Redis is gone, and nothing will be read
-                if reading and not reading.can_read(timeout=0):  # else close() puts back what has come
-                    channel._in_poll = None
-        super().shutdown()
-
 
 class Replicas(bootsteps.Step):  # type: ignore[misc]
     """Gives the pool its keeper, before the first child is forked."""
@@ -121,6 +108,28 @@ class Replicas(bootsteps.Step):  # type: ignore[misc]
             bounds=parent.bounds,
         )
         parent.pool.keeper.on_demand = parent.autoscaler.maybe_scale
+
+
+class CeleryCalls(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Reads what Celery clients send, while the consumer is connected."""
+
+    requires = (Tasks,)
+
+    def __init__(self, parent: Consumer, **_options: Any) -> None:
+        self._settings = parent.app.settings
+        self._queue: CeleryQueue | None = None
+        super().__init__(parent)
+
+    def start(self, parent: Consumer) -> None:
+        """Called after every connection to the broker."""
+        self._queue = CeleryQueue(self._settings)
+        self._queue.start(parent.hub)
+
+    def stop(self, _parent: Consumer) -> None:
+        """Called when the connection is lost, and at the end."""
+        queue, self._queue = self._queue, None
+        if queue is not None:
+            queue.stop()
 
 
 def _one_deployment(queues: Any) -> str:
