@@ -33,7 +33,7 @@ _LEASE_MS = 3000
 _ANSWER_S = 2.0
 """The worker has children to look after: it does not wait for a frozen server longer than that."""
 _BLOCK_S, _OVERDUE_S = 5, 10.0
-_AT_ONCE = 64
+_AT_ONCE = 32
 """Messages taken before others of the loop have their turn."""
 
 _LEASE = """
@@ -98,20 +98,23 @@ class CeleryQueue:
         self._is_troubled = True
 
     def _take_some(self) -> None:
-        for _ in range(_AT_ONCE):
-            pipeline = self._redis.pipeline(transaction=False)
-            for name in self._lists:
-                pipeline.lindex(name, -1)
-            found = [(name, raw) for name, raw in zip(self._lists, pipeline.execute(), strict=True) if raw is not None]
-            if not found:
-                if self._waiting is None:
-                    self._wait()
-                return
-            name, raw = found[0]
+        pipeline = self._redis.pipeline(transaction=False)
+        for name in self._lists:
+            pipeline.lrange(name, -_AT_ONCE, -1)
+        found = [(name, raws) for name, raws in zip(self._lists, pipeline.execute(), strict=True) if raws]
+        if not found:
+            if self._waiting is None:
+                self._wait()
+            return
+        name, raws = found[0]
+        for raw in reversed(raws):
             reach("celery-read")
             self._take(raw)
-            reach("celery-taken")
-            self._redis.lrem(name, -1, raw)
+        reach("celery-taken")
+        pipeline = self._redis.pipeline(transaction=False)
+        for raw in reversed(raws):
+            pipeline.lrem(name, -1, raw)
+        pipeline.execute()
         self._hub.call_soon(self._look)
 
     def _take(self, raw: bytes) -> None:
