@@ -75,7 +75,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         def on_error(exc: Exception, interval: float) -> None:
             if interval:  # else another sentinel is asked at once
                 place = parse(self.app.settings.redis_url).place
-                logger.error("Cannot reach Redis at %s: %s. Next try in %g s.", place, exc, interval)
+                logger.error("Cannot reach Redis at %s: %s. Next try in %g s.", place, str(exc).rstrip("."), interval)
 
         def meanwhile() -> None:
             maybe_shutdown()
