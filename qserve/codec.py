@@ -16,7 +16,14 @@ from msgspec.msgpack import Decoder, Encoder
 
 from qserve import wire_classes as classes
 from qserve import wire_types as kinds
-from qserve.errors import FrameRejected, PayloadTooLarge, QServeError, ValueNotSerializable
+from qserve.errors import (
+    FrameRejected,
+    PayloadTooLarge,
+    QServeError,
+    ResultNotSerializable,
+    ResultTooLarge,
+    ValueNotSerializable,
+)
 from qserve.messages import ErrorInfo
 from qserve.wire import ALWAYS_PLAIN, MAX_DEPTH, SCALARS, CannotTravelError, ToWire, is_plain
 from qserve.wire_errors import describe_error, revive_error
@@ -73,6 +80,19 @@ class Codec:
         if len(data) > self.max_bytes:
             raise self._too_large(len(data), what)
         return data
+
+    def pack_result(self, value: object) -> bytes:
+        """What a call has returned, packed.
+
+        Raises:
+            ResultNotSerializable, ResultTooLarge: It cannot travel.
+        """
+        try:
+            return self.pack(value, "the result")
+        except PayloadTooLarge as exc:
+            raise ResultTooLarge(str(exc)) from exc
+        except ValueNotSerializable as exc:
+            raise ResultNotSerializable(str(exc)) from exc
 
     def pack_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "the call") -> bytes:
         """The packed arguments; raises like `pack`."""

@@ -84,10 +84,10 @@ async def replica_dies(stage: Stage, row: Row) -> None:
         await stage.forgotten(victim.id)
 
 
-async def heir_dies(stage: Stage, row: Row) -> None:
+async def heir_dies(stage: Stage, row: Row, deliveries: int = 1) -> None:
     """A replica has died; the one that takes over its call dies of that; then a third one comes."""
     ended = await _put(stage, row)
-    stage.haunt()
+    stage.haunt(deliveries)
     victim = stage.replica(f"{row.point}:1")
     await victim.died()
     async with stage.survivor():
@@ -98,14 +98,7 @@ async def heir_dies(stage: Stage, row: Row) -> None:
 
 async def undertaker_dies(stage: Stage, row: Row) -> None:
     """A call has killed three replicas; the one that is to give it up dies, too."""
-    ended = await _put(stage, row)
-    stage.haunt(deliveries=3)
-    victim = stage.replica(f"{row.point}:1")
-    await victim.died()
-    async with stage.survivor():
-        stage.bury(victim)
-        await _check(stage, row, ended)
-        await stage.forgotten(victim.id, GHOST)
+    await heir_dies(stage, row, deliveries=3)
 
 
 async def leaver_dies(stage: Stage, row: Row) -> None:

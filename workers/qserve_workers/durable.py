@@ -35,7 +35,6 @@ from qserve.errors import (
     GetTimeoutError,
     PayloadTooLarge,
     QServeError,
-    ResultNotSerializable,
     ResultTooLarge,
     StreamBroken,
     ValueNotSerializable,
@@ -224,7 +223,7 @@ class DurableRuns:
                 kind, result = HTTP_RESPONSE, await self._run_http(request, code, parts)
             elif call.kind == PYTHON:
                 args, kwargs = self._codec.unpack_call(payload)
-                kind, result = VALUE, self._pack(await code.call(call.method, tuple(args), kwargs))
+                kind, result = VALUE, self._codec.pack_result(await code.call(call.method, tuple(args), kwargs))
             else:
                 raise ValueNotSerializable("a stream cannot be a durable call")
         except asyncio.CancelledError:
@@ -367,14 +366,6 @@ class DurableRuns:
 
     def _pack_error(self, error: BaseException) -> bytes:
         return encode(self._codec.pack_error(error))
-
-    def _pack(self, value: object) -> bytes:
-        try:
-            return self._codec.pack(value, "the result")
-        except PayloadTooLarge as exc:
-            raise ResultTooLarge(str(exc)) from exc
-        except ValueNotSerializable as exc:
-            raise ResultNotSerializable(str(exc)) from exc
 
     def _reporter(self, entry: Entry, call: DurableCall) -> Callable[[object], None]:
         loop = asyncio.get_running_loop()

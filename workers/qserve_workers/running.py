@@ -16,11 +16,8 @@ from qserve.errors import (
     BrokerUnavailable,
     FrameRejected,
     GetTimeoutError,
-    PayloadTooLarge,
-    ResultNotSerializable,
     ResultTooLarge,
     StreamBroken,
-    ValueNotSerializable,
 )
 from qserve.failpoints import reach
 from qserve.link import Link
@@ -203,7 +200,7 @@ class Runner:
         running.info.deadline = running.started_at + self._time_left(running.entry, call)
         if call.kind == PYTHON:
             args, kwargs = self._codec.unpack_call(payload)
-            return VALUE, self._pack_result(await self.code.call(call.method, tuple(args), kwargs))
+            return VALUE, self._codec.pack_result(await self.code.call(call.method, tuple(args), kwargs))
         return await self._converse(running, payload)
 
     async def _converse(self, running: RunningCall, payload: bytes) -> tuple[int, bytes]:
@@ -248,14 +245,6 @@ class Runner:
             raise FrameRejected("a payload of another call")
         reach("payload-fetched")
         return blob.data
-
-    def _pack_result(self, value: object) -> bytes:
-        try:
-            return self._codec.pack(value, "the result")
-        except PayloadTooLarge as exc:
-            raise ResultTooLarge(str(exc)) from exc
-        except ValueNotSerializable as exc:
-            raise ResultNotSerializable(str(exc)) from exc
 
     def _pack_response(self, response: HttpResponse) -> bytes:
         if len(response.body) > self._settings.max_value_bytes:
