@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -30,9 +30,6 @@ class Caller(Protocol):
     def writer(self) -> Connection | None:
         """The connection for commands, None while there is none."""
 
-    def waits_for(self, call: PendingCall) -> bool:
-        """Whether a call still has no outcome."""
-
     def refuse(self, call: PendingCall, error: QServeError) -> None:
         """End a call that Redis has not taken."""
 
@@ -49,12 +46,16 @@ class Admission:
     Args:
         clock: Redis', as the client knows it.
         refusals: Words for a queue that is full.
+        pending: The caller's calls without an outcome, by id.
     """
 
-    def __init__(self, keys: Keys, clock: RedisClock, refusals: Refusals, caller: Caller) -> None:
+    def __init__(
+        self, keys: Keys, clock: RedisClock, refusals: Refusals, pending: Mapping[str, PendingCall], caller: Caller
+    ) -> None:
         self._keys = keys
         self._clock = clock
         self._refusals = refusals
+        self._pending = pending
         self._caller = caller
         self._batches: dict[str, list[PendingCall]] = {}
         self._queues: dict[str, CallQueue] = {}
@@ -86,22 +87,22 @@ class Admission:
                 queue = self._queues[deployment] = CallQueue(self._keys, deployment)
             for start in range(0, len(batch), CALLS_PER_ADMIT):
                 # Not those that have ended meanwhile, cancelled or over their deadline.
-                calls = [call for call in batch[start : start + CALLS_PER_ADMIT] if self._caller.waits_for(call)]
+                calls = [call for call in batch[start : start + CALLS_PER_ADMIT] if call.id in self._pending]
                 if not calls:
                     continue
                 for call in calls:
-                    self._send_payload(writer, call)
-                latest = self._clock.at_ms(min(c.deadline for c in calls))
+                    if call.payload is not None:
+                        self._send_payload(writer, call, call.payload)
+                latest = self._clock.at_ms(min([c.deadline for c in calls]))
                 frames = [(c.id, c.safe, c.frame) for c in calls]
                 queue.put(writer, frames, partial(self._admitted, calls), latest_ms=latest)
         writer.flush()
         reach("admit-sent")
 
-    def _send_payload(self, writer: Connection, call: PendingCall) -> None:
-        if call.payload is not None:
-            ttl_ms = int((call.deadline - time.monotonic()) * 1000) + _PAYLOAD_GRACE_MS
-            writer.send(_ignore, "SET", self._keys.payload(call.id), call.payload, "PX", max(1, ttl_ms))
-            call.payload = b""
+    def _send_payload(self, writer: Connection, call: PendingCall, payload: bytes) -> None:
+        ttl_ms = int((call.deadline - time.monotonic()) * 1000) + _PAYLOAD_GRACE_MS
+        writer.send(_ignore, "SET", self._keys.payload(call.id), payload, "PX", max(1, ttl_ms))
+        call.payload = b""
 
     def give_back(self) -> list[PendingCall]:
         """Calls that were put and not sent; they are nobody's any more."""
@@ -127,16 +128,17 @@ class Admission:
             self._not_admitted(calls, answer)
         else:
             reach("admitted")
-            caller = self._caller
+            caller, accepted = self._caller, 0
             idempotent = self._queues[calls[0].deployment].is_idempotent = answer[1] == 1
             for call, entry in zip(calls, answer[2:], strict=True):
                 if entry is None:
                     caller.refuse(call, self._refusals.refusal(call.deployment, answer[0]))
                     continue
-                caller.tally["accepted"] += 1
+                accepted += 1
                 call.admitted(entry, idempotent)
-                if not caller.waits_for(call):  # ended before it was admitted
+                if call.id not in self._pending:  # ended before it was admitted
                     caller.withdraw_entry(call)
+            caller.tally["accepted"] += accepted
 
     def _not_admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
         name = calls[0].deployment
@@ -160,7 +162,7 @@ class Admission:
         """Redis came back empty: whoever knows what was deployed is about to put it back."""
         now = time.monotonic()
         for call in calls:
-            if not self._caller.waits_for(call):
+            if call.id not in self._pending:
                 continue
             call.stateless_since = call.stateless_since or now
             if now - call.stateless_since > _STATE_PATIENCE_S:
@@ -170,7 +172,7 @@ class Admission:
                 asyncio.get_running_loop().call_later(_STATE_POLL_S, self._put_if_waited_for, call)
 
     def _put_if_waited_for(self, call: PendingCall) -> None:
-        if self._caller.waits_for(call):
+        if call.id in self._pending:
             self.put(call)
 
     def _refuse_all(self, calls: Sequence[PendingCall], error: QServeError) -> None:

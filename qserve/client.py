@@ -83,10 +83,10 @@ class Client:
         self._receiver = Receiver(self._keys, self.id, self.signer, self._accept)
         self.tally: Counter[str] = Counter()
         self._clock = RedisClock()
-        self._admission = Admission(self._keys, self._clock, self._refusals, self)
         self._sample_at = 0.0
         self._numbers = itertools.count()
         self._pending: dict[str, PendingCall] = {}
+        self._admission = Admission(self._keys, self._clock, self._refusals, self._pending, self)
         self._submitted: deque[Callable[[], None]] = deque()
         self._wake_scheduled = False
         self._stopped = False
@@ -263,10 +263,6 @@ class Client:
 
     # What admission asks for
 
-    def waits_for(self, call: PendingCall) -> bool:
-        """Whether a call still has no outcome."""
-        return call.id in self._pending
-
     def refuse(self, call: PendingCall, error: QServeError) -> None:
         """End a call that Redis has not taken."""
         self._drop_payload(call)
@@ -281,9 +277,10 @@ class Client:
             return False
         if pending.timer is not None:
             pending.timer.cancel()
-        if isinstance(outcome, Reply) or pending.entry is not None or pending.is_unanswered:
-            error = outcome.code if isinstance(outcome, QServeError) else "error" if outcome.kind == ERROR else "result"
-            self.tally[f"ended {error}"] += 1
+        if isinstance(outcome, Reply):
+            self.tally["ended error" if outcome.kind == ERROR else "ended result"] += 1
+        elif pending.entry is not None or pending.is_unanswered:
+            self.tally[f"ended {outcome.code}"] += 1
         pending.end_channel(outcome)
         # Who waits often holds the call, too, and the collector comes seldom.
         on_outcome, pending.on_outcome, pending.on_stream = pending.on_outcome, _ignore, None

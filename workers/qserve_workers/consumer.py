@@ -94,7 +94,8 @@ class Consumer:
         self._arrivals = Arrivals(settings, signer, spec.name, self._link)
         self.absence = Absence(settings.dead_after_s, self._is_mine, self._begin_all)
         self._unwanted: dict[bytes, None] = {}
-        self._before = (0, 0)
+        self._before: tuple[int, int] | None = None
+        """Order of the last entry of before a restart of the server, where unsafe calls from then must not run."""
         self._accepting = False
         self._reading = False
         self._waiter_id = 0
@@ -316,12 +317,15 @@ class Consumer:
             self._answers.add(entry.id, call, ERROR, self._pack_error(CallCancelled("the caller left first")))
         elif entry.deliveries > 1:
             self._begin_again(entry, call)
-        elif (again or order(entry.id) <= self._before) and not (call.safe or self.spec.idempotent):
+        elif (again or self._is_from_before(entry)) and not (call.safe or self.spec.idempotent):
             # The server has forgotten that it gave this call out, to us or, where it is strict about it, to anybody.
             self.count("indeterminate")
             self._answers.add(entry.id, call, ERROR, self._pack_error(Indeterminate(_FORGOTTEN)))
         else:
             self._start(entry, call)
+
+    def _is_from_before(self, entry: Entry) -> bool:
+        return self._before is not None and order(entry.id) <= self._before
 
     def _reject(self, entry: Entry, error: FrameRejected) -> None:
         if entry.durable:
