@@ -14,7 +14,6 @@ import time
 from typing import Any
 
 import redis
-from kombu.exceptions import KombuError
 from kombu.message import Message
 
 from qserve import primary
@@ -32,6 +31,8 @@ _LOOK_EVERY_S = 1.0
 _LEASE_MS = 3000
 _ANSWER_S = 2.0
 """The worker has children to look after: it does not wait for a frozen server longer than that."""
+_REST_S = 3.0
+"""And leaves it alone for so long afterwards."""
 _BLOCK_S, _OVERDUE_S = 5, 10.0
 _AT_ONCE = 32
 """Messages taken before others of the loop have their turn."""
@@ -61,6 +62,7 @@ class CeleryQueue:
         self._waiting: Any = None
         self._waits_since = 0.0
         self._is_troubled = False
+        self._rests_until = 0.0
 
     def start(self, hub: Any) -> None:
         """Begin to read."""
@@ -79,7 +81,7 @@ class CeleryQueue:
         self._redis.close()
 
     def _look(self) -> None:
-        if self._timer is None:
+        if self._timer is None or time.monotonic() < self._rests_until:
             return
         try:
             if not self._redis.eval(_LEASE, 1, self._lease, self._id, _LEASE_MS):
@@ -96,6 +98,7 @@ class CeleryQueue:
         if not self._is_troubled:
             logger.warning("Celery's queue cannot be read for now: %s", error)
         self._is_troubled = True
+        self._rests_until = time.monotonic() + _REST_S
 
     def _take_some(self) -> None:
         pipeline = self._redis.pipeline(transaction=False)
@@ -130,7 +133,9 @@ class CeleryQueue:
             return
         try:
             self._desk.take(headers, message.decode())
-        except (KombuError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
+        except (redis.RedisError, OSError):
+            raise
+        except Exception as exc:  # whatever it is: a message that stays would be read again for ever
             self._desk.refuse(headers, exc)
 
     # Waiting for the next message
