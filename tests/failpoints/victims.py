@@ -70,6 +70,9 @@ async def main() -> None:
         return
     client = Client(settings)
     await client.start()
+    # A process that dies with answers unread resets its connection: the server may not read what was sent last.
+    assert client.writer is not None
+    await client.writer.call("PING")
     if what == "submit":
         await submit(client)
     elif what == "cancel":
