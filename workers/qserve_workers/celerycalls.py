@@ -59,6 +59,10 @@ class Desk:
         self._state = State(settings.redis_url, settings.keys, self._signer)
         self._codec = Codec(allow_pickle=False, max_bytes=settings.max_value_bytes)
 
+    def close(self) -> None:
+        """Close its connections."""
+        self._state.close()
+
     def take(self, headers: dict[str, Any], body: Any) -> None:
         """Submit the call of a message; one that cannot be is a failed task.
 

@@ -5,7 +5,6 @@ a message stays in its list until it is a durable call. Read twice it is one cal
 """
 
 import base64
-import binascii
 import contextlib
 import json
 import logging
@@ -79,6 +78,7 @@ class CeleryQueue:
         with contextlib.suppress(redis.RedisError, OSError):
             self._redis.eval(_RELEASE, 1, self._lease, self._id)
         self._redis.close()
+        self._desk.close()
 
     def _look(self) -> None:
         if self._timer is None or time.monotonic() < self._rests_until:
@@ -128,7 +128,7 @@ class CeleryQueue:
             body = base64.b64decode(body) if properties.get("body_encoding") == "base64" else body
             described = {"content_type": payload["content-type"], "content_encoding": payload["content-encoding"]}
             message: Any = Message(body, headers=headers, accept={"application/json"}, **described)  # type: ignore[no-untyped-call]
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, binascii.Error) as exc:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
             logger.warning("dropped what was no message in Celery's queue: %r", exc)
             return
         try:
