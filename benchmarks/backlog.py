@@ -13,16 +13,16 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qserve import embedded
-from qserve.codec import Codec
-from qserve.connection import Connection
+from qserve.broker import embedded
+from qserve.broker.connection import Connection
+from qserve.broker.queues import CALLS_PER_ADMIT, DEAD, CallQueue, ReplicaQueue
+from qserve.broker.state import State
+from qserve.calls.process_client import new_event_loop
 from qserve.errors import BrokerUnavailable
-from qserve.messages import PYTHON, Call, Signer, encode
-from qserve.process import new_event_loop
-from qserve.queues import CALLS_PER_ADMIT, DEAD, CallQueue, ReplicaQueue
 from qserve.settings import Settings
-from qserve.spec import DeploymentSpec, Target
-from qserve.state import State
+from qserve.wire.codec import Codec
+from qserve.wire.messages import PYTHON, Call, Signer, encode
+from qserve.wire.spec import DeploymentSpec, Target
 
 LENGTHS = (1_000, 100_000, 1_000_000)
 _SAMPLE, _TAKEN, _ROUNDS = 20_000, 1_000, 8
@@ -50,9 +50,7 @@ class _Queue:
         self._name = name = f"Backlog{length}"
         self._connection = connection
         self._keys = settings.keys
-        self.spec = DeploymentSpec(
-            name=name, target=Target("m:C"), revision="r", max_queued_requests=length + _SAMPLE
-        )
+        self.spec = DeploymentSpec(name=name, target=Target("m:C"), revision="r", max_queued_requests=length + _SAMPLE)
         signer = Signer(settings.secrets)
         payload = Codec(allow_pickle=True, max_bytes=settings.max_value_bytes).pack_call(("a few words", 7), {})
         caller = "c" * 32

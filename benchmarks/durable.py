@@ -4,7 +4,7 @@ import asyncio
 import time
 
 from examples.noop import Noop
-from qserve.handle import get_handle
+from qserve.calls.handle import get_handle
 from qserve.testing import instance
 
 CALLS, IN_FLIGHT, ROUNDS = 10_000, 500, 3

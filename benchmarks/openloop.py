@@ -24,8 +24,8 @@ import uvloop
 from benchmarks import processes
 from qserve import serve
 from qserve.background import spawn
+from qserve.calls.process_client import current_client
 from qserve.errors import BackPressureError, QServeError
-from qserve.process import current_client
 
 UNANSWERED, BROKEN = -1, 0
 """In place of a status: no answer within the plan's patience, and a connection that was closed instead of answered."""

@@ -28,8 +28,8 @@ from benchmarks.bench import machine
 from benchmarks.openloop import Generator, Phase, Plan, Request
 from benchmarks.steps import Step, Verdict, ended, table
 from qserve.settings import Settings
-from qserve.spec import ReplicaInfo
 from qserve.testing import instance
+from qserve.wire.spec import ReplicaInfo
 
 RESULTS = Path(__file__).parent / "overload.md"
 FULL_S = 60.0

@@ -19,12 +19,12 @@ from statistics import median
 
 import redis
 
-from qserve import embedded
-from qserve.connection import Answer, Connection, Script
-from qserve.keys import GROUP, Keys
-from qserve.messages import VALUE, Reply, Signer, encode
-from qserve.process import new_event_loop
-from qserve.queues import REPLY, Inbox
+from qserve.broker import embedded
+from qserve.broker.connection import Answer, Connection, Script
+from qserve.broker.keys import GROUP, Keys
+from qserve.broker.queues import REPLY, Inbox
+from qserve.calls.process_client import new_event_loop
+from qserve.wire.messages import VALUE, Reply, Signer, encode
 
 KEYS = Keys("bench")
 STREAM, INBOX, ALIVE = KEYS.calls("Noop"), KEYS.inbox("caller"), KEYS.alive("caller")

@@ -5,7 +5,7 @@ import statistics
 import time
 from urllib.parse import urlsplit
 
-from qserve.process import new_event_loop
+from qserve.calls.process_client import new_event_loop
 
 _MASKED_ECHO = b"\x81\x84\0\0\0\0echo"
 _ECHO = b"\x81\x04echo"

@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from qserve.calls.ref import Ref, get, wait
 from qserve.errors import (
     BackPressureError,
     BrokerUnavailable,
@@ -28,7 +29,6 @@ from qserve.errors import (
     TaskError,
     ValueNotSerializable,
 )
-from qserve.ref import Ref, get, wait
 
 if TYPE_CHECKING:
     from qserve import serve

@@ -112,9 +112,7 @@ class BatchDecorator(Protocol):
 
 
 @overload
-def batch(
-    function: Callable[[list[T]], Coroutine[Any, Any, list[R]]], /
-) -> Callable[[T], Coroutine[Any, Any, R]]: ...
+def batch(function: Callable[[list[T]], Coroutine[Any, Any, list[R]]], /) -> Callable[[T], Coroutine[Any, Any, R]]: ...
 @overload
 def batch(
     function: Callable[[S, list[T]], Coroutine[Any, Any, list[R]]], /

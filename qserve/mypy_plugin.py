@@ -11,9 +11,9 @@ from mypy.plugin import AttributeContext, ClassDefContext, Plugin
 from mypy.typeops import make_simplified_union
 from mypy.types import AnyType, CallableType, Instance, ProperType, Type, TypeOfAny, get_proper_type
 
-_DECORATORS = ("qserve.deployment.deployment", "qserve.serve.deployment")
-_HANDLES = ("qserve.handle.DeploymentHandle", "qserve.handle.AsyncDeploymentHandle")
-_REF = "qserve.ref.Ref"
+_DECORATORS = ("qserve.deployments.deployment.deployment", "qserve.serve.deployment")
+_HANDLES = ("qserve.calls.handle.DeploymentHandle", "qserve.calls.handle.AsyncDeploymentHandle")
+_REF = "qserve.calls.ref.Ref"
 
 
 class QServePlugin(Plugin):
@@ -55,7 +55,7 @@ def plugin(version: str) -> type[Plugin]:
 
 
 def _be_deployment(context: ClassDefContext) -> bool:
-    made = context.api.lookup_fully_qualified_or_none("qserve.deployment.DeployedClass")
+    made = context.api.lookup_fully_qualified_or_none("qserve.deployments.deployment.DeployedClass")
     if made is None or not isinstance(made.node, TypeInfo):
         return False
     info = context.cls.info

@@ -9,20 +9,21 @@ from typing import Any, TypeVar, overload
 
 import msgspec
 
-from qserve import local, process, rollout
 from qserve.batching import batch
-from qserve.codec import Codec
+from qserve.calls import process_client
+from qserve.calls.durable_ref import DurableRef
+from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle, DurableHandle, plan_call, ref_of
 from qserve.context import ReplicaContext, get_replica_context
-from qserve.cron import parse_when
-from qserve.deployment import Deployment, deployment, set_instance_provider
-from qserve.driver import Driver
-from qserve.durable_ref import DurableRef
-from qserve.handle import AsyncDeploymentHandle, DeploymentHandle, DurableHandle, plan_call, ref_of
-from qserve.http_options import HTTPOptions, Location
-from qserve.ingress import ingress
-from qserve.loading import is_importing
-from qserve.schedules import Declared, Schedules
-from qserve.spec import ReplicaInfo
+from qserve.deployments import deploying, local_instance
+from qserve.deployments.deployment import Deployment, deployment, set_instance_provider
+from qserve.deployments.driver import Driver
+from qserve.deployments.http_options import HTTPOptions, Location
+from qserve.deployments.ingress import ingress
+from qserve.deployments.loading import is_importing
+from qserve.durable.cron import parse_when
+from qserve.durable.schedules import Declared, Schedules
+from qserve.wire.codec import Codec
+from qserve.wire.spec import ReplicaInfo
 
 __all__ = [
     "AsyncDeploymentHandle",
@@ -54,13 +55,11 @@ T = TypeVar("T")
 
 _LOOK_S = 0.2
 _driver = Driver()
-process.set_settings_finder(local.find_settings)
+process_client.set_settings_finder(local_instance.find_settings)
 set_instance_provider(_driver.current)
 
 
-def start(
-    detached: bool = False, http_options: HTTPOptions | Mapping[str, Any] | None = None, **kwargs: Any
-) -> None:
+def start(detached: bool = False, http_options: HTTPOptions | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
     """Start an instance on this machine unless one runs; returns when it serves HTTP.
 
     With QSERVE_REDIS_URL set it is that server's instance, else one with a server of its own.
@@ -257,7 +256,7 @@ def status() -> dict[str, DeploymentStatus]:
             route_prefix=deployed.spec.route_prefix,
             replicas=tuple(state.replicas(name).values()),
             queued=state.queued(name),
-            wanted=rollout.wanted(state, name),
+            wanted=deploying.wanted(state, name),
             autoscaling_config=None if scaling is None else msgspec.structs.asdict(scaling),
         )
         for name, deployed in state.list().items()
@@ -286,5 +285,5 @@ def _ignored(verb: str) -> bool:
 
 def _stay(namespace: str) -> None:
     with contextlib.suppress(KeyboardInterrupt):
-        while local.find_record(namespace) is not None:
+        while local_instance.find_record(namespace) is not None:
             time.sleep(_LOOK_S)

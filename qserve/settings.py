@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from qserve.keys import Keys
+from qserve.broker.keys import Keys
 
 MIB = 1024 * 1024
 
@@ -18,7 +18,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="QSERVE_", extra="ignore", ignored_types=(cached_property,))
 
     redis_url: str = Field(default="", repr=False)
-    """What `qserve.broker` reads; empty: the local instance found by its file."""
+    """What `qserve.broker.address` reads; empty: the local instance found by its file."""
     secret: str = Field(default="", repr=False)
     """Signs every frame; several, separated by commas, are accepted and the first one signs."""
     namespace: str = Field(default="default", pattern=r"^[A-Za-z0-9_.-]{1,63}$")

@@ -1,9 +1,9 @@
 """For tests of applications: an instance of their own, which leaves nothing behind.
 
-    @pytest.fixture(scope="session")
-    def served():
-        with qserve.testing.instance() as served:
-            yield served
+@pytest.fixture(scope="session")
+def served():
+    with qserve.testing.instance() as served:
+        yield served
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qserve import serve
-from qserve.http_options import HTTPOptions
-from qserve.local import find_record, find_settings
+from qserve.deployments.http_options import HTTPOptions
+from qserve.deployments.local_instance import find_record, find_settings
 from qserve.settings import Settings
 
 _INSTANCE_VARIABLES = ("QSERVE_REDIS_URL", "QSERVE_SECRET", "QSERVE_NAMESPACE", "QSERVE_RUNTIME_DIR")

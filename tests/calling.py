@@ -5,16 +5,16 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from qserve.channel import Channel
-from qserve.client import Client
-from qserve.codec import Codec
-from qserve.handle import codec_of
-from qserve.messages import ERROR, PYTHON, HttpRequest, HttpResponse, Reply, Signer, decode_error
-from qserve.pending import Outcome, PendingCall
+from qserve.broker.state import State
+from qserve.calls.client import Client
+from qserve.calls.handle import codec_of
+from qserve.calls.pending import Outcome, PendingCall
 from qserve.settings import Settings
-from qserve.spec import DeploymentSpec, Target
-from qserve.state import State
-from qserve_workers.consumer import Consumer
+from qserve.wire.channel import Channel
+from qserve.wire.codec import Codec
+from qserve.wire.messages import ERROR, PYTHON, HttpRequest, HttpResponse, Reply, Signer, decode_error
+from qserve.wire.spec import DeploymentSpec, Target
+from qserve_workers.replica.consumer import Consumer
 
 LIMIT_S = 20.0
 

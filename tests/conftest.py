@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import redis
 
-from qserve import embedded, process
-from qserve.keys import Keys
-from qserve.messages import Signer
+from qserve.broker import embedded
+from qserve.broker.keys import Keys
+from qserve.broker.state import State
+from qserve.calls import process_client
 from qserve.settings import Settings
-from qserve.state import State
 from qserve.testing import TestInstance, instance
+from qserve.wire.messages import Signer
 
 SECRET = "test-" + secrets.token_hex(16)
 
@@ -104,7 +105,7 @@ def qserve_instance(
     monkeypatch.setenv("QSERVE_RUNTIME_DIR", folder)
     yield running
     running.clear()
-    process.close_current_client()
+    process_client.close_current_client()
 
 
 def _wait_until_accepting(path: Path, valkey: "subprocess.Popen[bytes]") -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qserve.settings import Settings
-from qserve_workers.app import App
-from qserve_workers.replica import Birth
+from qserve_workers.celery_app import App
+from qserve_workers.replica.lifecycle import Birth
 
 app = App(Settings())
 app.conf.qserve_replica = "fake_replica:FakeReplica"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Any
 
-from qserve.broker import parse
+from qserve.broker.address import parse
 
 _SEGMENT = 64 * 1024
 _RESET = struct.pack("ii", 1, 0)  # lingering for 0 seconds: the peer gets RST, as from a host that has restarted

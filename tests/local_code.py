@@ -7,13 +7,13 @@ from urllib.parse import unquote
 
 import msgspec
 
-from qserve.channel import DATA, Channel, Chunk
-from qserve.codec import Codec
 from qserve.context import set_replica_context
-from qserve.deployment import Deployment, deployment
-from qserve.loading import load_target
-from qserve.messages import HttpRequest, HttpResponse, decode_http_response
-from qserve_workers.usercode import UserCode
+from qserve.deployments.deployment import Deployment, deployment
+from qserve.deployments.loading import load_target
+from qserve.wire.channel import DATA, Channel, Chunk
+from qserve.wire.codec import Codec
+from qserve.wire.messages import HttpRequest, HttpResponse, decode_http_response
+from qserve_workers.replica.user_code import UserCode
 
 CODEC = Codec(allow_pickle=True, max_bytes=16 * 1024 * 1024)
 

@@ -11,11 +11,11 @@ from typing import Any
 import psutil
 import pytest
 
-from qserve.codec import Codec
-from qserve.deployment import Deployment
+from qserve.broker.state import State
+from qserve.deployments.deployment import Deployment
 from qserve.settings import Settings
-from qserve.spec import DeploymentSpec
-from qserve.state import State
+from qserve.wire.codec import Codec
+from qserve.wire.spec import DeploymentSpec
 
 ROOT = Path(__file__).parent.parent
 StartNode = Callable[..., "subprocess.Popen[bytes]"]

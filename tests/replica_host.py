@@ -9,7 +9,7 @@ import signal
 import sys
 
 from qserve.settings import Settings
-from qserve_workers.replica import Birth, ReplicaProcess
+from qserve_workers.replica.lifecycle import Birth, ReplicaProcess
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from qserve.channel import CREDIT, LARGEST_PART, WINDOW, Channel, Chunk
 from qserve.errors import Indeterminate, StreamBroken
+from qserve.wire.channel import CREDIT, LARGEST_PART, WINDOW, Channel, Chunk
 
 
 class Wire:

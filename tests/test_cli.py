@@ -17,7 +17,8 @@ import redis
 from click.testing import CliRunner
 from rich.console import Console
 
-from qserve import embedded
+from qserve.broker import embedded
+from qserve.broker.state import State
 from qserve.cli import COMMANDS, main
 from qserve.cli.application import did_you_mean
 from qserve.cli.call import parse_call, show, unknown_deployment
@@ -25,8 +26,7 @@ from qserve.cli.output import users_part
 from qserve.cli.source import Watcher, content_version, project_files
 from qserve.cli.status import InstanceStatus, ReplicaStatus, render
 from qserve.settings import Settings
-from qserve.spec import DeploymentSpec, Target
-from qserve.state import State
+from qserve.wire.spec import DeploymentSpec, Target
 from tests.serving import free_port, runtime_folder
 from tests.shell import Shell, background
 

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import redis
 
-from qserve import embedded
+from qserve.broker import embedded
+from qserve.broker.keys import Keys
+from qserve.calls.pending import Outcome
 from qserve.errors import (
     BackPressureError,
     BrokerUnavailable,
@@ -25,10 +27,8 @@ from qserve.errors import (
     GetTimeoutError,
     Indeterminate,
 )
-from qserve.keys import Keys
-from qserve.messages import CONTROL, VALUE, Reply, Signer, encode
-from qserve.pending import Outcome
 from qserve.settings import Settings
+from qserve.wire.messages import CONTROL, VALUE, Reply, Signer, encode
 from tests.calling import Caller, Code, calling, deploy, serving, until, within
 
 
@@ -431,7 +431,7 @@ class TestRestarts:
 
 FORKS = """
 import os, sys
-from qserve.handle import get_handle
+from qserve.calls.handle import get_handle
 handle = get_handle("Echo")
 ref = handle.wait.remote("before")
 assert handle.remote("warm").result(20) == "warm"

@@ -27,15 +27,15 @@ from hypothesis.extra import numpy as hnp
 from msgspec.msgpack import Ext
 from starlette.requests import Request
 
-from qserve import wire_types
-from qserve.codec import EMPTY_CALL, Codec, collect_refs, substitute
 from qserve.errors import (
     FrameRejected,
     PayloadTooLarge,
     ValueNotSerializable,
 )
-from qserve.messages import encode
-from qserve.wire import MAX_DEPTH
+from qserve.wire import extension_types
+from qserve.wire.codec import EMPTY_CALL, Codec, collect_refs, substitute
+from qserve.wire.messages import encode
+from qserve.wire.packing import MAX_DEPTH
 
 LIMIT = 1024 * 1024
 unsigned = Codec(allow_pickle=False, max_bytes=LIMIT, make_handle=lambda data: Handle(data["name"]))
@@ -284,7 +284,7 @@ def test_wire_bytes_of_version_1_still_decode(text: str, value: object) -> None:
 def test_numpy_is_not_imported_before_an_array_is_there() -> None:
     script = """
 import sys
-from qserve.codec import Codec
+from qserve.wire.codec import Codec
 codec = Codec(allow_pickle=True, max_bytes=1000)
 codec.unpack(codec.pack([1, (2, {3}), {(4,): 5}]))
 assert "numpy" not in sys.modules
@@ -376,7 +376,7 @@ def test_a_dataclass_with_other_fields_here_than_there_arrives_as_a_plain_dict()
 
 
 def travel_as(module: str, qualname: str, state: dict[str, Any]) -> object:
-    return unsigned.unpack(encode(Ext(wire_types.DATACLASS, encode([module, qualname, state]))))
+    return unsigned.unpack(encode(Ext(extension_types.DATACLASS, encode([module, qualname, state]))))
 
 
 def test_local_classes_travel_by_value_in_signed_frames() -> None:
@@ -480,13 +480,13 @@ def test_a_pickle_in_an_unsigned_frame_is_never_loaded() -> None:
         def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
             return pytest.fail, ("loaded",)
 
-    data = encode({"x": Ext(wire_types.PICKLED, pickle.dumps(Trap()))})
+    data = encode({"x": Ext(extension_types.PICKLED, pickle.dumps(Trap()))})
     with pytest.raises(FrameRejected, match="pickled value in a frame that is not signed"):
         unsigned.unpack(data)
 
 
 def test_a_pickle_that_cannot_be_loaded_here_says_why() -> None:
-    data = encode(Ext(wire_types.PICKLED, b"cno_such_module\nThing\n."))
+    data = encode(Ext(extension_types.PICKLED, b"cno_such_module\nThing\n."))
     with pytest.raises(ValueNotSerializable, match="No module named 'no_such_module'"):
         signed.unpack(data)
 
@@ -553,32 +553,32 @@ def ext_bomb(code: int, depth: int) -> bytes:
         b"\xdd\xff\xff\xff\xff" * 10,
         b"\xdf\x7f\xff\xff\xff",
         b"\xc9\x7f\xff\xff\xff\x01",
-        ext_bomb(wire_types.TUPLE, 1000),
-        ext_bomb(wire_types.SET, 1000),
+        ext_bomb(extension_types.TUPLE, 1000),
+        ext_bomb(extension_types.SET, 1000),
         b"\xc1",
         b"",
         b"\x01\x01",
         encode(Ext(99, b"")),
-        encode(Ext(wire_types.TUPLE, b"\xa3abc")),
-        encode(Ext(wire_types.PAIRS, encode([1]))),
-        encode(Ext(wire_types.PAIRS, encode([[[], 1]]))),
-        encode(Ext(wire_types.SET, encode([[]]))),
-        encode(Ext(wire_types.ENUM, encode([]))),
-        encode(Ext(wire_types.MODEL, encode([__name__, "Item", 1, 2]))),
-        encode(Ext(wire_types.DATACLASS, encode([__name__, "Point", 5]))),
-        encode(Ext(wire_types.UUID_, b"short")),
-        encode(Ext(wire_types.DATETIME, b"\x90")),
-        encode(Ext(wire_types.DATETIME, encode(("2024-01-01", 0, "../../etc/passwd", 2**62)))),
-        encode(Ext(wire_types.DECIMAL, b"x")),
-        encode(Ext(wire_types.ARRAY, encode(("|O", (1,), False, b"12345678")))),
-        encode(Ext(wire_types.ARRAY, encode(([["a", "|O"]], (1,), False, b"12345678")))),
-        encode(Ext(wire_types.ARRAY, encode(("<f8", (2,), False, b"12345678")))),
-        encode(Ext(wire_types.ARRAY, encode(("<f8", (1,), False, b"123456789")))),
-        encode(Ext(wire_types.ARRAY, encode(("<f8", (-1,), False, b"12345678")))),
-        encode(Ext(wire_types.ARRAY, encode(("<f8", (2**40, 2**40), False, b"")))),
-        encode(Ext(wire_types.ARRAY, encode(("rubbish", (1,), False, b"")))),
-        encode(Ext(wire_types.REQUEST, b"\x90")),
-        encode(Ext(wire_types.HANDLE, encode([1, 2]))),
+        encode(Ext(extension_types.TUPLE, b"\xa3abc")),
+        encode(Ext(extension_types.PAIRS, encode([1]))),
+        encode(Ext(extension_types.PAIRS, encode([[[], 1]]))),
+        encode(Ext(extension_types.SET, encode([[]]))),
+        encode(Ext(extension_types.ENUM, encode([]))),
+        encode(Ext(extension_types.MODEL, encode([__name__, "Item", 1, 2]))),
+        encode(Ext(extension_types.DATACLASS, encode([__name__, "Point", 5]))),
+        encode(Ext(extension_types.UUID_, b"short")),
+        encode(Ext(extension_types.DATETIME, b"\x90")),
+        encode(Ext(extension_types.DATETIME, encode(("2024-01-01", 0, "../../etc/passwd", 2**62)))),
+        encode(Ext(extension_types.DECIMAL, b"x")),
+        encode(Ext(extension_types.ARRAY, encode(("|O", (1,), False, b"12345678")))),
+        encode(Ext(extension_types.ARRAY, encode(([["a", "|O"]], (1,), False, b"12345678")))),
+        encode(Ext(extension_types.ARRAY, encode(("<f8", (2,), False, b"12345678")))),
+        encode(Ext(extension_types.ARRAY, encode(("<f8", (1,), False, b"123456789")))),
+        encode(Ext(extension_types.ARRAY, encode(("<f8", (-1,), False, b"12345678")))),
+        encode(Ext(extension_types.ARRAY, encode(("<f8", (2**40, 2**40), False, b"")))),
+        encode(Ext(extension_types.ARRAY, encode(("rubbish", (1,), False, b"")))),
+        encode(Ext(extension_types.REQUEST, b"\x90")),
+        encode(Ext(extension_types.HANDLE, encode([1, 2]))),
     ],
     ids=lambda bomb: bomb[:12].hex(),
 )

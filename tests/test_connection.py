@@ -16,15 +16,15 @@ import pytest
 import redis
 from redis.exceptions import RedisError
 
-from qserve import embedded, primary
-from qserve.broker import Broker
-from qserve.connection import Answer, Connection, Script
+from qserve.broker import embedded, redis_clients
+from qserve.broker.address import Broker
+from qserve.broker.connection import Answer, Connection, Script
+from qserve.broker.keys import Keys
+from qserve.broker.link import Link
+from qserve.broker.state import State
 from qserve.errors import BrokerUnavailable, ConfigurationError
-from qserve.keys import Keys
-from qserve.link import Link
-from qserve.messages import Signer
-from qserve.spec import HttpSettings
-from qserve.state import State
+from qserve.wire.messages import Signer
+from qserve.wire.spec import HttpSettings
 from tests.conftest import _wait_until_accepting
 from tests.serving import free_port
 
@@ -343,7 +343,7 @@ async def test_both_connections_of_a_link_lead_to_one_server_while_sentinels_dis
     async def come_up() -> None:
         """Nothing to do."""
 
-    monkeypatch.setattr("qserve.connection.primaries_async", as_the_next_sentinel_has_it)
+    monkeypatch.setattr("qserve.broker.connection.primaries_async", as_the_next_sentinel_has_it)
     link = Link("redis+sentinel://127.0.0.1:1/main", come_up)
     await link.start()
     assert link.sender is not None
@@ -371,8 +371,8 @@ async def test_a_server_that_has_become_a_replica_is_given_up(lonely_server: str
     lost = asyncio.Event()
     connection, blocked = await Connection.open(lonely_server, lost.set), await Connection.open(lonely_server)
     waiting = asyncio.ensure_future(blocked.call("BLPOP", "nothing", 20))
-    with primary.client(lonely_server, 5) as sync, primary.client(lonely_server, 5, any_role=True) as admin:
-        async with primary.asyncio_client(lonely_server, 5) as other:
+    with redis_clients.client(lonely_server, 5) as sync, redis_clients.client(lonely_server, 5, any_role=True) as admin:
+        async with redis_clients.asyncio_client(lonely_server, 5) as other:
             assert sync.set("key", 1)
             assert await other.set("key", 1)
             admin.execute_command("REPLICAOF", "127.0.0.1", "1")
@@ -400,7 +400,7 @@ async def test_a_server_that_has_become_a_replica_is_given_up(lonely_server: str
 
 async def test_a_server_without_enough_replicas_refuses_calls_and_keeps_its_connections(lonely_server: str) -> None:
     connection = await Connection.open(lonely_server)
-    with primary.client(lonely_server, 5) as client:
+    with redis_clients.client(lonely_server, 5) as client:
         client.config_set("min-replicas-to-write", 1)
     with pytest.raises(RedisError, match="NOREPLICAS"):
         await connection.call("SET", "key", "1")
@@ -419,7 +419,7 @@ async def test_a_server_that_still_reads_its_file_is_not_connected_to() -> None:
         server = _started(command)
         try:
             _wait_until_accepting(embedded.socket_path(Path(folder)), server)
-            with primary.client(url, 20) as client:
+            with redis_clients.client(url, 20) as client:
                 several = client.pipeline(transaction=False)
                 for number in range(5000):
                     several.set("key", number)

@@ -5,13 +5,13 @@ from typing import Any
 import pydantic
 import pytest
 
-from qserve.codec import Codec
-from qserve.deployment import Deployment, deployment, set_instance_provider
-from qserve.deployment_options import DeploymentConfig
+from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle
+from qserve.deployments.deployment import Deployment, deployment, set_instance_provider
+from qserve.deployments.ingress import ingress
+from qserve.deployments.loading import importing
+from qserve.deployments.options import DeploymentConfig
 from qserve.errors import ConfigurationError, NoInstanceError, ValueNotSerializable
-from qserve.handle import AsyncDeploymentHandle, DeploymentHandle
-from qserve.ingress import ingress
-from qserve.loading import importing
+from qserve.wire.codec import Codec
 from tests.local_code import CODEC
 
 
@@ -43,7 +43,7 @@ class FakeInstance:
 @pytest.fixture
 def instance(monkeypatch: pytest.MonkeyPatch) -> FakeInstance:
     fake = FakeInstance()
-    monkeypatch.setattr("qserve.deployment._Driver.find_instance", staticmethod(lambda: fake))
+    monkeypatch.setattr("qserve.deployments.deployment._Driver.find_instance", staticmethod(lambda: fake))
     return fake
 
 
@@ -238,13 +238,13 @@ def test_importing_is_not_deploying(instance: FakeInstance) -> None:
 
 
 def test_without_an_instance_the_error_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qserve.deployment._Driver.find_instance", None)
+    monkeypatch.setattr("qserve.deployments.deployment._Driver.find_instance", None)
     with pytest.raises(NoInstanceError, match=r"serve\.start\(detached=True\)"):
         deployment(Importable).deploy()
 
 
 def test_the_provider_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qserve.deployment._Driver.find_instance", None)
+    monkeypatch.setattr("qserve.deployments.deployment._Driver.find_instance", None)
     fake = FakeInstance()
     set_instance_provider(lambda: fake)
     assert deployment(Importable).url == "http://host:1234/Importable"

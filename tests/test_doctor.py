@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from qserve import doctor, embedded, serve
-from qserve.broker import parse
-from qserve.doctor import FAIL, OK, WARN, Finding, as_error, check_server, connect, judge, require_usable
+from qserve import serve
+from qserve.broker import embedded, redis_checks
+from qserve.broker.address import parse
+from qserve.broker.redis_checks import FAIL, OK, WARN, Finding, as_error, check_server, connect, judge, require_usable
 from qserve.errors import BrokerUnavailable, ConfigurationError
 
 GOOD_INFO: dict[str, Any] = {
@@ -199,14 +200,14 @@ def test_a_host_that_forbids_config_is_judged_by_info() -> None:
     ("offset", "level", "word"), [(0.4, OK, "agree"), (7.0, WARN, "ahead"), (-7.0, WARN, "behind")]
 )
 def test_clocks_that_differ_are_a_warning(offset: float, level: str, word: str) -> None:
-    finding = the_only(list(doctor.check_clock(offset)))
+    finding = the_only(list(redis_checks.check_clock(offset)))
     assert finding.level == level
     assert word in finding.text
 
 
 def test_a_server_on_the_network_without_password_is_a_warning() -> None:
-    assert the_only(list(doctor.check_exposure(parse("redis://cache.example.org")))).level == WARN
-    assert list(doctor.check_exposure(parse("redis://:secret@cache.example.org"))) == []
+    assert the_only(list(redis_checks.check_exposure(parse("redis://cache.example.org")))).level == WARN
+    assert list(redis_checks.check_exposure(parse("redis://:secret@cache.example.org"))) == []
 
 
 def test_an_error_names_the_server_and_says_what_to_do() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qserve.future import LightFuture
+from qserve.calls.future import LightFuture
 
 
 def in_thread(action: Callable[[], object]) -> threading.Thread:

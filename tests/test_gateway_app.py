@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message
 
-from qserve.channel import Channel
+from qserve.calls.pending import Outcome, PendingCall
 from qserve.errors import (
     BackPressureError,
     CallCancelled,
@@ -25,7 +25,9 @@ from qserve.errors import (
     PayloadTooLarge,
     ReplicaDied,
 )
-from qserve.messages import (
+from qserve.settings import Settings
+from qserve.wire.channel import Channel
+from qserve.wire.messages import (
     ERROR,
     HTTP,
     HTTP_RESPONSE,
@@ -37,10 +39,8 @@ from qserve.messages import (
     decode_http_request,
     encode,
 )
-from qserve.pending import Outcome, PendingCall
-from qserve.settings import Settings
-from qserve.spec import DeploymentSpec, Target
-from qserve_gateway.app import Gateway
+from qserve.wire.spec import DeploymentSpec, Target
+from qserve_gateway.gateway import Gateway
 
 Answer = Callable[[HttpRequest], HttpResponse | ErrorInfo | Exception | bytes | None]
 
@@ -340,9 +340,7 @@ async def test_a_sane_request_id_of_the_client_is_kept_and_others_are_not(
         assert response.headers["x-request-id"] not in {"", strange}
 
 
-async def test_status_headers_and_cookies_arrive_once_and_in_order(
-    http: httpx.AsyncClient, calls: FakeCalls
-) -> None:
+async def test_status_headers_and_cookies_arrive_once_and_in_order(http: httpx.AsyncClient, calls: FakeCalls) -> None:
     cookies = [(b"set-cookie", b"a=1"), (b"set-cookie", b"b=2")]
     double = [(b"content-length", b"4"), (b"Content-Length", b"4")]
     hop = [(b"connection", b"close, x-hop"), (b"x-hop", b"1"), (b"transfer-encoding", b"chunked"), (b"date", b"now")]

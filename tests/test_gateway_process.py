@@ -16,9 +16,11 @@ import pytest
 import redis
 from starlette.middleware.cors import CORSMiddleware
 
-from qserve.codec import Codec
-from qserve.loading import make_target
-from qserve.messages import (
+from qserve.broker.state import State
+from qserve.deployments.loading import make_target
+from qserve.settings import Settings
+from qserve.wire.codec import Codec
+from qserve.wire.messages import (
     HTTP_RESPONSE,
     Call,
     HttpRequest,
@@ -30,9 +32,7 @@ from qserve.messages import (
     decode_http_request,
     encode,
 )
-from qserve.settings import Settings
-from qserve.spec import DeploymentSpec, GatewayInfo, HttpSettings, MiddlewareSpec, Target
-from qserve.state import State
+from qserve.wire.spec import DeploymentSpec, GatewayInfo, HttpSettings, MiddlewareSpec, Target
 
 
 class Process:
@@ -354,9 +354,7 @@ def test_a_full_queue_is_503(start: Start, state: State, redis_client: "redis.Re
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_over_the_limit_is_413_before_anything_is_queued(
-    start: Start, hello: Replica, chunked: bool
-) -> None:
+def test_a_body_over_the_limit_is_413_before_anything_is_queued(start: Start, hello: Replica, chunked: bool) -> None:
     process = start(QSERVE_MAX_BODY_BYTES="100000")
     body = bytes(3_000_000)
     with process.http() as http, ThreadPoolExecutor() as pool:

@@ -11,12 +11,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qserve import serve
-from qserve.codec import Codec
+from qserve.deployments.loading import load_target
 from qserve.errors import ConfigurationError
-from qserve.loading import load_target
 from qserve.serve import HTTPOptions, Location
 from qserve.settings import Settings
 from qserve.testing import instance
+from qserve.wire.codec import Codec
 from tests.deployed import Pid
 
 

@@ -29,9 +29,9 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route, Router
 
-from qserve.deployment import deployment
+from qserve.deployments.deployment import deployment
+from qserve.deployments.ingress import FrozenApp, ingress
 from qserve.errors import StreamBroken
-from qserve.ingress import FrozenApp, ingress
 from tests.local_code import running
 
 # What can be an ingress

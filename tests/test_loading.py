@@ -11,11 +11,11 @@ import cloudpickle
 import pytest
 from starlette.datastructures import State
 
-from qserve.apps import import_app
-from qserve.deployment import Deployment, deployment
+from qserve.deployments.app_import import import_app
+from qserve.deployments.deployment import Deployment, deployment
+from qserve.deployments.loading import dumps, importing, is_importing, load_target, make_target
 from qserve.errors import ConfigurationError
-from qserve.loading import dumps, importing, is_importing, load_target, make_target
-from qserve.spec import Target
+from qserve.wire.spec import Target
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def test_deploying_does_nothing_while_code_is_loaded(folder: Path) -> None:
         folder,
         "seed_script.py",
         """
-        from qserve.deployment import deployment
-        from qserve.loading import is_importing
+        from qserve.deployments.deployment import deployment
+        from qserve.deployments.loading import is_importing
 
         seen = is_importing()
 
@@ -196,7 +196,7 @@ def test_all_deployments_of_a_module_or_one_or_a_list(folder: Path) -> None:
         folder,
         "application.py",
         """
-        from qserve.deployment import deployment
+        from qserve.deployments.deployment import deployment
 
         @deployment
         def first(): ...
@@ -235,7 +235,7 @@ def test_two_deployments_of_one_name_are_refused(folder: Path) -> None:
         folder,
         "doubled.py",
         """
-        from qserve.deployment import deployment
+        from qserve.deployments.deployment import deployment
 
         @deployment(name="same")
         def first(): ...

@@ -16,7 +16,9 @@ import msgspec
 import psutil
 import pytest
 
-from qserve import embedded, local, serve
+from qserve import serve
+from qserve.broker import embedded
+from qserve.deployments import local_instance
 from qserve.errors import ConfigurationError, NoInstanceError
 from tests.deployed import Pid
 
@@ -94,14 +96,14 @@ class TestEnding:
     def test_nothing_outlives_a_killed_node(self, runtime: Path) -> None:
         process = driver(RUN.format(detached=True, then=""))
         process.communicate()
-        record = local.find_record("default")
+        record = local_instance.find_record("default")
         assert record is not None
 
         os.kill(record.pid, signal.SIGKILL)
 
         wait_for(lambda: not processes_of(runtime))
         with pytest.raises(NoInstanceError):
-            local.find_settings()
+            local_instance.find_settings()
 
     def test_a_detached_instance_serves_the_next_driver_until_shutdown(self, runtime: Path) -> None:
         driver(RUN.format(detached=True, then="")).communicate()
@@ -157,10 +159,10 @@ class TestStarting:
     def test_the_instance_file_is_private_and_tells_the_way(self, runtime: Path) -> None:
         serve.start(http_options={"port": 0})
         try:
-            path = local.record_path("default")
+            path = local_instance.record_path("default")
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
-            record = msgspec.json.decode(path.read_bytes(), type=local.InstanceRecord)
-            settings = local.find_settings()
+            record = msgspec.json.decode(path.read_bytes(), type=local_instance.InstanceRecord)
+            settings = local_instance.find_settings()
             assert (settings.redis_url, settings.secret) == (record.redis_url, record.secret)
             assert record.secret
             assert record.gateway_url.startswith("http://127.0.0.1:")
@@ -173,25 +175,27 @@ class TestFinding:
         monkeypatch.setenv("QSERVE_REDIS_URL", "redis://elsewhere:1/0")
         monkeypatch.setenv("QSERVE_SECRET", "s")
 
-        settings = local.find_settings()
+        settings = local_instance.find_settings()
 
         assert (settings.redis_url, settings.secret) == ("redis://elsewhere:1/0", "s")
 
     def test_a_file_of_an_instance_that_was_killed_is_no_instance(self) -> None:
         ended = subprocess.Popen(["true"])
         ended.wait()
-        record = local.InstanceRecord(namespace="default", redis_url="u", secret="s", pid=ended.pid, folder="f")
-        local.record_path("default").write_bytes(msgspec.json.encode(record))
+        record = local_instance.InstanceRecord(
+            namespace="default", redis_url="u", secret="s", pid=ended.pid, folder="f"
+        )
+        local_instance.record_path("default").write_bytes(msgspec.json.encode(record))
 
         with pytest.raises(NoInstanceError):
-            local.find_settings()
+            local_instance.find_settings()
 
     def test_a_runtime_folder_open_to_others_is_refused(self, runtime: Path) -> None:
         (runtime / "qserve").mkdir(mode=0o755)
         (runtime / "qserve").chmod(0o755)
 
         with pytest.raises(ConfigurationError, match="chmod 700"):
-            local.runtime_folder()
+            local_instance.runtime_folder()
 
     def test_a_machine_without_a_server_is_told_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)

@@ -2,13 +2,13 @@
 
 import redis
 
-from qserve.follow import connect_asyncio, read_snapshot
-from qserve.keys import Keys
-from qserve.memory import Memory, restore
-from qserve.messages import Signer
+from qserve.broker.following import connect_asyncio, read_snapshot
+from qserve.broker.keys import Keys
+from qserve.broker.restoring import Memory, restore
+from qserve.broker.state import State
 from qserve.settings import Settings
-from qserve.spec import Deployed, DeploymentSpec, HttpSettings, Target
-from qserve.state import State
+from qserve.wire.messages import Signer
+from qserve.wire.spec import Deployed, DeploymentSpec, HttpSettings, Target
 
 
 def deploy(state: State, name: str, route: str | None = None) -> Deployed:

@@ -44,7 +44,8 @@ def test_classes_are_deployments_and_handles_know_their_methods(tmp_path: Path) 
     report, errors, _ = api.run(["--config-file", str(tmp_path / "mypy.ini"), str(tmp_path / "program.py")])
     assert errors == ""
     assert [line.partition(": ")[2] for line in report.splitlines()[:-1]] == [
-        'note: Revealed type is "qserve.handle.DeploymentHandle[program.Counter]"',
-        'note: Revealed type is "qserve.handle.DeploymentHandle[def (amount: int | qserve.ref.Ref[Any]) -> int]"',
+        'note: Revealed type is "qserve.calls.handle.DeploymentHandle[program.Counter]"',
+        'note: Revealed type is "qserve.calls.handle.DeploymentHandle'
+        '[def (amount: int | qserve.calls.ref.Ref[Any]) -> int]"',
         'error: Deployment of "Counter" has no method "subtract"  [misc]',
     ]

@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import redis
 
-from qserve import rollout
-from qserve.keys import Keys
-from qserve.state import State
+from qserve.broker.keys import Keys
+from qserve.broker.state import State
+from qserve.deployments import deploying
 from qserve_workers.node_options import parse
 from qserve_workers.supervise import KeptProcess
 from tests.deployed import Broken, OtherPid, Pid
@@ -19,17 +19,18 @@ from tests.nodes import StartNode, spec, start_node, wait_for
 
 __all__ = ["start_node"]
 
+
 class TestWorkers:
     def test_one_celery_worker_per_deployment_and_redeploys_touch_only_their_own(
         self, start_node: StartNode, state: State
     ) -> None:
         node = start_node()
         for deployment in (Pid, OtherPid):
-            rollout.deploy(state, spec(deployment)).wait()
+            deploying.deploy(state, spec(deployment)).wait()
         workers = {child.pid for child in psutil.Process(node.pid).children()}
         replicas = {name: {info.pid for info in state.replicas(name).values()} for name in ("Pid", "OtherPid")}
 
-        rollout.deploy(state, spec(Pid)).wait()
+        deploying.deploy(state, spec(Pid)).wait()
 
         assert len(workers) == 2
         assert {child.pid for child in psutil.Process(node.pid).children()} == workers
@@ -38,7 +39,7 @@ class TestWorkers:
 
     def test_a_worker_that_was_killed_is_started_again(self, start_node: StartNode, state: State) -> None:
         node = start_node()
-        rollout.deploy(state, spec(Pid)).wait()
+        deploying.deploy(state, spec(Pid)).wait()
         (worker,) = psutil.Process(node.pid).children()
         old = {info.pid for info in state.replicas("Pid").values()}
 
@@ -51,7 +52,7 @@ class TestWorkers:
     ) -> None:
         start_node("--replicas-per-node", "2")
 
-        rollout.deploy(state, spec(Pid.options(num_replicas=5))).wait()
+        deploying.deploy(state, spec(Pid.options(num_replicas=5))).wait()
 
         assert len(state.replicas("Pid")) == 2
 
@@ -59,16 +60,16 @@ class TestWorkers:
         self, start_node: StartNode, state: State
     ) -> None:
         node = start_node("--only", "OtherPid")
-        rollout.deploy(state, spec(Pid)).wait()
-        rollout.deploy(state, spec(OtherPid)).wait()
+        deploying.deploy(state, spec(Pid)).wait()
+        deploying.deploy(state, spec(OtherPid)).wait()
 
         assert len(psutil.Process(node.pid).children()) == 1
         assert state.list()["Pid"].state == "WAITING"
         assert state.list()["OtherPid"].state == "HEALTHY"
 
     def test_a_deployment_that_waited_starts_with_its_first_node(self, start_node: StartNode, state: State) -> None:
-        rollout.deploy(state, spec(Pid)).wait()
-        rollout.deploy(state, spec(Broken)).wait()
+        deploying.deploy(state, spec(Pid)).wait()
+        deploying.deploy(state, spec(Broken)).wait()
 
         start_node()
 
@@ -79,7 +80,7 @@ class TestWorkers:
     def test_a_failed_deployment_refuses_calls(
         self, start_node: StartNode, state: State, redis_client: "redis.Redis", keys: Keys
     ) -> None:
-        rollout.deploy(state, spec(Broken)).wait()
+        deploying.deploy(state, spec(Broken)).wait()
         start_node()
 
         wait_for(lambda: redis_client.hget(keys.meta("Broken"), "refuse"))
@@ -87,10 +88,10 @@ class TestWorkers:
     def test_two_nodes_both_serve_and_delete_waits_for_both(self, start_node: StartNode, state: State) -> None:
         start_node()
         start_node()
-        rollout.deploy(state, spec(Pid)).wait()
+        deploying.deploy(state, spec(Pid)).wait()
         pids = [info.pid for info in state.replicas("Pid").values()]
 
-        rollout.delete(state, "Pid")
+        deploying.delete(state, "Pid")
 
         assert len(pids) == 2
         assert not any(psutil.pid_exists(pid) for pid in pids)
@@ -102,12 +103,12 @@ class TestGateway:
     ) -> None:
         start_node("--gateway", "--port", "0")
         wait_for(state.gateways)
-        rollout.deploy(state, spec(Pid)).wait()
+        deploying.deploy(state, spec(Pid)).wait()
         (gateway,) = state.gateways().values()
         url = gateway.url
 
         os.kill(gateway.pid, signal.SIGKILL)
-        rollout.deploy(state, spec(OtherPid)).wait()
+        deploying.deploy(state, spec(OtherPid)).wait()
 
         wait_for(lambda: any(info.pid != gateway.pid for info in state.gateways().values()))
         with urllib.request.urlopen(f"{url}/OtherPid", timeout=20) as response:
@@ -117,7 +118,7 @@ class TestGateway:
 class TestStopping:
     def test_a_second_signal_does_not_wait_for_calls(self, start_node: StartNode, state: State) -> None:
         node = start_node()
-        rollout.deploy(state, spec(Pid)).wait()
+        deploying.deploy(state, spec(Pid)).wait()
 
         node.terminate()
         wait_for(lambda: not state.nodes())

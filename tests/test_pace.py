@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qserve.pace import Pace
+from qserve.broker.retry_after import Pace
 
 
 class Watched:

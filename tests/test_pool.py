@@ -18,12 +18,12 @@ import msgspec
 import pytest
 import redis
 
-from qserve import embedded
-from qserve.keys import Keys
+from qserve.broker import embedded
+from qserve.broker.keys import Keys
+from qserve.broker.state import State
 from qserve.settings import Settings
-from qserve.spec import DEPLOY_FAILED, HEALTHY, DeploymentSpec, Target, WorkerInfo
-from qserve.state import State
-from qserve_workers.app import broker_settings
+from qserve.wire.spec import DEPLOY_FAILED, HEALTHY, DeploymentSpec, Target, WorkerInfo
+from qserve_workers.celery_app import broker_settings
 
 LONG_S = 30.0
 """How long a test waits for what takes a moment on an idle machine."""

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 from hypothesis.strategies import booleans, integers, sampled_from
 
-from qserve.keys import GROUP
-from qserve.queues import LEFT
+from qserve.broker.keys import GROUP
+from qserve.broker.queues import LEFT
 from tests.test_queues import BEATS, STREAM, Queue
 
 BOUND = 5

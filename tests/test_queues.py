@@ -10,10 +10,9 @@ import fakeredis
 import pytest
 import redis
 
-from qserve import queues
-from qserve.keys import GROUP, Keys, is_name
-from qserve.messages import CONTROL, ERROR, PYTHON, Call, Control, Signer, decode_control, decode_reply, encode
-from qserve.queues import (
+from qserve.broker import queues
+from qserve.broker.keys import GROUP, Keys, is_name
+from qserve.broker.queues import (
     ADMIT,
     BEAT,
     CANCEL,
@@ -28,6 +27,7 @@ from qserve.queues import (
     TELL,
 )
 from qserve.settings import Settings
+from qserve.wire.messages import CONTROL, ERROR, PYTHON, Call, Control, Signer, decode_control, decode_reply, encode
 
 KEYS = Keys("test")
 STREAM, META, BEATS, INBOX = KEYS.calls("Echo"), KEYS.meta("Echo"), KEYS.heartbeats("Echo"), KEYS.inbox("caller")

@@ -1,6 +1,6 @@
 """How many calls are sent again after Redis lost them."""
 
-from qserve.reconcile import RetryBudget
+from qserve.calls.reconcile import RetryBudget
 
 
 def test_a_tenth_of_the_calls_of_the_last_ten_seconds_may_be_sent_again() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from qserve.calls.handle import DeploymentHandle, get_handle
+from qserve.calls.process_client import set_current_client
+from qserve.calls.ref import Ref, get, wait
 from qserve.errors import CallCancelled, GetTimeoutError
-from qserve.handle import DeploymentHandle, get_handle
-from qserve.messages import ERROR, Reply
-from qserve.process import set_current_client
-from qserve.ref import Ref, get, wait
 from qserve.settings import Settings
+from qserve.wire.messages import ERROR, Reply
 from tests.calling import Caller, Code, calling, deploy, serving, until
 
 

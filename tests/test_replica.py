@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import redis
 
-from qserve import queues
-from qserve.codec import Codec
+from qserve.broker import queues
+from qserve.broker.keys import GROUP, Keys
+from qserve.broker.state import State
+from qserve.calls.pending import Outcome
 from qserve.errors import (
     CallCancelled,
     FrameRejected,
@@ -25,12 +27,10 @@ from qserve.errors import (
     ResultTooLarge,
     TaskError,
 )
-from qserve.keys import GROUP, Keys
-from qserve.messages import HTTP, PYTHON, Call, HttpRequest, Reply, Signer, decode_http_response, encode
-from qserve.pending import Outcome
 from qserve.settings import Settings
-from qserve.spec import SERVING, STANDBY, DeploymentSpec, Target
-from qserve.state import State
+from qserve.wire.codec import Codec
+from qserve.wire.messages import HTTP, PYTHON, Call, HttpRequest, Reply, Signer, decode_http_response, encode
+from qserve.wire.spec import SERVING, STANDBY, DeploymentSpec, Target
 from tests.calling import Caller, calling, until, within
 from tests.replica_code import Books
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from qserve.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY
-from qserve_workers.orders import Action, Kill, Publish, Resize, Serve, Status, Stop
-from qserve_workers.rollout import KILL_MARGIN_S, Rollout
+from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY
+from qserve_workers.pool.orders import Action, Kill, Publish, Resize, Serve, Status, Stop
+from qserve_workers.pool.replacing import KILL_MARGIN_S, Rollout
 
 
 class Pool:

@@ -3,8 +3,9 @@
 import pytest
 from msgspec.structs import replace
 
-from qserve.rollout import Goal, deploy, next_spec, weigh
-from qserve.spec import (
+from qserve.broker.state import State
+from qserve.deployments.deploying import Goal, deploy, next_spec, weigh
+from qserve.wire.spec import (
     DEPLOY_FAILED,
     DEPLOYING,
     HEALTHY,
@@ -15,7 +16,6 @@ from qserve.spec import (
     Target,
     WorkerInfo,
 )
-from qserve.state import State
 
 
 def spec(version: str | None = None, code: str = "m:Old", **options: object) -> DeploymentSpec:

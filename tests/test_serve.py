@@ -10,8 +10,8 @@ import pytest
 
 import qserve
 from qserve import serve
+from qserve.deployments.loading import importing
 from qserve.errors import DeploymentNotFound, NoInstanceError
-from qserve.loading import importing
 from qserve.testing import TestInstance
 from tests.deployed import Broken, Deployer, LastWords, OtherPid, Pid, Slow
 

@@ -12,14 +12,23 @@ from pathlib import Path
 import pytest
 import redis
 
-from qserve import embedded
+from qserve.broker import embedded
+from qserve.broker.following import Change, connect_asyncio, follow, read_snapshot
+from qserve.broker.keys import Keys
+from qserve.broker.state import GenerationChanged, State
 from qserve.errors import BrokerUnavailable, FrameRejected
-from qserve.follow import Change, connect_asyncio, follow, read_snapshot
-from qserve.keys import Keys
-from qserve.messages import Signer, encode
 from qserve.settings import Settings
-from qserve.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, DeploymentSpec, GatewayInfo, HttpSettings, NodeInfo, Target
-from qserve.state import GenerationChanged, State
+from qserve.wire.messages import Signer, encode
+from qserve.wire.spec import (
+    DEPLOY_FAILED,
+    DEPLOYING,
+    HEALTHY,
+    DeploymentSpec,
+    GatewayInfo,
+    HttpSettings,
+    NodeInfo,
+    Target,
+)
 
 
 def spec(name: str = "Echo", *, route: str | None = None, max_queued: int = 10) -> DeploymentSpec:

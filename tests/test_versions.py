@@ -3,11 +3,11 @@
 import msgspec
 import pytest
 
-from qserve import durable, messages, spec
+from qserve.wire import call_record, messages, spec
 
 MESSAGES = [
     kind
-    for module in (messages, durable, spec)
+    for module in (messages, call_record, spec)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind.__module__ == module.__name__
 ]

@@ -12,9 +12,9 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from qserve import errors
-from qserve.codec import Codec
 from qserve.errors import BackPressureError, BrokerUnavailable, QServeError, ReplicaDied, ResultTooLarge, TaskError
-from qserve.messages import ErrorInfo, decode_error, encode
+from qserve.wire.codec import Codec
+from qserve.wire.messages import ErrorInfo, decode_error, encode
 
 codec = Codec(allow_pickle=False, max_bytes=1024 * 1024)
 
@@ -267,7 +267,7 @@ def test_the_traceback_starts_where_user_code_starts() -> None:
     def user_code() -> None:
         raise ValueError("here")
 
-    machinery: dict[str, Any] = {"__name__": "qserve_workers.replica"}
+    machinery: dict[str, Any] = {"__name__": "qserve_workers.replica.lifecycle"}
     exec("def run(call):\n    try:\n        call()\n    except Exception as exc:\n        return exc", machinery)
     text = codec.pack_error(machinery["run"](user_code)).traceback_text
     assert "in user_code" in text

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
+from qserve.calls.process_client import new_event_loop
+from qserve.deployments.local_instance import find_settings
 from qserve.errors import ConfigurationError, NoInstanceError
-from qserve.local import find_settings
-from qserve.process import new_event_loop
 from qserve_gateway.server import GatewayProcess, Options, Ready, Tls, report
 
 

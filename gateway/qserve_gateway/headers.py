@@ -4,44 +4,50 @@ import re
 
 Headers = list[tuple[bytes, bytes]]
 
-HOP_BY_HOP = frozenset({
-    b"connection",
-    b"keep-alive",
-    b"proxy-authenticate",
-    b"proxy-authorization",
-    b"proxy-connection",
-    b"te",
-    b"trailer",
-    b"transfer-encoding",
-    b"upgrade",
-})
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
 
-SPOOFED = frozenset({
-    b"x_forwarded_for",
-    b"x_forwarded_host",
-    b"x_forwarded_port",
-    b"x_forwarded_prefix",
-    b"x_forwarded_proto",
-    b"x_real_ip",
-})
+SPOOFED = frozenset(
+    {
+        b"x_forwarded_for",
+        b"x_forwarded_host",
+        b"x_forwarded_port",
+        b"x_forwarded_prefix",
+        b"x_forwarded_proto",
+        b"x_real_ip",
+    }
+)
 """Spellings that WSGI-like apps cannot tell from the headers a trusted proxy sets."""
 
 UNUSUAL = HOP_BY_HOP | SPOOFED
 """A request with none of these needs no cleaning."""
 
-PROTECTED = frozenset({
-    b"authorization",
-    b"content-length",
-    b"cookie",
-    b"forwarded",
-    b"host",
-    b"x-forwarded-for",
-    b"x-forwarded-host",
-    b"x-forwarded-port",
-    b"x-forwarded-prefix",
-    b"x-forwarded-proto",
-    b"x-real-ip",
-})
+PROTECTED = frozenset(
+    {
+        b"authorization",
+        b"content-length",
+        b"cookie",
+        b"forwarded",
+        b"host",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-port",
+        b"x-forwarded-prefix",
+        b"x-forwarded-proto",
+        b"x-real-ip",
+    }
+)
 """Headers that `Connection` may not name: removing them would change who the request seems to come from."""
 
 is_name = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
@@ -50,9 +56,7 @@ has_control = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search
 
 def connection_tokens(headers: Headers) -> set[bytes]:
     """The header names that `Connection` declares hop-by-hop."""
-    return {
-        token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")
-    }
+    return {token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")}
 
 
 def end_to_end(headers: Headers) -> Headers:

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from starlette.middleware import Middleware
 
-from qserve.codec import Codec
+from qserve.deployments.loading import load_target
 from qserve.errors import ConfigurationError, FrameRejected
-from qserve.loading import load_target
-from qserve.spec import MiddlewareSpec
+from qserve.wire.codec import Codec
+from qserve.wire.spec import MiddlewareSpec
 
 
 def load_middlewares(specs: Iterable[MiddlewareSpec], codec: Codec) -> list[Middleware]:

@@ -9,7 +9,15 @@ from starlette.types import Send
 
 from qserve import errors
 from qserve.errors import BackPressureError, PoisonCall, QServeError, StreamBroken, TaskError
-from qserve.messages import ERROR, HTTP_RESPONSE, ErrorInfo, HttpResponse, Reply, decode_error, decode_http_response
+from qserve.wire.messages import (
+    ERROR,
+    HTTP_RESPONSE,
+    ErrorInfo,
+    HttpResponse,
+    Reply,
+    decode_error,
+    decode_http_response,
+)
 from qserve_gateway.headers import HOP_BY_HOP, Headers, connection_tokens, has_control, is_name
 
 logger = logging.getLogger(__name__)
@@ -91,9 +99,7 @@ async def send_response(send: Send, response: HttpResponse, method: str, request
     await send({"type": "http.response.body", "body": b"" if empty else response.body})
 
 
-def start_message(
-    response: HttpResponse, method: str, request_id: str, *, streamed: bool = False
-) -> dict[str, Any]:
+def start_message(response: HttpResponse, method: str, request_id: str, *, streamed: bool = False) -> dict[str, Any]:
     """The head of a response as an ASGI message; a streamed one has the length it declares, or none.
 
     Raises:

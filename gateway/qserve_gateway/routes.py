@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from qserve.spec import DeploymentSpec
+from qserve.wire.spec import DeploymentSpec
 
 
 class Route(NamedTuple):

@@ -18,23 +18,23 @@ import msgspec
 import uvicorn
 
 from qserve.background import end, spawn
-from qserve.client import Client
-from qserve.codec import Codec
-from qserve.doctor import require_usable_at
+from qserve.broker.following import Snapshot
+from qserve.broker.redis_checks import require_usable_at
+from qserve.broker.state import State
+from qserve.calls.client import Client
 from qserve.errors import BrokerUnavailable, ConfigurationError
-from qserve.follow import Snapshot
 from qserve.settings import Settings
-from qserve.spec import GatewayInfo, HttpSettings
-from qserve.state import State
-from qserve_gateway.admin import Admin, admin_token
-from qserve_gateway.apikeys import load_api_keys
-from qserve_gateway.app import Gateway
-from qserve_gateway.calls import CallPages
-from qserve_gateway.door import Door
-from qserve_gateway.events import News
-from qserve_gateway.following import Follower
+from qserve.wire.codec import Codec
+from qserve.wire.spec import GatewayInfo, HttpSettings
+from qserve_gateway.admin.admin_app import Admin, admin_token
+from qserve_gateway.api_keys import load_api_keys
+from qserve_gateway.desired_state import Follower
+from qserve_gateway.door.limits import Door
+from qserve_gateway.door.protocol import HttpProtocol, WebSocketProtocol
+from qserve_gateway.durable.call_events import News
+from qserve_gateway.durable.durable_requests import CallPages
+from qserve_gateway.gateway import Gateway
 from qserve_gateway.middlewares import load_middlewares
-from qserve_gateway.protocol import HttpProtocol, WebSocketProtocol
 from qserve_gateway.streaming import OneLinePerCut
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from starlette.types import Receive, Send
 
 from qserve.background import end, spawn
-from qserve.channel import Channel
 from qserve.errors import PayloadTooLarge, QServeError, StreamBroken
-from qserve.messages import decode_http_response
+from qserve.wire.channel import Channel
+from qserve.wire.messages import decode_http_response
 from qserve_gateway.respond import Unsendable, send_response, start_message
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from starlette.types import Receive, Send
 
 from qserve.background import end, spawn
-from qserve.channel import Channel
 from qserve.errors import StreamBroken
-from qserve.messages import HttpResponse, WebSocketEvent, decode_websocket_event, encode
+from qserve.wire.channel import Channel
+from qserve.wire.messages import HttpResponse, WebSocketEvent, decode_websocket_event, encode
 from qserve_gateway.respond import Unsendable, start_message
 
 logger = logging.getLogger(__name__)

@@ -11,20 +11,20 @@ from typing import Any
 
 import msgspec
 
-from qserve import rollout
-from qserve.apps import import_app
+from qserve.broker.redis_checks import connect, require_usable
+from qserve.broker.state import State
+from qserve.calls.handle import handle_from_wire
 from qserve.cli.output import Failure, note, users_part
 from qserve.cli.progress import show_progress
 from qserve.cli.source import content_version, project_files
-from qserve.codec import Codec
-from qserve.deployment import Deployment
-from qserve.doctor import connect, require_usable
+from qserve.deployments import deploying
+from qserve.deployments.app_import import import_app
+from qserve.deployments.deployment import Deployment
+from qserve.durable.schedules import Declared, Schedules
 from qserve.errors import BrokerUnavailable, ConfigurationError
-from qserve.handle import handle_from_wire
-from qserve.schedules import Declared, Schedules
 from qserve.settings import Settings
-from qserve.spec import DeploymentSpec
-from qserve.state import State
+from qserve.wire.codec import Codec
+from qserve.wire.spec import DeploymentSpec
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def wait_for_redis(url: str, timeout_s: float) -> None:
             time.sleep(0.3)
 
 
-def _put(state: State, spec: DeploymentSpec) -> rollout.Goal:
+def _put(state: State, spec: DeploymentSpec) -> deploying.Goal:
     try:
-        return rollout.deploy(state, spec)
+        return deploying.deploy(state, spec)
     except ValueError as exc:
         raise Failure(f"Deployment {spec.name!r}: {exc}") from exc

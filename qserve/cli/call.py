@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
+from qserve.calls.handle import get_handle
+from qserve.calls.process_client import set_settings_finder
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, redis_url_option, users_part
+from qserve.deployments.local_instance import find_settings
 from qserve.errors import MethodNotFound, TaskError
-from qserve.handle import get_handle
-from qserve.local import find_settings
-from qserve.process import set_settings_finder
 
 _FRAME = '  File "'
 

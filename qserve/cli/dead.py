@@ -7,7 +7,7 @@ import click
 
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, note, redis_url_option
-from qserve.deadletters import DeadLetters, Letter
+from qserve.durable.dead_letters import DeadLetters, Letter
 from qserve.errors import QServeError
 
 

@@ -4,14 +4,14 @@ import json
 
 import click
 
-from qserve import rollout
 from qserve.cli.application import deploy_application, import_application, wait_for_redis
 from qserve.cli.call import unknown_deployment
 from qserve.cli.instance import connected, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
-from qserve.local import find_record, find_settings, stop_instance
+from qserve.deployments import deploying
+from qserve.deployments.local_instance import find_record, find_settings, stop_instance
 from qserve.settings import Settings
-from qserve.spec import WAITING
+from qserve.wire.spec import WAITING
 
 
 @click.command()
@@ -56,7 +56,7 @@ def delete(name: str) -> None:
         known = state.list()
         if name not in known:
             raise Failure(unknown_deployment(name, known))
-        rollout.delete(state, name)
+        deploying.delete(state, name)
     note(f"{name}: deleted")
 
 
@@ -69,7 +69,7 @@ def shutdown() -> None:
     """
     with connected() as state:
         for name in state.list():
-            rollout.delete(state, name)
+            deploying.delete(state, name)
             note(f"{name}: deleted")
         nodes = [node.host for node in state.nodes().values()]
     settings = Settings()

@@ -2,9 +2,9 @@
 
 import click
 
+from qserve.broker.redis_checks import FAIL, WARN, check_server, connect
 from qserve.cli.output import redis_url_option
-from qserve.doctor import FAIL, WARN, check_server, connect
-from qserve.local import find_settings
+from qserve.deployments.local_instance import find_settings
 
 _MARKS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
 

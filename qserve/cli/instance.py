@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-from qserve.doctor import require_usable_at
+from qserve.broker.redis_checks import require_usable_at
+from qserve.broker.state import State
+from qserve.deployments.local_instance import check_address, find_settings
 from qserve.errors import ConfigurationError, FrameRejected
-from qserve.local import check_address, find_settings
-from qserve.messages import Signer
 from qserve.settings import Settings
-from qserve.state import State
+from qserve.wire.messages import Signer
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from qserve.cli.output import note
 from qserve.cli.terminal import terminal
-from qserve.rollout import Goal
+from qserve.deployments.deploying import Goal
 
 _POLL_S = 0.05
 

@@ -5,9 +5,9 @@ import secrets
 
 import click
 
-from qserve.acl import ROLES, Role, hashed, rules
+from qserve.broker.acl import ROLES, Role, hashed, rules
+from qserve.broker.keys import Keys, is_name
 from qserve.cli.output import note
-from qserve.keys import Keys, is_name
 
 
 @click.command("redis-acl")

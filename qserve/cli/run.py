@@ -14,15 +14,14 @@ from types import FrameType
 
 import click
 
+from qserve.broker.redis_checks import require_usable_at
 from qserve.cli.application import Application, deploy_application, import_application
-from qserve.cli.gateway import gateway_arguments, gateway_options
+from qserve.cli.gateway_options import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.source import Watcher
 from qserve.cli.terminal import logs_above_display
-from qserve.doctor import require_usable_at
-from qserve.errors import ConfigurationError
-from qserve.local import (
+from qserve.deployments.local_instance import (
     InstanceRecord,
     LaunchOptions,
     LocalInstance,
@@ -30,8 +29,9 @@ from qserve.local import (
     launch,
     start_lock,
 )
+from qserve.errors import ConfigurationError
 from qserve.settings import Settings
-from qserve.spec import DeploymentSpec
+from qserve.wire.spec import DeploymentSpec
 
 _LOOK_S = 1.0
 """How often we look whether the instance still runs and, with --reload, for edits."""

@@ -8,11 +8,11 @@ import click
 
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, note, redis_url_option
-from qserve.codec import Codec
-from qserve.cron import parse_when
-from qserve.durable import make_options
+from qserve.durable.cron import parse_when
+from qserve.durable.schedules import Fired, Plan, Schedule, Schedules
 from qserve.errors import QServeError
-from qserve.schedules import Fired, Plan, Schedule, Schedules
+from qserve.wire.call_record import make_options
+from qserve.wire.codec import Codec
 
 
 @click.group()

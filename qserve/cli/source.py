@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from qserve.spec import DeploymentSpec
+from qserve.wire.spec import DeploymentSpec
 
 # Changes of these are applied to running replicas, so they do not make another version.
 _IN_PLACE = {

@@ -7,12 +7,12 @@ import tempfile
 
 import click
 
-from qserve.cli.gateway import gateway_arguments, gateway_options
+from qserve.broker.redis_checks import require_usable_at
+from qserve.cli.gateway_options import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port
 from qserve.cli.output import redis_url_option
-from qserve.doctor import require_usable_at
+from qserve.deployments.local_instance import find_settings
 from qserve.errors import ConfigurationError
-from qserve.local import find_settings
 
 
 @click.command()

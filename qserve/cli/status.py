@@ -13,11 +13,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from qserve.broker.state import State
 from qserve.cli.instance import connected
 from qserve.cli.output import redis_url_option
-from qserve.rollout import wanted
-from qserve.spec import WAITING, Deployed, GatewayInfo, NodeInfo, ReplicaInfo
-from qserve.state import State
+from qserve.deployments.deploying import wanted
+from qserve.wire.spec import WAITING, Deployed, GatewayInfo, NodeInfo, ReplicaInfo
 
 _COLORS = {"HEALTHY": "green", "SERVING": "green", "DEPLOY_FAILED": "red", "WAITING": "yellow", "DEPLOYING": "yellow"}
 _WATCH_S = 1.0

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import qserve
-from qserve import rollout, serve
-from qserve.local import find_record
+from qserve import serve
+from qserve.deployments import deploying
+from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
 from tests.behaviours.tools import LIMIT_S, Gate, Notes, is_alive, until
 
@@ -124,7 +125,7 @@ def test_a_slow_start_is_warned_of_with_name_and_count(
 
         def __call__(self) -> None: ...
 
-    monkeypatch.setattr(rollout, "_SLOW_START_S", 0.1)
+    monkeypatch.setattr(deploying, "_SLOW_START_S", 0.1)
     with caplog.at_level(logging.WARNING):
         goal = SlowToStart.deploy(_blocking=False)
         notes.wait_for(2)

@@ -342,8 +342,8 @@ def test_deploying_again_keeps_the_start_time() -> None:
 
 def deployed_at(name: str) -> float:
     """When a deployment was deployed first."""
-    from qserve.driver import ConnectedInstance
-    from qserve.local import find_settings
+    from qserve.deployments.driver import ConnectedInstance
+    from qserve.deployments.local_instance import find_settings
 
     instance = ConnectedInstance(find_settings())
     try:

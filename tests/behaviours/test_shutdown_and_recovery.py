@@ -12,7 +12,7 @@ import pytest
 
 import qserve
 from qserve import serve
-from qserve.local import find_record
+from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
 from tests.behaviours.tools import LIMIT_S, Gate, Notes, is_alive, until
 

@@ -22,11 +22,12 @@ from typing import cast
 
 import psutil
 
-from qserve import embedded, process
-from qserve.driver import ConnectedInstance
-from qserve.rollout import Goal
+from qserve.broker import embedded
+from qserve.broker.state import State
+from qserve.calls import process_client
+from qserve.deployments.deploying import Goal
+from qserve.deployments.driver import ConnectedInstance
 from qserve.settings import Settings
-from qserve.state import State
 from tests.chaos import app
 from tests.failover.sentinels import Failover
 from tests.serving import ROOT, free_port
@@ -145,7 +146,7 @@ class Cluster:
 
     def stop(self) -> None:
         """End every process of it, at once, and remove what it wrote."""
-        process.close_current_client()
+        process_client.close_current_client()
         (self.failover or self.server).kill()
         for gone in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -254,7 +255,6 @@ class Cluster:
         while not condition():
             assert time.monotonic() < deadline, f"waited in vain until {what}\n{self.logs()}"
             time.sleep(0.05)
-
 
 
 def end_everything() -> None:

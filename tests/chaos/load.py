@@ -16,8 +16,8 @@ from urllib.parse import urlencode
 import msgspec
 import uvloop
 
+from qserve.calls.handle import get_handle
 from qserve.errors import QServeError
-from qserve.handle import get_handle
 from tests.chaos.http_calls import Broken, HttpClient, Response
 from tests.chaos.ledger import BROKEN, INDETERMINATE, OK, RESET, ClientLedger, Order
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from qserve.keys import GROUP
+from qserve.broker.keys import GROUP
 from tests.chaos import ledger
 from tests.chaos.cluster import Cluster, Setup
 from tests.chaos.faults import Fault, Injected

@@ -4,7 +4,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from qserve import embedded
+from qserve.broker import embedded
 from tests.conftest import _wait_until_accepting
 
 

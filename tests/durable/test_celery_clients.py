@@ -12,11 +12,11 @@ from celery.exceptions import NotRegistered, TaskRevokedError
 from redis import Redis
 
 from qserve import serve
+from qserve.broker.state import State
 from qserve.settings import Settings
-from qserve.spec import DeploymentSpec, Target
-from qserve.state import State
 from qserve.testing import TestInstance
-from qserve_workers.celerycalls import Desk
+from qserve.wire.spec import DeploymentSpec, Target
+from qserve_workers.celery_calls.celery_tasks import Desk
 from tests.behaviours.tools import LIMIT_S, Gate, Notes, until
 
 sent: list[Any] = []
@@ -116,9 +116,7 @@ def test_eta_and_expiry_are_kept(calc: Any, client: Celery, gate: Gate, notes: N
     assert notes.read() == ["2"]
 
 
-def test_waiting_calls_hold_no_worker_and_can_be_cancelled(
-    calc: Any, client: Celery, gate: Gate, notes: Notes
-) -> None:
+def test_waiting_calls_hold_no_worker_and_can_be_cancelled(calc: Any, client: Celery, gate: Gate, notes: Notes) -> None:
     @serve.deployment
     def quick() -> str:
         return "quick"

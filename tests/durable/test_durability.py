@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 import qserve
-from qserve import confirming, embedded, process, serve
-from qserve.handle import get_handle
-from qserve.keys import Keys
-from qserve.messages import Signer
-from qserve.spec import DeploymentSpec, Target
-from qserve.state import State
+from qserve import serve
+from qserve.broker import embedded
+from qserve.broker.keys import Keys
+from qserve.broker.state import State
+from qserve.calls import process_client
+from qserve.calls.handle import get_handle
+from qserve.durable import confirming
+from qserve.wire.messages import Signer
+from qserve.wire.spec import DeploymentSpec, Target
 from tests.conftest import SECRET, _wait_until_accepting
 from tests.serving import free_port, runtime_folder
 
@@ -46,7 +49,7 @@ def submit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return get_handle("x").options(durable=True, **options).remote()
 
     yield submit
-    process.close_current_client()
+    process_client.close_current_client()
 
 
 def test_a_call_is_on_the_disk_when_it_is_submitted(submit: Any) -> None:

@@ -13,7 +13,7 @@ from redis import Redis
 
 import qserve
 from qserve import serve
-from qserve.handle import DeploymentHandle
+from qserve.calls.handle import DeploymentHandle
 from qserve.testing import TestInstance
 from tests.behaviours.tools import LIMIT_S, Gate, Notes, until
 

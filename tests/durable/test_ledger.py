@@ -18,14 +18,14 @@ import pytest
 
 import qserve
 from qserve import serve
-from qserve.handle import get_handle
-from qserve.keys import GROUP
-from qserve.messages import Signer
-from qserve.process import close_current_client
-from qserve.queues import post_tombstone
+from qserve.broker.keys import GROUP
+from qserve.broker.queues import post_tombstone
+from qserve.broker.state import State
+from qserve.calls.handle import get_handle
+from qserve.calls.process_client import close_current_client
 from qserve.settings import Settings
-from qserve.spec import DeploymentSpec, Target
-from qserve.state import State
+from qserve.wire.messages import Signer
+from qserve.wire.spec import DeploymentSpec, Target
 from tests.conftest import SECRET
 from tests.durable.servers import Server
 from tests.serving import ROOT

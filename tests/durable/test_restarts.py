@@ -103,7 +103,7 @@ def deploy(shell: Shell, machine: Machine) -> None:
 
 def python(shell: Shell, code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", f"from qserve import serve\nfrom qserve.handle import get_handle\n{code}"],
+        [sys.executable, "-c", f"from qserve import serve\nfrom qserve.calls.handle import get_handle\n{code}"],
         check=False,
         cwd=shell.folder,
         env=shell.environment,

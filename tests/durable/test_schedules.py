@@ -18,12 +18,12 @@ import pytest
 from click.testing import CliRunner
 
 from qserve import serve
+from qserve.broker.state import State
 from qserve.cli import main
-from qserve.cron import parse_when
-from qserve.messages import Signer, encode
-from qserve.schedules import Schedules
-from qserve.state import State
+from qserve.durable.cron import parse_when
+from qserve.durable.schedules import Schedules
 from qserve.testing import TestInstance
+from qserve.wire.messages import Signer, encode
 from tests.behaviours.tools import Notes, until
 
 

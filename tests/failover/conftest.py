@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qserve import process
+from qserve.calls import process_client
 from tests.conftest import SECRET
 from tests.failover.sentinels import Failover, wait_until
 from tests.serving import free_port
@@ -74,7 +74,7 @@ def own_calls(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("QSERVE_RUNTIME_DIR", str(shell.runtime))
     yield
-    process.close_current_client()
+    process_client.close_current_client()
 
 
 def assert_control_works(shell: Shell) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import redis
 
-from qserve import embedded
+from qserve.broker import embedded
 from tests.serving import free_port
 
 USER, PASSWORD = "calls", "p@ss/w:rd?#%"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qserve import primary
-from qserve.broker import Address, Broker
+from qserve.broker import redis_clients
+from qserve.broker.address import Address, Broker
 from tests.failover.sentinels import DATA, LOGIN, SERVICE, Server, wait_until
 
 URL = f"redis+sentinel://{LOGIN}@nowhere/{SERVICE}"
@@ -35,21 +35,21 @@ def told(servers: list[Server], monkeypatch: pytest.MonkeyPatch) -> list[Address
         for address in told:
             yield address
 
-    monkeypatch.setattr(primary, "primaries", lambda _broker, _problems: iter(told))
-    monkeypatch.setattr(primary, "primaries_async", tell_async)
+    monkeypatch.setattr(redis_clients, "primaries", lambda _broker, _problems: iter(told))
+    monkeypatch.setattr(redis_clients, "primaries_async", tell_async)
     return told
 
 
 async def test_a_connection_that_has_rested_asks_where_the_primary_is(
     servers: list[Server], told: list[Address], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with primary.client(URL, 5) as client:
-        async with primary.asyncio_client(URL, 5) as other:
+    with redis_clients.client(URL, 5) as client:
+        async with redis_clients.asyncio_client(URL, 5) as other:
             for moment in ("before", "meanwhile", "rested"):
                 if moment == "meanwhile":
                     told[:] = [("127.0.0.1", servers[1].port)]
                 elif moment == "rested":
-                    monkeypatch.setattr(primary, "_REST_S", 0)
+                    monkeypatch.setattr(redis_clients, "_REST_S", 0)
                 client.set(f"{moment}-sync", 1)
                 await other.set(f"{moment}-async", 1)
             told.clear()  # no sentinel answers: what there is has to do

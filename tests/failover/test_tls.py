@@ -15,14 +15,14 @@ import redis
 import trustme
 from kombu.exceptions import OperationalError
 
-from qserve.connection import Connection
+from qserve.broker.connection import Connection
+from qserve.broker.following import connect_asyncio, read_snapshot
+from qserve.broker.keys import Keys
+from qserve.broker.state import State
 from qserve.errors import BrokerUnavailable, ConfigurationError
-from qserve.follow import connect_asyncio, read_snapshot
-from qserve.keys import Keys
-from qserve.messages import Signer
 from qserve.settings import Settings
-from qserve.state import State
-from qserve_workers.app import App
+from qserve.wire.messages import Signer
+from qserve_workers.celery_app import App
 from tests.conftest import SECRET
 from tests.failover.conftest import APP, assert_control_works
 from tests.failover.sentinels import DATA, LOGIN, PASSWORD, SENTINEL_LOGIN, SERVICE, Server, sentinel, wait_until

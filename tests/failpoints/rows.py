@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 
-from qserve.durable import Options, Terms
+from qserve.wire.call_record import Options, Terms
 from tests.calling import until
 from tests.failpoints.stage import GHOST, LIMIT_S, NAME, Said, Stage, Victim
 from tests.serving import free_port

@@ -16,27 +16,27 @@ from typing import Any, NamedTuple
 import redis
 from celery import Celery
 
-from qserve.codec import Codec
-from qserve.durable import Options
+from qserve.broker.keys import GROUP
+from qserve.broker.queues import DEAD, post_tombstone
+from qserve.broker.state import State
+from qserve.calls.pending import Outcome
+from qserve.calls.streams import ResultStream
+from qserve.deployments.loading import load_target
+from qserve.durable.submitting import Watcher
 from qserve.errors import QServeError, TaskError
 from qserve.failpoints import VARIABLE
-from qserve.keys import GROUP
-from qserve.loading import load_target
-from qserve.messages import PYTHON, STREAM, Reply, Signer
-from qserve.pending import Outcome
-from qserve.queues import DEAD, post_tombstone
 from qserve.settings import Settings
-from qserve.spec import DeploymentSpec, Target
-from qserve.state import State
-from qserve.streams import ResultStream
-from qserve.submitting import Watcher
-from qserve_workers.app import broker_settings
-from qserve_workers.celerycalls import TASK
-from qserve_workers.celeryqueue import QUEUE
-from qserve_workers.consumer import Consumer
-from qserve_workers.mover import Mover
-from qserve_workers.takeover import Takeover
-from qserve_workers.usercode import UserCode
+from qserve.wire.call_record import Options
+from qserve.wire.codec import Codec
+from qserve.wire.messages import PYTHON, STREAM, Reply, Signer
+from qserve.wire.spec import DeploymentSpec, Target
+from qserve_workers.celery_app import broker_settings
+from qserve_workers.celery_calls.celery_queue import QUEUE
+from qserve_workers.celery_calls.celery_tasks import TASK
+from qserve_workers.replica.consumer import Consumer
+from qserve_workers.replica.mover import Mover
+from qserve_workers.replica.takeover import Takeover
+from qserve_workers.replica.user_code import UserCode
 from tests.calling import Caller, until
 from tests.failpoints.work import LARGE
 from tests.serving import ROOT

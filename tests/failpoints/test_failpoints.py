@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from qserve.broker.keys import Keys
 from qserve.failpoints import POINTS, Armed
-from qserve.keys import Keys
 from qserve.settings import Settings
 from tests.calling import calling, deploy, serving
 from tests.failpoints.rows import ROWS, Row

@@ -3,14 +3,14 @@
 import asyncio
 import sys
 
-from qserve.channel import Channel
-from qserve.client import Client
-from qserve.durable import Options
-from qserve.handle import codec_of
-from qserve.messages import PYTHON, STREAM, Signer
-from qserve.pending import Outcome
+from qserve.broker.state import State
+from qserve.calls.client import Client
+from qserve.calls.handle import codec_of
+from qserve.calls.pending import Outcome
 from qserve.settings import Settings
-from qserve.state import State
+from qserve.wire.call_record import Options
+from qserve.wire.channel import Channel
+from qserve.wire.messages import PYTHON, STREAM, Signer
 from tests.failpoints.stage import NAME, work_spec
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import redis
 
-from qserve.pending import Outcome, PendingCall
+from qserve.calls.pending import Outcome, PendingCall
 from qserve.settings import Settings
-from qserve.spec import SERVING
+from qserve.wire.spec import SERVING
 from tests.calling import Caller, calling, until, within
 from tests.conftest import SECRET
 from tests.durable.servers import Server

@@ -9,11 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from qserve.clock import RedisClock
+from qserve.broker.clock import RedisClock
 from qserve.errors import ReplicaDied
-from qserve.messages import PYTHON, Call, encode
 from qserve.settings import Settings
-from qserve_workers.takeover import Takeover
+from qserve.wire.messages import PYTHON, Call, encode
+from qserve_workers.replica.takeover import Takeover
 from tests.calling import deploy, serving
 from tests.failures.systems import NAME, System, ask, calling, put, system, until, value
 from tests.test_replica import Host

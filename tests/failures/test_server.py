@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from qserve.errors import BrokerUnavailable, GetTimeoutError, Indeterminate
-from qserve.messages import ERROR, Reply, decode_error
+from qserve.wire.messages import ERROR, Reply, decode_error
 from tests.failures.systems import (
     NAME,
     PATIENCE_S,

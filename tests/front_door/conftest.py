@@ -14,7 +14,8 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 
-from qserve import process, serve
+from qserve import serve
+from qserve.calls import process_client
 from qserve.testing import TestInstance, instance
 from tests.front_door.wire import Address
 
@@ -66,7 +67,7 @@ def impatient() -> Iterator[TestInstance]:
         for name, function in (("tell", tell), ("fail", fail), ("slow", slow), ("zip", compressed)):
             route = "/" if name == "tell" else f"/{name}"
             serve.deployment(name=name, route_prefix=route)(function).deploy()
-        process.close_current_client()
+        process_client.close_current_client()
         for name in PATIENCE:  # an instance that starts later in this session is not to have them
             patch.delenv(name)
         os.environ["QSERVE_RUNTIME_DIR"] = outside

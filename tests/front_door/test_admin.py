@@ -8,11 +8,11 @@ import httpx
 import psutil
 import pytest
 
-from qserve.messages import Signer
-from qserve.spec import DeploymentSpec, Target
-from qserve.state import State
+from qserve.broker.state import State
 from qserve.testing import TestInstance
-from qserve_gateway.admin import token_path
+from qserve.wire.messages import Signer
+from qserve.wire.spec import DeploymentSpec, Target
+from qserve_gateway.admin.admin_app import token_path
 from tests.front_door.cases import get
 from tests.front_door.gateways import Gateway, gateway
 from tests.front_door.wire import Address, read_response, statuses

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qserve.process import close_current_client
+from qserve.calls.process_client import close_current_client
 from qserve.settings import Settings
 from tests.nodes import start_node
 

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from qserve.handle import get_handle
+from qserve.calls.handle import get_handle
 from tests.scaling.loaded import answer_to, ran
 
 TIMEOUT_S = 40.0

@@ -7,10 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qserve import rollout
+from qserve.broker.state import State
+from qserve.deployments import deploying
 from qserve.settings import Settings
-from qserve.spec import SERVING, ReplicaInfo
-from qserve.state import State
+from qserve.wire.spec import SERVING, ReplicaInfo
 from tests.nodes import StartNode, spec, wait_for
 from tests.scaling.load import Load
 from tests.scaling.loaded import Loaded, ran
@@ -32,7 +32,7 @@ def test_a_frozen_node_that_returns_runs_no_call_with_what_was_deployed_before(
     frozen, _other = start_node(wait=False), start_node()
     wait_for(lambda: len(state.nodes()) == 2)
     old = Loaded.options(init_args=(f"{notes}-old", 0.01), idempotent=True)
-    rollout.deploy(state, spec(old)).wait(60)
+    deploying.deploy(state, spec(old)).wait(60)
     with Load("Loaded", notes, handles=6, durable=0, pause_s=0.0) as load:
         load.more()
         (gone,) = [id_ for id_, info in state.nodes().items() if info.pid == frozen.pid]
@@ -42,7 +42,7 @@ def test_a_frozen_node_that_returns_runs_no_call_with_what_was_deployed_before(
         wait_for(lambda: all(info.node != gone for info in state.replicas("Loaded").values()))  # it is known as dead
         load.more()
         state.redis.delete(settings.keys.alive(gone))  # which its silence does after 15 s
-        rollout.deploy(state, spec(old.options(init_args=(f"{notes}-new", 0.01)))).wait(60)
+        deploying.deploy(state, spec(old.options(init_args=(f"{notes}-new", 0.01)))).wait(60)
         load.more()
         before = ran(Path(f"{notes}-old"))
         newest = state.get("Loaded")

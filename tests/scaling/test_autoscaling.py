@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from qserve import rollout, serve
+from qserve import serve
+from qserve.broker.state import State
+from qserve.deployments import deploying
 from qserve.settings import Settings
-from qserve.spec import SERVING
-from qserve.state import State
+from qserve.wire.spec import SERVING
 from tests.nodes import ROOT, StartNode, spec, wait_for
 from tests.scaling.load import Load
 from tests.scaling.loaded import Blocking, Loaded
@@ -22,7 +23,7 @@ QUICK = {"max_replicas": 3, "target_ongoing_requests": 2, "upscale_delay_s": 0.5
 
 def deploy(state: State, notes: Path, deployment: Any = Loaded, seconds: float = 0.002, **options: Any) -> None:
     options = {"autoscaling_config": QUICK} | options
-    rollout.deploy(state, spec(deployment.options(init_args=(str(notes), seconds), **options))).wait(60)
+    deploying.deploy(state, spec(deployment.options(init_args=(str(notes), seconds), **options))).wait(60)
 
 
 def serving(state: State, name: str = "Loaded") -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qserve import rollout
+from qserve.broker.state import State
+from qserve.deployments import deploying
 from qserve.settings import Settings
-from qserve.state import State
 from tests.nodes import StartNode, spec
 from tests.scaling.load import Load
 from tests.scaling.loaded import Loaded
@@ -29,16 +29,16 @@ def version(notes: Path, client: int, number: int) -> Any:
 def test_the_last_one_wins_whole_and_the_others_end_by_themselves(
     start_node: StartNode, settings: Settings, state: State, notes: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, logger="qserve.rollout")
+    caplog.set_level(logging.WARNING, logger="qserve.deployments.deploying")
     start_node("--exact")
-    rollout.deploy(state, spec(version(notes, 9, 0))).wait(60)
-    ended: list[rollout.Goal] = []
+    deploying.deploy(state, spec(version(notes, 9, 0))).wait(60)
+    ended: list[deploying.Goal] = []
 
     def client(number: int) -> None:
         mine = State(settings.redis_url, settings.keys, state.signer)
         generations = [0]
         for turn in range(ROUNDS):
-            goal = rollout.deploy(mine, spec(version(notes, number, turn)))
+            goal = deploying.deploy(mine, spec(version(notes, number, turn)))
             generations.append(goal.deployed.generation)
             assert goal.wait(60)
             ended.append(goal)
@@ -71,22 +71,20 @@ def test_the_last_one_wins_whole_and_the_others_end_by_themselves(
 
 
 def test_a_deploy_that_expects_another_version_changes_nothing(state: State, notes: Path) -> None:
-    rollout.deploy(state, spec(version(notes, 1, 0))).wait()
+    deploying.deploy(state, spec(version(notes, 1, 0))).wait()
     before = state.get("Loaded")
 
     with pytest.raises(ValueError, match="does not match with the existing version 'v100'"):
-        rollout.deploy(state, spec(version(notes, 2, 0).options(prev_version="v300")))
+        deploying.deploy(state, spec(version(notes, 2, 0).options(prev_version="v300")))
 
     assert state.get("Loaded") == before
 
 
-def test_a_deploy_is_superseded_though_the_newer_one_fails(
-    start_node: StartNode, state: State, notes: Path
-) -> None:
+def test_a_deploy_is_superseded_though_the_newer_one_fails(start_node: StartNode, state: State, notes: Path) -> None:
     start_node("--exact")
-    rollout.deploy(state, spec(version(notes, 1, 0))).wait(60)
-    older = rollout.deploy(state, spec(version(notes, 2, 0).options(init_args=(str(notes), 0, "2"))))
-    broken = rollout.deploy(state, spec(version(notes, 3, 0).options(init_args=(str(notes), 0, "raise"))))
+    deploying.deploy(state, spec(version(notes, 1, 0))).wait(60)
+    older = deploying.deploy(state, spec(version(notes, 2, 0).options(init_args=(str(notes), 0, "2"))))
+    broken = deploying.deploy(state, spec(version(notes, 3, 0).options(init_args=(str(notes), 0, "raise"))))
 
     assert older.wait(60)
     assert older.superseded_by == broken.deployed.generation

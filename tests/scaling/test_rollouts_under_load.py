@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from qserve import rollout
-from qserve.spec import EVERY_NODE, HttpSettings
-from qserve.state import State
+from qserve.broker.state import State
+from qserve.deployments import deploying
+from qserve.wire.spec import EVERY_NODE, HttpSettings
 from tests.nodes import StartNode, spec, wait_for
 from tests.scaling.load import Load
 from tests.scaling.loaded import Blocking, Loaded
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(120)
 
 def deploy(state: State, notes: Path, deployment: Any = Loaded, *, seconds: float = 0.002, **options: Any) -> None:
     start = options.pop("start", "0")
-    rollout.deploy(state, spec(deployment.options(init_args=(str(notes), seconds, start), **options))).wait(60)
+    deploying.deploy(state, spec(deployment.options(init_args=(str(notes), seconds, start), **options))).wait(60)
 
 
 def gateways(state: State, count: int = 1) -> list[str]:

@@ -3,9 +3,9 @@
 import pytest
 
 from qserve import serve
-from qserve.spec import HEALTHY, Autoscaling
-from qserve_workers.orders import Release, Resize, Stop
-from qserve_workers.scaling import Demand, Scaler
+from qserve.wire.spec import HEALTHY, Autoscaling
+from qserve_workers.pool.orders import Release, Resize, Stop
+from qserve_workers.pool.scaling import Demand, Scaler
 from tests.test_rollout import Pool
 
 POLICY = Autoscaling(min_replicas=1, max_replicas=8, target_ongoing_requests=2, upscale_delay_s=5, downscale_delay_s=60)

@@ -19,9 +19,10 @@ import cloudpickle
 import msgspec
 import redis
 
-from qserve.durable import DurableCall, Terms
-from qserve.keys import Keys
-from qserve.messages import (
+from qserve.broker.keys import Keys
+from qserve.settings import Settings
+from qserve.wire.call_record import DurableCall, Terms
+from qserve.wire.messages import (
     ERROR,
     PYTHON,
     VALUE,
@@ -35,8 +36,7 @@ from qserve.messages import (
     Signer,
     encode,
 )
-from qserve.settings import Settings
-from qserve.spec import DeploymentSpec, HttpSettings, MiddlewareSpec, SignedSpec, Target
+from qserve.wire.spec import DeploymentSpec, HttpSettings, MiddlewareSpec, SignedSpec, Target
 
 NESTED = b"\x91" * 100_000 + b"\xc0"
 EMPTY_CALL = b"\x92\x90\x80"

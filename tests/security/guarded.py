@@ -14,8 +14,8 @@ from typing import Any
 import redis
 from click.testing import CliRunner
 
-from qserve import embedded
-from qserve.acl import ROLES
+from qserve.broker import embedded
+from qserve.broker.acl import ROLES
 from qserve.cli.redis_acl import redis_acl
 from tests.conftest import _wait_until_accepting
 from tests.serving import ROOT, free_port

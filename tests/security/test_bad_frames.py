@@ -9,16 +9,16 @@ from typing import Any, cast
 import pytest
 import redis
 
-from qserve.durable import Options
+from qserve.broker.keys import Keys
+from qserve.broker.state import State
+from qserve.calls.pending import Outcome
+from qserve.durable.submitting import Watcher
 from qserve.errors import FrameRejected, QServeError
-from qserve.keys import Keys
-from qserve.messages import CHUNK, CONTROL, PYTHON, VALUE, Blob, Reply, Signer, encode
-from qserve.pending import Outcome
 from qserve.settings import Settings
-from qserve.spec import DeploymentSpec, Target
-from qserve.state import State
-from qserve.submitting import Watcher
-from qserve_workers.mover import Mover
+from qserve.wire.call_record import Options
+from qserve.wire.messages import CHUNK, CONTROL, PYTHON, VALUE, Blob, Reply, Signer, encode
+from qserve.wire.spec import DeploymentSpec, Target
+from qserve_workers.replica.mover import Mover
 from tests.calling import Caller, calling, deploy, serving, until, within
 from tests.security import bad_frames as table
 

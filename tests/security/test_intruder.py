@@ -12,7 +12,7 @@ import psutil
 import pytest
 import redis
 
-from qserve.keys import Keys, is_name
+from qserve.broker.keys import Keys, is_name
 from qserve.settings import Settings
 from tests.nodes import wait_for
 from tests.security import bad_frames as table

@@ -13,9 +13,9 @@ import pytest
 import redis
 from click.testing import CliRunner
 
-from qserve.acl import ROLES
+from qserve.broker.acl import ROLES
+from qserve.broker.keys import Keys
 from qserve.cli import main
-from qserve.keys import Keys
 from tests.security.guarded import Guarded, guarded
 
 FORBIDDEN = (

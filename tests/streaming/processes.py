@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import redis
 
-from qserve.messages import Signer
+from qserve.broker.state import State
 from qserve.settings import Settings
-from qserve.state import State
 from qserve.testing import TestInstance
+from qserve.wire.messages import Signer
 
 
 def gateway_pid(instance: TestInstance) -> int:

@@ -17,11 +17,11 @@ from starlette.requests import Request
 
 import qserve
 from qserve import serve
-from qserve.client import Client
+from qserve.calls.client import Client
 from qserve.errors import CallCancelled, GetTimeoutError
-from qserve.spec import DeploymentSpec, Target
 from qserve.testing import TestInstance, instance
-from qserve_gateway.app import Gateway
+from qserve.wire.spec import DeploymentSpec, Target
+from qserve_gateway.gateway import Gateway
 from tests.behaviours.tools import LIMIT_S, Gate, Notes, until
 from tests.streaming.processes import connect, gateway_pid, read_until
 
@@ -381,9 +381,7 @@ REQUESTS = (
 
 
 @pytest.mark.timeout(180)
-async def test_a_thousand_disconnects_leave_nothing_behind(
-    qserve_instance: TestInstance, http: httpx.Client
-) -> None:
+async def test_a_thousand_disconnects_leave_nothing_behind(qserve_instance: TestInstance, http: httpx.Client) -> None:
     await asyncio.to_thread(_deploy, _app_of_all_kinds())
     settings = qserve_instance.settings
     await asyncio.to_thread(http.get, "/served/quick")

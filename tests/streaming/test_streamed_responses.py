@@ -277,9 +277,7 @@ def test_a_replica_that_is_killed_cuts_its_streams(http: httpx.Client, notes: No
             response.read()
 
 
-def test_a_slow_reader_pauses_the_generator_and_memory_stays_flat(
-    qserve_instance: TestInstance, notes: Notes
-) -> None:
+def test_a_slow_reader_pauses_the_generator_and_memory_stays_flat(qserve_instance: TestInstance, notes: Notes) -> None:
     app = FastAPI()
     total = 256 * MIB
 

@@ -8,7 +8,7 @@ import sys
 from celery.bin.base import CLIContext
 from celery.bin.worker import worker
 
-from qserve_workers.app import celery
+from qserve_workers.celery_app import celery
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 from celery import beat
 from redis.exceptions import RedisError
 
+from qserve.broker.state import State
+from qserve.durable.schedules import Schedules
 from qserve.errors import QServeError
-from qserve.messages import Signer
-from qserve.schedules import Schedules
-from qserve.state import State
+from qserve.wire.messages import Signer
 
 logger = logging.getLogger(__name__)
 

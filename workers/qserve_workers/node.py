@@ -20,17 +20,18 @@ from typing import Any
 import msgspec
 from redis.exceptions import RedisError
 
-from qserve import embedded, rollout
 from qserve.background import end
-from qserve.doctor import require_usable_at
+from qserve.broker import embedded
+from qserve.broker.following import Snapshot, connect_asyncio, follow, read_snapshot
+from qserve.broker.redis_checks import require_usable_at
+from qserve.broker.restoring import Memory
+from qserve.broker.state import State, decode_infos
+from qserve.deployments import deploying
+from qserve.deployments.local_instance import InstanceRecord, is_running
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
-from qserve.follow import Snapshot, connect_asyncio, follow, read_snapshot
-from qserve.local import InstanceRecord, is_running
-from qserve.memory import Memory
-from qserve.messages import Signer, encode
 from qserve.settings import Settings
-from qserve.spec import EVERY_NODE, HEALTHY, DeploymentSpec, NodeInfo, ReplicaInfo
-from qserve.state import State, decode_infos
+from qserve.wire.messages import Signer, encode
+from qserve.wire.spec import EVERY_NODE, HEALTHY, DeploymentSpec, NodeInfo, ReplicaInfo
 from qserve_workers.node_options import Options, parse
 from qserve_workers.supervise import KeptProcess
 
@@ -391,7 +392,7 @@ class Node:
     def _settle(self, names: list[str]) -> None:
         for name in names:
             try:
-                rollout.settle(self._state, name)
+                deploying.settle(self._state, name)
             except QServeError as exc:
                 logger.warning("Cannot judge deployment '%s': %s", name, exc)
 

@@ -8,8 +8,8 @@ from random import Random
 from typing import Any
 
 import qserve
+from qserve.calls.handle import get_handle
 from qserve.errors import CallCancelled, QServeError
-from qserve.handle import get_handle
 from tests.chaos.cluster import Cluster, Setup
 from tests.chaos.ledger import proof
 from tests.chaos.play import Plan, Result, Run, wait_until

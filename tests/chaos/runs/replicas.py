@@ -7,8 +7,8 @@ from random import Random
 
 import psutil
 
-from qserve.handle import get_handle
-from qserve.keys import GROUP
+from qserve.broker.keys import GROUP
+from qserve.calls.handle import get_handle
 from tests.chaos.checks import late_results, takeover
 from tests.chaos.cluster import Cluster, Setup
 from tests.chaos.faults import REPLICA_DIED, Excuses, Fault, Injected, freeze_replica, kill_replica, lose_node

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from random import Random
 
-from qserve import rollout
-from qserve.driver import ConnectedInstance
+from qserve.deployments import deploying
+from qserve.deployments.driver import ConnectedInstance
 from qserve.settings import Settings
 from tests.chaos import app, ledger
 from tests.chaos.cluster import Cluster, Setup
@@ -91,7 +91,7 @@ class RacingDeploys:
 
     def _round(self, cluster: Cluster, number: int, result: Result) -> None:
         won: list[tuple[int, str, int]] = []
-        goals: dict[int, rollout.Goal] = {}
+        goals: dict[int, deploying.Goal] = {}
 
         def race(client: int) -> None:
             instance, last = ConnectedInstance(Settings()), 0
@@ -116,7 +116,7 @@ class RacingDeploys:
         if len(goals) != len(won):
             result.failures.append(f"{len(won)} deploys made {len(goals)} generations")
         generation, version, most = won[-1]
-        if not rollout.Goal(cluster.state, goals[generation].deployed, None).wait(_WAIT_S):
+        if not deploying.Goal(cluster.state, goals[generation].deployed, None).wait(_WAIT_S):
             result.failures.append(f"generation {generation} was not reached in {_WAIT_S} s\n{cluster.logs()}")
         self._check_winner(cluster, (generation, version, most), result)
 

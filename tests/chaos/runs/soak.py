@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from qserve.keys import GROUP
+from qserve.broker.keys import GROUP
 from tests.chaos.checks import takeover
 from tests.chaos.cluster import Cluster
 from tests.chaos.ledger import OK

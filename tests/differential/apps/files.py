@@ -51,16 +51,28 @@ CASES = [
     Case("empty file", "POST", "/upload", body=as_multipart(("file", case.File("empty", b"")))),
     Case("missing", "POST", "/upload", body=as_form(other="x")),
     Case("a field instead", "POST", "/upload", body=as_multipart(("file", "text"))),
-    Case("several and a field", "POST", "/several", body=as_multipart(
-        ("files", case.File("a", b"1")), ("note", "two files"), ("files", case.File("b", b"2")),
-    )),
-    Case("optional and absent", "POST", "/optional"),
-    Case("in chunks", "POST", "/upload", body=Body(
-        (
-            b'--x\r\nContent-Disposition: form-data; name="file"; filename="c"\r\n',
-            b"\r\nfirst",
-            b"second\r\n--x--\r\n",
+    Case(
+        "several and a field",
+        "POST",
+        "/several",
+        body=as_multipart(
+            ("files", case.File("a", b"1")),
+            ("note", "two files"),
+            ("files", case.File("b", b"2")),
         ),
-        "multipart/form-data; boundary=x",
-    )),
+    ),
+    Case("optional and absent", "POST", "/optional"),
+    Case(
+        "in chunks",
+        "POST",
+        "/upload",
+        body=Body(
+            (
+                b'--x\r\nContent-Disposition: form-data; name="file"; filename="c"\r\n',
+                b"\r\nfirst",
+                b"second\r\n--x--\r\n",
+            ),
+            "multipart/form-data; boundary=x",
+        ),
+    ),
 ]

@@ -57,7 +57,7 @@ def everything() -> dict[str, Any]:
         "model": Model(when=datetime(2024, 1, 1, tzinfo=UTC), secret=SecretStr("x"), point=Point(2)),
         "keys": {1: "int", None: "none"},
         "numbers": [1e100, -0.0, 10**20],
-        "text": "\u20ac\u2028\U0001f600\"\\\x00",
+        "text": '\u20ac\u2028\U0001f600"\\\x00',
     }
 
 

@@ -38,16 +38,18 @@ async def echo(socket: WebSocket) -> None:
 @app.websocket("/scope/{name}")
 async def scope(socket: WebSocket, name: str, number: int = 0) -> None:
     await socket.accept(subprotocol=(socket.scope["subprotocols"] or [None])[-1], headers=[(b"x-own", b"yes")])
-    await socket.send_json({
-        "name": name,
-        "number": number,
-        "url": str(socket.url),
-        "root_path": socket.scope["root_path"],
-        "path": socket.scope["path"],
-        "cookie": socket.cookies.get("a"),
-        "state": type(socket.scope["state"]).__name__,
-        "offered": socket.scope["subprotocols"],
-    })
+    await socket.send_json(
+        {
+            "name": name,
+            "number": number,
+            "url": str(socket.url),
+            "root_path": socket.scope["root_path"],
+            "path": socket.scope["path"],
+            "cookie": socket.cookies.get("a"),
+            "state": type(socket.scope["state"]).__name__,
+            "offered": socket.scope["subprotocols"],
+        }
+    )
     await socket.close()
 
 

@@ -18,11 +18,13 @@ innermost = FastAPI(title="Innermost", docs_url="/help")
 
 async def where(request: StarletteRequest) -> JSONResponse:
     names = ("path", "root_path", "app_root_path")
-    return JSONResponse({
-        **{name: request.scope.get(name) for name in names},
-        "url": str(request.url),
-        "base": str(request.base_url),
-    })
+    return JSONResponse(
+        {
+            **{name: request.scope.get(name) for name in names},
+            "url": str(request.url),
+            "base": str(request.base_url),
+        }
+    )
 
 
 starlette = Starlette(

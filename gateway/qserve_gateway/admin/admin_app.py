@@ -1,0 +1,160 @@
+"""The admin listener: metrics, status and actions, on a port of its own, for whoever has the token."""
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import os
+import re
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.types import Receive, Scope, Send
+
+from qserve.broker.state import State
+from qserve.calls.client import Client
+from qserve.deployments.local_instance import runtime_folder
+from qserve.errors import ConfigurationError, QServeError
+from qserve.settings import Settings
+from qserve.wire.messages import HttpResponse
+from qserve_gateway.admin import dead_letter_pages
+from qserve_gateway.admin.metrics import metrics, status
+from qserve_gateway.door.limits import Door, request_ids, same_host
+from qserve_gateway.respond import json_response, local_error_response, send_response, text_response
+
+_is_deployment = re.compile(r"/-/deployments/([^/]+)").fullmatch
+_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class Admin:
+    """The ASGI application of the admin listener.
+
+    Every request, whatever its method, has to name a host that is ours (a page whose name was pointed at this address
+    cannot), must not come from another site's page, and has to bring the token.
+
+    Args:
+        state: Of the instance.
+        door: Of the gateway's public side.
+        client: With which the gateway puts its calls.
+        token: See `admin_token`.
+        drain: Makes the gateway leave as SIGTERM does.
+    """
+
+    def __init__(
+        self, settings: Settings, state: State, door: Door, client: Client, token: str, drain: Callable[[], None]
+    ) -> None:
+        self._settings = settings
+        self._state = state
+        self._door = door
+        self._client = client
+        self._token = token.encode()
+        self._drain = drain
+        self._hosts = frozenset(name.strip().lower() for name in settings.admin_allowed_hosts.split(",")) | _LOCAL
+        self._ids = request_ids()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        named = dict(scope["headers"])
+        response = self._refusal(named)
+        if response is None:
+            try:
+                response = await self._respond(scope["method"], scope["path"])
+            except QServeError as exc:
+                response = local_error_response(exc)
+        await send_response(send, response, scope["method"], next(self._ids))
+
+    def _refusal(self, named: dict[bytes, bytes]) -> HttpResponse | None:
+        host = named.get(b"host", b"").decode("latin-1").lower()
+        name = re.sub(r":\d+$", "", host).strip("[]")
+        if name not in self._hosts and not (self._settings.admin_host not in _LOCAL and _is_address(name)):
+            return text_response(403, "This host name is not one of ours (QSERVE_ADMIN_ALLOWED_HOSTS).")
+        origin = named.get(b"origin")
+        foreign = origin is not None and not same_host(origin.decode("latin-1").lower(), host)
+        if foreign or named.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):
+            return text_response(403, "Pages of other sites may not ask here.")
+        scheme, _, token = named.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
+            return text_response(401, "A bearer token is needed.", (b"www-authenticate", b"Bearer"))
+        return None
+
+    async def _respond(self, method: str, path: str) -> HttpResponse:
+        deployment = _is_deployment(path)
+        if deployment is not None:
+            return await self._delete(unquote(deployment[1])) if method == "DELETE" else _not_allowed("DELETE")
+        if path.startswith("/-/dead"):
+            return await asyncio.to_thread(dead_letter_pages.answer, self._state, method, path)
+        if path == "/-/drain":
+            return self._leave() if method == "POST" else _not_allowed("POST")
+        if path not in ("/-/metrics", "/-/status"):
+            return text_response(404, "There are /-/metrics, /-/status, /-/deployments/NAME, /-/dead and /-/drain.")
+        return await self._tell(path) if method in ("GET", "HEAD") else _not_allowed("GET, HEAD")
+
+    async def _tell(self, path: str) -> HttpResponse:
+        if path == "/-/status":
+            found = await asyncio.to_thread(status, self._state, self._settings.namespace, self._client.id)
+            return json_response(found)
+        text = await asyncio.to_thread(metrics, self._state, self._door, self._client)
+        return HttpResponse(200, [(b"content-type", CONTENT_TYPE_LATEST.encode())], text)
+
+    def _leave(self) -> HttpResponse:
+        asyncio.get_running_loop().call_later(0.05, self._drain)  # the answer leaves first
+        return text_response(202, "draining")
+
+    async def _delete(self, name: str) -> HttpResponse:
+        deleted = await asyncio.to_thread(self._state.delete, name)
+        if deleted is None:
+            return text_response(404, f"There is no deployment {name!r}.")
+        return HttpResponse(200, [(b"content-type", b"application/json")], msgspec.json.encode({"deleted": name}))
+
+
+def _not_allowed(methods: str) -> HttpResponse:
+    return text_response(405, f"Only {methods}.", (b"allow", methods.encode()))
+
+
+def _is_address(name: str) -> bool:
+    # No name that somebody else could point at us.
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return False
+
+
+def admin_token(settings: Settings) -> str:
+    """`QSERVE_ADMIN_TOKEN`, else the one in this user's runtime folder, made when there is none.
+
+    Raises:
+        ConfigurationError: Others can reach the listener, who cannot read that file, and no token is set.
+    """
+    if settings.admin_token:
+        return settings.admin_token
+    if settings.admin_host not in _LOCAL:
+        raise ConfigurationError(
+            f"The admin listener is to be reachable from other machines (QSERVE_ADMIN_HOST={settings.admin_host}): set "
+            "QSERVE_ADMIN_TOKEN."
+        )
+    return _read_or_make(token_path(settings.namespace))
+
+
+def token_path(namespace: str) -> Path:
+    """Where the token of a namespace stands that nobody has set."""
+    return runtime_folder() / f"{namespace}.admin-token"
+
+
+def _read_or_make(path: Path) -> str:
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_text().strip()
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_urlsafe(32) + "\n")
+    try:
+        path.hardlink_to(draft)
+    except FileExistsError:
+        pass  # another gateway was faster
+    finally:
+        draft.unlink()
+    return path.read_text().strip()

@@ -1,0 +1,46 @@
+"""Dead letters on the admin side: what `qserve dead` does, as JSON."""
+
+import re
+from urllib.parse import unquote
+
+from redis.exceptions import RedisError
+
+from qserve.broker.state import State
+from qserve.durable.dead_letters import DeadLetters
+from qserve.errors import BrokerUnavailable
+from qserve.wire.messages import HttpResponse
+from qserve_gateway.respond import json_response, text_response
+
+_PATH = re.compile(r"/-/dead(?:/(?P<name>[^/]+)(?:/(?P<letter>[^/]+)(?P<retry>/retry)?)?)?").fullmatch
+
+
+def answer(state: State, method: str, path: str) -> HttpResponse:
+    """Answer a request for a path below /-/dead. Waits for Redis.
+
+    Raises:
+        CallNotFound, DeploymentNotFound, FrameRejected, BrokerUnavailable: As `DeadLetters` does.
+    """
+    match = _PATH(path)
+    if match is None:
+        return text_response(404, "There are /-/dead, /-/dead/NAME, /-/dead/NAME/ID and /-/dead/NAME/ID/retry.")
+    name, letter = (unquote(part) if part else "" for part in match.group("name", "letter"))
+    allowed = "POST" if match["retry"] else "GET, HEAD, DELETE" if letter else "GET, HEAD"
+    if method not in allowed.split(", "):
+        return text_response(405, f"Only {allowed}.", (b"allow", allowed.encode()))
+    try:
+        return json_response(_do(DeadLetters(state), method, name, letter))
+    except (RedisError, OSError) as exc:
+        raise BrokerUnavailable(f"Redis cannot be asked for dead letters: {exc}") from exc
+
+
+def _do(letters: DeadLetters, method: str, name: str, letter: str) -> object:
+    if not letter:
+        return [each.facts() for each in (letters.of(name) if name else letters.all())]
+    found = letters.get(name, letter)
+    if method == "POST":
+        call_id = letters.retry(found)
+        return {"call": call_id, "location": f"/-/calls/{call_id}"}
+    if method == "DELETE":
+        letters.drop(found)
+        return {"dropped": found.id}
+    return found.facts() | letters.contents(found)

@@ -1,0 +1,121 @@
+"""Keeping a gateway in step with the desired state, and telling deployers how far it has come."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import msgspec
+from redis.exceptions import RedisError
+
+from qserve.background import spawn
+from qserve.broker.connection import Answer
+from qserve.broker.following import Change, Snapshot, connect_asyncio, follow, read_snapshot
+from qserve.broker.restoring import Memory
+from qserve.calls.client import Client
+from qserve.errors import BrokerUnavailable, ConfigurationError
+from qserve.wire.messages import encode
+from qserve.wire.spec import GatewayInfo
+
+logger = logging.getLogger(__name__)
+
+_ANNOUNCE_EVERY_S = 5.0
+_RETRY_S = 0.2
+
+
+class Follower:
+    """Applies each change of the state and reports it at once: `deploy` waits until all live gateways have.
+
+    Its id is the client's, whose inbox already says every second that this process lives.
+
+    Args:
+        client: Started by the caller, stopped by the caller after this.
+        apply: Takes the whole desired state.
+    """
+
+    def __init__(self, client: Client, info: GatewayInfo, apply: Callable[[Snapshot], None]) -> None:
+        self._client = client
+        self._settings = client.settings
+        self._info = info
+        self._apply = apply
+        self._redis = connect_asyncio(client.settings.redis_url)
+        settings = client.settings
+        self._memory = Memory(settings.keys, client.signer, restores=settings.autorestore)
+
+    async def start(self) -> None:
+        """Apply the state as it is now, without telling anybody yet.
+
+        Raises:
+            BrokerUnavailable, ConfigurationError: It cannot be read or used.
+        """
+        await self._catch_up()
+
+    async def announce(self) -> None:
+        """Be counted among the live gateways; returns when Redis knows, or cannot be told now."""
+        if self._client.writer is not None:
+            with contextlib.suppress(BrokerUnavailable, RedisError):
+                await self._client.writer.call("HSET", *self._entry())
+
+    async def run(self) -> None:
+        """Stay counted and follow the state, until cancelled."""
+        announcing = spawn(self._keep_announcing())
+        try:
+            await self._follow()
+        finally:
+            announcing.cancel()
+
+    def leave(self) -> None:
+        """No longer be counted, so that no deploy waits for this gateway."""
+        if self._client.writer is not None:
+            self._client.writer.send(_log_refusal, "HDEL", self._settings.keys.gateways, self._info.id)
+
+    async def stop(self) -> None:
+        """Close the connection."""
+        await self._redis.aclose()
+
+    async def _follow(self) -> None:
+        async for change in follow(self._settings.redis_url, self._settings.keys, self._info.applied):
+            while self._is_news(change):
+                try:
+                    await self._catch_up()
+                    self._tell()
+                    break
+                except BrokerUnavailable as exc:
+                    logger.warning("cannot read the state, trying again: %s", exc)
+                    await asyncio.sleep(_RETRY_S)
+                except ConfigurationError as exc:
+                    # Not reported as applied: whoever changed them waits and is told which gateway lags behind.
+                    logger.error("HTTP options stay as they were: %s", exc)
+                    break
+
+    def _is_news(self, change: Change) -> bool:
+        return change.kind == "resync" or _position(change.log_id) > _position(self._info.applied)
+
+    async def _catch_up(self) -> None:
+        # The whole state, whatever changed: it is small, and nothing can be missed.
+        found = await read_snapshot(self._redis, self._settings.keys, self._client.signer)
+        snapshot = await self._memory.compare(self._redis, found)
+        self._apply(snapshot)
+        self._info = msgspec.structs.replace(self._info, applied=snapshot.log_id)
+
+    async def _keep_announcing(self) -> None:
+        # Again and again, because a Redis that restarted empty has forgotten us.
+        while True:
+            self._tell()
+            await asyncio.sleep(_ANNOUNCE_EVERY_S)
+
+    def _tell(self) -> None:
+        if self._client.writer is not None:
+            self._client.writer.send(_log_refusal, "HSET", *self._entry())
+
+    def _entry(self) -> tuple[str, str, bytes]:
+        return self._settings.keys.gateways, self._info.id, encode(self._info)
+
+
+def _log_refusal(answer: Answer) -> None:
+    if isinstance(answer, Exception):
+        logger.warning("cannot announce this gateway: %s", answer)
+
+
+def _position(log_id: str) -> tuple[int, ...]:
+    return tuple(map(int, log_id.split("-")))

@@ -1,0 +1,133 @@
+"""One line per response, written beside the event loop."""
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import msgspec
+
+FLUSH_S = 0.25
+MOST_HELD = 100_000
+"""Lines held while whoever reads them does not; more are dropped, and counted."""
+
+
+class Line(NamedTuple):
+    """What is noted of a response while the event loop waits; it is put into words later."""
+
+    at: float
+    client: tuple[str, int] | None
+    method: str
+    path: bytes
+    query: bytes
+    version: str
+    status: int
+    size: int
+    seconds: float
+    deployment: str
+    request_id: str
+
+
+class AccessLog:
+    """Collects lines and writes them four times a second, on a thread.
+
+    Args:
+        style: "text" or "json".
+        descriptor: Where to.
+    """
+
+    def __init__(self, style: str, descriptor: int = 1) -> None:
+        self._put_into_words = as_json if style == "json" else as_text
+        self._descriptor = descriptor
+        self._lines: list[Line] = []
+        self._dropped = 0
+        self._writing: asyncio.Task[None] | None = None
+
+    def add(self, scope: Mapping[str, Any], status: int, size: int, seconds: float) -> None:
+        """Note a response."""
+        if len(self._lines) >= MOST_HELD:
+            self._dropped += 1
+            return
+        about = scope.get("state") or {}
+        self._lines.append(
+            Line(
+                time.time(),
+                scope["client"],
+                scope.get("method", "WEBSOCKET"),
+                scope.get("raw_path") or b"",
+                scope.get("query_string") or b"",
+                scope["http_version"],
+                status,
+                size,
+                seconds,
+                about.get("deployment", ""),
+                about.get("request_id", ""),
+            )
+        )
+        if self._writing is None:
+            self._writing = asyncio.get_running_loop().create_task(self._write_soon())
+
+    async def close(self) -> None:
+        """Write what is left."""
+        if self._writing is not None:
+            self._writing.cancel()
+        await asyncio.to_thread(self._write)
+
+    async def _write_soon(self) -> None:
+        await asyncio.sleep(FLUSH_S)
+        while self._lines:
+            await asyncio.to_thread(self._write)
+        self._writing = None
+
+    def _write(self) -> None:
+        lines, self._lines = self._lines, []
+        dropped, self._dropped = self._dropped, 0
+        text = b"".join(map(self._put_into_words, lines))
+        if dropped:
+            text += b'{"dropped":%d}\n' % dropped if self._put_into_words is as_json else b"%d dropped\n" % dropped
+        while text:
+            try:
+                text = text[os.write(self._descriptor, text) :]
+            except OSError:
+                return  # nobody reads them any more
+
+
+def as_text(line: Line) -> bytes:
+    """For people: address, request, status, bytes, time, deployment, request id."""
+    client = f"{line.client[0]}:{line.client[1]}" if line.client else "-"
+    return (
+        f'{_time_of(line)} {client} "{line.method} {_target_of(line)} HTTP/{line.version}" {line.status} {line.size} '
+        f"{line.seconds * 1000:.1f}ms {line.deployment or '-'} {line.request_id or '-'}\n"
+    ).encode()
+
+
+def as_json(line: Line) -> bytes:
+    """For programs."""
+    return (
+        msgspec.json.encode(
+            {
+                "time": _time_of(line),
+                "client": line.client[0] if line.client else None,
+                "method": line.method,
+                "path": _target_of(line),
+                "status": line.status,
+                "bytes": line.size,
+                "ms": round(line.seconds * 1000, 3),
+                "deployment": line.deployment,
+                "request_id": line.request_id,
+            }
+        )
+        + b"\n"
+    )
+
+
+def _target_of(line: Line) -> str:
+    # The gate lets no control characters through, so a line stays a line.
+    target = line.path + b"?" + line.query if line.query else line.path
+    return target.decode("latin-1").replace('"', "%22")
+
+
+def _time_of(line: Line) -> str:
+    return datetime.fromtimestamp(line.at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,166 @@
+"""Who may come in, and for how long: limits and deadlines of all connections of a gateway."""
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import count
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from qserve.settings import Settings
+from qserve_gateway.door.access_log import AccessLog
+from qserve_gateway.door.gate import Refusal, header_in
+from qserve_gateway.door.request_counts import Observer
+
+SWEEP_S = 0.5
+LINGER_S = 1.5
+"""How long a refused client may go on sending: closing at once could destroy the answer on its way."""
+
+
+class Guest(Protocol):
+    """A connection, as far as the door is concerned."""
+
+    def look(self, now: float) -> None:
+        """Close it if its time is over; called twice a second."""
+
+
+class Door:
+    """Limits and deadlines. One coarse clock and one timer serve all connections: a request costs no timer.
+
+    Args:
+        settings: The limits.
+
+    Attributes:
+        now: The event loop's time, at most half a second old.
+        refused: Kind of refusal -> how often, for the metrics.
+        observer: Counts responses.
+        log: Where responses are noted, None: nowhere.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.header_timeout_s = settings.http_header_timeout_s
+        self.body_timeout_s = settings.http_body_timeout_s
+        self.body_bytes_per_s = settings.http_body_bytes_per_s
+        self.keep_alive_s = settings.http_keep_alive_s
+        self.send_timeout_s = settings.http_send_timeout_s
+        self.largest_body = settings.max_body_bytes
+        self.now = 0.0
+        self.refused: Counter[str] = Counter()
+        self.websockets = 0
+        self.observer = Observer()
+        self.log = AccessLog(settings.access_log) if settings.access_log != "off" else None
+        self._most = settings.http_max_connections
+        self._most_per_ip = settings.http_max_connections_per_ip
+        listed = settings.websocket_origins.lower().split(",")
+        self._origins = frozenset(origin.strip().rstrip("/") for origin in listed)
+        self._guests: set[Guest] = set()
+        self._by_ip: Counter[str] = Counter()
+        self._ids = request_ids()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def open(self) -> None:
+        """Start to watch the clock."""
+        self._sweep()
+
+    async def close(self) -> None:
+        """Watch it no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.log is not None:
+            await self.log.close()
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.now = loop.time()
+        for guest in tuple(self._guests):
+            guest.look(self.now)
+        self._timer = loop.call_later(SWEEP_S, self._sweep)
+
+    @property
+    def connections(self) -> int:
+        """How many are open, WebSockets too."""
+        return len(self._guests) + self.websockets
+
+    def enter(self, guest: Guest, ip: str) -> None:
+        """A connection has been made.
+
+        Raises:
+            Refusal: There are too many; it is watched all the same until it `leave`s.
+        """
+        self._guests.add(guest)
+        self._by_ip[ip] += 1
+        if self.connections > self._most:
+            raise Refusal(503, f"more than {self._most} connections", "connections")
+        if ip and 0 < self._most_per_ip < self._by_ip[ip]:
+            raise Refusal(429, f"more than {self._most_per_ip} connections from one address", "connections")
+
+    def leave(self, guest: Guest, ip: str) -> None:
+        """It is gone."""
+        self._guests.discard(guest)
+        self._count_out(ip)
+
+    def become_websocket(self, guest: Guest) -> None:
+        """It goes on as a WebSocket, which has its own deadlines."""
+        self._guests.discard(guest)
+        self.websockets += 1
+
+    def leave_websocket(self, ip: str) -> None:
+        """A WebSocket is gone."""
+        self.websockets -= 1
+        self._count_out(ip)
+
+    def _count_out(self, ip: str) -> None:
+        self._by_ip[ip] -= 1
+        if self._by_ip[ip] <= 0:
+            del self._by_ip[ip]
+
+    def note(self, scope: Mapping[str, Any], status: int, size: int, seconds: float) -> None:
+        """A request has had its response."""
+        self.observer.count(scope["state"].get("deployment", ""), status, seconds)
+        if self.log is not None:
+            self.log.add(scope, status, size, seconds)
+
+    def check_origin(self, head: bytes) -> None:
+        """A browser sends a page's WebSockets to wherever the page says, with the user's cookies.
+
+        Raises:
+            Refusal: The page is neither one of ours nor one of those allowed.
+        """
+        origin = header_in(head, b"origin").decode("latin-1").lower().rstrip("/")
+        if not origin or "*" in self._origins or origin in self._origins:
+            return
+        if not same_host(origin, header_in(head, b"host").decode("latin-1")):
+            raise Refusal(403, "WebSockets are not open to pages of this origin (QSERVE_WEBSOCKET_ORIGINS)", "origin")
+
+    def refusal_response(self, refusal: Refusal) -> tuple[list[tuple[bytes, bytes]], bytes]:
+        """Headers and body of the answer; it is counted."""
+        self.refused[refusal.kind] += 1
+        request_id = next(self._ids)
+        about = "Bad request" if refusal.status == 400 else "Refused"
+        body = f"{about}: {refusal.reason}. Request {request_id}.".encode()
+        headers = [(b"x-request-id", request_id.encode()), (b"connection", b"close")]
+        if refusal.status == 204:
+            return headers, b""
+        text = (b"content-type", b"text/plain; charset=utf-8")
+        return [text, (b"content-length", b"%d" % len(body)), *headers], body
+
+
+def request_ids() -> Iterator[str]:
+    """Ids for requests that bring none."""
+    prefix = os.urandom(8).hex()
+    return (f"{prefix}{number:08x}" for number in count(1))
+
+
+def same_host(origin: str, host: str) -> bool:
+    """Whether an Origin belongs to the host a request was sent to; "null" never does."""
+    try:
+        parts = urlsplit(origin)
+        default = {"http": 80, "https": 443, "ws": 80, "wss": 443}.get(parts.scheme)
+        asked = urlsplit(f"//{host.lower()}")
+        # Behind a proxy that ends TLS our own scheme says nothing.
+        return bool(parts.hostname) and (parts.hostname, parts.port or default) in (
+            {(asked.hostname, asked.port)} if asked.port else {(asked.hostname, 80), (asked.hostname, 443)}
+        )
+    except ValueError:
+        return False

@@ -1,0 +1,349 @@
+"""One connection: what is let through to uvicorn's HTTP parser, and when its time is over."""
+
+import asyncio
+import socket
+import struct
+from time import monotonic
+from typing import Any
+
+from httptools import HttpParserError, HttpParserUpgrade
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from qserve_gateway.door.gate import (
+    CHUNKED,
+    LARGEST_HEAD,
+    LAST_CHUNK,
+    ChunkedBody,
+    LengthBody,
+    Refusal,
+    inspect_head,
+    inspect_part_of_head,
+    refuse,
+)
+from qserve_gateway.door.limits import LINGER_S, Door
+from qserve_gateway.door.transport import TickTransport
+
+CLIENT_LEFT = 499
+"""Noted as the status of requests whose clients did not wait; nginx's number."""
+LAST_CHANCE_S = 0.4
+"""How long an idle connection stays open when the gateway leaves: a request may be on its way."""
+_NO_LINGER = struct.pack("ii", 1, 0)
+MOST_UNWANTED = 1024 * 1024
+"""How much of a body is read after its response, before the connection is closed instead."""
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 connection behind a gate.
+
+    The gate finds out where heads and bodies end by itself, so the parser sees one request after the other, whole heads
+    only, and nothing that has not been checked.
+
+    Args:
+        door: Limits and deadlines, shared by all connections.
+    """
+
+    transport: TickTransport
+
+    def __init__(self, door: Door, **uvicorns: Any) -> None:
+        super().__init__(**uvicorns)
+        self._door = door
+        self._ip = ""
+        self._head = bytearray()
+        """The beginning of a head that is not all there."""
+        self._plain = b""
+        """The last head that was all there was of its request; one like it need not be inspected again."""
+        self._body: LengthBody | ChunkedBody | None = None
+        self._unwanted = 0
+        self._received = 0
+        """Of the body since `_since`."""
+        self._since = 0.0
+        """When the connection got into the state it is in: idle, in a head, in a body, refused."""
+        self._heard = 0.0
+        self._active: RequestResponseCycle | None = None
+        """Whose response is being made; `cycle` is the newest, which may wait behind it."""
+        self._deaf = False
+        self._refusal: Refusal | None = None
+        """To be told when earlier requests have been answered."""
+        self._leaving = False
+        self._unsent = 0
+        """Bytes of responses that the network had not taken when somebody looked last, since `_unsent_since`."""
+        self._unsent_since = 0.0
+        self._began = 0.0
+        """When the request was handed on that `_active` answers."""
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(TickTransport(transport, self.loop))
+        self._ip = self.client[0] if self.client else ""
+        self._since = self._door.now
+        try:
+            self._door.enter(self, self._ip)
+        except Refusal as refusal:
+            self._refuse(refusal)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        self._door.leave(self, self._ip)
+        if self._active is not None and not self._active.response_complete:
+            self._active.disconnected = True  # uvicorn tells the newest only
+            self._active.message_event.set()
+            seconds = monotonic() - self._began
+            self._door.note(self._active.scope, CLIENT_LEFT, self.transport.sent, seconds)
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """The gateway leaves: the next response is the last; without a request there is a moment left to send one."""
+        self._leaving = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+        else:
+            self._since = self._door.now
+
+    # What comes in
+
+    def data_received(self, data: bytes) -> None:
+        """Let through what is in order, one request after the other."""
+        try:
+            if data == self._plain and self._body is None and not self._head and not self._deaf:
+                # The same request again, as clients that poll or call in a loop send it: 3 us less.
+                self._feed(data)
+                if self._leaving:
+                    self.cycle.keep_alive = False
+                return
+            while data and not self._deaf:
+                data = self._take_head(data) if self._body is None else self._take_body(data)
+        except Refusal as refusal:
+            self._refuse(refusal)
+
+    def _take_head(self, data: bytes) -> bytes:
+        if self._head:
+            data = self._finish_head(data)
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4:
+            self._hold(data)
+            return b""
+        head, length, websocket = inspect_head(data if end == len(data) else data[:end])
+        if websocket:
+            self._door.check_origin(head)
+        elif length > self._door.largest_body:
+            reason = f"its body is over the limit of {self._door.largest_body} bytes (QSERVE_MAX_BODY_BYTES)"
+            raise Refusal(413, reason, "size")
+        self._feed(head)
+        if websocket:
+            if self.transport.get_protocol() is not self:
+                self._door.become_websocket(self)
+                self._deaf = True
+        elif length:
+            self._begin_body(length)
+        elif end == len(data) and head is data:
+            self._plain = head
+        if self._leaving and not self._deaf:
+            self.cycle.keep_alive = False
+        return data[end:]
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade:
+            if self._should_upgrade():
+                self.handle_websocket_upgrade()
+        except HttpParserError as exc:
+            raise Refusal(400, "it is not HTTP/1.1", "syntax") from exc
+
+    def _finish_head(self, data: bytes) -> bytes:
+        """All there is of a head, so far; the beginning, which was looked at before, is not looked at again."""
+        begin = max(0, len(self._head) - 3)
+        self._head += data
+        if self._head.find(b"\r\n\r\n", begin) < 0:
+            if len(self._head) > LARGEST_HEAD:
+                refuse(f"its headers are over {LARGEST_HEAD} bytes", "size")
+            inspect_part_of_head(self._head[begin:])
+            return b""
+        whole = bytes(self._head)
+        self._head.clear()
+        return whole
+
+    def _hold(self, data: bytes) -> None:
+        if data:
+            inspect_part_of_head(data)
+            self._head += data
+            self._since = self._heard = self._door.now
+            if len(data) > LARGEST_HEAD:
+                refuse(f"its headers are over {LARGEST_HEAD} bytes", "size")
+
+    def _begin_body(self, length: int) -> None:
+        self._body = ChunkedBody() if length == CHUNKED else LengthBody(length)
+        self._since = self._heard = self._door.now
+        self._received = self._unwanted = 0
+
+    def _take_body(self, data: bytes) -> bytes:
+        body = self._body
+        assert body is not None
+        self._heard = self._door.now
+        self._received += len(data)
+        part, rest = body.take(data)
+        if body.done and isinstance(body, ChunkedBody):
+            part += LAST_CHUNK
+        if self.cycle.response_complete:
+            self._unwanted += len(part)
+            if self._unwanted > MOST_UNWANTED and not body.done:
+                self._hang_up()
+                return b""
+        if part:
+            self._feed(part)
+        if body.done:
+            self._body = None
+            self._since = self._door.now
+        return rest
+
+    def handle_websocket_upgrade(self) -> None:
+        """Go on as a WebSocket, unless an earlier request is still waiting for its response."""
+        if self._active is not None and not self._active.response_complete:
+            refuse("a WebSocket's handshake before the response to an earlier request", "framing")
+        super().handle_websocket_upgrade()
+
+    # What goes out
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._active = cycle
+        self._began = monotonic()
+        task = self.loop.create_task(cycle.run_asgi(app))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or wait for one; the door's clock spares uvicorn's timer per request."""
+        self.server_state.total_requests += 1
+        self._since = self._door.now
+        self._note()
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            if self._leaving and not self.pipeline:
+                cycle.keep_alive = False
+            self._start_asgi_task(cycle, app)
+        elif self._refusal is not None:
+            self._answer(self._refusal)
+
+    def _note(self) -> None:
+        transport = self.transport
+        if transport.head is not None and self._active is not None:
+            self._door.note(self._active.scope, int(transport.head[9:12]), transport.sent, monotonic() - self._began)
+        transport.head, transport.sent = None, 0
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Read no further, and say why as soon as it is this request's turn."""
+        self._deaf = True
+        self._since = self._door.now
+        concerned = self.cycle if self._body is not None else None
+        if concerned is not None and self.pipeline and self.pipeline[0][0] is concerned:
+            self.pipeline.popleft()
+        active = self._active
+        if active is None or active.response_complete:
+            self._answer(refusal)
+        elif active is not concerned:
+            self._refusal = refusal
+        elif active.response_started:
+            self.transport.close()  # cut off, so it does not look whole
+        else:
+            # Its application hears that the client has left.
+            active.disconnected = True
+            active.message_event.set()
+            active.response_complete = True
+            self._answer(refusal)
+
+    def _answer(self, refusal: Refusal) -> None:
+        headers, body = self._door.refusal_response(refusal)
+        if self._door.log is not None:
+            about = {"client": self.client, "method": "-", "raw_path": b"-", "http_version": "1.1"}
+            self._door.log.add(about, refusal.status, len(body), 0.0)
+        lines = [b"%b: %b\r\n" % field for field in (*self.server_state.default_headers, *headers)]
+        self.transport.write(b"".join((STATUS_LINE[refusal.status], *lines, b"\r\n", body)))
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close in two steps: what is still on its way to us must not destroy what is on its way to the client."""
+        self._deaf = True
+        self._since = self._door.now
+        self._refusal = None
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    # Time
+
+    def look(self, now: float) -> None:
+        """Close the connection if its time is over."""
+        if self._is_unread(now) or self._refusal is not None:
+            return  # until the requests before have been answered
+        if self._deaf:
+            if now - self._since > LINGER_S:
+                self.transport.close()
+        elif self.flow.read_paused:
+            # Somebody here takes his time, not the client.
+            self._since, self._heard = self._since + (now - self._heard), now
+        elif self._head or self._body is not None:
+            self._look_at_request(self._door, now)
+        elif self._active is None or self._active.response_complete:
+            patience = LAST_CHANCE_S if self._leaving else self._door.keep_alive_s
+            if now - self._since > patience:
+                self.transport.close()
+
+    def _is_unread(self, now: float) -> bool:
+        """Whether the client has not taken all of its responses; also of a connection that is closed already."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent != self._unsent:
+            self._unsent, self._unsent_since = unsent, now
+        elif unsent and now - self._unsent_since > self._door.send_timeout_s:
+            self._door.refused["unread"] += 1
+            self._reset()
+        return unsent > 0
+
+    def _reset(self) -> None:
+        """Close without a last attempt to send: else the kernel would keep what is not read for minutes."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.transport.abort()
+
+    def _look_at_request(self, door: Door, now: float) -> None:
+        waited = now - self._since
+        if self._body is None:
+            if waited > door.header_timeout_s:
+                self._refuse(Refusal(408, f"no whole request within {door.header_timeout_s:g} s", "slow"))
+            return
+        floor = door.body_bytes_per_s
+        too_slow = floor and waited > door.body_timeout_s + self._received / floor
+        if too_slow or now - self._heard > door.body_timeout_s:
+            self._refuse(Refusal(408, "its body comes too slowly", "slow"))
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket connection, counted.
+
+    Args:
+        door: Where it is counted.
+    """
+
+    def __init__(self, door: Door, **uvicorns: Any) -> None:
+        super().__init__(**uvicorns)
+        self._door = door
+        self._began = monotonic()
+
+    async def send(self, message: Any) -> None:
+        """Send a message of the application's."""
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            self.handshake_complete = True  # uvicorn forgets that a denial completes it, and logs an error
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        self._door.leave_websocket(self.client[0] if self.client else "")
+        if self._door.log is not None and self.handshake_initiated:
+            seconds = monotonic() - self._began
+            self._door.log.add(self.scope, 101 if self.handshake_complete else 0, 0, seconds)
+        super().connection_lost(exc)

@@ -1,0 +1,1 @@
+"""Durable calls over HTTP."""

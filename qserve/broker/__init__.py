@@ -1,0 +1,1 @@
+"""Redis: how it is reached, and every command that qserve sends to it."""

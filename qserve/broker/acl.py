@@ -1,0 +1,125 @@
+"""Redis users with the least that each kind of process needs; `qserve redis-acl` prints them.
+
+Commands within scripts are checked against the user that runs them, so what scripts do is part of the lists. EVAL is,
+too: a server that has lost its scripts is sent them again by whoever finds out, and EVAL can do nothing that its user
+cannot do without it.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qserve.broker.keys import Keys
+
+_BASE = "ping select info time role client|id client|setname"
+_SCRIPTS = "eval evalsha script|load script|exists"
+_OBSERVE = "exists get mget hget hmget hgetall hkeys hlen smembers xlen xrange xrevrange xread xpending zcard"
+_CALL = (
+    "xadd xdel xack xtrim xinfo|groups pexpire persist pttl set del getdel hset hdel hincrby zadd zrem zrange "
+    "zrangebyscore publish"
+)
+_RESULTS = "celery:celery-task-meta-*"
+_CALL_KEYS = f"q:* inbox:* alive:* p:* parts:* call:* idem:* due:* low:* counters {_RESULTS}"
+_STATE_KEYS = "meta:* deployments log http instance schedules fired"
+_REPORTS = "hb:* replicas:* workers:* nodes gateways"
+_ANY_CALL = f"call:* {_RESULTS}"
+_CELERY = (
+    "lpush rpush blmove brpop rpop llen lrem lindex lrange sadd srem smembers zadd zrem zrevrangebyscore zscore hset "
+    "hsetnx hget hdel hlen setnx expire watch unwatch multi exec discard "
+    "publish subscribe unsubscribe psubscribe punsubscribe"
+)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one kind of process may do.
+
+    Attributes:
+        name: Of the role.
+        purpose: Which processes it is for.
+        commands: Names of commands, `command|subcommand` for some of one.
+        keys: Patterns of keys it reads and writes, without their prefix.
+        reads: Patterns of keys it only reads.
+        channels: Patterns of channels.
+        celery: Uses Celery's own keys and channels, too.
+    """
+
+    name: str
+    purpose: str
+    commands: str
+    keys: str = ""
+    reads: str = ""
+    channels: str = ""
+    celery: bool = False
+
+
+ROLES = (
+    Role(
+        "gateway",
+        "qserve_gateway",
+        f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL} subscribe unsubscribe",
+        keys=f"{_CALL_KEYS} dead:* gateways",
+        reads=f"{_STATE_KEYS} {_REPORTS}",
+        channels=_ANY_CALL,
+    ),
+    Role(
+        "worker",
+        "nodes, Celery workers and their replicas",
+        f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL} {_CELERY} setbit hsetnx hexists sadd srem xclaim xreadgroup "
+        "xgroup|create xgroup|delconsumer xinfo|consumers client|unblock",
+        keys=f"{_CALL_KEYS} {_STATE_KEYS} {_REPORTS} dead:* mover:* claims:* run_id before",
+        channels=_ANY_CALL,
+        celery=True,
+    ),
+    Role(
+        "deployer",
+        "qserve deploy, delete, shutdown, dead and call; programs that deploy",
+        f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL} sadd srem hexists xgroup|create",
+        keys=f"{_CALL_KEYS} {_STATE_KEYS} {_REPORTS} dead:*",
+        channels=_ANY_CALL,
+    ),
+    Role(
+        "client",
+        "programs that call deployments through handles",
+        f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL}",
+        keys=_CALL_KEYS,
+        reads=f"{_STATE_KEYS} {_REPORTS}",
+        channels=_ANY_CALL,
+    ),
+    Role(
+        "metrics",
+        "qserve status and doctor, and what watches an instance",
+        f"{_BASE} {_OBSERVE}",
+        reads=f"q:* due:* low:* dead:* alive:* counters {_STATE_KEYS} {_REPORTS}",
+    ),
+)
+
+
+def rules(role: Role, keys: Keys, passwords: Iterable[str], db: int = 0) -> list[str]:
+    """The rules of a role's user, as ACL SETUSER and files of users take them.
+
+    Args:
+        keys: Of the namespace that it is for.
+        passwords: As rules: `>PASSWORD` or `#` and its SHA-256.
+        db: Number of the database, which stands in the names of Celery's channels.
+    """
+    prefix, celery = keys.base, keys.celery_prefix
+    written = [*(f"~{prefix}{pattern}" for pattern in role.keys.split()), *([f"~{celery}*"] if role.celery else ())]
+    read = [f"%R~{prefix}{pattern}" for pattern in role.reads.split()]
+    channels = [f"&{prefix}{pattern}" for pattern in role.channels.split()]
+    if role.celery:
+        # A worker subscribes to a pattern, and patterns are allowed by their very text only.
+        channels += [f"&{celery}*", f"&{celery}/{db}.qserve.pidbox"]
+    commands = [f"+{command}" for command in dict.fromkeys(role.commands.split())]
+    given = ["on", "sanitize-payload", *passwords, *written, *read, "resetchannels", *channels, "-@all", *commands]
+    if read and "+evalsha" in commands:
+        # Redis takes every key that a script is given for written to. This selector lets it be given; what the script
+        # does with it is checked once more.
+        given += ["(+eval", "+evalsha", *written, *(key.removeprefix("%R") for key in read[:-1])]
+        given += [f"{read[-1].removeprefix('%R')})"]
+    return given
+
+
+def hashed(password: str) -> str:
+    """A password as a rule that does not tell it."""
+    return f"#{hashlib.sha256(password.encode()).hexdigest()}"

@@ -1,0 +1,302 @@
+"""One asyncio connection to Redis for the path of a call.
+
+redis-py spends more time on a command than Redis does, which halves the calls a process can make
+(benchmarks/results.md). So the path of a call speaks through this: hiredis packs and parses, all commands of one
+event-loop tick leave in one write, and answers go to callbacks in order. Everything off that path uses redis-py.
+"""
+
+import asyncio
+import logging
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+import hiredis
+from redis.exceptions import RedisError
+
+from qserve.broker.address import Broker, parse, tls_problem
+from qserve.broker.redis_clients import primaries_async, role_problem, unreachable
+from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
+
+logger = logging.getLogger(__name__)
+
+Answer = Any
+"""A parsed RESP value; a failed command's answer is an exception instance."""
+
+_CONNECT_TIMEOUT_S = 5.0
+_PRIMARY_TIMEOUT_S = 2.0
+"""For one that a sentinel names: it may be the one that has just died."""
+_FOREIGN = ("READONLY", "MASTERDOWN", "UNBLOCKED force unblock")
+"""How the errors of a server begin that has become a replica."""
+_WRONG = ("NOAUTH", "NOPERM", "WRONGPASS", "ERR")
+"""And those that another attempt does not change."""
+_LARGE = 8 * 1024
+_KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+
+
+class Connection(asyncio.Protocol):
+    """A connection that pipelines by itself. Bound to the loop it was opened on; not thread-safe.
+
+    A lost connection is not reopened here and no command is ever sent twice: every unanswered command's callback gets
+    a `BrokerUnavailable`, and the owner opens another connection.
+    """
+
+    def __init__(self, on_lost: Callable[[], None] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._reader = hiredis.Reader(notEnoughData=_NOTHING, replyError=self._error)
+        self._waiting: deque[Callable[[Answer], None]] = deque()
+        self._out: list[bytes] = []
+        self.heard = 0
+        """How often data has come, for whoever watches that it does."""
+        self._server: Broker
+        self._transport: asyncio.Transport | None = None
+        self._on_lost = on_lost
+
+    @classmethod
+    async def open(cls, url: str, on_lost: Callable[[], None] | None = None) -> "Connection":
+        """Connect to the primary, authenticate and select the database.
+
+        Args:
+            url: What QSERVE_REDIS_URL may be.
+            on_lost: Called once when the connection is gone, unless `close` was called.
+
+        Raises:
+            BrokerUnavailable: No primary answers there.
+            ConfigurationError: It answers, but refuses the password, the database or our certificate, or we refuse its;
+                or this is no Redis URL.
+        """
+        broker = parse(url)
+        if not broker.sentinels:
+            return await cls._open_at(broker, on_lost, _CONNECT_TIMEOUT_S)
+        problems: list[str] = []
+        async for address in primaries_async(broker, problems):
+            try:
+                return await cls._open_at(broker.at(address), on_lost, _PRIMARY_TIMEOUT_S)
+            except BrokerUnavailable as exc:
+                problems.append(str(exc))
+        raise BrokerUnavailable(unreachable(broker, problems))
+
+    async def another(self, on_lost: Callable[[], None] | None = None) -> "Connection":
+        """A second connection to the very server that this one leads to; raises like `open`."""
+        return await self._open_at(self._server, on_lost, _PRIMARY_TIMEOUT_S)
+
+    @classmethod
+    async def _open_at(cls, server: Broker, on_lost: Callable[[], None] | None, timeout_s: float) -> "Connection":
+        self = cls(on_lost)
+        self._server = server
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connect(server)
+                await self._greet(server)
+        except (OSError, TimeoutError) as exc:
+            self.close()
+            if problem := tls_problem(exc, server.place):
+                raise ConfigurationError(". ".join(problem)) from exc
+            raise BrokerUnavailable(f"cannot connect to Redis at {server.place}: {exc or type(exc).__name__}") from exc
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    async def _connect(self, server: Broker) -> None:
+        if server.path:
+            await self._loop.create_unix_connection(lambda: self, server.path)
+            return
+        tls = server.tls.context if server.tls else None
+        await self._loop.create_connection(lambda: self, server.host, server.port, ssl=tls)
+
+    async def _greet(self, server: Broker) -> None:
+        if server.username:
+            await self._expect_ok("AUTH", server.username, server.password)
+        elif server.password:
+            await self._expect_ok("AUTH", server.password)
+        if server.db:
+            await self._expect_ok("SELECT", server.db)
+        await self._expect_data(server.place)
+        try:
+            role = await self.call("ROLE")
+        except RedisError:  # this user may not ask; a replica shows itself at the first write
+            return
+        if problem := role_problem(role, server.place):
+            raise BrokerUnavailable(problem)
+
+    async def _expect_data(self, place: str) -> None:
+        # While a server reads its file it lets one in, and refuses every other command.
+        try:
+            await self.call("PING")
+        except RedisError as exc:
+            if str(exc).startswith("LOADING"):
+                raise BrokerUnavailable(f"Redis at {place} is still loading its data") from exc
+
+    async def _expect_ok(self, *command: Any) -> None:
+        try:
+            await self.call(*command)
+        except RedisError as exc:
+            kind: type[QServeError] = ConfigurationError if str(exc).startswith(_WRONG) else BrokerUnavailable
+            raise kind(f"Redis refused {command[0]}: {exc}") from exc
+
+    @property
+    def is_open(self) -> bool:
+        """Whether commands can be sent."""
+        return self._transport is not None
+
+    def send(self, on_answer: Callable[[Answer], None], *command: Any) -> None:
+        """Send a command at the end of this tick; its answer or exception goes to `on_answer`, in order."""
+        if self._transport is None:
+            self._loop.call_soon(on_answer, BrokerUnavailable("the connection to Redis is lost"))
+            return
+        self._waiting.append(on_answer)
+        if not self._out:
+            self._loop.call_soon(self.flush)
+        last = command[-1]
+        if type(last) is bytes and len(last) > _LARGE:
+            self._out += _pack_large(command)
+        else:
+            self._out.append(hiredis.pack_command(command))
+
+    def send_now(self, on_answer: Callable[[Answer], None], *command: Any) -> None:
+        """Like `send`, but does not wait for the end of the tick."""
+        self.send(on_answer, *command)
+        self.flush()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no answer is awaited, so that waiting for company would only cost time."""
+        return not self._waiting
+
+    async def call(self, *command: Any) -> Answer:
+        """Send a command and return its answer.
+
+        Raises:
+            BrokerUnavailable: The connection was lost first; the command may have been carried out.
+            RedisError: Redis refused the command.
+        """
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        self.send(lambda answer: _settle(future, answer), *command)
+        return await future
+
+    def flush(self) -> None:
+        """Write what is collected."""
+        if self._out and self._transport is not None:
+            self._transport.write(b"".join(self._out))
+        self._out.clear()
+
+    def descriptor(self) -> int | None:
+        """The socket's file descriptor, None when closed."""
+        sock = self._transport.get_extra_info("socket") if self._transport is not None else None
+        return sock.fileno() if sock is not None else None
+
+    def close(self) -> None:
+        """Close without calling `on_lost`; unanswered commands fail."""
+        self._on_lost = None
+        self._abort()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's does not say that it is one
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEPALIVE:
+                if hasattr(socket, name):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def data_received(self, data: bytes) -> None:
+        reader, waiting = self._reader, self._waiting
+        self.heard += 1
+        reader.feed(data)
+        try:
+            while (answer := reader.gets()) is not _NOTHING:
+                waiting.popleft()(answer)
+                if self._transport is None:
+                    return  # that answer made its receiver close the connection
+        except hiredis.ProtocolError as exc:
+            logger.error("what answers is not Redis: %s", exc)
+            self._abort()
+
+    def _error(self, text: str) -> hiredis.ReplyError:
+        if text.startswith(_FOREIGN):
+            # The other answers first: their commands may have been carried out before.
+            self._loop.call_soon(self._abort)
+        return hiredis.ReplyError(text)
+
+    def _abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+            self._lose()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._transport is not None:
+            self._lose()
+
+    def _lose(self) -> None:
+        self._transport = None
+        self._out.clear()
+        lost = list(self._waiting)
+        self._waiting.clear()
+        for on_answer in lost:
+            try:
+                on_answer(BrokerUnavailable("the connection to Redis was lost before it answered"))
+            except Exception:  # the others have to learn of it all the same
+                logger.exception("the receiver of an answer failed on the loss of its connection")
+        if self._on_lost is not None:
+            self._on_lost()
+
+
+def _pack_large(command: tuple[Any, ...]) -> tuple[bytes, bytes, bytes]:
+    # hiredis takes 1.2 ms to pack a MiB, twice what signing it costs.
+    head = hiredis.pack_command(command[:-1])
+    length = head.index(b"\r\n")
+    return b"*%d%b$%d\r\n" % (len(command), head[length:], len(command[-1])), command[-1], b"\r\n"
+
+
+class _Nothing:
+    """What the parser returns when it wants more bytes; hiredis' own default, False, is a possible answer."""
+
+
+_NOTHING = _Nothing()
+
+
+def _settle(future: asyncio.Future[Answer], answer: Answer) -> None:
+    if future.done():
+        return
+    if isinstance(answer, hiredis.ReplyError):
+        future.set_exception(RedisError(str(answer)))
+    elif isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
+
+
+class Script:
+    """A Lua script called by its hash, and loaded where the server does not know it (yet, or any more)."""
+
+    def __init__(self, source: str, sha: str) -> None:
+        self.source = source
+        self.sha = sha
+
+    def send(
+        self, connection: Connection, on_answer: Callable[[Answer], None], keys: tuple[str, ...], *args: Any
+    ) -> None:
+        """Run the script at the end of this tick.
+
+        A script the server has forgotten is sent again whole: NOSCRIPT means that nothing was done, so this is no
+        blind retry.
+        """
+
+        def check(answer: Answer) -> None:
+            if isinstance(answer, hiredis.ReplyError) and str(answer).startswith("NOSCRIPT"):
+                connection.send(on_answer, "EVAL", self.source, len(keys), *keys, *args)
+            else:
+                on_answer(answer)
+
+        connection.send(check, "EVALSHA", self.sha, len(keys), *keys, *args)
+
+    async def call(self, connection: Connection, keys: tuple[str, ...], *args: Any) -> Answer:
+        """Run the script and return its answer; raises like `Connection.call`."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.send(connection, lambda answer: _settle(future, answer), keys, *args)
+        return await future

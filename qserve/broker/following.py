@@ -1,0 +1,133 @@
+"""Following the desired state, on an event loop: what it is now, and every change after that."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from logging import getLogger
+from typing import Any, Literal
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from qserve.broker import redis_clients
+from qserve.broker.keys import Keys
+from qserve.broker.state import META_FIELDS, checked, decode_deployed, decode_http, names_of
+from qserve.wire.messages import Signer
+from qserve.wire.spec import Deployed, HttpSettings
+
+logger = getLogger(__name__)
+
+_FOLLOW_BLOCK_MS = 5_000
+_RECONNECT_S = (0.05, 1.0)
+
+ChangeKind = Literal["deploy", "delete", "http", "schedule", "resync"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One entry of the state log; `resync` stands for whatever was missed while Redis was away."""
+
+    kind: ChangeKind
+    log_id: str
+    name: str = ""
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole desired state, at least as new as `log_id`.
+
+    Attributes:
+        instance: Which history of the state it belongs to, "" where there is none yet.
+    """
+
+    deployments: Mapping[str, Deployed] = field(default_factory=dict)
+    http: HttpSettings = field(default_factory=HttpSettings)
+    log_id: str = "0-0"
+    instance: str = ""
+
+
+async def read_snapshot(client: redis.asyncio.Redis, keys: Keys, signer: Signer) -> Snapshot:
+    """The desired state now. A spec that no key of ours signed is left out, with an error in the log."""
+    with redis_clients.our_errors(client):
+        log_id = await last_log_id(client, keys)  # first: what follows is at least as new
+        names = names_of(await _ask(client, "SMEMBERS", keys.deployments))
+        pipeline = client.pipeline(transaction=False)
+        for name in names:
+            pipeline.hmget(keys.meta(name), META_FIELDS)
+        metas = await pipeline.execute() if names else []
+        http_frame, instance = await _ask(client, "MGET", keys.http_options, keys.instance)
+    deployments = {}
+    for name, meta in zip(names, metas, strict=True):
+        deployed = checked(partial(decode_deployed, signer, name, meta), f"the spec of deployment {name!r}")
+        if deployed is not None:
+            deployments[name] = deployed
+    http = checked(lambda: decode_http(signer, http_frame), "the HTTP settings") or HttpSettings()
+    return Snapshot(deployments, http, log_id, (instance or b"").decode())
+
+
+async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerator[Change, None]:
+    """Changes after log entry `from_id`, for ever.
+
+    Reconnects by itself; after that comes a Change of kind "resync", upon which a snapshot must be read again.
+    """
+    position, connected_before, delay = from_id, False, _RECONNECT_S[0]
+    while True:
+        client = connect_asyncio(redis_url)
+        try:
+            if connected_before or position == "$":
+                position = await last_log_id(client, keys)
+            if connected_before:
+                yield Change("resync", position)
+            connected_before = True
+            while True:
+                for entry_id, fields in await _read_log(client, keys, position):
+                    delay, position = _RECONNECT_S[0], entry_id
+                    yield _decode_change(entry_id, fields)
+        except (RedisError, OSError) as exc:
+            logger.debug("Lost the state log (%s), trying again in %.2f s.", exc, delay)
+        finally:
+            with contextlib.suppress(RedisError, OSError):
+                await client.aclose()
+        await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 jitter
+        delay = min(2 * delay, _RECONNECT_S[1])
+
+
+def connect_asyncio(redis_url: str) -> redis.asyncio.Redis:
+    """A redis-py client for an event loop that never repeats a command by itself."""
+    return redis_clients.asyncio_client(redis_url, _FOLLOW_BLOCK_MS / 1000 + 2)
+
+
+async def _read_log(client: redis.asyncio.Redis, keys: Keys, position: str) -> list[tuple[str, dict[bytes, bytes]]]:
+    answer = await _ask(client, "XREAD", "COUNT", 100, "BLOCK", _FOLLOW_BLOCK_MS, "STREAMS", keys.log, position)
+    return [(entry_id.decode(), fields) for entry_id, fields in answer[0][1]] if answer else []
+
+
+async def last_log_id(client: redis.asyncio.Redis, keys: Keys) -> str:
+    """The newest entry of the state log: what is read after this is at least as new."""
+    newest = await _ask(client, "XREVRANGE", keys.log, "+", "-", "COUNT", 1)
+    return newest[0][0].decode() if newest else "0-0"
+
+
+async def ask(client: redis.asyncio.Redis, *command: Any) -> Any:
+    """The answer to a command.
+
+    Raises:
+        BrokerUnavailable, ConfigurationError: There is none.
+    """
+    with redis_clients.our_errors(client):
+        return await _ask(client, *command)
+
+
+async def _ask(client: redis.asyncio.Redis, *command: Any) -> Any:
+    return await client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+
+def _decode_change(entry_id: str, fields: dict[bytes, bytes]) -> Change:
+    kind: Any = fields.get(b"kind", b"").decode(errors="replace")
+    generation = fields.get(b"gen", b"")
+    name = fields.get(b"name", b"").decode(errors="replace")
+    return Change(kind, entry_id, name, int(generation) if generation.isdigit() else 0)

@@ -1,0 +1,147 @@
+"""A pair of connections to Redis that comes back by itself: one to send on, one to wait on."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+from redis.exceptions import RedisError
+
+from qserve.background import end, spawn
+from qserve.broker.connection import Answer, Connection
+from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
+
+logger = logging.getLogger(__name__)
+
+BLOCK_MS = 1000
+"""How long a blocking read waits; short, so that no half-open connection is believed in for long."""
+CHECK_EVERY_S = 1.0
+_SILENT_CHECKS = 3
+_UP_TIMEOUT_S = 10.0
+_LONGEST_DELAY_S = 2.0
+PATIENCE_S = 1.0
+"""How long work waits for a lost broker before it is refused."""
+
+
+class Link:
+    """Two connections that live and die together; a lost pair is replaced with full jitter between 0 and 2 s.
+
+    Args:
+        url: Redis URL.
+        on_up: Awaited with every new pair, before it is used; `sender` and `waiter` are set.
+        on_long_loss: Called at every failed attempt once the loss has lasted PATIENCE_S.
+    """
+
+    def __init__(
+        self, url: str, on_up: Callable[[], Awaitable[None]], on_long_loss: Callable[[], None] = lambda: None
+    ) -> None:
+        self._url = url
+        self._on_up = on_up
+        self._on_long_loss = on_long_loss
+        self._lost = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self.sender: Connection | None = None
+        self.waiter: Connection | None = None
+        self.losses = 0
+        self._heard = (0, 0)
+        self._silent_checks = 0
+
+    async def start(self) -> None:
+        """Connect.
+
+        Raises:
+            BrokerUnavailable, ConfigurationError: Redis cannot be used from here.
+        """
+        await self._connect()
+        self._keeper = spawn(self._keep_connected())
+
+    async def stop(self) -> None:
+        """Disconnect; unanswered commands fail."""
+        await end(self._keeper)
+        self._disconnect()
+
+    def check(self) -> None:
+        """Give up a pair of which one owes an answer and has been silent for three of these checks, as a half-open
+        connection is; to be called every CHECK_EVERY_S.
+
+        Checks are counted instead of seconds: a process that was frozen finds answers it has not read yet.
+        """
+        sender, waiter = self.sender, self.waiter
+        if sender is None or waiter is None:
+            self._silent_checks = 0
+            return
+        heard = (-1 if sender.is_idle else sender.heard, -1 if waiter.is_idle else waiter.heard)
+        is_silent = any(old == new != -1 for old, new in zip(self._heard, heard, strict=True))
+        self._silent_checks = self._silent_checks + 1 if is_silent else 0
+        self._heard = heard
+        if self._silent_checks >= _SILENT_CHECKS:
+            logger.warning("Redis has fallen silent")
+            self._silent_checks = 0
+            self.lose()
+        elif sender.is_idle:
+            sender.send(_ignore, "PING")  # so that it owes one
+
+    def lose(self) -> None:
+        """Give up this pair and make another."""
+        self._disconnect()
+        self.losses += 1
+        self._lost.set()
+
+    def descriptors(self) -> list[int]:
+        """File descriptors of the open connections, for whoever must close them after a fork."""
+        connections = [c for c in (self.sender, self.waiter) if c is not None]
+        return [descriptor for c in connections if (descriptor := c.descriptor()) is not None]
+
+    async def _connect(self) -> None:
+        sender = await Connection.open(self._url, self.lose)
+        try:
+            # Not asked for again: after a failover sentinels disagree for a while, and what is read from one server
+            # cannot be answered on another.
+            waiter = await sender.another(self.lose)
+        except BaseException:
+            sender.close()
+            raise
+        self.sender, self.waiter = sender, waiter
+        try:
+            async with asyncio.timeout(_UP_TIMEOUT_S):
+                await self._on_up()
+        except TimeoutError as exc:
+            self._disconnect()
+            raise BrokerUnavailable("Redis was connected, but did not answer") from exc
+        except RedisError as exc:
+            self._disconnect()
+            wrong = str(exc).startswith(("NOAUTH", "NOPERM", "WRONGPASS"))
+            raise (ConfigurationError if wrong else BrokerUnavailable)(f"Redis refuses to work: {exc}") from exc
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def _disconnect(self) -> None:
+        for connection in (self.sender, self.waiter):
+            if connection is not None:
+                connection.close()
+        self.sender = self.waiter = None
+
+    async def _keep_connected(self) -> None:
+        while True:
+            await self._lost.wait()
+            self._lost.clear()
+            logger.warning("lost the connection to Redis; reconnecting")
+            lost_at, delay, told = time.monotonic(), 0.05, ""
+            while self.sender is None:
+                try:
+                    await self._connect()
+                except QServeError as exc:
+                    if isinstance(exc, ConfigurationError) and str(exc) != told:
+                        told = str(exc)
+                        logger.error("Redis cannot be used: %s", told)  # waiting does not mend it
+                    if time.monotonic() - lost_at > PATIENCE_S:
+                        self._on_long_loss()
+                    await asyncio.sleep(random.uniform(0, delay))  # noqa: S311
+                    delay = min(delay * 2, _LONGEST_DELAY_S)
+            logger.info("connected to Redis again")
+
+
+def _ignore(_answer: Answer) -> None:
+    """For commands whose failure shows elsewhere."""

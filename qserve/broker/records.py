@@ -1,0 +1,217 @@
+"""The records of durable calls on Redis: every script with the one place that calls it."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import redis
+
+from qserve.broker.connection import Answer, Connection, Script
+from qserve.broker.keys import GROUP, Keys
+from qserve.broker.queues import DEAD_LETTERS_KEPT, INBOX_TTL_MS, Entry, remaining
+from qserve.wire.call_record import (
+    ANYONE,
+    DEAD_TTL_S,
+    FAILED,
+    IDEMPOTENCY_TTL_S,
+    RESULT_TTL_S,
+    CallRecord,
+    DurableCall,
+    Options,
+    parse_record,
+)
+from qserve.wire.messages import DURABLE, ERROR, Blob, Reply, Signer, encode
+
+POSITIONS_COUNTED = 100
+"""Beyond this a call's place in its queue is not counted: that would mean to read what is before it."""
+_MOVED_AT_ONCE = 256
+_LEASE_MS = 3000
+_IDEMPOTENCY_TTL_MS = int(IDEMPOTENCY_TTL_S * 1000)
+_OUT_OF_LINE = 256 * 1024
+_UNCONFIRMED_PAYLOAD_MS = 60_000
+_LONGEST_ERROR = 2000
+_SHEBANG = "#!lua flags=allow-oom\n"
+
+
+def _load(name: str) -> Script:
+    folder = Path(__file__).parent / "lua"
+    source, shared = (folder / f"{name}.lua").read_text(), (folder / "record.lua").read_text()
+    # The line of flags has to be the first one.
+    head = _SHEBANG if source.startswith(_SHEBANG) else ""
+    source = head + shared + source.removeprefix(_SHEBANG)
+    return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+SUBMIT, ATTACH, END, DESCRIBE = _load("submit"), _load("attach"), _load("end_call"), _load("describe")
+RUN, SETTLE, DUE, TELL_PROGRESS = _load("run_call"), _load("settle_call"), _load("due"), _load("progress")
+REVIVE, REJECT = _load("revive"), _load("reject_call")
+TELL_PART = _load("part")
+
+
+def durable_reply(signer: Signer, call_id: str, kind: int, payload: bytes, *, out_of_line: bool = False) -> bytes:
+    """A reply to whoever asks for the call by its id."""
+    return signer.seal(encode(Reply(call_id, ANYONE, kind, payload, out_of_line)))
+
+
+class Records:
+    """The records of one namespace, over a connection."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+
+    def submit(
+        self,
+        connection: Connection,
+        deployment: str,
+        calls: Sequence[tuple[DurableCall, bytes, Options]],
+        waiter: str,
+        on_answer: Callable[[Answer], None],
+    ) -> None:
+        """Put (call, its sealed frame, options); `on_answer` gets what submit.lua returns."""
+        SUBMIT.send(connection, on_answer, *submit_arguments(self._keys, deployment, calls, waiter))
+
+    def attach(self, connection: Connection, call_id: str, waiter: str, on_answer: Callable[[Answer], None]) -> None:
+        """Ask for the outcome, and be told of it if there is none yet; `on_answer` gets what attach.lua returns."""
+        ATTACH.send(connection, on_answer, (self._keys.call(call_id),), self._keys.base, waiter)
+
+    def end(
+        self, connection: Connection, call_id: str, state: str, frame: bytes, on_answer: Callable[[Answer], None]
+    ) -> None:
+        """Cancel a call or let it expire; `on_answer` gets what end_call.lua returns."""
+        ttl_ms = int(RESULT_TTL_S * 1000)
+        arguments = (self._keys.base, call_id, GROUP, state, frame, ttl_ms, INBOX_TTL_MS)
+        END.send(connection, on_answer, (self._keys.call(call_id),), *arguments)
+
+    async def describe(self, connection: Connection, call_id: str, after_event: int = 0) -> CallRecord | None:
+        """The record as it is now, with its events after that number; None if there is none (any more)."""
+        arguments = (self._keys.base, POSITIONS_COUNTED, after_event, GROUP)
+        return parse_record(call_id, await DESCRIBE.call(connection, (self._keys.call(call_id),), *arguments))
+
+    # For replicas
+
+    async def run(self, connection: Connection, call: DurableCall, replica: str, entry: bytes) -> list[Any]:
+        """Note that a call is about to run; what run_call.lua returns."""
+        names = (self._keys.calls(call.deployment), self._keys.call(call.id), self._keys.parts(call.id))
+        answer: list[Any] = await RUN.call(connection, names, GROUP, replica, entry)
+        return answer
+
+    def settle(
+        self,
+        connection: Connection,
+        call: DurableCall,
+        entry: bytes,
+        *,
+        state: str,
+        frame: bytes,
+        keep_ms: int,
+        error: str,
+        celery: bytes,
+        on_answer: Callable[[Answer], None],
+    ) -> None:
+        """Write the end of a call, or of an attempt; `on_answer` gets 1 if this was the first answer.
+
+        Args:
+            celery: What Celery's result backend is told, b"" if it is not.
+        """
+        keys = self._keys
+        names = (keys.calls(call.deployment), keys.dead_letters(call.deployment), keys.due(call.deployment))
+        said = error[:_LONGEST_ERROR]
+        SETTLE.send(
+            *(connection, on_answer, names, keys.base, GROUP, entry, call.id, state, frame, keep_ms, INBOX_TTL_MS),
+            *(said, DEAD_LETTERS_KEPT, said, celery),
+        )
+
+    async def reject(self, connection: Connection, deployment: str, entry: Entry, reason: str, frame: bytes) -> None:
+        """Put an entry that is no call of ours among the dead letters; the record whose entry it is ends as dead."""
+        keys, call_id = self._keys, entry.call.decode(errors="replace")
+        names = (keys.calls(deployment), keys.dead_letters(deployment), keys.call(call_id))
+        arguments = (keys.base, GROUP, entry.id, call_id, frame, int(DEAD_TTL_S * 1000), INBOX_TTL_MS)
+        await REJECT.call(connection, names, *arguments, reason[:_LONGEST_ERROR], DEAD_LETTERS_KEPT)
+
+    def progress(self, connection: Connection, call_id: str, entry: bytes, frame: bytes) -> None:
+        """Tell how far a running call has come."""
+        TELL_PROGRESS.send(
+            connection, _ignore, (self._keys.call(call_id),), self._keys.base, entry, frame, INBOX_TTL_MS
+        )
+
+    async def part(
+        self, connection: Connection, call_id: str, entry: bytes, index: int, frame: bytes, news: bytes
+    ) -> None:
+        """Record a part that a running call gives; twice is harmless."""
+        names = (self._keys.call(call_id), self._keys.parts(call_id))
+        await TELL_PART.call(connection, names, self._keys.base, entry, index, frame, news, INBOX_TTL_MS)
+
+    async def parts(
+        self, connection: Connection, record: CallRecord, after: int, most: int
+    ) -> list[tuple[int, float, bytes]]:
+        """(number, Unix time, frame) of the parts that the record's last attempt has given after that number."""
+        first, last = f"{record.attempts}-{after + 1}", f"{record.attempts}-{record.last_number}"
+        answer = await connection.call("XRANGE", self._keys.parts(record.id), first, last, "COUNT", most)
+        return [(int(entry.split(b"-")[1]), int(fields[3]) / 1000, fields[1]) for entry, fields in answer]
+
+    async def move_due(self, connection: Connection, deployment: str, replica: str, *, anyway: bool) -> list[Any]:
+        """Queue what is due; what due.lua returns."""
+        keys = self._keys
+        names = (keys.due(deployment), keys.calls(deployment), keys.mover(deployment), keys.low(deployment))
+        arguments = (keys.base, replica, _LEASE_MS, _MOVED_AT_ONCE, "1" if anyway else "0", GROUP)
+        answer: list[Any] = await DUE.call(connection, names, *arguments)
+        return answer
+
+
+def fail_remaining_records(client: redis.Redis, keys: Keys, deployment: str, signer: Signer, error: bytes) -> None:
+    """End every durable call that waits for a deleted deployment with an encoded ErrorInfo."""
+    waiting = [*client.zrange(keys.due(deployment), 0, -1), *client.zrange(keys.low(deployment), 0, -1)]
+    for entry, fields in remaining(client, keys.calls(deployment)):
+        if DURABLE.encode() in fields.get(b"f", b""):
+            client.xdel(keys.calls(deployment), entry)
+            waiting.append(fields[b"r"])
+    for each in waiting:
+        call_id = bytes(each).decode()
+        frame = durable_reply(signer, call_id, ERROR, error)
+        arguments = (keys.base, call_id, GROUP, FAILED, frame, int(RESULT_TTL_S * 1000), INBOX_TTL_MS)
+        run_script(client, END, (keys.call(call_id),), *arguments)
+
+
+def submit_now(client: redis.Redis, keys: Keys, signer: Signer, call: DurableCall, options: Options) -> Any:
+    """Put one call that nobody here waits for; returns what submit.lua says. A large payload is put out of line."""
+    if len(call.payload) > _OUT_OF_LINE:
+        sealed = signer.seal(encode(Blob(call.id, call.payload)))
+        client.set(keys.payload(call.id), sealed, px=_UNCONFIRMED_PAYLOAD_MS)  # the script makes it last
+        call = msgspec.structs.replace(call, payload=b"", out_of_line=True)
+    names, *arguments = submit_arguments(keys, call.deployment, [(call, signer.seal(encode(call)), options)], "")
+    return run_script(client, SUBMIT, names, *arguments)
+
+
+def submit_arguments(
+    keys: Keys, deployment: str, calls: Sequence[tuple[DurableCall, bytes, Options]], waiter: str
+) -> tuple[Any, ...]:
+    """Keys and arguments of SUBMIT for (call, its sealed frame, options)."""
+    arguments: list[str | bytes | int] = []
+    for call, frame, options in calls:
+        terms = call.terms
+        arguments += (call.id, frame, int(options.delay_s * 1000), int((options.expires_s or 0) * 1000))
+        arguments += (call.kind, call.method, waiter, "b" if options.low_priority else "")
+        arguments += (options.idempotency, options.body_hash, _IDEMPOTENCY_TTL_MS)
+        arguments += ("" if terms.result_ttl_s == RESULT_TTL_S else int(terms.result_ttl_s * 1000), terms.celery_id)
+    names = (keys.calls(deployment), keys.meta(deployment), keys.due(deployment), keys.low(deployment))
+    return names, keys.base, deployment, *arguments
+
+
+def load_scripts(connection: Connection) -> None:
+    """Load the scripts whose order matters; one that is loaded on its first use is overtaken by what is sent next."""
+    for script in (SUBMIT, ATTACH, END, RUN, SETTLE, TELL_PROGRESS):
+        connection.send(_ignore, "SCRIPT", "LOAD", script.source)
+
+
+def run_script(client: redis.Redis, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
+    """A script over redis-py, for what is not on the path of a call."""
+    try:
+        return client.evalsha(script.sha, len(keys), *keys, *arguments)
+    except redis.exceptions.NoScriptError:
+        return client.eval(script.source, len(keys), *keys, *arguments)
+
+
+def _ignore(_answer: Answer) -> None:
+    """For commands whose failure shows elsewhere."""

@@ -1,0 +1,338 @@
+"""Clients of redis-py for everything off the path of a call: they find the primary, and never talk to a replica.
+
+All connections of a process are made alike, whatever the URL: no command is ever repeated by itself, each connection
+asks what it is connected to, and one whose server has become a replica is given up.
+"""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Final
+
+import redis
+import redis.asyncio
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,  # noqa: A004
+    MasterDownError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,  # noqa: A004
+)
+
+from qserve.broker.address import Address, Broker, host_and_port, parse, tls_problem
+from qserve.errors import BrokerUnavailable, ConfigurationError
+
+_SENTINEL_TIMEOUT_S: Final = 0.5
+_CONNECT_TIMEOUT_S: Final = 2.0
+_REST_S: Final = 2.0
+"""How long a connection may lie idle before the sentinels are asked whether it still leads to the primary."""
+_PASSING: Final = ("NOREPLICAS", "MISCONF", "UNBLOCKED", "BUSY ")
+"""How errors begin that have nothing to do with the command."""
+_ASK: Final = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME")
+
+
+def client(url: str, timeout_s: float, *, any_role: bool = False, **options: Any) -> redis.Redis:
+    """A synchronous client.
+
+    Args:
+        timeout_s: How long it waits for an answer; for a connection at most two seconds of that.
+        any_role: It may be a replica.
+        options: Further ones of redis-py's connections.
+
+    Raises:
+        ConfigurationError: Not a Redis URL.
+    """
+    return _client(parse(url), timeout_s, None if any_role else _greet, options)
+
+
+def asyncio_client(url: str, timeout_s: float) -> "redis.asyncio.Redis":
+    """A client for an event loop; else like `client`."""
+    return _asyncio_client(parse(url), timeout_s, _greet_async)
+
+
+def unreachable(broker: Broker, problems: list[str]) -> str:
+    """What to say when no sentinel names a primary that can be used."""
+    return f"found nothing to connect to for {broker.place}: {'; '.join(problems)}"
+
+
+def broker_of(client: "redis.Redis | redis.asyncio.Redis") -> Broker:
+    """What a client made here connects to."""
+    broker: Broker = client.connection_pool.connection_kwargs["broker"]
+    return broker
+
+
+def role_problem(answer: object, place: str) -> str:
+    """What is wrong with a server that answers ROLE like this; "" if it takes writes, or does not tell."""
+    role = answer[0] if isinstance(answer, list) and answer else b"master"
+    return "" if role == b"master" else f"Redis at {place} is a read-only replica"
+
+
+# Asking sentinels
+
+
+def primaries(broker: Broker, problems: list[str]) -> Iterator[Address]:
+    """Where the primary is, as each sentinel in turn has it; no address twice. What goes wrong is added to `problems`.
+
+    Several, because a sentinel that was cut off from the others may know an old one only.
+    """
+    told = set()
+    for address in list(broker.sentinels):
+        try:
+            with _client(broker.sentinel(address), _SENTINEL_TIMEOUT_S, None, {}) as sentinel:
+                answer = sentinel.execute_command(*_ASK, broker.service)
+        except (RedisError, OSError) as exc:
+            problems.append(f"sentinel {host_and_port(address)}: {_reason(exc)}")
+            continue
+        primary = _understand(broker, address, answer, problems)
+        if primary is not None and primary not in told:
+            told.add(primary)
+            yield primary
+
+
+async def primaries_async(broker: Broker, problems: list[str]) -> AsyncIterator[Address]:
+    """Like `primaries`, on an event loop."""
+    told = set()
+    for address in list(broker.sentinels):
+        try:
+            async with _asyncio_client(broker.sentinel(address), _SENTINEL_TIMEOUT_S, None) as sentinel:
+                answer: Any = await sentinel.execute_command(*_ASK, broker.service)  # type: ignore[no-untyped-call]
+        except (RedisError, OSError) as exc:
+            problems.append(f"sentinel {host_and_port(address)}: {_reason(exc)}")
+            continue
+        primary = _understand(broker, address, answer, problems)
+        if primary is not None and primary not in told:
+            told.add(primary)
+            yield primary
+
+
+def _reason(exc: Exception) -> str:
+    return str(exc).rstrip(".") or type(exc).__name__
+
+
+def _understand(broker: Broker, sentinel: Address, answer: Any, problems: list[str]) -> Address | None:
+    if answer is None:
+        problems.append(f"sentinel {host_and_port(sentinel)} does not know {broker.service!r}")
+        return None
+    broker.prefer(sentinel)
+    host, port = answer
+    return (host.decode() if isinstance(host, bytes) else str(host)), int(port)
+
+
+# Clients
+
+
+def _client(broker: Broker, timeout_s: float, greet: Any, options: dict[str, Any]) -> redis.Redis:
+    kinds: tuple[Any, ...] = (_Tcp, _Tls, _Unix)
+    options = options | {"broker": broker, "redis_connect_func": greet, "retry": redis.retry.Retry(NoBackoff(), 0)}
+    return redis.Redis.from_pool(redis.ConnectionPool(_kind(broker, kinds), **_options(broker, timeout_s), **options))
+
+
+def _asyncio_client(broker: Broker, timeout_s: float, greet: Any) -> "redis.asyncio.Redis":
+    kinds: tuple[Any, ...] = (_AsyncTcp, _AsyncTls, _AsyncUnix)
+    retry = redis.asyncio.retry.Retry(NoBackoff(), 0)
+    options = _options(broker, timeout_s) | {"broker": broker, "redis_connect_func": greet, "retry": retry}
+    return redis.asyncio.Redis.from_pool(redis.asyncio.ConnectionPool(_kind(broker, kinds), **options))
+
+
+def _kind(broker: Broker, kinds: tuple[Any, ...]) -> Any:
+    tcp, tls, unix = kinds
+    if broker.path:
+        return unix
+    return tls if broker.tls else tcp
+
+
+def _options(broker: Broker, timeout_s: float) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "username": broker.username or None,
+        "password": broker.password or None,
+        "db": broker.db,
+        "protocol": 2,  # asking for RESP3 would fail on servers too old to be told so
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": min(timeout_s, _CONNECT_TIMEOUT_S),
+    }
+    if broker.path:
+        return options | {"path": broker.path}
+    options |= {"host": broker.host, "port": broker.port, "socket_keepalive": True}
+    return options | (broker.tls.options if broker.tls else {})
+
+
+# Connections. redis-py has them twice, and so have we.
+
+
+class _Rested:
+    """Of a connection that knows how long it has not been used."""
+
+    host: str
+    port: int
+
+    def __init__(self, *, broker: Broker, **options: Any) -> None:
+        self._broker = broker
+        self._used_at = time.monotonic()
+        super().__init__(**options)
+
+    def _has_rested(self) -> bool:
+        # A primary that was cut off or frozen does not know yet that it is one no more, and neither do we.
+        before, self._used_at = self._used_at, time.monotonic()
+        return self._used_at - before > _REST_S
+
+    def _is_at(self, primary: Address | None) -> bool:
+        return primary is None or primary == (self.host, self.port)
+
+
+class _Finding(_Rested):
+    """Of a connection that asks the sentinels first, where there are any, and again after a rest."""
+
+    _sock: Any
+
+    def connect(self) -> None:
+        if not self._broker.sentinels:
+            super().connect()  # type: ignore[misc]
+            return
+        has_rested = self._has_rested()
+        if self._sock is not None:
+            if not has_rested or self._is_at(next(primaries(self._broker, []), None)):
+                return
+            self.disconnect()  # type: ignore[attr-defined]
+        problems: list[str] = []
+        failure: Exception | None = None
+        for address in primaries(self._broker, problems):
+            self.host, self.port = address
+            try:
+                super().connect()  # type: ignore[misc]
+            except AuthenticationError:
+                raise
+            except (ConnectionError, TimeoutError, OSError) as exc:
+                failure = exc
+                problems.append(_reason(exc))
+            else:
+                return
+        raise ConnectionError(unreachable(self._broker, problems)) from failure
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().read_response(*args, **options)  # type: ignore[misc]
+        except (ReadOnlyError, MasterDownError) as exc:
+            self.disconnect()  # type: ignore[attr-defined]
+            raise ConnectionError(f"Redis at {_place(self)} has become a read-only replica") from exc
+
+
+class _Tcp(_Finding, redis.Connection):
+    """To host and port."""
+
+
+class _Tls(_Finding, redis.SSLConnection):
+    """To host and port, encrypted."""
+
+
+class _Unix(_Finding, redis.UnixDomainSocketConnection):
+    """To a socket."""
+
+
+class _AsyncFinding(_Rested):
+    """Like `_Finding`."""
+
+    is_connected: bool
+
+    async def connect(self) -> None:
+        if not self._broker.sentinels:
+            await super().connect()  # type: ignore[misc]
+            return
+        has_rested = self._has_rested()
+        if self.is_connected:
+            if not has_rested or self._is_at(await anext(primaries_async(self._broker, []), None)):
+                return
+            await self.disconnect()  # type: ignore[attr-defined]
+        problems: list[str] = []
+        failure: Exception | None = None
+        async for address in primaries_async(self._broker, problems):
+            self.host, self.port = address
+            try:
+                await super().connect()  # type: ignore[misc]
+            except AuthenticationError:
+                raise
+            except (ConnectionError, TimeoutError, OSError) as exc:
+                failure = exc
+                problems.append(_reason(exc))
+            else:
+                return
+        raise ConnectionError(unreachable(self._broker, problems)) from failure
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*args, **options)  # type: ignore[misc]
+        except (ReadOnlyError, MasterDownError) as exc:
+            await self.disconnect()  # type: ignore[attr-defined]
+            raise ConnectionError(f"Redis at {_place(self)} has become a read-only replica") from exc
+
+
+class _AsyncTcp(_AsyncFinding, redis.asyncio.Connection):
+    """To host and port."""
+
+
+class _AsyncTls(_AsyncFinding, redis.asyncio.SSLConnection):
+    """To host and port, encrypted."""
+
+
+class _AsyncUnix(_AsyncFinding, redis.asyncio.UnixDomainSocketConnection):
+    """To a socket."""
+
+
+def _place(connection: Any) -> str:
+    broker: Broker = connection._broker
+    return broker.path or broker.at((connection.host, connection.port)).place
+
+
+def _greet(connection: Any) -> None:
+    connection.on_connect()
+    connection.send_command("ROLE")
+    try:
+        answer = connection.read_response()
+    except ResponseError:  # this user may not ask; a replica shows itself at the first write
+        return
+    problem = role_problem(answer, _place(connection))
+    if problem:
+        raise ConnectionError(problem)
+
+
+async def _greet_async(connection: Any) -> None:
+    await connection.on_connect()
+    await connection.send_command("ROLE")
+    try:
+        answer = await connection.read_response()
+    except ResponseError:
+        return
+    problem = role_problem(answer, _place(connection))
+    if problem:
+        raise ConnectionError(problem)
+
+
+@contextlib.contextmanager
+def our_errors(client: redis.Redis | redis.asyncio.Redis) -> Iterator[None]:
+    """Within the block what Redis and redis-py raise becomes an error of ours, where the user can do something.
+
+    Raises:
+        BrokerUnavailable: It cannot be reached, or does not take the command now.
+        ConfigurationError: It refuses us, or the TLS options do not fit.
+    """
+    try:
+        yield
+    except NoScriptError:
+        raise
+    except (AuthenticationError, NoPermissionError) as exc:
+        raise ConfigurationError(f"Redis refuses us: {exc}") from exc
+    except OutOfMemoryError as exc:
+        raise BrokerUnavailable(f"Redis has no memory left and refused the change: {exc}") from exc
+    except (ConnectionError, TimeoutError, OSError) as exc:
+        if problem := tls_problem(exc, broker_of(client).place):
+            raise ConfigurationError(". ".join(problem)) from exc
+        raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
+    except ResponseError as exc:
+        if str(exc).startswith(_PASSING):
+            raise BrokerUnavailable(f"Redis does not take this now: {exc}") from exc
+        raise

@@ -1,0 +1,91 @@
+"""What a process remembers of the desired state, for the day on which the server has forgotten it."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from logging import getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from redis.exceptions import ResponseError
+
+from qserve.broker.following import Snapshot, ask, read_snapshot
+from qserve.broker.keys import GROUP, Keys
+from qserve.errors import ConfigurationError
+from qserve.wire.messages import Signer, encode
+from qserve.wire.spec import Deployed, SignedSpec
+
+if TYPE_CHECKING:
+    import redis.asyncio
+
+logger = getLogger(__name__)
+
+_RESTORE = (Path(__file__).parent / "lua/restore.lua").read_text()
+
+
+class Memory:
+    """The newest snapshot that a process has followed.
+
+    A server that comes back without its data has no history of the state, or another one: that nothing is deployed
+    there then is no wish to undeploy everything.
+
+    Args:
+        restores: Put back what is forgotten; else go on as before until somebody deploys.
+    """
+
+    def __init__(self, keys: Keys, signer: Signer, *, restores: bool) -> None:
+        self._keys = keys
+        self._signer = signer
+        self._restores = restores
+        self._known = Snapshot()
+        self._told = False
+
+    async def compare(self, client: "redis.asyncio.Redis", found: Snapshot) -> Snapshot:
+        """The state to follow: what was found, or what is known where the server has lost it.
+
+        Raises:
+            BrokerUnavailable: It cannot be put back now.
+        """
+        if not self._known.instance or found.instance == self._known.instance:
+            self._known = found
+            return found
+        if self._restores and await self._restore(client):
+            self._known = await read_snapshot(client, self._keys, self._signer)
+        elif found.instance:
+            self._known = found
+        else:
+            if not self._told:
+                self._told = True
+                logger.error("Redis has lost what was deployed. Going on as before; deploy again to change anything.")
+            return replace(self._known, log_id=found.log_id)
+        return self._known
+
+    async def _restore(self, client: "redis.asyncio.Redis") -> bool:
+        try:
+            count = await restore(client, self._keys, self._signer, self._known.deployments.values())
+            http = self._signer.seal(encode(self._known.http))
+            await ask(client, "SET", self._keys.http_options, http, "NX")
+            # Last: whoever finds the history finds all of it.
+            await ask(client, "SET", self._keys.instance, self._known.instance, "NX")
+        except (ConfigurationError, ResponseError) as exc:  # gateways need not have the right to deploy; nodes have
+            logger.info("This process may not put back what Redis has lost: %s", exc)
+            return False
+        if count:
+            logger.warning("Redis has lost what was deployed; %d deployments were put back", count)
+        return True
+
+
+async def restore(client: "redis.asyncio.Redis", keys: Keys, signer: Signer, known: Iterable[Deployed]) -> int:
+    """Put back deployments that the server has forgotten, as they were; returns how many.
+
+    Raises:
+        BrokerUnavailable: Redis cannot be reached.
+    """
+    count = 0
+    for deployed in known:
+        spec = deployed.spec
+        names = (keys.meta(spec.name), keys.deployments, keys.log, keys.calls(spec.name))
+        frame = signer.seal(encode(SignedSpec(deployed.generation, spec)))
+        what = (spec.name, deployed.generation, frame, spec.max_queued_requests, spec.route_prefix or "")
+        rest = (deployed.state, deployed.error, GROUP, int(spec.idempotent))
+        count += await ask(client, "EVAL", _RESTORE, len(names), *names, *what, *rest)
+    return count

@@ -1,0 +1,78 @@
+"""How fast deployments work off their queues, so that whoever is turned away knows when to come back."""
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+from qserve.broker.connection import Answer, Connection
+from qserve.broker.keys import Keys
+from qserve.errors import BackPressureError
+
+SHORTEST_S, LONGEST_S = 1.0, 30.0
+"""Between these a refused caller is told to wait."""
+_LOOK_EVERY_S = 1.0
+_TOO_OLD_S = 30.0
+
+
+class Refusals:
+    """The errors for calls that found a full queue. Belongs to its client's loop.
+
+    Args:
+        sender: The connection for commands, None while there is none.
+    """
+
+    def __init__(self, keys: Keys, sender: Callable[[], Connection | None]) -> None:
+        self._keys = keys
+        self._sender = sender
+        self._paces: dict[str, Pace] = {}
+
+    def refusal(self, deployment: str, depth: int) -> BackPressureError:
+        """For a call that found so many others in the queue."""
+        pace = self._paces.get(deployment)
+        if pace is None:
+            pace = self._paces[deployment] = Pace(self._keys.calls(deployment))
+        pace.look(self._sender())
+        message = f"the queue of {deployment!r} is full ({depth} calls wait or run): try again later"
+        return BackPressureError(message, retry_after=pace.wait_s(depth))
+
+
+class Pace:
+    """Calls per second that leave one queue, whoever put them there. Looks only while calls are refused.
+
+    A stream counts what was ever added to it; less its length, that is what was ever answered.
+    """
+
+    def __init__(self, stream: str) -> None:
+        self._stream = stream
+        self._looked_at = 0.0
+        self._seen: tuple[float, int] | None = None
+        self._per_s: float | None = None
+
+    def look(self, connection: Connection | None) -> None:
+        """Look how far the queue has come, once a second."""
+        now = time.monotonic()
+        if connection is None or now - self._looked_at < _LOOK_EVERY_S:
+            return
+        if now - self._looked_at > _TOO_OLD_S:
+            self._seen = self._per_s = None
+        self._looked_at = now
+        connection.send(self._take, "XINFO", "STREAM", self._stream)
+
+    def wait_s(self, depth: int) -> float:
+        """Seconds in which so many calls will have left, give or take a quarter: not all shall come back at once."""
+        if self._per_s is None:
+            return random.uniform(SHORTEST_S, 3)  # noqa: S311
+        expected = depth / self._per_s if self._per_s else LONGEST_S
+        # Spread after the upper limit is applied, or a crowd told to wait for longest would return together.
+        wait = min(expected, LONGEST_S / 1.25) * random.uniform(0.75, 1.25)  # noqa: S311
+        return max(wait, random.uniform(SHORTEST_S, 1.25 * SHORTEST_S))  # noqa: S311
+
+    def _take(self, answer: Answer) -> None:
+        if isinstance(answer, Exception):
+            return
+        found: dict[bytes, Any] = dict(zip(answer[::2], answer[1::2], strict=True))
+        now, answered = time.monotonic(), int(found.get(b"entries-added", 0)) - int(found[b"length"])
+        if self._seen is not None and now > self._seen[0]:
+            self._per_s = max(0.0, (answered - self._seen[1]) / (now - self._seen[0]))
+        self._seen = now, answered

@@ -1,0 +1,1 @@
+"""Calling: handles, references, and the client that sends calls and receives replies."""

@@ -1,0 +1,184 @@
+"""From a caller onto the queue: the calls of a tick leave together, and what Redis says to them is acted on."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+from qserve.background import spawn
+from qserve.broker.clock import RedisClock
+from qserve.broker.connection import Answer, Connection
+from qserve.broker.keys import Keys
+from qserve.broker.queues import CALLS_PER_ADMIT, CallQueue
+from qserve.broker.retry_after import Refusals
+from qserve.calls.pending import PendingCall
+from qserve.errors import BrokerUnavailable, DeploymentNotFound, DeploymentUnavailable, QServeError
+from qserve.failpoints import reach
+
+_PAYLOAD_GRACE_MS = 60_000
+_STATE_PATIENCE_S, _STATE_POLL_S = 3.0, 0.1
+
+
+class Caller(Protocol):
+    """What admission needs of the client whose calls these are."""
+
+    tally: Counter[str]
+
+    @property
+    def writer(self) -> Connection | None:
+        """The connection for commands, None while there is none."""
+
+    def refuse(self, call: PendingCall, error: QServeError) -> None:
+        """End a call that Redis has not taken."""
+
+    def withdraw_entry(self, call: PendingCall) -> None:
+        """Take a call that has ended meanwhile off its queue."""
+
+    async def sample_clock(self) -> None:
+        """See whether Redis' clock has jumped."""
+
+
+class Admission:
+    """Puts calls on their queues. Belongs to its client's loop.
+
+    Args:
+        clock: Redis', as the client knows it.
+        refusals: Words for a queue that is full.
+        pending: The caller's calls without an outcome, by id.
+    """
+
+    def __init__(
+        self, keys: Keys, clock: RedisClock, refusals: Refusals, pending: Mapping[str, PendingCall], caller: Caller
+    ) -> None:
+        self._keys = keys
+        self._clock = clock
+        self._refusals = refusals
+        self._pending = pending
+        self._caller = caller
+        self._batches: dict[str, list[PendingCall]] = {}
+        self._queues: dict[str, CallQueue] = {}
+        self._is_stopped = False
+
+    def put(self, call: PendingCall) -> None:
+        """Put a call, together with the others of this tick."""
+        batch = self._batches.get(call.deployment)
+        if batch is not None:
+            batch.append(call)
+            return
+        if not self._batches:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._batches[call.deployment] = [call]
+        writer = self._caller.writer
+        if writer is not None and writer.is_idle:
+            self.flush()  # nobody to wait for: the tick's other calls follow in their own batch
+
+    def flush(self) -> None:
+        """Send what was put; while the broker is lost it waits, until `give_back` ends that."""
+        writer = self._caller.writer
+        if not self._batches or writer is None:
+            return
+        reach("admit")
+        batches, self._batches = self._batches, {}
+        for deployment, batch in batches.items():
+            queue = self._queues.get(deployment)
+            if queue is None:
+                queue = self._queues[deployment] = CallQueue(self._keys, deployment)
+            for start in range(0, len(batch), CALLS_PER_ADMIT):
+                # Not those that have ended meanwhile, cancelled or over their deadline.
+                calls = [call for call in batch[start : start + CALLS_PER_ADMIT] if call.id in self._pending]
+                if not calls:
+                    continue
+                for call in calls:
+                    if call.payload is not None:
+                        self._send_payload(writer, call, call.payload)
+                latest = self._clock.at_ms(min([c.deadline for c in calls]))
+                frames = [(c.id, c.safe, c.frame) for c in calls]
+                queue.put(writer, frames, partial(self._admitted, calls), latest_ms=latest)
+        writer.flush()
+        reach("admit-sent")
+
+    def _send_payload(self, writer: Connection, call: PendingCall, payload: bytes) -> None:
+        ttl_ms = int((call.deadline - time.monotonic()) * 1000) + _PAYLOAD_GRACE_MS
+        writer.send(_ignore, "SET", self._keys.payload(call.id), payload, "PX", max(1, ttl_ms))
+        call.payload = b""
+
+    def give_back(self) -> list[PendingCall]:
+        """Calls that were put and not sent; they are nobody's any more."""
+        batches, self._batches = self._batches, {}
+        return [call for batch in batches.values() for call in batch]
+
+    def stop(self) -> None:
+        """From now on a lost connection leaves no questions open: nobody will be there to ask them."""
+        self._is_stopped = True
+
+    def queue_of(self, call: PendingCall) -> CallQueue:
+        """The queue of a call that was sent."""
+        return self._queues[call.deployment]
+
+    def _admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
+        if isinstance(answer, BrokerUnavailable) and not self._is_stopped:
+            for call in calls:
+                call.is_unanswered = True  # Redis may have taken it: the next link finds out
+                call.safe = call.safe or self._queues[call.deployment].is_idempotent
+        elif isinstance(answer, Exception):
+            self._refuse_all(calls, BrokerUnavailable(f"Redis refused the call: {answer}"))
+        elif answer[0] < 0:
+            self._not_admitted(calls, answer)
+        else:
+            reach("admitted")
+            caller, accepted = self._caller, 0
+            idempotent = self._queues[calls[0].deployment].is_idempotent = answer[1] == 1
+            for call, entry in zip(calls, answer[2:], strict=True):
+                if entry is None:
+                    caller.refuse(call, self._refusals.refusal(call.deployment, answer[0]))
+                    continue
+                accepted += 1
+                call.admitted(entry, idempotent)
+                if call.id not in self._pending:  # ended before it was admitted
+                    caller.withdraw_entry(call)
+            caller.tally["accepted"] += accepted
+
+    def _not_admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
+        name = calls[0].deployment
+        if answer[0] == -3:
+            spawn(self._put_late(calls))
+        elif answer[0] == -4 and self._caller.tally["accepted"]:
+            self._wait_for_state(calls)
+        elif answer[0] == -2:
+            why = f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}"
+            self._refuse_all(calls, DeploymentUnavailable(why))
+        else:
+            self._refuse_all(calls, DeploymentNotFound(f"there is no deployment {name!r}"))
+
+    async def _put_late(self, calls: Sequence[PendingCall]) -> None:
+        """Put again what Redis took too late, or only seemed to because its clock has jumped."""
+        await self._caller.sample_clock()
+        for call in calls:
+            self._put_if_waited_for(call)
+
+    def _wait_for_state(self, calls: Sequence[PendingCall]) -> None:
+        """Redis came back empty: whoever knows what was deployed is about to put it back."""
+        now = time.monotonic()
+        for call in calls:
+            if call.id not in self._pending:
+                continue
+            call.stateless_since = call.stateless_since or now
+            if now - call.stateless_since > _STATE_PATIENCE_S:
+                error = BrokerUnavailable("Redis has lost what was deployed; the call was not taken")
+                self._caller.refuse(call, error)
+            else:
+                asyncio.get_running_loop().call_later(_STATE_POLL_S, self._put_if_waited_for, call)
+
+    def _put_if_waited_for(self, call: PendingCall) -> None:
+        if call.id in self._pending:
+            self.put(call)
+
+    def _refuse_all(self, calls: Sequence[PendingCall], error: QServeError) -> None:
+        for call in calls:
+            self._caller.refuse(call, error)
+
+
+def _ignore(_answer: Answer) -> None:
+    """For commands whose failure shows elsewhere."""

@@ -1,0 +1,496 @@
+"""Handles: how Python code calls a deployment."""
+
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from functools import lru_cache
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, Unpack, overload
+
+from qserve.calls.client import Client
+from qserve.calls.durable_ref import DurableRef, get_ref, submit
+from qserve.calls.outgoing import CallRef
+from qserve.calls.process_client import current_client
+from qserve.calls.ref import Ref
+from qserve.calls.streams import ResultStream, open_stream
+from qserve.context import current_call
+from qserve.durable.schedules import Plan
+from qserve.errors import ValueNotSerializable
+from qserve.wire.call_record import Durability, Options, Priority, make_options
+from qserve.wire.codec import Codec, collect_refs, substitute
+
+P = ParamSpec("P")
+R = TypeVar("R")
+RetryOn = str | type[BaseException] | Iterable[str | type[BaseException]]
+T_co = TypeVar("T_co", covariant=True)
+
+
+class CallOptions(NamedTuple):
+    """What `options()` changes; the HTTP ones are accepted for compatibility and change nothing."""
+
+    method_name: str = ""
+    timeout_s: float | None = None
+    http_method: str = "GET"
+    http_headers: tuple[tuple[str, str], ...] = ()
+    shard_key: str | None = None
+
+
+class Changes(TypedDict, total=False):
+    """What `options()` takes for every kind of call."""
+
+    timeout_s: float | None
+    http_method: str | None
+    http_headers: Mapping[str, str] | None
+    shard_key: str | None
+
+
+class DurableTerms(TypedDict, total=False):
+    """What `options(durable=True)` takes."""
+
+    timeout_s: float | None
+    delay: float
+    retries: int
+    backoff: float
+    retry_on: RetryOn
+    expires: float | None
+    priority: Priority
+    result_ttl: float
+    durability: Durability | None
+
+
+class _BaseHandle:
+    """What sync and async handles share; immutable, thread-safe, not bound to any event loop."""
+
+    _sync: bool
+
+    def __init__(self, deployment_name: str, options: CallOptions = CallOptions()) -> None:  # noqa: B008
+        self._name = deployment_name
+        self._options = options
+
+    @property
+    def deployment_name(self) -> str:
+        """Name of the deployment that is called."""
+        return self._name
+
+    def __repr__(self) -> str:
+        method = f", method {self._options.method_name!r}" if self._options.method_name else ""
+        return f"<{type(self).__name__} of {self._name!r}{method}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_handle, (self._name, self._sync, self._options._asdict())
+
+    def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
+        return "handle", {"name": self._name, "sync": self._sync, "options": self._options._asdict()}
+
+    def _change(
+        self, method_name: str | None, others: dict[str, Any], *, stream: bool, durable: bool
+    ) -> tuple[CallOptions, Options | None]:
+        """The options of a changed handle, and the terms of its durable calls."""
+        if stream and durable:
+            raise ValueError("a stream cannot be durable: there may be nobody to read it")
+        terms = {key: value for key, value in others.items() if key not in CallOptions._fields}
+        given = {key: value for key, value in others.items() if key not in terms and value is not None}
+        if method_name is not None:
+            given["method_name"] = method_name
+        if "http_headers" in given:
+            given["http_headers"] = tuple(dict(given["http_headers"]).items())
+        changed = self._options._replace(**given)
+        return changed, _durable_options(durable, changed, terms)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref[Any]:
+        client = current_client()
+        codec = codec_of(client)
+        options = self._options
+        ref = CallRef(client, codec, self._name, options.method_name, options.timeout_s)
+        ref.start(args, kwargs)
+        return ref
+
+
+class DeploymentHandle(_BaseHandle, Generic[T_co]):
+    """Calls a deployment from synchronous code: `remote()` returns a ref at once."""
+
+    _sync = True
+
+    # An `async def` result is awaited in the replica. A ref among the arguments stands for its value, which a ParamSpec
+    # cannot say: with a ref in the first or second place the arguments are not checked.
+    @overload
+    def remote(
+        self: "DeploymentHandle[Callable[P, Coroutine[Any, Any, R]]]", *args: P.args, **kwargs: P.kwargs
+    ) -> Ref[R]: ...
+    @overload
+    def remote(self: "DeploymentHandle[Callable[P, R]]", *args: P.args, **kwargs: P.kwargs) -> Ref[R]: ...
+    @overload
+    def remote(
+        self: "DeploymentHandle[Callable[..., Coroutine[Any, Any, R]]]", first: Ref[Any], /, *args: Any, **kwargs: Any
+    ) -> Ref[R]: ...
+    @overload
+    def remote(self: "DeploymentHandle[Callable[..., R]]", first: Ref[Any], /, *args: Any, **kwargs: Any) -> Ref[R]: ...
+    @overload
+    def remote(
+        self: "DeploymentHandle[Callable[..., Coroutine[Any, Any, R]]]",
+        first: Any,
+        second: Ref[Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Ref[R]: ...
+    @overload
+    def remote(
+        self: "DeploymentHandle[Callable[..., R]]", first: Any, second: Ref[Any], /, *args: Any, **kwargs: Any
+    ) -> Ref[R]: ...
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        """Put a call on the deployment's queue.
+
+        Returns:
+            A ref to the result. What goes wrong after this point is raised by the ref.
+
+        Raises:
+            ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
+            NoInstanceError, BrokerUnavailable: There is no qserve instance to call.
+        """
+        return self._call(args, kwargs)
+
+    @overload
+    def options(
+        self,
+        *,
+        method_name: None = None,
+        stream: Literal[False] = False,
+        **changes: Unpack[Changes],
+    ) -> "DeploymentHandle[T_co]": ...
+    @overload
+    def options(
+        self,
+        *,
+        method_name: str,
+        stream: Literal[False] = False,
+        **changes: Unpack[Changes],
+    ) -> "DeploymentHandle[Any]": ...
+    @overload
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        stream: Literal[True],
+        **changes: Unpack[Changes],
+    ) -> "StreamHandle": ...
+    @overload
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        durable: Literal[True],
+        **terms: Unpack[DurableTerms],
+    ) -> "DurableHandle": ...
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        stream: bool = False,
+        durable: bool = False,
+        **others: Any,
+    ) -> "DeploymentHandle[Any] | StreamHandle | DurableHandle":
+        """A handle with other options; this one stays as it is.
+
+        Args:
+            method_name: Method to call instead of `__call__`.
+            timeout_s: Seconds until a call ends in GetTimeoutError.
+            http_method, http_headers, shard_key: Accepted, without effect on plain calls.
+            stream: Give what a generator method yields, as it yields it.
+            durable: The call outlives this process: `remote()` returns once Redis has it, and any process can ask for
+                its result by the ref's `id`. It runs at least once. The options below are for durable calls:
+            delay: Seconds before it may run.
+            retries: How often it may run again after it raised; then it is a dead letter.
+            backoff: Seconds before the first retry, about; doubled for each one after, 600 at most.
+            retry_on: Exception classes, or their names, to try again after; else after any that user code raises.
+            expires: Seconds after which it is not started any more (as is `timeout_s`); else it waits as long as it
+                takes.
+            priority: "batch" calls run while no other ones wait.
+            result_ttl: Seconds for which the result is kept.
+            durability: Where Redis has the call when `remote()` returns: "memory"; "fsync": its disk; "replica": a
+                replica of it, too. Else as QSERVE_DURABILITY says.
+        """
+        changed, terms = self._change(method_name, others, stream=stream, durable=durable)
+        if terms is not None:
+            return DurableHandle(self._name, changed, terms)
+        return StreamHandle(self._name, changed) if stream else DeploymentHandle(self._name, changed)
+
+    def __getattr__(self, name: str) -> "DeploymentHandle[Any]":
+        _refuse_private(self, name)
+        return DeploymentHandle(self._name, self._options._replace(method_name=name))
+
+
+class AsyncDeploymentHandle(_BaseHandle, Generic[T_co]):
+    """Calls a deployment from asynchronous code: `await remote()` gives a ref, awaiting that gives the result."""
+
+    _sync = False
+
+    @overload
+    async def remote(
+        self: "AsyncDeploymentHandle[Callable[P, Coroutine[Any, Any, R]]]", *args: P.args, **kwargs: P.kwargs
+    ) -> Ref[R]: ...
+    @overload
+    async def remote(self: "AsyncDeploymentHandle[Callable[P, R]]", *args: P.args, **kwargs: P.kwargs) -> Ref[R]: ...
+    @overload
+    async def remote(
+        self: "AsyncDeploymentHandle[Callable[..., Coroutine[Any, Any, R]]]",
+        first: Ref[Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Ref[R]: ...
+    @overload
+    async def remote(
+        self: "AsyncDeploymentHandle[Callable[..., R]]", first: Ref[Any], /, *args: Any, **kwargs: Any
+    ) -> Ref[R]: ...
+    @overload
+    async def remote(
+        self: "AsyncDeploymentHandle[Callable[..., Coroutine[Any, Any, R]]]",
+        first: Any,
+        second: Ref[Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Ref[R]: ...
+    @overload
+    async def remote(
+        self: "AsyncDeploymentHandle[Callable[..., R]]", first: Any, second: Ref[Any], /, *args: Any, **kwargs: Any
+    ) -> Ref[R]: ...
+    async def remote(self, *args: Any, **kwargs: Any) -> Any:
+        """Like `DeploymentHandle.remote`; reads the bodies of Starlette requests among the arguments first."""
+        for value in args:
+            if type(value).__module__ == "starlette.requests":
+                await value.body()
+        return self._call(args, kwargs)
+
+    @overload
+    def options(
+        self,
+        *,
+        method_name: None = None,
+        stream: Literal[False] = False,
+        **changes: Unpack[Changes],
+    ) -> "AsyncDeploymentHandle[T_co]": ...
+    @overload
+    def options(
+        self,
+        *,
+        method_name: str,
+        stream: Literal[False] = False,
+        **changes: Unpack[Changes],
+    ) -> "AsyncDeploymentHandle[Any]": ...
+    @overload
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        stream: Literal[True],
+        **changes: Unpack[Changes],
+    ) -> "StreamHandle": ...
+    @overload
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        durable: Literal[True],
+        **terms: Unpack[DurableTerms],
+    ) -> "AsyncDurableHandle": ...
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        stream: bool = False,
+        durable: bool = False,
+        **others: Any,
+    ) -> "AsyncDeploymentHandle[Any] | StreamHandle | AsyncDurableHandle":
+        """Like `DeploymentHandle.options`."""
+        changed, terms = self._change(method_name, others, stream=stream, durable=durable)
+        if terms is not None:
+            return AsyncDurableHandle(self._name, changed, terms)
+        return StreamHandle(self._name, changed) if stream else AsyncDeploymentHandle(self._name, changed)
+
+    def __getattr__(self, name: str) -> "AsyncDeploymentHandle[Any]":
+        _refuse_private(self, name)
+        return AsyncDeploymentHandle(self._name, self._options._replace(method_name=name))
+
+
+class StreamHandle(_BaseHandle):
+    """Calls a generator method: `remote()` returns a stream to iterate with `for` or `async for`."""
+
+    _sync = True
+
+    def remote(self, *args: Any, **kwargs: Any) -> ResultStream[Any]:
+        """Put a call on the deployment's queue.
+
+        Raises:
+            ValueNotSerializable, PayloadTooLarge: An argument cannot travel; take the result of a ref first.
+            NoInstanceError, BrokerUnavailable: There is no qserve instance to call.
+        """
+        client = current_client()
+        timeout_s = self._options.timeout_s
+        timeout_s = client.settings.handle_timeout_s if timeout_s is None else timeout_s
+        return open_stream(
+            client,
+            codec_of(client),
+            self._name,
+            self._options.method_name,
+            args=args,
+            kwargs=kwargs,
+            timeout_s=timeout_s,
+            caller=current_call.get(),
+        )
+
+    def __getattr__(self, name: str) -> "StreamHandle":
+        _refuse_private(self, name)
+        return StreamHandle(self._name, self._options._replace(method_name=name))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StreamHandle, (self._name, self._options)
+
+    def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
+        raise ValueNotSerializable(f"{self!r} does not travel: send the handle and call options(stream=True) there")
+
+
+class _BaseDurableHandle(_BaseHandle):
+    """What sync and async handles of durable calls share."""
+
+    def __init__(self, deployment_name: str, options: CallOptions, terms: Options) -> None:
+        super().__init__(deployment_name, options)
+        self._terms = terms
+
+    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DurableRef[Any], Ref[None]]:
+        client = current_client()
+        codec, method = codec_of(client), self._options.method_name
+        payload = codec.pack_plain_call(args, kwargs)
+        if payload is None:
+            payload = codec.pack_call(args, kwargs, f"the call to {self._name}")
+        return submit(client, codec, self._name, method, payload, self._terms)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._name, self._options, self._terms)
+
+    def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
+        raise ValueNotSerializable(f"{self!r} does not travel: send the handle and call options(durable=True) there")
+
+
+class DurableHandle(_BaseDurableHandle):
+    """Submits durable calls: `remote()` returns once Redis has the call, with a ref that any process can take up."""
+
+    _sync = True
+
+    def remote(self, *args: Any, **kwargs: Any) -> DurableRef[Any]:
+        """Submit a call. Refs among the arguments are waited for first.
+
+        Raises:
+            BackPressureError, DeploymentNotFound, DeploymentUnavailable: The call was refused.
+            BrokerUnavailable: Redis did not confirm the call in time; it may have it all the same.
+            ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
+            RuntimeError: Called where waiting would stop the event loop; use an asynchronous handle there.
+        """
+        if current_client().is_own_thread():
+            raise RuntimeError(
+                "submitting here would block the event loop that receives the confirmation: use a handle made with "
+                "sync=False, and `await handle.remote()`"
+            )
+        if refs := collect_refs(args, kwargs):
+            args, kwargs = substitute(args, kwargs, {ref: ref.result() for ref in refs})
+        ref, admitted = self._submit(args, kwargs)
+        admitted.result()
+        return ref
+
+    def __getattr__(self, name: str) -> "DurableHandle":
+        _refuse_private(self, name)
+        return DurableHandle(self._name, self._options._replace(method_name=name), self._terms)
+
+
+class AsyncDurableHandle(_BaseDurableHandle):
+    """Like `DurableHandle`, for asynchronous code: `await remote()` gives the ref."""
+
+    _sync = False
+
+    async def remote(self, *args: Any, **kwargs: Any) -> DurableRef[Any]:
+        """Like `DurableHandle.remote`."""
+        if refs := collect_refs(args, kwargs):
+            args, kwargs = substitute(args, kwargs, {ref: await ref for ref in refs})
+        ref, admitted = self._submit(args, kwargs)
+        await admitted
+        return ref
+
+    def __getattr__(self, name: str) -> "AsyncDurableHandle":
+        _refuse_private(self, name)
+        return AsyncDurableHandle(self._name, self._options._replace(method_name=name), self._terms)
+
+
+def _durable_options(durable: bool, changed: CallOptions, given: dict[str, Any]) -> Options | None:
+    if unknown := given.keys() - DurableTerms.__annotations__.keys():
+        raise TypeError(f"options() got unknown options: {', '.join(sorted(unknown))}")
+    if not durable:
+        if given:
+            raise ValueError(f"{', '.join(given)}: only calls with durable=True have this")
+        return None
+    if given.get("expires") is None and changed.timeout_s is not None:
+        given["expires"] = changed.timeout_s
+    return make_options(**given)
+
+
+def _refuse_private(handle: _BaseHandle, name: str) -> None:
+    if name.startswith("_"):  # copy, pickle and IPython ask for such names
+        raise AttributeError(f"{type(handle).__name__} has no attribute {name!r}; private methods cannot be called")
+
+
+def plan_call(
+    name: str, when: str, handle: "DeploymentHandle[Any] | DurableHandle", args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Plan:
+    """The plan to call what a handle calls.
+
+    Raises:
+        TypeError: This is no handle of a deployment, or one of a kind that schedules cannot have.
+    """
+    if not isinstance(handle, DeploymentHandle | DurableHandle):
+        raise TypeError(f"a schedule takes a deployment or a handle made with sync=True, not {handle!r}")
+    terms = handle._terms if isinstance(handle, DurableHandle) else make_options()
+    return Plan(name, when, handle.deployment_name, handle._options.method_name, terms, args, kwargs)
+
+
+def codec_of(client: Client) -> Codec:
+    """The codec for a client's calls: pickles only if its frames are signed."""
+    return _codec(client.signer.signs, client.settings.max_value_bytes)
+
+
+@lru_cache(maxsize=8)
+def _codec(signs: bool, max_bytes: int) -> Codec:
+    return Codec(allow_pickle=signs, max_bytes=max_bytes, make_handle=handle_from_wire)
+
+
+def ref_of(call_id: str) -> DurableRef[Any]:
+    """The ref of a durable call by its id; raises like `serve.get_ref`."""
+    client = current_client()
+    return get_ref(client, codec_of(client), call_id)
+
+
+def handle_from_wire(data: dict[str, Any]) -> "DeploymentHandle[Any] | AsyncDeploymentHandle[Any]":
+    """The handle that `__qserve_wire__` described."""
+    return _rebuild_handle(data["name"], data["sync"], data["options"])
+
+
+def _rebuild_handle(
+    name: str, sync: bool, options: dict[str, Any]
+) -> "DeploymentHandle[Any] | AsyncDeploymentHandle[Any]":
+    options["http_headers"] = tuple((key, value) for key, value in options["http_headers"])
+    restored = CallOptions(**options)
+    if restored == CallOptions():
+        return get_handle(name, sync=sync)
+    return DeploymentHandle(name, restored) if sync else AsyncDeploymentHandle(name, restored)
+
+
+@overload
+def get_handle(name: str, *, sync: Literal[True] = True) -> DeploymentHandle[Any]: ...
+@overload
+def get_handle(name: str, *, sync: Literal[False]) -> AsyncDeploymentHandle[Any]: ...
+@overload
+def get_handle(name: str, *, sync: bool) -> DeploymentHandle[Any] | AsyncDeploymentHandle[Any]: ...
+def get_handle(name: str, *, sync: bool = True) -> DeploymentHandle[Any] | AsyncDeploymentHandle[Any]:
+    """The handle of a deployment, which need not exist yet; the same object for the same name and kind."""
+    return _cached_handle(name, sync)
+
+
+@lru_cache(maxsize=100)
+def _cached_handle(name: str, sync: bool) -> DeploymentHandle[Any] | AsyncDeploymentHandle[Any]:
+    return DeploymentHandle(name) if sync else AsyncDeploymentHandle(name)

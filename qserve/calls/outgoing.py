@@ -1,0 +1,137 @@
+"""A call on its way out: the ref that sends it, and the wait for refs among its arguments."""
+
+import contextlib
+import threading
+from concurrent.futures import InvalidStateError
+from typing import Any
+
+from qserve.calls.client import Client
+from qserve.calls.pending import Outcome, PendingCall
+from qserve.calls.ref import Ref
+from qserve.context import CallInfo, current_call
+from qserve.errors import QServeError
+from qserve.wire.codec import Codec, collect_refs, substitute
+from qserve.wire.messages import ERROR, PYTHON, decode_error
+
+
+class CallRef(Ref[Any]):
+    """The ref of a call that is on its way: sends it, withdraws it, and takes in its outcome."""
+
+    def __init__(self, client: Client, codec: Codec, deployment: str, method: str, timeout_s: float | None) -> None:
+        super().__init__()
+        self._client = client
+        self._codec = codec
+        self._deployment = deployment
+        self._method = method
+        self._timeout_s = timeout_s
+        self._pending: PendingCall | None = None
+        self._caller: CallInfo | None = None
+
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Put the call, at once or when the refs among its arguments are there.
+
+        Raises:
+            ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
+        """
+        self.belong_to(current_call.get())
+        payload = self._codec.pack_plain_call(args, kwargs)
+        if payload is not None:
+            self.send(payload)
+        elif refs := collect_refs(args, kwargs):
+            _WaitForArguments(self, self._codec, args, kwargs, refs).start()
+        else:
+            self.send(self._codec.pack_call(args, kwargs, f"the call to {self.label}"))
+
+    @property
+    def label(self) -> str:
+        """What is called, for messages."""
+        return f"{self._deployment}.{self._method}" if self._method else self._deployment
+
+    def belong_to(self, caller: CallInfo | None) -> None:
+        """Inherit the remaining time and the cancellation of the call that makes this one, if one does."""
+        if caller is not None:
+            self._caller = caller
+            caller.nested.add(self)
+
+    def inherit_cancellation(self) -> None:
+        """Withdraw it even if it runs and is not safe: the call it is part of is."""
+        if self._pending is not None:
+            self._client.withdraw(self._pending, inherited=True)
+
+    def send(self, payload: bytes) -> None:
+        """Put the call with its packed arguments."""
+        timeout_s = self._client.settings.handle_timeout_s if self._timeout_s is None else self._timeout_s
+        if self._caller is not None:
+            timeout_s = self._caller.limit(timeout_s)
+        self._pending = self._client.prepare(
+            self._deployment,
+            kind=PYTHON,
+            method=self._method,
+            payload=payload,
+            timeout_s=timeout_s,
+            safe=False,
+            on_outcome=self._settle,
+        )
+        self._client.submit(self._pending)
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error of this side, unless it was cancelled."""
+        with contextlib.suppress(InvalidStateError):
+            self.set_exception(error)
+
+    def withdraw(self) -> None:
+        if self._pending is not None:
+            self._client.withdraw(self._pending)
+
+    def is_forbidden_to_block(self) -> bool:
+        return self._client.is_own_thread()
+
+    def _settle(self, outcome: Outcome) -> None:
+        if self._caller is not None:
+            self._caller.nested.discard(self)
+        if self.done():
+            return  # cancelled
+        try:
+            if isinstance(outcome, QServeError):
+                self.set_exception(outcome)
+            elif outcome.kind == ERROR:
+                self.set_exception(self._codec.rebuild_error(decode_error(outcome.payload)))
+            else:
+                self.set_result(self._codec.unpack(outcome.payload))
+        except Exception as exc:
+            self.fail(exc)
+
+
+class _WaitForArguments:
+    """Sends a call once the refs among its arguments are there; blocks nobody meanwhile."""
+
+    def __init__(
+        self, call: CallRef, codec: Codec, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref[Any]]
+    ) -> None:
+        self._call = call
+        self._codec = codec
+        self._args = args
+        self._kwargs = kwargs
+        self._refs = refs
+        self._missing = len(refs)
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        for ref in self._refs:
+            ref.add_done_callback(self._one_done)
+
+    def _one_done(self, _ref: object) -> None:
+        with self._lock:
+            self._missing -= 1
+            if self._missing:
+                return
+        if self._call.done():
+            return  # cancelled meanwhile
+        try:
+            values = {ref: ref.result(0) for ref in self._refs}
+            args, kwargs = substitute(self._args, self._kwargs, values)
+            self._call.send(self._codec.pack_call(args, kwargs, f"the call to {self._call.label}"))
+        except Exception as exc:
+            self._call.fail(exc)
+        if self._call.cancelled():  # in this very moment
+            self._call.withdraw()

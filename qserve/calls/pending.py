@@ -1,0 +1,76 @@
+"""A call between being made and its outcome, as its caller keeps it."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from qserve.errors import QServeError, StreamBroken
+from qserve.wire.channel import Channel
+from qserve.wire.messages import ERROR, VALUE, Reply
+
+Outcome = Reply | QServeError
+"""What becomes of a call: the replica's reply, or the reason why there is none."""
+
+
+class PendingCall:
+    """A call whose outcome somebody waits for."""
+
+    __slots__ = (
+        *("channel", "deadline", "deployment", "entry", "frame", "id", "inherited", "is_unanswered"),
+        *("is_strict", "on_outcome", "on_stream", "payload", "safe", "stateless_since", "timeout_s", "timer"),
+    )
+
+    def __init__(
+        self,
+        call_id: str,
+        deployment: str,
+        safe: bool,
+        frame: bytes,
+        payload: bytes | None,
+        timeout_s: float,
+        on_outcome: Callable[[Outcome], None],
+    ) -> None:
+        self.id = call_id
+        self.deployment = deployment
+        self.safe = safe
+        self.frame = frame
+        self.payload = payload  # travels out of line, or None; b"" once it does
+        self.timeout_s = timeout_s
+        self.deadline = time.monotonic() + timeout_s
+        self.on_outcome = on_outcome
+        self.entry: bytes | None = None
+        self.stateless_since = 0.0
+        self.is_unanswered = False
+        """The connection was lost before Redis said whether it took the call."""
+        self.timer: asyncio.TimerHandle | None = None
+        self.is_strict = False
+        """Its deadline is not put off while the replica takes in what it is sent."""
+        self.inherited = False
+        """Withdrawn with the call that made it, which was safe to leave half done: so is this one."""
+        self.channel: Channel | None = None
+        self.on_stream: Callable[[PendingCall, Channel], None] | None = None
+        """Called when the first of a stream arrives; without it, and without a channel, streams are turned away."""
+
+    def admitted(self, entry: bytes, idempotent: bool) -> None:
+        """Note where it stands. Only a safe call keeps its frame, which may be sent again: it may wait for an hour.
+
+        Args:
+            idempotent: The deployment says that all its calls are safe.
+        """
+        self.entry = entry
+        self.safe = self.safe or idempotent
+        self.is_unanswered = False
+        if not self.safe:
+            self.frame = b""
+
+    def end_channel(self, outcome: Outcome) -> None:
+        """Let the channel, where there is one, end as the call did."""
+        if self.channel is None:
+            return
+        if isinstance(outcome, QServeError):
+            self.channel.close(outcome)
+        elif outcome.kind == ERROR:
+            self.channel.close(StreamBroken("the call failed while it streamed"))
+        else:
+            self.channel.finish(int(outcome.payload or b"0") if outcome.kind == VALUE else 0)
+        self.channel = None  # they refer to each other, and the collector comes seldom

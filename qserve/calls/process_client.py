@@ -1,0 +1,139 @@
+"""The client of this process: made at the first call, on a thread of its own, unless the process brings its own.
+
+This module owns the only global state of the calling side.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from qserve.calls.client import Client
+from qserve.settings import Settings
+
+
+class ClientThread:
+    """A client with a loop on a daemon thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.client = Client(settings)
+        self._started: Future[None] = Future()
+        self._stop: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="qserve-client", daemon=True)
+
+    def start(self) -> None:
+        """Connect; raises what `Client.start` raises."""
+        self._thread.start()
+        self._started.result()
+
+    def stop(self) -> None:
+        """Disconnect and end the thread; calls still pending end as cancelled."""
+        if self._loop is not None and self._stop is not None and self._thread.is_alive():
+            with contextlib.suppress(RuntimeError):  # the loop has just closed
+                self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(self._main())
+
+    async def _main(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            await self.client.start()
+        except BaseException as exc:
+            self._started.set_exception(exc)
+            return
+        self._started.set_result(None)
+        await self._stop.wait()
+        await self.client.stop()
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop loop where uvloop is installed, else asyncio's."""
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+class _Process:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.client: Client | None = None
+        self.thread: ClientThread | None = None
+        self.find_settings: Callable[[], Settings] = Settings
+        self.abandoned: list[Any] = []
+
+
+_process = _Process()
+
+
+def set_settings_finder(find: Callable[[], Settings]) -> None:
+    """Say how a process that makes its client at the first call finds its instance."""
+    _process.find_settings = find
+
+
+def current_client() -> Client:
+    """The client of this process.
+
+    Raises:
+        NoInstanceError: No instance can be found from here.
+        BrokerUnavailable, ConfigurationError: Redis cannot be used.
+    """
+    return _process.client or _start_client()
+
+
+def _start_client() -> Client:
+    with _process.lock:
+        if _process.client is None:
+            thread = ClientThread(_process.find_settings())
+            thread.start()
+            _process.thread, _process.client = thread, thread.client
+        return _process.client
+
+
+def set_current_client(client: Client | None) -> None:
+    """Use a client that lives on a loop of the process' own (a replica's, say)."""
+    with _process.lock:
+        _process.client = client
+
+
+def close_current_client(*, unless: Settings | None = None) -> None:
+    """Stop the client that this process made for itself; the next call makes a new one.
+
+    Args:
+        unless: A client with these settings goes on, and the calls that it has under way with it.
+    """
+    with _process.lock:
+        if unless is not None and _process.client is not None and _process.client.settings == unless:
+            return
+        thread, _process.thread = _process.thread, None
+        if thread is not None:
+            _process.client = None
+    if thread is not None:
+        thread.stop()
+
+
+def _forget_in_child() -> None:
+    # The parent's thread does not exist here, but its sockets do: close this process' copies and start afresh. The old
+    # objects are kept alive, because their destructors would act on the parent's event loop.
+    client = _process.client
+    _process.abandoned.append((client, _process.thread))
+    _process.lock = threading.Lock()
+    _process.client = _process.thread = None
+    if client is not None:
+        for descriptor in client.descriptors():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+atexit.register(close_current_client)

@@ -1,0 +1,94 @@
+"""Reads a process' inbox: in order, verified, trimmed, and for as long as the process says that it lives."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import hiredis
+
+from qserve.broker.connection import Answer, Connection
+from qserve.broker.keys import Keys
+from qserve.broker.link import BLOCK_MS, CHECK_EVERY_S, Link
+from qserve.broker.queues import Inbox
+from qserve.errors import FrameRejected
+from qserve.wire.messages import UNREADABLE, Reply, Signer, decode_reply
+
+logger = logging.getLogger(__name__)
+
+_FRAMES_PER_READ = 512
+_TRIM_EVERY = 512 * 1024
+"""Bytes: what is streamed to this process must not pile up behind it."""
+
+
+class Receiver:
+    """The reading half of a client. Belongs to its event loop.
+
+    Args:
+        accept: Gets every message whose signature holds; raises FrameRejected for one that is not for this process.
+    """
+
+    def __init__(self, keys: Keys, process: str, signer: Signer, accept: Callable[[Reply], None]) -> None:
+        self._keys = keys
+        self._signer = signer
+        self._accept = accept
+        self._inbox = Inbox(keys, process)
+        self._link: Link
+
+    async def open(self, link: Link) -> None:
+        """Begin, or go on, to read over a link that has come up; replies are accepted from now on."""
+        self._link = link
+        assert link.sender is not None
+        await self._inbox.open(link.sender)
+        self._read()
+
+    def discard(self, sender: Connection) -> None:
+        """Close the inbox for good: later replies are dropped."""
+        self._inbox.discard(sender)
+
+    async def newest(self, sender: Connection) -> bytes:
+        """Id of the newest message in the inbox."""
+        return await self._inbox.newest(sender)
+
+    def has_seen(self, message: bytes) -> bool:
+        """Whether a message, and so all before it, has been read."""
+        return self._inbox.has_seen(message)
+
+    async def keep_alive(self, on_tick: Callable[[], None]) -> None:
+        """Say that the inbox is read, trim it, and notice a link that has fallen silent; `on_tick` every second."""
+        while True:
+            await asyncio.sleep(CHECK_EVERY_S)
+            self._link.check()
+            if self._link.sender is None:
+                continue
+            self._inbox.say_alive(self._link.sender)
+            self._inbox.trim(self._link.sender)
+            on_tick()
+
+    def _read(self) -> None:
+        if self._link.waiter is not None:
+            self._inbox.read(self._link.waiter, self._received, block_ms=BLOCK_MS, most=_FRAMES_PER_READ)
+
+    def _received(self, answer: Answer) -> None:
+        if isinstance(answer, Exception):
+            if isinstance(answer, hiredis.ReplyError):
+                logger.warning("reading replies failed: %s", answer)
+                self._link.lose()
+            return
+        frames = self._inbox.frames(answer)
+        self._read()
+        for frame in frames:
+            try:
+                self._accept(decode_reply(self._signer.open(frame)))
+            except (FrameRejected, *UNREADABLE) as exc:
+                self._reject(exc)
+        if self._inbox.untrimmed >= _TRIM_EVERY and self._link.sender is not None:
+            self._inbox.trim(self._link.sender)
+
+    def _reject(self, exc: Exception) -> None:
+        logger.warning("dropped a frame in the inbox: %s", exc)
+        if self._link.sender is not None:
+            self._link.sender.send(_ignore, "HINCRBY", self._keys.counters, "rejected_frames", 1)
+
+
+def _ignore(_answer: Answer) -> None:
+    """For commands whose failure shows elsewhere."""

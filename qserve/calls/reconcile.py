@@ -1,0 +1,142 @@
+"""After Redis was away: which calls still stand in their queues, and what is said about those that do not."""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from qserve.broker.connection import Connection
+from qserve.broker.keys import Keys
+from qserve.broker.link import Link
+from qserve.broker.queues import CALLS_PER_ADMIT, CallQueue
+from qserve.calls.pending import PendingCall
+from qserve.calls.receiver import Receiver
+from qserve.errors import BrokerUnavailable, Indeterminate, QServeError
+
+_POLL_S = 0.01
+_SECOND_LOOK_S = 0.5
+"""What a lost connection still held may arrive so much later."""
+_MARGIN_MS = 10_000
+_WINDOW_S, _SHARE, _FEWEST = 10.0, 0.1, 10
+
+_LOST = "Redis lost the call or its answer while it was away; it may have run"
+_UNTAKEN = "the connection to Redis was lost while it took the call; it may have run"
+_LATER = "Redis lost the call while it was away, and many others with it; it can be sent again"
+
+
+class RetryBudget:
+    """How many calls may be sent again: a tenth of those sent in the last ten seconds, or a few.
+
+    What was lost was lost for many; if all of them came again at once, they would be the next failure.
+    """
+
+    def __init__(self) -> None:
+        self._sent: deque[tuple[float, int]] = deque()
+        self._again: deque[float] = deque()
+
+    def note(self, sent: int, now: float) -> None:
+        """So many calls were sent by now, all in all; called every second."""
+        self._sent.append((now, sent))
+        while self._sent[0][0] < now - _WINDOW_S:
+            self._sent.popleft()
+
+    def take(self, now: float) -> bool:
+        """Whether one more may be sent again."""
+        while self._again and self._again[0] < now - _WINDOW_S:
+            self._again.popleft()
+        sent = self._sent[-1][1] - self._sent[0][1] if self._sent else 0
+        if len(self._again) >= max(_FEWEST, int(sent * _SHARE)):
+            return False
+        self._again.append(now)
+        return True
+
+
+class Caller(Protocol):
+    """What the reconciler needs of the client whose calls these are."""
+
+    def unsettled(self) -> list[PendingCall]:
+        """Calls that Redis has taken, or may have."""
+
+    def conclude(self, call: PendingCall, error: QServeError) -> None:
+        """End a call."""
+
+    def send_again(self, call: PendingCall) -> None:
+        """Put a call once more, under another id."""
+
+
+class Reconciler:
+    """Settles what a lost connection left open. Belongs to its client's loop.
+
+    A call whose entry stands in the queue goes on. One without an entry is answered, and then the answer stands in the
+    inbox; or it is lost: a safe one is sent again, once and within the budget, of another nobody knows whether it ran.
+    """
+
+    def __init__(self, keys: Keys, link: Link, receiver: Receiver, caller: Caller) -> None:
+        self.budget = RetryBudget()
+        self._keys = keys
+        self._link = link
+        self._receiver = receiver
+        self._caller = caller
+
+    async def run(self) -> None:
+        """Look once; the next link looks again if this one is lost meanwhile."""
+        sender, losses = self._link.sender, self._link.losses
+        calls = self._caller.unsettled()
+        if sender is None or not calls:
+            return
+        with contextlib.suppress(BrokerUnavailable):
+            taken = [call for call in calls if call.entry is not None]
+            unanswered = [call for call in calls if call.is_unanswered]
+            missing = await self._missing(sender, taken) + await self._unfound(sender, unanswered)
+            if any(call.is_unanswered for call in missing):
+                await asyncio.sleep(_SECOND_LOOK_S)
+                unanswered = [call for call in missing if call.is_unanswered]
+                missing = [call for call in missing if not call.is_unanswered]
+                missing += await self._unfound(sender, unanswered)
+            # Answering removes the entry: what is gone by now has its answer in the inbox by now, or is lost.
+            newest = await self._receiver.newest(sender)
+            while not self._receiver.has_seen(newest):
+                await asyncio.sleep(_POLL_S)
+                if self._link.losses != losses:
+                    return
+            self._settle(missing)
+
+    async def _missing(self, sender: Connection, calls: Sequence[PendingCall]) -> list[PendingCall]:
+        found = await asyncio.gather(
+            *(sender.call("XRANGE", self._keys.calls(call.deployment), call.entry, call.entry) for call in calls)
+        )
+        return [call for call, entry in zip(calls, found, strict=True) if not entry]
+
+    async def _unfound(self, sender: Connection, calls: Sequence[PendingCall]) -> list[PendingCall]:
+        """Those of the calls that Redis has not taken; of the others it is known now where they stand."""
+        by_deployment: dict[str, list[PendingCall]] = {}
+        for call in calls:
+            by_deployment.setdefault(call.deployment, []).append(call)
+        missing: list[PendingCall] = []
+        for deployment, its in by_deployment.items():
+            queue = CallQueue(self._keys, deployment)
+            now = time.monotonic()
+            age_ms = int(max(now - call.deadline + call.timeout_s for call in its) * 1000) + _MARGIN_MS
+            for start in range(0, len(its), CALLS_PER_ADMIT):
+                part = its[start : start + CALLS_PER_ADMIT]
+                entries = await queue.find(sender, [call.id for call in part], age_ms)
+                for call, entry in zip(part, entries, strict=True):
+                    if entry is None:
+                        missing.append(call)
+                    else:
+                        call.admitted(entry, call.safe)
+        return missing
+
+    def _settle(self, missing: Sequence[PendingCall]) -> None:
+        waiting = set(self._caller.unsettled())
+        for call in missing:
+            if call not in waiting:  # its answer has come, or its time is over
+                continue
+            if not call.safe:
+                self._caller.conclude(call, Indeterminate(_UNTAKEN if call.is_unanswered else _LOST))
+            elif call.frame and call.channel is None and self.budget.take(time.monotonic()):
+                self._caller.send_again(call)
+            else:
+                self._caller.conclude(call, BrokerUnavailable(_LATER))

@@ -1,0 +1,210 @@
+"""References to results that may not be there yet."""
+
+import asyncio
+import concurrent.futures
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, Generic, TypeVar, overload
+
+from qserve.calls.future import LightFuture
+from qserve.errors import CallCancelled, GetTimeoutError
+
+T = TypeVar("T")
+
+
+class Ref(LightFuture[T], Generic[T]):
+    """The result of a call: a `concurrent.futures.Future` that can be awaited on any event loop.
+
+    Passed as an argument of another call it is resolved first, without blocking anything. Thread-safe.
+    """
+
+    @property
+    def label(self) -> str:
+        """What is called, for messages."""
+        return "a call"
+
+    def __repr__(self) -> str:
+        state = "pending" if not self.done() else "cancelled" if self.cancelled() else "done"
+        return f"<Ref to {self.label}, {state}>"
+
+    def withdraw(self) -> None:
+        """Tell whoever computes the result that nobody waits for it any more."""
+
+    def is_forbidden_to_block(self) -> bool:
+        """Whether this thread has to receive the result, and so must not wait for it."""
+        return False
+
+    def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
+        return "ref", {}
+
+    def cancel(self) -> bool:
+        """Withdraw the call: still queued, it never runs; returns False if it has ended already."""
+        if not super().cancel():
+            return False
+        self.withdraw()
+        return True
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the result.
+
+        Args:
+            timeout: Seconds to wait at most; None: until the call's own deadline.
+
+        Raises:
+            GetTimeoutError: Not there in time; the call goes on, and `result` may be asked again.
+            CallCancelled: The ref was cancelled.
+            TaskError: User code raised; also an instance of the class it raised.
+            QServeError: What else became of the call.
+            RuntimeError: Called where waiting would stop the event loop that has to receive the result.
+        """
+        self.refuse_to_deadlock()
+        try:
+            return super().result(timeout)
+        except concurrent.futures.CancelledError:
+            raise CallCancelled(f"the call to {self.label} was cancelled") from None
+        except TimeoutError as exc:
+            if self.done():
+                raise  # the call's own outcome
+            raise GetTimeoutError(f"the call to {self.label} did not end within {timeout} s; it goes on") from exc
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Like `result`, but returns the error instead of raising it."""
+        self.refuse_to_deadlock()
+        try:
+            return super().exception(timeout)
+        except concurrent.futures.CancelledError:
+            raise CallCancelled(f"the call to {self.label} was cancelled") from None
+        except TimeoutError as exc:
+            raise GetTimeoutError(f"the call to {self.label} did not end within {timeout} s; it goes on") from exc
+
+    def __await__(self) -> Generator[Any, None, T]:
+        if not self.done():
+            loop = asyncio.get_running_loop()
+            woken: asyncio.Future[None] = loop.create_future()
+            waker = _waker_of(loop)
+            self.add_done_callback(lambda _: waker.wake(woken))
+            yield from woken
+        return self.result(0)
+
+    def refuse_to_deadlock(self) -> None:
+        """Raise RuntimeError where blocking would keep the result from ever arriving."""
+        if not self.done() and self.is_forbidden_to_block():
+            raise RuntimeError(
+                f"waiting for {self.label} here would block the event loop that receives the result: `await` the ref"
+            )
+
+
+class _Waker:
+    """Wakes futures of one event loop from other threads; many at the price of one wake-up."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._thread = threading.get_ident()
+        self._ready: deque[asyncio.Future[None]] = deque()
+        self._scheduled = False
+
+    @property
+    def is_own_thread(self) -> bool:
+        return threading.get_ident() == self._thread
+
+    def wake(self, future: asyncio.Future[None]) -> None:
+        if threading.get_ident() == self._thread:
+            _set(future)
+            return
+        self._ready.append(future)
+        loop = self._loop()
+        if not self._scheduled and loop is not None and not loop.is_closed():
+            self._scheduled = True
+            loop.call_soon_threadsafe(self._wake_all)
+
+    def _wake_all(self) -> None:
+        self._scheduled = False
+        while self._ready:
+            _set(self._ready.popleft())
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+_wakers: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker]" = weakref.WeakKeyDictionary()
+
+
+def _waker_of(loop: asyncio.AbstractEventLoop) -> _Waker:
+    waker = _wakers.get(loop)
+    if waker is None or not waker.is_own_thread:
+        waker = _wakers[loop] = _Waker(loop)
+    return waker
+
+
+@overload
+def get(refs: Ref[T], timeout: float | None = None) -> T: ...
+@overload
+def get(refs: Sequence[Ref[T]], timeout: float | None = None) -> list[T]: ...
+def get(refs: Ref[T] | Sequence[Ref[T]], timeout: float | None = None) -> T | list[T]:
+    """Wait for one result, or for a list of them in order.
+
+    Args:
+        timeout: Seconds for all of them together.
+
+    Raises:
+        GetTimeoutError: Not all there in time; the calls go on.
+        Exception: The first error among the results, in the order of the list.
+    """
+    if isinstance(refs, Ref):
+        return refs.result(timeout)
+    _check(refs)
+    for ref in refs:
+        ref.refuse_to_deadlock()
+    _, late = concurrent.futures.wait(refs, timeout)
+    if late:
+        raise GetTimeoutError(f"{len(late)} of {len(refs)} calls did not end within {timeout} s; they go on")
+    return [ref.result(0) for ref in refs]
+
+
+def wait(
+    refs: Sequence[Ref[T]], num_returns: int = 1, timeout: float | None = None
+) -> tuple[list[Ref[T]], list[Ref[T]]]:
+    """Wait until some of the calls have ended, well or not.
+
+    Args:
+        num_returns: How many to wait for.
+        timeout: Seconds to wait at most; fewer than `num_returns` may be ready then.
+
+    Returns:
+        (ready, not ready), each in the order given; at most `num_returns` are in the first.
+    """
+    _check(refs)
+    if len(set(refs)) != len(refs):
+        raise ValueError("wait() needs distinct refs")
+    if not 1 <= num_returns <= len(refs):
+        raise ValueError(f"num_returns must be between 1 and {len(refs)}, not {num_returns}")
+    for ref in refs:
+        ref.refuse_to_deadlock()
+    enough = threading.Semaphore(0)
+    for ref in refs:
+        ref.add_done_callback(lambda _: enough.release())
+    ended = _acquire(enough, num_returns, timeout)
+    ready = [ref for ref in refs if ref.done()][: max(ended, 0)]
+    chosen = set(ready)
+    return ready, [ref for ref in refs if ref not in chosen]
+
+
+def _acquire(semaphore: threading.Semaphore, count: int, timeout: float | None) -> int:
+    deadline = None if timeout is None else time.monotonic() + timeout
+    for got in range(count):
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not semaphore.acquire(timeout=left):
+            return got
+    return count
+
+
+def _check(refs: Iterable[object]) -> None:
+    for ref in refs:
+        if not isinstance(ref, Ref):
+            hint = "; a handle made with sync=False gives the ref when its `remote()` is awaited"
+            raise TypeError(f"expected a ref, got {type(ref).__name__}{hint}")

@@ -1,0 +1,133 @@
+"""Results that come in parts: what a call of a generator method gives its caller."""
+
+import asyncio
+import concurrent.futures
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
+from typing import Any, Generic, TypeVar
+
+from qserve.calls.client import Client
+from qserve.calls.pending import Outcome, PendingCall
+from qserve.context import CallInfo
+from qserve.errors import QServeError, StreamBroken
+from qserve.wire.channel import Channel
+from qserve.wire.codec import Codec
+from qserve.wire.messages import ERROR, STREAM, decode_error
+
+T = TypeVar("T")
+OnOutcome = Callable[[Outcome], None]
+
+
+class ResultStream(Generic[T]):
+    """What a generator in a replica yields, as it yields it; iterate it with `for` or `async for`, once.
+
+    The generator runs no further ahead than a window of about 1 MiB. Leaving the loop early, or `close`, closes it.
+    Errors of the generator are raised here after what it yielded before. Usable from any thread and event loop.
+    """
+
+    def __init__(
+        self, client: Client, codec: Codec, prepare: Callable[[OnOutcome], PendingCall], caller: CallInfo | None
+    ) -> None:
+        self._client = client
+        self._codec = codec
+        self._caller = caller
+        if caller is not None:
+            caller.nested.add(self)
+        self._error: BaseException | None = None
+        self._pending = prepare(self._settle)
+        self._channel: concurrent.futures.Future[Channel] = concurrent.futures.Future()
+        client.run_soon(self._put)
+
+    def __iter__(self) -> Iterator[T]:
+        try:
+            while (chunk := self._run(self._next)) is not _END:
+                yield chunk
+        finally:
+            self.close()
+
+    async def __aiter__(self) -> AsyncIterator[T]:
+        try:
+            while (chunk := await self._run_async(self._next)) is not _END:
+                yield chunk
+        finally:
+            self.close()
+
+    def __await__(self) -> Generator[Any, None, "ResultStream[T]"]:
+        yield from ()
+        return self
+
+    def close(self) -> None:
+        """End the call; the replica's generator is closed at its next `yield`."""
+        self._client.withdraw(self._pending)
+
+    def inherit_cancellation(self) -> None:
+        """End it with the call that made it."""
+        self._client.withdraw(self._pending, inherited=True)
+
+    def _put(self) -> None:
+        self._channel.set_result(self._client.open_channel(self._pending))
+        self._client.put(self._pending)
+
+    def _settle(self, outcome: Outcome) -> None:
+        if self._caller is not None:
+            self._caller.nested.discard(self)
+        if isinstance(outcome, QServeError):
+            self._error = outcome
+        elif outcome.kind == ERROR:
+            self._error = self._codec.rebuild_error(decode_error(outcome.payload))
+
+    async def _next(self) -> Any:
+        channel = self._channel.result(0)
+        try:
+            packed = await channel.receive()
+        except StreamBroken as exc:
+            raise self._error or exc from None
+        return _END if packed is None else self._codec.unpack(packed)
+
+    def _run(self, step: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        if self._client.is_own_thread():
+            raise RuntimeError("iterating here would block the event loop that receives the stream: use `async for`")
+        return asyncio.run_coroutine_threadsafe(step(), self._client.loop).result()
+
+    async def _run_async(self, step: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        if self._client.is_own_thread():
+            return await step()
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(step(), self._client.loop))
+
+
+_END = object()
+
+
+def open_stream(
+    client: Client,
+    codec: Codec,
+    deployment: str,
+    method: str,
+    *,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    timeout_s: float,
+    caller: CallInfo | None,
+) -> ResultStream[Any]:
+    """Put a call whose result is streamed; its deadline holds until the first part arrives.
+
+    Args:
+        caller: The call that makes this one, whose remaining time and cancellation it inherits.
+
+    Raises:
+        ValueNotSerializable, PayloadTooLarge: An argument cannot travel; a ref must be resolved first.
+    """
+    payload = codec.pack_call(args, kwargs, f"the call to {deployment}")
+    limit_s = timeout_s if caller is None else caller.limit(timeout_s)
+
+    def prepare(on_outcome: OnOutcome) -> PendingCall:
+        return client.prepare(
+            deployment,
+            kind=STREAM,
+            method=method,
+            payload=payload,
+            timeout_s=limit_s,
+            safe=False,
+            on_outcome=on_outcome,
+        )
+
+    return ResultStream(client, codec, prepare, caller)

@@ -1,0 +1,1 @@
+"""Describing deployments, and getting them to run."""

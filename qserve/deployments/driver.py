@@ -1,0 +1,232 @@
+"""This process as a driver: the instance it works with, started here or found."""
+
+import atexit
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from qserve.broker.redis_checks import require_usable_at
+from qserve.broker.state import State
+from qserve.calls import process_client
+from qserve.calls.handle import handle_from_wire
+from qserve.deployments import deploying, local_instance
+from qserve.deployments.deployment import Deployment
+from qserve.deployments.http_options import HTTPOptions
+from qserve.errors import NoInstanceError
+from qserve.settings import Settings
+from qserve.wire.codec import Codec
+from qserve.wire.messages import Signer
+from qserve.wire.spec import Deployed, HttpSettings
+
+logger = logging.getLogger(__name__)
+
+
+class ConnectedInstance:
+    """A running instance as a driver works with it. Thread-safe."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.state = State(settings.redis_url, settings.keys, Signer(settings.secrets))
+        self.codec = make_codec(settings, signs=self.state.signer.signs)
+
+    def deploy(
+        self, deployment: Deployment[Any], args: tuple[Any, ...], kwargs: dict[str, Any], blocking: bool
+    ) -> deploying.Goal | None:
+        """Make the deployment the desired state; None when it is reached, its goal when nobody waits for that."""
+        goal = self.put(deployment, args, kwargs)
+        if not blocking:
+            return goal
+        goal.wait()
+        return None
+
+    def put(self, deployment: Deployment[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> deploying.Goal:
+        """The same without waiting."""
+        return deploying.deploy(self.state, deployment.to_spec(self.codec, init_args=args, init_kwargs=kwargs))
+
+    def delete(self, name: str) -> None:
+        """Take a deployment down and wait until it is gone."""
+        deploying.delete(self.state, name)
+
+    def url_of(self, route_prefix: str) -> str | None:
+        """URL of a route, None where nothing serves HTTP."""
+        http = self.state.get_http()
+        if http.root_url:
+            return http.root_url.rstrip("/") + route_prefix
+        for gateway in self.state.gateways().values():
+            return gateway.url.rstrip("/") + http.root_path.rstrip("/") + route_prefix
+        return None
+
+    def deployment(self, deployed: Deployed) -> Deployment[Any]:
+        """The description of what is deployed."""
+        return Deployment.from_spec(deployed.spec, self.codec)
+
+    def set_http(self, http: HttpSettings) -> None:
+        """Change what all gateways wrap around the deployments, and wait until they do."""
+        if self.state.get_http() != http:
+            deploying.wait_for_gateways(self.state, self.state.set_http(http))
+
+    def clear(self) -> None:
+        """Delete every deployment."""
+        found = self.state.list()
+        for name in found:  # all at once; what follows waits for each
+            self.state.delete(name)
+        for deployed in found.values():
+            deploying.finish_deleting(self.state, deployed.spec)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.state.close()
+
+
+class Driver:
+    """Finds or starts the instance of this process. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._connected: ConnectedInstance | None = None
+        self._local: local_instance.LocalInstance | None = None
+
+    def current(self) -> ConnectedInstance:
+        """The instance of this process.
+
+        Raises:
+            NoInstanceError: There is none.
+        """
+        return self._connect(self._find_settings())
+
+    def start(self, options: HTTPOptions, *, detached: bool, wait: bool = True) -> ConnectedInstance:
+        """The instance of this process, started if there is none.
+
+        Args:
+            options: Only looked at when it is started; a warning says so otherwise.
+            detached: It outlives this process.
+            wait: Return when HTTP is served; else as soon as deployments can be made.
+
+        Raises:
+            ValueError: The address cannot be listened on.
+            ConfigurationError: The instance cannot be started, or the Redis of QSERVE_REDIS_URL cannot be used.
+            BrokerUnavailable: Nothing answers there.
+        """
+        settings = Settings()
+        if settings.redis_url:
+            require_usable_at(settings.redis_url)
+        with self._lock, local_instance.start_lock(settings.namespace):
+            try:
+                running = self.current()
+                if self._is_served(running, settings):
+                    if wait:
+                        self.wait_until_ready()
+                    _warn_of_other_options(running, options)
+                    return running
+            except NoInstanceError:
+                pass
+            return self._launch(settings, options, detached=detached, wait=wait)
+
+    def wait_until_ready(self) -> None:
+        """Wait until the instance on this machine, if that is ours, serves HTTP."""
+        own = self._own(self.current())
+        if own is not None:
+            own.wait_until_ready()
+        elif not Settings().redis_url:
+            local_instance.wait_until_ready(Settings().namespace)
+
+    def shutdown(self) -> None:
+        """Delete all deployments and stop the processes of the instance; nothing where there is none."""
+        with self._lock:
+            try:
+                running = self.current()
+            except NoInstanceError:
+                self._forget()
+                return
+            record = local_instance.find_record(running.settings.namespace)
+            if record is not None and record.redis_url != running.settings.redis_url:
+                record = None  # another instance on this machine
+            embedded = record is not None and not Settings().redis_url and _is_embedded(record)
+            if not embedded:
+                running.clear()
+            own = self._own(running)
+            self._forget()
+            if own is not None:
+                own.stop()
+                self._local = None
+            elif record is not None:
+                local_instance.stop_instance(record)
+
+    def _own(self, running: ConnectedInstance) -> local_instance.LocalInstance | None:
+        """The instance in use if this process started it: the environment may name another one by now."""
+        started = self._local
+        return started if started is not None and started.settings.redis_url == running.settings.redis_url else None
+
+    def _find_settings(self) -> Settings:
+        return local_instance.find_settings()
+
+    def _connect(self, settings: Settings) -> ConnectedInstance:
+        with self._lock:
+            known = self._connected
+            if known is None or known.settings != settings:
+                self._forget(unless=settings)
+                self._connected = known = ConnectedInstance(settings)
+            return known
+
+    def _forget(self, unless: Settings | None = None) -> None:
+        process_client.close_current_client(unless=unless)
+        if self._connected is not None:
+            self._connected.close()
+            self._connected = None
+
+    def _is_served(self, running: ConnectedInstance, settings: Settings) -> bool:
+        """Whether somebody runs it; a Redis named by the environment may be all there is."""
+        return not settings.redis_url or bool(running.state.nodes()) or bool(running.state.gateways())
+
+    def _launch(self, settings: Settings, options: HTTPOptions, *, detached: bool, wait: bool) -> ConnectedInstance:
+        http = options.settings(make_codec(settings, signs=bool(settings.secret) or not settings.redis_url))
+        if options.serves:
+            local_instance.check_address(str(options.host), options.port)
+        launch = local_instance.LaunchOptions(
+            host=options.host if options.serves else None,
+            port=options.port,
+            http=options.address(),
+            detached=detached,
+        )
+        self._local = started = local_instance.launch(settings, launch)
+        if not detached:
+            atexit.register(self._stop_at_exit, started)
+        started.wait_for_redis()
+        connected = self._connect(started.settings)
+        connected.set_http(http)
+        if wait:
+            started.wait_until_ready()
+        return connected
+
+    def _stop_at_exit(self, started: local_instance.LocalInstance) -> None:
+        if self._local is started:
+            process_client.close_current_client()
+            started.stop()
+
+
+def make_codec(settings: Settings, *, signs: bool) -> Codec:
+    """The codec of specs and HTTP settings."""
+    return Codec(allow_pickle=signs, max_bytes=settings.max_value_bytes, make_handle=handle_from_wire)
+
+
+def _is_embedded(record: local_instance.InstanceRecord) -> bool:
+    return record.folder != "" and record.folder in record.redis_url
+
+
+def _warn_of_other_options(running: ConnectedInstance, options: HTTPOptions) -> None:
+    record = local_instance.find_record(running.settings.namespace)
+    if not options.model_fields_set:
+        return
+    before: Mapping[str, object] = record.http if record is not None else {}
+    different = {name for name, value in options.address().items() if name in before and before[name] != value}
+    http, wanted = running.state.get_http(), options.settings(running.codec)
+    shared = ("root_path", "root_url", "middlewares")
+    different |= {name for name in shared if getattr(http, name) != getattr(wanted, name)}
+    different &= options.model_fields_set
+    if different:
+        logger.warning(
+            "The instance runs already with other http_options, and these are ignored: %s. Call serve.shutdown() first "
+            "to start one with them.",
+            ", ".join(sorted(different)),
+        )

@@ -1,0 +1,88 @@
+"""`http_options`: where HTTP is served, and what wraps it."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from starlette.middleware import Middleware
+
+from qserve.deployments.loading import make_target
+from qserve.wire.codec import Codec
+from qserve.wire.spec import EVERY_NODE, HttpSettings, MiddlewareSpec
+
+
+class Location(StrEnum):
+    """Where gateways run; on one machine EveryNode is HeadOnly."""
+
+    HEAD_ONLY = "HeadOnly"
+    EVERY_NODE = EVERY_NODE
+    NO_SERVER = "NoServer"
+
+
+class HTTPOptions(BaseModel):
+    """How `serve.start` serves HTTP.
+
+    Attributes:
+        host: Address to listen on; None is the same as location="NoServer".
+        port: Port to listen on; 0 takes any free one.
+        root_path: Prefix that a proxy in front takes off; passed to applications.
+        root_url: What `Deployment.url` begins with, where it is not host and port.
+        middlewares: Starlette middlewares around everything, the first one outermost. They run in the gateway, which
+            imports them.
+        location: None is the same as "NoServer".
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, arbitrary_types_allowed=True)
+
+    host: str | None = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    root_path: str = ""
+    root_url: str = ""
+    middlewares: list[Middleware] = []
+    location: Location | None = Location.HEAD_ONLY
+
+    @field_validator("middlewares", mode="before")
+    @classmethod
+    def _classes_too(cls, value: Any) -> Any:
+        if not isinstance(value, Sequence):
+            return value
+        return [Middleware(cast(Any, item)) if isinstance(item, type) else item for item in value]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_host_no_server(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (values.get("host", "") is None or values.get("location", "") is None):
+            return values | {"location": Location.NO_SERVER}
+        return values
+
+    @property
+    def serves(self) -> bool:
+        """Whether there is HTTP at all."""
+        return self.location != Location.NO_SERVER
+
+    def settings(self, codec: Codec) -> HttpSettings:
+        """The part of it that every gateway needs.
+
+        Raises:
+            ConfigurationError: A middleware cannot travel to the gateway.
+            ValueNotSerializable: An argument of one cannot.
+        """
+        return HttpSettings(
+            root_path=self.root_path,
+            root_url=self.root_url,
+            middlewares=tuple(_middleware_spec(middleware, codec) for middleware in self.middlewares),
+            location=str(self.location),
+        )
+
+    def address(self) -> dict[str, str | int | None]:
+        """The part of it that belongs to whoever starts a gateway."""
+        return {"host": self.host, "port": self.port, "location": str(self.location)}
+
+
+def _middleware_spec(middleware: Middleware, codec: Codec) -> MiddlewareSpec:
+    name = getattr(middleware.cls, "__name__", str(middleware.cls))
+    return MiddlewareSpec(
+        target=make_target(middleware.cls, allow_pickle=codec.allow_pickle),
+        arguments=codec.pack_call(tuple(middleware.args), dict(middleware.kwargs), f"the middleware {name}"),
+    )

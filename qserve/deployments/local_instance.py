@@ -1,0 +1,336 @@
+"""The instance on this machine: how it is found, and how one is started.
+
+An instance is a node process (`python -m qserve_workers.node`) that owns everything else: the embedded Valkey, the
+gateway and the Celery workers. It writes a file that tells other processes of the same user where it is.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from qserve.broker import embedded
+from qserve.broker.state import State
+from qserve.errors import ConfigurationError, NoInstanceError
+from qserve.settings import Settings
+from qserve.wire.messages import Signer
+
+NO_INSTANCE = (
+    "There is no instance running on this machine. Please call `serve.start(detached=True)` or run `qserve run` to "
+    "start one, or set QSERVE_REDIS_URL to connect to a Redis server where one runs."
+)
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 40.0
+_EXIT_S = 2.0
+_POLL_S = 0.005
+_LOG_TAIL = 2_000
+
+Found = TypeVar("Found")
+
+
+class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What the instance file says; it carries the signing key, so only its user may read it.
+
+    Attributes:
+        pid: The node process.
+        folder: Its sockets and logs.
+        ready: Its gateway listens, where it has one; it can be deployed to before.
+        gateway_url: "" without a gateway.
+        http: The http_options it was started with, for the warning when others are asked for.
+    """
+
+    namespace: str
+    redis_url: str
+    secret: str
+    pid: int
+    folder: str
+    ready: bool = True
+    gateway_url: str = ""
+    http: dict[str, str | int | None] = {}
+    detached: bool = False
+
+
+# Finding
+
+
+def find_settings() -> Settings:
+    """Settings of the instance this process belongs to: the environment's, else those of the instance on this machine.
+
+    Raises:
+        NoInstanceError: There is none.
+    """
+    settings = Settings()
+    if settings.redis_url:
+        return settings
+    record = find_record(settings.namespace)
+    if record is None:
+        raise NoInstanceError(NO_INSTANCE)
+    return settings.model_copy(update={"redis_url": record.redis_url, "secret": settings.secret or record.secret})
+
+
+def find_record(namespace: str) -> InstanceRecord | None:
+    """The running instance of a namespace on this machine, None where there is none."""
+    try:
+        record = msgspec.json.decode(record_path(namespace).read_bytes(), type=InstanceRecord)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+    return record if is_running(record.pid) else None
+
+
+def record_path(namespace: str) -> Path:
+    """Where a namespace's instance file stands."""
+    return runtime_folder() / f"{namespace}.json"
+
+
+def runtime_folder() -> Path:
+    """This user's private folder for instance files, sockets and logs.
+
+    Raises:
+        ConfigurationError: It belongs to someone else or is open to others.
+    """
+    base = os.environ.get("QSERVE_RUNTIME_DIR") or os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(base) / "qserve" if base else Path(tempfile.gettempdir()) / f"qserve-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise ConfigurationError(
+            f"{folder} must belong to you and be closed to others (chmod 700): it holds keys. "
+            "Or name another folder in QSERVE_RUNTIME_DIR."
+        )
+    return folder
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with contextlib.suppress(OSError):  # Linux: a zombie whose parent has not looked yet has ended, too
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return True
+
+
+# Starting and stopping
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How to start an instance.
+
+    Attributes:
+        host, port: Where the gateway listens; host None: no gateway. Port 0: any free one.
+        http: What to note in the instance file of the http_options.
+        detached: Outlives this process.
+        gateway_workers: How many gateways share the port.
+        gateway_arguments: What else stands on their command lines.
+        log_to_stderr: Its processes log to this process' stderr instead of a file.
+    """
+
+    host: str | None
+    port: int
+    http: dict[str, str | int | None]
+    detached: bool = False
+    log_to_stderr: bool = False
+    gateway_workers: int = 1
+    gateway_arguments: tuple[str, ...] = ()
+
+
+class LocalInstance:
+    """An instance this process started."""
+
+    def __init__(self, settings: Settings, process: "subprocess.Popen[bytes]", folder: Path, detached: bool) -> None:
+        self.settings = settings
+        self.detached = detached
+        self.pid = process.pid
+        self._process = process
+        self._folder = folder
+        self._driver = os.getpid()
+
+    def wait_for_redis(self) -> None:
+        """Wait until its Redis answers and its node can be deployed to.
+
+        Raises:
+            ConfigurationError: It ended instead.
+        """
+        path = embedded.socket_path(self._folder)
+        if self.settings.redis_url == embedded.redis_url(self._folder):
+            self._wait(lambda: _accepts(path) or None, "Redis")
+        state = State(self.settings.redis_url, self.settings.keys, Signer(self.settings.secrets))
+        with contextlib.closing(state):
+            self._wait(lambda: any(node.pid == self.pid for node in state.nodes().values()) or None, "the node")
+
+    def wait_until_ready(self) -> InstanceRecord:
+        """Wait until its gateway listens.
+
+        Raises:
+            ConfigurationError: It ended instead.
+        """
+        return self._wait(self._own_record, "the gateway")
+
+    def stop(self) -> None:
+        """Stop all of its processes, workers drained; an interrupt on the way ends them at once."""
+        if os.getpid() == self._driver:  # a forked child of the driver has no say
+            _stop(self.pid, lambda: self._process.poll() is not None)
+
+    @property
+    def log_file(self) -> Path:
+        """Where its processes log unless they do so to stderr."""
+        return self._folder / "qserve.log"
+
+    def _own_record(self) -> InstanceRecord | None:
+        record = find_record(self.settings.namespace)
+        return record if record is not None and record.pid == self.pid and record.ready else None
+
+    def _wait(self, look: Callable[[], Found | None], what: str) -> Found:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            found = look()
+            if found is not None:
+                return found
+            if self._process.poll() is not None:
+                raise ConfigurationError(f"The instance ended while it was starting.{self._log_tail()}")
+            time.sleep(_POLL_S)
+        said = self._log_tail()
+        self.stop()
+        raise ConfigurationError(f"Waited {START_TIMEOUT_S:.0f} s for {what} in vain.{said}")
+
+    def _log_tail(self) -> str:
+        with contextlib.suppress(OSError):
+            return "\n" + self.log_file.read_text(errors="replace")[-_LOG_TAIL:].strip()
+        return " Its messages are above."
+
+
+def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
+    """Start an instance: on the Redis of `settings`, or on an embedded one with a key of its own.
+
+    Call it under `start_lock`. Returns once its process runs; `LocalInstance` tells how far it is.
+
+    Raises:
+        ConfigurationError: There is no server binary, or no usable folder.
+    """
+    folder = _new_folder(settings.namespace)
+    flags = ["--exact", "--instance-file", str(record_path(settings.namespace)), "--folder", str(folder)]
+    if not settings.redis_url:
+        embedded.find_server()  # an error here is easier to read than one in the log
+        secret = settings.secret or secrets.token_hex(32)
+        settings = settings.model_copy(update={"redis_url": embedded.redis_url(folder), "secret": secret})
+        flags += ["--embedded"]
+    if options.host is not None:
+        flags += ["--gateway", "--host", options.host, "--port", str(options.port)]
+        flags += ["--gateway-workers", str(options.gateway_workers)]
+        flags += [f"--gateway-argument={argument}" for argument in options.gateway_arguments]
+    if not options.detached:
+        flags += ["--owner", str(os.getpid())]
+    flags += ["--http", msgspec.json.encode(options.http).decode()]
+    process = _spawn(settings, flags, None if options.log_to_stderr else folder / "qserve.log")
+    return LocalInstance(settings, process, folder, options.detached)
+
+
+def wait_until_ready(namespace: str) -> InstanceRecord | None:
+    """Wait until an instance that another process is starting serves HTTP; None when it is gone."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while (record := find_record(namespace)) is not None and not record.ready and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return record
+
+
+def stop_instance(record: InstanceRecord) -> None:
+    """Stop an instance that another process started."""
+    # Its file goes last but for the process itself, which stays a zombie where nobody looks after it.
+    _stop(record.pid, lambda: not is_running(record.pid) or not record_path(record.namespace).exists())
+    deadline = time.monotonic() + _EXIT_S
+    while is_running(record.pid) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+@contextlib.contextmanager
+def start_lock(namespace: str) -> Iterator[None]:
+    """Held while an instance is being started, so that two drivers do not start two."""
+    with (runtime_folder() / f"{namespace}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def check_address(host: str, port: int) -> None:
+    """Fail now rather than in the gateway's log.
+
+    Raises:
+        ValueError: The address cannot be listened on.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as exc:
+        raise ValueError(
+            f"Failed to bind to '{host}:{port}' ({exc.strerror or exc}). "
+            "Please make sure your http-host and http-port are specified correctly."
+        ) from exc
+
+
+def _spawn(settings: Settings, flags: list[str], log: Path | None) -> "subprocess.Popen[bytes]":
+    environment = os.environ | {
+        "QSERVE_REDIS_URL": settings.redis_url,
+        "QSERVE_SECRET": settings.secret,
+        "QSERVE_NAMESPACE": settings.namespace,
+    }
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("ab")) if log else None
+        return subprocess.Popen(
+            [sys.executable, "-m", "qserve_workers.node", *flags],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output or 2,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C reaches the driver alone, which stops the rest in order
+        )
+
+
+def _new_folder(namespace: str) -> Path:
+    for left in runtime_folder().glob(f"{namespace}~*"):  # by instances that were killed: none runs now
+        shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{namespace}~", dir=runtime_folder()))
+    if len(str(embedded.socket_path(folder))) > embedded.SOCKET_PATH_LIMIT:
+        folder.rmdir()
+        return Path(tempfile.mkdtemp(prefix="qs-", dir="/tmp"))
+    return folder
+
+
+def _stop(pid: int, has_ended: Callable[[], bool]) -> None:
+    """SIGTERM and wait; SIGKILL, which takes its children along, when it does not end or the user insists."""
+    try:
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while not has_ended() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+    except ProcessLookupError:
+        return
+    finally:
+        if not has_ended():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _accepts(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0

@@ -1,0 +1,1 @@
+"""Durable calls: submitting them, scheduling them, and what was given up on."""

@@ -1,0 +1,186 @@
+"""Calls that were given up on: listed, shown, sent again, dropped."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import msgspec
+
+from qserve.broker.keys import Keys
+from qserve.broker.queues import DEAD_LETTERS_KEPT
+from qserve.broker.records import REVIVE, run_script, submit_now
+from qserve.broker.state import State
+from qserve.errors import CallNotFound, DeploymentNotFound, FrameRejected, QServeError
+from qserve.failpoints import reach
+from qserve.wire.call_record import NEVER_MS, DurableCall, Options, Terms, decode_durable_call, new_call_id
+from qserve.wire.codec import Codec
+from qserve.wire.messages import DURABLE, HTTP, Blob, Call, Signer, decode_blob, decode_call, decode_http_request
+
+_LONGEST_SHOWN = 2000
+
+# Whoever looks at a letter runs no user code.
+_codec = Codec(allow_pickle=False, max_bytes=1 << 40)
+
+
+class Letter(NamedTuple):
+    """One call that was given up on.
+
+    Attributes:
+        id: Of the letter; the call has its own.
+        call: What was called; None if the frame is no call that a key of ours signed.
+        durable: Its record knows of it, and is settled anew when it is sent again.
+        attempts: How often it was started; None if nobody counted.
+        reason: Why it was given up: the last error.
+        at: Unix time in ms on Redis' clock.
+    """
+
+    id: str
+    deployment: str
+    call: Call | None
+    durable: bool
+    attempts: int | None
+    reason: str
+    at: int
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of it, in JSON types."""
+        call = self.call
+        return {
+            "letter": self.id,
+            "call": call.id if call is not None else None,
+            "deployment": self.deployment,
+            "method": (call.method or "__call__") if call is not None else None,
+            "durable": self.durable,
+            "attempts": self.attempts,
+            "reason": self.reason,
+        }
+
+
+class DeadLetters:
+    """The dead letters of an instance. Synchronous; raises redis-py's errors."""
+
+    def __init__(self, state: State) -> None:
+        self._redis = state.redis
+        self._keys: Keys = state.keys
+        self._signer: Signer = state.signer
+
+    def of(self, deployment: str) -> Iterator[Letter]:
+        """Those of a deployment, oldest first."""
+        stream = self._keys.dead_letters(deployment)
+        raws = cast("list[Any]", self._redis.xrange(stream, count=DEAD_LETTERS_KEPT))
+        return (self._letter(deployment, raw) for raw in raws)
+
+    def get(self, deployment: str, letter_id: str) -> Letter:
+        """One of them, by its own id or by that of its call.
+
+        Raises:
+            CallNotFound: There is none.
+        """
+        for letter in self.of(deployment):
+            if letter_id in (letter.id, letter.call.id if letter.call is not None else ""):
+                return letter
+        raise CallNotFound(f"there is no dead letter {letter_id!r} of {deployment!r}")
+
+    def all(self) -> Iterator[Letter]:
+        """Those of every deployment that there is."""
+        names = cast("set[bytes]", self._redis.smembers(self._keys.deployments))
+        for name in sorted(name.decode() for name in names):
+            yield from self.of(name)
+
+    def contents(self, letter: Letter) -> dict[str, Any]:
+        """The arguments or the request of a call, in JSON types; nothing of a frame that is no call of ours."""
+        if letter.call is None:
+            return {}
+        try:
+            payload = self.payload(letter)
+            if letter.call.kind != HTTP:
+                args, kwargs = _codec.unpack_call(payload)
+                return {"args": _shown(args), "kwargs": _shown(kwargs)}
+            request = decode_http_request(payload)
+        except QServeError as exc:  # a pickle, or a payload that has expired
+            return {"contents": str(exc)}
+        query = b"?" + request.query_string if request.query_string else b""
+        shown: dict[str, Any] = {"request": f"{request.method} {request.path}{query.decode('latin-1')}"}
+        with contextlib.suppress(UnicodeDecodeError):
+            shown["body"] = request.body[:_LONGEST_SHOWN].decode()
+        return shown
+
+    def payload(self, letter: Letter) -> bytes:
+        """What was sent: packed arguments, or an encoded HttpRequest.
+
+        Raises:
+            FrameRejected, CallNotFound: It cannot be read, or is gone.
+        """
+        if letter.call is None:
+            raise FrameRejected("no key of ours signed this frame")
+        if not letter.call.out_of_line:
+            return letter.call.payload
+        sealed = cast("bytes | None", self._redis.get(self._keys.payload(letter.call.id)))
+        if sealed is None:
+            raise CallNotFound("the payload of the call has expired")
+        blob: Blob = decode_blob(self._signer.open(sealed))
+        if blob.id != letter.call.id:
+            raise FrameRejected("the payload of another call")
+        return blob.data
+
+    def retry(self, letter: Letter) -> str:
+        """Send it again; returns the id by which its result can be had: its own if it is durable.
+
+        Raises:
+            FrameRejected: It is no call of ours.
+            CallNotFound: The letter, or the record, is gone.
+            DeploymentNotFound: There is nobody to send it to.
+        """
+        if letter.call is None:
+            raise FrameRejected("no key of ours signed this frame: it is not sent again")
+        if not letter.durable:
+            return self._send_anew(letter, letter.call)
+        keys, name, call_id = self._keys, letter.deployment, letter.call.id
+        names = (keys.dead_letters(name), keys.calls(name), keys.call(call_id), keys.payload(call_id))
+        reach("revive")
+        said = bytes(run_script(self._redis, REVIVE, names, letter.id, call_id)).decode()
+        reach("revived")
+        if said == "deleted":
+            raise DeploymentNotFound(f"there is no deployment {name!r}")
+        if said != "queued":
+            raise CallNotFound(f"call {call_id} is no dead letter any more")
+        return call_id
+
+    def drop(self, letter: Letter) -> None:
+        """Forget it; a durable call's record stays until it expires."""
+        self._redis.xdel(self._keys.dead_letters(letter.deployment), letter.id)
+
+    def _send_anew(self, letter: Letter, call: Call) -> str:
+        """An ordinary call has been answered with its error; what is sent again is a durable one."""
+        name, call_id = letter.deployment, new_call_id()
+        head = (call_id, name, "", NEVER_MS, call.kind, call.method, True, self.payload(letter))
+        answer = submit_now(self._redis, self._keys, self._signer, DurableCall(*head, terms=Terms()), Options())
+        if answer[0] < 0:
+            raise DeploymentNotFound(f"there is no deployment {name!r} that takes calls")
+        if answer[1] is None:
+            raise QServeError(f"the queue of {name!r} is full: try again later")
+        self.drop(letter)
+        return call_id
+
+    def _letter(self, deployment: str, raw: Any) -> Letter:
+        letter_id, fields = raw[0].decode(), raw[1]
+        durable = DURABLE.encode() in fields.get(b"f", b"")
+        call: Call | None
+        try:
+            call = (decode_durable_call if durable else decode_call)(self._signer.open(fields.get(b"d", b"")))
+        except (FrameRejected, msgspec.DecodeError):
+            call = None
+        attempts = None
+        if durable and call is not None:
+            counted = cast("bytes | None", self._redis.hget(self._keys.call(call.id), "attempts"))
+            attempts = int(counted) if counted is not None else None
+        reason = fields.get(b"err", b"").decode("utf-8", "replace")
+        at = int(letter_id.partition("-")[0])
+        return Letter(letter_id, deployment, call, durable, attempts, reason, at)
+
+
+def _shown(value: Any) -> Any:
+    plain = msgspec.to_builtins(value, enc_hook=repr, str_keys=True)
+    text = json.dumps(plain)
+    return plain if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."

@@ -1,0 +1,200 @@
+"""Durable calls that are submitted again and again: what is scheduled, and the submission of what is due."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from qserve.broker.keys import is_name
+from qserve.broker.records import submit_now
+from qserve.broker.state import State
+from qserve.durable.cron import parse_when
+from qserve.errors import FrameRejected
+from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, Options, Terms
+from qserve.wire.codec import Codec
+from qserve.wire.messages import PYTHON, encode
+
+logger = logging.getLogger(__name__)
+
+
+class Plan(NamedTuple):
+    """A schedule as users declare it, before it is packed."""
+
+    name: str
+    when: str
+    deployment: str
+    method: str
+    options: Options
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Schedule(msgspec.Struct, frozen=True, array_like=True):
+    """A schedule as it stands in the state, signed.
+
+    Attributes:
+        when: See `parse_when`.
+        payload: Packed (args, kwargs).
+        created: Unix time in ms on Redis' clock; nothing before it is due.
+    """
+
+    name: str
+    when: str
+    deployment: str
+    method: str
+    payload: bytes
+    terms: Terms
+    expires_s: float | None
+    low_priority: bool
+    created: int
+
+
+class Fired(NamedTuple):
+    """What became of a schedule's last moment.
+
+    Attributes:
+        at: Unix time in ms.
+        call_id: The call that was submitted.
+        error: Why there is none, "" if there is.
+    """
+
+    at: int
+    call_id: str
+    error: str
+
+
+class Schedules:
+    """The schedules of an instance. Synchronous; raises redis-py's errors."""
+
+    def __init__(self, state: State) -> None:
+        self._redis: Any = state.redis
+        self._keys = state.keys
+        self._signer = state.signer
+
+    def put(self, plan: Plan, codec: Codec) -> Schedule:
+        """Add a schedule, or replace the one of its name; one that is the same goes on as if nothing had happened.
+
+        Raises:
+            ValueError: The name or the time cannot be.
+            ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
+        """
+        if not is_name(plan.name):
+            raise ValueError(f"{plan.name!r} is no name for a schedule: 1 to 63 of the characters A-Z a-z 0-9 _ . -")
+        parse_when(plan.when)
+        if plan.options.delay_s or plan.options.durability:
+            raise ValueError("delay and durability are not for schedules")
+        payload = codec.pack_call(plan.args, plan.kwargs, f"the call of schedule {plan.name}")
+        options = plan.options
+        made = Schedule(
+            *(plan.name, plan.when, plan.deployment, plan.method, payload),
+            *(options.terms, options.expires_s, options.low_priority, int(self.now() * 1000)),
+        )
+        known = self.get(plan.name)
+        if known is not None and msgspec.structs.replace(made, created=known.created) == known:
+            return known
+        self._redis.hdel(self._keys.fired, plan.name)
+        self._redis.hset(self._keys.schedules, plan.name, self._signer.seal(encode(made)))
+        self._tell()
+        return made
+
+    def get(self, name: str) -> Schedule | None:
+        """The schedule of a name.
+
+        Raises:
+            FrameRejected: No key of ours signed it.
+        """
+        frame = self._redis.hget(self._keys.schedules, name)
+        return self._read(name, frame) if frame is not None else None
+
+    def all(self) -> Iterator[tuple[Schedule, Fired | None]]:
+        """Every schedule, with what became of its last moment. One that no key of ours signed is left out."""
+        frames, fired = self._redis.hgetall(self._keys.schedules), self._redis.hgetall(self._keys.fired)
+        for name in sorted(frames):
+            try:
+                yield self._read(name.decode(), frames[name]), _fired(fired.get(name))
+            except FrameRejected as exc:
+                logger.error("Ignoring schedule %r: %s", name.decode(), exc)
+
+    def remove(self, name: str) -> bool:
+        """Forget a schedule; False: there is none. Calls that it has submitted go on."""
+        self._redis.hdel(self._keys.fired, name)
+        removed = bool(self._redis.hdel(self._keys.schedules, name))
+        if removed:
+            self._tell()
+        return removed
+
+    def now(self) -> float:
+        """Unix time on Redis' clock, which is everybody's."""
+        seconds, micros = self._redis.time()
+        return float(seconds + micros / 1e6)
+
+    def fire_due(self) -> float:
+        """Submit what is due; returns in how many seconds something will be.
+
+        Any number of processes may do this: the call of a schedule's moment has the same id for all of them, and is
+        submitted once. Of moments that were missed, the last one is made up for.
+        """
+        now, pause = self.now(), 3600.0
+        for schedule, fired in self.all():
+            try:
+                when = parse_when(schedule.when)
+            except ValueError as exc:  # a time zone that is not known here
+                logger.error("Ignoring schedule %s: %s", schedule.name, exc)
+                continue
+            since = max(schedule.created, fired.at if fired is not None else 0) / 1000
+            moment = when.last_between(since, now)
+            if moment is not None:
+                self._fire(schedule, moment)
+            pause = min(pause, when.next_after(now) - now)
+        return pause
+
+    def _fire(self, schedule: Schedule, moment: float) -> None:
+        at = int(moment * 1000)
+        sealed = self._signer.seal(encode(["schedule", schedule.name, schedule.created, at]))
+        call_id = "d" + hashlib.sha256(sealed).hexdigest()[:32]
+        head = (call_id, schedule.deployment, ANYONE, NEVER_MS, PYTHON, schedule.method, True, schedule.payload)
+        options = Options(0.0, schedule.expires_s, schedule.low_priority, schedule.terms)
+        call = DurableCall(*head, terms=schedule.terms)
+        answer = submit_now(self._redis, self._keys, self._signer, call, options)
+        error = ""
+        if answer[0] < 0:
+            error = f"there is no deployment {schedule.deployment!r} that takes calls"
+        elif answer[1] is None:
+            error = f"the queue of {schedule.deployment!r} is full"
+        if error:
+            logger.error("Schedule %s is due, and left out: %s", schedule.name, error)
+        else:
+            logger.info("Schedule %s is due: call %s", schedule.name, call_id)
+        self._redis.hset(self._keys.fired, schedule.name, msgspec.msgpack.encode(Fired(at, call_id, error)))
+
+    def _read(self, name: str, frame: bytes) -> Schedule:
+        try:
+            schedule = _decode(self._signer.open(frame))
+        except msgspec.DecodeError as exc:
+            raise FrameRejected(f"not a schedule: {exc}") from exc
+        if schedule.name != name:
+            raise FrameRejected(f"schedule {schedule.name!r} under another name")
+        return schedule
+
+    def _tell(self) -> None:
+        self._redis.xadd(self._keys.log, {"kind": "schedule"}, maxlen=1000, approximate=True)
+
+
+class Declared:
+    """What applications that are being imported declare; put when they are deployed."""
+
+    plans: list[Plan] = []  # noqa: RUF012 one for the process, like what it imports
+
+
+def _fired(packed: bytes | None) -> Fired | None:
+    if packed is None:
+        return None
+    try:
+        return msgspec.msgpack.decode(packed, type=Fired)
+    except msgspec.DecodeError:  # not ours; the call of a moment has its id all the same
+        return None
+
+
+_decode = msgspec.msgpack.Decoder(Schedule).decode

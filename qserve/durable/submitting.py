@@ -1,0 +1,439 @@
+"""The calling side of durable calls: submit them, wait for any of them, cancel them."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import get_args
+
+import hiredis
+import msgspec
+from redis.exceptions import RedisError
+
+from qserve.background import spawn
+from qserve.broker.connection import Answer, Connection
+from qserve.broker.queues import CALLS_PER_ADMIT, send_control
+from qserve.broker.records import SUBMIT, Records, durable_reply, load_scripts, submit_arguments
+from qserve.broker.retry_after import Refusals
+from qserve.durable.confirming import Confirmed
+from qserve.errors import (
+    BrokerUnavailable,
+    CallCancelled,
+    CallNotFound,
+    DeploymentNotFound,
+    DeploymentUnavailable,
+    FrameRejected,
+    GetTimeoutError,
+    IdempotencyConflict,
+    QServeError,
+)
+from qserve.failpoints import reach
+from qserve.settings import Settings
+from qserve.wire.call_record import (
+    ANYONE,
+    CANCELLED,
+    EXPIRED,
+    NEVER_MS,
+    NEWS,
+    PART,
+    PROGRESS,
+    CallRecord,
+    Durability,
+    DurableCall,
+    Options,
+    Part,
+    decode_part,
+    new_call_id,
+)
+from qserve.wire.messages import (
+    ERROR,
+    Blob,
+    Control,
+    ErrorInfo,
+    Reply,
+    Signer,
+    decode_blob,
+    decode_reply,
+    encode,
+    result_id,
+)
+
+Outcome = Reply | QServeError
+OnAdmitted = Callable[[str | QServeError], None]
+
+_LOOK_AGAIN_S = 30.0
+"""An inbox is told of every end; looking again now and then finds what was missed while the inbox counted as dead."""
+_UNCONFIRMED_PAYLOAD_MS = 60_000
+_EXPIRY_SHOWS_S = 0.05
+PARTS_READ = 64
+"""Of how many parts at most a reader holds the data."""
+
+
+class Submission:
+    """A durable call that is ready to be submitted."""
+
+    __slots__ = ("call", "frame", "on_admitted", "options", "payload")
+
+    def __init__(
+        self, call: DurableCall, frame: bytes, payload: bytes | None, options: Options, on_admitted: OnAdmitted
+    ) -> None:
+        self.call = call
+        self.frame = frame
+        self.payload = payload  # travels out of line, or None
+        self.options = options
+        self.on_admitted = on_admitted
+
+
+class Watcher:
+    """Somebody in this process who waits for a durable call."""
+
+    __slots__ = ("on_news", "on_outcome", "on_progress")
+
+    def __init__(
+        self,
+        on_outcome: Callable[[Outcome], None],
+        on_progress: Callable[[bytes], None],
+        on_news: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.on_news = on_news
+        self.on_outcome = on_outcome
+        self.on_progress = on_progress
+
+
+class DurableCalls:
+    """Submits durable calls and learns of their ends. Belongs to its client's loop.
+
+    Guarantees: a submission that was confirmed survives every process but Redis. Submitting is repeated after a lost
+    connection, because a call that is there already is not put again. Each watcher gets one outcome.
+
+    Args:
+        process: Id of the inbox that gets the outcomes.
+        sender: The connection for commands, None while there is none.
+        refusals: The errors for full queues.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        signer: Signer,
+        process: str,
+        sender: Callable[[], Connection | None],
+        refusals: Refusals,
+    ) -> None:
+        self.records = Records(settings.keys)
+        self._settings = settings
+        self._keys = settings.keys
+        self._signer = signer
+        self._process = process
+        self._sender = sender
+        self._refusals = refusals
+        self._collected: dict[str, list[Submission]] = {}
+        self._unconfirmed: dict[str, Submission] = {}
+        self._watchers: dict[str, list[Watcher]] = {}
+        self._look_at = time.monotonic() + _LOOK_AGAIN_S
+        self._confirmed = {each: Confirmed(settings.redis_url, each) for each in get_args(Durability)}
+        self._stopped = False
+
+    # Submitting
+
+    def prepare(
+        self, deployment: str, *, kind: int, method: str, payload: bytes, options: Options, on_admitted: OnAdmitted
+    ) -> Submission:
+        """Make a call ready to be submitted. From any thread.
+
+        Args:
+            on_admitted: Called exactly once, on the loop: with the call's id, which is an earlier call's where that
+                has the same idempotency key, or with the reason why it was refused.
+        """
+        call_id = new_call_id()
+        blob = None
+        if len(payload) > self._settings.out_of_line_bytes:
+            blob, payload = self._signer.seal(encode(Blob(call_id, payload))), b""
+        head = (call_id, deployment, ANYONE, NEVER_MS, kind, method, True, payload, blob is not None)
+        call = DurableCall(*head, terms=options.terms)
+        return Submission(call, self._signer.seal(encode(call)), blob, options, on_admitted)
+
+    def submit(self, submission: Submission) -> None:
+        """Submit a prepared call, together with the others of this tick."""
+        if self._stopped:
+            submission.on_admitted(BrokerUnavailable("the client is stopped"))
+            return
+        durability = submission.options.durability or self._settings.durability
+        if durability != "memory":
+            spawn(self._submit_confirmed(submission, durability))
+            return
+        self._unconfirmed[submission.call.id] = submission
+        if not self._collected:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._collected.setdefault(submission.call.deployment, []).append(submission)
+
+    async def _submit_confirmed(self, each: Submission, durability: Durability) -> None:
+        call = each.call
+        try:
+            if (sender := self._sender()) is None:
+                raise BrokerUnavailable("Redis cannot be reached")
+            if each.payload is not None:  # the script makes it last
+                await sender.call("SET", self._keys.payload(call.id), each.payload, "PX", _UNCONFIRMED_PAYLOAD_MS)
+            arguments = submit_arguments(self._keys, call.deployment, [(call, each.frame, each.options)], self._process)
+            answer = await self._confirmed[durability].run(SUBMIT, arguments)
+        except (BrokerUnavailable, RedisError) as exc:
+            text = f"call {call.id} was not confirmed with durability={durability!r}: {exc}. It may be stored and run, "
+            each.on_admitted(BrokerUnavailable(f"{text}or be lost: `serve.get_ref({call.id!r})` tells"))
+            return
+        self._admitted(each, answer, 0)
+
+    def _flush(self) -> None:
+        sender = self._sender()
+        if sender is None or not self._collected:
+            return  # `link_up` or `link_down` goes on
+        reach("submit")
+        collected, self._collected = self._collected, {}
+        for deployment, submissions in collected.items():
+            for start in range(0, len(submissions), CALLS_PER_ADMIT):
+                batch = submissions[start : start + CALLS_PER_ADMIT]
+                for each in batch:
+                    if each.payload is not None:  # the script makes it last
+                        key = self._keys.payload(each.call.id)
+                        sender.send(_ignore, "SET", key, each.payload, "PX", _UNCONFIRMED_PAYLOAD_MS)
+                calls = [(each.call, each.frame, each.options) for each in batch]
+                self.records.submit(sender, deployment, calls, self._process, partial(self._answered, batch))
+        sender.flush()
+        reach("submit-sent")
+
+    def _answered(self, batch: list[Submission], answer: Answer) -> None:
+        if isinstance(answer, BrokerUnavailable):
+            return  # the connection is lost: `link_up` asks again
+        reach("submitted")
+        for place, each in enumerate(batch):
+            if self._unconfirmed.pop(each.call.id, None) is not None:
+                self._admitted(each, answer, place)
+
+    def _admitted(self, each: Submission, answer: Answer, place: int) -> None:
+        if each.options.expires_s is not None:  # nobody tells of a call that no replica looks at
+            later = each.options.expires_s + _EXPIRY_SHOWS_S
+            asyncio.get_running_loop().call_later(later, self._look_if_watched, each.call.id)
+        each.on_admitted(_verdict(each.call, answer, place, self._refusals))
+
+    def _look_if_watched(self, call_id: str) -> None:
+        if call_id in self._watchers:
+            self._look(call_id)
+
+    # Waiting
+
+    def watch(self, call_id: str, watcher: Watcher) -> None:
+        """Be told of the end of a call that this client submits."""
+        self._watchers.setdefault(call_id, []).append(watcher)
+
+    def attach(self, call_id: str, watcher: Watcher) -> None:
+        """Be told of the end of any call, at once if it has ended."""
+        self.watch(call_id, watcher)
+        self._look(call_id)
+
+    def forget(self, call_id: str, watcher: Watcher) -> None:
+        """Wait no more; harmless for one that does not."""
+        watchers = self._watchers.get(call_id)
+        if watchers is not None and watcher in watchers:
+            watchers.remove(watcher)
+            if not watchers:
+                del self._watchers[call_id]
+
+    def take(self, reply: Reply) -> None:
+        """Take in what the inbox got about a durable call."""
+        watchers = self._watchers.get(reply.id)
+        if watchers is None:
+            return
+        if reply.kind == PROGRESS:
+            for watcher in list(watchers):
+                watcher.on_progress(reply.payload)
+        elif reply.kind in (NEWS, PART):
+            for watcher in list(watchers):
+                watcher.on_news()
+        elif reply.out_of_line:
+            spawn(self._fetch(reply))
+        else:
+            self._end(reply.id, reply)
+
+    def _end(self, call_id: str, outcome: Outcome) -> None:
+        for watcher in self._watchers.pop(call_id, ()):
+            watcher.on_outcome(outcome)
+
+    async def _fetch(self, reply: Reply) -> None:
+        sender = self._sender()
+        if sender is None:
+            return  # `link_up` looks again
+        try:
+            sealed = await sender.call("GET", self._keys.payload(result_id(reply.id)))
+            blob = decode_blob(self._signer.open(sealed or b""))
+            if blob.id != result_id(reply.id):
+                raise FrameRejected("the result of another call")
+            self._end(reply.id, Reply(reply.id, ANYONE, reply.kind, blob.data))
+        except BrokerUnavailable:
+            return
+        except (QServeError, msgspec.DecodeError) as exc:
+            self._end(reply.id, BrokerUnavailable(f"the result could not be fetched: {exc}"))
+
+    def _look(self, call_id: str) -> None:
+        sender = self._sender()
+        if sender is not None:
+            self.records.attach(sender, call_id, self._process, partial(self._looked, call_id))
+
+    def _looked(self, call_id: str, answer: Answer) -> None:
+        if isinstance(answer, Exception):
+            if isinstance(answer, hiredis.ReplyError):
+                self._end(call_id, BrokerUnavailable(f"Redis refused to tell of the call: {answer}"))
+            return
+        if answer is None:
+            self._end(call_id, CallNotFound(f"there is no durable call {call_id!r} (any more)"))
+            return
+        _, _, _, result, progress, is_late = answer
+        try:
+            for frame in (progress, result):
+                if frame is not None:
+                    self.take(self.open(frame, call_id))
+        except (FrameRejected, msgspec.DecodeError) as exc:
+            self._end(call_id, exc if isinstance(exc, QServeError) else FrameRejected(str(exc)))
+        if is_late == b"1":
+            self.expire(call_id)
+
+    def open(self, frame: bytes, call_id: str) -> Reply:
+        """A reply to a durable call, verified.
+
+        Raises:
+            FrameRejected, msgspec.DecodeError: It is none, or one to another call.
+        """
+        reply = decode_reply(self._signer.open(frame))
+        if reply.to != ANYONE or reply.id != call_id:
+            raise FrameRejected("the result of another call")
+        return reply
+
+    async def describe(self, call_id: str, after_event: int = 0) -> CallRecord | None:
+        """The record as it is now; None if there is none (any more).
+
+        Raises:
+            BrokerUnavailable: Redis cannot be asked.
+        """
+        sender = self._sender()
+        if sender is None:
+            raise BrokerUnavailable("Redis cannot be reached")
+        record = await self.records.describe(sender, call_id, after_event)
+        if record is None or not record.is_late:
+            return record
+        expired: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def noticed(_: Answer) -> None:
+            if not expired.done():
+                expired.set_result(None)
+
+        self.expire(call_id, noticed)
+        await expired
+        return await self.records.describe(sender, call_id, after_event)
+
+    async def parts(self, record: CallRecord, after: int) -> list[tuple[int, float, Part]]:
+        """Some of the parts that a call has given after that number; PARTS_READ of them if there may be more.
+
+        Raises:
+            BrokerUnavailable: Redis cannot be asked.
+            FrameRejected: One is not the call's.
+        """
+        sender = self._sender()
+        if sender is None:
+            raise BrokerUnavailable("Redis cannot be reached")
+        found = await self.records.parts(sender, record, after, PARTS_READ) if record.has_parts else []
+        return [(number, at, self._open_part(frame, record)) for number, at, frame in found]
+
+    def _open_part(self, frame: bytes, record: CallRecord) -> Part:
+        reply = self.open(frame, record.id)
+        part = decode_part(reply.payload) if reply.kind == PART else None
+        if part is None or part.attempt != record.attempts:
+            raise FrameRejected("no part of this attempt")
+        return part
+
+    # Ending
+
+    def cancel(self, call_id: str, on_answer: Callable[[Answer], None] | None = None) -> None:
+        """Withdraw a call: waiting, it never runs; running, it is stopped if it is asynchronous, and not run again."""
+        self._end_call(call_id, CANCELLED, CallCancelled("the call was cancelled"), on_answer)
+
+    def expire(self, call_id: str, on_answer: Callable[[Answer], None] | None = None) -> None:
+        """Let a call end whose time is over."""
+        self._end_call(call_id, EXPIRED, GetTimeoutError("the call expired before it ran"), on_answer)
+
+    def _end_call(
+        self, call_id: str, state: str, error: QServeError, on_answer: Callable[[Answer], None] | None
+    ) -> None:
+        sender = self._sender()
+        if sender is None:
+            if on_answer is not None:
+                on_answer(BrokerUnavailable("Redis cannot be reached"))
+            return
+
+        def check(answer: Answer) -> None:
+            if isinstance(answer, list) and (connection := self._sender()) is not None:
+                replica, entry, _ = (part.decode() for part in answer)
+                send_control(connection, self._keys, self._signer, replica, Control("cancel", entry), call_id)
+            if on_answer is not None:
+                on_answer(answer)
+
+        info = ErrorInfo(error.code, type(error).__name__, type(error).__module__, str(error))
+        reach("end-call")
+        self.records.end(sender, call_id, state, durable_reply(self._signer, call_id, ERROR, encode(info)), check)
+        reach("end-call-sent")
+
+    # The client's life
+
+    def link_up(self) -> None:
+        """There is a connection (again): ask what is not known."""
+        if (sender := self._sender()) is not None:
+            load_scripts(sender)
+        self._collected = {}
+        for submission in self._unconfirmed.values():
+            self._collected.setdefault(submission.call.deployment, []).append(submission)
+        self._flush()
+        self._look_at = time.monotonic()
+        self.tick()
+
+    def link_down(self) -> None:
+        """Redis has been away for too long: whoever submits is told."""
+        self._collected = {}
+        unconfirmed, self._unconfirmed = self._unconfirmed, {}
+        for each in unconfirmed.values():
+            text = f"Redis cannot be reached; whether it has taken call {each.call.id} is not known"
+            each.on_admitted(BrokerUnavailable(text))
+
+    def tick(self) -> None:
+        """Once a second."""
+        if self._watchers and time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + _LOOK_AGAIN_S
+            for call_id in list(self._watchers):
+                if call_id not in self._unconfirmed:
+                    self._look(call_id)
+
+    def stop(self) -> None:
+        """Nobody is told of anything any more; the calls go on."""
+        self._stopped = True
+        for confirmed in self._confirmed.values():
+            confirmed.close()
+        self.link_down()
+        for call_id in list(self._watchers):
+            self._end(call_id, CallCancelled("the client was stopped before the call ended; the call goes on"))
+
+
+def _verdict(call: DurableCall, answer: Answer, place: int, refusals: Refusals) -> str | QServeError:
+    name = call.deployment
+    if isinstance(answer, Exception):
+        return answer if isinstance(answer, QServeError) else BrokerUnavailable(f"Redis refused the call: {answer}")
+    if answer[0] == -1:
+        return DeploymentNotFound(f"there is no deployment {name!r}")
+    if answer[0] == -2:
+        return DeploymentUnavailable(f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}")
+    found = answer[1 + place]
+    if found is None:
+        return refusals.refusal(name, answer[0])
+    said, _, other = bytes(found).decode().partition(":")
+    if said == "other":
+        return IdempotencyConflict("another request was sent with this idempotency key before")
+    return other or call.id
+
+
+def _ignore(_answer: Answer) -> None:
+    """For commands whose failure shows elsewhere."""

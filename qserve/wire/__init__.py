@@ -1,0 +1,1 @@
+"""What crosses the wire: messages as inert data, and values as bytes."""

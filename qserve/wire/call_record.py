@@ -1,0 +1,235 @@
+"""Durable calls as inert data: a call that is more than a message, because a record in Redis stands for it.
+
+The record (a hash, see lua/record.lua) holds the state and, at the end, the result, for whoever knows the call's id.
+The id is random: knowing it is the permission to see the result.
+"""
+
+import random
+import secrets
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, get_args
+
+import msgspec
+
+from qserve.errors import QServeError, TaskError
+from qserve.wire.messages import Call, decoder_of
+
+SCHEDULED, QUEUED, RUNNING = "scheduled", "queued", "running"
+"""States of a call that goes on: waits for its time; waits for a replica; runs."""
+DONE, FAILED, CANCELLED, DEAD, EXPIRED = "done", "failed", "cancelled", "dead", "expired"
+"""How a call can end. A dead one may be sent again."""
+ENDS = frozenset({DONE, FAILED, CANCELLED, DEAD, EXPIRED})
+
+ANYONE = ""
+"""Receiver of a durable call's result: whoever asks for it by its id."""
+PROGRESS = 5
+"""Kind of a reply that is not the last one: the packed value that user code reported."""
+PART, NEWS = 6, 7
+"""Kinds of replies, too: an encoded Part, and word to those who wait that there is one."""
+
+RESULT_TTL_S = 86_400.0
+DEAD_TTL_S = 7 * RESULT_TTL_S
+IDEMPOTENCY_TTL_S = 86_400.0
+NEVER_MS = 1 << 62
+"""Deadline of a call that waits as long as it takes; whether it expired says its record."""
+_LONGEST_BACKOFF_S = 600.0
+
+Priority = Literal["interactive", "batch"]
+Durability = Literal["memory", "fsync", "replica"]
+"""Where Redis has a call when it is said to be submitted: in its memory, on its disk, or on a replica of it, too."""
+
+
+class Terms(msgspec.Struct, frozen=True, array_like=True):
+    """What was agreed on a durable call; signed with it.
+
+    Attributes:
+        retries: How often it may run again after user code raised.
+        backoff_s: Seconds before the first of them, doubled for each one after.
+        retry_on: Names of exception classes, with or without their module; empty: whatever user code raises.
+        result_ttl_s: How long its record is kept after its end.
+        celery_id: Id of the task, if a Celery client submitted it and wants the result.
+    """
+
+    retries: int = 0
+    backoff_s: float = 1.0
+    retry_on: tuple[str, ...] = ()
+    result_ttl_s: float = RESULT_TTL_S
+    celery_id: str = ""
+
+    def retries_after(self, error: BaseException) -> bool:
+        """Whether this is an error to try again after."""
+        if not self.retry_on:  # not what is wrong with the call itself, and would be again
+            return not isinstance(error, QServeError) or isinstance(error, TaskError)
+        names = {name for cls in type(error).__mro__ for name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")}
+        if isinstance(error, TaskError) and error.type_name:
+            names |= {error.type_name, error.type_name.rpartition(".")[2], f"{error.module}.{error.type_name}"}
+        return not names.isdisjoint(self.retry_on)
+
+    def pause_ms(self, failures: int) -> int:
+        """How long to wait after that many failures: exponential, with jitter, 10 minutes at most."""
+        longest = min(self.backoff_s * 2.0 ** min(failures - 1, 60), _LONGEST_BACKOFF_S)
+        return int(longest * random.uniform(500, 1000))  # noqa: S311
+
+
+class DurableCall(Call, frozen=True, array_like=True, gc=False, kw_only=True):
+    """A call with its terms; stands in a queue like any other."""
+
+    terms: Terms
+
+
+decode_durable_call = decoder_of(DurableCall)
+
+
+class Options(NamedTuple):
+    """How a durable call is submitted; see `DeploymentHandle.options`."""
+
+    delay_s: float = 0.0
+    expires_s: float | None = None
+    low_priority: bool = False
+    terms: Terms = Terms()
+    idempotency: str = ""
+    """Hash of the caller's idempotency key, "" without one."""
+    body_hash: str = ""
+    durability: Durability | None = None
+    """None: as the settings say."""
+
+
+def make_options(
+    *,
+    delay: float = 0.0,
+    retries: int = 0,
+    backoff: float = 1.0,
+    retry_on: Iterable[str | type[BaseException]] | str | type[BaseException] = (),
+    expires: float | None = None,
+    priority: Priority = "interactive",
+    result_ttl: float = RESULT_TTL_S,
+    durability: Durability | None = None,
+) -> Options:
+    """The options as users give them.
+
+    Raises:
+        ValueError, TypeError: One of them cannot be.
+    """
+    for name, value, least in (
+        *(("delay", delay, 0.0), ("retries", retries, 0), ("backoff", backoff, 0.0)),
+        *(("result_ttl", result_ttl, 1.0), ("expires", 0.001 if expires is None else expires, 0.001)),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, not {value!r}")
+        if not least <= value < 1e9:
+            raise ValueError(f"{name} must be at least {least:g}, not {value!r}")
+    if priority not in ("interactive", "batch"):
+        raise ValueError(f"priority must be 'interactive' or 'batch', not {priority!r}")
+    if durability not in (None, *get_args(Durability)):
+        raise ValueError(f"durability must be 'memory', 'fsync' or 'replica', not {durability!r}")
+    given = (retry_on,) if isinstance(retry_on, str | type) else retry_on
+    terms = Terms(int(retries), float(backoff), tuple(_class_name(each) for each in given), float(result_ttl))
+    return Options(float(delay), expires, priority == "batch", terms, durability=durability)
+
+
+def _class_name(given: Any) -> str:
+    if isinstance(given, str):
+        return given
+    if isinstance(given, type) and issubclass(given, BaseException):
+        return f"{given.__module__}.{given.__qualname__}"
+    raise TypeError(f"retry_on takes exception classes and names of them, not {given!r}")
+
+
+def new_call_id() -> str:
+    """An id that nobody can guess, unlike those of ordinary calls, which count."""
+    return "d" + secrets.token_hex(16)
+
+
+def is_call_id(text: str) -> bool:
+    """Whether a durable call may have this id."""
+    return len(text) == 33 and text[0] == "d" and all(letter in "0123456789abcdef" for letter in text[1:])
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """One of the things that a call gives before it has ended.
+
+    Attributes:
+        attempt: Which attempt gives it.
+        index: Counts the parts of the attempt from 1.
+        packed: Whether the data is a packed value; else it is a piece of a response's body.
+    """
+
+    attempt: int
+    index: int
+    packed: bool
+    data: bytes
+
+
+decode_part = decoder_of(Part)
+
+
+class CallEvent(NamedTuple):
+    """Something that happened to a durable call.
+
+    Attributes:
+        number: Counts the call's events from 1.
+        name: "scheduled", "queued", "started", "retrying" (it failed, and runs again), "progress", or how it ended.
+        at: Unix time on Redis' clock.
+        data: The attempt of "started", the error of "retrying" or of the end, a sealed frame of "progress".
+    """
+
+    number: int
+    name: str
+    at: float
+    data: bytes
+
+
+class CallRecord(NamedTuple):
+    """What is known of a durable call.
+
+    Attributes:
+        state: One of the states of this module.
+        position: How many calls are to be taken before it, at least; None unless it is queued.
+        progress: Sealed frame of what user code reported last.
+        submitted, started, ended, due: Unix times on Redis' clock.
+        error: Text of the last error, also of one after which it is tried again.
+    """
+
+    id: str
+    state: str
+    deployment: str
+    kind: int
+    method: str
+    attempts: int
+    submitted: float
+    started: float | None
+    ended: float | None
+    due: float | None
+    position: int | None
+    error: str
+    progress: bytes | None
+    events: tuple[CallEvent, ...]
+    last_number: int
+    """Of its last event or part."""
+    has_parts: bool
+    is_late: bool
+    """Its time is over, and nobody has noticed yet."""
+
+
+def parse_record(call_id: str, answer: Any) -> CallRecord | None:
+    """What describe.lua returns."""
+    if not answer:
+        return None
+    fields = dict(zip(answer[0][::2], answer[0][1::2], strict=True))
+
+    def text(name: bytes) -> str:
+        return bytes(fields.get(name, b"")).decode("utf-8", "replace")
+
+    def moment(name: bytes) -> float | None:
+        return int(fields[name]) / 1000 if name in fields else None
+
+    events = []
+    for number, event in zip(answer[2][::2], answer[2][1::2], strict=True):
+        name, at, data = event.split(b" ", 2)
+        events.append(CallEvent(number, name.decode(), int(at) / 1000, data))
+    return CallRecord(
+        *(call_id, text(b"state"), text(b"deployment"), int(fields[b"kind"]), text(b"method")),
+        *(int(fields[b"attempts"]), moment(b"submitted") or 0.0, moment(b"started"), moment(b"ended"), moment(b"due")),
+        *(answer[1] if answer[1] >= 0 else None, text(b"error"), fields.get(b"progress"), tuple(events)),
+        *(int(fields.get(b"n", 0)), b"parts" in fields, bool(answer[3])),
+    )

@@ -1,0 +1,216 @@
+"""The way from values to what msgspec writes without losing a type: plain data as it is, the rest as extensions."""
+
+import sys
+from collections.abc import Iterable
+from enum import Enum
+from typing import Any
+
+from msgspec.msgpack import Encoder, Ext
+
+from qserve.errors import PayloadTooLarge, ValueNotSerializable
+from qserve.wire import extension_types as kinds
+from qserve.wire import user_classes as classes
+
+MAX_DEPTH = 100
+"""Containers and user classes may be nested this deep; what a message nests deeper is rejected."""
+SCALARS = frozenset({type(None), bool, int, float, str, bytes})
+ALWAYS_PLAIN = SCALARS - {int, str}
+"""What msgpack can write whatever its value; ints may be too large and strings hold lone surrogates."""
+
+_encode = Encoder().encode
+
+
+def is_plain(items: Iterable[Any], room: int = MAX_DEPTH) -> bool:
+    """Whether these are scalars, lists and dicts of exactly those types, all the way down.
+
+    On the path of every call: `issuperset(map(type, ...))` looks at a list of 10,000 in 0.15 ms, a loop takes 0.3.
+    """
+    for item in items:
+        kind = type(item)
+        if kind in SCALARS:
+            continue
+        if kind is list:
+            inside = item
+        elif kind is dict and SCALARS.issuperset(map(type, item)):
+            inside = item.values()
+        else:
+            return False
+        if not SCALARS.issuperset(map(type, inside)) and not (room and is_plain(inside, room - 1)):
+            return False
+    return True
+
+
+class CannotTravelError(Exception):
+    """Some value cannot travel; `path` is completed from the inside out while this flies."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.path: list[str] = []
+        self.argument = ""
+
+    def text(self, what: str) -> str:
+        place = f"{self.argument} of {what}" if self.argument else what
+        path = "".join(reversed(self.path))
+        return f"{place}{', at ' + path if path else ''}: {self.reason}"
+
+
+class ToWire:
+    """Turns one value into what msgspec writes without losing anything.
+
+    Args:
+        plain: Types that need no look at their values.
+        allow_pickle: Pickle what has no form of its own.
+        max_bytes: Largest array that is worth starting with.
+    """
+
+    def __init__(self, plain: frozenset[type], allow_pickle: bool, max_bytes: int) -> None:
+        self._plain = plain
+        self._allow_pickle = allow_pickle
+        self._max_bytes = max_bytes
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """The pair of lists that is a call; errors name the argument."""
+        named = {f"argument {at}": value for at, value in enumerate(args, 1)}
+        named |= {f"argument {name!r}": value for name, value in kwargs.items()}
+        done = []
+        for name, value in named.items():
+            try:
+                done.append(self.value(value))
+            except CannotTravelError as exc:
+                exc.argument = name
+                raise
+        return done[: len(args)], dict(zip(map(self._key, kwargs), done[len(args) :], strict=True))
+
+    def _key(self, name: str) -> str:
+        if type(name) is not str or type(kinds.str_to_wire(name)) is not str:
+            raise CannotTravelError(f"a keyword that is no plain string: {name!r}")
+        return name
+
+    def value(self, value: Any, room: int = MAX_DEPTH) -> object:
+        """One value, whatever it is."""
+        kind = type(value)
+        if kind in self._plain:
+            return value
+        if not room:
+            raise CannotTravelError(f"nested deeper than {MAX_DEPTH} levels, or contains itself")
+        if kind is list:
+            return self._items(value, room)
+        if kind is dict:
+            return self._mapping(value, room)
+        if kind is tuple:
+            return self._ext(kinds.TUPLE, self._items(value, room))
+        leaf = kinds.LEAVES.get(kind)
+        if leaf is None:
+            return self._rare(value, kind, room)
+        try:
+            return leaf(value)
+        except Exception as exc:  # tzinfo and its like are user code
+            raise CannotTravelError(f"{_name(kind)} cannot be packed ({type(exc).__name__}: {exc})") from exc
+
+    def _rare(self, value: Any, kind: type, room: int) -> object:
+        if hasattr(kind, "__qserve_wire__"):
+            return self._handle(value, room)
+        if kind is set or kind is frozenset:
+            return self._ext(kinds.SET if kind is set else kinds.FROZENSET, self._items(value, room))
+        if isinstance(value, Enum) or hasattr(kind, "__dataclass_fields__") or classes.is_model(kind):
+            return self._instance(value, kind, room)
+        if _is_a(value, "starlette.requests", "Request"):
+            return self._request(value)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and (kind is numpy.ndarray or isinstance(value, numpy.generic)):
+            return self._array(value)
+        return self._pickled(value)
+
+    def _ext(self, code: int, parts: list[Any]) -> Ext:
+        return Ext(code, _encode(parts))
+
+    def _items(self, items: Iterable[Any], room: int) -> list[Any]:
+        kept = items if type(items) is list else list(items)
+        if self._plain.issuperset(map(type, kept)):
+            return kept
+        done = []
+        for at, item in enumerate(kept):
+            try:
+                done.append(self.value(item, room - 1))
+            except CannotTravelError as exc:
+                exc.path.append(f"[{at}]")
+                raise
+        return done
+
+    def _mapping(self, mapping: dict[Any, Any], room: int, place: str = "[{!r}]") -> object:
+        done = {}
+        for key, item in mapping.items():
+            try:
+                done[key] = self.value(item, room - 1)
+            except CannotTravelError as exc:
+                exc.path.append(place.format(key))
+                raise
+        if self._plain.issuperset(map(type, done)):
+            return done
+        # msgspec takes no extensions as keys
+        keys = self._items(list(done), room)
+        return self._ext(kinds.PAIRS, [[key, item] for key, item in zip(keys, done.values(), strict=True)])
+
+    def _instance(self, value: Any, kind: type, room: int) -> object:
+        if self._allow_pickle and not classes.is_importable(kind):
+            return self._pickled(value)  # by value: no other process has a class of that name
+        name = [kind.__module__, kind.__qualname__]
+        if isinstance(value, Enum):
+            return self._ext(kinds.ENUM, [*name, value.name, self.value(value.value, room - 1)])
+        if classes.is_model(kind):
+            fields = self._mapping(classes.model_state_of(value), room, ".{}")
+            return self._ext(kinds.MODEL, [*name, fields, list(value.model_fields_set)])
+        return self._ext(kinds.DATACLASS, [*name, self._mapping(classes.state_of(value), room, ".{}")])
+
+    def _handle(self, handle: Any, room: int) -> object:
+        kind, data = handle.__qserve_wire__()
+        if kind != "handle":
+            raise CannotTravelError(
+                f"a {kind} here is not resolved before the call: refs are only as arguments, "
+                "in lists, tuples and dicts; take its result first"
+            )
+        return self._ext(kinds.HANDLE, [self.value(data, room - 1)])
+
+    def _request(self, request: Any) -> object:
+        try:
+            return kinds.request_to_wire(request)
+        except ValueNotSerializable as exc:
+            raise CannotTravelError(str(exc)) from exc
+
+    def _array(self, array: Any) -> object:
+        if array.nbytes > self._max_bytes:
+            raise PayloadTooLarge(
+                f"a numpy array of {array.nbytes:,} bytes, the limit is {self._max_bytes:,}: "
+                "send less at a time, or raise QSERVE_MAX_VALUE_BYTES"
+            )
+        wire = kinds.array_to_wire(array)
+        return self._pickled(array, f"a numpy array of dtype {array.dtype}") if wire is None else wire
+
+    def _pickled(self, value: object, name: str = "") -> object:
+        name = name or _name(type(value))
+        if not self._allow_pickle:
+            raise CannotTravelError(
+                f"{name} cannot travel: convert it to JSON types, bytes, datetimes, numpy arrays, dataclasses or "
+                "pydantic models, or set QSERVE_SECRET on all processes, so that values may be pickled"
+            )
+        import cloudpickle  # noqa: PLC0415  most processes never pickle
+
+        try:
+            return Ext(kinds.PICKLED, cloudpickle.dumps(value, protocol=5))
+        except Exception as exc:
+            raise CannotTravelError(
+                f"{name} cannot travel, not even pickled ({type(exc).__name__}: {exc}): "
+                "send what it is made from, or make it in the deployment's constructor"
+            ) from exc
+
+
+def _name(kind: type) -> str:
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"a value of type {module}{kind.__qualname__}"
+
+
+def _is_a(value: object, module: str, name: str) -> bool:
+    """An instance of a class in a module that may not be imported: then it is not."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return cls is not None and isinstance(value, cls)

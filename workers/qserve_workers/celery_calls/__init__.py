@@ -1,0 +1,1 @@
+"""Calls that Celery clients make."""

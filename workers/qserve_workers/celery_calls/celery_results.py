@@ -1,0 +1,54 @@
+"""What Celery's result backend for Redis is told of the end of a call that a Celery client has submitted.
+
+JSON without its braces: Celery's state and the task's id are added where the end is written (lua/record.lua).
+"""
+
+import traceback
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import redis
+
+from qserve.broker.keys import Keys
+from qserve.errors import ResultNotSerializable, TaskError
+from qserve.wire.call_record import RESULT_TTL_S, DurableCall
+
+
+def celery_result(value: object) -> bytes:
+    """Of a call that has returned a value.
+
+    Raises:
+        ResultNotSerializable: JSON cannot say it.
+    """
+    try:
+        return _outcome(msgspec.to_builtins(value, str_keys=True), "")
+    except (TypeError, ValueError) as exc:
+        raise ResultNotSerializable(f"a Celery client gets JSON, which this result is not: {exc}") from exc
+
+
+def celery_error(call: DurableCall, error: BaseException) -> bytes:
+    """Of a call that has failed; nothing for one that did not come from Celery."""
+    return _failure(error) if call.terms.celery_id else b""
+
+
+def store_error(client: redis.Redis, keys: Keys, task: str, error: BaseException, status: str = "FAILURE") -> None:
+    """The end of a task that never became a call."""
+    rest = b'"status":"%b","children":[],"task_id":%b' % (status.encode(), msgspec.json.encode(task))
+    meta, key = b"{%b,%b}" % (_failure(error), rest), f"{keys.celery_prefix}celery-task-meta-{task}"
+    client.set(key, meta, px=int(RESULT_TTL_S * 1000))
+    client.publish(key, meta)
+
+
+def _failure(error: BaseException) -> bytes:
+    name, module = type(error).__qualname__, type(error).__module__
+    if isinstance(error, TaskError) and error.type_name:
+        name, module = error.type_name, error.module
+    said = list(error.args) if all(isinstance(each, str | int | float) for each in error.args) else [str(error)]
+    facts = {"exc_type": name, "exc_message": said, "exc_module": module}
+    return _outcome(facts, "".join(traceback.format_exception(error)))
+
+
+def _outcome(result: Any, text: str) -> bytes:
+    outcome = {"result": result, "traceback": text or None, "date_done": datetime.now(UTC).isoformat()}
+    return msgspec.json.encode(outcome)[1:-1]

@@ -1,0 +1,141 @@
+"""Calls from Celery clients: `send_task("qserve.call", args=[deployment, method, args, kwargs])`.
+
+The worker's parent turns the message into a durable call. It never waits for the result: that is written for Celery's
+result backend by whoever ends the call.
+"""
+
+import hashlib
+import inspect
+import logging
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from celery.exceptions import NotRegistered, TaskRevokedError
+
+from qserve.broker.keys import is_name
+from qserve.broker.records import submit_now
+from qserve.broker.state import State
+from qserve.errors import (
+    BackPressureError,
+    ConfigurationError,
+    DeploymentNotFound,
+    DeploymentUnavailable,
+    MethodNotFound,
+    QServeError,
+)
+from qserve.settings import Settings
+from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, Options, Terms
+from qserve.wire.codec import Codec
+from qserve.wire.messages import PYTHON, Signer
+from qserve_workers.celery_calls.celery_results import store_error
+
+logger = logging.getLogger(__name__)
+
+TASK = "qserve.call"
+"""The one task there is."""
+
+
+class Wanted(msgspec.Struct):
+    """The arguments of the task."""
+
+    deployment: str
+    method: str = ""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+
+
+_signature = inspect.signature(Wanted)
+
+
+class Desk:
+    """Turns messages into durable calls. Synchronous: a step or two on Redis for each."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._allowed = settings.celery_calls if settings.celery_calls is not None else not settings.secrets
+        self._signer = Signer(settings.secrets)
+        self._state = State(settings.redis_url, settings.keys, self._signer)
+        self._codec = Codec(allow_pickle=False, max_bytes=settings.max_value_bytes)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._state.close()
+
+    def take(self, headers: dict[str, Any], body: Any) -> None:
+        """Submit the call of a message; one that cannot be is a failed task.
+
+        Args:
+            headers, body: Of Celery's protocol 2.
+
+        Raises:
+            RedisError: It is to be taken again.
+        """
+        try:
+            task, (args, kwargs, _) = headers["id"], body
+            if headers["task"] != TASK:
+                raise NotRegistered(headers["task"])
+            self._submit(headers, str(task), self._wanted(args, kwargs))
+        except (QServeError, NotRegistered, KeyError, TypeError, ValueError) as exc:
+            self.refuse(headers, exc)
+
+    def refuse(self, headers: dict[str, Any], error: Exception) -> None:
+        """Let the task of a message fail, as far as it has an id."""
+        task = str(headers.get("id", ""))
+        logger.warning("task %s is no call: %s", task or "without an id", error)
+        if task:
+            store_error(self._state.redis, self._settings.keys, task, error)
+
+    def _wanted(self, args: Any, kwargs: Any) -> Wanted:
+        if not self._allowed:
+            raise ConfigurationError(
+                "calls from Celery clients are not signed, and this instance signs its calls: set "
+                "QSERVE_CELERY_CALLS=1 for its workers to take them all the same"
+            )
+        try:
+            bound = _signature.bind(*args, **kwargs).arguments
+            wanted = msgspec.convert({name: value for name, value in bound.items() if value is not None}, Wanted)
+        except (TypeError, msgspec.ValidationError) as exc:
+            raise TypeError(f"qserve.call takes deployment, method, args, kwargs: {exc}") from exc
+        if not is_name(wanted.deployment):
+            raise DeploymentNotFound(f"there is no deployment {wanted.deployment!r}")
+        if wanted.method.startswith("_") and wanted.method != "__call__":
+            raise MethodNotFound(f"{wanted.method!r} is private")
+        return wanted
+
+    def _submit(self, headers: dict[str, Any], task: str, wanted: Wanted) -> None:
+        name = wanted.deployment
+        payload = self._codec.pack_call(tuple(wanted.args), wanted.kwargs, f"the call to {name}")
+        expires_s = _seconds_until(headers.get("expires"))
+        if expires_s is not None and expires_s <= 0:
+            store_error(self._state.redis, self._settings.keys, task, TaskRevokedError("expired"), status="REVOKED")
+            return
+        terms = Terms(celery_id="" if headers.get("ignore_result") else task)
+        method = "" if wanted.method == "__call__" else wanted.method
+        head = (call_id_of(task), name, ANYONE, NEVER_MS, PYTHON, method, True, payload)
+        expires_s = None if expires_s is None else max(expires_s, 0.001)
+        options = Options(max(0.0, _seconds_until(headers.get("eta")) or 0.0), expires_s, terms=terms)
+        call, keys = DurableCall(*head, terms=terms), self._settings.keys
+        answer = submit_now(self._state.redis, keys, self._signer, call, options)
+        if answer[0] == -1:
+            raise DeploymentNotFound(f"there is no deployment {name!r}")
+        if answer[0] == -2:
+            raise DeploymentUnavailable(f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}")
+        if answer[1] is None:
+            raise BackPressureError(f"the queue of {name!r} is full ({answer[0]} calls wait or run): try again later")
+
+
+def call_id_of(task: str) -> str:
+    """The id of the durable call of a Celery task: the same for the same task, so that none is submitted twice."""
+    try:
+        return "d" + uuid.UUID(task).hex
+    except ValueError:
+        return "d" + hashlib.sha256(task.encode()).hexdigest()[:32]
+
+
+def _seconds_until(moment: Any) -> float | None:
+    if not moment:
+        return None
+    at = datetime.fromisoformat(str(moment))
+    return ((at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()

@@ -1,0 +1,1 @@
+"""The pool: how a Celery worker keeps its replicas running."""

@@ -1,0 +1,133 @@
+"""What a worker's parent process writes to Redis: how far it is, and whose death it saw.
+
+Runs on Celery's event loop, so nothing here waits longer than a second: every connection and answer has that limit,
+nothing is retried in place, and while Redis is away the newest state is kept and written when it is back.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import redis
+
+from qserve.broker import redis_clients
+from qserve.broker.keys import Keys
+from qserve.broker.queues import post_tombstone
+from qserve.broker.state import decode_infos
+from qserve.wire.messages import Signer
+from qserve.wire.spec import ReplicaInfo, WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+_LIMIT_S = 1.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
+_ALIVE_MS, ALIVE_EVERY_S = 30_000, 10.0
+
+
+class Announcer:
+    """Writes a worker's state and its replicas' tombstones, in order and at last.
+
+    Args:
+        by_hand: No node keeps this worker, so it says itself that it is alive.
+        call_later: Runs a function after some seconds, on the same thread.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        keys: Keys,
+        signer: Signer,
+        deployment: str,
+        node: str,
+        *,
+        by_hand: bool,
+        call_later: Callable[[float, Callable[[], None]], object],
+    ) -> None:
+        self._url = url
+        self._keys = keys
+        self._signer = signer
+        self._deployment = deployment
+        self._node = node
+        self._by_hand = by_hand
+        self._call_later = call_later
+        self._client: redis.Redis | None = None
+        self._info: WorkerInfo | None = None
+        self._unwritten: list[Callable[[redis.Redis], object]] = []
+        self._pause = 0.0
+
+    def start(self) -> None:
+        """Make the client; it connects when there is something to write."""
+        self._client = redis_clients.client(
+            self._url, _LIMIT_S, client_name=f"qserve-worker-{self._deployment}", max_connections=1
+        )
+        if self._by_hand:
+            self._say_alive()
+
+    def resume(self) -> None:
+        """Try again now what could not be written; a server that was away may have forgotten the rest."""
+        if self._info is not None:
+            self.publish(self._info)
+        if self._pause:
+            self._pause = 0.0
+            self._flush()
+
+    def stop(self) -> None:
+        """Write what is left, once, and close."""
+        self._pause = 0.0
+        if self._by_hand:
+            self._write(lambda client: client.delete(self._keys.alive(self._node)))
+        if self._unwritten:
+            logger.warning("Deployment %s: Redis is away; this worker's last state was not written.", self._deployment)
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def publish(self, info: WorkerInfo | None) -> None:
+        """Let everyone know how far this worker is; None: that it has nothing to say any more."""
+        self._info = info
+        self._unwritten = [write for write in self._unwritten if write != self._write_info]
+        self._write(self._write_info)
+
+    def bury(self, replica: str) -> None:
+        """Let the neighbours of a dead replica take over its calls."""
+        self._write(lambda client: post_tombstone(client, self._keys, self._deployment, replica, self._signer))
+
+    def describe(self) -> dict[str, ReplicaInfo]:
+        """This worker's deployment's replicas as they describe themselves, by id; empty when Redis is away."""
+        try:
+            fields: Any = self._client.hgetall(self._keys.replicas(self._deployment)) if self._client else {}
+            return dict(decode_infos(fields, ReplicaInfo))
+        except (redis.RedisError, OSError):
+            return {}
+
+    def _write_info(self, client: redis.Redis) -> None:
+        key = self._keys.workers(self._deployment)
+        if self._info is None:
+            client.hdel(key, self._node)
+        else:
+            client.hset(key, self._node, msgspec.msgpack.encode(self._info))
+
+    def _say_alive(self) -> None:
+        if self._client is not None:
+            if not self._unwritten:  # else Redis is away, and the first write that succeeds is soon enough
+                self._write(lambda client: client.set(self._keys.alive(self._node), 1, px=_ALIVE_MS))
+            self._call_later(ALIVE_EVERY_S, self._say_alive)
+
+    def _write(self, write: Callable[[redis.Redis], object]) -> None:
+        self._unwritten.append(write)
+        if not self._pause:
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._unwritten and self._client is not None:
+            try:
+                self._unwritten[0](self._client)
+            except (redis.RedisError, OSError) as exc:
+                if not self._pause:
+                    logger.warning("Deployment %s: cannot write to Redis, will try again: %s", self._deployment, exc)
+                self._pause = min(_LONGEST_PAUSE_S, self._pause * 2 or _FIRST_PAUSE_S)
+                self._call_later(self._pause, self._flush)
+                return
+            self._unwritten.pop(0)
+        self._pause = 0.0

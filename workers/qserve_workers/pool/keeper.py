@@ -1,0 +1,287 @@
+"""The parent's side of the replicas: feeds the rollout with what happens, and does what it decides.
+
+Everything runs on Celery's event loop, in the main thread; user code is never imported here.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+from qserve.settings import Settings
+from qserve.wire.messages import Signer
+from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, Autoscaling, WorkerInfo
+from qserve_workers.pool.announce import Announcer
+from qserve_workers.pool.child import Replica
+from qserve_workers.pool.orders import Action, Kill, Publish, Release, Resize, Serve, Status, Stop
+from qserve_workers.pool.replacing import Rollout
+from qserve_workers.pool.scaling import Demand, Scaler
+from qserve_workers.replica.lifecycle import Birth
+
+logger = logging.getLogger(__name__)
+
+
+ReplicaFactory = Callable[[Birth, Settings], Replica]
+
+
+class Processes(Protocol):
+    """What the keeper needs of the pool."""
+
+    def resize(self, processes: int) -> None:
+        """Keep that many processes, starting new ones at once."""
+
+    def call_later(self, delay: float, function: Callable[[], None]) -> Any:
+        """Run a function after some seconds; returns something with `cancel()`."""
+
+
+class Keeper:
+    """Owns the rollout of one worker, the pipe its replicas report through, and what the worker announces.
+
+    Attributes:
+        on_demand: Called when the replicas have reported how much there is to do.
+    """
+
+    def __init__(
+        self,
+        deployment: str,
+        concurrency: int,
+        settings: Settings,
+        processes: Processes,
+        make_replica: ReplicaFactory,
+        *,
+        node: str = "",
+        exact: bool = False,
+        bounds: tuple[int, int] | None = None,
+    ) -> None:
+        self.deployment = deployment
+        self.id = f"{deployment}-{secrets.token_hex(8)}"
+        self.rollout = Rollout(concurrency, exact=exact, bounded=bounds is not None)
+        self.scaler = Scaler(bounds)
+        self.on_demand: Callable[[], None] = self.act
+        self._demand: Demand | None = None
+        self._settings = settings
+        self._processes = processes
+        self._make_replica = make_replica
+        self._node = node or self.id
+        self._announcer = Announcer(
+            settings.redis_url,
+            settings.keys,
+            Signer(settings.secrets),
+            deployment,
+            self._node,
+            by_hand=not node,
+            call_later=processes.call_later,
+        )
+        self._reader = self._writer = -1
+        self._partial = b""
+        self._timer: Any = None
+        self._acting = self._again = False
+        self._standby = False
+
+    def start(self) -> None:
+        """Open the reports pipe; call before the first fork."""
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        self._announcer.start()
+
+    def stop(self) -> None:
+        """Say goodbye; call when the last replica is gone."""
+        self._announcer.publish(None)
+        self._announcer.stop()
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def fileno(self) -> int:
+        """The end of the reports pipe to watch; call `on_readable` when it is readable."""
+        return self._reader
+
+    # Called by the pool
+
+    def before_birth(self) -> Callable[[], Replica]:
+        """What the process forked next shall run."""
+        self._standby, failures = self.rollout.birth()
+        scaled = self.scaler.bounds is not None
+        birth = Birth(self.deployment, self.id, self._node, self._standby, failures, self._writer, scaled)
+        return partial(self._in_child, birth)
+
+    def _in_child(self, birth: Birth) -> Replica:
+        os.close(self._reader)
+        return self._make_replica(birth, self._settings)
+
+    def after_birth(self, pid: int) -> None:
+        """A process has been forked."""
+        self.rollout.born(pid, time.monotonic(), standby=self._standby)
+
+    def on_death(self, pid: int, exitcode: int | None) -> bool:
+        """A process has ended and been reaped; False: by itself, before it had come to anything."""
+        self._read()  # what it said last counts
+        how = f"signal {signal.Signals(-exitcode).name}" if exitcode and exitcode < 0 else f"exit code {exitcode}"
+        replica = self.rollout.died(pid, how)
+        if replica is None:
+            return True
+        logger.log(
+            logging.INFO if replica.leaving and not exitcode else logging.WARNING,
+            "Deployment %s: replica %s (pid %d) has ended, %s",
+            *(self.deployment, replica.id or "unnamed", pid, how),
+        )
+        if replica.id and exitcode:  # who ends with 0 has said goodbye; a tombstone would count as a crash
+            self._announcer.bury(replica.id)
+        self.act()
+        return bool(replica.state) or replica.leaving
+
+    def on_readable(self, *_args: object) -> None:
+        """Replicas have reported."""
+        before = self._demand
+        self._read()
+        if self._demand is not before:
+            self.on_demand()
+        self.act()
+
+    def act(self) -> None:
+        """Do what there is to do now, and come back when the next thing is due."""
+        if self._acting:  # a resize reaps too, and a death comes back here
+            self._again = True
+            return
+        self._acting = self._again = True
+        try:
+            while self._again:
+                self._again = False
+                for action in self.rollout.actions(time.monotonic()):
+                    self._do(action)
+        finally:
+            self._acting = False
+        self._arm()
+
+    def resume(self) -> None:
+        """The event loop is (again) connected to the broker; timers set while it was not are void."""
+        self._announcer.resume()
+        self.act()
+
+    # Called by the autoscaler
+
+    def decide(self, now: float) -> int:
+        """How many replicas there are to be; 0 where they are not scaled, or nothing was measured yet."""
+        rollout, bounds = self.rollout, self.scaler.bounds
+        if not rollout.is_scaled or rollout.desired is None or self._demand is None:
+            return 0
+        policy = rollout.desired.autoscaling or Autoscaling(*(bounds or (1, 1)))
+        return self.scaler.decide(self._demand, policy, current=rollout.wanted, ready=rollout.ready, now=now)
+
+    def scale(self, wanted: int) -> None:
+        """Have so many replicas; those that are too many leave when they are idle."""
+        self.rollout.scale(wanted, self.scaler.lowest)
+        self.act()
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Stop(pid):
+                logger.info("Deployment %s: pid %d is to drain and leave", self.deployment, pid)
+                _signal(pid, signal.SIGTERM)
+            case Release(pid):
+                _signal(pid, signal.SIGUSR1)
+            case Serve(pid):
+                _signal(pid, signal.SIGUSR2)
+            case Kill(pid, why):
+                logger.warning("Deployment %s: killing pid %d: %s", self.deployment, pid, why)
+                _signal(pid, signal.SIGKILL)
+            case Resize(processes):
+                self._processes.resize(processes)
+            case Publish(status):
+                self._publish(status)
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self.rollout.next_deadline()
+        if deadline is not None:
+            self._timer = self._processes.call_later(max(0.0, deadline - time.monotonic()), self.act)
+
+    # Called by control commands
+
+    def find(self, which: str) -> int | None:
+        """The pid of one of this worker's replicas, by pid, id or tag."""
+        tags = {info.tag: info.pid for info in self._announcer.describe().values()} if "#" in which else {}
+        for pid, replica in self.rollout.replicas.items():
+            if which in (str(pid), replica.id) or tags.get(which) == pid:
+                return pid
+        return None
+
+    def stop_replica(self, pid: int) -> bool:
+        """Let one replica drain and leave; another takes its place. False if it is leaving already."""
+        stopped = self.rollout.stop(pid, time.monotonic())
+        if stopped:
+            _signal(pid, signal.SIGTERM)
+            self.act()
+        return stopped
+
+    def describe(self) -> list[dict[str, Any]]:
+        """This worker's replicas, for `celery inspect replicas`."""
+        infos = self._announcer.describe()
+        now = time.monotonic()
+        return [
+            {
+                "pid": replica.pid,
+                "replica": replica.id,
+                "tag": infos[replica.id].tag if replica.id in infos else "",
+                "state": "DRAINING" if replica.leaving else replica.state or "WAITING",
+                "generation": replica.applied,
+                "running": replica.running,
+                "handled": replica.handled,
+                "uptime_s": round(now - replica.born_at, 1),
+            }
+            for replica in self.rollout.replicas.values()
+        ]
+
+    def _publish(self, status: Status | None) -> None:
+        if status is None:
+            self._announcer.publish(None)
+            return
+        if status.state != DEPLOYING:
+            logger.log(
+                logging.ERROR if status.state == DEPLOY_FAILED else logging.INFO,
+                "Deployment %s, generation %d: %s, %d of %d replicas ready%s",
+                *(self.deployment, status.generation, status.state, status.ready, status.wanted),
+                "" if status.state == HEALTHY else f": {status.error}",
+            )
+        self._announcer.publish(
+            WorkerInfo(
+                id=self.id,
+                node=self._node,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                generation=status.generation,
+                state=status.state,
+                wanted=status.wanted,
+                ready=status.ready,
+                error=status.error,
+            )
+        )
+
+    def _read(self) -> None:
+        while True:
+            try:
+                chunk = os.read(self._reader, 65_536)
+            except BlockingIOError:
+                return
+            *lines, self._partial = (self._partial + chunk).split(b"\n")
+            for line in lines:
+                try:
+                    report, now = json.loads(line), time.monotonic()
+                    self.rollout.report(report, now)
+                    if report["event"] == "demand":
+                        self._demand = Demand.from_report(report, now)
+                except (ValueError, KeyError, TypeError) as exc:
+                    logger.error("Deployment %s: ignoring an unreadable report %r: %s", self.deployment, line, exc)
+
+
+def _signal(pid: int, signum: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it was faster; the pool will hear of its death
+        os.kill(pid, signum)

@@ -1,0 +1,1 @@
+"""One replica: user code between the queue and its callers."""

@@ -1,0 +1,197 @@
+"""How a replica's answers leave it: in batches, each kept until Redis has confirmed it."""
+
+import asyncio
+import logging
+from functools import partial
+from typing import NamedTuple
+
+import hiredis
+
+from qserve.broker.connection import Answer
+from qserve.broker.link import Link
+from qserve.broker.queues import Entry, ReplicaQueue
+from qserve.errors import BrokerUnavailable
+from qserve.failpoints import reach
+from qserve.settings import Settings
+from qserve.wire.channel import DOUBT_S
+from qserve.wire.messages import ERROR, Blob, Call, Reply, Signer, encode, result_id
+
+logger = logging.getLogger(__name__)
+
+_RESULT_TTL_MS = 60_000
+_RETRY_AFTER_S = 1.0
+_ASK_AGAIN_S = (0.2, 2.0)
+"""How soon to see whether a caller that seemed dead has spoken, first and later; a server that has lost everything
+knows nobody until they come back."""
+
+
+class _Batch(NamedTuple):
+    caller: str
+    replies: list[tuple[bytes, bytes]]
+    doubted_s: float = 0.0
+
+
+class Answers:
+    """The answers of one replica. Belongs to its event loop.
+
+    All answers of one event-loop tick to one caller leave as one script. An answer whose confirmation is lost with the
+    connection is sent again: REPLY takes only the first one for an entry, so this is no blind repetition, and the call
+    behind it never runs again for want of an answer.
+    """
+
+    def __init__(self, settings: Settings, signer: Signer, queue: ReplicaQueue, link: Link) -> None:
+        self._settings = settings
+        self._keys = settings.keys
+        self._signer = signer
+        self._queue = queue
+        self._link = link
+        self._collected: dict[str, list[tuple[bytes, bytes]]] = {}
+        self._sent: dict[int, _Batch] = {}
+        self._results: dict[bytes, tuple[str, bytes]] = {}
+        self._batches = 0
+        self._insists = False
+
+    def add(self, entry: bytes, call: Call, kind: int, payload: bytes) -> None:
+        """Answer a call at the end of this tick."""
+        out_of_line = len(payload) > self._settings.out_of_line_bytes
+        if out_of_line:
+            sealed = self._signer.seal(encode(Blob(result_id(call.id), payload)))
+            self._results[entry] = (self._keys.payload(result_id(call.id)), sealed)
+            payload = b""
+        if call.out_of_line and self._link.sender is not None:
+            self._link.sender.send(_ignore, "DEL", self._keys.payload(call.id))
+        frame = self._signer.seal(encode(Reply(call.id, call.reply_to, kind, payload, out_of_line)))
+        replies = self._collected.get(call.reply_to)
+        if replies is not None:
+            replies.append((entry, frame))
+            return
+        if not self._collected:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._collected[call.reply_to] = [(entry, frame)]
+
+    def flush(self) -> None:
+        """Send what was collected; kept while Redis is away."""
+        sender = self._link.sender
+        if not self._collected or sender is None:
+            return
+        reach("reply")
+        collected, self._collected = self._collected, {}
+        for caller, replies in collected.items():
+            self._batches += 1
+            self._send(self._batches, _Batch(caller, replies), is_first=True)
+        sender.flush()
+        reach("reply-sent")
+
+    def resend(self) -> None:
+        """Send again, on a new connection, what the last one did not confirm."""
+        for number, batch in list(self._sent.items()):
+            self._send(number, batch, is_first=False)
+        self.flush()
+
+    def has(self, entry: bytes) -> bool:
+        """Whether an entry is answered, but not yet confirmed to be."""
+        batches = [*self._collected.values(), *(batch.replies for batch in self._sent.values())]
+        return any(entry == answered for replies in batches for answered, _ in replies)
+
+    def insist(self) -> None:
+        """There is no time left: answers to callers that seem dead are dropped."""
+        self._insists = True
+        for number, batch in list(self._sent.items()):
+            self._send(number, batch, is_first=False)
+
+    @property
+    def unconfirmed(self) -> bool:
+        """Whether an answer may not have arrived."""
+        return bool(self._collected or self._sent)
+
+    async def reject(self, entry: Entry, error: Exception, call: Call | None = None, told: bytes = b"") -> None:
+        """Put what is no call of ours among the dead letters.
+
+        Args:
+            call: The call whose contents are wrong, if it is one; else there is no caller to trust.
+            told: Encoded ErrorInfo for its caller.
+        """
+        self.note_rejected(error)
+        await self._give_up(entry, f"rejected: {error}", call, told)
+
+    def note_rejected(self, error: Exception) -> None:
+        """Log and count what is no message of ours."""
+        logger.warning("rejected a frame in the queue of %s: %s", self._queue.deployment, error)
+        self.count("rejected_frames", 1)
+
+    async def bury(self, entry: Entry, call: Call, reason: str, error: bytes) -> None:
+        """Put a call among the dead letters and answer its caller with an encoded ErrorInfo."""
+        logger.error("gave up on call %s: %s", call.id, reason)
+        self.count("dead_letters", 1)
+        await self._give_up(entry, reason, call, error)
+
+    def count(self, metric: str, by: int) -> None:
+        """Raise one of the namespace's counters."""
+        if self._link.sender is not None:
+            self._link.sender.send(_ignore, "HINCRBY", self._keys.counters, metric, by)
+
+    async def _give_up(self, entry: Entry, reason: str, call: Call | None, error: bytes) -> None:
+        if self._link.sender is None:
+            return  # still pending for this replica: the next link finds it
+        caller, frame = "", b""
+        if call is not None:
+            caller, frame = call.reply_to, self._signer.seal(encode(Reply(call.id, call.reply_to, ERROR, error)))
+        reach("bury")
+        try:
+            await self._queue.give_up(self._link.sender, entry.id, reason, caller, frame)
+            reach("buried")
+        except BrokerUnavailable as exc:
+            logger.debug("could not give up entry %s: %s", entry.id, exc)
+
+    def _send(self, number: int, batch: _Batch, *, is_first: bool, insist: bool = False) -> None:
+        sender = self._link.sender
+        if sender is None:
+            return
+        self._sent[number] = batch
+        if self._results:
+            for entry, _ in batch.replies:
+                if entry in self._results:
+                    key, sealed = self._results[entry]
+                    sender.send(_ignore, "SET", key, sealed, "PX", _RESULT_TTL_MS)
+        on_answer = partial(self._confirmed, number, is_first)
+        self._queue.reply(sender, batch.caller, batch.replies, on_answer, insist=insist or self._insists)
+
+    def _confirmed(self, number: int, is_first: bool, answer: Answer) -> None:
+        if isinstance(answer, hiredis.ReplyError):
+            logger.error("Redis refused answers of %s, which will be sent again: %s", self._queue.deployment, answer)
+            asyncio.get_running_loop().call_later(_RETRY_AFTER_S, self._retry, number)
+            return
+        if isinstance(answer, Exception):
+            return  # the connection is lost; `resend` follows
+        if answer == -1:
+            self._doubt(number)
+            return
+        reach("replied")
+        batch = self._sent.pop(number, None)
+        if batch is None:
+            return
+        if self._results:
+            for entry, _ in batch.replies:
+                self._results.pop(entry, None)
+        late = len(batch.replies) - answer
+        if late and is_first:  # of those sent again, the first ones may have arrived
+            logger.warning("%d late results of %s were dropped: others had answered", late, self._queue.deployment)
+            self.count("late_results", late)
+
+    def _doubt(self, number: int) -> None:
+        """Their caller seems dead: ask again, and after DOUBT_S drop them if it still does."""
+        batch = self._sent.get(number)
+        if batch is not None:
+            pause = min(max(batch.doubted_s, _ASK_AGAIN_S[0]), _ASK_AGAIN_S[1], DOUBT_S - batch.doubted_s)
+            doubted_s = batch.doubted_s + pause
+            self._sent[number] = batch._replace(doubted_s=doubted_s)
+            retry = partial(self._retry, number, insist=doubted_s >= DOUBT_S)
+            asyncio.get_running_loop().call_later(pause, retry)
+
+    def _retry(self, number: int, *, insist: bool = False) -> None:
+        if number in self._sent:
+            self._send(number, self._sent[number], is_first=True, insist=insist)
+
+
+def _ignore(_answer: Answer) -> None:
+    """For commands whose failure shows elsewhere."""

@@ -1,0 +1,110 @@
+"""What a replica makes of what stands in its queue: a call of its deployment that nobody has run, or none of ours."""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from qserve.broker.connection import Answer
+from qserve.broker.link import Link
+from qserve.broker.queues import CLAIM, Entry
+from qserve.errors import BrokerUnavailable, FrameRejected
+from qserve.settings import Settings
+from qserve.wire.call_record import decode_durable_call
+from qserve.wire.messages import Call, Signer, decode_call
+
+_REMEMBERED = 8192
+"""Of how many calls a replica knows at least that it has seen them."""
+_CALLER = 32
+"""Of a call's id so many characters name the process that made it; the rest counts its calls."""
+_CALLS_PER_KEY = 32_768
+_GRACE_MS = 60_000
+_LONGEST_MS = 7 * 86_400_000
+
+OnClaimed = Callable[[bool | BrokerUnavailable], None]
+
+
+class Arrivals:
+    """Opens entries and claims calls. Belongs to the replica's event loop.
+
+    A frame that is put again has another entry: this replica knows it from the last calls it has seen, and all replicas
+    from the claims in Redis, one bit for each unsafe call, kept for twice its time.
+    """
+
+    def __init__(self, settings: Settings, signer: Signer, deployment: str, link: Link) -> None:
+        self._keys = settings.keys
+        self._signer = signer
+        self._deployment = deployment
+        self._link = link
+        self.claims = signer.signs and settings.refuse_replays
+        """Whether ordinary calls that may not run twice have to be claimed before they run."""
+        self._recent: dict[str, bytes] = {}
+        self._less_recent: dict[str, bytes] = {}
+        self._collected: list[tuple[Call, OnClaimed]] = []
+
+    def open(self, entry: Entry) -> tuple[Call, bool]:
+        """The call of an entry, and whether this replica was given this very entry before.
+
+        Raises:
+            FrameRejected: It is none of ours, or not of this deployment, or stands in another entry, too.
+        """
+        body = self._signer.open(entry.frame)
+        call = decode_durable_call(body) if entry.durable else decode_call(body)
+        if call.deployment != self._deployment:
+            raise FrameRejected(f"a call to {call.deployment!r}")
+        if entry.durable:
+            if call.id.encode() != entry.call:
+                raise FrameRejected("a durable call under the id of another")
+            return call, False
+        if not call.reply_to:
+            raise FrameRejected("a durable call that says it is none")
+        first = self._seen(call.id, entry.id)
+        if first not in (None, entry.id):
+            raise FrameRejected("a call that was put before")
+        return call, first is not None
+
+    def claim(self, call: Call, on_claimed: OnClaimed) -> None:
+        """Claim a call together with the others of this tick; `on_claimed` gets whether it is the first claim."""
+        if not self._collected:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._collected.append((call, on_claimed))
+
+    def _flush(self) -> None:
+        collected, self._collected = self._collected, []
+        if self._link.sender is None:
+            self._claimed(collected, BrokerUnavailable("the connection to Redis is lost"))
+            return
+        names: list[str] = []
+        arguments: list[int] = []
+        for call, _ in collected:
+            caller, number = _parts(call.id)
+            names.append(self._keys.claims(caller, number // _CALLS_PER_KEY))
+            arguments += (number % _CALLS_PER_KEY, min(call.ttl_ms + _GRACE_MS, _LONGEST_MS))
+        CLAIM.send(self._link.sender, partial(self._claimed, collected), tuple(names), *arguments)
+        self._link.sender.flush()
+
+    @staticmethod
+    def _claimed(collected: list[tuple[Call, OnClaimed]], answer: Answer) -> None:
+        if isinstance(answer, Exception):
+            error = BrokerUnavailable(f"Redis did not confirm that the call may run; it was not run: {answer}")
+            for _, on_claimed in collected:
+                on_claimed(error)
+            return
+        for (_, on_claimed), first in zip(collected, answer, strict=True):
+            on_claimed(first == 1)
+
+    def _seen(self, call_id: str, entry: bytes) -> bytes | None:
+        """The entry of a call that this replica has seen before, if any: a frame replayed on the queue has another."""
+        first = self._recent.get(call_id) or self._less_recent.get(call_id)
+        if first is not None:
+            return first
+        if len(self._recent) >= _REMEMBERED:
+            self._recent, self._less_recent = {}, self._recent
+        self._recent[call_id] = entry
+        return None
+
+
+def _parts(call_id: str) -> tuple[str, int]:
+    try:
+        return call_id[:_CALLER], int(call_id[_CALLER:], 16)
+    except ValueError:  # not one that a client of ours makes
+        return call_id, 0

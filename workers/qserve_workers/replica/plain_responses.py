@@ -1,0 +1,133 @@
+"""What a plain deployment returns over HTTP, as an `HttpResponse`."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+from pydantic_core import PydanticSerializationError, to_jsonable_python
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from qserve.errors import ResultNotSerializable
+from qserve.wire.channel import Channel
+from qserve.wire.messages import HttpRequest, HttpResponse
+from qserve_workers.replica.asgi import Exchange, http_scope, run_asgi
+
+OpenChannel = Callable[[], Channel]
+
+_PLAIN = (b"content-type", b"text/plain")
+_TEXT = (b"content-type", b"text/plain; charset=utf-8")
+_JSON = (b"content-type", b"application/json")
+_EMPTY = HttpResponse(200, [_PLAIN, (b"content-length", b"0")], b"")
+
+
+def make_request(request: HttpRequest, open_channel: OpenChannel) -> Request:
+    """The Starlette request that a plain deployment is called with."""
+    made = Request(http_scope(request), Exchange(request, open_channel).receive)
+    if not request.body_follows:
+        made._body = request.body  # it is here already: so sync code can pass the request on through a handle
+    return made
+
+
+async def make_response(result: object, request: HttpRequest, open_channel: OpenChannel) -> HttpResponse | None:
+    """The response for what user code returned; None for one that was streamed.
+
+    Raises:
+        ResultNotSerializable: It is neither a response nor text nor something JSON can say.
+    """
+    # In the order of likelihood; str, bytes and None need no Response object (this is the path that is measured).
+    if isinstance(result, str):
+        body = result.encode()
+        return HttpResponse(200, [_TEXT, (b"content-length", b"%d" % len(body))], body)
+    if isinstance(result, Response):
+        return await _send(result, request, open_channel)
+    if isinstance(result, bytes):
+        return HttpResponse(200, [_PLAIN, (b"content-length", b"%d" % len(result))], result)
+    if result is None:
+        return _EMPTY
+    body = to_json(result)
+    return HttpResponse(200, [_JSON, (b"content-length", b"%d" % len(body))], body)
+
+
+def text_response(status: int, text: str, headers: dict[str, str] | None = None) -> HttpResponse:
+    """A plain-text response."""
+    body = text.encode()
+    extra = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in (headers or {}).items()]
+    return HttpResponse(status, [_TEXT, (b"content-length", b"%d" % len(body)), *extra], body)
+
+
+async def stream_chunks(chunks: AsyncIterator[object]) -> Response:
+    """What a generator yields as a response: text or bytes as they are, other values as lines of JSON."""
+    try:
+        first = await anext(chunks)
+    except StopAsyncIteration:
+        return Response(b"", media_type="text/plain")
+    if isinstance(first, str | bytes):
+        return StreamingResponse(_chain(first, chunks), media_type="text/plain")
+    lines = (to_json_line(chunk) async for chunk in _chain(first, chunks))
+    return StreamingResponse(lines, media_type="application/x-ndjson")
+
+
+async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    yield first
+    async for chunk in rest:
+        yield chunk
+
+
+def to_json_line(value: object) -> bytes:
+    """A value as one line of JSON; raises like `to_json`."""
+    return _to_json_text(value).encode() + b"\n"
+
+
+def to_json(value: object) -> bytes:
+    """JSON with an indent of 2, of JSON types and also of bytes, numpy values, pydantic models, exceptions and dates.
+
+    Raises:
+        ResultNotSerializable: JSON cannot say it.
+    """
+    text = _to_json_text(value)
+    try:
+        # json's own indenting is pure Python: 20 times slower than compact JSON indented by msgspec.
+        return msgspec.json.format(text.encode(), indent=2)
+    except msgspec.DecodeError:  # NaN and infinity, which are not JSON but Python's spelling of it
+        return json.dumps(json.loads(text), indent=2).encode()
+
+
+def _to_json_text(value: object) -> str:
+    try:
+        return _encode(value)
+    except (TypeError, ValueError, PydanticSerializationError) as exc:
+        raise ResultNotSerializable(
+            f"The call returned a {type(value).__name__} that cannot be sent as JSON: {exc}. "
+            "Return JSON types, text, bytes or a Starlette Response."
+        ) from exc
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, BaseException):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
+        return value.tolist()
+    # pydantic models, dataclasses, datetime, UUID, Decimal, sets, enums, paths
+    return to_jsonable_python(value, fallback=_jsonable_inside)
+
+
+def _jsonable_inside(value: Any) -> Any:
+    if isinstance(value, BaseException) or hasattr(value, "tolist"):
+        return _jsonable(value)
+    raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} is not JSON serializable")
+
+
+_encode = json.JSONEncoder(default=_jsonable).encode
+
+
+async def _send(response: Response, request: HttpRequest, open_channel: OpenChannel) -> HttpResponse | None:
+    if type(response).__call__ is not Response.__call__:  # streams, files, the user's own kinds
+        return await run_asgi(response, request, open_channel)
+    sent = HttpResponse(response.status_code, list(response.raw_headers), bytes(response.body))
+    if response.background is not None:
+        await response.background()
+    return sent
