@@ -208,6 +208,10 @@ def test_every_error_a_caller_may_see_is_in_the_guarantees() -> None:
     assert errors_of_qserve() - internal - named == set()
 
 
+def test_the_package_tells_its_version() -> None:
+    assert qserve.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
 def test_the_version_is_in_the_changelog() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()

@@ -35,6 +35,10 @@ _LARGE = 8 * 1024
 _KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 
 
+def ignore_answer(_answer: Answer) -> None:
+    """Take the answer of a command whose failure shows elsewhere."""
+
+
 class Connection(asyncio.Protocol):
     """A connection that pipelines by itself. Bound to the loop it was opened on; not thread-safe.
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
-from qserve.broker.connection import Answer, Connection
+from qserve.broker.connection import Connection, ignore_answer
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Link:
             self._silent_checks = 0
             self.lose()
         elif sender.is_idle:
-            sender.send(_ignore, "PING")  # so that it owes one
+            sender.send(ignore_answer, "PING")  # so that it owes one
 
     def lose(self) -> None:
         """Give up this pair and make another."""
@@ -141,7 +141,3 @@ class Link:
                     await asyncio.sleep(random.uniform(0, delay))  # noqa: S311
                     delay = min(delay * 2, _LONGEST_DELAY_S)
             logger.info("connected to Redis again")
-
-
-def _ignore(_answer: Answer) -> None:
-    """For commands whose failure shows elsewhere."""

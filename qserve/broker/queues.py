@@ -16,7 +16,7 @@ import msgspec
 import redis
 from redis.exceptions import RedisError
 
-from qserve.broker.connection import Answer, Connection, Script
+from qserve.broker.connection import Answer, Connection, Script, ignore_answer
 from qserve.broker.keys import GROUP, Keys
 from qserve.errors import FrameRejected
 from qserve.failpoints import reach
@@ -165,7 +165,7 @@ class Inbox:
 
     def say_alive(self, connection: Connection) -> None:
         """Keep the inbox open for another ALIVE_TTL_MS."""
-        PRESENT.send(connection, _ignore, (self._alive, self._stream), ALIVE_TTL_MS, INBOX_TTL_MS)
+        PRESENT.send(connection, ignore_answer, (self._alive, self._stream), ALIVE_TTL_MS, INBOX_TTL_MS)
 
     async def open(self, connection: Connection) -> None:
         """Make sure replies are accepted before the first call is put."""
@@ -174,7 +174,7 @@ class Inbox:
 
     def discard(self, connection: Connection) -> None:
         """Close for good: later replies are dropped."""
-        connection.send(_ignore, "DEL", self._alive, self._stream)
+        connection.send(ignore_answer, "DEL", self._alive, self._stream)
 
 
 class ReplicaQueue:
@@ -366,7 +366,7 @@ def send_control(
 ) -> None:
     """Tell a process something, if it lives."""
     frame = control_frame(signer, to, control, about)
-    TELL.send(connection, _ignore, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame)
+    TELL.send(connection, ignore_answer, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame)
 
 
 def send_chunk(
@@ -438,11 +438,7 @@ def _run(client: redis.Redis, script: Script, keys: tuple[str, ...], *arguments:
 def _load_scripts(connection: Connection) -> None:
     """Load the scripts whose order matters; one that is loaded on its first use is overtaken by what is sent next."""
     for script in (ADMIT, CLAIM, REPLY, TELL):
-        connection.send(_ignore, "SCRIPT", "LOAD", script.source)
-
-
-def _ignore(_answer: Answer) -> None:
-    """For commands whose failure shows elsewhere."""
+        connection.send(ignore_answer, "SCRIPT", "LOAD", script.source)
 
 
 def order(entry: bytes) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import redis
 
-from qserve.broker.connection import Answer, Connection, Script
+from qserve.broker.connection import Answer, Connection, Script, ignore_answer
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.queues import DEAD_LETTERS_KEPT, INBOX_TTL_MS, Entry, remaining
 from qserve.wire.call_record import (
@@ -133,7 +133,7 @@ class Records:
     def progress(self, connection: Connection, call_id: str, entry: bytes, frame: bytes) -> None:
         """Tell how far a running call has come."""
         TELL_PROGRESS.send(
-            connection, _ignore, (self._keys.call(call_id),), self._keys.base, entry, frame, INBOX_TTL_MS
+            connection, ignore_answer, (self._keys.call(call_id),), self._keys.base, entry, frame, INBOX_TTL_MS
         )
 
     async def part(
@@ -202,7 +202,7 @@ def submit_arguments(
 def load_scripts(connection: Connection) -> None:
     """Load the scripts whose order matters; one that is loaded on its first use is overtaken by what is sent next."""
     for script in (SUBMIT, ATTACH, END, RUN, SETTLE, TELL_PROGRESS):
-        connection.send(_ignore, "SCRIPT", "LOAD", script.source)
+        connection.send(ignore_answer, "SCRIPT", "LOAD", script.source)
 
 
 def run_script(client: redis.Redis, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
@@ -211,7 +211,3 @@ def run_script(client: redis.Redis, script: Script, keys: tuple[str, ...], *argu
         return client.evalsha(script.sha, len(keys), *keys, *arguments)
     except redis.exceptions.NoScriptError:
         return client.eval(script.source, len(keys), *keys, *arguments)
-
-
-def _ignore(_answer: Answer) -> None:
-    """For commands whose failure shows elsewhere."""

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from qserve.background import spawn
 from qserve.broker.clock import RedisClock
-from qserve.broker.connection import Answer, Connection
+from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.keys import Keys
 from qserve.broker.queues import CALLS_PER_ADMIT, CallQueue
 from qserve.broker.retry_after import Refusals
@@ -101,7 +101,7 @@ class Admission:
 
     def _send_payload(self, writer: Connection, call: PendingCall, payload: bytes) -> None:
         ttl_ms = int((call.deadline - time.monotonic()) * 1000) + _PAYLOAD_GRACE_MS
-        writer.send(_ignore, "SET", self._keys.payload(call.id), payload, "PX", max(1, ttl_ms))
+        writer.send(ignore_answer, "SET", self._keys.payload(call.id), payload, "PX", max(1, ttl_ms))
         call.payload = b""
 
     def give_back(self) -> list[PendingCall]:
@@ -178,7 +178,3 @@ class Admission:
     def _refuse_all(self, calls: Sequence[PendingCall], error: QServeError) -> None:
         for call in calls:
             self._caller.refuse(call, error)
-
-
-def _ignore(_answer: Answer) -> None:
-    """For commands whose failure shows elsewhere."""

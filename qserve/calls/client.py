@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
 from qserve.broker.clock import SAMPLE_EVERY_S, RedisClock
-from qserve.broker.connection import Answer, Connection
+from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.link import Link
 from qserve.broker.queues import send_chunk, send_control
 from qserve.broker.retry_after import Refusals
@@ -283,7 +283,7 @@ class Client:
             self.tally[f"ended {outcome.code}"] += 1
         pending.end_channel(outcome)
         # Who waits often holds the call, too, and the collector comes seldom.
-        on_outcome, pending.on_outcome, pending.on_stream = pending.on_outcome, _ignore, None
+        on_outcome, pending.on_outcome, pending.on_stream = pending.on_outcome, ignore_answer, None
         try:
             on_outcome(outcome)
         except Exception:
@@ -322,7 +322,7 @@ class Client:
 
     def _drop_payload(self, pending: PendingCall) -> None:
         if pending.payload is not None and self._link.sender is not None:
-            self._link.sender.send(_ignore, "DEL", self._keys.payload(pending.id))
+            self._link.sender.send(ignore_answer, "DEL", self._keys.payload(pending.id))
 
     def _withdrawn(self, pending: PendingCall, answer: Answer) -> None:
         if answer == 1:
@@ -350,7 +350,7 @@ class Client:
             return
         if pending is None:  # timed out or cancelled: the answer is late
             if reply.out_of_line and self._link.sender is not None:
-                self._link.sender.send(_ignore, "DEL", self._keys.payload(result_id(reply.id)))
+                self._link.sender.send(ignore_answer, "DEL", self._keys.payload(result_id(reply.id)))
             return
         if reply.out_of_line:
             pending.entry = None  # answered: no more to be withdrawn or missed
@@ -429,7 +429,7 @@ class Client:
     def conclude(self, call: PendingCall, error: QServeError) -> None:
         """End a call that is lost."""
         if isinstance(error, Indeterminate) and self._link.sender is not None:
-            self._link.sender.send(_ignore, "HINCRBY", self._keys.counters, "indeterminate", 1)
+            self._link.sender.send(ignore_answer, "HINCRBY", self._keys.counters, "indeterminate", 1)
         self._finish(call, error)
 
     def send_again(self, call: PendingCall) -> None:
@@ -443,7 +443,3 @@ class Client:
         self._pending[call.id] = call
         self.tally["sent again"] += 1
         self._admission.put(call)
-
-
-def _ignore(_answer: Answer) -> None:
-    """For commands whose failure shows elsewhere."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import hiredis
 
-from qserve.broker.connection import Answer, Connection
+from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.keys import Keys
 from qserve.broker.link import BLOCK_MS, CHECK_EVERY_S, Link
 from qserve.broker.queues import Inbox
@@ -87,8 +87,4 @@ class Receiver:
     def _reject(self, exc: Exception) -> None:
         logger.warning("dropped a frame in the inbox: %s", exc)
         if self._link.sender is not None:
-            self._link.sender.send(_ignore, "HINCRBY", self._keys.counters, "rejected_frames", 1)
-
-
-def _ignore(_answer: Answer) -> None:
-    """For commands whose failure shows elsewhere."""
+            self._link.sender.send(ignore_answer, "HINCRBY", self._keys.counters, "rejected_frames", 1)

@@ -11,7 +11,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from qserve.background import spawn
-from qserve.broker.connection import Answer, Connection
+from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.queues import CALLS_PER_ADMIT, send_control
 from qserve.broker.records import SUBMIT, Records, durable_reply, load_scripts, submit_arguments
 from qserve.broker.retry_after import Refusals
@@ -194,7 +194,7 @@ class DurableCalls:
                 for each in batch:
                     if each.payload is not None:  # the script makes it last
                         key = self._keys.payload(each.call.id)
-                        sender.send(_ignore, "SET", key, each.payload, "PX", _UNCONFIRMED_PAYLOAD_MS)
+                        sender.send(ignore_answer, "SET", key, each.payload, "PX", _UNCONFIRMED_PAYLOAD_MS)
                 calls = [(each.call, each.frame, each.options) for each in batch]
                 self.records.submit(sender, deployment, calls, self._process, partial(self._answered, batch))
         sender.flush()
@@ -433,7 +433,3 @@ def _verdict(call: DurableCall, answer: Answer, place: int, refusals: Refusals) 
     if said == "other":
         return IdempotencyConflict("another request was sent with this idempotency key before")
     return other or call.id
-
-
-def _ignore(_answer: Answer) -> None:
-    """For commands whose failure shows elsewhere."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import hiredis
 
-from qserve.broker.connection import Answer
+from qserve.broker.connection import Answer, ignore_answer
 from qserve.broker.link import Link
 from qserve.broker.queues import Entry, ReplicaQueue
 from qserve.errors import BrokerUnavailable
@@ -59,7 +59,7 @@ class Answers:
             self._results[entry] = (self._keys.payload(result_id(call.id)), sealed)
             payload = b""
         if call.out_of_line and self._link.sender is not None:
-            self._link.sender.send(_ignore, "DEL", self._keys.payload(call.id))
+            self._link.sender.send(ignore_answer, "DEL", self._keys.payload(call.id))
         frame = self._signer.seal(encode(Reply(call.id, call.reply_to, kind, payload, out_of_line)))
         replies = self._collected.get(call.reply_to)
         if replies is not None:
@@ -128,7 +128,7 @@ class Answers:
     def count(self, metric: str, by: int) -> None:
         """Raise one of the namespace's counters."""
         if self._link.sender is not None:
-            self._link.sender.send(_ignore, "HINCRBY", self._keys.counters, metric, by)
+            self._link.sender.send(ignore_answer, "HINCRBY", self._keys.counters, metric, by)
 
     async def _give_up(self, entry: Entry, reason: str, call: Call | None, error: bytes) -> None:
         if self._link.sender is None:
@@ -152,7 +152,7 @@ class Answers:
             for entry, _ in batch.replies:
                 if entry in self._results:
                     key, sealed = self._results[entry]
-                    sender.send(_ignore, "SET", key, sealed, "PX", _RESULT_TTL_MS)
+                    sender.send(ignore_answer, "SET", key, sealed, "PX", _RESULT_TTL_MS)
         on_answer = partial(self._confirmed, number, is_first)
         self._queue.reply(sender, batch.caller, batch.replies, on_answer, insist=insist or self._insists)
 
@@ -191,7 +191,3 @@ class Answers:
     def _retry(self, number: int, *, insist: bool = False) -> None:
         if number in self._sent:
             self._send(number, self._sent[number], is_first=True, insist=insist)
-
-
-def _ignore(_answer: Answer) -> None:
-    """For commands whose failure shows elsewhere."""

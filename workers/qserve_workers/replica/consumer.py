@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
 from qserve.broker.clock import SAMPLE_EVERY_S, RedisClock
-from qserve.broker.connection import Answer
+from qserve.broker.connection import Answer, ignore_answer
 from qserve.broker.link import BLOCK_MS, CHECK_EVERY_S, Link
 from qserve.broker.queues import Entry, ReplicaQueue, order
 from qserve.context import current_call
@@ -296,7 +296,7 @@ class Consumer:
     def _end_read(self) -> None:
         # On the server, where an entry is either delivered whole or not at all; a read cancelled here would lose some.
         if self._reading and self._link.sender is not None:
-            self._link.sender.send_now(_ignore, "CLIENT", "UNBLOCK", self._waiter_id)
+            self._link.sender.send_now(ignore_answer, "CLIENT", "UNBLOCK", self._waiter_id)
 
     def take_over(self, entries: list[Entry]) -> None:
         """Decide on entries taken from a replica that is gone."""
@@ -514,7 +514,3 @@ class Consumer:
     def _drop(self, running: RunningCall) -> None:
         if self._forget(running) and running.task is not None:
             running.task.cancel()
-
-
-def _ignore(_answer: Answer) -> None:
-    """For commands whose failure shows elsewhere."""

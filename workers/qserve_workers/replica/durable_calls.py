@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import hiredis
 from redis.exceptions import RedisError
 
-from qserve.broker.connection import Answer
+from qserve.broker.connection import Answer, ignore_answer
 from qserve.broker.link import Link
 from qserve.broker.queues import Entry
 from qserve.broker.records import Records, durable_reply, load_scripts
@@ -312,7 +312,7 @@ class DurableRuns:
         reach("settle")
         if settlement.result is not None:
             key = self._keys.payload(result_id(settlement.call.id))
-            sender.send(_ignore, "SET", key, settlement.result, "PX", settlement.keep_ms)
+            sender.send(ignore_answer, "SET", key, settlement.result, "PX", settlement.keep_ms)
         self._records.settle(
             sender,
             settlement.call,
@@ -426,7 +426,3 @@ class _Parts:
             raise ResultTooLarge(f"the call has given more than {self._limit} bytes, which is all that is kept of one")
         self._count += 1
         await self._record(self._count, encode(Part(self._attempt, self._count, packed, data)))
-
-
-def _ignore(_answer: Answer) -> None:
-    """For commands whose failure shows elsewhere."""
