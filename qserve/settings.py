@@ -24,6 +24,8 @@ class Settings(BaseSettings):
     namespace: str = Field(default="default", pattern=r"^[A-Za-z0-9_.-]{1,63}$")
     app: str = ""
     """MODULE[:NAME] of the application to deploy, for containers."""
+    hooks: str = ""
+    """Import paths of `qserve.hooks`, separated by commas."""
     http_timeout_s: float = Field(default=60.0, gt=0)
     handle_timeout_s: float = Field(default=3600.0, gt=0)
     max_value_bytes: int = Field(default=16 * MIB, gt=0)

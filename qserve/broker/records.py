@@ -22,7 +22,7 @@ from qserve.wire.call_record import (
     Options,
     parse_record,
 )
-from qserve.wire.messages import DURABLE, ERROR, Blob, Reply, Signer, encode
+from qserve.wire.messages import DURABLE, ERROR, Blob, Reply, Signer, encode, encode_call
 
 POSITIONS_COUNTED = 100
 """Beyond this a call's place in its queue is not counted: that would mean to read what is before it."""
@@ -180,7 +180,7 @@ def submit_now(client: redis.Redis, keys: Keys, signer: Signer, call: DurableCal
         sealed = signer.seal(encode(Blob(call.id, call.payload)))
         client.set(keys.payload(call.id), sealed, px=_UNCONFIRMED_PAYLOAD_MS)  # the script makes it last
         call = msgspec.structs.replace(call, payload=b"", out_of_line=True)
-    names, *arguments = submit_arguments(keys, call.deployment, [(call, signer.seal(encode(call)), options)], "")
+    names, *arguments = submit_arguments(keys, call.deployment, [(call, signer.seal(encode_call(call)), options)], "")
     return run_script(client, SUBMIT, names, *arguments)
 
 

@@ -52,6 +52,7 @@ from qserve.wire.messages import (
     decode_call,
     decode_control,
     encode,
+    encode_call,
     result_id,
 )
 
@@ -439,7 +440,7 @@ class Client:
         call.id = f"{self.id}{next(self._numbers):x}"
         call.entry, call.is_unanswered = None, False
         left_ms = int((call.deadline - time.monotonic()) * 1000)
-        call.frame = self.signer.seal(encode(msgspec.structs.replace(lost, id=call.id, ttl_ms=max(0, left_ms))))
+        call.frame = self.signer.seal(encode_call(msgspec.structs.replace(lost, id=call.id, ttl_ms=max(0, left_ms))))
         self._pending[call.id] = call
         self.tally["sent again"] += 1
         self._admission.put(call)

@@ -77,7 +77,13 @@ class DurableCall(Call, frozen=True, array_like=True, gc=False, kw_only=True):
     terms: Terms
 
 
-decode_durable_call = decoder_of(DurableCall)
+class DurableCallWithMeta(DurableCall, frozen=True, array_like=True, gc=False, kw_only=True):
+    """A durable call that says more than what is to be run; also what every durable call is read as."""
+
+    meta: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+decode_durable_call = decoder_of(DurableCallWithMeta)
 
 
 class Options(NamedTuple):

@@ -7,7 +7,8 @@ inside the body and so under the signature.
 
 import hashlib
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Literal, TypeVar
 
 import msgspec
@@ -25,6 +26,9 @@ DURABLE = "d"
 """Flag of an entry whose call has a record, which gets its answer."""
 
 
+NO_META: Mapping[str, str] = MappingProxyType({})
+
+
 class Call(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One call, as it stands in a deployment's queue.
 
@@ -38,6 +42,8 @@ class Call(msgspec.Struct, frozen=True, array_like=True, gc=False):
         safe: May run again after its replica died.
         payload: Encoded arguments or request; empty if `out_of_line`.
         out_of_line: The payload stands under `Keys.payload(id)`.
+        meta: What hooks of the caller say to hooks of the replica. Only `CallWithMeta` has room for it: a call with
+            none takes no byte for it on the wire.
     """
 
     id: str
@@ -49,6 +55,17 @@ class Call(msgspec.Struct, frozen=True, array_like=True, gc=False):
     safe: bool
     payload: bytes
     out_of_line: bool = False
+
+    @property
+    def meta(self) -> Mapping[str, str]:
+        """Empty."""
+        return NO_META
+
+
+class CallWithMeta(Call, frozen=True, array_like=True, gc=False):
+    """A call that says more than what is to be run; also what every call is read as."""
+
+    meta: dict[str, str] = {}
 
 
 class Reply(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -262,7 +279,17 @@ def decoder_of(kind: type[Message]) -> Callable[[bytes | memoryview], Message]:
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode_call = decoder_of(Call)
+
+
+def encode_call(call: Call) -> bytes:
+    """The body of a call that may have been read from another: an empty meta takes no byte, as in one newly made."""
+    if "meta" in call.__struct_fields__ and not call.meta:
+        bare: type[Call] = type(call).__mro__[1]
+        call = bare(**{name: getattr(call, name) for name in bare.__struct_fields__})
+    return encode(call)
+
+
+decode_call = decoder_of(CallWithMeta)
 decode_reply = decoder_of(Reply)
 decode_control = decoder_of(Control)
 decode_blob = decoder_of(Blob)

@@ -1,0 +1,238 @@
+"""Hooks: code of your own around every call, where it is made, where HTTP comes in, and where it is run.
+
+A hook is a class that derives from `ClientHook`, `GatewayHook` or `ReplicaHook`. The setting
+QSERVE_HOOKS names hooks by import path, `module:Class`, separated by commas; each process that finds the setting in its
+environment makes one object of each class when it starts and runs the methods around each of its calls. With no hooks
+a call costs nothing more.
+
+What a hook of a caller puts into `meta` travels with the call, under its signature, to the hooks of the replica.
+"""
+
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, Generic, Literal, TypeVar
+
+from qserve.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+CallKind = Literal["call", "stream", "http", "websocket"]
+"""A call for one value; a call for a stream of values; an HTTP request; a WebSocket."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientCall:
+    """A call that this process makes through a handle.
+
+    Attributes:
+        deployment: Name of the deployment that is called.
+        method: Name of the method, "" for `__call__`.
+        kind: What is asked for.
+        durable: Whether the call is submitted to be answered later.
+        meta: Travels with the call. `before` may add entries; keys and values are text, 8 KiB in all at most.
+    """
+
+    deployment: str
+    method: str
+    kind: CallKind
+    durable: bool = False
+    meta: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayRequest:
+    """A request that came in over HTTP and belongs to a deployment.
+
+    Attributes:
+        deployment: Name of the deployment whose route it matches.
+        request_id: What the response's header `X-Request-Id` says.
+        scope: The ASGI scope, with the headers as the client has sent them. Read it, do not change it.
+        durable: Whether the client asked for the response later.
+        meta: Travels with the call. `before` may add entries; keys and values are text, 8 KiB in all at most.
+    """
+
+    deployment: str
+    request_id: str
+    scope: Mapping[str, Any]
+    durable: bool = False
+    meta: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaCall:
+    """A call that a replica is about to run.
+
+    Attributes:
+        call_id: Its id, which is also what the context's `request_id` says.
+        deployment: Name of the deployment.
+        method: Name of the method, "" for `__call__`.
+        kind: What is asked for.
+        attempt: 1 for the first delivery of the call, 2 for its second, and so on.
+        durable: Whether the call has a record, which gets its answer.
+        meta: What the caller's hooks have put there. Read it, do not change it.
+    """
+
+    call_id: str
+    deployment: str
+    method: str
+    kind: CallKind
+    attempt: int
+    durable: bool
+    meta: Mapping[str, str]
+
+
+class ClientHook:
+    """What surrounds the calls that a process makes through handles, in scripts, servers and replicas."""
+
+    def before(self, call: ClientCall) -> Any:
+        """Runs where the call is made, in the caller's thread and context, before the arguments are packed.
+
+        Returns:
+            Anything: `after` or `error` get it back.
+        """
+
+    def after(self, call: ClientCall, state: Any) -> None:
+        """Runs once a result has arrived or, for a durable call, once it is submitted.
+
+        It may run in any thread and must not block.
+        """
+
+    def error(self, call: ClientCall, state: Any, error: BaseException) -> None:
+        """Runs once the call has ended without a result. Otherwise like `after`."""
+
+
+class GatewayHook:
+    """What surrounds the requests that a gateway puts on queues."""
+
+    def before(self, request: GatewayRequest) -> Any:
+        """Runs on the gateway's event loop before the request is put on the queue. Must not block.
+
+        Returns:
+            Anything: `after` or `error` get it back.
+        """
+
+    def after(self, request: GatewayRequest, state: Any, status: int) -> None:
+        """Runs once the response has been sent, whatever its status. Must not block.
+
+        Args:
+            status: The HTTP status; of a WebSocket 101, or the status of its denial.
+        """
+
+    def error(self, request: GatewayRequest, state: Any, error: BaseException) -> None:
+        """Runs instead of `after` when no whole response was sent: the client left, or a stream broke off."""
+
+
+class ReplicaHook:
+    """What surrounds the calls that a replica runs."""
+
+    def before(self, call: ReplicaCall) -> Any:
+        """Runs in the context in which the user's code then runs, so that context variables set here are seen there.
+
+        It runs on the replica's event loop, also for `def` methods, which then run on another thread. Must not block.
+
+        Returns:
+            Anything: `after` or `error` get it back.
+        """
+
+    def after(self, call: ReplicaCall, state: Any) -> None:
+        """Runs in the context of `before` once the user's code has returned or, for a stream, ended. Must not block."""
+
+    def error(self, call: ReplicaCall, state: Any, error: BaseException) -> None:
+        """Runs once the user's code has raised, was cancelled or timed out. Otherwise like `after`."""
+
+
+Hook = TypeVar("Hook", ClientHook, GatewayHook, ReplicaHook)
+
+
+def load_hooks(paths: str, kind: type[Hook]) -> tuple[Hook, ...]:
+    """The hooks of one kind among those that QSERVE_HOOKS names, in the order named.
+
+    Args:
+        paths: `module:Class`, separated by commas; modules are also looked for in the current directory.
+
+    Raises:
+        ConfigurationError: One of them cannot be imported or made, or is no hook.
+    """
+    named = [_load(path.strip()) for path in paths.split(",") if path.strip()]
+    return tuple(hook for hook in named if isinstance(hook, kind))
+
+
+@cache
+def _load(path: str) -> object:
+    here = os.getcwd()  # noqa: PTH109
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        hook = pkgutil.resolve_name(path)
+        if isinstance(hook, type):
+            hook = hook()
+    except Exception as exc:
+        raise ConfigurationError(
+            f"QSERVE_HOOKS names {path!r}, which cannot be used: {type(exc).__name__}: {exc}. "
+            "Write module:Class, where the class takes no arguments and this process can import the module."
+        ) from exc
+    if not isinstance(hook, ClientHook | GatewayHook | ReplicaHook):
+        raise ConfigurationError(
+            f"QSERVE_HOOKS names {path!r}, which is no hook: derive its class from qserve.hooks.ClientHook, "
+            "GatewayHook or ReplicaHook."
+        )
+    return hook
+
+
+class HookChain(Generic[Hook]):
+    """Hooks of one kind that are run around calls, and whose own failures harm no call.
+
+    `before` goes through the hooks in order, `after` and `error` in reverse. What a hook raises is logged, once for
+    each hook and method, and the hook counts as having returned None.
+    """
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self._hooks: tuple[Hook, ...] = tuple(hooks)
+        self._reported: set[tuple[Hook, str]] = set()
+
+    def before(self, subject: Any) -> tuple[Any, ...]:
+        """Run every `before`; the states go to `after` or `error`."""
+        return tuple(self._guarded(hook, "before", partial(hook.before, subject)) for hook in self._hooks)
+
+    def after(self, subject: Any, states: tuple[Any, ...], *facts: Any) -> None:
+        """Run every `after` with its own state."""
+        for hook, state in zip(reversed(self._hooks), reversed(states), strict=True):
+            self._guarded(hook, "after", partial(hook.after, subject, state, *facts))
+
+    def error(self, subject: Any, states: tuple[Any, ...], error: BaseException) -> None:
+        """Run every `error` with its own state."""
+        for hook, state in zip(reversed(self._hooks), reversed(states), strict=True):
+            self._guarded(hook, "error", partial(hook.error, subject, state, error))
+
+    def _guarded(self, hook: Hook, method: str, run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except BaseException:
+            if (hook, method) not in self._reported:
+                self._reported.add((hook, method))
+                logger.exception(
+                    "the hook %s.%s raised in %s(); the call goes on, and this is not logged again",
+                    *(type(hook).__module__, type(hook).__qualname__, method),
+                )
+            return None
+
+
+_MAX_META_BYTES = 8 * 1024
+
+
+def checked_meta(meta: dict[str, str]) -> dict[str, str]:
+    """What of a call's meta may travel: all of it, or nothing with a warning where a hook broke the rules."""
+    try:
+        size = sum(len(key.encode()) + len(value.encode()) for key, value in meta.items())
+    except (AttributeError, UnicodeEncodeError):
+        logger.warning("the meta of a call is left out: its keys and values must be text that UTF-8 can encode")
+        return {}
+    if size > _MAX_META_BYTES:
+        logger.warning("the meta of a call is left out: it has %d bytes, and %d may travel", size, _MAX_META_BYTES)
+        return {}
+    return meta
