@@ -1,4 +1,4 @@
-"""What README.md and docs/ show is run, in order, one test per document.
+"""What README.md and the other documents show is run, in order, one test per document.
 
 A comment before each block of code says what it is:
 `file: NAME` is saved, `serve: PATH` runs in the background until PATH answers, `run` is run (`console` blocks are
@@ -20,7 +20,7 @@ import pytest
 
 from tests.serving import ROOT, environment, free_port, runtime_folder, serving
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CODE = {"python", "shell", "console"}
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
@@ -41,6 +41,12 @@ def blocks_of(document: Path) -> Iterator[Block]:
     for found in BLOCK.finditer(document.read_text()):
         verb, _, argument = (found["mark"] or "").partition(": ")
         yield Block(verb, argument, found["language"], found["text"])
+
+
+def anchors_of(document: Path) -> set[str]:
+    """How GitHub names the headings of a document in links."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 class Reader:
@@ -92,7 +98,7 @@ class Reader:
             assert re.fullmatch(pattern, shown.strip(), re.DOTALL), f"$ {command}\n{shown}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_block_of_code_says_whether_it_is_run(document: Path) -> None:
     unmarked = [
         block.text
@@ -106,7 +112,7 @@ def test_every_block_of_code_says_whether_it_is_run(document: Path) -> None:
 @pytest.mark.parametrize(
     "document",
     [document for document in DOCUMENTS if any(block.verb == "run" for block in blocks_of(document))],
-    ids=lambda path: path.name,
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
 def test_what_a_document_shows_works(document: Path, tmp_path: Path) -> None:
     if shutil.which("curl") is None and "curl" in document.read_text():
@@ -117,10 +123,15 @@ def test_what_a_document_shows_works(document: Path, tmp_path: Path) -> None:
             reader.follow(block)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_between_documents_lead_somewhere(document: Path) -> None:
-    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text())
-    missing = [target for target in targets if "://" not in target and not (document.parent / target).exists()]
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        path, _, heading = target.partition("#")
+        if "://" not in path:
+            other = document.parent / path if path else document
+            if not other.exists() or (heading and heading not in anchors_of(other)):
+                missing.append(target)
     assert missing == []
 
 
