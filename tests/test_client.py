@@ -337,7 +337,7 @@ class TestLostConnections:
         self, caller: Caller, code: Code
     ) -> None:
         caller.client._link.lose()
-        assert caller.client.writer is None
+        assert not caller.client.writer.is_open
 
         assert await caller.ask("patient") == "patient"
 
@@ -422,7 +422,7 @@ class TestRestarts:
         async with calling(settings) as caller:
             deploy(settings)
             server.kill()
-            await until(lambda: caller.client.writer is None)
+            await until(lambda: not caller.client.writer.is_open)
 
             outcome = await within(caller.call("x")[1], 10)
 

@@ -52,9 +52,8 @@ class Follower:
 
     async def announce(self) -> None:
         """Be counted among the live gateways; returns when Redis knows, or cannot be told now."""
-        if self._client.writer is not None:
-            with contextlib.suppress(BrokerUnavailable, RedisError):
-                await self._client.writer.call("HSET", *self._entry())
+        with contextlib.suppress(BrokerUnavailable, RedisError):
+            await self._client.writer.call("HSET", *self._entry())
 
     async def run(self) -> None:
         """Stay counted and follow the state, until cancelled."""
@@ -66,8 +65,7 @@ class Follower:
 
     def leave(self) -> None:
         """No longer be counted, so that no deploy waits for this gateway."""
-        if self._client.writer is not None:
-            self._client.writer.send(_log_refusal, "HDEL", self._settings.keys.gateways, self._info.id)
+        self._client.writer.send(_log_refusal, "HDEL", self._settings.keys.gateways, self._info.id)
 
     async def stop(self) -> None:
         """Close the connection."""
@@ -105,7 +103,7 @@ class Follower:
             await asyncio.sleep(_ANNOUNCE_EVERY_S)
 
     def _tell(self) -> None:
-        if self._client.writer is not None:
+        if self._client.writer.is_open:
             self._client.writer.send(_log_refusal, "HSET", *self._entry())
 
     def _entry(self) -> tuple[str, str, bytes]:

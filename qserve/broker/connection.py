@@ -42,12 +42,13 @@ def ignore_answer(_answer: Answer) -> None:
 class Connection(asyncio.Protocol):
     """A connection that pipelines by itself. Bound to the loop it was opened on; not thread-safe.
 
-    A lost connection is not reopened here and no command is ever sent twice: every unanswered command's callback gets
-    a `BrokerUnavailable`, and the owner opens another connection.
+    A new instance is closed; `open` makes one that is connected. A lost connection is not reopened here and no command
+    is ever sent twice: every unanswered command's callback gets a `BrokerUnavailable`, and so does that of every
+    command sent from then on. The owner opens another connection.
     """
 
     def __init__(self, on_lost: Callable[[], None] | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop
         self._reader = hiredis.Reader(notEnoughData=_NOTHING, replyError=self._error)
         self._waiting: deque[Callable[[Answer], None]] = deque()
         self._out: list[bytes] = []
@@ -88,6 +89,7 @@ class Connection(asyncio.Protocol):
     @classmethod
     async def _open_at(cls, server: Broker, on_lost: Callable[[], None] | None, timeout_s: float) -> "Connection":
         self = cls(on_lost)
+        self._loop = asyncio.get_running_loop()
         self._server = server
         try:
             async with asyncio.timeout(timeout_s):
@@ -148,7 +150,8 @@ class Connection(asyncio.Protocol):
     def send(self, on_answer: Callable[[Answer], None], *command: Any) -> None:
         """Send a command at the end of this tick; its answer or exception goes to `on_answer`, in order."""
         if self._transport is None:
-            self._loop.call_soon(on_answer, BrokerUnavailable("the connection to Redis is lost"))
+            lost = BrokerUnavailable("the connection to Redis is lost")
+            asyncio.get_running_loop().call_soon(on_answer, lost)
             return
         self._waiting.append(on_answer)
         if not self._out:
@@ -176,7 +179,7 @@ class Connection(asyncio.Protocol):
             BrokerUnavailable: The connection was lost first; the command may have been carried out.
             RedisError: Redis refused the command.
         """
-        future: asyncio.Future[Answer] = self._loop.create_future()
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self.send(lambda answer: _settle(future, answer), *command)
         return await future
 

@@ -29,7 +29,7 @@ class Link:
 
     Args:
         url: Redis URL.
-        on_up: Awaited with every new pair, before it is used; `sender` and `waiter` are set.
+        on_up: Awaited with every new pair, before it is used.
         on_long_loss: Called at every failed attempt once the loss has lasted PATIENCE_S.
     """
 
@@ -41,8 +41,8 @@ class Link:
         self._on_long_loss = on_long_loss
         self._lost = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
-        self.sender: Connection | None = None
-        self.waiter: Connection | None = None
+        self.sender = self.waiter = Connection()
+        """While the pair is lost these are closed connections, which answer every command with `BrokerUnavailable`."""
         self.losses = 0
         self._heard = (0, 0)
         self._silent_checks = 0
@@ -68,7 +68,7 @@ class Link:
         Checks are counted instead of seconds: a process that was frozen finds answers it has not read yet.
         """
         sender, waiter = self.sender, self.waiter
-        if sender is None or waiter is None:
+        if not (sender.is_open and waiter.is_open):
             self._silent_checks = 0
             return
         heard = (-1 if sender.is_idle else sender.heard, -1 if waiter.is_idle else waiter.heard)
@@ -90,8 +90,8 @@ class Link:
 
     def descriptors(self) -> list[int]:
         """File descriptors of the open connections, for whoever must close them after a fork."""
-        connections = [c for c in (self.sender, self.waiter) if c is not None]
-        return [descriptor for c in connections if (descriptor := c.descriptor()) is not None]
+        found = (self.sender.descriptor(), self.waiter.descriptor())
+        return [descriptor for descriptor in found if descriptor is not None]
 
     async def _connect(self) -> None:
         sender = await Connection.open(self._url, self.lose)
@@ -118,10 +118,8 @@ class Link:
             raise
 
     def _disconnect(self) -> None:
-        for connection in (self.sender, self.waiter):
-            if connection is not None:
-                connection.close()
-        self.sender = self.waiter = None
+        self.sender.close()
+        self.waiter.close()
 
     async def _keep_connected(self) -> None:
         while True:
@@ -129,7 +127,7 @@ class Link:
             self._lost.clear()
             logger.warning("lost the connection to Redis; reconnecting")
             lost_at, delay, told = time.monotonic(), 0.05, ""
-            while self.sender is None:
+            while not self.sender.is_open:
                 try:
                     await self._connect()
                 except QServeError as exc:

@@ -19,10 +19,10 @@ class Refusals:
     """The errors for calls that found a full queue. Belongs to its client's loop.
 
     Args:
-        sender: The connection for commands, None while there is none.
+        sender: The connection for commands; a closed one while Redis is away.
     """
 
-    def __init__(self, keys: Keys, sender: Callable[[], Connection | None]) -> None:
+    def __init__(self, keys: Keys, sender: Callable[[], Connection]) -> None:
         self._keys = keys
         self._sender = sender
         self._paces: dict[str, Pace] = {}
@@ -49,10 +49,10 @@ class Pace:
         self._seen: tuple[float, int] | None = None
         self._per_s: float | None = None
 
-    def look(self, connection: Connection | None) -> None:
+    def look(self, connection: Connection) -> None:
         """Look how far the queue has come, once a second."""
         now = time.monotonic()
-        if connection is None or now - self._looked_at < _LOOK_EVERY_S:
+        if now - self._looked_at < _LOOK_EVERY_S:
             return
         if now - self._looked_at > _TOO_OLD_S:
             self._seen = self._per_s = None

@@ -27,8 +27,8 @@ class Caller(Protocol):
     tally: Counter[str]
 
     @property
-    def writer(self) -> Connection | None:
-        """The connection for commands, None while there is none."""
+    def writer(self) -> Connection:
+        """The connection for commands; a closed one while Redis is away."""
 
     def refuse(self, call: PendingCall, error: QServeError) -> None:
         """End a call that Redis has not taken."""
@@ -71,13 +71,13 @@ class Admission:
             asyncio.get_running_loop().call_soon(self.flush)
         self._batches[call.deployment] = [call]
         writer = self._caller.writer
-        if writer is not None and writer.is_idle:
+        if writer.is_idle:
             self.flush()  # nobody to wait for: the tick's other calls follow in their own batch
 
     def flush(self) -> None:
         """Send what was put; while the broker is lost it waits, until `give_back` ends that."""
         writer = self._caller.writer
-        if not self._batches or writer is None:
+        if not self._batches or not writer.is_open:
             return
         reach("admit")
         batches, self._batches = self._batches, {}

@@ -118,7 +118,7 @@ class Client:
         self.durable.stop()
         for pending in list(self._pending.values()):
             self._finish(pending, CallCancelled(_STOPPED))
-        if self._link.sender is not None:
+        if self._link.sender.is_open:
             self._receiver.discard(self._link.sender)
             self._link.sender.flush()
             with contextlib.suppress(BrokerUnavailable, TimeoutError):
@@ -130,7 +130,7 @@ class Client:
         now = time.monotonic()
         self.durable.tick()
         self._reconciler.budget.note(self.tally["accepted"], now)
-        if now >= self._sample_at and self._link.sender is not None:
+        if now >= self._sample_at and self._link.sender.is_open:
             self._sample_at = now + SAMPLE_EVERY_S
             spawn(self.sample_clock())
 
@@ -138,12 +138,12 @@ class Client:
         """See whether Redis' clock has jumped."""
         sender = self._link.sender
         with contextlib.suppress(BrokerUnavailable, RedisError):
-            if sender is not None and await self._clock.sample(sender):
+            if sender.is_open and await self._clock.sample(sender):
                 spawn(self._reconciler.run())  # what was unread in the inbox may have expired
 
     @property
-    def writer(self) -> Connection | None:
-        """The connection for commands, None while there is none."""
+    def writer(self) -> Connection:
+        """The connection for commands; a closed one while Redis is away."""
         return self._link.sender
 
     @property
@@ -300,7 +300,7 @@ class Client:
             f"the call to {pending.deployment!r} did not end before its deadline; it was withdrawn"
         )
         with contextlib.suppress(BrokerUnavailable, TimeoutError):
-            if self._link.sender is not None:
+            if self._link.sender.is_open:
                 async with asyncio.timeout(0.5):
                     meta = self._keys.meta(pending.deployment)
                     seen, now = await asyncio.gather(
@@ -316,19 +316,19 @@ class Client:
 
     def withdraw_entry(self, pending: PendingCall) -> None:
         """Take a call that has ended off its queue, or have it cancelled where it runs."""
-        if pending.entry is None or self._link.sender is None:
+        if pending.entry is None or not self._link.sender.is_open:
             return
         queue = self._admission.queue_of(pending)
         queue.cancel(self._link.sender, pending.entry, partial(self._withdrawn, pending))
 
     def _drop_payload(self, pending: PendingCall) -> None:
-        if pending.payload is not None and self._link.sender is not None:
+        if pending.payload is not None:
             self._link.sender.send(ignore_answer, "DEL", self._keys.payload(pending.id))
 
     def _withdrawn(self, pending: PendingCall, answer: Answer) -> None:
         if answer == 1:
             self._drop_payload(pending)
-        elif isinstance(answer, bytes) and self._link.sender is not None and pending.entry is not None:
+        elif isinstance(answer, bytes) and pending.entry is not None:
             control = Control("cancel", pending.entry.decode(), pending.inherited)
             send_control(self._link.sender, self._keys, self.signer, answer.decode(), control, pending.id)
 
@@ -350,7 +350,7 @@ class Client:
             self._take_chunk(reply.id, pending, decode_chunk(reply.payload))
             return
         if pending is None:  # timed out or cancelled: the answer is late
-            if reply.out_of_line and self._link.sender is not None:
+            if reply.out_of_line:
                 self._link.sender.send(ignore_answer, "DEL", self._keys.payload(result_id(reply.id)))
             return
         if reply.out_of_line:
@@ -386,7 +386,7 @@ class Client:
             if channel is not None and channel.peer_has_left(answer):
                 channel.close(StreamBroken("the replica is gone"))
 
-        if self._link.sender is not None:
+        if self._link.sender.is_open:
             send_chunk(self._link.sender, self._keys, self.signer, to, call, chunk, check)
         elif pending is not None and pending.channel is not None:
             pending.channel.close(StreamBroken("Redis cannot be reached"))
@@ -395,7 +395,6 @@ class Client:
         key = self._keys.payload(result_id(reply.id))
         outcome: Outcome = BrokerUnavailable("the result is gone from Redis")
         try:
-            assert self._link.sender is not None
             reach("result-announced")
             sealed = await self._link.sender.call("GETDEL", key)
             if sealed is not None:
@@ -429,7 +428,7 @@ class Client:
 
     def conclude(self, call: PendingCall, error: QServeError) -> None:
         """End a call that is lost."""
-        if isinstance(error, Indeterminate) and self._link.sender is not None:
+        if isinstance(error, Indeterminate):
             self._link.sender.send(ignore_answer, "HINCRBY", self._keys.counters, "indeterminate", 1)
         self._finish(call, error)
 

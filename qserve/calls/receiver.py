@@ -37,7 +37,6 @@ class Receiver:
     async def open(self, link: Link) -> None:
         """Begin, or go on, to read over a link that has come up; replies are accepted from now on."""
         self._link = link
-        assert link.sender is not None
         await self._inbox.open(link.sender)
         self._read()
 
@@ -58,14 +57,14 @@ class Receiver:
         while True:
             await asyncio.sleep(CHECK_EVERY_S)
             self._link.check()
-            if self._link.sender is None:
+            if not self._link.sender.is_open:
                 continue
             self._inbox.say_alive(self._link.sender)
             self._inbox.trim(self._link.sender)
             on_tick()
 
     def _read(self) -> None:
-        if self._link.waiter is not None:
+        if self._link.waiter.is_open:
             self._inbox.read(self._link.waiter, self._received, block_ms=BLOCK_MS, most=_FRAMES_PER_READ)
 
     def _received(self, answer: Answer) -> None:
@@ -81,10 +80,9 @@ class Receiver:
                 self._accept(decode_reply(self._signer.open(frame)))
             except (FrameRejected, *UNREADABLE) as exc:
                 self._reject(exc)
-        if self._inbox.untrimmed >= _TRIM_EVERY and self._link.sender is not None:
+        if self._inbox.untrimmed >= _TRIM_EVERY and self._link.sender.is_open:
             self._inbox.trim(self._link.sender)
 
     def _reject(self, exc: Exception) -> None:
         logger.warning("dropped a frame in the inbox: %s", exc)
-        if self._link.sender is not None:
-            self._link.sender.send(ignore_answer, "HINCRBY", self._keys.counters, "rejected_frames", 1)
+        self._link.sender.send(ignore_answer, "HINCRBY", self._keys.counters, "rejected_frames", 1)

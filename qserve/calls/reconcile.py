@@ -84,7 +84,7 @@ class Reconciler:
         """Look once; the next link looks again if this one is lost meanwhile."""
         sender, losses = self._link.sender, self._link.losses
         calls = self._caller.unsettled()
-        if sender is None or not calls:
+        if not sender.is_open or not calls:
             return
         with contextlib.suppress(BrokerUnavailable):
             taken = [call for call in calls if call.entry is not None]

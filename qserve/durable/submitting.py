@@ -108,7 +108,7 @@ class DurableCalls:
 
     Args:
         process: Id of the inbox that gets the outcomes.
-        sender: The connection for commands, None while there is none.
+        sender: The connection for commands; a closed one while Redis is away.
         refusals: The errors for full queues.
     """
 
@@ -117,7 +117,7 @@ class DurableCalls:
         settings: Settings,
         signer: Signer,
         process: str,
-        sender: Callable[[], Connection | None],
+        sender: Callable[[], Connection],
         refusals: Refusals,
     ) -> None:
         self.records = Records(settings.keys)
@@ -170,7 +170,7 @@ class DurableCalls:
     async def _submit_confirmed(self, each: Submission, durability: Durability) -> None:
         call = each.call
         try:
-            if (sender := self._sender()) is None:
+            if not (sender := self._sender()).is_open:
                 raise BrokerUnavailable("Redis cannot be reached")
             if each.payload is not None:  # the script makes it last
                 await sender.call("SET", self._keys.payload(call.id), each.payload, "PX", _UNCONFIRMED_PAYLOAD_MS)
@@ -184,7 +184,7 @@ class DurableCalls:
 
     def _flush(self) -> None:
         sender = self._sender()
-        if sender is None or not self._collected:
+        if not sender.is_open or not self._collected:
             return  # `link_up` or `link_down` goes on
         reach("submit")
         collected, self._collected = self._collected, {}
@@ -259,7 +259,7 @@ class DurableCalls:
 
     async def _fetch(self, reply: Reply) -> None:
         sender = self._sender()
-        if sender is None:
+        if not sender.is_open:
             return  # `link_up` looks again
         try:
             sealed = await sender.call("GET", self._keys.payload(result_id(reply.id)))
@@ -274,7 +274,7 @@ class DurableCalls:
 
     def _look(self, call_id: str) -> None:
         sender = self._sender()
-        if sender is not None:
+        if sender.is_open:
             self.records.attach(sender, call_id, self._process, partial(self._looked, call_id))
 
     def _looked(self, call_id: str, answer: Answer) -> None:
@@ -313,7 +313,7 @@ class DurableCalls:
             BrokerUnavailable: Redis cannot be asked.
         """
         sender = self._sender()
-        if sender is None:
+        if not sender.is_open:
             raise BrokerUnavailable("Redis cannot be reached")
         record = await self.records.describe(sender, call_id, after_event)
         if record is None or not record.is_late:
@@ -336,7 +336,7 @@ class DurableCalls:
             FrameRejected: One is not the call's.
         """
         sender = self._sender()
-        if sender is None:
+        if not sender.is_open:
             raise BrokerUnavailable("Redis cannot be reached")
         found = await self.records.parts(sender, record, after, PARTS_READ) if record.has_parts else []
         return [(number, at, self._open_part(frame, record)) for number, at, frame in found]
@@ -362,15 +362,15 @@ class DurableCalls:
         self, call_id: str, state: str, error: QServeError, on_answer: Callable[[Answer], None] | None
     ) -> None:
         sender = self._sender()
-        if sender is None:
+        if not sender.is_open:
             if on_answer is not None:
                 on_answer(BrokerUnavailable("Redis cannot be reached"))
             return
 
         def check(answer: Answer) -> None:
-            if isinstance(answer, list) and (connection := self._sender()) is not None:
+            if isinstance(answer, list):
                 replica, entry, _ = (part.decode() for part in answer)
-                send_control(connection, self._keys, self._signer, replica, Control("cancel", entry), call_id)
+                send_control(self._sender(), self._keys, self._signer, replica, Control("cancel", entry), call_id)
             if on_answer is not None:
                 on_answer(answer)
 
@@ -383,8 +383,7 @@ class DurableCalls:
 
     def link_up(self) -> None:
         """There is a connection (again): ask what is not known."""
-        if (sender := self._sender()) is not None:
-            load_scripts(sender)
+        load_scripts(self._sender())
         self._collected = {}
         for submission in self._unconfirmed.values():
             self._collected.setdefault(submission.call.deployment, []).append(submission)

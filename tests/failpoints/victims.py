@@ -71,7 +71,6 @@ async def main() -> None:
     client = Client(settings)
     await client.start()
     # A process that dies with answers unread resets its connection: the server may not read what was sent last.
-    assert client.writer is not None
     await client.writer.call("PING")
     if what == "submit":
         await submit(client)

@@ -56,7 +56,7 @@ async def test_a_half_open_line_of_a_gateway_and_a_handle_is_given_up_and_their_
 
             link.part()
             it.world.books.gate.open()
-            await until(lambda: caller.client.writer is None)
+            await until(lambda: not caller.client.writer.is_open)
             link.heal()
             watch = Stopwatch()
 

@@ -58,7 +58,7 @@ class Answers:
             sealed = self._signer.seal(encode(Blob(result_id(call.id), payload)))
             self._results[entry] = (self._keys.payload(result_id(call.id)), sealed)
             payload = b""
-        if call.out_of_line and self._link.sender is not None:
+        if call.out_of_line:
             self._link.sender.send(ignore_answer, "DEL", self._keys.payload(call.id))
         frame = self._signer.seal(encode(Reply(call.id, call.reply_to, kind, payload, out_of_line)))
         replies = self._collected.get(call.reply_to)
@@ -72,7 +72,7 @@ class Answers:
     def flush(self) -> None:
         """Send what was collected; kept while Redis is away."""
         sender = self._link.sender
-        if not self._collected or sender is None:
+        if not self._collected or not sender.is_open:
             return
         reach("reply")
         collected, self._collected = self._collected, {}
@@ -127,11 +127,10 @@ class Answers:
 
     def count(self, metric: str, by: int) -> None:
         """Raise one of the namespace's counters."""
-        if self._link.sender is not None:
-            self._link.sender.send(ignore_answer, "HINCRBY", self._keys.counters, metric, by)
+        self._link.sender.send(ignore_answer, "HINCRBY", self._keys.counters, metric, by)
 
     async def _give_up(self, entry: Entry, reason: str, call: Call | None, error: bytes) -> None:
-        if self._link.sender is None:
+        if not self._link.sender.is_open:
             return  # still pending for this replica: the next link finds it
         caller, frame = "", b""
         if call is not None:
@@ -145,7 +144,7 @@ class Answers:
 
     def _send(self, number: int, batch: _Batch, *, is_first: bool, insist: bool = False) -> None:
         sender = self._link.sender
-        if sender is None:
+        if not sender.is_open:
             return
         self._sent[number] = batch
         if self._results:

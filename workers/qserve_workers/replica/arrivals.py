@@ -70,7 +70,7 @@ class Arrivals:
 
     def _flush(self) -> None:
         collected, self._collected = self._collected, []
-        if self._link.sender is None:
+        if not self._link.sender.is_open:
             self._claimed(collected, BrokerUnavailable("the connection to Redis is lost"))
             return
         names: list[str] = []

@@ -108,8 +108,7 @@ class Consumer:
     async def connect(self) -> None:
         """Open the queue without taking anything from it."""
         await self._link.start()
-        if self._link.sender is not None:
-            await self.queue.introduce(self._link.sender)
+        await self.queue.introduce(self._link.sender)
         self._clockwork = spawn(self._sample_clock())
         self._watch = spawn(self.conversations.watch_callers())
 
@@ -122,7 +121,7 @@ class Consumer:
     async def pause(self) -> None:
         """Take no more calls; returns when none is being read any more."""
         self._accepting = False
-        while self._reading and self._link.sender is not None:
+        while self._reading and self._link.sender.is_open:
             self._read_ended.clear()
             self._end_read()
             await self._read_ended.wait()
@@ -161,8 +160,7 @@ class Consumer:
         await end(self._clockwork, self._watch)
         with contextlib.suppress(QServeError, TimeoutError):
             async with asyncio.timeout(_LAST_WORD_S):
-                if self._link.sender is not None:
-                    await self._link.sender.call("PING")  # the answers before it have arrived
+                await self._link.sender.call("PING")  # the answers before it have arrived
         await self._link.stop()
         return not (self._answers.unconfirmed or self.durable.unconfirmed)
 
@@ -192,8 +190,6 @@ class Consumer:
 
     async def _link_up(self) -> None:
         sender, waiter = self._link.sender, self._link.waiter
-        assert sender is not None
-        assert waiter is not None
         await self.queue.open(sender)
         self._waiter_id = await waiter.call("CLIENT", "ID")
         await self._clock.sample(sender)
@@ -220,7 +216,7 @@ class Consumer:
         while True:
             await asyncio.sleep(CHECK_EVERY_S)
             self._link.check()
-            if self._link.sender is not None and time.monotonic() >= sample_at:
+            if self._link.sender.is_open and time.monotonic() >= sample_at:
                 sample_at = time.monotonic() + SAMPLE_EVERY_S
                 try:
                     await self._clock.sample(self._link.sender)
@@ -228,7 +224,7 @@ class Consumer:
                     logger.debug("could not read Redis' clock: %s", exc)
 
     async def _queue_length(self) -> int:
-        if self._link.sender is None:
+        if not self._link.sender.is_open:
             return 1
         try:
             length: int = await self._link.sender.call("XLEN", self._keys.calls(self.spec.name))
@@ -240,7 +236,7 @@ class Consumer:
 
     def _read_more(self) -> None:
         waiter = self._link.waiter
-        if self._reading or waiter is None or not self._accepting or self._on_trial:
+        if self._reading or not waiter.is_open or not self._accepting or self._on_trial:
             return
         if self.absence.noticed():
             return
@@ -283,8 +279,6 @@ class Consumer:
         self._read_more()
 
     async def _is_mine(self, entry: Entry) -> bool:
-        if self._link.sender is None:
-            raise BrokerUnavailable("the connection to Redis is lost")
         return await self.queue.note_start(self._link.sender, entry.id)
 
     def _read_failed(self, error: Exception) -> None:
@@ -295,7 +289,7 @@ class Consumer:
 
     def _end_read(self) -> None:
         # On the server, where an entry is either delivered whole or not at all; a read cancelled here would lose some.
-        if self._reading and self._link.sender is not None:
+        if self._reading and self._link.sender.is_open:
             self._link.sender.send_now(ignore_answer, "CLIENT", "UNBLOCK", self._waiter_id)
 
     def take_over(self, entries: list[Entry]) -> None:
@@ -388,7 +382,6 @@ class Consumer:
     async def _try(self, entry: Entry) -> None:
         """Run a call again, once it is noted that it was started: only what was is blamed if this replica dies, too."""
         try:
-            assert self._link.sender is not None
             reach("note-start")
             is_mine = await self.queue.note_start(self._link.sender, entry.id)
         except (BrokerUnavailable, RedisError) as exc:

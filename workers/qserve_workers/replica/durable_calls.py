@@ -200,8 +200,7 @@ class DurableRuns:
     async def _note_start(self, entry: Entry, call: DurableCall) -> list[Any]:
         while self._host.is_running(entry.id):
             try:
-                if self._link.sender is not None:
-                    return await self._records.run(self._link.sender, call, self._replica, entry.id)
+                return await self._records.run(self._link.sender, call, self._replica, entry.id)
             except (BrokerUnavailable, RedisError) as exc:
                 logger.warning("could not note that call %s runs: %s", call.id, exc)
             await asyncio.sleep(_NEXT_TRY_S)
@@ -278,7 +277,7 @@ class DurableRuns:
 
     async def reject(self, entry: Entry, deployment: str, error: Exception) -> None:
         """Give up an entry that is no call of ours, and with it the call that it stood for."""
-        if self._link.sender is None:
+        if not self._link.sender.is_open:
             return  # still pending for this replica: the next link finds it
         frame = durable_reply(self._signer, entry.call.decode(errors="replace"), ERROR, self._pack_error(error))
         try:
@@ -307,7 +306,7 @@ class DurableRuns:
 
     def _send(self, entry: bytes) -> None:
         sender, settlement = self._link.sender, self._unconfirmed.get(entry)
-        if sender is None or settlement is None:
+        if not sender.is_open or settlement is None:
             return
         reach("settle")
         if settlement.result is not None:
@@ -336,8 +335,7 @@ class DurableRuns:
 
     def resend(self) -> None:
         """Send again, on a new connection, what the last one did not confirm."""
-        if self._link.sender is not None:
-            load_scripts(self._link.sender)
+        load_scripts(self._link.sender)
         for entry in list(self._unconfirmed):
             self._send(entry)
 
@@ -383,9 +381,8 @@ class DurableRuns:
             news = durable_reply(self._signer, call.id, NEWS, b"")
             while self._host.is_running(entry.id):
                 try:
-                    if self._link.sender is not None:
-                        await self._records.part(self._link.sender, call.id, entry.id, index, frame, news)
-                        return
+                    await self._records.part(self._link.sender, call.id, entry.id, index, frame, news)
+                    return
                 except (BrokerUnavailable, RedisError) as exc:
                     logger.warning("could not record a part of call %s: %s", call.id, exc)
                 await asyncio.sleep(_NEXT_TRY_S)
@@ -393,7 +390,7 @@ class DurableRuns:
         return _Parts(attempt, self._codec, self._settings.max_value_bytes, record)
 
     def _send_progress(self, entry: bytes, call_id: str, frame: bytes) -> None:
-        if self._link.sender is not None and entry not in self._unconfirmed:
+        if entry not in self._unconfirmed:
             self._records.progress(self._link.sender, call_id, entry, frame)
 
 

@@ -463,7 +463,7 @@ class Replica:
             p99_ms=round(times[len(times) * 99 // 100], 3) if times else None,
         )
         sender, losses = self._consumer.link.sender, self._consumer.link.losses
-        if (info != self._published or losses != self._published_at_loss) and sender is not None:
+        if (info != self._published or losses != self._published_at_loss) and sender.is_open:
             self._published, self._published_at_loss = info, losses
             sender.send(lambda _: None, "HSET", self._keys.replicas(self._name), self._id, encode(info))
 

@@ -49,7 +49,7 @@ class Mover:
 
     async def _look(self, *, anyway: bool) -> float:
         sender = self._link.sender
-        if sender is None:
+        if not sender.is_open:
             return _LOOK_EVERY_S
         reach("due")
         try:

@@ -122,7 +122,7 @@ class Conversations:
                 running.info.deadline = None
                 self._on_streaming()
             reach("chunk")
-            if self._link.sender is not None:
+            if self._link.sender.is_open:
                 send_chunk(self._link.sender, self._keys, self._signer, to, call.id, chunk, check)
                 reach("chunk-sent")
             else:
@@ -158,8 +158,6 @@ class Conversations:
                     await self._end_if_dead(caller)
 
     async def _end_if_dead(self, caller: str) -> None:
-        if self._link.sender is None:
-            return
         left_ms = await self._link.sender.call("PTTL", self._keys.alive(caller))
         if left_ms > ALIVE_TTL_MS - _SILENT_CALLER_MS:
             self._doubted.pop(caller, None)
@@ -235,7 +233,7 @@ class Runner:
 
     async def fetch(self, call: Call) -> bytes:
         """The payload of a call that travelled out of line."""
-        if self._link.sender is None:
+        if not self._link.sender.is_open:
             raise BrokerUnavailable("the call's payload could not be fetched: Redis is away")
         sealed = await self._link.sender.call("GET", self._keys.payload(call.id))
         if sealed is None:

@@ -70,7 +70,7 @@ class Takeover:
                 await asyncio.wait_for(self._wanted.wait(), pause)
             self._wanted.clear()
             connection = self._consumer.link.sender
-            if connection is None:
+            if not connection.is_open:
                 self._seen.clear()
                 continue
             try:
