@@ -1,7 +1,7 @@
 # One door for developers; CI uses the same targets. Needs Python 3.11 or newer and make, everything else goes into .venv.
 #
 #   make run      serve the examples on port 8000, with a Valkey of their own (PORT=..., APP=...)
-#   make test     all tests, two files at a time (ARGS="tests/test_codec.py -k numpy" for some)
+#   make test     all tests, two files at a time (ARGS="tests/pure/test_codec.py -k numpy" for some)
 #   make check    ruff and mypy
 #   make bench    the table of benchmarks/results.md (BENCH_PEERS=dir adds the peers)
 #   make chaos    break everything under load, for 80 minutes (ARGS="--part 2/11", "--slice", "--runs K1,K5")
@@ -30,10 +30,10 @@ bench: $(READY)
 	@$(VENV)/bin/python -m benchmarks.bench
 
 chaos: $(READY)
-	@$(VENV)/bin/python -m tests.chaos $(ARGS)
+	@$(VENV)/bin/python -m tests.faults.chaos $(ARGS)
 
 docs: $(READY)
-	@$(VENV)/bin/python -m pytest tests/test_docs.py
+	@$(VENV)/bin/python -m pytest tests/instance/test_docs.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,12 +1,9 @@
 """Fixtures: a real server for each session, and a whole instance where a test wants one."""
 
 import os
-import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +17,7 @@ from qserve.calls import process_client
 from qserve.settings import Settings
 from qserve.testing import TestInstance, instance
 from qserve.wire.messages import Signer
-
-SECRET = "test-" + secrets.token_hex(16)
+from tests.support.servers import SECRET, wait_until_accepting
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,7 +40,7 @@ def redis_server() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="qs-"))
     valkey = subprocess.Popen(embedded.command(folder))
     try:
-        _wait_until_accepting(embedded.socket_path(folder), valkey)
+        wait_until_accepting(embedded.socket_path(folder), valkey)
         yield embedded.redis_url(folder)
     finally:
         valkey.kill()
@@ -106,13 +102,3 @@ def qserve_instance(
     yield running
     running.clear()
     process_client.close_current_client()
-
-
-def _wait_until_accepting(path: Path, valkey: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and valkey.poll() is None:
-        with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(str(path)) == 0:
-                return
-        time.sleep(0.005)
-    raise AssertionError(f"the Valkey on {path} did not start")

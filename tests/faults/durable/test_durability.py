@@ -1,0 +1,85 @@
+"""How safe a call is when it is said to be submitted, and what is told where that cannot be reached."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+import qserve
+from qserve import serve
+from qserve.broker import embedded
+from qserve.broker.keys import Keys
+from qserve.broker.state import State
+from qserve.calls import process_client
+from qserve.calls.handle import get_handle
+from qserve.durable import confirming
+from qserve.wire.messages import Signer
+from qserve.wire.spec import DeploymentSpec, Target
+from tests.support.servers import SECRET, wait_until_accepting
+from tests.support.serving import free_port, runtime_folder
+
+
+@contextmanager
+def server(*options: str) -> Iterator[str]:
+    """URL of a server that knows a deployment `x`, for which nobody runs."""
+    with runtime_folder() as folder:
+        running = subprocess.Popen([*embedded.command(folder), *options])
+        try:
+            wait_until_accepting(embedded.socket_path(folder), running)
+            yield embedded.redis_url(folder)
+        finally:
+            running.kill()
+            running.wait()
+
+
+@pytest.fixture
+def submit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Submits a call to an instance on a server."""
+
+    def submit(url: str, durability: str | None = None) -> Any:
+        monkeypatch.setenv("QSERVE_REDIS_URL", url)
+        monkeypatch.setenv("QSERVE_SECRET", SECRET)
+        state = State(url, Keys("default"), Signer((SECRET.encode(),)))
+        if state.get("x") is None:
+            state.deploy(DeploymentSpec(name="x", target=Target("m:x"), revision="r"), expected=0)
+        state.close()
+        options: Any = {} if durability is None else {"durability": durability}
+        return get_handle("x").options(durable=True, **options).remote()
+
+    yield submit
+    process_client.close_current_client()
+
+
+def test_a_call_is_on_the_disk_when_it_is_submitted(submit: Any) -> None:
+    with server("--appendonly", "yes") as url:
+        refs = [submit(url, "fsync") for _ in range(3)]
+        assert {ref.status().state for ref in refs} == {"queued"}
+
+
+def test_a_server_that_writes_nothing_down_is_told_with_the_id(submit: Any) -> None:
+    with server() as url:
+        with pytest.raises(qserve.BrokerUnavailable, match=r"durability='fsync'.*appendonly.*get_ref") as caught:
+            submit(url, "fsync")
+        call_id = str(caught.value).partition("get_ref('")[2][:33]
+        assert serve.get_ref(call_id).status().state == "queued"
+
+
+def test_the_setting_asks_for_a_replica_and_one_that_is_there_is_enough(
+    submit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confirming, "PATIENCE_S", 0.3)
+    monkeypatch.setenv("QSERVE_DURABILITY", "replica")
+    port = free_port()
+    with server("--port", str(port), "--repl-diskless-sync-delay", "0") as url:
+        with pytest.raises(qserve.BrokerUnavailable, match="no replica of Redis has it"):
+            submit(url)
+        monkeypatch.setattr(confirming, "PATIENCE_S", 20)
+        with server("--replicaof", "127.0.0.1", str(port)):
+            assert submit(url).status().state == "queued"
+
+
+def test_what_cannot_be_asked_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="durability"):
+        get_handle("x").options(durable=True, durability="disk")  # type: ignore[call-overload]

@@ -1,0 +1,458 @@
+"""Durable calls from Python: submitted here, collected anywhere."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from redis import Redis
+
+import qserve
+from qserve import serve
+from qserve.calls.handle import DeploymentHandle
+from qserve.testing import TestInstance
+from tests.support.gates import LIMIT_S, Gate, Notes, until
+
+pytestmark = pytest.mark.usefixtures("qserve_instance")
+
+
+def durable(deployment: Any, **terms: Any) -> Any:
+    handle: DeploymentHandle[Any] = deployment.get_handle()
+    return handle.options(durable=True, **terms)
+
+
+def elsewhere(code: str) -> str:
+    """What another process of the same user prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"from qserve import serve\n{code}"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_result_can_be_collected_by_another_process_and_more_than_once() -> None:
+    @serve.deployment
+    def double(number: int) -> int:
+        return number * 2
+
+    double.deploy()
+
+    ref = durable(double).remote(21)
+
+    assert isinstance(ref.id, str)
+    assert ref.result(LIMIT_S) == 42
+    for _ in range(2):
+        assert elsewhere(f"print(serve.get_ref({ref.id!r}).result(20))") == "42"
+    assert serve.get_ref(ref.id).result(LIMIT_S) == 42
+
+
+def test_a_call_outlives_the_process_that_submitted_it(gate: Gate) -> None:
+    @serve.deployment
+    def patient() -> str:
+        gate.pass_through()
+        return "at last"
+
+    patient.deploy()
+
+    call_id = elsewhere("print(serve.get_deployment('patient').get_handle().options(durable=True).remote().id)")
+    waiting = serve.get_ref(call_id)
+
+    assert not waiting.done()
+    gate.open()
+    assert waiting.result(LIMIT_S) == "at last"
+
+
+def test_an_error_is_the_same_everywhere() -> None:
+    @serve.deployment
+    def broken() -> None:
+        raise ZeroDivisionError("no")
+
+    broken.deploy()
+
+    ref = durable(broken).remote()
+
+    for each in (ref, serve.get_ref(ref.id)):
+        with pytest.raises(ZeroDivisionError, match="no"):
+            each.result(LIMIT_S)
+    assert ref.status().state == "failed"
+    assert ref.status().error == "ZeroDivisionError: no"
+
+
+def test_large_arguments_and_results_travel(qserve_instance: TestInstance) -> None:
+    @serve.deployment
+    def echo(data: bytes) -> bytes:
+        return data
+
+    echo.deploy()
+    data = os.urandom(3 * qserve_instance.settings.out_of_line_bytes)
+
+    ref = durable(echo).remote(data)
+
+    assert ref.result(LIMIT_S) == data
+    assert serve.get_ref(ref.id).result(LIMIT_S) == data
+
+
+async def test_asynchronous_code_awaits_submission_and_result() -> None:
+    @serve.deployment
+    async def double(number: int) -> int:
+        return number * 2
+
+    await asyncio.to_thread(double.deploy)
+    handle = double.get_handle(sync=False).options(durable=True)
+
+    first = await handle.remote(1)
+    second = await handle.remote(first)  # a ref stands for its value
+
+    assert await second == 4
+
+
+def test_the_bound_of_the_queue_holds_for_durable_calls_too(gate: Gate, notes: Notes) -> None:
+    @serve.deployment(max_queued_requests=2)
+    def held() -> None:
+        notes.add("started")
+        gate.pass_through()
+
+    held.deploy()
+    refs = [durable(held).remote(), durable(held, delay=1000).remote()]
+
+    with pytest.raises(qserve.BackPressureError):
+        durable(held).remote()
+    refs[1].cancel()
+    refs.append(durable(held).remote())
+    gate.open()
+    refs[2].result(LIMIT_S)
+
+
+def test_a_call_to_nobody_is_refused_at_once() -> None:
+    with pytest.raises(qserve.DeploymentNotFound):
+        DeploymentHandle[Any]("Nobody").options(durable=True).remote()
+
+
+def test_an_unknown_id_is_told_by_the_ref() -> None:
+    with pytest.raises(qserve.CallNotFound):
+        serve.get_ref("d" + "0" * 32).result(LIMIT_S)
+    with pytest.raises(ValueError, match="not the id of a durable call"):
+        serve.get_ref("nonsense")
+
+
+def test_a_call_whose_replica_dies_runs_again(gate: Gate, notes: Notes) -> None:
+    @serve.deployment
+    def fragile() -> int:
+        notes.add(os.getpid())
+        gate.pass_through()
+        return serve.get_replica_context().attempt
+
+    fragile.deploy()
+    ref = durable(fragile).remote()
+    [pid] = notes.wait_for(1)
+
+    os.kill(int(pid), signal.SIGKILL)
+    notes.wait_for(2)
+    gate.open()
+
+    assert ref.result(LIMIT_S) == 2
+    assert ref.status().attempts == 2
+
+
+def test_a_call_that_kills_its_replicas_is_given_up_after_three() -> None:
+    @serve.deployment
+    def poison() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    poison.deploy()
+
+    ref = durable(poison).remote()
+
+    with pytest.raises(qserve.PoisonCall):
+        ref.result(LIMIT_S)
+    assert ref.status().state == "dead"
+    assert ref.status().attempts == 3
+
+
+def test_a_queued_call_that_is_cancelled_never_runs(gate: Gate, notes: Notes) -> None:
+    @serve.deployment
+    def held(number: int) -> None:
+        notes.add(number)
+        gate.pass_through()
+
+    held.deploy()
+    first, second = durable(held).remote(1), durable(held).remote(2)
+    notes.wait_for(1)
+    watching = serve.get_ref(second.id)
+    assert second.status().state == "queued"
+    assert second.status().position == 0
+
+    assert second.cancel()
+
+    with pytest.raises(qserve.CallCancelled):
+        watching.result(LIMIT_S)
+    gate.open()
+    first.result(LIMIT_S)
+    durable(held).remote(3).result(LIMIT_S)
+    assert notes.read() == ["1", "3"]
+    assert watching.status().state == "cancelled"
+
+
+def test_a_running_asynchronous_call_is_stopped(notes: Notes) -> None:
+    @serve.deployment
+    async def endless() -> None:
+        notes.add("started")
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            notes.add("stopped")
+
+    endless.deploy()
+    ref = durable(endless).remote()
+    notes.wait_for(1)
+    watching = serve.get_ref(ref.id)
+
+    ref.cancel()
+
+    with pytest.raises(qserve.CallCancelled):
+        watching.result(LIMIT_S)
+    assert notes.wait_for(2) == ["started", "stopped"]
+
+
+def test_progress_reaches_every_ref(gate: Gate) -> None:
+    @serve.deployment
+    def slow() -> str:
+        serve.get_replica_context().report_progress({"done": 1, "of": 2})
+        gate.pass_through()
+        return "done"
+
+    slow.deploy()
+    ref = durable(slow).remote()
+
+    assert until(ref.progress) == {"done": 1, "of": 2}
+    late = serve.get_ref(ref.id)
+    assert until(late.progress) == {"done": 1, "of": 2}
+    gate.open()
+    assert late.result(LIMIT_S) == "done"
+
+
+def test_calls_that_are_not_durable_report_to_nobody() -> None:
+    @serve.deployment
+    def ordinary() -> str:
+        serve.get_replica_context().report_progress(1)
+        return "fine"
+
+    ordinary.deploy()
+
+    assert ordinary.get_handle().remote().result(LIMIT_S) == "fine"
+
+
+def test_a_delayed_call_waits_for_its_time() -> None:
+    @serve.deployment
+    def clock() -> float:
+        return time.time()
+
+    clock.deploy()
+    started = time.time()
+
+    ref = durable(clock, delay=0.7).remote()
+
+    assert ref.status().state == "scheduled"
+    assert ref.result(LIMIT_S) - started >= 0.69
+
+
+def test_a_delayed_call_can_be_cancelled(notes: Notes) -> None:
+    @serve.deployment
+    def noted() -> None:
+        notes.add("ran")
+
+    noted.deploy()
+    ref = durable(noted, delay=0.3).remote()
+
+    ref.cancel()
+
+    assert until(lambda: ref.status().state == "cancelled")
+    durable(noted, delay=0.5).remote().result(LIMIT_S)
+    assert notes.read() == ["ran"]
+
+
+def test_a_call_is_tried_again_after_the_errors_it_names(notes: Notes) -> None:
+    @serve.deployment
+    def flaky(error: str) -> int:
+        notes.add(error)
+        attempt = serve.get_replica_context().attempt
+        if attempt < 3:
+            raise {"os": ConnectionResetError, "value": ValueError}[error]("not yet")
+        return attempt
+
+    flaky.deploy()
+
+    assert durable(flaky, retries=3, backoff=0.05, retry_on=OSError).remote("os").result(LIMIT_S) == 3
+    assert durable(flaky, retries=3, backoff=0.05).remote("value").result(LIMIT_S) == 3
+    with pytest.raises(ValueError, match="not yet"):
+        durable(flaky, retries=3, backoff=0.05, retry_on="OSError").remote("value").result(LIMIT_S)
+    assert notes.read() == ["os"] * 3 + ["value"] * 4
+
+
+def test_retries_come_to_an_end_in_the_dead_letters() -> None:
+    @serve.deployment
+    def broken() -> None:
+        raise ValueError("for ever")
+
+    broken.deploy()
+
+    ref = durable(broken, retries=2, backoff=0.05).remote()
+
+    with pytest.raises(ValueError, match="for ever"):
+        ref.result(LIMIT_S)
+    assert ref.status().state == "dead"
+    assert ref.status().attempts == 3
+
+
+def test_a_call_that_expired_does_not_run(gate: Gate, notes: Notes) -> None:
+    @serve.deployment
+    def held(number: int) -> None:
+        notes.add(number)
+        gate.pass_through()
+
+    held.deploy()
+    first = durable(held).remote(1)
+    notes.wait_for(1)
+
+    late = durable(held, expires=0.2).remote(2)
+
+    with pytest.raises(qserve.GetTimeoutError):
+        late.result(LIMIT_S)
+    assert late.status().state == "expired"
+    gate.open()
+    first.result(LIMIT_S)
+    durable(held).remote(3).result(LIMIT_S)
+    assert notes.read() == ["1", "3"]
+
+
+def test_calls_of_low_priority_let_others_go_first(gate: Gate, notes: Notes) -> None:
+    @serve.deployment
+    def held(name: str) -> None:
+        notes.add(name)
+        gate.pass_through()
+
+    held.deploy()
+    refs = [durable(held).remote("first")]
+    notes.wait_for(1)
+
+    refs += [durable(held, priority="batch").remote(f"batch {number}") for number in range(2)]
+    refs += [durable(held).remote(f"interactive {number}") for number in range(2)]
+    time.sleep(0.5)  # the mover has had its chance to be wrong
+    gate.open()
+    qserve.get(refs, timeout=LIMIT_S)
+
+    assert notes.read() == ["first", "interactive 0", "interactive 1", "batch 0", "batch 1"]
+
+
+def test_a_result_is_kept_for_as_long_as_was_asked_for() -> None:
+    @serve.deployment
+    def quick() -> str:
+        return "here"
+
+    quick.deploy()
+    ref = durable(quick, result_ttl=1).remote()
+    assert ref.result(LIMIT_S) == "here"
+
+    def is_gone() -> bool:
+        with pytest.raises(qserve.CallNotFound):
+            ref.status()
+        return True
+
+    until(lambda: not _knows(ref.id))
+    assert is_gone()
+
+
+def _knows(call_id: str) -> bool:
+    try:
+        serve.get_ref(call_id).result(LIMIT_S)
+    except qserve.CallNotFound:
+        return False
+    return True
+
+
+def test_deleting_a_deployment_ends_what_waits_for_it(gate: Gate) -> None:
+    @serve.deployment
+    def gone() -> None: ...
+
+    gone.deploy()
+    ref = durable(gone, delay=1000).remote()
+
+    gone.delete()
+
+    with pytest.raises(qserve.DeploymentNotFound):
+        ref.result(LIMIT_S)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [{"delay": -1}, {"retries": -1}, {"priority": "high"}, {"expires": 0}, {"result_ttl": 0}, {"backoff": -1}],
+    ids=str,
+)
+def test_impossible_terms_are_refused(terms: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(terms))):
+        DeploymentHandle[Any]("Any").options(durable=True, **terms)
+
+
+def test_terms_without_durable_are_refused() -> None:
+    with pytest.raises(ValueError, match="durable=True"):
+        DeploymentHandle[Any]("Any").options(delay=3)  # type: ignore[call-overload]
+
+
+async def test_asynchronous_code_asks_for_status_and_progress(gate: Gate) -> None:
+    @serve.deployment
+    async def told() -> str:
+        serve.get_replica_context().report_progress(7)
+        await gate.passed()
+        return "done"
+
+    await asyncio.to_thread(told.deploy)
+    ref = await told.get_handle(sync=False).options(durable=True).remote()
+
+    while await serve.get_ref(ref.id).aprogress() != 7:  # noqa: ASYNC110 each time another ref
+        await asyncio.sleep(0.01)
+    assert (await ref.astatus()).state == "running"
+    gate.open()
+    assert await ref == "done"
+
+
+def test_a_call_whose_time_is_over_is_expired_for_whoever_looks(gate: Gate, notes: Notes) -> None:
+    @serve.deployment
+    def held() -> None:
+        notes.add("held")
+        gate.pass_through()
+
+    held.deploy()
+    first = durable(held).remote()
+    notes.wait_for(1)
+    ref = durable(held, expires=0.2).remote()
+
+    until(lambda: ref.status().state != "queued")
+    status = ref.status()
+    gate.open()
+
+    assert status.state == "expired"
+    assert status.ended is not None
+    first.result(LIMIT_S)
+    assert notes.read() == ["held"]
+
+
+def test_what_is_cancelled_is_kept_as_long_as_its_result_would_be(qserve_instance: TestInstance) -> None:
+    @serve.deployment
+    def later() -> None:
+        pass
+
+    later.deploy()
+    ref = durable(later, delay=1000, result_ttl=50).remote()
+    ref.cancel()
+    until(lambda: ref.status().state == "cancelled")
+
+    with Redis.from_url(qserve_instance.settings.redis_url) as redis:
+        assert 0 < redis.ttl(qserve_instance.settings.keys.call(ref.id)) <= 50

@@ -1,0 +1,177 @@
+"""Schedules: durable calls that Celery's beat submits when they are due, each once, whatever runs twice or dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import msgspec
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from qserve import serve
+from qserve.broker.state import State
+from qserve.cli import main
+from qserve.durable.cron import parse_when
+from qserve.durable.schedules import Schedules
+from qserve.testing import TestInstance
+from qserve.wire.messages import Signer, encode
+from tests.support.gates import Notes, until
+
+
+def at(text: str, zone: str = "UTC") -> float:
+    return datetime.fromisoformat(text).replace(tzinfo=ZoneInfo(zone)).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("when", "after", "due"),
+    [
+        ("0 3 * * *", "2026-01-31 03:00", "2026-02-01 03:00"),
+        ("*/15 9-17 * * mon-fri", "2026-11-20 17:45", "2026-11-23 09:00"),
+        ("30 6 1,15 * *", "2026-11-01 06:30", "2026-11-15 06:30"),
+        ("0 0 13 * 5", "2026-11-01 00:00", "2026-11-06 00:00"),
+        ("0 12 29 2 *", "2026-01-01 00:00", "2028-02-29 12:00"),
+        ("0 0 * jan 7", "2026-01-04 00:00", "2026-01-11 00:00"),
+        ("every 30s", "2026-01-01 00:00:29.9", "2026-01-01 00:00:30"),
+        ("every 6h", "2026-01-01 06:00", "2026-01-01 12:00"),
+    ],
+)
+def test_what_is_due_next(when: str, after: str, due: str) -> None:
+    assert datetime.fromtimestamp(parse_when(when).next_after(at(after)), UTC) == datetime.fromtimestamp(at(due), UTC)
+
+
+def test_clocks_that_are_changed_neither_skip_nor_repeat() -> None:
+    when = parse_when("30 2 * * * Europe/Berlin")
+    spring, autumn = at("2026-03-29 00:00", "Europe/Berlin"), at("2026-10-25 00:00", "Europe/Berlin")
+    assert when.next_after(spring) == at("2026-03-29 01:30")
+    first = when.next_after(autumn)
+    assert datetime.fromtimestamp(when.next_after(first), UTC) == datetime.fromtimestamp(at("2026-10-26 01:30"), UTC)
+
+
+def test_the_last_of_missed_moments() -> None:
+    when = parse_when("0 3 * * *")
+    assert when.last_between(at("2026-01-01 12:00"), at("2026-06-01 02:00")) == at("2026-05-31 03:00")
+    assert when.last_between(at("2026-06-01 03:00"), at("2026-06-02 02:59")) is None
+    assert parse_when("every 5s").last_between(100.0, 123.0) == 120.0
+
+
+@pytest.mark.parametrize("when", ["", "0 3 * *", "60 * * * *", "x * * * *", "*/0 * * * *", "0 0 31 2 *", "every 0s"])
+def test_what_cannot_be_is_told(when: str) -> None:
+    with pytest.raises(ValueError, match=r"schedule|minute|never|second"):
+        parse_when(when)
+    with pytest.raises(ValueError, match="time zone"):
+        parse_when("0 3 * * * Nowhere/Land")
+
+
+@pytest.fixture
+def told(qserve_instance: TestInstance, notes: Notes) -> Iterator[serve.Deployment[Any]]:
+    """Notes the id of each of its calls."""
+
+    @serve.deployment
+    def told(word: str = "") -> None:
+        notes.add(f"{serve.get_replica_context().request_id} {word}".strip())
+
+    told.deploy()
+    yield told
+    with closing(state_of(qserve_instance)) as state:
+        for each, _ in Schedules(state).all():
+            Schedules(state).remove(each.name)
+
+
+def state_of(instance: TestInstance) -> State:
+    return State(instance.settings.redis_url, instance.settings.keys, Signer(instance.settings.secrets))
+
+
+def schedule(*arguments: str) -> str:
+    done = CliRunner().invoke(main, ["schedule", *arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@contextmanager
+def another_beat(instance: TestInstance) -> Iterator["subprocess.Popen[bytes]"]:
+    settings = instance.settings
+    environment = os.environ | {"QSERVE_REDIS_URL": settings.redis_url, "QSERVE_SECRET": settings.secret}
+    command = ["-m", "celery", "-A", "qserve_workers", "beat", "-S", "qserve_workers.beat:Scheduler"]
+    process = subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_two_beats_submit_each_call_once(told: Any, qserve_instance: TestInstance, notes: Notes) -> None:
+    with another_beat(qserve_instance):
+        serve.schedule("often", "every 1s", told, "hello")
+        begun = time.monotonic()
+        lines = notes.wait_for(4)
+    serve.unschedule("often")
+
+    assert time.monotonic() - begun > 2
+    assert len({line.split()[0] for line in notes.read()}) == len(notes.read())
+    assert all(line.endswith("hello") for line in lines)
+    assert serve.get_ref(lines[0].split()[0]).status().state == "done"
+    with pytest.raises(KeyError):
+        serve.unschedule("often")
+
+
+def test_a_beat_that_is_killed_starts_again_and_repeats_nothing(
+    told: Any, qserve_instance: TestInstance, notes: Notes
+) -> None:
+    serve.schedule("often", "every 1s", told.get_handle().options(durable=True, retries=1))
+    notes.wait_for(2)
+    beats = [each for each in psutil.process_iter(["cmdline"]) if "beat" in (each.info["cmdline"] or [])]
+    ours = [each for each in beats if each.environ().get("QSERVE_REDIS_URL") == qserve_instance.settings.redis_url]
+    for each in ours:
+        each.send_signal(signal.SIGKILL)
+    count = len(notes.read())
+
+    notes.wait_for(count + 2)
+    serve.schedule("often", "every 1s", told.get_handle().options(durable=True, retries=1))  # nothing changes
+    notes.wait_for(count + 3)
+
+    assert ours
+    assert len(set(notes.read())) == len(notes.read())
+
+
+def test_schedules_are_managed_on_the_command_line(told: Any, qserve_instance: TestInstance, notes: Notes) -> None:
+    schedule("put", "nightly", "0 3 * * * Europe/Berlin", "told", '"word"', "--retries", "2")
+    schedule("put", "often", "every 1s", "nobody")
+
+    shown = json.loads(schedule("show", "nightly"))
+    assert (shown["deployment"], shown["args"], shown["retries"], shown["last"]) == ("told", ["'word'"], 2, None)
+    until(lambda: "no deployment 'nobody'" in schedule("ls"))
+    assert "no deployment 'nobody'" in json.loads(schedule("show", "often"))["error"]
+    schedule("rm", "often")
+    assert "often" not in schedule("ls")
+    wrong = CliRunner().invoke(main, ["schedule", "put", "x", "0 3 * *", "told"])
+    assert (wrong.exit_code, "is no schedule" in wrong.output) == (1, True)
+    assert CliRunner().invoke(main, ["schedule", "rm", "often"]).exit_code == 1
+
+
+def test_a_moment_that_was_missed_is_made_up_for_once(told: Any, qserve_instance: TestInstance, notes: Notes) -> None:
+    settings = qserve_instance.settings
+    serve.schedule("hourly", "every 1h", told)
+    state = state_of(qserve_instance)
+    schedules = Schedules(state)
+    made = schedules.get("hourly")
+    assert made is not None
+    earlier = msgspec.structs.replace(made, created=made.created - 36_000_000)
+    frame = state.signer.seal(encode(earlier))
+
+    state.redis.hset(settings.keys.schedules, "hourly", frame)
+
+    notes.wait_for(1)
+    for _ in range(3):
+        schedules.fire_due()
+    state.close()
+    assert len(notes.read()) == 1

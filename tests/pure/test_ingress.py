@@ -1,0 +1,804 @@
+"""FastAPI, APIRouter, Starlette and other ASGI applications in front of a class."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from fastapi import (
+    APIRouter,
+    BackgroundTasks,
+    Cookie,
+    Depends,
+    FastAPI,
+    Header,
+    HTTPException,
+    Query,
+    Request,
+    Response,
+)
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route, Router
+
+from qserve.deployments.deployment import deployment
+from qserve.deployments.ingress import FrozenApp, ingress
+from qserve.errors import StreamBroken
+from tests.support.local_code import running
+
+# What can be an ingress
+
+
+def test_only_classes_can_have_an_application() -> None:
+    app = FastAPI()
+    with pytest.raises(ValueError, match=r"@serve\.ingress must be used with a class\."):
+        ingress(app)(lambda: None)  # type: ignore[type-var]
+
+
+def test_the_class_may_not_have_call() -> None:
+    app = FastAPI()
+    with pytest.raises(ValueError, match=r"Class passed to @serve\.ingress may not have __call__ method\."):
+
+        @ingress(app)
+        class Callable_:  # noqa: N801
+            def __call__(self) -> None: ...
+
+
+async def test_an_existing_fastapi_app_is_served_as_it_is() -> None:
+    app = FastAPI()
+
+    @app.get("/{a}")
+    def func(a: int) -> dict[str, int]:
+        return {"result": a}
+
+    class Existing:
+        pass
+
+    async with running(ingress(app)(Existing)) as replica:
+        assert (await replica.get("/100")).json() == {"result": 100}
+        invalid = await replica.get("/not-number")
+        assert invalid.status == 422
+        assert invalid.json()["detail"][0]["type"] == "int_parsing"
+        assert (await replica.get("/a/b")).status == 404
+
+
+async def test_a_router_can_be_the_application() -> None:
+    router = APIRouter(prefix="/v1")
+
+    @router.get("/plain")
+    def plain() -> str:
+        return "plain"
+
+    @ingress(router)
+    class Routed:
+        def __init__(self) -> None:
+            self.word = "mine"
+
+        @router.get("/own")
+        def own(self) -> str:
+            return self.word
+
+    async with running(Routed) as replica:
+        assert (await replica.get("/v1/plain")).json() == "plain"
+        assert (await replica.get("/v1/own")).json() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["starlette", "router", "callable"])
+async def test_any_asgi_application_is_served(kind: str) -> None:
+    async def hello(request: Any) -> PlainTextResponse:
+        return PlainTextResponse(f"hello {request.query_params['name']}")
+
+    async def plain_callable(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await PlainTextResponse("hello " + scope["query_string"].decode()[5:])(scope, receive, send)
+
+    routes = [Route("/hello", hello)]
+    apps: dict[str, Any] = {"starlette": Starlette(routes=routes), "router": Router(routes), "callable": plain_callable}
+
+    class Empty:
+        pass
+
+    async with running(ingress(apps[kind])(Empty)) as replica:
+        answer = await replica.get("/hello?name=Ada")
+        assert (answer.status, answer.text) == (200, "hello Ada")
+
+
+# Methods of the class
+
+
+async def test_methods_get_the_instance_and_the_apps_own_routes_are_there_too() -> None:
+    app = FastAPI()
+
+    @app.get("/other")
+    def other() -> str:
+        return "other"
+
+    @ingress(app)
+    class Views:
+        def __init__(self) -> None:
+            self.val = 1
+
+        @app.get("/calc/{i}")
+        def b(self, i: int) -> int:
+            return i + self.val
+
+        @app.post("/calc/{i}")
+        async def c(self, i: int) -> int:
+            return i - self.val
+
+        def undecorated(self, i: int) -> int:
+            return i * 100
+
+    async with running(Views, name="Views") as replica:
+        assert (await replica.get("/calc/41")).json() == 42
+        assert (await replica.request("POST", "/calc/41")).json() == 40
+        assert (await replica.get("/other")).json() == "other"
+        assert await replica.call("b", 41) == 42
+        assert await replica.call("undecorated", 2) == 200
+
+
+async def test_openapi_does_not_list_self() -> None:
+    app = FastAPI()
+
+    @ingress(app)
+    class Views:
+        @app.get("/x/{i}")
+        def x(self, i: int, untyped=3) -> int:  # type: ignore[no-untyped-def]
+            return i
+
+    async with running(Views, name="Views") as replica:
+        operation = (await replica.get("/openapi.json")).json()["paths"]["/x/{i}"]["get"]
+        assert [parameter["name"] for parameter in operation["parameters"]] == ["i", "untyped"]
+        assert (await replica.get("/x/5")).json() == 5
+
+
+async def test_two_methods_of_one_name_with_different_routes_both_work() -> None:
+    app = FastAPI()
+
+    @ingress(app)
+    class Twice:
+        @app.get("/")
+        def method(self) -> str:
+            return "hi get"
+
+        @app.post("/")  # type: ignore[no-redef]
+        def method(self) -> str:  # noqa: F811
+            return "hi post"
+
+    async with running(Twice) as replica:
+        assert (await replica.get("/")).json() == "hi get"
+        assert (await replica.request("POST", "/")).json() == "hi post"
+
+
+async def test_static_and_class_methods_can_be_routes() -> None:
+    app = FastAPI()
+
+    @ingress(app)
+    class Views:
+        word = "class word"
+
+        @staticmethod
+        @app.get("/static")
+        def static(q: int) -> int:
+            return q
+
+        @classmethod
+        @app.get("/class")
+        def klass(cls) -> str:
+            return cls.word
+
+    async with running(Views) as replica:
+        assert (await replica.get("/static?q=4")).json() == 4
+        assert (await replica.get("/class")).json() == "class word"
+
+
+async def test_inherited_methods_are_served_by_every_subclass() -> None:
+    app = FastAPI()
+
+    class Base:
+        name = "base"
+
+        @app.get("/name")
+        def tell(self) -> str:
+            return self.name
+
+    @ingress(app)
+    class First(Base):
+        name = "first"
+
+    @ingress(app)
+    class Second(Base):
+        name = "second"
+
+    @ingress(app)
+    class Unrelated:
+        pass
+
+    async with running(First) as first, running(Second) as second, running(Unrelated) as unrelated:
+        assert (await first.get("/name")).json() == "first"
+        assert (await second.get("/name")).json() == "second"
+        assert (await unrelated.get("/name")).status == 404
+
+
+async def test_a_subclass_of_an_ingress_class_serves_its_application() -> None:
+    app = FastAPI()
+
+    @ingress(app)
+    class Base:
+        def word(self) -> str:
+            return "base"
+
+        @app.get("/word")
+        def tell(self) -> str:
+            return self.word()
+
+    class Child(Base):
+        def word(self) -> str:
+            return "child"
+
+    async with running(Child) as replica:
+        assert (await replica.get("/word")).json() == "child"
+
+
+# One app, several classes
+
+
+async def test_each_class_serves_only_its_own_methods() -> None:
+    app = FastAPI()
+
+    @app.get("/app-level")
+    def app_level() -> str:
+        return "both"
+
+    @ingress(app)
+    class A:
+        @app.get("/a")
+        def a(self) -> str:
+            return "a"
+
+    @ingress(app)
+    class AB:  # its name contains the other's
+        @app.get("/ab")
+        def ab(self) -> str:
+            return "ab"
+
+    async with running(A) as first, running(AB) as second:
+        assert [(await first.get(path)).status for path in ("/app-level", "/a", "/ab")] == [200, 200, 404]
+        assert [(await second.get(path)).status for path in ("/app-level", "/a", "/ab")] == [200, 404, 200]
+        assert set((await second.get("/openapi.json")).json()["paths"]) == {"/app-level", "/ab"}
+
+
+async def test_classes_may_be_decorated_after_both_are_defined() -> None:
+    app = FastAPI()
+
+    class A:
+        @app.get("/a")
+        def a(self) -> str:
+            return "a"
+
+    class B:
+        @app.get("/b")
+        def b(self) -> str:
+            return "b"
+
+    async with running(ingress(app)(A)) as first, running(ingress(app)(B)) as second:
+        assert [(await first.get(path)).status for path in ("/a", "/b")] == [200, 404]
+        assert [(await second.get(path)).status for path in ("/a", "/b")] == [404, 200]
+
+
+async def test_routes_added_after_the_decoration_are_not_served() -> None:
+    app = FastAPI()
+    router = APIRouter()
+    app.include_router(router, prefix="/included")
+
+    @ingress(app)
+    class Frozen:
+        @app.get("/early")
+        def early(self) -> str:
+            return "early"
+
+    @app.get("/ignored")
+    def ignored() -> None: ...
+
+    @router.get("/ignored")
+    def included() -> None: ...
+
+    async with running(Frozen) as replica:
+        assert (await replica.get("/early")).status == 200
+        assert (await replica.get("/ignored")).status == 404
+        assert (await replica.get("/included/ignored")).status == 404
+
+
+@pytest.mark.parametrize("prefix", [None, "/", "/subpath"])
+async def test_a_class_defined_again_replaces_its_routes_and_its_documentation(prefix: str | None) -> None:
+    app = FastAPI()
+    options: dict[str, Any] = {} if prefix is None else {"route_prefix": prefix}
+
+    @ingress(app)
+    class App:
+        @app.get("/")
+        def func1(self, arg: str) -> str:
+            return "hello"
+
+    async with running(App, **options) as replica:
+        assert list((await replica.get("/openapi.json")).json()["paths"]["/"]) == ["get"]
+
+    @ingress(app)
+    class App:  # type: ignore[no-redef]
+        @app.get("/")
+        def func1(self, arg: str) -> str:
+            return "hello again"
+
+        @app.post("/hello")
+        def func2(self, arg: str) -> str:
+            return "hello"
+
+    async with running(App, **options) as replica:
+        schema = (await replica.get("/openapi.json")).json()
+        assert {path: list(operations) for path, operations in schema["paths"].items()} == {
+            "/": ["get"],
+            "/hello": ["post"],
+        }
+        assert (await replica.get("/?arg=1")).json() == "hello again"
+        docs = await replica.get("/docs")
+        root = {None: "/App", "/": "", "/subpath": "/subpath"}[prefix]
+        assert f"url: '{root}/openapi.json'" in docs.text
+
+
+# Everything FastAPI
+
+
+class Nested(BaseModel):
+    val: int
+
+
+class Body(BaseModel):
+    name: str
+    price: float
+    nests: Nested
+
+
+class RespModel(BaseModel):
+    ok: bool
+    vals: list[Any]
+    file_path: str
+
+
+async def test_fastapi_features(tmp_path: Path) -> None:
+    app = FastAPI(openapi_url="/my_api.json")
+    app.add_middleware(CORSMiddleware, allow_origins="*")
+
+    @app.exception_handler(ValueError)
+    async def custom_handler(_: Request, exc: ValueError) -> JSONResponse:
+        return JSONResponse({"custom_error": True, "message": str(exc)}, status_code=500)
+
+    def run_background(background_tasks: BackgroundTasks) -> str:
+        path = str(tmp_path / "written")
+        background_tasks.add_task(Path(path).write_text, "hello")
+        return path
+
+    @app.middleware("http")
+    async def add_process_time_header(request: Request, call_next: Any) -> Response:
+        response: Response = await call_next(request)
+        response.headers["X-Custom-Middleware"] = "fake-value"
+        return response
+
+    async def yield_db() -> AsyncIterator[Nested]:
+        yield Nested(val=1)
+
+    async def common_parameters(q: str | None = None) -> dict[str, str | None]:
+        return {"q": q}
+
+    @app.exception_handler(KeyError)
+    async def key_error(_: Request, exc: KeyError) -> JSONResponse:
+        return JSONResponse({"missing": str(exc)}, status_code=418)
+
+    app.state.state_one = "app.state"
+
+    @app.get("/{path_arg}", response_model=RespModel, status_code=201)
+    async def func(
+        path_arg: str,
+        query_arg: str,
+        body_val: Body,
+        request: Request,
+        backgrounds_tasks: BackgroundTasks,
+        do_error: bool = False,
+        query_arg_valid: Annotated[str | None, Query(min_length=3)] = None,
+        cookie_arg: Annotated[str | None, Cookie()] = None,
+        user_agent: Annotated[str | None, Header()] = None,
+        commons: dict[str, Any] = Depends(common_parameters),  # noqa: B008
+        db: Nested = Depends(yield_db),  # noqa: B008
+    ) -> Any:
+        if do_error:
+            raise ValueError("bad input")
+        path = run_background(backgrounds_tasks)
+        vals = [path_arg, query_arg, body_val.price, body_val.nests.val, do_error, query_arg_valid, cookie_arg]
+        vals += [user_agent and user_agent.partition("-")[0], commons, db.val, request.app.state.state_one]
+        return RespModel(ok=True, vals=vals, file_path=path)
+
+    router = APIRouter()
+
+    @router.get("/subpath")
+    def router_path() -> str:
+        return "ok"
+
+    app.include_router(router, prefix="/prefix")
+
+    @ingress(app)
+    class Worker:
+        pass
+
+    async with running(Worker, route_prefix="/fastapi") as replica:
+        assert (await replica.get("/")).header("x-custom-middleware") == "fake-value"
+        assert (await replica.get("/my_api.json")).status == 200
+        assert (await replica.get("/docs")).status == 200
+        assert (await replica.get("/redoc")).status == 200
+        assert (await replica.get("/path_arg")).status == 422
+        body = {"name": "serve", "price": 12.0, "nests": {"val": 1}}
+        sent = {"cookie": "cookie_arg=milk", "user-agent": "python-test", "origin": "https://x"}
+        answer = await replica.get("/path_arg?query_arg=1&q=common", json=body, headers=sent)
+        assert (answer.status, answer.header("access-control-allow-origin")) == (201, "*")
+        written = str(tmp_path / "written")
+        vals = ["path_arg", "1", 12.0, 1, False, None, "milk", "python", {"q": "common"}, 1, "app.state"]
+        assert answer.json() == {"ok": True, "vals": vals, "file_path": written}
+        # The background task has run when the response is there.
+        assert await asyncio.to_thread(Path(written).read_text) == "hello"
+        failed = await replica.get("/path_arg?query_arg=1&do_error=true", json=body)
+        assert (failed.status, failed.json()["custom_error"]) == (500, True)
+        assert (await replica.get("/prefix/subpath")).json() == "ok"
+
+
+async def test_class_methods_on_an_included_router() -> None:
+    app = FastAPI()
+    inner = APIRouter(prefix="/inner")
+    outer = APIRouter(prefix="/outer")
+
+    @ingress(app)
+    class Empty:
+        pass
+
+    outer.include_router(inner)
+    app.include_router(outer, prefix="/v1")
+
+    @ingress(app)
+    class Views:
+        def __init__(self) -> None:
+            self.word = "found"
+
+        @inner.get("/word")
+        def word_(self) -> str:
+            return self.word
+
+    async with running(Views) as replica, running(Empty) as other:
+        assert (await replica.get("/v1/outer/inner/word")).json() == "found"
+        parameters = (await replica.get("/openapi.json")).json()["paths"]["/v1/outer/inner/word"]["get"]
+        assert "parameters" not in parameters
+        assert (await other.get("/v1/outer/inner/word")).status == 404
+
+
+@pytest.mark.parametrize("prefix", ["/", "/a", "/api/v1"])
+async def test_mounted_applications_redirects_and_urls_work_below_a_prefix(prefix: str) -> None:
+    app = FastAPI()
+    sub = FastAPI()
+
+    @sub.get("/hi")
+    def hi(request: Request) -> dict[str, str]:
+        return {"root_path": request.scope["root_path"], "url": str(request.url_for("hi"))}
+
+    @app.get("/a")
+    def a(request: Request) -> str:
+        return str(request.scope["root_path"])
+
+    @app.get("/redirect")
+    def redirect(request: Request) -> RedirectResponse:
+        return RedirectResponse(url=request.scope["root_path"] + "/a")
+
+    @app.get("/slash/")
+    def slash() -> str:
+        return "slash"
+
+    app.mount("/mounted", sub)
+
+    @ingress(app)
+    class Views:
+        @sub.get("/own")
+        def own(self) -> str:
+            return type(self).__name__
+
+    root = prefix.rstrip("/")
+    async with running(Views, route_prefix=prefix) as replica:
+        assert (await replica.get("/a")).json() == root
+        assert (await replica.get("/mounted/hi")).json() == {
+            "root_path": root + "/mounted",
+            "url": f"http://test{root}/mounted/hi",
+        }
+        assert (await replica.get("/mounted/own")).json() == "Views"
+        assert (await replica.get("/redirect")).header("location") == root + "/a"
+        assert (await replica.get("/slash")).header("location") == f"http://test{root}/slash/"
+
+
+async def test_what_comes_after_the_class_is_not_used_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+    ran: list[str] = []
+
+    @ingress(app)
+    class Views: ...
+
+    app.router.on_startup.append(lambda: ran.append("late"))
+    app.add_middleware(CORSMiddleware)
+    async with running(Views):
+        assert ran == []
+    assert "Startup hooks and middlewares were added to the application after @serve.ingress had" in caplog.text
+
+
+async def test_routes_after_the_class_may_be_for_another_one(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+
+    @ingress(app)
+    class Views: ...
+
+    @app.get("/late")
+    def late() -> None: ...
+
+    async with running(Views):
+        assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("prefix", "root_path"), [("/", "/own"), ("/own", "/own"), ("/other", "/other")])
+async def test_the_prefix_wins_over_the_root_path_of_an_application(prefix: str, root_path: str) -> None:
+    with pytest.warns(match="`root_path` parameter is deprecated"):
+        app = FastAPI(root_path="/own")
+
+    @app.get("/a")
+    def a(request: Request) -> str:
+        return str(request.scope["root_path"])
+
+    @ingress(app)
+    class Views: ...
+
+    async with running(Views, route_prefix=prefix) as replica:
+        assert (await replica.get("/a")).json() == root_path
+        assert (await replica.get("/openapi.json")).json()["servers"] == [{"url": root_path}]
+    assert app.root_path == "/own"
+
+
+async def test_a_custom_openapi_function_describes_what_is_served() -> None:
+    app = FastAPI()
+
+    def custom_openapi() -> dict[str, Any]:
+        if not app.openapi_schema:
+            app.openapi_schema = get_openapi(title="Custom", version="2", routes=app.routes)
+        return app.openapi_schema
+
+    app.openapi = custom_openapi  # type: ignore[method-assign]
+
+    @ingress(app)
+    class Views:
+        @app.get("/x")
+        def x(self, i: int) -> int:
+            return i
+
+    async with running(Views) as replica:
+        schema = (await replica.get("/openapi.json")).json()
+        assert schema["info"]["title"] == "Custom"
+        assert [each["name"] for each in schema["paths"]["/x"]["get"]["parameters"]] == ["i"]
+
+
+async def test_sync_routes_use_the_pool_of_fastapi() -> None:
+    app = FastAPI()
+    both_here = threading.Barrier(2)
+
+    @ingress(app)
+    class Views:
+        @app.get("/")
+        def meet(self) -> int:
+            return both_here.wait(timeout=10)
+
+    async with running(Views) as replica:
+        answers = await asyncio.gather(replica.get("/"), replica.get("/"))
+        assert sorted(answer.json() for answer in answers) == [0, 1]
+
+
+async def test_streams_several_cookies_and_lengths_arrive() -> None:
+    app = FastAPI()
+
+    @app.get("/stream")
+    def stream() -> StreamingResponse:
+        return StreamingResponse(iter(["1", "2", "3"]), status_code=418, media_type="text/plain")
+
+    @app.get("/cookies")
+    def cookies(response: Response) -> str:
+        response.set_cookie("a", "1")
+        response.set_cookie("b", "2")
+        return "cookies"
+
+    class Empty:
+        pass
+
+    async with running(ingress(app)(Empty)) as replica:
+        answer = await replica.get("/stream")
+        assert (answer.status, answer.text) == (418, "123")
+        answer = await replica.get("/cookies")
+        assert len([value for name, value in answer.headers if name == "set-cookie"]) == 2
+        assert answer.header("content-length") == "9"
+
+
+async def test_an_endpoint_that_raises_gives_500_and_the_replica_lives(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+
+    @app.get("/raise")
+    def fail() -> None:
+        raise RuntimeError("secret detail")
+
+    @app.get("/half")
+    def half() -> StreamingResponse:
+        def chunks() -> Iterator[str]:
+            yield "first"
+            raise RuntimeError("cut")
+
+        return StreamingResponse(chunks())
+
+    @app.get("/exit")
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    @app.get("/teapot")
+    async def teapot() -> None:
+        raise HTTPException(418, "short and stout")
+
+    class Empty:
+        pass
+
+    with caplog.at_level(logging.ERROR):
+        async with running(ingress(app)(Empty)) as replica:
+            for path in ("/raise", "/exit"):
+                answer = await replica.get(path)
+                assert (answer.status, answer.text) == (500, "Internal Server Error")
+            with pytest.raises(StreamBroken):  # its beginning is on the way: it can only be cut
+                await replica.get("/half")
+            assert (await replica.get("/teapot")).status == 418
+    assert "secret detail" in caplog.text
+
+
+# Life cycle
+
+
+async def test_hooks_run_in_order_around_the_instance() -> None:
+    story: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, str]]:
+        story.append("startup")
+        app.state.made = "by startup"
+        yield {"kept": "lifespan state"}
+        story.append("shutdown")
+
+    app = FastAPI(lifespan=lifespan)
+
+    @ingress(app)
+    class Views:
+        def __init__(self) -> None:
+            story.append("constructor")
+
+        @app.get("/")
+        def states(self, request: Request) -> list[str]:
+            return [request.app.state.made, request.state.kept, app.state.made]
+
+        def __del__(self) -> None:
+            story.append("destructor")
+
+    assert story == []
+    async with running(Views) as replica:
+        assert story == ["constructor", "startup"]
+        assert (await replica.get("/")).json() == ["by startup", "lifespan state", "by startup"]
+    assert story == ["constructor", "startup", "shutdown", "destructor"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+async def test_old_style_hooks_run_and_late_ones_do_not() -> None:
+    story: list[str] = []
+    app = FastAPI()
+
+    @app.on_event("startup")
+    def started() -> None:
+        story.append("startup")
+
+    @app.on_event("shutdown")
+    async def stopped() -> None:
+        story.append("shutdown")
+
+    @ingress(app)
+    class Views:
+        pass
+
+    app.router.add_event_handler("startup", lambda: story.append("too late"))
+    async with running(Views):
+        assert story == ["startup"]
+    assert story == ["startup", "shutdown"]
+
+
+async def test_a_failing_startup_hook_fails_the_construction() -> None:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        raise ZeroDivisionError("no database")
+        yield
+
+    @ingress(FastAPI(lifespan=lifespan))
+    class Views:
+        pass
+
+    with pytest.raises(ZeroDivisionError, match="no database"):
+        async with running(Views):
+            pass
+
+
+# Travelling
+
+
+async def test_classes_and_apps_of_a_local_scope_travel_as_pickles() -> None:
+    app = FastAPI()
+    router = APIRouter()
+    app.add_middleware(CORSMiddleware, allow_origins=["*"])
+    app.state.word = "travelled"
+
+    class Unimportable(BaseModel):
+        number: int
+
+    def dependency() -> int:
+        return 7
+
+    @app.exception_handler(KeyError)
+    async def handler(_: Request, exc: KeyError) -> JSONResponse:
+        return JSONResponse({"missing": str(exc)}, status_code=404)
+
+    @router.get("/included", response_model=Unimportable)
+    def included(n=Depends(dependency)) -> Any:  # type: ignore[no-untyped-def]  # noqa: B008
+        return {"number": n}
+
+    app.include_router(router)
+    app.mount("/mounted", Starlette(routes=[Route("/x", lambda _: PlainTextResponse("mounted"))]))
+
+    @ingress(app)
+    class Views:
+        def __init__(self) -> None:
+            self.add = 1
+
+        @app.post("/own")
+        def own(self, request: Request) -> list[Any]:
+            return [self.add, request.app.state.word, app.state.word]
+
+        @app.get("/missing")
+        def missing(self) -> None:
+            raise KeyError("it")
+
+    async with running(Views) as here:
+        assert (await here.get("/included")).json() == {"number": 7}
+    async with running(Views, travel=True) as replica:
+        assert (await replica.get("/included")).json() == {"number": 7}
+        assert (await replica.get("/mounted/x")).text == "mounted"
+        assert (await replica.request("POST", "/own")).json() == [1, "travelled", "travelled"]
+        assert (await replica.get("/missing")).status == 404
+        assert (await replica.get("/docs")).status == 200
+
+
+def test_the_original_application_is_left_alone() -> None:
+    app = Starlette(routes=[Mount("/m", routes=[])])
+    before = list(app.routes)
+
+    @deployment
+    @ingress(app)
+    class Views:
+        pass
+
+    assert app.routes == before
+    frozen = Views.func_or_class.__qserve_asgi__  # type: ignore[attr-defined]
+    assert isinstance(frozen, FrozenApp)
+    assert frozen.app is not app

@@ -1,0 +1,61 @@
+"""Nodes as `qserve start` runs them, on the session's Valkey."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from qserve.broker.state import State
+from qserve.deployments.deployment import Deployment
+from qserve.settings import Settings
+from qserve.wire.codec import Codec
+from qserve.wire.spec import DeploymentSpec
+from tests.support.serving import ROOT
+
+StartNode = Callable[..., "subprocess.Popen[bytes]"]
+
+
+def wait_for(condition: Callable[[], object], timeout: float = 30.0) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def spec(deployment: "Deployment[Any]") -> DeploymentSpec:
+    """What a deploy writes."""
+    return deployment.to_spec(Codec(allow_pickle=True, max_bytes=1_000_000))
+
+
+@pytest.fixture
+def start_node(settings: Settings, state: State) -> Iterator[StartNode]:
+    """Starts nodes on the session's Valkey; at the end they get SIGTERM and must leave nothing running."""
+    nodes: list[subprocess.Popen[bytes]] = []
+    environment = os.environ | {
+        "QSERVE_REDIS_URL": settings.redis_url,
+        "QSERVE_SECRET": settings.secret,
+        "QSERVE_NAMESPACE": settings.namespace,
+    }
+
+    def start(*options: str, wait: bool = True) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "qserve_workers.node", *options]
+        node = subprocess.Popen(command, env=environment, cwd=ROOT)
+        nodes.append(node)
+        if wait:
+            wait_for(lambda: any(info.pid == node.pid for info in state.nodes().values()))
+        return node
+
+    yield start
+    running = [node for node in nodes if node.poll() is None]
+    children = [child for node in running for child in psutil.Process(node.pid).children(recursive=True)]
+    for node in nodes:
+        node.terminate()
+    for node in nodes:
+        node.wait(40)
+    wait_for(lambda: not [child for child in children if child.is_running()], timeout=5)

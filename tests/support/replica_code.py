@@ -1,0 +1,104 @@
+"""What the replicas of tests/process/test_replica.py run; notes every start and end in a file."""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+from tests.support.gates import Gate, Notes
+
+
+class Books:
+    """The files of a test: gates, and notes of the form `START name pid` and `END name pid`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.gate = Gate(folder / "gate")
+        self.fuse = Gate(folder / "fuse")
+        self.notes = Notes(folder / "notes")
+
+    def start(self, name: object) -> None:
+        self.notes.add(f"START {name} {os.getpid()}")
+
+    def end(self, name: object) -> None:
+        self.notes.add(f"END {name} {os.getpid()}")
+
+    def starts(self, name: object = None) -> list[int]:
+        """Pids that started a call, of that name or any."""
+        lines = (line.split() for line in self.notes.read())
+        return [int(pid) for what, which, pid in lines if what == "START" and name in (None, which)]
+
+    def ended(self) -> list[str]:
+        """Names of the calls that ended."""
+        return [line.split()[1] for line in self.notes.read() if line.startswith("END")]
+
+
+class Local(Exception):
+    """Cannot be rebuilt by whoever does not know this module: it needs two arguments."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__("local")
+        self.both = first, second
+
+
+class Code:
+    """Async code."""
+
+    def __init__(self, folder: str) -> None:
+        self.books = Books(Path(folder))
+        self.config: object = None
+
+    def reconfigure(self, config: object) -> None:
+        self.config = config
+
+    async def __call__(self, request: object) -> str:
+        return await self.wait("http")
+
+    async def pid(self, name: object = None) -> int:
+        return os.getpid()
+
+    async def wait(self, name: str) -> str:
+        self.books.start(name)
+        await self.books.gate.passed()
+        self.books.end(name)
+        return name
+
+    def wait_on_thread(self, name: str) -> str:
+        self.books.start(name)
+        self.books.gate.pass_through()
+        self.books.end(name)
+        return name
+
+    async def die(self, name: str) -> None:
+        self.books.start(name)
+        await self.books.fuse.passed()
+        os._exit(9)
+
+    async def stall(self, seconds: float) -> None:
+        self.books.start("stall")
+        time.sleep(seconds)  # noqa: ASYNC251 the mistake under test
+
+    async def get_config(self, name: object = None) -> object:
+        self.books.start(name)
+        before = self.config
+        await self.books.gate.passed()
+        return [before, self.config]
+
+    async def result(self, kind: str) -> object:
+        if kind == "lock":
+            return asyncio.get_running_loop()
+        if kind == "large":
+            return bytes(17 * 1024 * 1024)
+        raise Local(1, 2)
+
+
+class OneByOne:
+    """Sync code only."""
+
+    def __init__(self, folder: str) -> None:
+        self.books = Books(Path(folder))
+
+    def __call__(self, name: str) -> str:
+        self.books.start(name)
+        if name == "slow":
+            self.books.gate.pass_through()
+        return name

@@ -1,0 +1,91 @@
+"""`qserve run` as a user starts it: in a folder, with a runtime folder and port of its own, ended by Ctrl-C."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def runtime_folder() -> Iterator[Path]:
+    """A private runtime folder, short enough for the path of a socket in it."""
+    folder = Path(tempfile.mkdtemp(prefix="qs-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def environment(runtime: Path) -> dict[str, str]:
+    """The environment of a user whose only instance is the one under test."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("QSERVE_")}
+    path = f"{Path(sys.executable).parent}:{kept['PATH']}"
+    return {**kept, "PATH": path, "QSERVE_RUNTIME_DIR": str(runtime), "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass
+class Serving:
+    """A running `qserve run`."""
+
+    url: str
+    runtime: Path
+    process: subprocess.Popen[str]
+    output: Path
+
+
+@contextmanager
+def serving(command: list[str], port: int, runtime: Path, folder: Path, ready: str = "/-/healthz") -> Iterator[Serving]:
+    """Runs the command until `ready` answers; at the end Ctrl-C has to end it with exit code 0."""
+    output = runtime / f"output-{port}"
+    with output.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment(runtime), stdout=out, stderr=subprocess.STDOUT, text=True
+        )
+    instance = Serving(f"http://127.0.0.1:{port}", runtime, process, output)
+    try:
+        wait_for_answer(instance, ready)
+        yield instance
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            code = process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(f"{command} did not end within 40 s of Ctrl-C:\n{output.read_text()}") from None
+    assert code in (0, 130, -signal.SIGINT), output.read_text()
+
+
+def wait_for_answer(instance: Serving, path: str, timeout_s: float = 50) -> None:
+    """Until the path answers with a status below 500."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end and instance.process.poll() is None:
+        try:
+            urllib.request.urlopen(instance.url + path, timeout=5).close()
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code != 404:
+                return
+        except OSError:
+            pass
+        else:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not answer:\n{instance.output.read_text()}")
