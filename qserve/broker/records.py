@@ -10,6 +10,7 @@ import redis
 
 from qserve.broker.connection import Answer, Connection, Script, ignore_answer
 from qserve.broker.keys import GROUP, Keys
+from qserve.broker.payloads import Payloads
 from qserve.broker.queues import DEAD_LETTERS_KEPT, INBOX_TTL_MS, Entry, remaining
 from qserve.wire.call_record import (
     ANYONE,
@@ -22,15 +23,13 @@ from qserve.wire.call_record import (
     Options,
     parse_record,
 )
-from qserve.wire.messages import DURABLE, ERROR, Blob, Reply, Signer, encode, encode_call
+from qserve.wire.messages import DURABLE, ERROR, Reply, Signer, encode, encode_call
 
 POSITIONS_COUNTED = 100
 """Beyond this a call's place in its queue is not counted: that would mean to read what is before it."""
 _MOVED_AT_ONCE = 256
 _LEASE_MS = 3000
 _IDEMPOTENCY_TTL_MS = int(IDEMPOTENCY_TTL_S * 1000)
-_OUT_OF_LINE = 256 * 1024
-_UNCONFIRMED_PAYLOAD_MS = 60_000
 _LONGEST_ERROR = 2000
 _SHEBANG = "#!lua flags=allow-oom\n"
 
@@ -174,11 +173,13 @@ def fail_remaining_records(client: redis.Redis, keys: Keys, deployment: str, sig
         run_script(client, END, (keys.call(call_id),), *arguments)
 
 
-def submit_now(client: redis.Redis, keys: Keys, signer: Signer, call: DurableCall, options: Options) -> Any:
-    """Put one call that nobody here waits for; returns what submit.lua says. A large payload is put out of line."""
-    if len(call.payload) > _OUT_OF_LINE:
-        sealed = signer.seal(encode(Blob(call.id, call.payload)))
-        client.set(keys.payload(call.id), sealed, px=_UNCONFIRMED_PAYLOAD_MS)  # the script makes it last
+def submit_now(
+    client: redis.Redis, keys: Keys, signer: Signer, payloads: Payloads, call: DurableCall, options: Options
+) -> Any:
+    """Submit one durable call that nobody here waits for; returns what submit.lua says."""
+    sealed = payloads.seal(call.id, call.payload)
+    if sealed is not None:
+        payloads.put_unconfirmed_now(client, call.id, sealed)
         call = msgspec.structs.replace(call, payload=b"", out_of_line=True)
     names, *arguments = submit_arguments(keys, call.deployment, [(call, signer.seal(encode_call(call)), options)], "")
     return run_script(client, SUBMIT, names, *arguments)

@@ -9,8 +9,9 @@ from typing import Protocol
 
 from qserve.background import spawn
 from qserve.broker.clock import RedisClock
-from qserve.broker.connection import Answer, Connection, ignore_answer
+from qserve.broker.connection import Answer, Connection
 from qserve.broker.keys import Keys
+from qserve.broker.payloads import Payloads
 from qserve.broker.queues import CALLS_PER_ADMIT, CallQueue
 from qserve.broker.retry_after import Refusals
 from qserve.calls.pending import PendingCall
@@ -50,9 +51,16 @@ class Admission:
     """
 
     def __init__(
-        self, keys: Keys, clock: RedisClock, refusals: Refusals, pending: Mapping[str, PendingCall], caller: Caller
+        self,
+        keys: Keys,
+        payloads: Payloads,
+        clock: RedisClock,
+        refusals: Refusals,
+        pending: Mapping[str, PendingCall],
+        caller: Caller,
     ) -> None:
         self._keys = keys
+        self._payloads = payloads
         self._clock = clock
         self._refusals = refusals
         self._pending = pending
@@ -101,7 +109,7 @@ class Admission:
 
     def _send_payload(self, writer: Connection, call: PendingCall, payload: bytes) -> None:
         ttl_ms = int((call.deadline - time.monotonic()) * 1000) + _PAYLOAD_GRACE_MS
-        writer.send(ignore_answer, "SET", self._keys.payload(call.id), payload, "PX", max(1, ttl_ms))
+        self._payloads.put(writer, call.id, payload, ttl_ms)
         call.payload = b""
 
     def give_back(self) -> list[PendingCall]:

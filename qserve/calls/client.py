@@ -18,6 +18,7 @@ from qserve.background import end, spawn
 from qserve.broker.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.link import Link
+from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.queues import send_chunk, send_control
 from qserve.broker.retry_after import Refusals
 from qserve.calls.admission import Admission
@@ -43,17 +44,14 @@ from qserve.wire.messages import (
     CHUNK,
     CONTROL,
     ERROR,
-    Blob,
     Call,
     Control,
     Reply,
     Signer,
-    decode_blob,
     decode_call,
     decode_control,
     encode,
     encode_call,
-    result_id,
 )
 
 logger = logging.getLogger(__name__)
@@ -76,8 +74,9 @@ class Client:
         self.settings = settings
         self.signer = Signer(settings.secrets)
         self.id = secrets.token_hex(16)
+        self._payloads = Payloads(settings.keys, self.signer, settings.out_of_line_bytes)
         self._refusals = Refusals(settings.keys, lambda: self.writer)
-        self.durable = DurableCalls(settings, self.signer, self.id, lambda: self.writer, self._refusals)
+        self.durable = DurableCalls(settings, self.signer, self._payloads, self.id, lambda: self.writer, self._refusals)
         self.on_control: Callable[[str, Control], None] | None = None
         self.on_chunk: Callable[[str, Chunk], bool] | None = None
         self._keys = settings.keys
@@ -87,7 +86,7 @@ class Client:
         self._sample_at = 0.0
         self._numbers = itertools.count()
         self._pending: dict[str, PendingCall] = {}
-        self._admission = Admission(self._keys, self._clock, self._refusals, self._pending, self)
+        self._admission = Admission(self._keys, self._payloads, self._clock, self._refusals, self._pending, self)
         self._submitted: deque[Callable[[], None]] = deque()
         self._wake_scheduled = False
         self._stopped = False
@@ -180,12 +179,12 @@ class Client:
             on_outcome: Called exactly once, on the loop.
         """
         call_id = f"{self.id}{next(self._numbers):x}"
-        blob = None
-        if len(payload) > self.settings.out_of_line_bytes:
-            blob, payload = self.signer.seal(encode(Blob(call_id, payload))), b""
+        sealed = self._payloads.seal(call_id, payload)
+        if sealed is not None:
+            payload = b""
         ttl_ms = int(timeout_s * 1000)
-        call = Call(call_id, deployment, self.id, ttl_ms, kind, method, safe, payload, blob is not None)
-        return PendingCall(call_id, deployment, safe, self.signer.seal(encode(call)), blob, timeout_s, on_outcome)
+        call = Call(call_id, deployment, self.id, ttl_ms, kind, method, safe, payload, sealed is not None)
+        return PendingCall(call_id, deployment, safe, self.signer.seal(encode(call)), sealed, timeout_s, on_outcome)
 
     def open_channel(self, pending: PendingCall) -> Channel:
         """Prepare a call for traffic beside its reply; before it is put. On the loop.
@@ -323,7 +322,7 @@ class Client:
 
     def _drop_payload(self, pending: PendingCall) -> None:
         if pending.payload is not None:
-            self._link.sender.send(ignore_answer, "DEL", self._keys.payload(pending.id))
+            self._payloads.drop(self._link.sender, pending.id)
 
     def _withdrawn(self, pending: PendingCall, answer: Answer) -> None:
         if answer == 1:
@@ -351,7 +350,7 @@ class Client:
             return
         if pending is None:  # timed out or cancelled: the answer is late
             if reply.out_of_line:
-                self._link.sender.send(ignore_answer, "DEL", self._keys.payload(result_id(reply.id)))
+                self._payloads.drop(self._link.sender, result_id(reply.id))
             return
         if reply.out_of_line:
             pending.entry = None  # answered: no more to be withdrawn or missed
@@ -392,15 +391,12 @@ class Client:
             pending.channel.close(StreamBroken("Redis cannot be reached"))
 
     async def _fetch(self, pending: PendingCall, reply: Reply) -> None:
-        key = self._keys.payload(result_id(reply.id))
         outcome: Outcome = BrokerUnavailable("the result is gone from Redis")
         try:
             reach("result-announced")
-            sealed = await self._link.sender.call("GETDEL", key)
-            if sealed is not None:
-                blob = decode_blob(self.signer.open(sealed))
-                if blob.id == result_id(reply.id):
-                    outcome = Reply(reply.id, reply.to, reply.kind, blob.data)
+            result = await self._payloads.take(self._link.sender, result_id(reply.id))
+            if result is not None:
+                outcome = Reply(reply.id, reply.to, reply.kind, result)
         except (BrokerUnavailable, FrameRejected, msgspec.DecodeError) as exc:
             outcome = BrokerUnavailable(f"the result could not be fetched: {exc}")
         self._finish(pending, outcome)

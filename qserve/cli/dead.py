@@ -2,11 +2,14 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, note, redis_url_option
+from qserve.deployments.local_instance import find_settings
 from qserve.durable.dead_letters import DeadLetters, Letter
 from qserve.errors import QServeError
 
@@ -26,8 +29,7 @@ def dead() -> None:
 @click.argument("name", required=False)
 def ls(name: str | None, as_json: bool) -> None:
     """List the dead letters, of the deployment NAME or of all."""
-    with connected() as state:
-        letters = DeadLetters(state)
+    with _dead_letters() as letters:
         for letter in letters.all() if name is None else letters.of(name):
             if as_json:
                 click.echo(json.dumps(letter.facts()))
@@ -44,8 +46,7 @@ def ls(name: str | None, as_json: bool) -> None:
 @click.argument("letter")
 def show(name: str, letter: str) -> None:
     """Show one: LETTER is its id, or that of its call."""
-    with connected() as state:
-        letters = DeadLetters(state)
+    with _dead_letters() as letters:
         found = letters.get(name, letter)
         facts = found.facts() | letters.contents(found)
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -58,8 +59,7 @@ def show(name: str, letter: str) -> None:
 @click.argument("letter", required=False)
 def retry(name: str, letter: str | None, every: bool) -> None:
     """Send one again, or --all of NAME; prints the ids by which the results can be had."""
-    with connected() as state:
-        letters = DeadLetters(state)
+    with _dead_letters() as letters:
         for found in _chosen(letters, name, letter, every):
             try:
                 click.echo(letters.retry(found))
@@ -76,11 +76,16 @@ def retry(name: str, letter: str | None, every: bool) -> None:
 @click.argument("letter", required=False)
 def drop(name: str, letter: str | None, every: bool) -> None:
     """Forget one, or --all of NAME."""
-    with connected() as state:
-        letters = DeadLetters(state)
+    with _dead_letters() as letters:
         for found in _chosen(letters, name, letter, every):
             letters.drop(found)
             note(f"{found.id}: dropped")
+
+
+@contextmanager
+def _dead_letters() -> Iterator[DeadLetters]:
+    with connected() as state:
+        yield DeadLetters(state, find_settings().out_of_line_bytes)
 
 
 def _chosen(letters: DeadLetters, name: str, letter: str | None, every: bool) -> list[Letter]:

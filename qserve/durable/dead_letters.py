@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from qserve.broker.keys import Keys
+from qserve.broker.payloads import Payloads
 from qserve.broker.queues import DEAD_LETTERS_KEPT
 from qserve.broker.records import REVIVE, run_script, submit_now
 from qserve.broker.state import State
@@ -15,7 +16,7 @@ from qserve.errors import CallNotFound, DeploymentNotFound, FrameRejected, QServ
 from qserve.failpoints import reach
 from qserve.wire.call_record import NEVER_MS, DurableCall, Options, Terms, decode_durable_call, new_call_id
 from qserve.wire.codec import Codec
-from qserve.wire.messages import DURABLE, HTTP, Blob, Call, Signer, decode_blob, decode_call, decode_http_request
+from qserve.wire.messages import DURABLE, HTTP, Call, Signer, decode_call, decode_http_request
 
 _LONGEST_SHOWN = 2000
 
@@ -58,12 +59,17 @@ class Letter(NamedTuple):
 
 
 class DeadLetters:
-    """The dead letters of an instance. Synchronous; raises redis-py's errors."""
+    """The dead letters of an instance. Synchronous; raises redis-py's errors.
 
-    def __init__(self, state: State) -> None:
+    Args:
+        out_of_line_bytes: What the settings say, for calls that are sent again.
+    """
+
+    def __init__(self, state: State, out_of_line_bytes: int) -> None:
         self._redis = state.redis
         self._keys: Keys = state.keys
         self._signer: Signer = state.signer
+        self._payloads = Payloads(state.keys, state.signer, out_of_line_bytes)
 
     def of(self, deployment: str) -> Iterator[Letter]:
         """Those of a deployment, oldest first."""
@@ -116,13 +122,10 @@ class DeadLetters:
             raise FrameRejected("no key of ours signed this frame")
         if not letter.call.out_of_line:
             return letter.call.payload
-        sealed = cast("bytes | None", self._redis.get(self._keys.payload(letter.call.id)))
-        if sealed is None:
+        payload = self._payloads.fetch_now(self._redis, letter.call.id)
+        if payload is None:
             raise CallNotFound("the payload of the call has expired")
-        blob: Blob = decode_blob(self._signer.open(sealed))
-        if blob.id != letter.call.id:
-            raise FrameRejected("the payload of another call")
-        return blob.data
+        return payload
 
     def retry(self, letter: Letter) -> str:
         """Send it again; returns the id by which its result can be had: its own if it is durable.
@@ -155,7 +158,8 @@ class DeadLetters:
         """An ordinary call has been answered with its error; what is sent again is a durable one."""
         name, call_id = letter.deployment, new_call_id()
         head = (call_id, name, "", NEVER_MS, call.kind, call.method, True, self.payload(letter))
-        answer = submit_now(self._redis, self._keys, self._signer, DurableCall(*head, terms=Terms()), Options())
+        made = DurableCall(*head, terms=Terms())
+        answer = submit_now(self._redis, self._keys, self._signer, self._payloads, made, Options())
         if answer[0] < 0:
             raise DeploymentNotFound(f"there is no deployment {name!r} that takes calls")
         if answer[1] is None:

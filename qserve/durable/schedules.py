@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from qserve.broker.keys import is_name
+from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.broker.state import State
 from qserve.durable.cron import parse_when
@@ -130,7 +131,7 @@ class Schedules:
         seconds, micros = self._redis.time()
         return float(seconds + micros / 1e6)
 
-    def fire_due(self) -> float:
+    def fire_due(self, payloads: Payloads) -> float:
         """Submit what is due; returns in how many seconds something will be.
 
         Any number of processes may do this: the call of a schedule's moment has the same id for all of them, and is
@@ -146,18 +147,18 @@ class Schedules:
             since = max(schedule.created, fired.at if fired is not None else 0) / 1000
             moment = when.last_between(since, now)
             if moment is not None:
-                self._fire(schedule, moment)
+                self._fire(schedule, moment, payloads)
             pause = min(pause, when.next_after(now) - now)
         return pause
 
-    def _fire(self, schedule: Schedule, moment: float) -> None:
+    def _fire(self, schedule: Schedule, moment: float, payloads: Payloads) -> None:
         at = int(moment * 1000)
         sealed = self._signer.seal(encode(["schedule", schedule.name, schedule.created, at]))
         call_id = "d" + hashlib.sha256(sealed).hexdigest()[:32]
         head = (call_id, schedule.deployment, ANYONE, NEVER_MS, PYTHON, schedule.method, True, schedule.payload)
         options = Options(0.0, schedule.expires_s, schedule.low_priority, schedule.terms)
         call = DurableCall(*head, terms=schedule.terms)
-        answer = submit_now(self._redis, self._keys, self._signer, call, options)
+        answer = submit_now(self._redis, self._keys, self._signer, payloads, call, options)
         error = ""
         if answer[0] < 0:
             error = f"there is no deployment {schedule.deployment!r} that takes calls"

@@ -11,7 +11,8 @@ import msgspec
 from redis.exceptions import RedisError
 
 from qserve.background import spawn
-from qserve.broker.connection import Answer, Connection, ignore_answer
+from qserve.broker.connection import Answer, Connection
+from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.queues import CALLS_PER_ADMIT, send_control
 from qserve.broker.records import SUBMIT, Records, durable_reply, load_scripts, submit_arguments
 from qserve.broker.retry_after import Refusals
@@ -47,15 +48,12 @@ from qserve.wire.call_record import (
 )
 from qserve.wire.messages import (
     ERROR,
-    Blob,
     Control,
     ErrorInfo,
     Reply,
     Signer,
-    decode_blob,
     decode_reply,
     encode,
-    result_id,
 )
 
 Outcome = Reply | QServeError
@@ -63,7 +61,6 @@ OnAdmitted = Callable[[str | QServeError], None]
 
 _LOOK_AGAIN_S = 30.0
 """An inbox is told of every end; looking again now and then finds what was missed while the inbox counted as dead."""
-_UNCONFIRMED_PAYLOAD_MS = 60_000
 _EXPIRY_SHOWS_S = 0.05
 PARTS_READ = 64
 """Of how many parts at most a reader holds the data."""
@@ -116,6 +113,7 @@ class DurableCalls:
         self,
         settings: Settings,
         signer: Signer,
+        payloads: Payloads,
         process: str,
         sender: Callable[[], Connection],
         refusals: Refusals,
@@ -124,6 +122,7 @@ class DurableCalls:
         self._settings = settings
         self._keys = settings.keys
         self._signer = signer
+        self._payloads = payloads
         self._process = process
         self._sender = sender
         self._refusals = refusals
@@ -146,12 +145,12 @@ class DurableCalls:
                 has the same idempotency key, or with the reason why it was refused.
         """
         call_id = new_call_id()
-        blob = None
-        if len(payload) > self._settings.out_of_line_bytes:
-            blob, payload = self._signer.seal(encode(Blob(call_id, payload))), b""
-        head = (call_id, deployment, ANYONE, NEVER_MS, kind, method, True, payload, blob is not None)
+        sealed = self._payloads.seal(call_id, payload)
+        if sealed is not None:
+            payload = b""
+        head = (call_id, deployment, ANYONE, NEVER_MS, kind, method, True, payload, sealed is not None)
         call = DurableCall(*head, terms=options.terms)
-        return Submission(call, self._signer.seal(encode(call)), blob, options, on_admitted)
+        return Submission(call, self._signer.seal(encode(call)), sealed, options, on_admitted)
 
     def submit(self, submission: Submission) -> None:
         """Submit a prepared call, together with the others of this tick."""
@@ -172,8 +171,8 @@ class DurableCalls:
         try:
             if not (sender := self._sender()).is_open:
                 raise BrokerUnavailable("Redis cannot be reached")
-            if each.payload is not None:  # the script makes it last
-                await sender.call("SET", self._keys.payload(call.id), each.payload, "PX", _UNCONFIRMED_PAYLOAD_MS)
+            if each.payload is not None:
+                await self._payloads.store_unconfirmed(sender, call.id, each.payload)
             arguments = submit_arguments(self._keys, call.deployment, [(call, each.frame, each.options)], self._process)
             answer = await self._confirmed[durability].run(SUBMIT, arguments)
         except (BrokerUnavailable, RedisError) as exc:
@@ -192,9 +191,8 @@ class DurableCalls:
             for start in range(0, len(submissions), CALLS_PER_ADMIT):
                 batch = submissions[start : start + CALLS_PER_ADMIT]
                 for each in batch:
-                    if each.payload is not None:  # the script makes it last
-                        key = self._keys.payload(each.call.id)
-                        sender.send(ignore_answer, "SET", key, each.payload, "PX", _UNCONFIRMED_PAYLOAD_MS)
+                    if each.payload is not None:
+                        self._payloads.put_unconfirmed(sender, each.call.id, each.payload)
                 calls = [(each.call, each.frame, each.options) for each in batch]
                 self.records.submit(sender, deployment, calls, self._process, partial(self._answered, batch))
         sender.flush()
@@ -262,11 +260,10 @@ class DurableCalls:
         if not sender.is_open:
             return  # `link_up` looks again
         try:
-            sealed = await sender.call("GET", self._keys.payload(result_id(reply.id)))
-            blob = decode_blob(self._signer.open(sealed or b""))
-            if blob.id != result_id(reply.id):
-                raise FrameRejected("the result of another call")
-            self._end(reply.id, Reply(reply.id, ANYONE, reply.kind, blob.data))
+            result = await self._payloads.fetch(sender, result_id(reply.id))
+            if result is None:
+                raise FrameRejected("it is gone from Redis")
+            self._end(reply.id, Reply(reply.id, ANYONE, reply.kind, result))
         except BrokerUnavailable:
             return
         except (QServeError, msgspec.DecodeError) as exc:

@@ -41,9 +41,7 @@ class Call(msgspec.Struct, frozen=True, array_like=True, gc=False):
         method: Method name, "" for `__call__`.
         safe: May run again after its replica died.
         payload: Encoded arguments or request; empty if `out_of_line`.
-        out_of_line: The payload stands under `Keys.payload(id)`.
-        meta: What hooks of the caller say to hooks of the replica. Only `CallWithMeta` has room for it: a call with
-            none takes no byte for it on the wire.
+        out_of_line: The payload stands under a key of its own, see `qserve.broker.payloads`.
     """
 
     id: str
@@ -76,7 +74,7 @@ class Reply(msgspec.Struct, frozen=True, array_like=True, gc=False):
         to: Process id of the receiver; a frame found in another inbox is rejected.
         kind: VALUE, HTTP_RESPONSE, ERROR, CONTROL or CHUNK.
         payload: Encoded by kind; empty if `out_of_line`.
-        out_of_line: The payload stands under `Keys.payload(result_id(id))`.
+        out_of_line: The payload stands under a key of its own, see `qserve.broker.payloads`.
     """
 
     id: str
@@ -177,11 +175,6 @@ class HttpResponse(msgspec.Struct, frozen=True, array_like=True, gc=False):
     status: int
     headers: list[tuple[bytes, bytes]]
     body: bytes
-
-
-def result_id(call_id: str) -> str:
-    """What a result that travels out of line is called, in its key and in its Blob."""
-    return f"{call_id}:r"
 
 
 _MAC_AT = 5

@@ -6,6 +6,7 @@ from typing import Any
 from celery import beat
 from redis.exceptions import RedisError
 
+from qserve.broker.payloads import Payloads
 from qserve.broker.state import State
 from qserve.durable.schedules import Schedules
 from qserve.errors import QServeError
@@ -25,7 +26,9 @@ class Scheduler(beat.Scheduler):  # type: ignore[misc]
 
     def __init__(self, app: Any, **options: Any) -> None:
         settings = app.settings
-        self._schedules = Schedules(State(settings.redis_url, settings.keys, Signer(settings.secrets)))
+        signer = Signer(settings.secrets)
+        self._schedules = Schedules(State(settings.redis_url, settings.keys, signer))
+        self._payloads = Payloads(settings.keys, signer, settings.out_of_line_bytes)
         super().__init__(app, **options)
 
     def setup_schedule(self) -> None:
@@ -34,7 +37,7 @@ class Scheduler(beat.Scheduler):  # type: ignore[misc]
     def tick(self, *_args: Any, **_kwargs: Any) -> float:
         """Submit what is due; returns after how many seconds to look again."""
         try:
-            return min(max(self._schedules.fire_due(), 0.0) + 0.002, _LOOK_EVERY_S)
+            return min(max(self._schedules.fire_due(self._payloads), 0.0) + 0.002, _LOOK_EVERY_S)
         except (QServeError, RedisError, OSError) as exc:
             logger.error("Cannot look at the schedules: %s. Next try in %g s.", exc, _LOOK_EVERY_S)
             return _LOOK_EVERY_S

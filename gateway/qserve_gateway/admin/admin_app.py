@@ -86,7 +86,8 @@ class Admin:
         if deployment is not None:
             return await self._delete(unquote(deployment[1])) if method == "DELETE" else _not_allowed("DELETE")
         if path.startswith("/-/dead"):
-            return await asyncio.to_thread(dead_letter_pages.answer, self._state, method, path)
+            limit = self._settings.out_of_line_bytes
+            return await asyncio.to_thread(dead_letter_pages.answer, self._state, limit, method, path)
         if path == "/-/drain":
             return self._leave() if method == "POST" else _not_allowed("POST")
         if path not in ("/-/metrics", "/-/status"):

@@ -14,7 +14,7 @@ from qserve_gateway.respond import json_response, text_response
 _PATH = re.compile(r"/-/dead(?:/(?P<name>[^/]+)(?:/(?P<letter>[^/]+)(?P<retry>/retry)?)?)?").fullmatch
 
 
-def answer(state: State, method: str, path: str) -> HttpResponse:
+def answer(state: State, out_of_line_bytes: int, method: str, path: str) -> HttpResponse:
     """Answer a request for a path below /-/dead. Waits for Redis.
 
     Raises:
@@ -28,7 +28,7 @@ def answer(state: State, method: str, path: str) -> HttpResponse:
     if method not in allowed.split(", "):
         return text_response(405, f"Only {allowed}.", (b"allow", allowed.encode()))
     try:
-        return json_response(_do(DeadLetters(state), method, name, letter))
+        return json_response(_do(DeadLetters(state, out_of_line_bytes), method, name, letter))
     except (RedisError, OSError) as exc:
         raise BrokerUnavailable(f"Redis cannot be asked for dead letters: {exc}") from exc
 

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from qserve import serve
+from qserve.broker.payloads import Payloads
 from qserve.broker.state import State
 from qserve.cli import main
 from qserve.durable.cron import parse_when
@@ -163,6 +164,7 @@ def test_a_moment_that_was_missed_is_made_up_for_once(told: Any, qserve_instance
     serve.schedule("hourly", "every 1h", told)
     state = state_of(qserve_instance)
     schedules = Schedules(state)
+    payloads = Payloads(settings.keys, state.signer, settings.out_of_line_bytes)
     made = schedules.get("hourly")
     assert made is not None
     earlier = msgspec.structs.replace(made, created=made.created - 36_000_000)
@@ -172,6 +174,6 @@ def test_a_moment_that_was_missed_is_made_up_for_once(told: Any, qserve_instance
 
     notes.wait_for(1)
     for _ in range(3):
-        schedules.fire_due()
+        schedules.fire_due(payloads)
     state.close()
     assert len(notes.read()) == 1

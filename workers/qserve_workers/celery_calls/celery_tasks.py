@@ -15,6 +15,7 @@ import msgspec
 from celery.exceptions import NotRegistered, TaskRevokedError
 
 from qserve.broker.keys import is_name
+from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.broker.state import State
 from qserve.errors import (
@@ -57,6 +58,7 @@ class Desk:
         self._allowed = settings.celery_calls if settings.celery_calls is not None else not settings.secrets
         self._signer = Signer(settings.secrets)
         self._state = State(settings.redis_url, settings.keys, self._signer)
+        self._payloads = Payloads(settings.keys, self._signer, settings.out_of_line_bytes)
         self._codec = Codec(allow_pickle=False, max_bytes=settings.max_value_bytes)
 
     def close(self) -> None:
@@ -117,7 +119,7 @@ class Desk:
         expires_s = None if expires_s is None else max(expires_s, 0.001)
         options = Options(max(0.0, _seconds_until(headers.get("eta")) or 0.0), expires_s, terms=terms)
         call, keys = DurableCall(*head, terms=terms), self._settings.keys
-        answer = submit_now(self._state.redis, keys, self._signer, call, options)
+        answer = submit_now(self._state.redis, keys, self._signer, self._payloads, call, options)
         if answer[0] == -1:
             raise DeploymentNotFound(f"there is no deployment {name!r}")
         if answer[0] == -2:

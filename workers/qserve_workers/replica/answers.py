@@ -9,12 +9,13 @@ import hiredis
 
 from qserve.broker.connection import Answer, ignore_answer
 from qserve.broker.link import Link
+from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.queues import Entry, ReplicaQueue
 from qserve.errors import BrokerUnavailable
 from qserve.failpoints import reach
 from qserve.settings import Settings
 from qserve.wire.channel import DOUBT_S
-from qserve.wire.messages import ERROR, Blob, Call, Reply, Signer, encode, result_id
+from qserve.wire.messages import ERROR, Call, Reply, Signer, encode
 
 logger = logging.getLogger(__name__)
 
@@ -40,27 +41,27 @@ class Answers:
     """
 
     def __init__(self, settings: Settings, signer: Signer, queue: ReplicaQueue, link: Link) -> None:
-        self._settings = settings
         self._keys = settings.keys
         self._signer = signer
+        self._payloads = Payloads(settings.keys, signer, settings.out_of_line_bytes)
         self._queue = queue
         self._link = link
         self._collected: dict[str, list[tuple[bytes, bytes]]] = {}
         self._sent: dict[int, _Batch] = {}
         self._results: dict[bytes, tuple[str, bytes]] = {}
+        """By entry: the id and the sealed payload of a result that travels out of line."""
         self._batches = 0
         self._insists = False
 
     def add(self, entry: bytes, call: Call, kind: int, payload: bytes) -> None:
         """Answer a call at the end of this tick."""
-        out_of_line = len(payload) > self._settings.out_of_line_bytes
-        if out_of_line:
-            sealed = self._signer.seal(encode(Blob(result_id(call.id), payload)))
-            self._results[entry] = (self._keys.payload(result_id(call.id)), sealed)
+        sealed = self._payloads.seal_result(call.id, payload)
+        if sealed is not None:
+            self._results[entry] = (result_id(call.id), sealed)
             payload = b""
         if call.out_of_line:
-            self._link.sender.send(ignore_answer, "DEL", self._keys.payload(call.id))
-        frame = self._signer.seal(encode(Reply(call.id, call.reply_to, kind, payload, out_of_line)))
+            self._payloads.drop(self._link.sender, call.id)
+        frame = self._signer.seal(encode(Reply(call.id, call.reply_to, kind, payload, sealed is not None)))
         replies = self._collected.get(call.reply_to)
         if replies is not None:
             replies.append((entry, frame))
@@ -150,8 +151,7 @@ class Answers:
         if self._results:
             for entry, _ in batch.replies:
                 if entry in self._results:
-                    key, sealed = self._results[entry]
-                    sender.send(ignore_answer, "SET", key, sealed, "PX", _RESULT_TTL_MS)
+                    self._payloads.put(sender, *self._results[entry], _RESULT_TTL_MS)
         on_answer = partial(self._confirmed, number, is_first)
         self._queue.reply(sender, batch.caller, batch.replies, on_answer, insist=insist or self._insists)
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import hiredis
 from redis.exceptions import RedisError
 
-from qserve.broker.connection import Answer, ignore_answer
+from qserve.broker.connection import Answer
 from qserve.broker.link import Link
+from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.queues import Entry
 from qserve.broker.records import Records, durable_reply, load_scripts
 from qserve.context import CallInfo, current_call
@@ -50,7 +51,6 @@ from qserve.wire.messages import (
     HTTP_RESPONSE,
     PYTHON,
     VALUE,
-    Blob,
     Call,
     HttpRequest,
     HttpResponse,
@@ -58,7 +58,6 @@ from qserve.wire.messages import (
     decode_http_request,
     decode_http_response,
     encode,
-    result_id,
 )
 from qserve_workers.celery_calls.celery_results import celery_error, celery_result
 
@@ -164,8 +163,8 @@ class DurableRuns:
 
     def __init__(self, settings: Settings, signer: Signer, codec: Codec, replica: str, link: Link, host: Host) -> None:
         self._settings = settings
-        self._keys = settings.keys
         self._signer = signer
+        self._payloads = Payloads(settings.keys, signer, settings.out_of_line_bytes)
         self._codec = codec
         self._replica = replica
         self._link = link
@@ -310,8 +309,7 @@ class DurableRuns:
             return
         reach("settle")
         if settlement.result is not None:
-            key = self._keys.payload(result_id(settlement.call.id))
-            sender.send(ignore_answer, "SET", key, settlement.result, "PX", settlement.keep_ms)
+            self._payloads.put(sender, result_id(settlement.call.id), settlement.result, settlement.keep_ms)
         self._records.settle(
             sender,
             settlement.call,
@@ -352,10 +350,10 @@ class DurableRuns:
     # Frames
 
     def _frame(self, call: DurableCall, kind: int, payload: bytes) -> tuple[bytes, bytes | None]:
-        if len(payload) <= self._settings.out_of_line_bytes:
+        sealed = self._payloads.seal_result(call.id, payload)
+        if sealed is None:
             return durable_reply(self._signer, call.id, kind, payload), None
-        blob = self._signer.seal(encode(Blob(result_id(call.id), payload)))
-        return durable_reply(self._signer, call.id, kind, b"", out_of_line=True), blob
+        return durable_reply(self._signer, call.id, kind, b"", out_of_line=True), sealed
 
     def _error_frame(self, call: DurableCall, error: QServeError) -> bytes:
         return durable_reply(self._signer, call.id, ERROR, self._pack_error(error))

@@ -10,11 +10,11 @@ from typing import Protocol
 from qserve.broker.clock import RedisClock
 from qserve.broker.connection import Answer
 from qserve.broker.link import Link
+from qserve.broker.payloads import Payloads
 from qserve.broker.queues import ALIVE_TTL_MS, Entry, send_chunk
 from qserve.context import CallInfo
 from qserve.errors import (
     BrokerUnavailable,
-    FrameRejected,
     GetTimeoutError,
     ResultTooLarge,
     StreamBroken,
@@ -33,7 +33,6 @@ from qserve.wire.messages import (
     HttpRequest,
     HttpResponse,
     Signer,
-    decode_blob,
     decode_http_request,
     encode,
 )
@@ -177,9 +176,8 @@ class Runner:
         self, settings: Settings, signer: Signer, codec: Codec, *, link: Link, clock: RedisClock, talks: Conversations
     ) -> None:
         self.code: Code
-        self._keys = settings.keys
         self._settings = settings
-        self._signer = signer
+        self._payloads = Payloads(settings.keys, signer, settings.out_of_line_bytes)
         self._codec = codec
         self._link = link
         self._clock = clock
@@ -235,14 +233,11 @@ class Runner:
         """The payload of a call that travelled out of line."""
         if not self._link.sender.is_open:
             raise BrokerUnavailable("the call's payload could not be fetched: Redis is away")
-        sealed = await self._link.sender.call("GET", self._keys.payload(call.id))
-        if sealed is None:
+        payload = await self._payloads.fetch(self._link.sender, call.id)
+        if payload is None:
             raise GetTimeoutError("the call's payload has expired; it was not run")
-        blob = decode_blob(self._signer.open(sealed))
-        if blob.id != call.id:
-            raise FrameRejected("a payload of another call")
         reach("payload-fetched")
-        return blob.data
+        return payload
 
     def _pack_response(self, response: HttpResponse) -> bytes:
         if len(response.body) > self._settings.max_value_bytes:

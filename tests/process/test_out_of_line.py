@@ -1,0 +1,129 @@
+"""Large payloads travel under a key of their own, whoever sends them, from QSERVE_OUT_OF_LINE_BYTES on."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+
+from qserve.broker.payloads import Payloads
+from qserve.broker.state import State
+from qserve.durable.dead_letters import DeadLetters
+from qserve.durable.schedules import Plan, Schedules
+from qserve.errors import FrameRejected, QServeError
+from qserve.settings import Settings
+from qserve.wire.call_record import DurableCall, Options, decode_durable_call
+from qserve.wire.codec import Codec
+from qserve.wire.messages import PYTHON, Call, Signer, encode
+from qserve.wire.spec import DeploymentSpec, Target
+from qserve_workers.celery_calls.celery_tasks import Desk
+from tests.support.calling import LIMIT_S, calling, deploy, serving, until, within
+
+LIMIT = 20
+WORD = "a word that is longer than the limit"
+CODEC = Codec(allow_pickle=False, max_bytes=1000)
+
+
+@pytest.fixture
+def small(settings: Settings) -> Settings:
+    return settings.model_copy(update={"out_of_line_bytes": LIMIT, "celery_calls": True})
+
+
+@pytest.fixture
+def payloads(small: Settings, signer: Signer) -> Payloads:
+    return Payloads(small.keys, signer, small.out_of_line_bytes)
+
+
+@pytest.fixture
+def queue(state: State) -> State:
+    """A state in which 'x' is deployed, and nobody takes its calls."""
+    state.deploy(DeploymentSpec(name="x", target=Target("m:x"), revision="r"), expected=0)
+    return state
+
+
+def submitted(state: State) -> DurableCall:
+    """The only call in the queue, checked: its payload is out of line, and is kept for as long as the call is."""
+    redis: Any = state.redis
+    [(_, fields)] = redis.xrange(state.keys.calls("x"))
+    call: DurableCall = decode_durable_call(state.signer.open(fields[b"d"]))
+    assert (call.payload, call.out_of_line) == (b"", True)
+    assert redis.pttl(state.keys.payload(call.id)) == -1
+    return call
+
+
+def argument(state: State, payloads: Payloads, call: DurableCall) -> object:
+    payload = payloads.fetch_now(state.redis, call.id)
+    assert payload is not None
+    args, _ = CODEC.unpack_call(payload)
+    return args[0]
+
+
+def test_of_a_schedule(queue: State, payloads: Payloads) -> None:
+    schedules = Schedules(queue)
+    made = schedules.put(Plan("often", "every 1s", "x", "", Options(), (WORD,), {}), CODEC)
+    overdue = msgspec.structs.replace(made, created=made.created - 10_000)
+    queue.redis.hset(queue.keys.schedules, "often", queue.signer.seal(encode(overdue)))
+
+    schedules.fire_due(payloads)
+
+    assert argument(queue, payloads, submitted(queue)) == WORD
+
+
+def test_of_a_celery_client_also_when_its_message_is_delivered_again(
+    queue: State, small: Settings, payloads: Payloads
+) -> None:
+    desk = Desk(small)
+    for _ in range(2):
+        desk.take({"id": "t", "task": "qserve.call"}, [["x", "", [WORD]], {}, {}])
+
+        assert argument(queue, payloads, submitted(queue)) == WORD
+    desk.close()
+
+
+def test_of_a_dead_letter_that_is_sent_again(queue: State, payloads: Payloads) -> None:
+    call = Call("c", "x", "somebody", 60_000, PYTHON, "", True, CODEC.pack_call((WORD,), {}))
+    frame = queue.signer.seal(encode(call))
+    queue.redis.xadd(queue.keys.dead_letters("x"), {"r": "c", "f": "s", "d": frame, "err": "killed all replicas"})
+    letters = DeadLetters(queue, LIMIT)
+
+    call_id = letters.retry(letters.get("x", "c"))
+
+    again = submitted(queue)
+    assert again.id == call_id
+    assert argument(queue, payloads, again) == WORD
+
+
+async def test_of_a_call_and_its_result(small: Settings, state: State) -> None:
+    spec = deploy(small)
+    async with calling(small) as caller:
+        pending, outcome = caller.call(WORD)
+        await until(lambda: state.redis.exists(state.keys.payload(pending.id)))
+        async with serving(small, spec):
+            assert caller.value(await within(outcome)) == WORD
+    assert list(state.redis.scan_iter(state.keys.payload("*"))) == []
+
+
+async def test_of_a_durable_call(queue: State, small: Settings, payloads: Payloads) -> None:
+    async with calling(small) as caller:
+        admitted: asyncio.Future[str | QServeError] = asyncio.get_running_loop().create_future()
+        submission = caller.client.durable.prepare(
+            "x",
+            kind=PYTHON,
+            method="",
+            payload=CODEC.pack_call((WORD,), {}),
+            options=Options(),
+            on_admitted=admitted.set_result,
+        )
+        caller.client.durable.submit(submission)
+        assert await asyncio.wait_for(admitted, LIMIT_S) == submission.call.id
+
+    assert argument(queue, payloads, submitted(queue)) == WORD
+
+
+def test_a_payload_stands_for_its_own_call_only(payloads: Payloads) -> None:
+    sealed = payloads.seal("one", WORD.encode())
+    assert sealed is not None
+    assert payloads.open("one", sealed) == WORD.encode()
+    with pytest.raises(FrameRejected, match="another call"):
+        payloads.open("two", sealed)
+    assert payloads.seal("one", b"x" * LIMIT) is None
