@@ -59,8 +59,8 @@ IMPORTS = {module: set(imports_of(path)) for module, path in SOURCES.items()}
 
 
 def levels() -> list[set[str]]:
-    """The module order as docs/life-of-a-call.md prints it, lowest first."""
-    text = (ROOT / "docs/life-of-a-call.md").read_text()
+    """The module order as docs/architecture.md prints it, lowest first."""
+    text = (ROOT / "docs/architecture.md").read_text()
     found = re.search(r"<!-- module order -->\n```text\n(.*?)```", text, re.DOTALL)
     assert found
     return [set(line.split()) for line in reversed(found[1].splitlines())]
