@@ -138,7 +138,9 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_files_that_a_document_names_exist(document: Path) -> None:
     """Written as code, from the root of the project: `qserve/serve.py`, `tests/pure/`."""
-    named = re.findall(r"`((?:\.ci|benchmarks|docs|examples|gateway|qserve|tests|workers)/[\w./-]*)`", document.read_text())
+    named = re.findall(
+        r"`((?:\.ci|benchmarks|docs|examples|gateway|qserve|tests|workers)/[\w./-]*)`", document.read_text()
+    )
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
