@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qserve.broker import embedded
+from qserve.broker.call_queue import CALLS_PER_ADMIT, CallQueue
 from qserve.broker.connection import Connection
-from qserve.broker.queues import CALLS_PER_ADMIT, DEAD, CallQueue, ReplicaQueue
+from qserve.broker.heartbeats import DIED
+from qserve.broker.replica_queue import ReplicaQueue
 from qserve.broker.state import State
 from qserve.calls.process_client import new_event_loop
 from qserve.errors import BrokerUnavailable
@@ -89,13 +91,13 @@ class _Queue:
 
     async def take(self) -> None:
         """Take over what a dead replica had."""
-        while entries := await self._me.take(self._connection, "other", DEAD.encode(), most=_TAKE, unsafe_only=False):
+        while entries := await self._me.take(self._connection, "other", DIED.encode(), most=_TAKE, unsafe_only=False):
             self._taken += [entry.id for entry in entries]
 
     async def die(self, count: int) -> None:
         """Let a replica die that had so many calls."""
         await self.read(self._other, count)
-        await self._connection.call("HSET", self._keys.heartbeats(self._name), "other", DEAD)
+        await self._connection.call("HSET", self._keys.heartbeats(self._name), "other", DIED)
         self._taken: list[bytes] = []
 
     async def settle(self) -> None:

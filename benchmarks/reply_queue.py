@@ -8,7 +8,6 @@ is measured.
 """
 
 import asyncio
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,10 @@ from statistics import median
 import redis
 
 from qserve.broker import embedded
-from qserve.broker.connection import Answer, Connection, Script
+from qserve.broker.connection import Answer, Connection
+from qserve.broker.inboxes import Inbox
 from qserve.broker.keys import GROUP, Keys
-from qserve.broker.queues import REPLY, Inbox
+from qserve.broker.scripts import REPLY, Script
 from qserve.calls.process_client import new_event_loop
 from qserve.wire.messages import VALUE, Reply, Signer, encode
 
@@ -36,11 +36,7 @@ TRIM_AFTER = 512 * 1024
 """Bytes, as the receiver has it."""
 
 
-def _script(source: str) -> Script:
-    return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
-
-
-REPLY_TO_LIST = _script(REPLY.source.replace("'XADD', KEYS[2], '*', 'd',", "'RPUSH', KEYS[2],"))
+REPLY_TO_LIST = Script(REPLY.source.replace("'XADD', KEYS[2], '*', 'd',", "'RPUSH', KEYS[2],"))
 assert "RPUSH" in REPLY_TO_LIST.source
 
 

@@ -180,7 +180,7 @@ class Connection(asyncio.Protocol):
             RedisError: Redis refused the command.
         """
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.send(lambda answer: _settle(future, answer), *command)
+        self.send(lambda answer: settle(future, answer), *command)
         return await future
 
     def flush(self) -> None:
@@ -267,7 +267,8 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
-def _settle(future: asyncio.Future[Answer], answer: Answer) -> None:
+def settle(future: asyncio.Future[Answer], answer: Answer) -> None:
+    """Give an answer to whoever awaits it."""
     if future.done():
         return
     if isinstance(answer, hiredis.ReplyError):
@@ -276,34 +277,3 @@ def _settle(future: asyncio.Future[Answer], answer: Answer) -> None:
         future.set_exception(answer)
     else:
         future.set_result(answer)
-
-
-class Script:
-    """A Lua script called by its hash, and loaded where the server does not know it (yet, or any more)."""
-
-    def __init__(self, source: str, sha: str) -> None:
-        self.source = source
-        self.sha = sha
-
-    def send(
-        self, connection: Connection, on_answer: Callable[[Answer], None], keys: tuple[str, ...], *args: Any
-    ) -> None:
-        """Run the script at the end of this tick.
-
-        A script the server has forgotten is sent again whole: NOSCRIPT means that nothing was done, so this is no
-        blind retry.
-        """
-
-        def check(answer: Answer) -> None:
-            if isinstance(answer, hiredis.ReplyError) and str(answer).startswith("NOSCRIPT"):
-                connection.send(on_answer, "EVAL", self.source, len(keys), *keys, *args)
-            else:
-                on_answer(answer)
-
-        connection.send(check, "EVALSHA", self.sha, len(keys), *keys, *args)
-
-    async def call(self, connection: Connection, keys: tuple[str, ...], *args: Any) -> Answer:
-        """Run the script and return its answer; raises like `Connection.call`."""
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.send(connection, lambda answer: _settle(future, answer), keys, *args)
-        return await future

@@ -1,17 +1,30 @@
 """The records of durable calls on Redis: every script with the one place that calls it."""
 
-import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import redis
 
-from qserve.broker.connection import Answer, Connection, Script, ignore_answer
+from qserve.broker.connection import Answer, Connection, ignore_answer
+from qserve.broker.inboxes import INBOX_TTL_MS
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.payloads import Payloads
-from qserve.broker.queues import DEAD_LETTERS_KEPT, INBOX_TTL_MS, Entry, remaining
+from qserve.broker.remains import remaining
+from qserve.broker.replica_queue import DEAD_LETTERS_KEPT, Entry
+from qserve.broker.scripts import (
+    ATTACH,
+    DESCRIBE,
+    DUE,
+    END_CALL,
+    NOTE_PART,
+    NOTE_PROGRESS,
+    REJECT_CALL,
+    RUN_CALL,
+    SETTLE_CALL,
+    SUBMIT,
+    load_scripts,
+)
 from qserve.wire.call_record import (
     ANYONE,
     DEAD_TTL_S,
@@ -31,22 +44,6 @@ _MOVED_AT_ONCE = 256
 _LEASE_MS = 3000
 _IDEMPOTENCY_TTL_MS = int(IDEMPOTENCY_TTL_S * 1000)
 _LONGEST_ERROR = 2000
-_SHEBANG = "#!lua flags=allow-oom\n"
-
-
-def _load(name: str) -> Script:
-    folder = Path(__file__).parent / "lua"
-    source, shared = (folder / f"{name}.lua").read_text(), (folder / "record.lua").read_text()
-    # The line of flags has to be the first one.
-    head = _SHEBANG if source.startswith(_SHEBANG) else ""
-    source = head + shared + source.removeprefix(_SHEBANG)
-    return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
-
-
-SUBMIT, ATTACH, END, DESCRIBE = _load("submit"), _load("attach"), _load("end_call"), _load("describe")
-RUN, SETTLE, DUE, TELL_PROGRESS = _load("run_call"), _load("settle_call"), _load("due"), _load("progress")
-REVIVE, REJECT = _load("revive"), _load("reject_call")
-TELL_PART = _load("part")
 
 
 def durable_reply(signer: Signer, call_id: str, kind: int, payload: bytes, *, out_of_line: bool = False) -> bytes:
@@ -59,6 +56,10 @@ class Records:
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
+
+    def open(self, connection: Connection) -> None:
+        """Load the scripts whose order matters."""
+        load_scripts(connection, (SUBMIT, ATTACH, END_CALL, RUN_CALL, SETTLE_CALL, NOTE_PROGRESS))
 
     def submit(
         self,
@@ -81,7 +82,7 @@ class Records:
         """Cancel a call or let it expire; `on_answer` gets what end_call.lua returns."""
         ttl_ms = int(RESULT_TTL_S * 1000)
         arguments = (self._keys.base, call_id, GROUP, state, frame, ttl_ms, INBOX_TTL_MS)
-        END.send(connection, on_answer, (self._keys.call(call_id),), *arguments)
+        END_CALL.send(connection, on_answer, (self._keys.call(call_id),), *arguments)
 
     async def describe(self, connection: Connection, call_id: str, after_event: int = 0) -> CallRecord | None:
         """The record as it is now, with its events after that number; None if there is none (any more)."""
@@ -93,7 +94,7 @@ class Records:
     async def run(self, connection: Connection, call: DurableCall, replica: str, entry: bytes) -> list[Any]:
         """Note that a call is about to run; what run_call.lua returns."""
         names = (self._keys.calls(call.deployment), self._keys.call(call.id), self._keys.parts(call.id))
-        answer: list[Any] = await RUN.call(connection, names, GROUP, replica, entry)
+        answer: list[Any] = await RUN_CALL.call(connection, names, GROUP, replica, entry)
         return answer
 
     def settle(
@@ -117,7 +118,7 @@ class Records:
         keys = self._keys
         names = (keys.calls(call.deployment), keys.dead_letters(call.deployment), keys.due(call.deployment))
         said = error[:_LONGEST_ERROR]
-        SETTLE.send(
+        SETTLE_CALL.send(
             *(connection, on_answer, names, keys.base, GROUP, entry, call.id, state, frame, keep_ms, INBOX_TTL_MS),
             *(said, DEAD_LETTERS_KEPT, said, celery),
         )
@@ -127,11 +128,11 @@ class Records:
         keys, call_id = self._keys, entry.call.decode(errors="replace")
         names = (keys.calls(deployment), keys.dead_letters(deployment), keys.call(call_id))
         arguments = (keys.base, GROUP, entry.id, call_id, frame, int(DEAD_TTL_S * 1000), INBOX_TTL_MS)
-        await REJECT.call(connection, names, *arguments, reason[:_LONGEST_ERROR], DEAD_LETTERS_KEPT)
+        await REJECT_CALL.call(connection, names, *arguments, reason[:_LONGEST_ERROR], DEAD_LETTERS_KEPT)
 
     def progress(self, connection: Connection, call_id: str, entry: bytes, frame: bytes) -> None:
         """Tell how far a running call has come."""
-        TELL_PROGRESS.send(
+        NOTE_PROGRESS.send(
             connection, ignore_answer, (self._keys.call(call_id),), self._keys.base, entry, frame, INBOX_TTL_MS
         )
 
@@ -140,7 +141,7 @@ class Records:
     ) -> None:
         """Record a part that a running call gives; twice is harmless."""
         names = (self._keys.call(call_id), self._keys.parts(call_id))
-        await TELL_PART.call(connection, names, self._keys.base, entry, index, frame, news, INBOX_TTL_MS)
+        await NOTE_PART.call(connection, names, self._keys.base, entry, index, frame, news, INBOX_TTL_MS)
 
     async def parts(
         self, connection: Connection, record: CallRecord, after: int, most: int
@@ -170,7 +171,7 @@ def fail_remaining_records(client: redis.Redis, keys: Keys, deployment: str, sig
         call_id = bytes(each).decode()
         frame = durable_reply(signer, call_id, ERROR, error)
         arguments = (keys.base, call_id, GROUP, FAILED, frame, int(RESULT_TTL_S * 1000), INBOX_TTL_MS)
-        run_script(client, END, (keys.call(call_id),), *arguments)
+        END_CALL.run(client, (keys.call(call_id),), *arguments)
 
 
 def submit_now(
@@ -182,7 +183,7 @@ def submit_now(
         payloads.put_unconfirmed_now(client, call.id, sealed)
         call = msgspec.structs.replace(call, payload=b"", out_of_line=True)
     names, *arguments = submit_arguments(keys, call.deployment, [(call, signer.seal(encode_call(call)), options)], "")
-    return run_script(client, SUBMIT, names, *arguments)
+    return SUBMIT.run(client, names, *arguments)
 
 
 def submit_arguments(
@@ -198,17 +199,3 @@ def submit_arguments(
         arguments += ("" if terms.result_ttl_s == RESULT_TTL_S else int(terms.result_ttl_s * 1000), terms.celery_id)
     names = (keys.calls(deployment), keys.meta(deployment), keys.due(deployment), keys.low(deployment))
     return names, keys.base, deployment, *arguments
-
-
-def load_scripts(connection: Connection) -> None:
-    """Load the scripts whose order matters; one that is loaded on its first use is overtaken by what is sent next."""
-    for script in (SUBMIT, ATTACH, END, RUN, SETTLE, TELL_PROGRESS):
-        connection.send(ignore_answer, "SCRIPT", "LOAD", script.source)
-
-
-def run_script(client: redis.Redis, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
-    """A script over redis-py, for what is not on the path of a call."""
-    try:
-        return client.evalsha(script.sha, len(keys), *keys, *arguments)
-    except redis.exceptions.NoScriptError:
-        return client.eval(script.source, len(keys), *keys, *arguments)

@@ -3,13 +3,15 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from logging import getLogger
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from redis.exceptions import ResponseError
 
 from qserve.broker.following import Snapshot, ask, read_snapshot
 from qserve.broker.keys import GROUP, Keys
+from qserve.broker.redis_clients import our_errors
+from qserve.broker.scripts import RESTORE
+from qserve.broker.state import script_fields
 from qserve.errors import ConfigurationError
 from qserve.wire.messages import Signer, encode
 from qserve.wire.spec import Deployed, SignedSpec
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     import redis.asyncio
 
 logger = getLogger(__name__)
-
-_RESTORE = (Path(__file__).parent / "lua/restore.lua").read_text()
 
 
 class Memory:
@@ -85,7 +85,7 @@ async def restore(client: "redis.asyncio.Redis", keys: Keys, signer: Signer, kno
         spec = deployed.spec
         names = (keys.meta(spec.name), keys.deployments, keys.log, keys.calls(spec.name))
         frame = signer.seal(encode(SignedSpec(deployed.generation, spec)))
-        what = (spec.name, deployed.generation, frame, spec.max_queued_requests, spec.route_prefix or "")
-        rest = (deployed.state, deployed.error, GROUP, int(spec.idempotent))
-        count += await ask(client, "EVAL", _RESTORE, len(names), *names, *what, *rest)
+        arguments = (spec.name, deployed.generation, frame, GROUP, deployed.state, deployed.error)
+        with our_errors(client):
+            count += await RESTORE.run_async(client, names, *arguments, *script_fields(spec))
     return count

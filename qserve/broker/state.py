@@ -10,7 +10,6 @@ import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging import getLogger
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,6 +18,7 @@ import redis.asyncio
 
 from qserve.broker import redis_clients
 from qserve.broker.keys import GROUP, Keys, is_name
+from qserve.broker.scripts import DELETE, DEPLOY, SET_STATE, SIGN, Script
 from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.failpoints import reach
 from qserve.wire.messages import UNREADABLE, Signer, decoder_of, encode
@@ -38,9 +38,6 @@ from qserve.wire.spec import (
 logger = getLogger(__name__)
 
 _COMMAND_TIMEOUT_S = 5.0
-_LUA = Path(__file__).parent / "lua"
-_DEPLOY, _DELETE, _SETTLE = ((_LUA / f"{name}.lua").read_text() for name in ("deploy", "delete", "settle"))
-_SIGN = (_LUA / "sign.lua").read_text()
 
 Info = TypeVar("Info", NodeInfo, GatewayInfo, WorkerInfo, ReplicaInfo)
 
@@ -89,9 +86,9 @@ class State:
         keys = (names.meta(spec.name), names.deployments, names.log, names.calls(spec.name), names.instance)
         route = spec.route_prefix or ""
         frame = self.signer.seal(encode(SignedSpec(expected + 1, spec)))
-        arguments = (spec.name, expected, frame, spec.max_queued_requests, route, names.meta(""), GROUP)
+        arguments = (spec.name, expected, frame, GROUP, route, names.meta(""), secrets.token_hex(16))
         reach("deploy")
-        verdict, *facts = self._script(_DEPLOY, keys, *arguments, secrets.token_hex(16), int(spec.idempotent))
+        verdict, *facts = self._run(DEPLOY, keys, *arguments, *script_fields(spec))
         reach("deployed")
         if verdict == b"route":
             raise ValueError(f"route_prefix '{route}' is already registered.")
@@ -107,7 +104,7 @@ class State:
             GenerationChanged: It is not at generation `expected`.
         """
         keys = (self.keys.meta(name), self.keys.deployments, self.keys.log)
-        verdict, *facts = self._script(_DELETE, keys, name, "" if expected is None else expected)
+        verdict, *facts = self._run(DELETE, keys, name, "" if expected is None else expected)
         if verdict == b"generation":
             raise GenerationChanged(name)
         return facts[1].decode() if verdict == b"ok" else None
@@ -121,7 +118,7 @@ class State:
             error: What went wrong, for `status`.
             refuse: Why calls are turned away at once; "" lets them in.
         """
-        return bool(self._script(_SETTLE, (self.keys.meta(name),), generation, state, error, refuse))
+        return bool(self._run(SET_STATE, (self.keys.meta(name),), generation, state, error, refuse))
 
     def sign_again(self, deployed: Deployed) -> None:
         """Sign a spec with the first key where another one has signed it, so that the other can be dropped."""
@@ -129,7 +126,7 @@ class State:
         frame = self._do("HGET", key, "spec")
         if frame is not None and not self.signer.is_own(frame):
             signed = self.signer.seal(encode(SignedSpec(deployed.generation, spec)))
-            self._script(_SIGN, (key,), deployed.generation, signed)
+            self._run(SIGN, (key,), deployed.generation, signed)
 
     def generation(self, name: str) -> int:
         """The newest generation ever used under a name, 0 for none."""
@@ -244,9 +241,9 @@ class State:
     def _alive(self, infos: dict[str, Info]) -> dict[str, Info]:
         return {id_: info for id_, info in infos.items() if self.is_alive(id_)}
 
-    def _script(self, source: str, keys: tuple[str, ...], *arguments: Any) -> Any:
-        # These run a few times per deploy: not worth remembering which server has them.
-        return self._do("EVAL", source, len(keys), *keys, *arguments)
+    def _run(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
+        with redis_clients.our_errors(self.redis):
+            return script.run(self.redis, keys, *arguments)
 
     def _do(self, *command: Any) -> Any:
         with redis_clients.our_errors(self.redis):
@@ -261,6 +258,16 @@ def names_of(members: Iterable[bytes]) -> list[str]:
 # From bytes to data
 
 META_FIELDS = ("gen", "spec", "state", "error", "log_id")
+
+
+def script_fields(spec: DeploymentSpec) -> tuple[str | int, ...]:
+    """The options that Lua scripts look up, as names and values of the meta hash."""
+    return (
+        *("max_queued", spec.max_queued_requests, "route", spec.route_prefix or ""),
+        *("idempotent", int(spec.idempotent)),
+    )
+
+
 _decode_spec = decoder_of(SignedSpec)
 _decode_http = decoder_of(HttpSettings)
 

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Protocol
 
 from qserve.background import spawn
+from qserve.broker.call_queue import CALLS_PER_ADMIT, CallQueue
 from qserve.broker.clock import RedisClock
 from qserve.broker.connection import Answer, Connection
 from qserve.broker.keys import Keys
 from qserve.broker.payloads import Payloads
-from qserve.broker.queues import CALLS_PER_ADMIT, CallQueue
 from qserve.broker.retry_after import Refusals
 from qserve.calls.pending import PendingCall
 from qserve.errors import BrokerUnavailable, DeploymentNotFound, DeploymentUnavailable, QServeError

@@ -17,9 +17,9 @@ from redis.exceptions import RedisError
 from qserve.background import end, spawn
 from qserve.broker.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.broker.connection import Answer, Connection, ignore_answer
+from qserve.broker.inboxes import send_chunk, send_control
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads, result_id
-from qserve.broker.queues import send_chunk, send_control
 from qserve.broker.retry_after import Refusals
 from qserve.calls.admission import Admission
 from qserve.calls.pending import Outcome, PendingCall

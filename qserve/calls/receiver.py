@@ -7,9 +7,9 @@ from collections.abc import Callable
 import hiredis
 
 from qserve.broker.connection import Answer, Connection, ignore_answer
+from qserve.broker.inboxes import Inbox
 from qserve.broker.keys import Keys
 from qserve.broker.link import BLOCK_MS, CHECK_EVERY_S, Link
-from qserve.broker.queues import Inbox
 from qserve.errors import FrameRejected
 from qserve.wire.messages import UNREADABLE, Reply, Signer, decode_reply
 

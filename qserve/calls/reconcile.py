@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
+from qserve.broker.call_queue import CALLS_PER_ADMIT, CallQueue
 from qserve.broker.connection import Connection
 from qserve.broker.keys import Keys
 from qserve.broker.link import Link
-from qserve.broker.queues import CALLS_PER_ADMIT, CallQueue
 from qserve.calls.pending import PendingCall
 from qserve.calls.receiver import Receiver
 from qserve.errors import BrokerUnavailable, Indeterminate, QServeError

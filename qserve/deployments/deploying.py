@@ -11,8 +11,8 @@ from logging import getLogger
 
 import msgspec
 
-from qserve.broker.queues import fail_remaining
 from qserve.broker.records import fail_remaining_records
+from qserve.broker.remains import fail_remaining
 from qserve.broker.state import GenerationChanged, State
 from qserve.errors import DeploymentNotFound
 from qserve.wire.messages import ErrorInfo, encode

@@ -6,7 +6,8 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from qserve.background import spawn
-from qserve.broker.connection import Answer, Connection, Script
+from qserve.broker.connection import Answer, Connection
+from qserve.broker.scripts import Script
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.wire.call_record import Durability
 

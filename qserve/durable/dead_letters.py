@@ -9,8 +9,9 @@ import msgspec
 
 from qserve.broker.keys import Keys
 from qserve.broker.payloads import Payloads
-from qserve.broker.queues import DEAD_LETTERS_KEPT
-from qserve.broker.records import REVIVE, run_script, submit_now
+from qserve.broker.records import submit_now
+from qserve.broker.replica_queue import DEAD_LETTERS_KEPT
+from qserve.broker.scripts import REVIVE
 from qserve.broker.state import State
 from qserve.errors import CallNotFound, DeploymentNotFound, FrameRejected, QServeError
 from qserve.failpoints import reach
@@ -142,7 +143,7 @@ class DeadLetters:
         keys, name, call_id = self._keys, letter.deployment, letter.call.id
         names = (keys.dead_letters(name), keys.calls(name), keys.call(call_id), keys.payload(call_id))
         reach("revive")
-        said = bytes(run_script(self._redis, REVIVE, names, letter.id, call_id)).decode()
+        said = bytes(REVIVE.run(self._redis, names, letter.id, call_id)).decode()
         reach("revived")
         if said == "deleted":
             raise DeploymentNotFound(f"there is no deployment {name!r}")

@@ -11,11 +11,13 @@ import msgspec
 from redis.exceptions import RedisError
 
 from qserve.background import spawn
+from qserve.broker.call_queue import CALLS_PER_ADMIT
 from qserve.broker.connection import Answer, Connection
+from qserve.broker.inboxes import send_control
 from qserve.broker.payloads import Payloads, result_id
-from qserve.broker.queues import CALLS_PER_ADMIT, send_control
-from qserve.broker.records import SUBMIT, Records, durable_reply, load_scripts, submit_arguments
+from qserve.broker.records import Records, durable_reply, submit_arguments
 from qserve.broker.retry_after import Refusals
+from qserve.broker.scripts import SUBMIT
 from qserve.durable.confirming import Confirmed
 from qserve.errors import (
     BrokerUnavailable,
@@ -380,7 +382,7 @@ class DurableCalls:
 
     def link_up(self) -> None:
         """There is a connection (again): ask what is not known."""
-        load_scripts(self._sender())
+        self.records.open(self._sender())
         self._collected = {}
         for submission in self._unconfirmed.values():
             self._collected.setdefault(submission.call.deployment, []).append(submission)

@@ -1,7 +1,7 @@
 """Durable calls as inert data: a call that is more than a message, because a record in Redis stands for it.
 
-The record (a hash, see lua/record.lua) holds the state and, at the end, the result, for whoever knows the call's id.
-The id is random: knowing it is the permission to see the result.
+The record is a hash, which lua/shared_records.lua describes. It holds the state and, at the end, the result, for
+whoever knows the id of the call. The id is random: knowing it is the permission to see the result.
 """
 
 import random

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import re
 import socket
@@ -18,9 +17,10 @@ from redis.exceptions import RedisError
 
 from qserve.broker import embedded, redis_clients
 from qserve.broker.address import Broker
-from qserve.broker.connection import Answer, Connection, Script
+from qserve.broker.connection import Answer, Connection
 from qserve.broker.keys import Keys
 from qserve.broker.link import Link
+from qserve.broker.scripts import Script
 from qserve.broker.state import State
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.wire.messages import Signer
@@ -285,8 +285,7 @@ async def test_a_server_that_hangs_up_at_once_is_unavailable() -> None:
 async def test_a_script_is_loaded_where_the_server_does_not_know_it(
     connection: Connection, redis_client: "redis.Redis"
 ) -> None:
-    source = "return {KEYS[1], ARGV[1]}"
-    script = Script(source, hashlib.sha1(source.encode()).hexdigest())
+    script = Script("return {KEYS[1], ARGV[1]}")
     for _ in range(2):
         redis_client.script_flush()
         assert await script.call(connection, ("key",), "argument") == [b"key", b"argument"]

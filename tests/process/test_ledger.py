@@ -18,8 +18,8 @@ import pytest
 
 import qserve
 from qserve import serve
+from qserve.broker.heartbeats import post_tombstone
 from qserve.broker.keys import GROUP
-from qserve.broker.queues import post_tombstone
 from qserve.broker.state import State
 from qserve.calls.handle import get_handle
 from qserve.calls.process_client import close_current_client

@@ -10,18 +10,11 @@ import fakeredis
 import pytest
 import redis
 
-from qserve.broker import queues
+from qserve.broker import remains
+from qserve.broker.heartbeats import DIED, LEFT, leave, post_tombstone
 from qserve.broker.keys import GROUP, is_name
-from qserve.broker.queues import (
-    ADMIT,
-    BEAT,
-    DEAD,
-    FIND,
-    LEFT,
-    REPLY,
-    TAKE,
-    TELL,
-)
+from qserve.broker.remains import fail_remaining, remaining
+from qserve.broker.scripts import ADMIT, BEAT, FIND, PRESENT, REPLY, TAKE, TELL, TRIM
 from qserve.settings import Settings
 from qserve.wire.messages import CONTROL, ERROR, PYTHON, Call, Control, Signer, decode_control, decode_reply, encode
 from tests.support.echo_queue import ALIVE, BEATS, INBOX, KEYS, LETTERS, META, REPLICAS, STREAM, Queue
@@ -179,24 +172,24 @@ class TestAnswering:
 
         assert queue.run(REPLY, (STREAM, INBOX, ALIVE), GROUP, 60_000, "0", entry, "1") == -1
         assert queue.depth() == 1
-        queue.run(queues.PRESENT, (ALIVE, INBOX), 60_000, 60_000)
+        queue.run(PRESENT, (ALIVE, INBOX), 60_000, 60_000)
         assert queue.run(REPLY, (STREAM, INBOX, ALIVE), GROUP, 60_000, "0", entry, "1") == 1
         assert queue.inbox() == [b"1"]
 
     def test_an_inbox_stays_while_its_owner_lives(self, queue: Queue) -> None:
         """Ids of one made anew might be below those that were read."""
         queue.run(TELL, (INBOX, ALIVE), 50, "hello")
-        queue.run(queues.PRESENT, (ALIVE, INBOX), 60_000, 60_000)
+        queue.run(PRESENT, (ALIVE, INBOX), 60_000, 60_000)
         assert queue.redis.pttl(INBOX) > 50_000
 
     def test_what_was_read_is_deleted_unless_the_inbox_is_another_one(self, queue: Queue) -> None:
         """A clock that was set back gives the messages of an inbox made anew ids below those that were read."""
         for entry in ("5-1", "5-2", "5-3"):
             queue.redis.xadd(INBOX, {"d": entry}, id=entry)
-        assert queue.run(queues.TRIM, (INBOX,), "5-2") == 1
+        assert queue.run(TRIM, (INBOX,), "5-2") == 1
         assert queue.inbox() == [b"5-3"]
 
-        assert queue.run(queues.TRIM, (INBOX,), "7-0") == 0
+        assert queue.run(TRIM, (INBOX,), "7-0") == 0
         assert queue.inbox() == [b"5-3"]
 
     def test_an_inbox_that_nobody_reads_does_not_stay(self, queue: Queue) -> None:
@@ -418,7 +411,7 @@ class TestBeyondMaxmemory:
 
     def test_replicas_still_beat_and_callers_stay_alive(self, full: Queue) -> None:
         full.beat("A")
-        full.run(queues.PRESENT, (ALIVE, INBOX), 60_000, 60_000)
+        full.run(PRESENT, (ALIVE, INBOX), 60_000, 60_000)
 
         assert full.redis.hget(BEATS, "A") == b"2"
 
@@ -441,16 +434,16 @@ class TestNeighbours:
             redis_client.hset(BEATS, replica, "5")
             redis_client.set(KEYS.alive(replica), "1")
 
-        queues.post_tombstone(redis_client, KEYS, "Echo", "A", signer)
+        post_tombstone(redis_client, KEYS, "Echo", "A", signer)
 
-        assert redis_client.hget(BEATS, "A") == DEAD.encode()
+        assert redis_client.hget(BEATS, "A") == DIED.encode()
         assert not redis_client.exists(KEYS.inbox("A"))
         ((_, fields),) = cast("list[Any]", redis_client.xrange(KEYS.inbox("B")))
         told = decode_reply(signer.open(fields[b"d"]))
         assert (told.to, told.kind) == ("B", CONTROL)
         assert decode_control(told.payload) == Control("sweep")
 
-    @pytest.mark.parametrize(("all_answered", "value"), [(True, LEFT), (False, DEAD)])
+    @pytest.mark.parametrize(("all_answered", "value"), [(True, LEFT), (False, DIED)])
     def test_a_leaving_replica_says_whether_all_it_started_is_answered(
         self, redis_client: "redis.Redis", all_answered: bool, value: str
     ) -> None:
@@ -459,7 +452,7 @@ class TestNeighbours:
         queue.put("a")
         queue.read("A")
 
-        assert not queues.leave(redis_client, KEYS, "Echo", "A", all_answered=all_answered)
+        assert not leave(redis_client, KEYS, "Echo", "A", all_answered=all_answered)
         assert redis_client.hget(BEATS, "A") == value.encode()
 
     def test_callers_of_a_deleted_deployment_are_told_and_frames_of_strangers_are_left(
@@ -471,7 +464,7 @@ class TestNeighbours:
         redis_client.xadd(STREAM, {"r": "caller0", "f": "", "d": signer.seal(encode(call))})
         redis_client.xadd(STREAM, {"r": "x", "f": "", "d": b"no frame"})
 
-        assert queues.fail_remaining(redis_client, KEYS, "Echo", signer, b"gone") == 1
+        assert fail_remaining(redis_client, KEYS, "Echo", signer, b"gone") == 1
 
         reply = decode_reply(signer.open(queue.inbox()[0]))
         assert (reply.id, reply.kind, reply.payload) == ("caller0", ERROR, b"gone")
@@ -479,7 +472,7 @@ class TestNeighbours:
     def test_a_long_queue_is_read_in_parts_and_whole(
         self, redis_client: "redis.Redis", monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(queues, "_PAGE", 2)
+        monkeypatch.setattr(remains, "_PAGE", 2)
         put = [redis_client.xadd(STREAM, {"r": str(number)}) for number in range(5)]
 
-        assert [entry for entry, _ in queues.remaining(redis_client, STREAM)] == put
+        assert [entry for entry, _ in remaining(redis_client, STREAM)] == put

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 
-from qserve.broker import queues
+from qserve.broker.heartbeats import post_tombstone
 from qserve.broker.keys import GROUP, Keys
 from qserve.calls.pending import Outcome
 from qserve.errors import (
@@ -235,7 +235,7 @@ class TestLeaving:
             (first,) = await world.start()
             put(caller, "wait", "busy")
             await world.started("busy")
-            queues.post_tombstone(world.redis, world.keys, NAME, "ghost", world.signer)
+            post_tombstone(world.redis, world.keys, NAME, "ghost", world.signer)
             await until(lambda: world.pending_for(first.id) == 2)
 
             first.kill(signal.SIGTERM)

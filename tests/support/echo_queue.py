@@ -5,19 +5,9 @@ from typing import Any, cast
 import fakeredis
 import redis
 
-from qserve.broker import queues
+from qserve.broker.heartbeats import DIED
 from qserve.broker.keys import GROUP, Keys
-from qserve.broker.queues import (
-    ADMIT,
-    BEAT,
-    CANCEL,
-    DEAD,
-    DEAD_LETTER,
-    REPLY,
-    RETIRE,
-    START,
-    TAKE,
-)
+from qserve.broker.scripts import ADMIT, BEAT, CANCEL, GIVE_UP, REPLY, RETIRE, START_AGAIN, TAKE
 
 KEYS = Keys("test")
 STREAM, META, BEATS, INBOX = KEYS.calls("Echo"), KEYS.meta("Echo"), KEYS.heartbeats("Echo"), KEYS.inbox("caller")
@@ -34,7 +24,7 @@ class Queue:
     def run(self, script: Any, keys: tuple[str, ...], *arguments: Any) -> Any:
         if isinstance(self.redis, fakeredis.FakeRedis):  # does not know the line of flags
             return self.redis.eval(script.source.removeprefix(_FLAGS), len(keys), *keys, *arguments)
-        return queues._run(self.redis, script, keys, *arguments)
+        return script.run(self.redis, keys, *arguments)
 
     def deploy(self, max_queued: int = 10) -> None:
         self.redis.hset(META, "max_queued", max_queued)
@@ -64,14 +54,14 @@ class Queue:
         return [(start, entry) for start, (entry, _) in answer]
 
     def start(self, replica: str, entry: bytes) -> bool:
-        return bool(self.run(START, (STREAM,), GROUP, replica, entry))
+        return bool(self.run(START_AGAIN, (STREAM,), GROUP, replica, entry))
 
     def die(self, replica: str) -> None:
-        self.redis.hset(BEATS, replica, DEAD)
+        self.redis.hset(BEATS, replica, DIED)
 
     def give_up(self, entry: bytes, frame: str = "error") -> bool:
         keys = (STREAM, LETTERS, INBOX, ALIVE)
-        return bool(self.run(DEAD_LETTER, keys, GROUP, entry, "too bad", 100, frame, 60_000))
+        return bool(self.run(GIVE_UP, keys, GROUP, entry, "too bad", 100, frame, 60_000))
 
     def cancel(self, entry: bytes) -> Any:
         return self.run(CANCEL, (STREAM,), GROUP, entry)

@@ -12,7 +12,7 @@ from typing import Any
 
 import redis
 
-from qserve.broker import queues
+from qserve.broker.heartbeats import post_tombstone
 from qserve.broker.keys import GROUP
 from qserve.broker.state import State
 from qserve.settings import Settings
@@ -108,7 +108,7 @@ class World:
     def bury(self, host: Host) -> None:
         """What a worker does when it has seen its child die."""
         host.process.wait(10)
-        queues.post_tombstone(self.redis, self.keys, NAME, host.id, self.signer)
+        post_tombstone(self.redis, self.keys, NAME, host.id, self.signer)
 
     async def started(self, name: str, times: int = 1) -> None:
         """Wait until a call was started so often."""

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- END: cancel a durable call, or let it expire. One that runs is marked, and not run again. Or fail it, because its
+-- END_CALL: cancel a durable call, or let it expire. One that runs is marked, and not run again. Or fail it, because its
 -- deployment is gone and with it whoever could run it.
 -- KEYS[1] record | ARGV[1] base, ARGV[2] id, ARGV[3] group, ARGV[4] 'cancelled', 'expired' or 'failed', ARGV[5] frame for those
 -- who wait, ARGV[6] ms the record is kept if it does not say, ARGV[7] ms an unread inbox is kept

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- SETTLE: acknowledge a durable call, and write its end (or its next attempt) into its record, in one step. The first
+-- SETTLE_CALL: acknowledge a durable call, and write its end (or its next attempt) into its record, in one step. The first
 -- finisher wins.
 -- KEYS[1] call stream, KEYS[2] dead-letter stream, KEYS[3] calls not due yet
 -- ARGV[1] base, ARGV[2] group, ARGV[3] entry id, ARGV[4] id, ARGV[5] state: an end, or 'scheduled' to run again,

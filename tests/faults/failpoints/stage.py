@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import redis
 from celery import Celery
 
+from qserve.broker.heartbeats import DIED, post_tombstone
 from qserve.broker.keys import GROUP
-from qserve.broker.queues import DEAD, post_tombstone
 from qserve.broker.state import State
 from qserve.calls.pending import Outcome
 from qserve.calls.streams import ResultStream
@@ -171,7 +171,7 @@ class Stage:
         for _, entries in read:
             ids = [entry for entry, _ in entries]
             self.redis.xclaim(stream, GROUP, GHOST, 0, ids, retrycount=2 * deliveries - 1)
-        self.redis.hset(self.keys.heartbeats(NAME), GHOST, DEAD)
+        self.redis.hset(self.keys.heartbeats(NAME), GHOST, DIED)
 
     @asynccontextmanager
     async def survivor(self) -> AsyncIterator[Consumer]:

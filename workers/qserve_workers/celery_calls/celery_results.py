@@ -1,6 +1,6 @@
 """What Celery's result backend for Redis is told of the end of a call that a Celery client has submitted.
 
-JSON without its braces: Celery's state and the task's id are added where the end is written (lua/record.lua).
+JSON without its braces: Celery's state and the task's id are added where the end is written (lua/shared_records.lua).
 """
 
 import traceback

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from redis.exceptions import RedisError
 
 from qserve.background import spawn
-from qserve.broker.queues import Entry
+from qserve.broker.replica_queue import Entry
 from qserve.errors import BrokerUnavailable
 
 logger = logging.getLogger(__name__)

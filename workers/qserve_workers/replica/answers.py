@@ -10,7 +10,7 @@ import hiredis
 from qserve.broker.connection import Answer, ignore_answer
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads, result_id
-from qserve.broker.queues import Entry, ReplicaQueue
+from qserve.broker.replica_queue import Entry, ReplicaQueue
 from qserve.errors import BrokerUnavailable
 from qserve.failpoints import reach
 from qserve.settings import Settings

@@ -6,7 +6,8 @@ from functools import partial
 
 from qserve.broker.connection import Answer
 from qserve.broker.link import Link
-from qserve.broker.queues import CLAIM, Entry
+from qserve.broker.replica_queue import Entry
+from qserve.broker.scripts import CLAIM
 from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.settings import Settings
 from qserve.wire.call_record import decode_durable_call

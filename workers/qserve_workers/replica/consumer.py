@@ -15,7 +15,8 @@ from qserve.background import end, spawn
 from qserve.broker.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.broker.connection import Answer, ignore_answer
 from qserve.broker.link import BLOCK_MS, CHECK_EVERY_S, Link
-from qserve.broker.queues import Entry, ReplicaQueue, order
+from qserve.broker.replica_queue import Entry, ReplicaQueue
+from qserve.broker.stream_ids import order
 from qserve.context import current_call
 from qserve.errors import (
     BrokerUnavailable,

@@ -13,8 +13,8 @@ from redis.exceptions import RedisError
 from qserve.broker.connection import Answer
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads, result_id
-from qserve.broker.queues import Entry
-from qserve.broker.records import Records, durable_reply, load_scripts
+from qserve.broker.records import Records, durable_reply
+from qserve.broker.replica_queue import Entry
 from qserve.context import CallInfo, current_call
 from qserve.errors import (
     BrokerUnavailable,
@@ -333,7 +333,7 @@ class DurableRuns:
 
     def resend(self) -> None:
         """Send again, on a new connection, what the last one did not confirm."""
-        load_scripts(self._link.sender)
+        self._records.open(self._link.sender)
         for entry in list(self._unconfirmed):
             self._send(entry)
 

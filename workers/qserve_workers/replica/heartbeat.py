@@ -10,7 +10,7 @@ from collections.abc import Callable
 import redis
 
 from qserve.broker import redis_clients
-from qserve.broker.queues import beat
+from qserve.broker.heartbeats import beat
 from qserve.failpoints import reach
 from qserve.settings import Settings
 

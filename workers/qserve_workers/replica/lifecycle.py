@@ -21,7 +21,7 @@ import redis.asyncio
 from qserve.background import end, spawn
 from qserve.broker import redis_clients
 from qserve.broker.following import connect_asyncio, follow, last_log_id
-from qserve.broker.queues import call_neighbours, leave, measure
+from qserve.broker.heartbeats import call_neighbours, leave, measure
 from qserve.broker.restoring import restore
 from qserve.broker.state import decode_deployed, decode_infos
 from qserve.calls.client import Client

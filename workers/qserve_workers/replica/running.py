@@ -9,9 +9,11 @@ from typing import Protocol
 
 from qserve.broker.clock import RedisClock
 from qserve.broker.connection import Answer
+from qserve.broker.inboxes import send_chunk
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads
-from qserve.broker.queues import ALIVE_TTL_MS, Entry, send_chunk
+from qserve.broker.presence import CALLER_TTL_MS
+from qserve.broker.replica_queue import Entry
 from qserve.context import CallInfo
 from qserve.errors import (
     BrokerUnavailable,
@@ -158,7 +160,7 @@ class Conversations:
 
     async def _end_if_dead(self, caller: str) -> None:
         left_ms = await self._link.sender.call("PTTL", self._keys.alive(caller))
-        if left_ms > ALIVE_TTL_MS - _SILENT_CALLER_MS:
+        if left_ms > CALLER_TTL_MS - _SILENT_CALLER_MS:
             self._doubted.pop(caller, None)
             return
         if left_ms < 0 and time.monotonic() - self._doubted.setdefault(caller, time.monotonic()) < DOUBT_S:

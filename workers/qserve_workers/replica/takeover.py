@@ -9,7 +9,7 @@ from collections import Counter
 
 from qserve.background import end, spawn
 from qserve.broker.connection import Connection
-from qserve.broker.queues import DEAD, LEFT
+from qserve.broker.heartbeats import DIED, LEFT
 from qserve.errors import BrokerUnavailable
 from qserve.failpoints import reach
 from qserve.settings import Settings
@@ -114,7 +114,7 @@ class Takeover:
         return now - self._own[1] < 3 * self._settings.beat_interval_s
 
     def _is_gone(self, replica: str, beat: bytes, now: float) -> bool:
-        if beat in (DEAD.encode(), LEFT.encode()):
+        if beat in (DIED.encode(), LEFT.encode()):
             return True
         seen = self._seen.get(replica)
         if seen is None or seen[0] != beat:

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- PART: one of the parts that a running call gives, for whoever follows it. Parts and events are counted together.
+-- NOTE_PART: one of the parts that a running call gives, for whoever follows it. Parts and events are counted together.
 -- KEYS[1] record, KEYS[2] its parts | ARGV[1] base, ARGV[2] entry id, ARGV[3] which part of this attempt, ARGV[4] frame,
 -- ARGV[5] word for those who wait, ARGV[6] ms an unread inbox is kept
 -- returns 1 if it stands there now | 0 the call is not this entry's any more

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- START: note that a call is about to run again, before it does. Not for one that was taken over meanwhile.
+-- START_AGAIN: note that a call is about to run again, before it does. Not for one that was taken over meanwhile.
 -- The entry's delivery count tells what happened to it: odd, it was started (count + 1) / 2 times; even, it was taken
 -- from a replica that died and waits to be started once more. So a call that only waited where a replica died is not
 -- blamed for it.

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- DEAD: move a call to the dead letters and answer its caller, once.
+-- GIVE_UP: move a call to the dead letters and answer its caller, once.
 -- KEYS[1] call stream, KEYS[2] dead-letter stream, KEYS[3] inbox of the caller, KEYS[4] liveness of the caller
 -- ARGV[1] group, ARGV[2] entry id, ARGV[3] reason, ARGV[4] most dead letters kept, ARGV[5] reply frame or '',
 -- ARGV[6] ms an unread inbox is kept

@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
--- PROGRESS: how far a running call has come, for its record, its waiters and its followers.
+-- NOTE_PROGRESS: how far a running call has come, for its record, its waiters and its followers.
 -- KEYS[1] record | ARGV[1] base, ARGV[2] entry id, ARGV[3] frame, ARGV[4] ms an unread inbox is kept
+-- returns 1 | 0 the call is not this entry's any more
 local found = redis.call('HMGET', KEYS[1], 'state', 'entry', 'n', 'waiters')
 if found[1] ~= 'running' or found[2] ~= ARGV[2] then return 0 end
 note(KEYS[1], found[3], now_ms(), 'progress', ARGV[3], 'progress', ARGV[3])

@@ -1,0 +1,33 @@
+"""Who is there: each process says so again and again under a key of its own, which expires when it no longer does.
+
+How long that takes is a matter of the role. Nothing else decides that a process has gone, except that the calls of a
+replica are taken over as soon as its heartbeat stands still (`qserve.broker.heartbeats`).
+"""
+
+from typing import TYPE_CHECKING, Final
+
+from qserve.broker.keys import Keys
+
+if TYPE_CHECKING:
+    import redis
+
+CALLER_TTL_MS: Final = 25_000
+"""Of every process with an inbox: callers, gateways and replicas. It says so every second.
+
+The time is long, so that a server which stands still for 20 s forgets nobody; within a minute nothing is left of a
+process that was killed. Every second, because a server whose clock jumps ahead forgets everybody at once, again and
+again if the clock does."""
+NODE_TTL_MS: Final = 15_000
+"""Of a node, which says so every 5 s."""
+WORKER_TTL_MS: Final = 30_000
+"""Of a Celery worker that no node keeps, which says so every 10 s, from an event loop that children may hold up."""
+
+
+def say_worker_alive(client: "redis.Redis", keys: Keys, worker: str) -> None:
+    """Say that a worker lives which no node keeps; raises redis-py's errors."""
+    client.set(keys.alive(worker), 1, px=WORKER_TTL_MS)
+
+
+def say_gone(client: "redis.Redis", keys: Keys, process: str) -> None:
+    """Say that a process has ended; raises redis-py's errors."""
+    client.delete(keys.alive(process))

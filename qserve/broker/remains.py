@@ -1,0 +1,39 @@
+"""What is left of a deleted deployment: calls that nobody will run, and whose callers have to be told."""
+
+from collections.abc import Iterator
+from typing import cast
+
+import msgspec
+import redis
+
+from qserve.broker.inboxes import tell_now
+from qserve.broker.keys import Keys
+from qserve.errors import FrameRejected
+from qserve.wire.messages import DURABLE, ERROR, Call, Reply, Signer, decode_call, encode
+
+_PAGE = 500
+
+
+def remaining(client: redis.Redis, stream: str) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
+    """The (id, fields) of every entry of a stream, a few at a time: a million would keep Redis from all other work."""
+    after = "-"
+    while found := cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(stream, after, count=_PAGE)):
+        yield from found
+        after = f"({found[-1][0].decode()}"
+
+
+def fail_remaining(client: redis.Redis, keys: Keys, deployment: str, signer: Signer, error: bytes) -> int:
+    """Answer every call left in a deleted deployment's queue with an encoded ErrorInfo; returns how many."""
+    count = 0
+    for entry_id, fields in remaining(client, keys.calls(deployment)):
+        if DURABLE.encode() in fields.get(b"f", b""):
+            continue  # `records` knows how
+        try:
+            call: Call = decode_call(signer.open(fields[b"d"]))
+        except (FrameRejected, msgspec.DecodeError):  # no caller can be told
+            continue
+        frame = signer.seal(encode(Reply(call.id, call.reply_to, ERROR, error)))
+        tell_now(client, keys, call.reply_to, frame)
+        client.xdel(keys.calls(deployment), entry_id)
+        count += 1
+    return count

@@ -1,0 +1,190 @@
+"""The queue of a deployment, as its replicas see it."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from redis.exceptions import RedisError
+
+from qserve.broker.connection import Answer, Connection
+from qserve.broker.inboxes import INBOX_TTL_MS
+from qserve.broker.keys import GROUP, Keys
+from qserve.broker.scripts import (
+    ADMIT,
+    BEAT,
+    CLAIM,
+    EPOCH,
+    GIVE_UP,
+    REPLY,
+    RETIRE,
+    START_AGAIN,
+    TAKE,
+    TELL,
+    load_scripts,
+)
+from qserve.wire.messages import DURABLE
+
+DEAD_LETTERS_KEPT = 10_000
+_MOST_PENDING = 10_000
+
+
+class Entry(NamedTuple):
+    """A call's entry as Redis delivers it.
+
+    Attributes:
+        frame: The sealed Call.
+        deliveries: Which start of the call comes next; from 2 on a replica has died that may have run it.
+        durable: There is a record of the call, which gets its answer.
+        call: Id of a durable call, as the entry says it.
+    """
+
+    id: bytes
+    frame: bytes
+    deliveries: int = 1
+    durable: bool = False
+    call: bytes = b""
+
+    @property
+    def time_ms(self) -> int:
+        """When it was put, in ms on Redis' clock."""
+        return int(self.id.split(b"-", 1)[0])
+
+
+def _entry(raw: Sequence[Any], deliveries: int = 1) -> Entry:
+    fields = dict(zip(raw[1][::2], raw[1][1::2], strict=True))
+    durable = DURABLE.encode() in fields.get(b"f", b"")
+    return Entry(raw[0], fields.get(b"d", b""), deliveries, durable, fields.get(b"r", b"") if durable else b"")
+
+
+class ReplicaQueue:
+    """One deployment's queue, for a replica: read, reply, take over, beat, leave."""
+
+    def __init__(self, keys: Keys, deployment: str, replica: str) -> None:
+        self._keys = keys
+        self._stream = keys.calls(deployment)
+        self._heartbeats = keys.heartbeats(deployment)
+        self._replicas = keys.replicas(deployment)
+        self._dead_letters = keys.dead_letters(deployment)
+        self._replica = replica
+        self.deployment = deployment
+
+    async def open(self, connection: Connection) -> None:
+        """Make sure the group exists, from the beginning of the stream: nothing put before counts as read."""
+        load_scripts(connection, (ADMIT, CLAIM, REPLY, TELL))
+        try:
+            await connection.call("XPENDING", self._stream, GROUP)  # allowed beyond maxmemory, unlike XGROUP CREATE
+        except RedisError as exc:
+            if not str(exc).startswith("NOGROUP"):
+                raise
+            try:
+                await connection.call("XGROUP", "CREATE", self._stream, GROUP, "0", "MKSTREAM")
+            except RedisError as exc:
+                if not str(exc).startswith("BUSYGROUP"):  # a neighbour was quicker
+                    raise
+
+    def read(self, connection: Connection, on_answer: Callable[[Answer], None], *, most: int, block_ms: int) -> None:
+        """Wait for up to `most` new entries; `entries` turns the answer into entries."""
+        connection.send_now(
+            on_answer,
+            *("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", most, "BLOCK", block_ms, "STREAMS"),
+            *(self._stream, ">"),
+        )
+
+    async def history(self, connection: Connection) -> list[Entry]:
+        """Every entry that Redis has given to this replica and that is not answered yet."""
+        # Not XREADGROUP .. 0, which would count as another delivery.
+        found: list[Entry] = []
+        pending = await connection.call("XPENDING", self._stream, GROUP, "-", "+", _MOST_PENDING, self._replica)
+        for entry_id, _, _, count in pending:
+            raws = await connection.call("XRANGE", self._stream, entry_id, entry_id)
+            found += (_entry(raw, count // 2 + 1) for raw in raws)
+        return found
+
+    @staticmethod
+    def entries(answer: Answer) -> list[Entry]:
+        """The entries of a read's answer."""
+        if not answer:
+            return []
+        return [Entry(raw[0], raw[1][5]) if len(raw[1]) == 6 else _entry(raw) for raw in answer[0][1]]
+
+    def reply(
+        self,
+        connection: Connection,
+        caller: str,
+        replies: Iterable[tuple[bytes, bytes]],
+        on_answer: Callable[[Answer], None],
+        *,
+        insist: bool = True,
+    ) -> None:
+        """Answer (entry id, frame) pairs of one caller; `on_answer` gets how many were the first answer.
+
+        Args:
+            insist: Drop them if the caller seems dead; else nothing is done then, and `on_answer` gets -1.
+        """
+        arguments: list[bytes] = []
+        for pair in replies:
+            arguments += pair
+        keys = (self._stream, self._keys.inbox(caller), self._keys.alive(caller))
+        REPLY.send(connection, on_answer, keys, GROUP, INBOX_TTL_MS, "1" if insist else "0", *arguments)
+
+    async def give_up(self, connection: Connection, entry: bytes, reason: str, caller: str, frame: bytes) -> bool:
+        """Move an entry to the dead letters and answer its caller (none if `frame` is empty)."""
+        keys = (self._stream, self._dead_letters, self._keys.inbox(caller), self._keys.alive(caller))
+        arguments = (GROUP, entry, reason, DEAD_LETTERS_KEPT, frame, INBOX_TTL_MS)
+        return bool(await GIVE_UP.call(connection, keys, *arguments))
+
+    async def take(
+        self, connection: Connection, replica: str, beat: bytes, *, most: int, unsafe_only: bool
+    ) -> list[Entry]:
+        """Take over entries of a replica judged gone by its heartbeat value; none if it has beaten since."""
+        answer = await TAKE.call(
+            connection,
+            (self._stream, self._heartbeats),
+            *(GROUP, replica, self._replica, most, "1" if unsafe_only else "0", beat),
+        )
+        return [_entry(raw, deliveries) for deliveries, raw in answer]
+
+    async def introduce(self, connection: Connection) -> None:
+        """Be known to the neighbours: they look seldom for calls of a replica whose heart they never heard."""
+        names = (self._stream, self._heartbeats, self._keys.meta(self.deployment))
+        await BEAT.call(connection, names, GROUP, self._replica, "0")
+
+    async def note_start(self, connection: Connection, entry: bytes) -> bool:
+        """Note that a call taken over is about to run again; False if it is not this replica's any more."""
+        return bool(await START_AGAIN.call(connection, (self._stream,), GROUP, self._replica, entry))
+
+    async def heartbeats(self, connection: Connection) -> dict[str, bytes]:
+        """Replica id -> counter, DIED or LEFT."""
+        answer = await connection.call("HGETALL", self._heartbeats)
+        return {key.decode(): value for key, value in zip(answer[::2], answer[1::2], strict=True)}
+
+    async def adopt_orphans(self, connection: Connection) -> None:
+        """Give replicas that have entries, but no heartbeat at all, one that will never move."""
+        beats = await self.heartbeats(connection)
+        for raw in await connection.call("XINFO", "CONSUMERS", self._stream, GROUP):
+            consumer = dict(zip(raw[::2], raw[1::2], strict=True))
+            if consumer[b"pending"] and consumer[b"name"].decode() not in beats:
+                await connection.call("HSETNX", self._heartbeats, consumer[b"name"], 0)
+
+    async def silent_workers(self, connection: Connection) -> list[str]:
+        """Nodes (or workers without one) that have told how far they are here, and do not say that they live."""
+        told = await connection.call("HKEYS", self._keys.workers(self.deployment))
+        nodes = [node.decode() for node in told]
+        return [node for node in nodes if not await connection.call("EXISTS", self._keys.alive(node))]
+
+    async def forget_worker(self, connection: Connection, node: str) -> None:
+        """Remove what a worker told that is gone."""
+        await connection.call("HDEL", self._keys.workers(self.deployment), node)
+
+    async def last_from_before(self, connection: Connection) -> bytes | None:
+        """The last entry from before the server was restarted or replaced, None where it was not."""
+        info = await connection.call("INFO", "server")
+        found = re.search(rb"run_id:(\w+)", info)
+        names = (self._keys.run_id, self._keys.deployments, self._keys.before)
+        run_id = found[1] if found else b""
+        last: bytes | None = await EPOCH.call(connection, names, run_id, self._keys.calls(""), self.deployment)
+        return last
+
+    async def retire(self, connection: Connection, replica: str) -> bool:
+        """Forget a replica if nothing is pending for it."""
+        return bool(await RETIRE.call(connection, (self._stream, self._heartbeats, self._replicas), GROUP, replica))

@@ -1,0 +1,125 @@
+"""The Lua scripts: each is a file in `lua/`, begins with its name, and has the constant of that name here.
+
+The first lines of a file say what the script does, which keys and arguments it takes and what it returns.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import hiredis
+from redis.exceptions import NoScriptError
+
+from qserve.broker.connection import Answer, Connection, ignore_answer, settle
+
+if TYPE_CHECKING:
+    import redis
+    import redis.asyncio
+
+_FOLDER: Final = Path(__file__).parent / "lua"
+_SHEBANG: Final = "#!lua flags=allow-oom\n"
+
+
+class Script:
+    """A Lua script called by its hash, and loaded where the server does not know it (yet, or any more)."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+    def send(
+        self, connection: Connection, on_answer: Callable[[Answer], None], keys: tuple[str, ...], *args: Any
+    ) -> None:
+        """Run the script at the end of this tick.
+
+        A script the server has forgotten is sent again whole: NOSCRIPT means that nothing was done, so this is no
+        blind retry.
+        """
+
+        def check(answer: Answer) -> None:
+            if isinstance(answer, hiredis.ReplyError) and str(answer).startswith("NOSCRIPT"):
+                connection.send(on_answer, "EVAL", self.source, len(keys), *keys, *args)
+            else:
+                on_answer(answer)
+
+        connection.send(check, "EVALSHA", self.sha, len(keys), *keys, *args)
+
+    async def call(self, connection: Connection, keys: tuple[str, ...], *args: Any) -> Answer:
+        """Run the script and return its answer; raises like `Connection.call`."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.send(connection, lambda answer: settle(future, answer), keys, *args)
+        return await future
+
+    def run(self, client: "redis.Redis", keys: tuple[str, ...], *args: Any) -> Any:
+        """Run the script over redis-py, for what is not on the path of a call; raises redis-py's errors."""
+        try:
+            return client.evalsha(self.sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return client.eval(self.source, len(keys), *keys, *args)
+
+    async def run_async(self, client: "redis.asyncio.Redis", keys: tuple[str, ...], *args: Any) -> Any:
+        """Like `run`, on an event loop."""
+        try:
+            return await client.evalsha(self.sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return await client.eval(self.source, len(keys), *keys, *args)
+
+
+def load_scripts(connection: Connection, scripts: Iterable[Script]) -> None:
+    """Load scripts whose order matters; one that is loaded on its first use is overtaken by what is sent next."""
+    for script in scripts:
+        connection.send(ignore_answer, "SCRIPT", "LOAD", script.source)
+
+
+def _read(name: str, shared: str = "") -> Script:
+    """The script of a file, preceded by what it shares with others."""
+    source = (_FOLDER / f"{name}.lua").read_text()
+    if shared:
+        head = _SHEBANG if source.startswith(_SHEBANG) else ""  # this line has to be the first one
+        source = head + (_FOLDER / f"{shared}.lua").read_text() + source.removeprefix(_SHEBANG)
+    return Script(source)
+
+
+_RECORDS: Final = "shared_records"
+_DEPLOYMENTS: Final = "shared_deployments"
+
+# Calls on their way to a replica and back
+ADMIT: Final = _read("admit")
+CANCEL: Final = _read("cancel")
+CLAIM: Final = _read("claim")
+FIND: Final = _read("find")
+GIVE_UP: Final = _read("give_up")
+REPLY: Final = _read("reply")
+START_AGAIN: Final = _read("start_again")
+TAKE: Final = _read("take")
+
+# Inboxes, and who is there
+BEAT: Final = _read("beat")
+DEMAND: Final = _read("demand")
+EPOCH: Final = _read("epoch")
+PRESENT: Final = _read("present")
+RETIRE: Final = _read("retire")
+TELL: Final = _read("tell")
+TRIM: Final = _read("trim")
+
+# Durable calls
+ATTACH: Final = _read("attach", _RECORDS)
+DESCRIBE: Final = _read("describe", _RECORDS)
+DUE: Final = _read("due", _RECORDS)
+END_CALL: Final = _read("end_call", _RECORDS)
+NOTE_PART: Final = _read("note_part", _RECORDS)
+NOTE_PROGRESS: Final = _read("note_progress", _RECORDS)
+REJECT_CALL: Final = _read("reject_call", _RECORDS)
+REVIVE: Final = _read("revive", _RECORDS)
+RUN_CALL: Final = _read("run_call", _RECORDS)
+SETTLE_CALL: Final = _read("settle_call", _RECORDS)
+SUBMIT: Final = _read("submit", _RECORDS)
+
+# The desired state
+DELETE: Final = _read("delete")
+DEPLOY: Final = _read("deploy", _DEPLOYMENTS)
+RESTORE: Final = _read("restore", _DEPLOYMENTS)
+SET_STATE: Final = _read("set_state")
+SIGN: Final = _read("sign")
