@@ -24,7 +24,7 @@ QServeError
      '- PoisonCall               the call killed every replica it was given to
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class QServeError(Exception):
@@ -137,18 +137,45 @@ class FrameRejected(QServeError):
     """A message was not signed with a known key, or is not what it says."""
 
 
-class TaskError(QServeError):
-    """User code raised in a replica.
-
-    What a caller catches is a `TaskError` and, where the original class is a builtin, one of qserve's or already
-    imported by the caller, that class too: `except ZeroDivisionError` works.
+class TaskFailure(NamedTuple):
+    """What happened in the replica, as qserve tells it.
 
     Attributes:
+        message: `str()` of the original exception.
         type_name: Qualified name of the original class.
         module: Module of the original class.
         traceback_text: The remote traceback, for logs.
         cause: The rebuilt original exception, or None.
     """
+
+    message: str
+    type_name: str = ""
+    module: str = ""
+    traceback_text: str = ""
+    cause: BaseException | None = None
+
+
+class TaskError(QServeError):
+    """User code raised in a replica.
+
+    What a caller catches is a `TaskError` and, where the original class is a builtin, one of qserve's or already
+    imported by the caller, that class too: `except ZeroDivisionError` works. Its arguments, attributes, notes, cause
+    and, if it is a group, its members are those of the original. An attribute of the original that is called like one
+    of those below hides it; `failure_of` tells them all the same.
+
+    Attributes:
+        message: `str()` of the original exception.
+        type_name: Qualified name of the original class.
+        module: Module of the original class.
+        traceback_text: The remote traceback, for logs.
+        cause: The rebuilt original exception, or None.
+    """
+
+    message: str
+    type_name: str
+    module: str
+    traceback_text: str
+    cause: BaseException | None
 
     def __init__(
         self,
@@ -160,17 +187,24 @@ class TaskError(QServeError):
         cause: BaseException | None = None,
     ) -> None:
         super().__init__(message)
-        self.message = message
-        self.type_name = type_name
-        self.module = module
-        self.traceback_text = traceback_text
-        self.cause = cause
+        self.tell(TaskFailure(message, type_name, module, traceback_text, cause))
+
+    def tell(self, failure: TaskFailure) -> None:
+        """Make it the error of this failure; without `__init__`, which may go on to the one of a user's class."""
+        vars(self).update(failure._asdict(), _failure=failure)
 
     def __str__(self) -> str:
-        return self.traceback_text or self.message
+        failure = failure_of(self)
+        return failure.traceback_text or failure.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_plain_task_error, (self.message, self.type_name, self.module, self.traceback_text))
+        return (_plain_task_error, tuple(failure_of(self))[:4])
+
+
+def failure_of(error: TaskError) -> TaskFailure:
+    """What happened in the replica, also where the user's exception has attributes of the same names."""
+    failure: TaskFailure | None = vars(error).get("_failure")
+    return failure or TaskFailure(" ".join(map(str, error.args)))  # a subclass may not call `__init__`
 
 
 class ResultNotSerializable(TaskError):

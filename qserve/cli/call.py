@@ -12,7 +12,7 @@ from qserve.calls.process_client import set_settings_finder
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, redis_url_option, users_part
 from qserve.deployments.local_instance import find_settings
-from qserve.errors import MethodNotFound, TaskError
+from qserve.errors import MethodNotFound, TaskError, failure_of
 
 _FRAME = '  File "'
 
@@ -82,8 +82,9 @@ def show(result: object) -> str:
 
 def describe(exc: TaskError) -> str:
     """A remote error: what it is first, then where in the user's code it came from."""
-    head = f"{exc.type_name}: {exc.message}" if exc.type_name else exc.message
-    trail = users_part(exc.traceback_text)
+    failure = failure_of(exc)
+    head = f"{failure.type_name}: {failure.message}" if failure.type_name else failure.message
+    trail = users_part(failure.traceback_text)
     return f"{head}\n\n{trail}" if _FRAME in trail else head
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
-from qserve.errors import QServeError, TaskError
+from qserve.errors import QServeError, TaskError, failure_of
 from qserve.wire.messages import Call, decoder_of
 
 SCHEDULED, QUEUED, RUNNING = "scheduled", "queued", "running"
@@ -61,8 +61,8 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
         if not self.retry_on:  # not what is wrong with the call itself, and would be again
             return not isinstance(error, QServeError) or isinstance(error, TaskError)
         names = {name for cls in type(error).__mro__ for name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")}
-        if isinstance(error, TaskError) and error.type_name:
-            names |= {error.type_name, error.type_name.rpartition(".")[2], f"{error.module}.{error.type_name}"}
+        if isinstance(error, TaskError) and (failure := failure_of(error)).type_name:
+            names |= {failure.type_name, failure.type_name.rpartition(".")[2], f"{failure.module}.{failure.type_name}"}
         return not names.isdisjoint(self.retry_on)
 
     def pause_ms(self, failures: int) -> int:

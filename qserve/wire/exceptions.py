@@ -4,50 +4,71 @@ No code of user exceptions runs here: classes are only looked up among imported 
 builtin exception they derive from, with the arguments and attributes of the original.
 """
 
-import builtins
 import traceback
 import types
 from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any, cast
 
+import msgspec
+
 from qserve import errors
-from qserve.errors import QServeError, TaskError
+from qserve.errors import QServeError, TaskError, TaskFailure, failure_of
+from qserve.wire.exception_content import (
+    Content,
+    Pack,
+    is_group,
+    is_validation_error,
+    make_exception,
+    packed_content,
+    unpacked_content,
+)
 from qserve.wire.messages import ErrorInfo
 from qserve.wire.user_classes import find_class
 
 _LONGEST_TEXT = 64 * 1024
 _OWN = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, QServeError)}
+_FIELDS = frozenset(TaskFailure._fields)
+_SHADOWING = frozenset({"status", "code", "tell", *_FIELDS})
+"""What qserve's classes define that a user's class may define, too."""
+_DEEPEST = 8
+"""Causes of causes, and groups in groups, that travel."""
+_MOST_MEMBERS = 100
 _MACHINERY = frozenset({"qserve", "qserve_workers", "asyncio", "concurrent"})
 """Packages whose frames stand between the replica and user code."""
 
 
-def describe_error(exc: BaseException, pack: Callable[[object], bytes]) -> ErrorInfo:
+def describe_error(exc: BaseException, pack: Pack) -> ErrorInfo:
     """The exception as data; never raises.
 
     Args:
-        pack: Packs its arguments; what it refuses stays behind.
+        pack: Packs its arguments and attributes; what it refuses stays behind.
     """
     try:
-        return _describe(exc, pack)
+        info = _describe(exc, pack, _DEEPEST)
+        return msgspec.structs.replace(info, traceback_text=_clean(_traceback_of(exc))[-_LONGEST_TEXT:])
     except Exception:  # a class may lie about anything
         return ErrorInfo(code="", type_name="Exception", module="builtins", message="an error that cannot be described")
 
 
-def _describe(exc: BaseException, pack: Callable[[object], bytes]) -> ErrorInfo:
+def _describe(exc: BaseException, pack: Pack, room: int) -> ErrorInfo:
     cls = type(exc)
     code = cls.__name__ if _OWN.get(cls.__name__) is cls and cls is not TaskError else ""
     type_name, module, message, origin = cls.__qualname__, cls.__module__, "", exc
     if isinstance(exc, TaskError):  # it came from another replica
-        type_name, module = exc.type_name or type_name, exc.module or module
-        message, origin = exc.message, exc.cause or exc
+        failure = failure_of(exc)
+        type_name, module = failure.type_name or type_name, failure.module or module
+        message, origin = failure.message, failure.cause or exc
+    cause = origin.__cause__ if room else None
+    members = origin.exceptions[:_MOST_MEMBERS] if isinstance(origin, BaseExceptionGroup) and room else ()
     return ErrorInfo(
         code=code,
         type_name=_clean(type_name),
         module=_clean(module),
         message=_clean(message or _text_of(exc))[:_LONGEST_TEXT],
-        traceback_text=_clean(_traceback_of(exc))[-_LONGEST_TEXT:],
-        args=_packed_content(origin, pack),
+        args=packed_content(origin, pack),
+        cause=None if cause is None else _describe(cause, pack, room - 1),
+        members=tuple(_describe(member, pack, room - 1) for member in members),
     )
 
 
@@ -57,41 +78,48 @@ def revive_error(info: ErrorInfo, unpack: Callable[[bytes], object]) -> QServeEr
     Args:
         unpack: Undoes the `pack` of `describe_error`.
     """
-    content = _unpacked_content(info.args, unpack)
     own = _OWN.get(info.code)
     if own is None:
-        return _revive_foreign(info, content)
+        return _revive_foreign(info, unpack)
     if not issubclass(own, TaskError):
-        made = _make(own, content) if content else None
+        content = unpacked_content(info.args, unpack)
+        made = make_exception(own, content) if content else None
         return cast(QServeError, made) if made is not None else own(info.message)
     return own(
         info.message, type_name=info.type_name, module=info.module, traceback_text=info.traceback_text, cause=None
     )
 
 
-_Content = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments and attributes of an exception."""
-
-
-def _revive_foreign(info: ErrorInfo, content: _Content | None) -> TaskError:
+def _revive_foreign(info: ErrorInfo, unpack: Callable[[bytes], object]) -> TaskError:
     cls = find_class(info.module, info.type_name)
     known = cls if cls is not None and issubclass(cls, Exception) else None
-    error, cause = None, None
-    if known is not None:
-        cause = _make(known, content) if content else None
-        error = _make_both(known, content or ((info.message,), {}))
+    content = unpacked_content(info.args, unpack)
+    if known is not None and content is not None and is_group(known):
+        content = Content(
+            (*content.args, [_revive_inner(member, unpack) for member in info.members]), content.attributes
+        )
+    original = make_exception(known, content) if known is not None and content is not None else None
+    error = None if known is None else _make_both(known, content or Content((info.message,), {}))
     if error is None:
         error = TaskError(info.message)
-    # not by __init__, which would go on to the one of the original class
-    error.message = info.message
-    error.type_name = info.type_name
-    error.module = info.module
-    error.traceback_text = info.traceback_text
-    error.cause = cause
+    error.tell(TaskFailure(info.message, info.type_name, info.module, info.traceback_text, original))
+    if content is not None and type(error) is not TaskError:
+        vars(error).update({name: value for name, value in content.attributes.items() if name in _FIELDS})
+    if info.cause is not None:
+        error.__cause__ = _revive_inner(info.cause, unpack)
+        if original is not None:
+            original.__cause__ = error.__cause__
     return error
 
 
-def _make_both(cls: type[Exception], content: _Content) -> TaskError | None:
+def _revive_inner(info: ErrorInfo, unpack: Callable[[bytes], object]) -> Exception:
+    """A cause, or the member of a group: the exception itself where its class is known, else a TaskError."""
+    error = revive_error(info, unpack)
+    original = failure_of(error).cause if isinstance(error, TaskError) else None
+    return original if isinstance(original, Exception) else error
+
+
+def _make_both(cls: type[Exception], content: Content) -> TaskError | None:
     both: type[TaskError] | None
     try:
         both = _task_error_and(cast(Hashable, cls))
@@ -100,74 +128,24 @@ def _make_both(cls: type[Exception], content: _Content) -> TaskError | None:
     if both is None:
         return None
     args, attributes = content
-    visible = {name: value for name, value in attributes.items() if not hasattr(TaskError, name)}
-    return cast(TaskError | None, _make(both, (args, visible)) or _make(both, ((), {})))
+    others = {name: value for name, value in attributes.items() if name not in _FIELDS and name != "_failure"}
+    return cast(TaskError | None, make_exception(both, Content(args, others)) or make_exception(both, Content((), {})))
 
 
 @lru_cache(maxsize=1024)
 def _task_error_and(cls: Any) -> type[TaskError] | None:
     """A class that is TaskError and `cls`, where there can be one."""
-    if issubclass(cls, StopIteration | StopAsyncIteration):
-        return None  # no future and no coroutine can raise them
-    names = {"__module__": TaskError.__module__, "__doc__": f"A {cls.__qualname__} raised in a replica."}
-    bases: tuple[type, ...] = (TaskError, cls)
+    if issubclass(cls, StopIteration | StopAsyncIteration) or is_validation_error(cls):
+        return None  # no future and no coroutine can raise the former, nothing can derive from the latter
+    name = f"TaskError({cls.__name__})"
+    body = {"__module__": TaskError.__module__, "__doc__": f"A {cls.__qualname__} raised in a replica.", "code": name}
+    for each in reversed(cls.__mro__):  # what the class says of itself, qserve's own fields must not hide
+        if each not in QServeError.__mro__ and each not in _OWN.values():
+            body |= {name: value for name, value in vars(each).items() if name in _SHADOWING}
     try:
-        return types.new_class(f"TaskError({cls.__name__})", bases, exec_body=lambda body: body.update(names))
+        return types.new_class(name, (TaskError, cls), exec_body=lambda names: names.update(body))
     except Exception:  # metaclasses and __init_subclass__ are user code
         return None
-
-
-def _builtin_base(cls: type[BaseException]) -> type[BaseException]:
-    return next(cast(type[BaseException], base) for base in cls.__mro__ if vars(builtins).get(base.__name__) is base)
-
-
-def _make(cls: type[BaseException], content: _Content) -> BaseException | None:
-    """An instance with these arguments and attributes, made without any code of its class; None if that cannot be."""
-    args, attributes = content
-    base = _builtin_base(cls)
-    try:
-        made = base.__new__(cls, *args)
-        base.__init__(made, *args)
-        for name, value in attributes.items():
-            if hasattr(base, name):  # a field of the builtin, such as ImportError.name
-                object.__setattr__(made, name, value)
-            else:
-                made.__dict__[name] = value
-    except Exception:  # whatever does not fit
-        return None
-    return made
-
-
-def _content_of(exc: BaseException) -> _Content:
-    _, args, *state = cast(Any, _builtin_base(type(exc))).__reduce__(exc)
-    attributes = state[0] if state and state[0] else {}
-    return args, {name: value for name, value in attributes.items() if not hasattr(BaseException, name)}
-
-
-def _packed_content(exc: BaseException, pack: Callable[[object], bytes]) -> bytes:
-    try:
-        args, attributes = _content_of(exc)
-        pack(args)
-        return pack((args, {name: value for name, value in attributes.items() if _can(pack, value)}))
-    except Exception:  # arguments may be anything
-        return b""
-
-
-def _can(pack: Callable[[object], bytes], value: object) -> bool:
-    try:
-        pack(value)
-    except Exception:
-        return False
-    return True
-
-
-def _unpacked_content(data: bytes, unpack: Callable[[bytes], object]) -> _Content | None:
-    try:
-        args, attributes = cast(_Content, unpack(data))
-        allowed = {name: value for name, value in attributes.items() if not hasattr(BaseException, name)}
-    except Exception:  # without its content it is still an error
-        return None
-    return (args, allowed) if isinstance(args, tuple) else None
 
 
 def _text_of(exc: BaseException) -> str:

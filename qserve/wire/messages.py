@@ -133,8 +133,10 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
         code: Class name of a qserve error, or "" for user code's own.
         type_name, module: The original class.
         message: `str()` of the original.
-        traceback_text: The remote traceback.
-        args: Packed `exc.args` where they can travel, else empty.
+        traceback_text: The remote traceback; empty in a cause and in members, whose text the outermost one has.
+        args: Packed arguments and attributes, as far as they can travel.
+        cause: The exception that it was raised from.
+        members: What a group of exceptions consists of.
     """
 
     code: str
@@ -143,6 +145,8 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     message: str
     traceback_text: str = ""
     args: bytes = b""
+    cause: "ErrorInfo | None" = None
+    members: "tuple[ErrorInfo, ...]" = ()
 
 
 class HttpRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -11,7 +11,7 @@ import msgspec
 import redis
 
 from qserve.broker.keys import Keys
-from qserve.errors import ResultNotSerializable, TaskError
+from qserve.errors import ResultNotSerializable, TaskError, failure_of
 from qserve.wire.call_record import RESULT_TTL_S, DurableCall
 
 
@@ -42,8 +42,8 @@ def store_error(client: redis.Redis, keys: Keys, task: str, error: BaseException
 
 def _failure(error: BaseException) -> bytes:
     name, module = type(error).__qualname__, type(error).__module__
-    if isinstance(error, TaskError) and error.type_name:
-        name, module = error.type_name, error.module
+    if isinstance(error, TaskError) and (failure := failure_of(error)).type_name:
+        name, module = failure.type_name, failure.module
     said = list(error.args) if all(isinstance(each, str | int | float) for each in error.args) else [str(error)]
     facts = {"exc_type": name, "exc_message": said, "exc_module": module}
     return _outcome(facts, "".join(traceback.format_exception(error)))
