@@ -1,6 +1,7 @@
 """API keys: who may call which deployment. Off unless keys are configured."""
 
 import hmac
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -84,7 +85,7 @@ def load_api_keys(settings: Settings) -> ApiKeys | None:
     lines = settings.api_keys.split(",")
     if settings.api_keys_file:
         try:
-            lines += Path(settings.api_keys_file).read_text(encoding="utf-8").splitlines()
+            lines += _text_of(Path(settings.api_keys_file).read_bytes()).splitlines()
         except (OSError, UnicodeDecodeError) as exc:
             raise ConfigurationError(f"QSERVE_API_KEYS_FILE {settings.api_keys_file} cannot be read: {exc}") from exc
     keys = [_parse(line) for line in map(str.strip, lines) if line and not line.startswith("#")]
@@ -93,9 +94,14 @@ def load_api_keys(settings: Settings) -> ApiKeys | None:
     return ApiKeys(keys)
 
 
+def _text_of(content: bytes) -> str:
+    """Text as editors of any system write it: Windows' put a byte order mark first, and may choose UTF-16."""
+    return content.decode("utf-16" if content[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
+
+
 def _parse(line: str) -> ApiKey:
-    key, _, names = line.partition(" ")
-    deployments = frozenset(name.strip() for name in names.split(",") if name.strip()) or None
+    key, *rest = line.split(maxsplit=1)
+    deployments = frozenset(name.strip() for names in rest for name in names.split(",") if name.strip()) or None
     if not key.startswith(_HASHED):
         return ApiKey(sha256(key.encode()).digest(), deployments)
     try:

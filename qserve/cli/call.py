@@ -75,7 +75,7 @@ def parse_value(text: str) -> Any:
 def show(result: object) -> str:
     """JSON where the value survives it, else its repr."""
     try:
-        return json.dumps(result, ensure_ascii=False)
+        return json.dumps(result, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
         return repr(result)
 

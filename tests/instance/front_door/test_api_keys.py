@@ -66,6 +66,15 @@ def test_websockets_need_one_too(locked: Gateway) -> None:
         assert statuses(connection.recv(65536)) == [401]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_may_come_from_windows(impatient: TestInstance, tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "keys").write_bytes("first\r\nsecond\tslow\r\n".encode(encoding))
+    with gateway(impatient.settings, QSERVE_API_KEYS_FILE=tmp_path / "keys") as running:
+        assert status_of(running, "/a", X_API_Key="first") == 200
+        assert status_of(running, "/slow", X_API_Key="second") == 200
+        assert status_of(running, "/a", X_API_Key="second") == 403
+
+
 @pytest.mark.parametrize("text", ["", "# none\n", "sha256:abc\n", "sha256:" + "g" * 64])
 def test_a_file_without_a_usable_key_opens_nothing(impatient: TestInstance, tmp_path: Path, text: str) -> None:
     (tmp_path / "keys").write_text(text)
