@@ -12,6 +12,7 @@ from qserve.background import spawn
 from qserve.broker.connection import Answer
 from qserve.broker.following import Change, Snapshot, connect_asyncio, follow, read_snapshot
 from qserve.broker.restoring import Memory
+from qserve.broker.stream_ids import order
 from qserve.calls.client import Client
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.wire.messages import encode
@@ -87,7 +88,7 @@ class Follower:
                     break
 
     def _is_news(self, change: Change) -> bool:
-        return change.kind == "resync" or _position(change.log_id) > _position(self._info.applied)
+        return change.kind == "resync" or order(change.log_id) > order(self._info.applied)
 
     async def _catch_up(self) -> None:
         # The whole state, whatever changed: it is small, and nothing can be missed.
@@ -113,7 +114,3 @@ class Follower:
 def _log_refusal(answer: Answer) -> None:
     if isinstance(answer, Exception):
         logger.warning("cannot announce this gateway: %s", answer)
-
-
-def _position(log_id: str) -> tuple[int, ...]:
-    return tuple(map(int, log_id.split("-")))

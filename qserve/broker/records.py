@@ -10,6 +10,7 @@ from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.inboxes import INBOX_TTL_MS
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.payloads import Payloads
+from qserve.broker.refusals import queue_full, refusal_of_all
 from qserve.broker.remains import remaining
 from qserve.broker.replica_queue import DEAD_LETTERS_KEPT, Entry
 from qserve.broker.scripts import (
@@ -176,14 +177,22 @@ def fail_remaining_records(client: redis.Redis, keys: Keys, deployment: str, sig
 
 def submit_now(
     client: redis.Redis, keys: Keys, signer: Signer, payloads: Payloads, call: DurableCall, options: Options
-) -> Any:
-    """Submit one durable call that nobody here waits for; returns what submit.lua says."""
+) -> None:
+    """Submit one durable call that nobody here waits for. Raises redis-py's errors, and those of a call not taken.
+
+    Raises:
+        DeploymentNotFound, DeploymentUnavailable, BackPressureError: The call was not taken.
+    """
     sealed = payloads.seal(call.id, call.payload)
     if sealed is not None:
         payloads.put_unconfirmed_now(client, call.id, sealed)
         call = msgspec.structs.replace(call, payload=b"", out_of_line=True)
     names, *arguments = submit_arguments(keys, call.deployment, [(call, signer.seal(encode_call(call)), options)], "")
-    return SUBMIT.run(client, names, *arguments)
+    answer = SUBMIT.run(client, names, *arguments)
+    if (error := refusal_of_all(call.deployment, answer)) is not None:
+        raise error
+    if answer[1] is None:
+        raise queue_full(call.deployment, answer[0])
 
 
 def submit_arguments(

@@ -2,39 +2,14 @@
 
 import random
 import time
-from collections.abc import Callable
 from typing import Any
 
 from qserve.broker.connection import Answer, Connection
-from qserve.broker.keys import Keys
-from qserve.errors import BackPressureError
 
 SHORTEST_S, LONGEST_S = 1.0, 30.0
 """Between these a refused caller is told to wait."""
 _LOOK_EVERY_S = 1.0
 _TOO_OLD_S = 30.0
-
-
-class Refusals:
-    """The errors for calls that found a full queue. Belongs to its client's loop.
-
-    Args:
-        sender: The connection for commands; a closed one while Redis is away.
-    """
-
-    def __init__(self, keys: Keys, sender: Callable[[], Connection]) -> None:
-        self._keys = keys
-        self._sender = sender
-        self._paces: dict[str, Pace] = {}
-
-    def refusal(self, deployment: str, depth: int) -> BackPressureError:
-        """For a call that found so many others in the queue."""
-        pace = self._paces.get(deployment)
-        if pace is None:
-            pace = self._paces[deployment] = Pace(self._keys.calls(deployment))
-        pace.look(self._sender())
-        message = f"the queue of {deployment!r} is full ({depth} calls wait or run): try again later"
-        return BackPressureError(message, retry_after=pace.wait_s(depth))
 
 
 class Pace:

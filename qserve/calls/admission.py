@@ -13,9 +13,9 @@ from qserve.broker.clock import RedisClock
 from qserve.broker.connection import Answer, Connection
 from qserve.broker.keys import Keys
 from qserve.broker.payloads import Payloads
-from qserve.broker.retry_after import Refusals
+from qserve.broker.refusals import FullQueues, refusal_of_all
 from qserve.calls.pending import PendingCall
-from qserve.errors import BrokerUnavailable, DeploymentNotFound, DeploymentUnavailable, QServeError
+from qserve.errors import BrokerUnavailable, QServeError
 from qserve.failpoints import reach
 
 _PAYLOAD_GRACE_MS = 60_000
@@ -46,7 +46,7 @@ class Admission:
 
     Args:
         clock: Redis', as the client knows it.
-        refusals: Words for a queue that is full.
+        full_queues: The errors for calls that found a full queue.
         pending: The caller's calls without an outcome, by id.
     """
 
@@ -55,14 +55,14 @@ class Admission:
         keys: Keys,
         payloads: Payloads,
         clock: RedisClock,
-        refusals: Refusals,
+        full_queues: FullQueues,
         pending: Mapping[str, PendingCall],
         caller: Caller,
     ) -> None:
         self._keys = keys
         self._payloads = payloads
         self._clock = clock
-        self._refusals = refusals
+        self._full_queues = full_queues
         self._pending = pending
         self._caller = caller
         self._batches: dict[str, list[PendingCall]] = {}
@@ -130,9 +130,7 @@ class Admission:
             for call in calls:
                 call.is_unanswered = True  # Redis may have taken it: the next link finds out
                 call.safe = call.safe or self._queues[call.deployment].is_idempotent
-        elif isinstance(answer, Exception):
-            self._refuse_all(calls, BrokerUnavailable(f"Redis refused the call: {answer}"))
-        elif answer[0] < 0:
+        elif isinstance(answer, Exception) or answer[0] < 0:
             self._not_admitted(calls, answer)
         else:
             reach("admitted")
@@ -140,7 +138,7 @@ class Admission:
             idempotent = self._queues[calls[0].deployment].is_idempotent = answer[1] == 1
             for call, entry in zip(calls, answer[2:], strict=True):
                 if entry is None:
-                    caller.refuse(call, self._refusals.refusal(call.deployment, answer[0]))
+                    caller.refuse(call, self._full_queues.refusal(call.deployment, answer[0]))
                     continue
                 accepted += 1
                 call.admitted(entry, idempotent)
@@ -149,16 +147,14 @@ class Admission:
             caller.tally["accepted"] += accepted
 
     def _not_admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
-        name = calls[0].deployment
-        if answer[0] == -3:
+        code = 0 if isinstance(answer, Exception) else answer[0]
+        if code == -3:
             spawn(self._put_late(calls))
-        elif answer[0] == -4 and self._caller.tally["accepted"]:
+        elif code == -4 and self._caller.tally["accepted"]:
             self._wait_for_state(calls)
-        elif answer[0] == -2:
-            why = f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}"
-            self._refuse_all(calls, DeploymentUnavailable(why))
-        else:
-            self._refuse_all(calls, DeploymentNotFound(f"there is no deployment {name!r}"))
+        elif (error := refusal_of_all(calls[0].deployment, answer)) is not None:
+            for call in calls:
+                self._caller.refuse(call, error)
 
     async def _put_late(self, calls: Sequence[PendingCall]) -> None:
         """Put again what Redis took too late, or only seemed to because its clock has jumped."""
@@ -182,7 +178,3 @@ class Admission:
     def _put_if_waited_for(self, call: PendingCall) -> None:
         if call.id in self._pending:
             self.put(call)
-
-    def _refuse_all(self, calls: Sequence[PendingCall], error: QServeError) -> None:
-        for call in calls:
-            self._caller.refuse(call, error)

@@ -20,7 +20,7 @@ from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.inboxes import send_chunk, send_control
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads, result_id
-from qserve.broker.retry_after import Refusals
+from qserve.broker.refusals import FullQueues
 from qserve.calls.admission import Admission
 from qserve.calls.pending import Outcome, PendingCall
 from qserve.calls.receiver import Receiver
@@ -75,8 +75,10 @@ class Client:
         self.signer = Signer(settings.secrets)
         self.id = secrets.token_hex(16)
         self._payloads = Payloads(settings.keys, self.signer, settings.out_of_line_bytes)
-        self._refusals = Refusals(settings.keys, lambda: self.writer)
-        self.durable = DurableCalls(settings, self.signer, self._payloads, self.id, lambda: self.writer, self._refusals)
+        self._full_queues = FullQueues(settings.keys, lambda: self.writer)
+        self.durable = DurableCalls(
+            settings, self.signer, self._payloads, self.id, lambda: self.writer, self._full_queues
+        )
         self.on_control: Callable[[str, Control], None] | None = None
         self.on_chunk: Callable[[str, Chunk], bool] | None = None
         self._keys = settings.keys
@@ -86,7 +88,7 @@ class Client:
         self._sample_at = 0.0
         self._numbers = itertools.count()
         self._pending: dict[str, PendingCall] = {}
-        self._admission = Admission(self._keys, self._payloads, self._clock, self._refusals, self._pending, self)
+        self._admission = Admission(self._keys, self._payloads, self._clock, self._full_queues, self._pending, self)
         self._submitted: deque[Callable[[], None]] = deque()
         self._wake_scheduled = False
         self._stopped = False

@@ -14,6 +14,7 @@ import msgspec
 from qserve.broker.records import fail_remaining_records
 from qserve.broker.remains import fail_remaining
 from qserve.broker.state import GenerationChanged, State
+from qserve.broker.stream_ids import order
 from qserve.errors import DeploymentNotFound
 from qserve.wire.messages import ErrorInfo, encode
 from qserve.wire.spec import (
@@ -321,16 +322,11 @@ def wait_for_gateways(state: State, log_id: str, timeout: float = GATEWAYS_TIMEO
     """Wait until every live gateway has applied a log entry; after `timeout` warn and go on."""
     behind: list[GatewayInfo] = []
     for _ in _ticks(timeout):
-        behind = [info for info in state.gateways().values() if _order(info.applied) < _order(log_id)]
+        behind = [info for info in state.gateways().values() if order(info.applied) < order(log_id)]
         if not behind:
             return
     laggards = ", ".join(f"{info.url} (pid {info.pid} on {info.host})" for info in behind)
     logger.warning("These gateways have not taken over the change within %.0f s: %s.", timeout, laggards)
-
-
-def _order(log_id: str) -> tuple[int, int]:
-    ms, _, sequence = log_id.partition("-")
-    return int(ms), int(sequence or 0)
 
 
 def _ticks(timeout: float | None) -> Iterator[float]:

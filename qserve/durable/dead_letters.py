@@ -134,7 +134,7 @@ class DeadLetters:
         Raises:
             FrameRejected: It is no call of ours.
             CallNotFound: The letter, or the record, is gone.
-            DeploymentNotFound: There is nobody to send it to.
+            DeploymentNotFound, DeploymentUnavailable, BackPressureError: The call was not taken.
         """
         if letter.call is None:
             raise FrameRejected("no key of ours signed this frame: it is not sent again")
@@ -160,11 +160,7 @@ class DeadLetters:
         name, call_id = letter.deployment, new_call_id()
         head = (call_id, name, "", NEVER_MS, call.kind, call.method, True, self.payload(letter))
         made = DurableCall(*head, terms=Terms())
-        answer = submit_now(self._redis, self._keys, self._signer, self._payloads, made, Options())
-        if answer[0] < 0:
-            raise DeploymentNotFound(f"there is no deployment {name!r} that takes calls")
-        if answer[1] is None:
-            raise QServeError(f"the queue of {name!r} is full: try again later")
+        submit_now(self._redis, self._keys, self._signer, self._payloads, made, Options())
         self.drop(letter)
         return call_id
 

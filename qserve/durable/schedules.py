@@ -12,7 +12,7 @@ from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.broker.state import State
 from qserve.durable.cron import parse_when
-from qserve.errors import FrameRejected
+from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnavailable, FrameRejected
 from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, Options, Terms
 from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, encode
@@ -158,16 +158,13 @@ class Schedules:
         head = (call_id, schedule.deployment, ANYONE, NEVER_MS, PYTHON, schedule.method, True, schedule.payload)
         options = Options(0.0, schedule.expires_s, schedule.low_priority, schedule.terms)
         call = DurableCall(*head, terms=schedule.terms)
-        answer = submit_now(self._redis, self._keys, self._signer, payloads, call, options)
         error = ""
-        if answer[0] < 0:
-            error = f"there is no deployment {schedule.deployment!r} that takes calls"
-        elif answer[1] is None:
-            error = f"the queue of {schedule.deployment!r} is full"
-        if error:
-            logger.error("Schedule %s is due, and left out: %s", schedule.name, error)
-        else:
+        try:
+            submit_now(self._redis, self._keys, self._signer, payloads, call, options)
             logger.info("Schedule %s is due: call %s", schedule.name, call_id)
+        except (DeploymentNotFound, DeploymentUnavailable, BackPressureError) as exc:
+            error = str(exc)
+            logger.error("Schedule %s is due, but its call is left out: %s", schedule.name, error)
         self._redis.hset(self._keys.fired, schedule.name, msgspec.msgpack.encode(Fired(at, call_id, error)))
 
     def _read(self, name: str, frame: bytes) -> Schedule:

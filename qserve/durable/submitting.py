@@ -16,15 +16,13 @@ from qserve.broker.connection import Answer, Connection
 from qserve.broker.inboxes import send_control
 from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.records import Records, durable_reply, submit_arguments
-from qserve.broker.retry_after import Refusals
+from qserve.broker.refusals import FullQueues, refusal_of_all
 from qserve.broker.scripts import SUBMIT
 from qserve.durable.confirming import Confirmed
 from qserve.errors import (
     BrokerUnavailable,
     CallCancelled,
     CallNotFound,
-    DeploymentNotFound,
-    DeploymentUnavailable,
     FrameRejected,
     GetTimeoutError,
     IdempotencyConflict,
@@ -108,7 +106,7 @@ class DurableCalls:
     Args:
         process: Id of the inbox that gets the outcomes.
         sender: The connection for commands; a closed one while Redis is away.
-        refusals: The errors for full queues.
+        full_queues: The errors for calls that found a full queue.
     """
 
     def __init__(
@@ -118,7 +116,7 @@ class DurableCalls:
         payloads: Payloads,
         process: str,
         sender: Callable[[], Connection],
-        refusals: Refusals,
+        full_queues: FullQueues,
     ) -> None:
         self.records = Records(settings.keys)
         self._settings = settings
@@ -127,7 +125,7 @@ class DurableCalls:
         self._payloads = payloads
         self._process = process
         self._sender = sender
-        self._refusals = refusals
+        self._full_queues = full_queues
         self._collected: dict[str, list[Submission]] = {}
         self._unconfirmed: dict[str, Submission] = {}
         self._watchers: dict[str, list[Watcher]] = {}
@@ -212,7 +210,7 @@ class DurableCalls:
         if each.options.expires_s is not None:  # nobody tells of a call that no replica looks at
             later = each.options.expires_s + _EXPIRY_SHOWS_S
             asyncio.get_running_loop().call_later(later, self._look_if_watched, each.call.id)
-        each.on_admitted(_verdict(each.call, answer, place, self._refusals))
+        each.on_admitted(_verdict(each.call, answer, place, self._full_queues))
 
     def _look_if_watched(self, call_id: str) -> None:
         if call_id in self._watchers:
@@ -416,17 +414,13 @@ class DurableCalls:
             self._end(call_id, CallCancelled("the client was stopped before the call ended; the call goes on"))
 
 
-def _verdict(call: DurableCall, answer: Answer, place: int, refusals: Refusals) -> str | QServeError:
+def _verdict(call: DurableCall, answer: Answer, place: int, full_queues: FullQueues) -> str | QServeError:
     name = call.deployment
-    if isinstance(answer, Exception):
-        return answer if isinstance(answer, QServeError) else BrokerUnavailable(f"Redis refused the call: {answer}")
-    if answer[0] == -1:
-        return DeploymentNotFound(f"there is no deployment {name!r}")
-    if answer[0] == -2:
-        return DeploymentUnavailable(f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}")
+    if (error := refusal_of_all(name, answer)) is not None:
+        return error
     found = answer[1 + place]
     if found is None:
-        return refusals.refusal(name, answer[0])
+        return full_queues.refusal(name, answer[0])
     said, _, other = bytes(found).decode().partition(":")
     if said == "other":
         return IdempotencyConflict("another request was sent with this idempotency key before")

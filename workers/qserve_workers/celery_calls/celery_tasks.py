@@ -19,10 +19,8 @@ from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.broker.state import State
 from qserve.errors import (
-    BackPressureError,
     ConfigurationError,
     DeploymentNotFound,
-    DeploymentUnavailable,
     MethodNotFound,
     QServeError,
 )
@@ -119,13 +117,7 @@ class Desk:
         expires_s = None if expires_s is None else max(expires_s, 0.001)
         options = Options(max(0.0, _seconds_until(headers.get("eta")) or 0.0), expires_s, terms=terms)
         call, keys = DurableCall(*head, terms=terms), self._settings.keys
-        answer = submit_now(self._state.redis, keys, self._signer, self._payloads, call, options)
-        if answer[0] == -1:
-            raise DeploymentNotFound(f"there is no deployment {name!r}")
-        if answer[0] == -2:
-            raise DeploymentUnavailable(f"deployment {name!r} failed and nothing older serves: {answer[1].decode()}")
-        if answer[1] is None:
-            raise BackPressureError(f"the queue of {name!r} is full ({answer[0]} calls wait or run): try again later")
+        submit_now(self._state.redis, keys, self._signer, self._payloads, call, options)
 
 
 def call_id_of(task: str) -> str:
