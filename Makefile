@@ -6,6 +6,7 @@
 #   make bench    the table of benchmarks/results.md (BENCH_PEERS=dir adds the peers)
 #   make chaos    break everything under load, for 80 minutes (ARGS="--part 2/11", "--slice", "--runs K1,K5")
 #   make docs     run what README.md and docs/ show
+#   make tables   write the tables of docs/configuration.md that follow from the code
 #   make clean    remove .venv and caches
 
 PORT ?= 8000
@@ -14,7 +15,7 @@ ARGS ?=
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: run test check bench chaos docs clean
+.PHONY: run test check bench chaos docs tables clean
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -34,6 +35,9 @@ chaos: $(READY)
 
 docs: $(READY)
 	@$(VENV)/bin/python -m pytest tests/instance/test_docs.py
+
+tables: $(READY)
+	@$(VENV)/bin/python -m tests.support.tables
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -10,13 +10,12 @@ from typing import Any, TypeVar, overload
 import msgspec
 
 from qserve.batching import batch
-from qserve.calls import process_client
 from qserve.calls.durable_ref import DurableRef
 from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle, DurableHandle, plan_call, ref_of
 from qserve.context import ReplicaContext, get_replica_context
 from qserve.deployments import deploying, local_instance
-from qserve.deployments.deployment import Deployment, deployment, set_instance_provider
-from qserve.deployments.driver import Driver
+from qserve.deployments.deployment import Deployment, deployment
+from qserve.deployments.driver import THIS_PROCESS
 from qserve.deployments.http_options import HTTPOptions, Location
 from qserve.deployments.ingress import ingress
 from qserve.deployments.loading import is_importing
@@ -54,9 +53,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LOOK_S = 0.2
-_driver = Driver()
-process_client.set_settings_finder(local_instance.find_settings)
-set_instance_provider(_driver.current)
 
 
 def start(detached: bool = False, http_options: HTTPOptions | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -76,7 +72,7 @@ def start(detached: bool = False, http_options: HTTPOptions | Mapping[str, Any] 
     _refuse_old_options(kwargs)
     options = _options(http_options)
     if not _ignored("start"):
-        _driver.start(options, detached=detached)
+        THIS_PROCESS.start(options, detached=detached)
 
 
 @overload
@@ -119,11 +115,11 @@ def run(
     one = target if isinstance(target, Deployment) else None
     if not _ignored("run"):
         several = [one] if one is not None else list(target or ())  # type: ignore[arg-type]
-        instance = _driver.start(options, detached=detached, wait=False)
-        goals = [instance.put(each, each.init_args, each.init_kwargs) for each in several]
+        instance = THIS_PROCESS.start(options, detached=detached, wait=False)
+        goals = [instance.put(each.to_spec(instance.codec)) for each in several]
         for goal in goals:
             goal.wait()
-        _driver.wait_until_ready()
+        THIS_PROCESS.wait_until_ready()
         if blocking:
             _stay(instance.settings.namespace)
     return one.get_handle() if one is not None else None
@@ -132,7 +128,7 @@ def run(
 def shutdown() -> None:
     """Delete all deployments and stop the processes of the instance; harmless where there is none."""
     if not _ignored("shutdown"):
-        _driver.shutdown()
+        THIS_PROCESS.shutdown()
 
 
 def get_deployment(name: str) -> Deployment[Any]:
@@ -142,11 +138,11 @@ def get_deployment(name: str) -> Deployment[Any]:
         KeyError: There is none.
         NoInstanceError: No instance is running.
     """
-    instance = _driver.current()
+    instance = THIS_PROCESS.current()
     deployed = instance.state.get(name)
     if deployed is None:
         raise KeyError(f"Deployment {name} was not found. Did you call Deployment.deploy()?")
-    return instance.deployment(deployed)
+    return Deployment.from_spec(deployed.spec, instance.codec)
 
 
 def get_ref(call_id: str) -> DurableRef[Any]:
@@ -186,7 +182,7 @@ def schedule(
         parse_when(when)
         Declared.plans.append(plan)
         return
-    instance = _driver.current()
+    instance = THIS_PROCESS.current()
     settings = instance.settings
     codec = Codec(allow_pickle=bool(settings.secrets), max_bytes=settings.max_value_bytes)
     Schedules(instance.state).put(plan, codec)
@@ -199,7 +195,7 @@ def unschedule(name: str) -> None:
         KeyError: There is none of that name.
         NoInstanceError: No instance is running.
     """
-    if not _ignored("unschedule") and not Schedules(_driver.current().state).remove(name):
+    if not _ignored("unschedule") and not Schedules(THIS_PROCESS.current().state).remove(name):
         raise KeyError(f"there is no schedule {name!r}")
 
 
@@ -209,8 +205,10 @@ def list_deployments() -> dict[str, Deployment[Any]]:
     Raises:
         NoInstanceError: No instance is running.
     """
-    instance = _driver.current()
-    return {name: instance.deployment(deployed) for name, deployed in instance.state.list().items()}
+    instance = THIS_PROCESS.current()
+    return {
+        name: Deployment.from_spec(deployed.spec, instance.codec) for name, deployed in instance.state.list().items()
+    }
 
 
 @dataclass(frozen=True)
@@ -246,7 +244,7 @@ def status() -> dict[str, DeploymentStatus]:
     Raises:
         NoInstanceError: No instance is running.
     """
-    state = _driver.current().state
+    state = THIS_PROCESS.current().state
     return {
         name: DeploymentStatus(
             state=deployed.state,

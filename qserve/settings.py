@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from qserve.broker.keys import Keys
+from qserve.wire.names import NAME_PATTERN
 
 MIB = 1024 * 1024
 
@@ -21,7 +22,7 @@ class Settings(BaseSettings):
     """What `qserve.broker.address` reads; empty: the local instance found by its file."""
     secret: str = Field(default="", repr=False)
     """Signs every frame; several, separated by commas, are accepted and the first one signs."""
-    namespace: str = Field(default="default", pattern=r"^[A-Za-z0-9_.-]{1,63}$")
+    namespace: str = Field(default="default", pattern=f"^{NAME_PATTERN}$")
     app: str = ""
     """MODULE[:NAME] of the application to deploy, for containers."""
     hooks: str = ""

@@ -1,18 +1,9 @@
 """Every Redis key qserve uses, in one file; all of a namespace's keys share one hash slot."""
 
-import re
 from dataclasses import dataclass
 
 GROUP = "g"
 """The consumer group through which all replicas of a deployment read its call stream."""
-
-
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}")
-
-
-def is_name(name: str) -> bool:
-    """Whether a deployment may be called so: what stands in a key must not change its meaning."""
-    return _NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)

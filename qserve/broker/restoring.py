@@ -11,9 +11,9 @@ from qserve.broker.following import Snapshot, ask, read_snapshot
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.redis_clients import our_errors
 from qserve.broker.scripts import RESTORE
-from qserve.broker.state import script_fields
 from qserve.errors import ConfigurationError
 from qserve.wire.messages import Signer, encode
+from qserve.wire.options import script_fields
 from qserve.wire.spec import Deployed, SignedSpec
 
 if TYPE_CHECKING:

@@ -17,11 +17,13 @@ import redis
 import redis.asyncio
 
 from qserve.broker import redis_clients
-from qserve.broker.keys import GROUP, Keys, is_name
+from qserve.broker.keys import GROUP, Keys
 from qserve.broker.scripts import DELETE, DEPLOY, SET_STATE, SIGN, Script
 from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.failpoints import reach
 from qserve.wire.messages import UNREADABLE, Signer, decoder_of, encode
+from qserve.wire.names import is_name
+from qserve.wire.options import script_fields
 from qserve.wire.spec import (
     DEPLOYING,
     WAITING,
@@ -258,16 +260,6 @@ def names_of(members: Iterable[bytes]) -> list[str]:
 # From bytes to data
 
 META_FIELDS = ("gen", "spec", "state", "error", "log_id")
-
-
-def script_fields(spec: DeploymentSpec) -> tuple[str | int, ...]:
-    """The options that Lua scripts look up, as names and values of the meta hash."""
-    return (
-        *("max_queued", spec.max_queued_requests, "route", spec.route_prefix or ""),
-        *("idempotent", int(spec.idempotent)),
-    )
-
-
 _decode_spec = decoder_of(SignedSpec)
 _decode_http = decoder_of(HttpSettings)
 

@@ -6,8 +6,9 @@ import secrets
 import click
 
 from qserve.broker.acl import ROLES, Role, hashed, rules
-from qserve.broker.keys import Keys, is_name
+from qserve.broker.keys import Keys
 from qserve.cli.output import note
+from qserve.wire.names import is_name
 
 
 @click.command("redis-acl")

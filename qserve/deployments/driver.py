@@ -4,20 +4,19 @@ import atexit
 import logging
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Final
 
 from qserve.broker.redis_checks import require_usable_at
 from qserve.broker.state import State
 from qserve.calls import process_client
 from qserve.calls.handle import handle_from_wire
 from qserve.deployments import deploying, local_instance
-from qserve.deployments.deployment import Deployment
 from qserve.deployments.http_options import HTTPOptions
 from qserve.errors import NoInstanceError
 from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.messages import Signer
-from qserve.wire.spec import Deployed, HttpSettings
+from qserve.wire.spec import DeploymentSpec, HttpSettings
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +29,9 @@ class ConnectedInstance:
         self.state = State(settings.redis_url, settings.keys, Signer(settings.secrets))
         self.codec = make_codec(settings, signs=self.state.signer.signs)
 
-    def deploy(
-        self, deployment: Deployment[Any], args: tuple[Any, ...], kwargs: dict[str, Any], blocking: bool
-    ) -> deploying.Goal | None:
-        """Make the deployment the desired state; None when it is reached, its goal when nobody waits for that."""
-        goal = self.put(deployment, args, kwargs)
-        if not blocking:
-            return goal
-        goal.wait()
-        return None
-
-    def put(self, deployment: Deployment[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> deploying.Goal:
-        """The same without waiting."""
-        return deploying.deploy(self.state, deployment.to_spec(self.codec, init_args=args, init_kwargs=kwargs))
+    def put(self, spec: DeploymentSpec) -> deploying.Goal:
+        """Make a spec the desired state of its name; the goal sees it through."""
+        return deploying.deploy(self.state, spec)
 
     def delete(self, name: str) -> None:
         """Take a deployment down and wait until it is gone."""
@@ -56,10 +45,6 @@ class ConnectedInstance:
         for gateway in self.state.gateways().values():
             return gateway.url.rstrip("/") + http.root_path.rstrip("/") + route_prefix
         return None
-
-    def deployment(self, deployed: Deployed) -> Deployment[Any]:
-        """The description of what is deployed."""
-        return Deployment.from_spec(deployed.spec, self.codec)
 
     def set_http(self, http: HttpSettings) -> None:
         """Change what all gateways wrap around the deployments, and wait until they do."""
@@ -203,6 +188,10 @@ class Driver:
         if self._local is started:
             process_client.close_current_client()
             started.stop()
+
+
+THIS_PROCESS: Final = Driver()
+process_client.set_settings_finder(local_instance.find_settings)
 
 
 def make_codec(settings: Settings, *, signs: bool) -> Codec:

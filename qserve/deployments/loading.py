@@ -24,12 +24,20 @@ _importing: ContextVar[bool] = ContextVar("qserve_importing", default=False)
 
 
 class Deployable:
-    """What `@serve.deployment` leaves under the name of user code; `func_or_class` is the code itself."""
+    """What `@serve.deployment` leaves under the name of user code: the code, or where to import it from."""
+
+    _code: Callable[..., Any] | None
+    _target: Target | None
 
     @property
     def func_or_class(self) -> Callable[..., Any]:
-        """The user's class or function."""
-        raise NotImplementedError
+        """The user's code; imported only now where the deployment came from the state."""
+        if self._code is None:
+            assert self._target is not None
+            code = load_target(self._target)
+            assert callable(code)
+            self._code = code
+        return self._code
 
 
 def is_importing() -> bool:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from qserve.broker.keys import is_name
 from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.broker.state import State
@@ -16,6 +15,7 @@ from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnava
 from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, Options, Terms
 from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, encode
+from qserve.wire.names import is_name
 
 logger = logging.getLogger(__name__)
 

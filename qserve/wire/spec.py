@@ -2,6 +2,8 @@
 
 import msgspec
 
+from qserve.wire.options import DeploymentOptions
+
 WAITING, DEPLOYING, HEALTHY, DEPLOY_FAILED = "WAITING", "DEPLOYING", "HEALTHY", "DEPLOY_FAILED"
 """States of a deployment: no node alive; replicas on their way; serving as asked; given up (an older one may serve)."""
 
@@ -26,52 +28,22 @@ class Target(msgspec.Struct, frozen=True):
     sys_path: tuple[str, ...] = ()
 
 
-class Autoscaling(msgspec.Struct, frozen=True):
-    """How many replicas there are to be; see `qserve.deployments.options.AutoscalingConfig`."""
-
-    min_replicas: int
-    max_replicas: int
-    target_ongoing_requests: float = 2.0
-    upscale_delay_s: float = 30.0
-    downscale_delay_s: float = 600.0
-    max_wait_s: float = 10.0
-
-
-class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a node needs to run a deployment.
+class DeploymentSpec(DeploymentOptions, frozen=True, kw_only=True):
+    """Everything a node needs to run a deployment: its options, and what was found out about its code.
 
     Attributes:
-        revision: Identity of the code and init args; replicas of another revision are replaced. Derived from `version`,
-            or random when there is none.
-        init_args: Packed (args, kwargs) of the constructor.
-        user_config: Packed value for `reconfigure`, or None.
+        target: Where the code is.
+        revision: Identity of the code and the constructor's arguments: replicas of another revision are replaced. It
+            stays while `version` does, and is new on each deploy where there is none.
         is_class: A class is constructed; a function is called as it is.
+        is_ingress: An ASGI application answers its HTTP requests.
         deployed_at: Unix time of the first deploy under this name.
     """
 
-    name: str
     target: Target
     revision: str
-    version: str | None = None
-    prev_version: str | None = None
-    num_replicas: int = 1
-    autoscaling: Autoscaling | None = None
-    route_prefix: str | None = None
-    max_concurrent_queries: int = 100
-    max_queued_requests: int = 10_000
-    max_threads: int = 1
-    user_config: bytes | None = None
-    init_args: bytes = b""
     is_class: bool = True
     is_ingress: bool = False
-    idempotent: bool = False
-    http_method_header: bool = True
-    timeout_s: float | None = None
-    surge: bool = True
-    graceful_shutdown_timeout_s: float = 20.0
-    graceful_shutdown_wait_loop_s: float = 2.0
-    initialization_timeout_s: float = 600.0
-    ray_actor_options: bytes = b""
     deployed_at: float = 0.0
 
 

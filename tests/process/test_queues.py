@@ -12,11 +12,12 @@ import redis
 
 from qserve.broker import remains
 from qserve.broker.heartbeats import DIED, LEFT, leave, post_tombstone
-from qserve.broker.keys import GROUP, is_name
+from qserve.broker.keys import GROUP
 from qserve.broker.remains import fail_remaining, remaining
 from qserve.broker.scripts import ADMIT, BEAT, FIND, PRESENT, REPLY, TAKE, TELL, TRIM
 from qserve.settings import Settings
 from qserve.wire.messages import CONTROL, ERROR, PYTHON, Call, Control, Signer, decode_control, decode_reply, encode
+from qserve.wire.names import is_name
 from tests.support.echo_queue import ALIVE, BEATS, INBOX, KEYS, LETTERS, META, REPLICAS, STREAM, Queue
 
 

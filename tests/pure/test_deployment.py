@@ -1,17 +1,20 @@
 """Defining deployments: options, their validation, copies, and what becomes of them in the state."""
 
+from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
 
 from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle
-from qserve.deployments.deployment import Deployment, deployment, set_instance_provider
+from qserve.deployments.checked_options import DeploymentConfig
+from qserve.deployments.deployment import Deployment, deployment
+from qserve.deployments.driver import THIS_PROCESS
 from qserve.deployments.ingress import ingress
 from qserve.deployments.loading import importing
-from qserve.deployments.options import DeploymentConfig
 from qserve.errors import ConfigurationError, NoInstanceError, ValueNotSerializable
 from qserve.wire.codec import Codec
+from qserve.wire.spec import DeploymentSpec
 from tests.support.local_code import CODEC
 
 
@@ -26,12 +29,14 @@ def importable() -> str:
 class FakeInstance:
     """Notes what it was asked to do."""
 
+    codec = CODEC
+
     def __init__(self) -> None:
         self.done: list[Any] = []
 
-    def deploy(self, deployed: Deployment[Any], args: tuple[Any, ...], kwargs: dict[str, Any], blocking: bool) -> str:
-        self.done.append(("deploy", deployed.name, args, kwargs, blocking))
-        return "goal"
+    def put(self, spec: DeploymentSpec) -> "FakeGoal":
+        args, kwargs = CODEC.unpack_call(spec.init_args)
+        return FakeGoal(self, ("deploy", spec.name, tuple(args), kwargs))
 
     def delete(self, name: str) -> None:
         self.done.append(("delete", name))
@@ -40,10 +45,23 @@ class FakeInstance:
         return "http://host:1234" + route_prefix
 
 
+class FakeGoal:
+    """Notes whether somebody waits for it."""
+
+    def __init__(self, instance: FakeInstance, put: tuple[Any, ...]) -> None:
+        self._instance = instance
+        self._number = len(instance.done)
+        instance.done.append((*put, False))
+
+    def wait(self) -> None:
+        *put, _ = self._instance.done[self._number]
+        self._instance.done[self._number] = (*put, True)
+
+
 @pytest.fixture
 def instance(monkeypatch: pytest.MonkeyPatch) -> FakeInstance:
     fake = FakeInstance()
-    monkeypatch.setattr("qserve.deployments.deployment._Driver.find_instance", staticmethod(lambda: fake))
+    monkeypatch.setattr(THIS_PROCESS, "current", lambda: fake)
     return fake
 
 
@@ -157,6 +175,8 @@ def test_wrong_options_are_refused_by_decorator_and_options(
 def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(TypeError, match="num_replica"):
         deployment(num_replica=2)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="num_replica"):
+        deployment(Importable).options(num_replica=2)  # type: ignore[call-arg]
 
 
 def test_a_name_that_cannot_be_a_queue_asks_for_another() -> None:
@@ -216,7 +236,7 @@ def test_deploying_and_deleting_go_to_the_instance(instance: FakeInstance) -> No
     deployed = deployment(name="d", init_args=(1,), init_kwargs={"a": 2})(Importable)
     deployed.deploy(3, b=4)
     deployed.deploy()
-    assert deployed.deploy(_blocking=False) == "goal"
+    assert isinstance(deployed.deploy(_blocking=False), FakeGoal)
     deployed.delete()
     assert instance.done == [
         ("deploy", "d", (3,), {"b": 4}, True),
@@ -237,17 +257,11 @@ def test_importing_is_not_deploying(instance: FakeInstance) -> None:
     assert instance.done == []
 
 
-def test_without_an_instance_the_error_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qserve.deployments.deployment._Driver.find_instance", None)
+def test_without_an_instance_the_error_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QSERVE_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("QSERVE_REDIS_URL", raising=False)
     with pytest.raises(NoInstanceError, match=r"serve\.start\(detached=True\)"):
         deployment(Importable).deploy()
-
-
-def test_the_provider_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qserve.deployments.deployment._Driver.find_instance", None)
-    fake = FakeInstance()
-    set_instance_provider(lambda: fake)
-    assert deployment(Importable).url == "http://host:1234/Importable"
 
 
 def test_functions_take_no_init_args(instance: FakeInstance) -> None:

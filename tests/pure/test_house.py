@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tomllib
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import qserve
 from qserve import serve
 from qserve.settings import Settings
 from tests.support.serving import ROOT
+from tests.support.tables import CONFIGURATION, TABLES, with_tables
 
 PACKAGES = {
     "qserve": ROOT / "qserve",
@@ -191,10 +191,10 @@ def test_the_configuration_page_lists_every_setting() -> None:
     assert table_column("configuration.md", "Environment") == fields
 
 
-def test_the_configuration_page_lists_every_deployment_option() -> None:
-    with_options = typing.get_overloads(serve.deployment)[-1]
-    options = set(inspect.signature(with_options).parameters) - {"func_or_class"}
-    assert table_column("configuration.md", "Deployment options") == options
+def test_the_tables_of_the_configuration_page_follow_from_the_code() -> None:
+    page = CONFIGURATION.read_text()
+    assert all(f"<!-- table: {name} -->" in page for name in TABLES)
+    assert with_tables(page) == page, "`make tables` writes them anew"
 
 
 def test_the_configuration_page_lists_every_http_option() -> None:

@@ -3,7 +3,8 @@
 import pytest
 
 from qserve import serve
-from qserve.wire.spec import HEALTHY, Autoscaling
+from qserve.wire.options import Autoscaling
+from qserve.wire.spec import HEALTHY
 from qserve_workers.pool.orders import Release, Resize, Stop
 from qserve_workers.pool.scaling import Demand, Scaler
 from tests.support.replacing import Pool

@@ -187,7 +187,8 @@ class Cluster:
     def put(self, name: str, version: str, *, broken: bool = False) -> Goal:
         """Deploy a version of "Safe" or "Once" without waiting for it."""
         deployment = {"Safe": app.Safe, "Once": app.Once}[name].options(version=version)
-        return self.instance.put(deployment, (), {"version": version, "broken": broken})
+        arguments = {"version": version, "broken": broken}
+        return self.instance.put(deployment.to_spec(self.instance.codec, init_kwargs=arguments))
 
     # Its processes
 

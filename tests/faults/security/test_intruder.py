@@ -12,8 +12,9 @@ import psutil
 import pytest
 import redis
 
-from qserve.broker.keys import Keys, is_name
+from qserve.broker.keys import Keys
 from qserve.settings import Settings
+from qserve.wire.names import is_name
 from tests.faults.security import bad_frames as table
 from tests.faults.security.guarded import NAMESPACE, Guarded, guarded
 from tests.support.nodes import wait_for

@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 from celery.exceptions import NotRegistered, TaskRevokedError
 
-from qserve.broker.keys import is_name
 from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.broker.state import State
@@ -28,6 +27,7 @@ from qserve.settings import Settings
 from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, Options, Terms
 from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, Signer
+from qserve.wire.names import is_name
 from qserve_workers.celery_calls.celery_results import store_error
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from qserve.settings import Settings
 from qserve.wire.messages import Signer
-from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, Autoscaling, WorkerInfo
+from qserve.wire.options import Autoscaling
+from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, WorkerInfo
 from qserve_workers.pool.announce import Announcer
 from qserve_workers.pool.child import Replica
 from qserve_workers.pool.orders import Action, Kill, Publish, Release, Resize, Serve, Status, Stop

@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, DRAINING, HEALTHY, SERVING, STANDBY, STARTING, Autoscaling
+from qserve.wire.options import Autoscaling
+from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, DRAINING, HEALTHY, SERVING, STANDBY, STARTING
 from qserve_workers.pool.orders import Action, Kill, Publish, Release, Resize, Serve, Status, Stop
 
 KILL_MARGIN_S = 2.0

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from qserve.wire.spec import Autoscaling
+from qserve.wire.options import Autoscaling
 
 _STALE_S = 5.0
 """A demand this old says nothing any more."""

@@ -98,7 +98,7 @@ class RacingDeploys:
             for turn in range(self.deploys // self.clients):
                 version, most = f"r{number}-{client}-{turn}", 100 + client * 100 + turn
                 wanted = app.Safe.options(version=version, max_concurrent_queries=most)
-                goal = instance.put(wanted, (), {"version": version})
+                goal = instance.put(wanted.to_spec(instance.codec, init_kwargs={"version": version}))
                 if goal.deployed.generation <= last:
                     result.failures.append(f"generation {goal.deployed.generation} came after {last}")
                 last = goal.deployed.generation

@@ -1,0 +1,84 @@
+"""Options as users give them: completed with their defaults, checked, and changed."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pydantic import ConfigDict, create_model
+
+from qserve.wire.options import DECLARED, Default
+
+_DEFAULTS: Final[Mapping[str, Any]] = {name: option.default for option in DECLARED for name in option.names}
+
+_CONFIG_FIELDS: Final[Any] = {
+    each.names[0]: (each.option.given or each.type, each.default) for each in DECLARED if each.option.check is None
+}
+_ConfigFields: Any = create_model("_ConfigFields", **_CONFIG_FIELDS)
+
+
+class DeploymentConfig(_ConfigFields):  # type: ignore[misc]
+    """The options of a deployment whose types say what they may be; checked on every assignment."""
+
+    model_config = ConfigDict(validate_assignment=True, extra="forbid")
+
+
+def refuse_unknown(options: Mapping[str, Any], function: str) -> None:
+    """Raise TypeError, as Python does, for what is no option of a deployment."""
+    unknown = options.keys() - _DEFAULTS.keys()
+    if unknown:
+        raise TypeError(f"{function}() got unknown options: {', '.join(sorted(unknown))}")
+
+
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that say something: None does for `route_prefix` only.
+
+    Raises:
+        ValueError: The number of replicas is fixed and scaled at once.
+    """
+    if options.get("num_replicas") is not None and options.get("autoscaling_config") is not None:
+        raise ValueError("num_replicas and autoscaling_config exclude each other: give min_replicas and max_replicas.")
+    return {
+        name: value
+        for name, value in options.items()
+        if (not isinstance(value, Default) if name == "route_prefix" else value is not None)
+    }
+
+
+def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options, checked; defaults stand for those that were not given.
+
+    Raises:
+        TypeError, ValueError: One of them is not what it should be; pydantic's ValidationError is a ValueError.
+    """
+    options = {**_DEFAULTS, **given}
+    for each in DECLARED:
+        if each.option.check is not None:
+            for name in each.names:
+                each.option.check(name, options[name])
+    config = config_of(options)
+    return {
+        **options,
+        **{name: getattr(config, name) for name in DeploymentConfig.model_fields},
+        "init_args": tuple(options["init_args"] or ()),
+        "init_kwargs": dict(options["init_kwargs"] or {}),
+        "ray_actor_options": dict(options["ray_actor_options"] or {}),
+    }
+
+
+def changed_options(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options after a change. The number of replicas is either fixed or scaled, whichever was said last, and
+    `prev_version` is a condition on one deploy, which is not carried over.
+
+    Raises:
+        TypeError, ValueError: As `given_options` and `complete_options`.
+    """
+    changes = given_options(given)
+    if "num_replicas" in changes:
+        changes["autoscaling_config"] = None
+    elif "autoscaling_config" in changes:
+        changes["num_replicas"] = _DEFAULTS["num_replicas"]
+    return complete_options({**options, "prev_version": None, **changes})
+
+
+def config_of(options: Mapping[str, Any]) -> DeploymentConfig:
+    """A config with the values of all options that it has."""
+    return DeploymentConfig(**{name: options[name] for name in DeploymentConfig.model_fields})

@@ -1,0 +1,343 @@
+"""The options of a deployment: `DeploymentOptions` declares each of them once, and everything else follows from it.
+
+The default, the check and its error, the field of the spec that is written to Redis, the field of the hash in which the
+scripts of the queues look limits up, the row of the table in docs/configuration.md: all are read from the declaration.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Any, Final, TypedDict, get_type_hints
+
+import msgspec
+from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, create_model, model_validator
+
+from qserve.wire.names import is_name
+
+
+class Default(Enum):
+    """Stands for "not given" where None is a value of its own."""
+
+    VALUE = "default"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is to be known of an option beside its type and default; stands in the `Annotated` of its field.
+
+    Attributes:
+        text: What it means, for the table in docs/configuration.md.
+        names: What users call it, where that is not the name of the field.
+        given: The type of what users give, where the spec holds it in another form, which `Deployment.to_spec` makes;
+            of several names, a type for each.
+        default: What stands for an option that was not given, where that is not the default of the field.
+        shown: The default as the table says it, where that is not the value itself.
+        check: Raises for a value that cannot be; None: the type decides.
+        script_field: The field of the deployment's hash in Redis under which Lua scripts find it; "": they need not.
+    """
+
+    text: str
+    names: tuple[str, ...] = ()
+    given: Any = None
+    default: Any = msgspec.NODEFAULT
+    shown: str = ""
+    check: Callable[[str, Any], None] | None = None
+    script_field: str = ""
+
+
+# Checks, with the errors that users of Ray Serve 1.x know
+
+
+def _is_a(kind: type | tuple[type, ...], said: str) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be {said}.")
+
+    return check
+
+
+def _check_name(name: str, value: Any) -> None:
+    _is_a(str, "a string")(name, value)
+    if not is_name(value):
+        raise ValueError(
+            f"name {value!r} is not possible, it takes 1 to 63 letters, digits, '_', '.' and '-'. "
+            "Give another one with name=."
+        )
+
+
+def _check_route_prefix(name: str, value: Any) -> None:
+    if value is None or isinstance(value, Default):
+        return
+    _is_a(str, "a string")(name, value)
+    if not value.startswith("/"):
+        raise ValueError("route_prefix must start with '/'.")
+    if value != "/" and value.endswith("/"):
+        raise ValueError("route_prefix must not end with '/' unless it's the root.")
+    if "{" in value or "}" in value:
+        raise ValueError("route_prefix may not contain wildcards.")
+
+
+def _check_actor_options(name: str, value: Any) -> None:
+    _is_a(dict, "a dict")(name, value)
+    for key in ("name", "namespace", "lifetime", "max_restarts", "placement_group"):
+        if key in (value or {}):
+            raise ValueError(f"Specifying {key!r} in ray_actor_options is not allowed.")
+
+
+def _check_init_arguments(name: str, value: Any) -> None:
+    check = _is_a((tuple, list), "a tuple") if name == "init_args" else _is_a(dict, "a dict")
+    check(name, value)
+
+
+# Autoscaling, which has options of its own
+
+
+class Autoscaling(msgspec.Struct, frozen=True):
+    """How many replicas there are to be, by how much there is to do.
+
+    Attributes:
+        min_replicas: Never fewer. At least 1: a deployment without replicas would let its first caller wait for one.
+        max_replicas: Never more.
+        target_ongoing_requests: Calls, queued and running, that one replica is for.
+        upscale_delay_s: How long more replicas must have been wanted before they are started.
+        downscale_delay_s: How long fewer must have been enough before idle ones leave.
+        max_wait_s: A call that has waited for so long asks for one more replica, whatever the count of calls says.
+    """
+
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt = 1
+    target_ongoing_requests: PositiveFloat = 2.0
+    upscale_delay_s: NonNegativeFloat = 30.0
+    downscale_delay_s: NonNegativeFloat = 600.0
+    max_wait_s: PositiveFloat = 10.0
+
+
+def _fields_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    return {field.name: (field.type, field.default) for field in msgspec.structs.fields(struct)}
+
+
+_AutoscalingFields: Any = create_model("_AutoscalingFields", **_fields_of(Autoscaling))
+
+
+class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]
+    """`Autoscaling` as users give it, checked; named as in Ray Serve."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_none(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("min_replicas") == 0:
+            raise ValueError("min_replicas must be at least 1: qserve keeps a replica, so that no call waits for one.")
+        return values
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "AutoscalingConfig":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas}).")
+        return self
+
+
+# The declaration
+
+
+class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """All options of a deployment, as its spec holds them.
+
+    To add one: declare it here, name it in `GivenOptions` below (type checkers and editors need it written down), and
+    write the code that keeps it, with a test. `make tables` puts it into docs/configuration.md.
+    """
+
+    name: Annotated[
+        str,
+        Option(
+            "The name of the deployment and of its queue: 1 to 63 of the characters `[A-Za-z0-9_.-]`.",
+            default=None,
+            shown="the name of the class or function",
+            check=_check_name,
+        ),
+    ]
+    version: Annotated[
+        str | None,
+        Option(
+            "Replicas of the same version are kept, and those of another are replaced. Without a version every "
+            "`deploy()` in a script replaces them; `qserve deploy` uses a hash of the code.",
+            check=_is_a(str, "a string"),
+        ),
+    ] = None
+    prev_version: Annotated[
+        str | None, Option("`deploy()` fails unless this version is deployed.", check=_is_a(str, "a string"))
+    ] = None
+    num_replicas: Annotated[
+        PositiveInt,
+        Option(
+            "The number of replicas in an instance that `qserve run` or `serve.start()` has started. In others, each "
+            "node runs as many as its `--replicas-per-node` says."
+        ),
+    ] = 1
+    autoscaling: Annotated[
+        Autoscaling | None,
+        Option(
+            "From `min_replicas` to `max_replicas` replicas instead of `num_replicas`, according to how much there is "
+            "to do: see [scaling.md](scaling.md#autoscaling).",
+            names=("autoscaling_config",),
+            given=AutoscalingConfig | None,
+        ),
+    ] = None
+    route_prefix: Annotated[
+        str | None,
+        Option(
+            "The path under which it is served over HTTP; `None`: only handles reach it. The longest prefix wins.",
+            given=str | Default | None,
+            default=Default.VALUE,
+            shown="`/<name>`",
+            check=_check_route_prefix,
+            script_field="route",
+        ),
+    ] = None
+    max_concurrent_queries: Annotated[PositiveInt, Option("The number of calls that a replica takes on at once.")] = 100
+    max_queued_requests: Annotated[
+        PositiveInt,
+        Option(
+            "The number of calls that may be queued and running in all; more are refused (503 with `Retry-After`, or "
+            "`BackPressureError`).",
+            script_field="max_queued",
+        ),
+    ] = 10_000
+    max_threads: Annotated[
+        PositiveInt, Option("The number of threads for `def` methods. With one, `def` methods need no locks.")
+    ] = 1
+    timeout_s: Annotated[
+        PositiveFloat | None,
+        Option(
+            "The deadline of an HTTP request; one that was not started by then never runs. Handles take theirs from "
+            "`handle.options(timeout_s=...)`.",
+            shown="none: `QSERVE_HTTP_TIMEOUT_S`",
+        ),
+    ] = None
+    idempotent: Annotated[
+        bool,
+        Option(
+            "Calls may run again after their replica has died. Otherwise only GET, HEAD, OPTIONS, PUT and DELETE "
+            "requests and requests with an `Idempotency-Key` may.",
+            script_field="idempotent",
+        ),
+    ] = False
+    user_config: Annotated[
+        bytes | None,
+        Option(
+            "What the `reconfigure(config)` method of the class gets after the constructor has run, and again when "
+            "only this option changes.",
+            given=Any,
+        ),
+    ] = None
+    init_args: Annotated[
+        bytes,
+        Option(
+            "Arguments of the constructor. Those of `.deploy(...)` replace them.",
+            names=("init_args", "init_kwargs"),
+            given=(Sequence[Any], Mapping[str, Any]),
+            default=None,
+            shown="`()`, `{}`",
+            check=_check_init_arguments,
+        ),
+    ] = b""
+    surge: Annotated[
+        bool,
+        Option(
+            "A redeploy constructs each new replica before an old one leaves. `False` is for models of which only one "
+            "fits into memory."
+        ),
+    ] = True
+    graceful_shutdown_timeout_s: Annotated[
+        NonNegativeFloat,
+        Option("How long a replica that leaves may take to finish its calls. Then its process is killed."),
+    ] = 20.0
+    graceful_shutdown_wait_loop_s: Annotated[
+        PositiveFloat, Option("Accepted because Ray Serve has it, and without effect: qserve does not poll.")
+    ] = 2.0
+    initialization_timeout_s: Annotated[
+        PositiveFloat, Option("How long a constructor may take. One that takes longer has failed.")
+    ] = 600.0
+    http_method_header: Annotated[
+        bool, Option("The header `X-Serve-Call-Method` may name a public method to call instead of `__call__`.")
+    ] = True
+    ray_actor_options: Annotated[
+        bytes,
+        Option(
+            "Accepted and recorded because Ray Serve has it, and without effect.",
+            given=Mapping[str, Any],
+            default=None,
+            shown="none",
+            check=_check_actor_options,
+        ),
+    ] = b""
+
+
+class GivenOptions(TypedDict, total=False):
+    """The keyword arguments of `serve.deployment` and `Deployment.options`; see `DeploymentOptions` for each."""
+
+    name: str | None
+    version: str | None
+    prev_version: str | None
+    num_replicas: int | None
+    autoscaling_config: AutoscalingConfig | Mapping[str, Any] | None
+    route_prefix: str | Default | None
+    max_concurrent_queries: int | None
+    max_queued_requests: int | None
+    max_threads: int | None
+    timeout_s: float | None
+    idempotent: bool | None
+    user_config: Any
+    init_args: Sequence[Any] | None
+    init_kwargs: Mapping[str, Any] | None
+    surge: bool | None
+    graceful_shutdown_timeout_s: float | None
+    graceful_shutdown_wait_loop_s: float | None
+    initialization_timeout_s: float | None
+    http_method_header: bool | None
+    ray_actor_options: Mapping[str, Any] | None
+
+
+# What follows from it
+
+
+@dataclass(frozen=True)
+class DeclaredOption:
+    """One field of `DeploymentOptions`.
+
+    Attributes:
+        field: Its name in the spec.
+        type: Its type there, with the constraints that pydantic checks.
+        names: What users call it.
+        default: What stands for it when it was not given.
+    """
+
+    field: str
+    type: Any
+    names: tuple[str, ...]
+    default: Any
+    option: Option
+
+
+def _declared() -> tuple[DeclaredOption, ...]:
+    hints = get_type_hints(DeploymentOptions, include_extras=True)
+    found = []
+    for field in msgspec.structs.fields(DeploymentOptions):
+        option: Option = next(each for each in hints[field.name].__metadata__ if isinstance(each, Option))
+        default = field.default if option.default is msgspec.NODEFAULT else option.default
+        found.append(DeclaredOption(field.name, hints[field.name], option.names or (field.name,), default, option))
+    return tuple(found)
+
+
+DECLARED: Final = _declared()
+
+
+def script_fields(options: DeploymentOptions) -> tuple[str | int, ...]:
+    """The options that Lua scripts look up, as names and values for HSET: "" stands for None, 1 and 0 for booleans."""
+    values = {each.option.script_field: getattr(options, each.field) for each in DECLARED if each.option.script_field}
+    pairs = (
+        (name, "" if value is None else int(value) if isinstance(value, bool) else value)
+        for name, value in values.items()
+    )
+    return tuple(part for pair in pairs for part in pair)
