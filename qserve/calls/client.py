@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import msgspec
@@ -44,6 +44,7 @@ from qserve.wire.messages import (
     CHUNK,
     CONTROL,
     ERROR,
+    NO_META,
     Call,
     Control,
     Reply,
@@ -52,6 +53,7 @@ from qserve.wire.messages import (
     decode_control,
     encode,
     encode_call,
+    with_meta,
 )
 
 logger = logging.getLogger(__name__)
@@ -172,6 +174,7 @@ class Client:
         timeout_s: float,
         safe: bool,
         on_outcome: Callable[[Outcome], None],
+        meta: Mapping[str, str] = NO_META,
     ) -> PendingCall:
         """Make a call ready to be put. From any thread.
 
@@ -179,6 +182,7 @@ class Client:
             payload: Packed arguments or an encoded HttpRequest.
             timeout_s: Seconds from now to its deadline.
             on_outcome: Called exactly once, on the loop.
+            meta: What hooks of this process say to those of the replica.
         """
         call_id = f"{self.id}{next(self._numbers):x}"
         sealed = self._payloads.seal(call_id, payload)
@@ -186,6 +190,8 @@ class Client:
             payload = b""
         ttl_ms = int(timeout_s * 1000)
         call = Call(call_id, deployment, self.id, ttl_ms, kind, method, safe, payload, sealed is not None)
+        if meta:
+            call = with_meta(call, meta)
         return PendingCall(call_id, deployment, safe, self.signer.seal(encode(call)), sealed, timeout_s, on_outcome)
 
     def open_channel(self, pending: PendingCall) -> Channel:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import get_args
 
@@ -44,10 +44,12 @@ from qserve.wire.call_record import (
     Options,
     Part,
     decode_part,
+    durable_with_meta,
     new_call_id,
 )
 from qserve.wire.messages import (
     ERROR,
+    NO_META,
     Control,
     ErrorInfo,
     Reply,
@@ -136,13 +138,22 @@ class DurableCalls:
     # Submitting
 
     def prepare(
-        self, deployment: str, *, kind: int, method: str, payload: bytes, options: Options, on_admitted: OnAdmitted
+        self,
+        deployment: str,
+        *,
+        kind: int,
+        method: str,
+        payload: bytes,
+        options: Options,
+        on_admitted: OnAdmitted,
+        meta: Mapping[str, str] = NO_META,
     ) -> Submission:
         """Make a call ready to be submitted. From any thread.
 
         Args:
             on_admitted: Called exactly once, on the loop: with the call's id, which is an earlier call's where that
                 has the same idempotency key, or with the reason why it was refused.
+            meta: What hooks of this process say to those of the replica.
         """
         call_id = new_call_id()
         sealed = self._payloads.seal(call_id, payload)
@@ -150,6 +161,8 @@ class DurableCalls:
             payload = b""
         head = (call_id, deployment, ANYONE, NEVER_MS, kind, method, True, payload, sealed is not None)
         call = DurableCall(*head, terms=options.terms)
+        if meta:
+            call = durable_with_meta(call, meta)
         return Submission(call, self._signer.seal(encode(call)), sealed, options, on_admitted)
 
     def submit(self, submission: Submission) -> None:

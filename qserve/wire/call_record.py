@@ -6,7 +6,7 @@ whoever knows the id of the call. The id is random: knowing it is the permission
 
 import random
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
@@ -81,6 +81,12 @@ class DurableCallWithMeta(DurableCall, frozen=True, array_like=True, gc=False, k
     """A durable call that says more than what is to be run; also what every durable call is read as."""
 
     meta: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+def durable_with_meta(call: DurableCall, meta: Mapping[str, str]) -> DurableCallWithMeta:
+    """The call with something said beside it."""
+    fields = {name: getattr(call, name) for name in DurableCall.__struct_fields__}
+    return DurableCallWithMeta(**fields, meta=dict(meta))
 
 
 decode_durable_call = decoder_of(DurableCallWithMeta)

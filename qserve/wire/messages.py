@@ -278,6 +278,12 @@ def decoder_of(kind: type[Message]) -> Callable[[bytes | memoryview], Message]:
 encode = msgspec.msgpack.Encoder().encode
 
 
+def with_meta(call: Call, meta: Mapping[str, str]) -> CallWithMeta:
+    """The call with something said beside it."""
+    fields = {name: getattr(call, name) for name in Call.__struct_fields__}
+    return CallWithMeta(**fields, meta=dict(meta))
+
+
 def encode_call(call: Call) -> bytes:
     """The body of a call that may have been read from another: an empty meta takes no byte, as in one newly made."""
     if "meta" in call.__struct_fields__ and not call.meta:
