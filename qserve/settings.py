@@ -1,8 +1,9 @@
 """Configuration from the environment (`QSERVE_*`); docs/configuration.md lists it for users."""
 
 import hmac
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -13,65 +14,213 @@ from qserve.wire.names import NAME_PATTERN
 MIB = 1024 * 1024
 
 
+@dataclass(frozen=True)
+class Shown:
+    """The default of a setting as docs/configuration.md says it, where that is not the value itself."""
+
+    text: str
+
+
 class Settings(BaseSettings):
     """What a process needs to find its Redis and behave; every field is an environment variable `QSERVE_<NAME>`."""
 
     model_config = SettingsConfigDict(env_prefix="QSERVE_", extra="ignore", ignored_types=(cached_property,))
 
-    redis_url: str = Field(default="", repr=False)
-    """What `qserve.broker.address` reads; empty: the local instance found by its file."""
-    secret: str = Field(default="", repr=False)
-    """Signs every frame; several, separated by commas, are accepted and the first one signs."""
-    namespace: str = Field(default="default", pattern=f"^{NAME_PATTERN}$")
-    app: str = ""
-    """MODULE[:NAME] of the application to deploy, for containers."""
-    hooks: str = ""
-    """Import paths of `qserve.hooks`, separated by commas."""
-    http_timeout_s: float = Field(default=60.0, gt=0)
-    handle_timeout_s: float = Field(default=3600.0, gt=0)
-    max_value_bytes: int = Field(default=16 * MIB, gt=0)
-    """Largest argument list or result that is not streamed."""
-    max_body_bytes: int = Field(default=1024 * MIB, gt=0)
-    """Largest HTTP body; one of more than `out_of_line_bytes` is streamed to its replica."""
-    out_of_line_bytes: int = Field(default=256 * 1024, gt=0)
-    """Payloads above this size travel under their own key."""
-    http_header_timeout_s: float = Field(default=10.0, gt=0)
-    http_body_timeout_s: float = Field(default=30.0, gt=0)
-    http_body_bytes_per_s: int = Field(default=1024, ge=0)
-    """A request's body that comes slower, after `http_body_timeout_s`, is given up; 0: it may."""
-    http_send_timeout_s: float = Field(default=60.0, gt=0)
-    """A client that takes nothing of its response for so long is given up."""
-    http_keep_alive_s: float = Field(default=5.0, gt=0)
-    http_max_connections: int = Field(default=10_000, gt=0)
-    http_max_connections_per_ip: int = Field(default=0, ge=0)
-    """0: no limit; behind a proxy all connections come from one address."""
-    websocket_origins: str = ""
-    """Origins whose pages may open WebSockets beside our own, comma-separated; "*": all."""
-    access_log: Literal["off", "text", "json"] = "off"
-    api_keys: str = Field(default="", repr=False)
-    """Keys, or `sha256:` digests of them, separated by commas; with one, HTTP is only for whoever brings one."""
-    api_keys_file: str = ""
-    admin_port: int | None = Field(default=None, ge=0, le=65535)
-    admin_host: str = "127.0.0.1"
-    admin_token: str = Field(default="", repr=False)
-    admin_allowed_hosts: str = ""
-    durability: Literal["memory", "fsync", "replica"] = "memory"
-    """Where Redis has a durable call when it is said to be submitted."""
-    celery_calls: bool | None = None
-    """Take calls from Celery clients, which sign nothing; None: where nothing is signed, and on a local instance."""
-    beat_interval_s: float = Field(default=1.0, gt=0)
-    dead_after_s: float = Field(default=5.0, gt=0)
-    max_loop_stall_s: float = Field(default=30.0, gt=0)
-    max_deliveries: int = Field(default=3, ge=1)
-    autorestore: bool = True
-    """Put back what was deployed when the server has lost it."""
-    strict: bool = False
-    """Unsafe calls of before a restart or failover of the server are answered with `Indeterminate`, not run."""
-    refuse_replays: bool = False
-    """Claim each unsafe call in Redis before it runs, where frames are signed, so that none runs twice."""
-    log_level: str = "INFO"
-    debug: bool = False
-    """Put tracebacks of plain deployments into HTTP bodies."""
+    redis_url: Annotated[str, Shown("unset: the instance on this machine")] = Field(
+        default="",
+        repr=False,
+        description="URL of the Redis (7 or newer) or Valkey server, or of its sentinels: [The server](#the-server).",
+    )
+    secret: Annotated[str, Shown("unset: messages are not signed")] = Field(
+        default="",
+        repr=False,
+        description=(
+            "Key that signs every message. Several keys may be given, separated by commas: all of them are "
+            "accepted, and the first one signs. To change the key, add the new one last everywhere, then put it "
+            "first everywhere, then remove the old one."
+        ),
+    )
+    namespace: str = Field(
+        default="default",
+        pattern=f"^{NAME_PATTERN}$",
+        description="Instances in different namespaces can share a server; they share nothing else.",
+    )
+    app: str = Field(
+        default="",
+        description="`MODULE[:NAME]` for `qserve run` and `qserve deploy` when the command line names none.",
+    )
+    hooks: str = Field(
+        default="",
+        description="Hooks to run around every call, `module:Class`, separated by commas; see `qserve.hooks`.",
+    )
+    http_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="Deadline of an HTTP request whose deployment sets no `timeout_s`.",
+    )
+    handle_timeout_s: float = Field(
+        default=3600.0,
+        gt=0,
+        description="Deadline of a call through a handle that sets none.",
+    )
+    max_value_bytes: int = Field(
+        default=16 * MIB,
+        gt=0,
+        description="Largest argument list, and largest result that is not streamed.",
+    )
+    max_body_bytes: int = Field(
+        default=1024 * MIB,
+        gt=0,
+        description="Largest HTTP body. A body above `QSERVE_OUT_OF_LINE_BYTES` is streamed to its replica.",
+    )
+    out_of_line_bytes: int = Field(
+        default=256 * 1024,
+        gt=0,
+        description="Larger payloads are stored under a key of their own, so that queues stay small.",
+    )
+    http_header_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="A request whose headers are not complete after this time is answered with 408.",
+    )
+    http_body_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="A request whose body pauses for this long is answered with 408.",
+    )
+    http_body_bytes_per_s: int = Field(
+        default=1024,
+        ge=0,
+        description=(
+            "Slowest rate of a body: one that takes longer than `QSERVE_HTTP_BODY_TIMEOUT_S` plus the time for "
+            "its bytes at this rate is answered with 408. `0` means no lower limit."
+        ),
+    )
+    http_send_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="A client that reads nothing of its response for this long is disconnected.",
+    )
+    http_keep_alive_s: float = Field(
+        default=5.0,
+        gt=0,
+        description="How long an idle connection may wait for its next request.",
+    )
+    http_max_connections: int = Field(
+        default=10_000,
+        gt=0,
+        description="Connections that one gateway process accepts; more are answered with 503.",
+    )
+    http_max_connections_per_ip: Annotated[int, Shown("`0`: no limit")] = Field(
+        default=0,
+        ge=0,
+        description=(
+            "Connections from one address to one gateway process; more are answered with 429. Behind a proxy, all "
+            "connections come from one address."
+        ),
+    )
+    websocket_origins: Annotated[str, Shown("unset: pages of the gateway's own host")] = Field(
+        default="",
+        description="Further origins whose pages may open WebSockets, separated by commas. `*` means all.",
+    )
+    access_log: Literal["off", "text", "json"] = Field(
+        default="off",
+        description="`text` or `json` writes a line for each response to the gateway's standard output.",
+    )
+    api_keys: Annotated[str, Shown("unset: HTTP is open")] = Field(
+        default="",
+        repr=False,
+        description="API keys, separated by commas: the keys themselves, or `sha256:` and their hex digests.",
+    )
+    api_keys_file: str = Field(
+        default="",
+        description="File with one key on each line, which may be followed by the deployments that it opens.",
+    )
+    admin_port: Annotated[int | None, Shown("unset: no admin listener")] = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port of the gateway's admin listener for metrics, status and actions. `0` means any free port.",
+    )
+    admin_host: str = Field(
+        default="127.0.0.1",
+        description="Address of the admin listener. Any other address needs `QSERVE_ADMIN_TOKEN`.",
+    )
+    admin_token: Annotated[str, Shown("a random one, kept in the runtime folder")] = Field(
+        default="",
+        repr=False,
+        description="Bearer token that the admin listener asks for.",
+    )
+    admin_allowed_hosts: str = Field(
+        default="",
+        description="Host names, besides localhost, under which the admin listener answers; separated by commas.",
+    )
+    durability: Literal["memory", "fsync", "replica"] = Field(
+        default="memory",
+        description=(
+            "Where Redis must have stored a [durable call](durable-calls.md) before it counts as submitted: in "
+            "`memory`, on its disk (`fsync`), or also on a `replica`."
+        ),
+    )
+    celery_calls: Annotated[bool | None, Shown("`1` where nothing is signed, and on instances of one machine")] = Field(
+        default=None,
+        description=(
+            "`1`: workers accept [calls from Celery clients](durable-calls.md#from-celery), which are not signed. "
+            "`0`: they do not."
+        ),
+    )
+    beat_interval_s: float = Field(
+        default=1.0,
+        gt=0,
+        description="How often a replica says that it is alive.",
+    )
+    dead_after_s: float = Field(
+        default=5.0,
+        gt=0,
+        description=(
+            "A replica that is silent for this long counts as dead for the others. A process that ends is noticed "
+            "at once by its own machine."
+        ),
+    )
+    max_loop_stall_s: float = Field(
+        default=30.0,
+        gt=0,
+        description=(
+            "A replica whose event loop stands still for this long writes its stacks to the log and is replaced."
+        ),
+    )
+    max_deliveries: int = Field(
+        default=3,
+        ge=1,
+        description="On how many replicas a safe call may be run before it is given up.",
+    )
+    autorestore: bool = Field(
+        default=True,
+        description="Nodes, gateways and replicas put back what was deployed when the server has lost it.",
+    )
+    strict: bool = Field(
+        default=False,
+        description=(
+            "After a restart or failover of the server, replicas answer unsafe calls that were queued before it "
+            "with `Indeterminate` instead of running them, because the server may have forgotten that they ran."
+        ),
+    )
+    refuse_replays: bool = Field(
+        default=False,
+        description=(
+            "Each unsafe call is claimed in Redis before it runs, so that a signed message which somebody stores "
+            "a second time runs once only, on whatever replica. This costs every unsafe call one round trip to "
+            "Redis. See [Security](security.md)."
+        ),
+    )
+    log_level: str = Field(
+        default="INFO",
+        description="Level of qserve's own logs.",
+    )
+    debug: bool = Field(
+        default=False,
+        description="Puts tracebacks of plain deployments into HTTP bodies; `qserve run --debug` sets it.",
+    )
 
     @cached_property
     def keys(self) -> Keys:

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+from qserve.settings import Settings, Shown
 from qserve.wire.options import DECLARED, DeclaredOption
 
 CONFIGURATION = Path(__file__).parents[2] / "docs/configuration.md"
@@ -14,7 +16,16 @@ def deployment_options() -> str:
     return _table("option", ((each.names, _default_of(each), each.option.text) for each in DECLARED))
 
 
-TABLES: dict[str, Callable[[], str]] = {"deployment options": deployment_options}
+def settings() -> str:
+    """The settings of the environment, one a row."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        said = next((each.text for each in field.metadata if isinstance(each, Shown)), "")
+        rows.append(((f"QSERVE_{name.upper()}",), said or shown_setting(name, field.default), field.description or ""))
+    return _table("variable", rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"settings": settings, "deployment options": deployment_options}
 
 
 def with_tables(text: str) -> str:
@@ -37,6 +48,22 @@ def _default_of(option: DeclaredOption) -> str:
     if option.option.shown:
         return option.option.shown
     return "none" if option.default is None else f"`{option.default:{'g' if type(option.default) is float else ''}}`"
+
+
+def shown_setting(name: str, default: Any) -> str:
+    """A default as it is written in the environment."""
+    if default in ("", None):
+        return "unset"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if name.endswith("_bytes"):
+        size = next(
+            f"{default // factor} {unit}"
+            for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+            if default >= factor
+        )
+        return f"`{default}` ({size})"
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
 
 
 if __name__ == "__main__":
