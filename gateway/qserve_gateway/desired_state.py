@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable
 
 import msgspec
-from redis.exceptions import RedisError
 
 from qserve.background import spawn
 from qserve.broker.connection import Answer
 from qserve.broker.following import Change, Snapshot, connect_asyncio, follow, read_snapshot
+from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.restoring import Memory
 from qserve.broker.stream_ids import order
 from qserve.calls.client import Client
@@ -53,7 +53,7 @@ class Follower:
 
     async def announce(self) -> None:
         """Be counted among the live gateways; returns when Redis knows, or cannot be told now."""
-        with contextlib.suppress(BrokerUnavailable, RedisError):
+        with contextlib.suppress(BrokerUnavailable, CommandRefused):
             await self._client.writer.call("HSET", *self._entry())
 
     async def run(self) -> None:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import hiredis
-from redis.exceptions import RedisError
 
 from qserve.broker.address import Broker, parse, tls_problem
 from qserve.broker.redis_clients import primaries_async, role_problem, unreachable
+from qserve.broker.redis_errors import CommandRefused
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Connection(asyncio.Protocol):
         await self._expect_data(server.place)
         try:
             role = await self.call("ROLE")
-        except RedisError:  # this user may not ask; a replica shows itself at the first write
+        except CommandRefused:  # this user may not ask; a replica shows itself at the first write
             return
         if problem := role_problem(role, server.place):
             raise BrokerUnavailable(problem)
@@ -131,14 +131,14 @@ class Connection(asyncio.Protocol):
         # While a server reads its file it lets one in, and refuses every other command.
         try:
             await self.call("PING")
-        except RedisError as exc:
+        except CommandRefused as exc:
             if str(exc).startswith("LOADING"):
                 raise BrokerUnavailable(f"Redis at {place} is still loading its data") from exc
 
     async def _expect_ok(self, *command: Any) -> None:
         try:
             await self.call(*command)
-        except RedisError as exc:
+        except CommandRefused as exc:
             kind: type[QServeError] = ConfigurationError if str(exc).startswith(_WRONG) else BrokerUnavailable
             raise kind(f"Redis refused {command[0]}: {exc}") from exc
 
@@ -177,7 +177,7 @@ class Connection(asyncio.Protocol):
 
         Raises:
             BrokerUnavailable: The connection was lost first; the command may have been carried out.
-            RedisError: Redis refused the command.
+            CommandRefused: Redis refused the command.
         """
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self.send(lambda answer: settle(future, answer), *command)
@@ -224,11 +224,11 @@ class Connection(asyncio.Protocol):
             logger.error("what answers is not Redis: %s", exc)
             self._abort()
 
-    def _error(self, text: str) -> hiredis.ReplyError:
+    def _error(self, text: str) -> CommandRefused:
         if text.startswith(_FOREIGN):
             # The other answers first: their commands may have been carried out before.
             self._loop.call_soon(self._abort)
-        return hiredis.ReplyError(text)
+        return CommandRefused(text)
 
     def _abort(self) -> None:
         if self._transport is not None:
@@ -271,9 +271,7 @@ def settle(future: asyncio.Future[Answer], answer: Answer) -> None:
     """Give an answer to whoever awaits it."""
     if future.done():
         return
-    if isinstance(answer, hiredis.ReplyError):
-        future.set_exception(RedisError(str(answer)))
-    elif isinstance(answer, Exception):
+    if isinstance(answer, Exception):
         future.set_exception(answer)
     else:
         future.set_result(answer)

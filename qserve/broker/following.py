@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 
 from qserve.broker import redis_clients
 from qserve.broker.keys import Keys
+from qserve.broker.redis_errors import our_errors
 from qserve.broker.state import META_FIELDS, checked, decode_deployed, decode_http, names_of
 from qserve.wire.messages import Signer
 from qserve.wire.spec import Deployed, HttpSettings
@@ -52,7 +53,7 @@ class Snapshot:
 
 async def read_snapshot(client: redis.asyncio.Redis, keys: Keys, signer: Signer) -> Snapshot:
     """The desired state now. A spec that no key of ours signed is left out, with an error in the log."""
-    with redis_clients.our_errors(client):
+    with our_errors(client):
         log_id = await last_log_id(client, keys)  # first: what follows is at least as new
         names = names_of(await _ask(client, "SMEMBERS", keys.deployments))
         pipeline = client.pipeline(transaction=False)
@@ -118,7 +119,7 @@ async def ask(client: redis.asyncio.Redis, *command: Any) -> Any:
     Raises:
         BrokerUnavailable, ConfigurationError: There is none.
     """
-    with redis_clients.our_errors(client):
+    with our_errors(client):
         return await _ask(client, *command)
 
 

@@ -6,10 +6,9 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 
-from redis.exceptions import RedisError
-
 from qserve.background import end, spawn
 from qserve.broker.connection import Connection, ignore_answer
+from qserve.broker.redis_errors import CommandRefused
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
 logger = logging.getLogger(__name__)
@@ -109,7 +108,7 @@ class Link:
         except TimeoutError as exc:
             self._disconnect()
             raise BrokerUnavailable("Redis was connected, but did not answer") from exc
-        except RedisError as exc:
+        except CommandRefused as exc:
             self._disconnect()
             wrong = str(exc).startswith(("NOAUTH", "NOPERM", "WRONGPASS"))
             raise (ConfigurationError if wrong else BrokerUnavailable)(f"Redis refuses to work: {exc}") from exc

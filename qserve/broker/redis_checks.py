@@ -24,6 +24,7 @@ from redis.exceptions import (
 
 from qserve.broker import redis_clients
 from qserve.broker.address import Broker, host_and_port, tls_problem
+from qserve.broker.redis_errors import broker_of
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def connect(url: str, timeout_s: float = 2.0) -> "Redis":
 
 def check_server(redis: "Redis") -> list[Finding]:
     """Everything that can be found out about a server; the first finding says whether it answers at all."""
-    broker = redis_clients.broker_of(redis)
+    broker = broker_of(redis)
     sentinels = list(check_sentinels(broker))
     if any(finding.level == FAIL for finding in sentinels):
         return sentinels
@@ -107,7 +108,7 @@ def require_usable(redis: "Redis") -> None:
         BrokerUnavailable: It cannot be reached (now).
         ConfigurationError: It is too old, evicts keys, does not let us in, or cannot be written to.
     """
-    broker = redis_clients.broker_of(redis)
+    broker = broker_of(redis)
     for finding in check_server(redis):
         if finding.level == FAIL:
             amid_failover = finding.check == "role" and bool(broker.sentinels)

@@ -4,7 +4,6 @@ All connections of a process are made alike, whatever the URL: no command is eve
 asks what it is connected to, and one whose server has become a replica is given up.
 """
 
-import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final
@@ -16,24 +15,18 @@ from redis.exceptions import (
     AuthenticationError,
     ConnectionError,  # noqa: A004
     MasterDownError,
-    NoPermissionError,
-    NoScriptError,
-    OutOfMemoryError,
     ReadOnlyError,
     RedisError,
     ResponseError,
     TimeoutError,  # noqa: A004
 )
 
-from qserve.broker.address import Address, Broker, host_and_port, parse, tls_problem
-from qserve.errors import BrokerUnavailable, ConfigurationError
+from qserve.broker.address import Address, Broker, host_and_port, parse
 
 _SENTINEL_TIMEOUT_S: Final = 0.5
 _CONNECT_TIMEOUT_S: Final = 2.0
 _REST_S: Final = 2.0
 """How long a connection may lie idle before the sentinels are asked whether it still leads to the primary."""
-_PASSING: Final = ("NOREPLICAS", "MISCONF", "UNBLOCKED", "BUSY ")
-"""How errors begin that have nothing to do with the command."""
 _ASK: Final = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME")
 
 
@@ -59,12 +52,6 @@ def asyncio_client(url: str, timeout_s: float) -> "redis.asyncio.Redis":
 def unreachable(broker: Broker, problems: list[str]) -> str:
     """What to say when no sentinel names a primary that can be used."""
     return f"found nothing to connect to for {broker.place}: {'; '.join(problems)}"
-
-
-def broker_of(client: "redis.Redis | redis.asyncio.Redis") -> Broker:
-    """What a client made here connects to."""
-    broker: Broker = client.connection_pool.connection_kwargs["broker"]
-    return broker
 
 
 def role_problem(answer: object, place: str) -> str:
@@ -310,29 +297,3 @@ async def _greet_async(connection: Any) -> None:
     problem = role_problem(answer, _place(connection))
     if problem:
         raise ConnectionError(problem)
-
-
-@contextlib.contextmanager
-def our_errors(client: redis.Redis | redis.asyncio.Redis) -> Iterator[None]:
-    """Within the block what Redis and redis-py raise becomes an error of ours, where the user can do something.
-
-    Raises:
-        BrokerUnavailable: It cannot be reached, or does not take the command now.
-        ConfigurationError: It refuses us, or the TLS options do not fit.
-    """
-    try:
-        yield
-    except NoScriptError:
-        raise
-    except (AuthenticationError, NoPermissionError) as exc:
-        raise ConfigurationError(f"Redis refuses us: {exc}") from exc
-    except OutOfMemoryError as exc:
-        raise BrokerUnavailable(f"Redis has no memory left and refused the change: {exc}") from exc
-    except (ConnectionError, TimeoutError, OSError) as exc:
-        if problem := tls_problem(exc, broker_of(client).place):
-            raise ConfigurationError(". ".join(problem)) from exc
-        raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
-    except ResponseError as exc:
-        if str(exc).startswith(_PASSING):
-            raise BrokerUnavailable(f"Redis does not take this now: {exc}") from exc
-        raise

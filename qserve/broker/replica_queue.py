@@ -4,11 +4,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from redis.exceptions import RedisError
-
 from qserve.broker.connection import Answer, Connection
 from qserve.broker.inboxes import INBOX_TTL_MS
 from qserve.broker.keys import GROUP, Keys
+from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.scripts import (
     ADMIT,
     BEAT,
@@ -73,12 +72,12 @@ class ReplicaQueue:
         load_scripts(connection, (ADMIT, CLAIM, REPLY, TELL))
         try:
             await connection.call("XPENDING", self._stream, GROUP)  # allowed beyond maxmemory, unlike XGROUP CREATE
-        except RedisError as exc:
+        except CommandRefused as exc:
             if not str(exc).startswith("NOGROUP"):
                 raise
             try:
                 await connection.call("XGROUP", "CREATE", self._stream, GROUP, "0", "MKSTREAM")
-            except RedisError as exc:
+            except CommandRefused as exc:
                 if not str(exc).startswith("BUSYGROUP"):  # a neighbour was quicker
                     raise
 

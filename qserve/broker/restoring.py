@@ -9,7 +9,7 @@ from redis.exceptions import ResponseError
 
 from qserve.broker.following import Snapshot, ask, read_snapshot
 from qserve.broker.keys import GROUP, Keys
-from qserve.broker.redis_clients import our_errors
+from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import RESTORE
 from qserve.errors import ConfigurationError
 from qserve.wire.messages import Signer, encode

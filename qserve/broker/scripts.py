@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import hiredis
 from redis.exceptions import NoScriptError
 
 from qserve.broker.connection import Answer, Connection, ignore_answer, settle
+from qserve.broker.redis_errors import CommandRefused
 
 if TYPE_CHECKING:
     import redis
@@ -39,7 +39,7 @@ class Script:
         """
 
         def check(answer: Answer) -> None:
-            if isinstance(answer, hiredis.ReplyError) and str(answer).startswith("NOSCRIPT"):
+            if isinstance(answer, CommandRefused) and str(answer).startswith("NOSCRIPT"):
                 connection.send(on_answer, "EVAL", self.source, len(keys), *keys, *args)
             else:
                 on_answer(answer)

@@ -18,6 +18,7 @@ import redis.asyncio
 
 from qserve.broker import redis_clients
 from qserve.broker.keys import GROUP, Keys
+from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import DELETE, DEPLOY, SET_STATE, SIGN, Script
 from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.failpoints import reach
@@ -244,11 +245,11 @@ class State:
         return {id_: info for id_, info in infos.items() if self.is_alive(id_)}
 
     def _run(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
-        with redis_clients.our_errors(self.redis):
+        with our_errors(self.redis):
             return script.run(self.redis, keys, *arguments)
 
     def _do(self, *command: Any) -> Any:
-        with redis_clients.our_errors(self.redis):
+        with our_errors(self.redis):
             return self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
 

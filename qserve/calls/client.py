@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import msgspec
-from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
 from qserve.broker.clock import SAMPLE_EVERY_S, RedisClock
@@ -20,6 +19,7 @@ from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.inboxes import send_chunk, send_control
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads, result_id
+from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.refusals import FullQueues
 from qserve.calls.admission import Admission
 from qserve.calls.pending import Outcome, PendingCall
@@ -140,7 +140,7 @@ class Client:
     async def sample_clock(self) -> None:
         """See whether Redis' clock has jumped."""
         sender = self._link.sender
-        with contextlib.suppress(BrokerUnavailable, RedisError):
+        with contextlib.suppress(BrokerUnavailable, CommandRefused):
             if sender.is_open and await self._clock.sample(sender):
                 spawn(self._reconciler.run())  # what was unread in the inbox may have expired
 

@@ -4,12 +4,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-import hiredis
-
 from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.inboxes import Inbox
 from qserve.broker.keys import Keys
 from qserve.broker.link import BLOCK_MS, CHECK_EVERY_S, Link
+from qserve.broker.redis_errors import CommandRefused
 from qserve.errors import FrameRejected
 from qserve.wire.messages import UNREADABLE, Reply, Signer, decode_reply
 
@@ -69,7 +68,7 @@ class Receiver:
 
     def _received(self, answer: Answer) -> None:
         if isinstance(answer, Exception):
-            if isinstance(answer, hiredis.ReplyError):
+            if isinstance(answer, CommandRefused):
                 logger.warning("reading replies failed: %s", answer)
                 self._link.lose()
             return

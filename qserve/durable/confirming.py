@@ -3,10 +3,9 @@
 import asyncio
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from qserve.background import spawn
 from qserve.broker.connection import Answer, Connection
+from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.scripts import Script
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.wire.call_record import Durability
@@ -54,7 +53,7 @@ class Confirmed:
                 batch, self._waiting = self._waiting[:_AT_ONCE], self._waiting[_AT_ONCE:]
                 try:
                     answers = await self._write([(script, arguments) for script, arguments, _ in batch])
-                except (BrokerUnavailable, ConfigurationError, RedisError, TimeoutError) as exc:
+                except (BrokerUnavailable, ConfigurationError, CommandRefused, TimeoutError) as exc:
                     self.close()
                     answers = [BrokerUnavailable(str(exc) or "Redis does not answer")] * len(batch)
                 for (_, _, future), answer in zip(batch, answers, strict=True):

@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import get_args
 
-import hiredis
 import msgspec
-from redis.exceptions import RedisError
 
 from qserve.background import spawn
 from qserve.broker.call_queue import CALLS_PER_ADMIT
@@ -16,6 +14,7 @@ from qserve.broker.connection import Answer, Connection
 from qserve.broker.inboxes import send_control
 from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.records import Records, durable_reply, submit_arguments
+from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.refusals import FullQueues, refusal_of_all
 from qserve.broker.scripts import SUBMIT
 from qserve.durable.confirming import Confirmed
@@ -188,7 +187,7 @@ class DurableCalls:
                 await self._payloads.store_unconfirmed(sender, call.id, each.payload)
             arguments = submit_arguments(self._keys, call.deployment, [(call, each.frame, each.options)], self._process)
             answer = await self._confirmed[durability].run(SUBMIT, arguments)
-        except (BrokerUnavailable, RedisError) as exc:
+        except (BrokerUnavailable, CommandRefused) as exc:
             text = f"call {call.id} was not confirmed with durability={durability!r}: {exc}. It may be stored and run, "
             each.on_admitted(BrokerUnavailable(f"{text}or be lost: `serve.get_ref({call.id!r})` tells"))
             return
@@ -289,7 +288,7 @@ class DurableCalls:
 
     def _looked(self, call_id: str, answer: Answer) -> None:
         if isinstance(answer, Exception):
-            if isinstance(answer, hiredis.ReplyError):
+            if isinstance(answer, CommandRefused):
                 self._end(call_id, BrokerUnavailable(f"Redis refused to tell of the call: {answer}"))
             return
         if answer is None:

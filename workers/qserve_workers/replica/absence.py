@@ -5,9 +5,8 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 
-from redis.exceptions import RedisError
-
 from qserve.background import spawn
+from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry
 from qserve.errors import BrokerUnavailable
 
@@ -60,7 +59,7 @@ class Absence:
                 if not await self.may_go_on():
                     return
                 mine = [entry for entry in held if await self._is_mine(entry)]
-            except (BrokerUnavailable, RedisError) as exc:
+            except (BrokerUnavailable, CommandRefused) as exc:
                 logger.debug("cannot ask what became of the calls: %s", exc)
                 await asyncio.sleep(_NEXT_TRY_S)
                 continue

@@ -5,11 +5,10 @@ import logging
 from functools import partial
 from typing import NamedTuple
 
-import hiredis
-
 from qserve.broker.connection import Answer, ignore_answer
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads, result_id
+from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry, ReplicaQueue
 from qserve.errors import BrokerUnavailable
 from qserve.failpoints import reach
@@ -156,7 +155,7 @@ class Answers:
         self._queue.reply(sender, batch.caller, batch.replies, on_answer, insist=insist or self._insists)
 
     def _confirmed(self, number: int, is_first: bool, answer: Answer) -> None:
-        if isinstance(answer, hiredis.ReplyError):
+        if isinstance(answer, CommandRefused):
             logger.error("Redis refused answers of %s, which will be sent again: %s", self._queue.deployment, answer)
             asyncio.get_running_loop().call_later(_RETRY_AFTER_S, self._retry, number)
             return

@@ -8,13 +8,11 @@ from collections import deque
 from collections.abc import Iterable
 from functools import partial
 
-import hiredis
-from redis.exceptions import RedisError
-
 from qserve.background import end, spawn
 from qserve.broker.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.broker.connection import Answer, ignore_answer
 from qserve.broker.link import BLOCK_MS, CHECK_EVERY_S, Link
+from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry, ReplicaQueue
 from qserve.broker.stream_ids import order
 from qserve.context import current_call
@@ -263,7 +261,7 @@ class Consumer:
         self._reading = False
         self._read_ended.set()
         if isinstance(answer, Exception):
-            if isinstance(answer, hiredis.ReplyError):
+            if isinstance(answer, CommandRefused):
                 self._read_failed(answer)
             return
         if answer:
@@ -385,7 +383,7 @@ class Consumer:
         try:
             reach("note-start")
             is_mine = await self.queue.note_start(self._link.sender, entry.id)
-        except (BrokerUnavailable, RedisError) as exc:
+        except (BrokerUnavailable, CommandRefused) as exc:
             logger.warning("could not note that a call runs again: %s", exc)
             self._suspects.appendleft(entry)
             is_mine = False

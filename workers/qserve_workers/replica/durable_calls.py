@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import hiredis
-from redis.exceptions import RedisError
-
 from qserve.broker.connection import Answer
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.records import Records, durable_reply
+from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry
 from qserve.context import CallInfo, current_call
 from qserve.errors import (
@@ -200,7 +198,7 @@ class DurableRuns:
         while self._host.is_running(entry.id):
             try:
                 return await self._records.run(self._link.sender, call, self._replica, entry.id)
-            except (BrokerUnavailable, RedisError) as exc:
+            except (BrokerUnavailable, CommandRefused) as exc:
                 logger.warning("could not note that call %s runs: %s", call.id, exc)
             await asyncio.sleep(_NEXT_TRY_S)
         return [b"lost"]
@@ -281,7 +279,7 @@ class DurableRuns:
         frame = durable_reply(self._signer, entry.call.decode(errors="replace"), ERROR, self._pack_error(error))
         try:
             await self._records.reject(self._link.sender, deployment, entry, f"rejected: {error}", frame)
-        except (BrokerUnavailable, RedisError) as exc:
+        except (BrokerUnavailable, CommandRefused) as exc:
             logger.warning("could not give up entry %s: %s", entry.id, exc)
 
     # Settling
@@ -324,7 +322,7 @@ class DurableRuns:
         reach("settle-sent")
 
     def _confirmed(self, entry: bytes, answer: Answer) -> None:
-        if isinstance(answer, hiredis.ReplyError):
+        if isinstance(answer, CommandRefused):
             logger.error("Redis refused the result of a durable call, which will be sent again: %s", answer)
             asyncio.get_running_loop().call_later(1.0, self._send, entry)
         elif not isinstance(answer, Exception):  # else the connection is lost; `resend` follows
@@ -381,7 +379,7 @@ class DurableRuns:
                 try:
                     await self._records.part(self._link.sender, call.id, entry.id, index, frame, news)
                     return
-                except (BrokerUnavailable, RedisError) as exc:
+                except (BrokerUnavailable, CommandRefused) as exc:
                     logger.warning("could not record a part of call %s: %s", call.id, exc)
                 await asyncio.sleep(_NEXT_TRY_S)
 
