@@ -9,6 +9,9 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from redis import Redis
+
 import qserve
 from qserve import serve
 from tests.support.serving import ROOT
@@ -131,6 +134,104 @@ def test_foreign_libraries_stay_in_their_homes() -> None:
         if homes is not None and not any(module == home or module.startswith(f"{home}.") for home in homes)
     ]
     assert wrong == []
+
+
+NOT_YET_FREE_OF_REDIS = {
+    "qserve.calls.client",
+    "qserve.calls.receiver",
+    "qserve.calls.reconcile",
+    "qserve.durable.confirming",
+    "qserve.durable.dead_letters",
+    "qserve.durable.schedules",
+    "qserve.durable.submitting",
+    "qserve_gateway.admin.dead_letter_pages",
+    "qserve_gateway.desired_state",
+    "qserve_gateway.durable.call_events",
+    "qserve_workers.beat",
+    "qserve_workers.celery_calls.celery_queue",
+    "qserve_workers.celery_calls.celery_results",
+    "qserve_workers.node",
+    "qserve_workers.pool.announce",
+    "qserve_workers.replica.answers",
+    "qserve_workers.replica.arrivals",
+    "qserve_workers.replica.consumer",
+    "qserve_workers.replica.heartbeat",
+    "qserve_workers.replica.lifecycle",
+    "qserve_workers.replica.running",
+}
+"""Modules outside of the broker folder that still speak Redis. This set only ever shrinks."""
+
+_COMMAND_METHOD = re.compile(
+    r"x(add|ack|autoclaim|claim|del|len|trim|(rev)?range|read\w*|group\w*|info\w*|pending\w*)"
+    r"|h(del|exists|incrby|keys|len|m?get(all)?|set(nx)?)|z(add|card|range\w*|rem\w*|score)"
+    r"|[lr](push|pop|range|rem)|blmove|s(add|members|rem|etnx)|getdel|p(expire|ttl)|incr(by)?"
+    r"|eval(sha)?|execute_command|pubsub"
+)
+"""Methods that only clients of Redis have; others of theirs count where they are called on what is named like one."""
+_ON_CLIENTS = {name for name in dir(Redis) if not name.startswith("_")} - {"client", "close"}
+
+
+def redis_in(source: str) -> Iterator[str]:
+    """What a module says to Redis by itself: imports of a client library, methods of clients, commands, scripts."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                found = [alias.name for alias in names if alias.name.partition(".")[0] in ("redis", "hiredis")]
+                yield from (f"line {node.lineno}: imports {name}" for name in found)
+            case ast.ImportFrom(module=str(module)) if module.partition(".")[0] in ("redis", "hiredis"):
+                yield f"line {node.lineno}: imports {module}"
+            case ast.ImportFrom(module="qserve.broker.scripts"):
+                yield f"line {node.lineno}: imports scripts"
+            case ast.Call(func=ast.Attribute(value=receiver, attr=method), args=args):
+                words = [arg.value for arg in args[:2] if isinstance(arg, ast.Constant)]
+                on_client = re.search(r"(^|[._])(redis|client)$", ast.unparse(receiver)) and method in _ON_CLIENTS
+                if on_client or _COMMAND_METHOD.fullmatch(method):
+                    yield f"line {node.lineno}: calls .{method}()"
+                elif method in ("call", "send", "send_now") and any(
+                    isinstance(word, str) and re.fullmatch("[A-Z]{2,}", word) for word in words
+                ):
+                    yield f"line {node.lineno}: sends {words}"
+
+
+def test_redis_is_spoken_in_the_broker_folder_only() -> None:
+    """Every command is a function there which says what it does for qserve; so it can be found, and changed, once."""
+    found = {
+        module: list(redis_in(path.read_text()))
+        for module, path in SOURCES.items()
+        if not module.startswith("qserve.broker.")
+    }
+    speaking = {module: said for module, said in found.items() if said}
+    assert {module: said for module, said in speaking.items() if module not in NOT_YET_FREE_OF_REDIS} == {}
+    assert NOT_YET_FREE_OF_REDIS - speaking.keys() == set(), "free of Redis now: take it out of the list"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import redis",
+        "import redis.asyncio",
+        "from redis.exceptions import RedisError",
+        "import hiredis",
+        "from qserve.broker.scripts import ADMIT",
+        "self._redis.hget(key, 'x')",
+        "client.set(key, 1)",
+        "state.redis.delete(key)",
+        "client.eval(text, 0)",
+        "connection.send(ignore_answer, 'DEL', key)",
+        "await self._link.sender.call('XLEN', key)",
+        "client.execute_command('GET', key)",
+    ],
+)
+def test_a_command_outside_of_the_broker_folder_is_found(line: str) -> None:
+    assert len(list(redis_in(f"async def f():\n    {line}"))) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["found.get('GET')", "event.set()", "channel.send('hello')", "state.get(name)", "redis_clients.client(url, 1.0)"],
+)
+def test_what_only_looks_like_a_command_is_let_be(line: str) -> None:
+    assert list(redis_in(f"async def f():\n    {line}")) == []
 
 
 def test_importing_the_library_needs_no_extra() -> None:
