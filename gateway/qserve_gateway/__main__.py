@@ -11,7 +11,8 @@ import click
 from qserve.calls.process_client import new_event_loop
 from qserve.deployments.local_instance import find_settings
 from qserve.errors import ConfigurationError, NoInstanceError
-from qserve_gateway.server import GatewayProcess, Options, Ready, Tls, report
+from qserve_gateway.listener import ListenAddress, TlsFiles
+from qserve_gateway.server import GatewayOptions, GatewayProcess, Ready, report
 
 
 @click.command()
@@ -46,8 +47,9 @@ def main(
     graceful_shutdown_timeout_s: int,
 ) -> None:
     """Serve the deployments of a namespace over HTTP."""
-    tls = Tls(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs) if ssl_certfile else None
-    options = Options(host, port, fd, reuse_port, ready_file, trusted_proxies, graceful_shutdown_timeout_s, tls)
+    tls = TlsFiles(ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs) if ssl_certfile else None
+    address = ListenAddress(host, port, fd, reuse_port)
+    options = GatewayOptions(address, ready_file, trusted_proxies, graceful_shutdown_timeout_s, tls)
     try:
         settings = find_settings()
         _log_to_stderr(settings.log_level)

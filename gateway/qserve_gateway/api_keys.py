@@ -10,6 +10,7 @@ from typing import NamedTuple
 from qserve.errors import ConfigurationError
 from qserve.settings import Settings
 from qserve_gateway.headers import Headers
+from qserve_gateway.respond import Refused, text_response
 
 _HASHED = "sha256:"
 
@@ -21,18 +22,6 @@ class ApiKey(NamedTuple):
     deployments: frozenset[str] | None
 
 
-class KeyRefused(Exception):
-    """No key, or one that does not open this deployment.
-
-    Attributes:
-        status: 401 or 403.
-    """
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
 class ApiKeys:
     """All keys of a gateway."""
 
@@ -40,27 +29,36 @@ class ApiKeys:
         self._keys = tuple(keys)
 
     def check(self, headers: Headers, named: Mapping[bytes, bytes], deployment: str) -> Headers:
-        """The request's headers without the key, which is no business of the deployment.
+        """Check the key of a request.
 
         Args:
-            deployment: Whose request it is, "" for pages of the gateway's own.
+            headers, named: The request's headers, as a list and by their names.
+            deployment: The deployment it goes to, "" for a page of the gateway's own.
+
+        Returns:
+            The headers without the key, which is no business of the deployment.
 
         Raises:
-            KeyRefused: It may not go there.
+            Refused: There is no key, or it is not known (401), or it does not open this deployment (403).
         """
         carrier, presented = _presented(named)
         if not presented:
-            raise KeyRefused(401, "an API key is needed: `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+            raise _refused(401, "an API key is needed: `Authorization: Bearer KEY` or `X-API-Key: KEY`")
         digest = sha256(presented).digest()
         found = None
         for key in self._keys:  # all of them, so that the time taken tells nothing
             if hmac.compare_digest(key.digest, digest):
                 found = key
         if found is None:
-            raise KeyRefused(401, "this API key is not known")
+            raise _refused(401, "this API key is not known")
         if deployment and found.deployments is not None and deployment not in found.deployments:
-            raise KeyRefused(403, "this API key does not open this deployment")
+            raise _refused(403, "this API key does not open this deployment")
         return [pair for pair in headers if pair[0] != carrier]
+
+
+def _refused(status: int, reason: str) -> Refused:
+    challenge = ((b"www-authenticate", b"Bearer"),) if status == 401 else ()
+    return Refused(text_response(status, f"Refused: {reason}.", *challenge))
 
 
 def _presented(named: Mapping[bytes, bytes]) -> tuple[bytes, bytes]:

@@ -1,36 +1,42 @@
 """The gateway as an ASGI application: one request, from its path to its response."""
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Protocol
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qserve.calls.pending import Outcome, PendingCall
+from qserve.calls.client import Client
 from qserve.errors import ConfigurationError, PayloadTooLarge, QServeError, StreamBroken
 from qserve.failpoints import reach
 from qserve.settings import Settings
-from qserve.wire.channel import Channel
-from qserve.wire.messages import HTTP, WEBSOCKET, HttpRequest, HttpResponse, encode
+from qserve.wire.messages import WEBSOCKET, HttpRequest, HttpResponse, encode
 from qserve.wire.spec import DeploymentSpec
-from qserve_gateway.api_keys import ApiKeys, KeyRefused
-from qserve_gateway.departures import Departures
+from qserve_gateway.api_keys import ApiKeys
 from qserve_gateway.door.limits import request_ids
-from qserve_gateway.durable.call_events import EventStream
-from qserve_gateway.durable.durable_requests import PATH, CallPages, Wish, wish_of
+from qserve_gateway.durable.durable_events import EventStream
+from qserve_gateway.durable.durable_pages import DurablePages
+from qserve_gateway.durable.durable_requests import PATH, DurableRequests, Preference, preference_of
 from qserve_gateway.headers import SPOOFED, UNUSUAL, Headers, end_to_end
-from qserve_gateway.respond import json_response, local_error_response, outcome_response, send_response, text_response
+from qserve_gateway.http_calls import HttpCalls, StreamedResponse
+from qserve_gateway.respond import (
+    Refused,
+    bad_request,
+    json_response,
+    local_error_response,
+    outcome_response,
+    send_response,
+    text_response,
+)
 from qserve_gateway.routes import Route, RouteTable
-from qserve_gateway.streaming import Upload, body_too_large, stream_response
+from qserve_gateway.streaming import ClientDisconnected, read_beginning
 from qserve_gateway.websocket import WebSocketBridge, deny
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 """A request with one of these may be run again after its replica died."""
 
-_KEPT = frozenset({b"prefer", b"idempotency-key"})
-"""A request with one of these may want to be a durable call."""
+_DURABLE = frozenset({b"prefer", b"idempotency-key"})
+"""A request with one of these may ask to be a durable call."""
 
 Named = dict[bytes, bytes]
 """Headers by lower-case name, the last of each; for looking, not for handing on."""
@@ -40,82 +46,35 @@ _is_milliseconds = re.compile(rb"[0-9]{1,9}").fullmatch
 _is_request_id = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}").fullmatch
 
 
-class Calls(Protocol):
-    """The part of `qserve.calls.client.Client` that the gateway uses."""
-
-    def prepare(
-        self,
-        deployment: str,
-        *,
-        kind: int,
-        method: str,
-        payload: bytes,
-        timeout_s: float,
-        safe: bool,
-        on_outcome: Callable[[Outcome], None],
-    ) -> PendingCall:
-        """Make a call ready to be put; `on_outcome` is called exactly once, on the loop."""
-
-    def open_channel(self, pending: PendingCall) -> Channel:
-        """Prepare it for traffic beside its reply."""
-
-    def put(self, pending: PendingCall) -> None:
-        """Put it on its deployment's queue."""
-
-    def cancel(self, pending: PendingCall) -> None:
-        """Withdraw it."""
-
-
-class Refused(Exception):
-    """The request is answered here and goes no further."""
-
-    def __init__(self, response: HttpResponse) -> None:
-        super().__init__(response.status)
-        self.response = response
-
-
-class Stream:
-    """A response that comes in parts."""
-
-    __slots__ = ("channel", "pending", "upload")
-
-    def __init__(self, channel: Channel, pending: PendingCall) -> None:
-        self.channel = channel
-        self.pending = pending
-        self.upload: Upload | None = None
-
-
-Answer = Outcome | Stream | None
-"""What a request's call comes to; None: the client has left."""
-
-
-class ClientLeft(Exception):
-    """The client disconnected: nobody reads a response."""
-
-
 class Gateway:
-    """The ASGI application.
+    """The ASGI application of the public listener.
 
     Args:
-        calls: Where calls are put.
+        client: Puts the calls.
         settings: Limits and defaults.
-        keys: Who may come in, None: everybody.
-        pages: For durable calls; None: there are none.
+        keys: Who may come in; None for everybody.
+        durable: Submits durable calls; None where there are none.
+        pages: Shows durable calls.
     """
 
     def __init__(
-        self, calls: Calls, settings: Settings, keys: ApiKeys | None = None, pages: CallPages | None = None
+        self,
+        client: Client,
+        settings: Settings,
+        keys: ApiKeys | None = None,
+        durable: DurableRequests | None = None,
+        pages: DurablePages | None = None,
     ) -> None:
-        self._calls = calls
-        self._pages = pages
+        self._client = client
+        self._calls = HttpCalls(client, settings.max_body_bytes)
         self._settings = settings
         self._keys = keys
+        self._durable = durable
+        self._pages = pages
         self._specs: tuple[DeploymentSpec, ...] = ()
         self._root_path = ""
         self._routes = RouteTable()
         self._stack: Callable[[Scope, Receive, Send], Awaitable[None]] = self.serve
-        self._departures = Departures()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._ids = request_ids()
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -128,12 +87,12 @@ class Gateway:
         return self._routes.names
 
     def use_deployments(self, specs: Iterable[DeploymentSpec]) -> None:
-        """Routes requests to these deployments from now on."""
+        """Route requests to these deployments from now on."""
         self._specs = tuple(specs)
         self._routes = RouteTable(self._specs, root_path=self._root_path, timeout_s=self._settings.http_timeout_s)
 
     def use_http_options(self, root_path: str, middlewares: Iterable[Middleware]) -> None:
-        """Lives under `root_path` and wraps everything in the middlewares, the first one outermost.
+        """Live under `root_path` and wrap everything in the middlewares, the first one outermost.
 
         Raises:
             ConfigurationError: A middleware refuses its arguments; nothing has changed then.
@@ -149,7 +108,7 @@ class Gateway:
         self.use_deployments(self._specs)
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request, inside the middlewares."""
+        """Answer one request, inside the middlewares."""
         if scope["type"] == "websocket":
             await self._serve_websocket(scope, receive, send)
             return
@@ -160,24 +119,20 @@ class Gateway:
             response = await self._respond(scope, receive, named, request_id)
         except Refused as refused:
             response = refused.response
+        except ClientDisconnected:
+            return
         except QServeError as exc:
             response = local_error_response(exc)
-        except KeyRefused as exc:
-            response = _key_refused(exc)
-        except ClientLeft:
-            return
         reach("respond")
-        if isinstance(response, Stream):
-            await self._write_stream(response, scope["method"], request_id, receive, send)
-        elif isinstance(response, EventStream):
-            await response.write(send, receive, scope["method"], request_id)
-        else:
+        if isinstance(response, HttpResponse):
             await send_response(send, response, scope["method"], request_id)
+        else:
+            await response.write(send, receive, scope["method"], request_id)
 
     async def _respond(
         self, scope: Scope, receive: Receive, named: Named, request_id: str
-    ) -> "HttpResponse | Stream | EventStream":
-        headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"], named)
+    ) -> HttpResponse | StreamedResponse | EventStream:
+        headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"])
         path, raw_path = self._full_path(scope)
         if path.startswith("/-/", len(self._root_path)):
             return await self._own_page(scope, path, headers, named, request_id)
@@ -188,12 +143,16 @@ class Gateway:
             return _not_found(path)
         scope["state"]["deployment"] = route.deployment
         if _TIMEOUT in named:
-            route = _hurried(route, named[_TIMEOUT])
-        wish = None if _KEPT.isdisjoint(named) or self._pages is None else _wish(headers)
+            route = _with_deadline(route, named[_TIMEOUT])
+        preference = None if _DURABLE.isdisjoint(named) or self._durable is None else preference_of(headers)
         body, follows = b"", False
         if b"transfer-encoding" in named or named.get(b"content-length", b"0") != b"0":
-            most = self._settings.max_value_bytes if wish is not None else self._settings.out_of_line_bytes
-            body, follows = await _read_beginning(receive, named, self._settings, most)
+            body, follows = await read_beginning(
+                receive,
+                declared=int(named.get(b"content-length", b"0")),
+                most=self._settings.out_of_line_bytes if preference is None else self._settings.max_value_bytes,
+                limit=self._settings.max_body_bytes,
+            )
         request = HttpRequest(
             scope["method"],
             path,
@@ -209,23 +168,25 @@ class Gateway:
             body,
             follows,
         )
-        if wish is not None:
-            return await self._submit(route, request, wish)
-        safe = request.method in SAFE_METHODS or route.idempotent or b"idempotency-key" in named
+        if preference is not None:
+            return await self._submit(route, request, preference)
         if follows:
-            outcome = await self._call_with_upload(route, request, receive)
+            answer = await self._calls.answer_upload(route, request, receive)
         else:
-            outcome = await self._call(route, encode(request), safe, receive)
-        if isinstance(outcome, Stream):
-            return outcome
-        return outcome_response(outcome, request_id, debug=self._settings.debug)
+            safe = request.method in SAFE_METHODS or route.idempotent or b"idempotency-key" in named
+            answer = await self._calls.answer(route, encode(request), safe, receive)
+        if isinstance(answer, StreamedResponse):
+            return answer
+        return outcome_response(answer, request_id, debug=self._settings.debug)
 
-    async def _submit(self, route: Route, request: HttpRequest, wish: Wish) -> HttpResponse:
+    async def _submit(self, route: Route, request: HttpRequest, preference: Preference) -> HttpResponse:
         most = self._settings.max_value_bytes
         if request.body_follows or len(request.body) > most:
-            raise PayloadTooLarge(f"a request that is kept may have {most} bytes (QSERVE_MAX_VALUE_BYTES)")
-        assert self._pages is not None
-        return await self._pages.submit(route, request, wish, self._root_path)
+            raise PayloadTooLarge(
+                f"the body of a request that becomes a durable call may have {most} bytes (QSERVE_MAX_VALUE_BYTES)"
+            )
+        assert self._durable is not None
+        return await self._durable.submit(route, request, preference, self._root_path)
 
     def _full_path(self, scope: Scope) -> tuple[str, bytes]:
         path, raw_path, root = scope["path"], scope["raw_path"], self._root_path
@@ -233,81 +194,6 @@ class Gateway:
             # A proxy in front took the prefix away.
             return root + path, root.encode() + raw_path
         return path, raw_path
-
-    def _prepare(
-        self, route: Route, payload: bytes, safe: bool, kind: int = HTTP
-    ) -> "tuple[PendingCall, asyncio.Future[Answer]]":
-        # Asking for the running loop is a system call (it compares process ids), 4 % of a request: once is enough.
-        loop = self._loop = self._loop or asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
-
-        def on_outcome(outcome: Outcome) -> None:
-            if not future.done():
-                future.set_result(outcome)
-
-        pending = self._calls.prepare(
-            route.deployment,
-            kind=kind,
-            method="",
-            payload=payload,
-            timeout_s=route.timeout_s,
-            safe=safe,
-            on_outcome=on_outcome,
-        )
-
-        def on_stream(pending: PendingCall, channel: Channel) -> None:
-            if not future.done():
-                future.set_result(Stream(channel, pending))
-
-        pending.on_stream = on_stream
-        pending.is_strict = route.is_hurried
-        return pending, future
-
-    async def _call(self, route: Route, payload: bytes, safe: bool, receive: Receive) -> "Outcome | Stream":
-        """Puts a call and waits for its reply, for the beginning of a streamed one, or until its client leaves."""
-        pending, future = self._prepare(route, payload, safe)
-        self._calls.put(pending)
-        answer = None
-        self._departures.watch(future, receive)
-        try:
-            answer = await future
-        finally:
-            self._departures.forget(future)
-            if answer is None:
-                self._calls.cancel(pending)
-        if answer is None:
-            raise ClientLeft
-        return answer
-
-    async def _call_with_upload(self, route: Route, request: HttpRequest, receive: Receive) -> "Outcome | Stream":
-        """Like `_call`, with a body that is sent on as it comes in; a half-read body cannot be run again."""
-        pending, future = self._prepare(route, encode(request), safe=False)
-
-        def on_end(error: QServeError | None) -> None:
-            if not future.done():
-                future.set_result(error)
-
-        upload = Upload(
-            self._calls.open_channel(pending),
-            receive,
-            sent=len(request.body),
-            limit=self._settings.max_body_bytes,
-            on_end=on_end,
-        )
-        self._calls.put(pending)
-        upload.start()
-        answer = None
-        try:
-            answer = await future
-        finally:
-            if isinstance(answer, Stream):
-                answer.upload = upload
-            else:
-                await upload.stop()
-                self._calls.cancel(pending)  # without effect where there is an outcome
-        if answer is None:
-            raise ClientLeft
-        return answer
 
     async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         named = dict(scope["headers"])
@@ -321,11 +207,10 @@ class Gateway:
         try:
             if self._keys is not None:
                 headers = self._keys.check(headers, named, route.deployment if route is not None else "")
-        except KeyRefused as exc:
-            await deny(send, _key_refused(exc), request_id)
-            return
-        if route is None:
-            await deny(send, _not_found(path), request_id)
+            if route is None:
+                raise Refused(_not_found(path))
+        except Refused as refused:
+            await deny(send, refused.response, request_id)
             return
         noted["deployment"] = route.deployment
         request = HttpRequest(
@@ -333,27 +218,19 @@ class Gateway:
             *(scope["client"], scope["server"], scope["http_version"], request_id, b""),
             subprotocols=tuple(scope["subprotocols"]),
         )
-        pending, outcome = self._prepare(route, encode(request), safe=False, kind=WEBSOCKET)
+        pending, outcome = self._calls.prepare(route, encode(request), safe=False, kind=WEBSOCKET)
         pending.on_stream = None
-        bridge = WebSocketBridge(self._calls.open_channel(pending), receive, send, request_id)
-        self._calls.put(pending)
+        bridge = WebSocketBridge(self._client.open_channel(pending), receive, send, request_id)
+        self._client.put(pending)
         try:
             await bridge.run()
         except QServeError:  # before anything was accepted: the call's outcome says why
-            refusal = outcome.result() if outcome.done() else None
-            error = StreamBroken("the replica is gone") if refusal is None or isinstance(refusal, Stream) else refusal
-            await deny(send, outcome_response(error, request_id, debug=self._settings.debug), request_id)
+            answer = outcome.result() if outcome.done() else None
+            if answer is None or isinstance(answer, StreamedResponse):
+                answer = StreamBroken("the replica is gone")
+            await deny(send, outcome_response(answer, request_id, debug=self._settings.debug), request_id)
         finally:
-            self._calls.cancel(pending)
-
-    async def _write_stream(self, stream: "Stream", method: str, request_id: str, receive: Receive, send: Send) -> None:
-        try:
-            listen = receive if stream.upload is None else None
-            await stream_response(send, listen, stream.channel, method, request_id)
-        finally:
-            if stream.upload is not None:
-                await stream.upload.stop()
-            self._calls.cancel(stream.pending)  # without effect where it has ended
+            self._client.cancel(pending)
 
     async def _own_page(
         self, scope: Scope, path: str, headers: Headers, named: Named, request_id: str
@@ -375,49 +252,18 @@ class Gateway:
         return next(self._ids)
 
 
-def _cleaned(headers: Headers, named: Named) -> Headers:
+def _cleaned(headers: Headers) -> Headers:
     try:
         return end_to_end(headers)
     except ValueError as exc:
-        raise Refused(text_response(400, f"Bad request: {exc}.")) from exc
+        raise bad_request(exc) from exc
 
 
-def _hurried(route: Route, asked: bytes) -> Route:
+def _with_deadline(route: Route, asked: bytes) -> Route:
     """The route with the deadline that the client asks for, which can only be earlier than the deployment's."""
     if _is_milliseconds(asked) is None or int(asked) == 0:
-        raise Refused(text_response(400, "Bad request: X-Request-Timeout-Ms is not a number of milliseconds."))
-    return route._replace(timeout_s=min(route.timeout_s, int(asked) / 1000), is_hurried=True)
-
-
-def _wish(headers: Headers) -> Wish | None:
-    try:
-        return wish_of(headers)
-    except ValueError as exc:
-        raise Refused(text_response(400, f"Bad request: {exc}.")) from exc
-
-
-async def _read_beginning(receive: Receive, named: Named, settings: Settings, most: int) -> tuple[bytes, bool]:
-    """The body, or its beginning and True where it has more than `most` bytes, too many to be put on the queue."""
-    if int(named.get(b"content-length", b"0")) > settings.max_body_bytes:
-        raise body_too_large(settings.max_body_bytes)
-    parts: list[bytes] = []
-    size = 0
-    more = True
-    while more and size <= most:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        more = message.get("more_body", False)
-    if size > settings.max_body_bytes:
-        raise body_too_large(settings.max_body_bytes)
-    return parts[0] if len(parts) == 1 else b"".join(parts), more
-
-
-def _key_refused(exc: KeyRefused) -> HttpResponse:
-    challenge = ((b"www-authenticate", b"Bearer"),) if exc.status == 401 else ()
-    return text_response(exc.status, f"Refused: {exc}.", *challenge)
+        raise bad_request("X-Request-Timeout-Ms is not a number of milliseconds")
+    return route._replace(timeout_s=min(route.timeout_s, int(asked) / 1000), client_sets_deadline=True)
 
 
 def _not_found(path: str) -> HttpResponse:

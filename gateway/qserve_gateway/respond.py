@@ -36,6 +36,18 @@ def _with_subclasses(cls: type[QServeError]) -> list[type[QServeError]]:
 _BY_CODE = {cls.__name__: cls for cls in _with_subclasses(QServeError) if cls.__module__ == errors.__name__}
 
 
+class Refused(Exception):
+    """The request is answered by the gateway itself and goes no further.
+
+    Attributes:
+        response: The answer.
+    """
+
+    def __init__(self, response: HttpResponse) -> None:
+        super().__init__(response.status)
+        self.response = response
+
+
 class Unsendable(Exception):
     """A response that must not be written to a connection."""
 
@@ -43,6 +55,11 @@ class Unsendable(Exception):
 def text_response(status: int, text: str, *headers: tuple[bytes, bytes]) -> HttpResponse:
     """A short answer of the gateway's own."""
     return HttpResponse(status, [TEXT, *headers], text.encode("utf-8", "replace"))
+
+
+def bad_request(reason: object) -> Refused:
+    """What to raise for a request that makes no sense."""
+    return Refused(text_response(400, f"Bad request: {reason}."))
 
 
 def json_response(value: object) -> HttpResponse:

@@ -7,14 +7,18 @@ from qserve.wire.spec import DeploymentSpec
 
 
 class Route(NamedTuple):
-    """What the gateway needs of a deployment for each request; `root_path` is handed on to its app."""
+    """What the gateway needs to know of a deployment for each request.
+
+    Attributes:
+        root_path: The prefix that its application is told, as in ASGI.
+        client_sets_deadline: The deadline is the client's, and so it holds while a body comes in, too.
+    """
 
     deployment: str
     root_path: str
     timeout_s: float
     idempotent: bool
-    is_hurried: bool = False
-    """The client sets the deadline, and so it holds while a body comes in, too."""
+    client_sets_deadline: bool = False
 
 
 class RouteTable:

@@ -18,28 +18,57 @@ class ResponseCut(Exception):
     """A response could not be finished: the connection must end without looking as if it had been."""
 
 
-class ClientGone(StreamBroken):
-    """The client has left while its response was streamed."""
+class ClientDisconnected(StreamBroken):
+    """The client has left: nobody reads a response any more."""
 
 
 class OneLinePerCut(logging.Filter):
-    """uvicorn logs what ends a connection with its traceback; a cut response is no error of the gateway."""
+    """Shortens what uvicorn logs of a response that was cut: a traceback says nothing about a fault elsewhere."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Keep the record, shortened."""
+        """Keep every record, and make a warning of one line of one about a cut response."""
         if record.exc_info and isinstance(record.exc_info[1], ResponseCut):
             record.msg, record.args, record.exc_info = str(record.exc_info[1]), (), None
             record.levelno, record.levelname = logging.WARNING, "WARNING"
         return True
 
 
-class Upload:
-    """The part of a body that follows its request, sent on as it comes in.
+async def read_beginning(receive: Receive, *, declared: int, most: int, limit: int) -> tuple[bytes, bool]:
+    """Read the body of a request, or its beginning and True where it has more than `most` bytes.
 
     Args:
-        receive: The request's; its first `sent` bytes are with the replica already.
+        declared: What Content-Length says, 0 without one.
+        most: How many bytes may be put on a queue.
         limit: Most bytes of the whole body.
-        on_end: Called with an error that ends the request, or None when the client has left.
+
+    Raises:
+        PayloadTooLarge: The body is over the limit.
+        ClientDisconnected: The client has left before the body was whole.
+    """
+    if declared > limit:
+        raise body_too_large(limit)
+    parts: list[bytes] = []
+    size = 0
+    more = True
+    while more and size <= most:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnected("the client left before the body of its request was whole")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        more = message.get("more_body", False)
+    if size > limit:
+        raise body_too_large(limit)
+    return parts[0] if len(parts) == 1 else b"".join(parts), more
+
+
+class Upload:
+    """The part of a body that follows its request, sent to the replica as it comes in.
+
+    Args:
+        receive: Of the request; its first `sent` bytes are with the replica already.
+        limit: Most bytes of the whole body.
+        on_end: Called with the error that ends the request, or with None when the client has left.
     """
 
     def __init__(
@@ -53,7 +82,7 @@ class Upload:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to send."""
+        """Begin to send the body on."""
         self._task = spawn(self._pump())
 
     async def stop(self) -> None:
@@ -66,7 +95,7 @@ class Upload:
             while more:
                 message = await self._receive()
                 if message["type"] == "http.disconnect":
-                    self._channel.abort(ClientGone("the client left"))
+                    self._channel.abort(ClientDisconnected("the client left"))
                     self._on_end(None)
                     return
                 body = message.get("body", b"")
@@ -81,12 +110,12 @@ class Upload:
             await self._channel.end()
             while (await self._receive())["type"] != "http.disconnect":
                 pass
-            self._channel.abort(ClientGone("the client left"))
+            self._channel.abort(ClientDisconnected("the client left"))
             self._on_end(None)
 
 
 def body_too_large(limit: int) -> PayloadTooLarge:
-    """The error of a body over the limit."""
+    """The error for a request whose body is over the limit."""
     return PayloadTooLarge(f"the request's body is over the limit of {limit} bytes (QSERVE_MAX_BODY_BYTES)")
 
 
@@ -106,7 +135,7 @@ async def stream_response(send: Send, receive: Receive | None, channel: Channel,
         while (part := await channel.receive_part()) is not None:
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
-    except ClientGone:
+    except ClientDisconnected:
         return
     except StreamBroken as exc:
         raise ResponseCut(f"the response to request {request_id} was cut: {exc}") from exc
@@ -133,4 +162,4 @@ async def _send_head(send: Send, channel: Channel, method: str, request_id: str)
 async def _abort_on_disconnect(receive: Receive, channel: Channel) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    channel.abort(ClientGone("the client left"))
+    channel.abort(ClientDisconnected("the client left"))

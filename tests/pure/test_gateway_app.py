@@ -1,7 +1,7 @@
 """The gateway as an ASGI application, with a queue that answers as each test says."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message
 
+from qserve.calls.client import Client
 from qserve.calls.pending import Outcome, PendingCall
 from qserve.errors import (
     BackPressureError,
@@ -31,6 +32,7 @@ from qserve.wire.messages import (
     ERROR,
     HTTP,
     HTTP_RESPONSE,
+    NO_META,
     VALUE,
     ErrorInfo,
     HttpRequest,
@@ -55,16 +57,17 @@ class Put:
     safe: bool
 
 
-class FakeCalls:
+class FakeCalls(Client):
     """Stands for the client: records each call and answers it at the next tick, or never where `answer` gives None."""
 
     def __init__(self) -> None:
+        super().__init__(Settings())
         self.answer: Answer = lambda request: ok(request.method.encode())
         self.puts: list[Put] = []
         self.cancelled: list[str] = []
         self.arrived = asyncio.Event()
         self.withdrawn = asyncio.Event()
-        self._numbers = count()
+        self._fake_numbers = count()
 
     def prepare(
         self,
@@ -76,17 +79,18 @@ class FakeCalls:
         timeout_s: float,
         safe: bool,
         on_outcome: Callable[[Outcome], None],
+        meta: Mapping[str, str] = NO_META,
     ) -> PendingCall:
         assert (kind, method) == (HTTP, "")
         self.puts.append(Put(deployment, decode_http_request(payload), timeout_s, safe))
-        return PendingCall(f"call{next(self._numbers)}", deployment, safe, b"", None, 0.0, on_outcome)
+        return PendingCall(f"call{next(self._fake_numbers)}", deployment, safe, b"", None, 0.0, on_outcome)
 
     def open_channel(self, pending: PendingCall) -> Channel:
         pending.channel = Channel("gateway", lambda _peer, _chunk: None)
         return pending.channel
 
     def put(self, pending: PendingCall) -> None:
-        self.pending = pending
+        self.last_put = pending
         self.arrived.set()
         answer = self.answer(self.puts[-1].request)
         if answer is not None:
@@ -536,7 +540,7 @@ async def test_an_answer_after_a_long_wait_leaves_no_listener_behind(gateway: Ga
     before = asyncio.all_tasks()
     connection = Connection(gateway)
     await connection.listened_to.wait()
-    calls.pending.on_outcome(outcome(ok()))
+    calls.last_put.on_outcome(outcome(ok()))
     await connection.task
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before

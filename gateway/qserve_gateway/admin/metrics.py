@@ -69,14 +69,14 @@ class _Collector(Collector):
 
     def _requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("qserve_http_requests", "Responses.", labels=["deployment", "status"])
-        for (deployment, status), series in sorted(self._door.observer.series.items()):
+        for (deployment, status), series in sorted(self._door.counts.series.items()):
             requests.add_metric([deployment, f"{status}xx"], series.count)
         yield requests
         latencies = HistogramMetricFamily(
             "qserve_http_request_duration_seconds", "From a request's headers to its last byte.", labels=["deployment"]
         )
         bounds = [*map(str, BOUNDS_S), "+Inf"]
-        for deployment, (buckets, seconds) in sorted(self._door.observer.latencies().items()):
+        for deployment, (buckets, seconds) in sorted(self._door.counts.latencies().items()):
             pairs = list(zip(bounds, map(float, buckets), strict=True))
             latencies.add_metric([deployment], pairs, sum_value=seconds)
         yield latencies

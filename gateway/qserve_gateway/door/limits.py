@@ -3,26 +3,23 @@
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from qserve.settings import Settings
 from qserve_gateway.door.access_log import AccessLog
 from qserve_gateway.door.gate import Refusal, header_in
-from qserve_gateway.door.request_counts import Observer
+from qserve_gateway.door.request_counts import RequestCounts
 
 SWEEP_S = 0.5
 LINGER_S = 1.5
 """How long a refused client may go on sending: closing at once could destroy the answer on its way."""
 
 
-class Guest(Protocol):
-    """A connection, as far as the door is concerned."""
-
-    def look(self, now: float) -> None:
-        """Close it if its time is over; called twice a second."""
+Look = Callable[[float], None]
+"""Looks after a connection: called twice a second with the time, it closes the connection if its time is over."""
 
 
 class Door:
@@ -30,15 +27,16 @@ class Door:
 
     Args:
         settings: The limits.
+        has_log: Write the access log that the settings ask for.
 
     Attributes:
         now: The event loop's time, at most half a second old.
         refused: Kind of refusal -> how often, for the metrics.
-        observer: Counts responses.
-        log: Where responses are noted, None: nowhere.
+        counts: Counts responses.
+        log: Where responses are noted; None for nowhere.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, has_log: bool = True) -> None:
         self.header_timeout_s = settings.http_header_timeout_s
         self.body_timeout_s = settings.http_body_timeout_s
         self.body_bytes_per_s = settings.http_body_bytes_per_s
@@ -48,13 +46,13 @@ class Door:
         self.now = 0.0
         self.refused: Counter[str] = Counter()
         self.websockets = 0
-        self.observer = Observer()
-        self.log = AccessLog(settings.access_log) if settings.access_log != "off" else None
+        self.counts = RequestCounts()
+        self.log = AccessLog(settings.access_log) if has_log and settings.access_log != "off" else None
         self._most = settings.http_max_connections
         self._most_per_ip = settings.http_max_connections_per_ip
         listed = settings.websocket_origins.lower().split(",")
         self._origins = frozenset(origin.strip().rstrip("/") for origin in listed)
-        self._guests: set[Guest] = set()
+        self._looks: set[Look] = set()
         self._by_ip: Counter[str] = Counter()
         self._ids = request_ids()
         self._timer: asyncio.TimerHandle | None = None
@@ -73,36 +71,36 @@ class Door:
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         self.now = loop.time()
-        for guest in tuple(self._guests):
-            guest.look(self.now)
+        for look in tuple(self._looks):
+            look(self.now)
         self._timer = loop.call_later(SWEEP_S, self._sweep)
 
     @property
     def connections(self) -> int:
         """How many are open, WebSockets too."""
-        return len(self._guests) + self.websockets
+        return len(self._looks) + self.websockets
 
-    def enter(self, guest: Guest, ip: str) -> None:
+    def enter(self, look: Look, ip: str) -> None:
         """A connection has been made.
 
         Raises:
             Refusal: There are too many; it is watched all the same until it `leave`s.
         """
-        self._guests.add(guest)
+        self._looks.add(look)
         self._by_ip[ip] += 1
         if self.connections > self._most:
             raise Refusal(503, f"more than {self._most} connections", "connections")
         if ip and 0 < self._most_per_ip < self._by_ip[ip]:
             raise Refusal(429, f"more than {self._most_per_ip} connections from one address", "connections")
 
-    def leave(self, guest: Guest, ip: str) -> None:
+    def leave(self, look: Look, ip: str) -> None:
         """It is gone."""
-        self._guests.discard(guest)
+        self._looks.discard(look)
         self._count_out(ip)
 
-    def become_websocket(self, guest: Guest) -> None:
+    def become_websocket(self, look: Look) -> None:
         """It goes on as a WebSocket, which has its own deadlines."""
-        self._guests.discard(guest)
+        self._looks.discard(look)
         self.websockets += 1
 
     def leave_websocket(self, ip: str) -> None:
@@ -117,7 +115,7 @@ class Door:
 
     def note(self, scope: Mapping[str, Any], status: int, size: int, seconds: float) -> None:
         """A request has had its response."""
-        self.observer.count(scope["state"].get("deployment", ""), status, seconds)
+        self.counts.count(scope["state"].get("deployment", ""), status, seconds)
         if self.log is not None:
             self.log.add(scope, status, size, seconds)
 

@@ -80,13 +80,13 @@ class HttpProtocol(HttpToolsProtocol):
         self._ip = self.client[0] if self.client else ""
         self._since = self._door.now
         try:
-            self._door.enter(self, self._ip)
+            self._door.enter(self.look, self._ip)
         except Refusal as refusal:
             self._refuse(refusal)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
-        self._door.leave(self, self._ip)
+        self._door.leave(self.look, self._ip)
         if self._active is not None and not self._active.response_complete:
             self._active.disconnected = True  # uvicorn tells the newest only
             self._active.message_event.set()
@@ -134,7 +134,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._feed(head)
         if websocket:
             if self.transport.get_protocol() is not self:
-                self._door.become_websocket(self)
+                self._door.become_websocket(self.look)
                 self._deaf = True
         elif length:
             self._begin_body(length)

@@ -22,7 +22,7 @@ class Series:
         self.buckets = [0] * (len(BOUNDS_S) + 1)
 
 
-class Observer:
+class RequestCounts:
     """Counts responses.
 
     Attributes:
