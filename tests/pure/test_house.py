@@ -146,7 +146,7 @@ NOT_YET_FREE_OF_REDIS = {
     "qserve.durable.submitting",
     "qserve_gateway.admin.dead_letter_pages",
     "qserve_gateway.desired_state",
-    "qserve_gateway.durable.call_events",
+    "qserve_gateway.durable.durable_events",
     "qserve_workers.beat",
     "qserve_workers.celery_calls.celery_queue",
     "qserve_workers.celery_calls.celery_results",
