@@ -1,7 +1,7 @@
 """Copies of Starlette and FastAPI applications with other routes.
 
 The copy shares `state`, endpoints, middleware classes and lifespan hooks with its original, but has routers of its own,
-so that the two can be given different routes. All knowledge about the insides of Starlette and FastAPI is here.
+so that the two can be given different routes. This module alone knows how Starlette and FastAPI work inside.
 """
 
 import copy
@@ -16,7 +16,7 @@ ChangeRoute = Callable[[BaseRoute], BaseRoute | None]
 
 
 def walk(routes: Iterable[BaseRoute]) -> Iterator[BaseRoute]:
-    """All routes, also those of included routers and of mounted applications."""
+    """Yield all routes, with those of included routers and of mounted applications."""
     for route in routes:
         inner = _inner_routes(route)
         if inner is None:
@@ -26,7 +26,7 @@ def walk(routes: Iterable[BaseRoute]) -> Iterator[BaseRoute]:
 
 
 def copy_app(app: Starlette, change: ChangeRoute) -> Starlette:
-    """A copy of an application whose routes have gone through `change`, which may drop one by returning None."""
+    """A copy of an application in which `change` has replaced each route, or dropped it by returning None."""
     made = copy.copy(app)
     made.router = _copy_router(app.router, change)
     made.user_middleware = list(app.user_middleware)
@@ -38,10 +38,10 @@ def copy_app(app: Starlette, change: ChangeRoute) -> Starlette:
 
 
 def rebuild_route(route: Any, endpoint: Callable[..., Any]) -> BaseRoute:
-    """The same route for another endpoint; its parameters are read from that endpoint's signature."""
+    """The same route with another endpoint, whose signature says what parameters the route has."""
     options = {name: getattr(route, name) for name in _constructor_options(type(route)) if hasattr(route, name)}
     if getattr(route, "stream_item_type", None) is not None:
-        del options["response_model"]  # None here, yet found by FastAPI in the annotations of a streaming endpoint
+        del options["response_model"]  # it is None, and FastAPI finds it in the annotations of a streaming endpoint
     made: BaseRoute = type(route)(**{**options, "endpoint": endpoint})
     return made
 
@@ -66,7 +66,7 @@ def _copy_route(route: BaseRoute, change: ChangeRoute) -> BaseRoute | None:
     if inner is None or not isinstance(route, Mount | Host):
         return change(route)
     if all(change(inside) is inside for inside in walk(inner)):
-        return route  # a whole application of its own, perhaps of a kind that cannot be copied
+        return route  # nothing changes in it, and it may be of a kind that cannot be copied
     made = copy.copy(route)
     made.app = copy_app(route.app, change) if isinstance(route.app, Starlette) else _copy_router(route.app, change)
     if isinstance(made, Mount):
@@ -95,7 +95,7 @@ def _copy_router(router: Any, change: ChangeRoute) -> Any:
 
 
 def _rewrap(layer: Any, innermost: Any, replacement: Any) -> Any:
-    """A chain of middleware around another innermost application."""
+    """The same chain of middleware around another application."""
     if layer == innermost:
         return replacement
     if not hasattr(layer, "app"):
@@ -106,7 +106,7 @@ def _rewrap(layer: Any, innermost: Any, replacement: Any) -> Any:
 
 
 def _renew_docs(app: Any) -> None:
-    """Give a FastAPI copy documentation routes that describe the copy: those it has speak of the original."""
+    """Give a copy of a FastAPI application routes for its documentation that describe the copy, not the original."""
     kept = app.router.routes
     app.openapi_schema = None
     if hasattr(app, "_openapi_routes_version"):

@@ -1,4 +1,4 @@
-"""MODULE[:NAME]: the deployments of an application."""
+"""Importing an application by its name, MODULE or MODULE:NAME."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from qserve.errors import ConfigurationError
 
 
 def import_app(text: str) -> "list[Deployment[Any]]":
-    """Import an application; nothing is deployed by that.
+    """Import an application and return its deployments. Nothing is deployed by that.
 
     Args:
         text: "MODULE" for all deployments of a module, "MODULE:NAME" for one of them or for a list of some.
 
     Raises:
-        ConfigurationError: It cannot be imported, or there is no deployment in it.
+        ConfigurationError: The application cannot be imported, or there is no deployment in it.
     """
     module_name, _, name = text.partition(":")
     if not module_name or text.endswith(":"):

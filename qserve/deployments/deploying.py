@@ -1,6 +1,7 @@
 """From a wanted spec to running replicas: version rules, waiting, rolling back, deleting.
 
-The replicas themselves are rolled by the workers; this is the driver's half, on the thread of whoever called `deploy`.
+This is the half of the process that deploys, and it runs on the thread that called `deploy`. The workers replace the
+replicas.
 """
 
 import secrets
@@ -33,7 +34,7 @@ from qserve.wire.spec import (
 logger = getLogger(__name__)
 
 GATEWAYS_TIMEOUT_S = 10.0
-"""How long deploy and delete wait for gateways to follow."""
+"""How long `deploy` and `delete` wait until all gateways have taken over a change."""
 _ROLLBACK_TIMEOUT_S = 30.0
 _DELETE_GRACE_S = 15.0
 _SLOW_START_S = 30.0
@@ -44,13 +45,13 @@ _POLL_S = (0.002, 0.02)
 
 
 def next_spec(wanted: DeploymentSpec, current: Deployed | None) -> DeploymentSpec:
-    """What to write when `wanted` is deployed over `current`.
+    """The spec to write when `wanted` is deployed over `current`.
 
-    An unchanged version keeps the code and constructor arguments that run and takes only the configuration, whatever
-    the code looks like now; a new version, or none, is a new revision.
+    An unchanged version keeps the code and the constructor arguments that run, whatever the code looks like now, and
+    takes over only the other options. A new version, or none, makes a new revision.
 
     Raises:
-        ValueError: `prev_version` is not what is deployed.
+        ValueError: `prev_version` is not the version that is deployed.
     """
     _check_prev_version(wanted, current)
     if current is None:
@@ -93,10 +94,10 @@ def _changes_nothing(spec: DeploymentSpec, current: Deployed | None) -> bool:
 
 
 def deploy(state: State, wanted: DeploymentSpec) -> "Goal":
-    """Make `wanted` the desired state; `Goal.wait` sees it through.
+    """Make `wanted` the desired state of its name, and return the goal that tells when it is reached.
 
     Raises:
-        ValueError: `prev_version` does not hold, or the route belongs to another deployment.
+        ValueError: `prev_version` is not the version that is deployed, or the route belongs to another deployment.
     """
     while True:
         generation, current = state.generation(wanted.name), state.find(wanted.name)
@@ -115,7 +116,7 @@ class Goal:
 
     Attributes:
         deployed: The generation.
-        superseded_by: The generation that took its place before it was reached, 0 for none.
+        superseded_by: The generation that took its place before it was reached, or 0.
     """
 
     def __init__(self, state: State, deployed: Deployed, previous: Deployed | None) -> None:
@@ -130,13 +131,17 @@ class Goal:
         return self.deployed.spec.name
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until every live node serves it and every live gateway knows it.
+        """Wait until every live node serves this generation and every live gateway knows it.
 
-        With no node alive it returns at once and leaves the deployment waiting for one; False when `timeout` is over.
-        When another deploy takes its place, that is logged, and there is nothing left to wait for.
+        With no node alive it returns at once, and the deployment waits for a node. When another deploy takes its
+        place, it logs a warning and returns.
+
+        Returns:
+            False when `timeout` seconds have passed before that.
 
         Raises:
-            RuntimeError: It failed, and what was there before is deployed again.
+            RuntimeError: The generation failed. The generation before it is deployed again, or the deployment is
+                deleted where there was none.
         """
         progress = self._wait_for_workers(timeout)
         if progress is None:
@@ -156,12 +161,14 @@ class Goal:
         state = HEALTHY if progress.asked else WAITING
         self._state.settle(self.name, self.deployed.generation, state)
         if state == WAITING:
-            logger.info("Deployed '%s'; it starts as soon as a node that serves it does.", self.name)
+            logger.info(
+                "Deployed '%s'. No node that serves it is alive; its replicas start as soon as one is.", self.name
+            )
         wait_for_gateways(self._state, self.deployed.log_id)
         return True
 
     def progress(self) -> "Progress":
-        """How far it is now."""
+        """How far the generation has come by now."""
         return judge(self.name, self.deployed.generation, self._state)
 
     def _wait_for_workers(self, timeout: float | None) -> "Progress | None":
@@ -194,8 +201,8 @@ class Goal:
                 self._state.settle(self.name, restored.deployed.generation, HEALTHY, error=error)
                 wait_for_gateways(self._state, restored.deployed.log_id)
         except GenerationChanged:
-            logger.info("'%s' was deployed again meanwhile; nothing to roll back.", self.name)
-        except ValueError as exc:  # its old route was given away meanwhile
+            logger.info("'%s' has been deployed again meanwhile, so nothing is rolled back.", self.name)
+        except ValueError as exc:  # another deployment has taken its old route meanwhile
             logger.error("'%s' cannot be rolled back: %s", self.name, exc)
 
 
@@ -206,10 +213,10 @@ class Progress:
     Attributes:
         asked: Ids of the live nodes and hand-started workers that serve the deployment.
         reached: Those of them where it is served.
-        wanted, ready: Replicas over all of them, as far as they have reported.
-        error: Why it failed, or None.
-        deleted: The deployment is gone.
-        superseded_by: The newer generation that is deployed, 0 for none.
+        wanted, ready: Replicas that all of them together should have and have, as far as they have reported.
+        error: Why it failed; None while it has not.
+        deleted: The deployment has been deleted.
+        superseded_by: The newer generation that is deployed, or 0.
     """
 
     asked: frozenset[str]
@@ -222,17 +229,17 @@ class Progress:
 
     @property
     def done(self) -> bool:
-        """Nothing is left to wait for."""
+        """Whether there is nothing left to wait for."""
         return self.error is not None or self.superseded_by > 0 or (not self.deleted and self.asked == self.reached)
 
 
 def wanted(state: State, name: str) -> int:
-    """How many replicas the live workers of a deployment are to have now."""
+    """How many replicas the live workers of a deployment should have now."""
     return sum(w.wanted for id_, w in state.workers(name).items() if state.is_alive(id_))
 
 
 def judge(name: str, generation: int, state: State) -> Progress:
-    """How far a generation has come, by what nodes and workers report."""
+    """Judge how far a generation has come, from what nodes and workers have reported."""
     deployed = state.get(name)
     if deployed is None:
         return Progress(frozenset(), frozenset(), deleted=True)
@@ -244,7 +251,7 @@ def judge(name: str, generation: int, state: State) -> Progress:
 
 
 def weigh(name: str, generation: int, nodes: Mapping[str, NodeInfo], workers: Mapping[str, WorkerInfo]) -> Progress:
-    """The same from facts: live nodes, and live workers by the id of their node."""
+    """Judge how far a generation has come, given the live nodes and the live workers by the id of their node."""
     asked = {id_ for id_, node in nodes.items() if not node.only or name in node.only} | set(workers)
     current = {id_: worker for id_, worker in workers.items() if worker.generation >= generation}
     failures = [w.error for w in current.values() if w.state == DEPLOY_FAILED and w.generation == generation]
@@ -258,7 +265,7 @@ def weigh(name: str, generation: int, nodes: Mapping[str, NodeInfo], workers: Ma
 
 
 def settle(state: State, name: str) -> None:
-    """Note in the state how far a deployment has come; refuse its calls at once where nothing will ever take them."""
+    """Write to the state how far a deployment has come. Where no replica will ever take its calls, they are refused."""
     deployed = state.get(name)
     if deployed is None:
         return
@@ -279,10 +286,10 @@ def settle(state: State, name: str) -> None:
 
 
 def delete(state: State, name: str, *, expected: int | None = None) -> None:
-    """Forget a deployment and wait until its calls are answered and its replicas gone. Harmless where there is none.
+    """Delete a deployment, and wait until its calls are answered and its replicas gone. Harmless where there is none.
 
     Raises:
-        GenerationChanged: It is not at generation `expected`.
+        GenerationChanged: The deployment is not at generation `expected`.
     """
     current = state.find(name)
     log_id = state.delete(name, expected=expected)
@@ -292,16 +299,21 @@ def delete(state: State, name: str, *, expected: int | None = None) -> None:
 
 
 def finish_deleting(state: State, spec: DeploymentSpec) -> None:
-    """Wait until the replicas of a deployment that was deleted from the state are gone; answer what calls are left."""
+    """Wait until the replicas of a deleted deployment are gone, then answer the calls that are left with an error."""
     name = spec.name
     patience = spec.graceful_shutdown_timeout_s + _DELETE_GRACE_S
     for _ in _ticks(patience):
-        if state.get(name) is not None:  # deployed again by someone else: what runs now is theirs
+        if state.get(name) is not None:  # deployed again by somebody else, to whom the replicas belong now
             return
         if not _left_of(state, name):
             break
     else:
-        logger.warning("Deleted '%s', but %s did not end within %.0f s.", name, _left_of(state, name), patience)
+        logger.warning(
+            "Deleted '%s', but these have not ended within %.0f s: %s.",
+            name,
+            patience,
+            ", ".join(_left_of(state, name)),
+        )
     error = ErrorInfo(DeploymentNotFound.__name__, "", "", f"Deployment '{name}' was deleted.")
     fail_remaining(state.redis, state.keys, name, state.signer, encode(error))
     fail_remaining_records(state.redis, state.keys, name, state.signer, encode(error))
@@ -319,7 +331,7 @@ def _left_of(state: State, name: str) -> list[str]:
 
 
 def wait_for_gateways(state: State, log_id: str, timeout: float = GATEWAYS_TIMEOUT_S) -> None:
-    """Wait until every live gateway has applied a log entry; after `timeout` warn and go on."""
+    """Wait until every live gateway has applied an entry of the state log; after `timeout` seconds, warn and return."""
     behind: list[GatewayInfo] = []
     for _ in _ticks(timeout):
         behind = [info for info in state.gateways().values() if order(info.applied) < order(log_id)]
@@ -330,7 +342,7 @@ def wait_for_gateways(state: State, log_id: str, timeout: float = GATEWAYS_TIMEO
 
 
 def _ticks(timeout: float | None) -> Iterator[float]:
-    """Seconds passed, once right away and then at a growing interval until `timeout`."""
+    """Yield the seconds that have passed: at once, then at growing intervals until `timeout`."""
     started, pause = time.monotonic(), _POLL_S[0]
     while True:
         passed = time.monotonic() - started

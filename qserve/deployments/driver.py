@@ -1,4 +1,4 @@
-"""This process as a driver: the instance it works with, started here or found."""
+"""The instance that this process deploys to: found on this machine or in the environment, or started."""
 
 import atexit
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class ConnectedInstance:
-    """A running instance as a driver works with it. Thread-safe."""
+    """A running instance, for a process that deploys to it. Thread-safe."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -30,15 +30,15 @@ class ConnectedInstance:
         self.codec = make_codec(settings, signs=self.state.signer.signs)
 
     def put(self, spec: DeploymentSpec) -> deploying.Goal:
-        """Make a spec the desired state of its name; the goal sees it through."""
+        """Make a spec the desired state of its name; wait for the goal to see it served."""
         return deploying.deploy(self.state, spec)
 
     def delete(self, name: str) -> None:
-        """Take a deployment down and wait until it is gone."""
+        """Delete a deployment and wait until it is gone."""
         deploying.delete(self.state, name)
 
     def url_of(self, route_prefix: str) -> str | None:
-        """URL of a route, None where nothing serves HTTP."""
+        """The URL of a route; None where no gateway serves HTTP."""
         http = self.state.get_http()
         if http.root_url:
             return http.root_url.rstrip("/") + route_prefix
@@ -47,14 +47,14 @@ class ConnectedInstance:
         return None
 
     def set_http(self, http: HttpSettings) -> None:
-        """Change what all gateways wrap around the deployments, and wait until they do."""
+        """Change the HTTP settings of all gateways, and wait until they have taken them over."""
         if self.state.get_http() != http:
             deploying.wait_for_gateways(self.state, self.state.set_http(http))
 
     def clear(self) -> None:
         """Delete every deployment."""
         found = self.state.list()
-        for name in found:  # all at once; what follows waits for each
+        for name in found:  # first all of them, so that their replicas leave side by side
             self.state.delete(name)
         for deployed in found.values():
             deploying.finish_deleting(self.state, deployed.spec)
@@ -65,7 +65,7 @@ class ConnectedInstance:
 
 
 class Driver:
-    """Finds or starts the instance of this process. Thread-safe."""
+    """Finds the instance of this process, or starts one. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -76,22 +76,22 @@ class Driver:
         """The instance of this process.
 
         Raises:
-            NoInstanceError: There is none.
+            NoInstanceError: No instance is running.
         """
-        return self._connect(self._find_settings())
+        return self._connect(local_instance.find_settings())
 
     def start(self, options: HTTPOptions, *, detached: bool, wait: bool = True) -> ConnectedInstance:
-        """The instance of this process, started if there is none.
+        """The instance of this process; one is started if none is running.
 
         Args:
-            options: Only looked at when it is started; a warning says so otherwise.
-            detached: It outlives this process.
-            wait: Return when HTTP is served; else as soon as deployments can be made.
+            options: How to serve HTTP, for an instance that is started. A running one keeps its own, with a warning.
+            detached: Whether an instance that is started outlives this process.
+            wait: Return when HTTP is served; otherwise as soon as deployments can be made.
 
         Raises:
             ValueError: The address cannot be listened on.
             ConfigurationError: The instance cannot be started, or the Redis of QSERVE_REDIS_URL cannot be used.
-            BrokerUnavailable: Nothing answers there.
+            BrokerUnavailable: The Redis of QSERVE_REDIS_URL does not answer.
         """
         settings = Settings()
         if settings.redis_url:
@@ -109,7 +109,7 @@ class Driver:
             return self._launch(settings, options, detached=detached, wait=wait)
 
     def wait_until_ready(self) -> None:
-        """Wait until the instance on this machine, if that is ours, serves HTTP."""
+        """Wait until the instance serves HTTP, if it is one on this machine."""
         own = self._own(self.current())
         if own is not None:
             own.wait_until_ready()
@@ -117,7 +117,7 @@ class Driver:
             local_instance.wait_until_ready(Settings().namespace)
 
     def shutdown(self) -> None:
-        """Delete all deployments and stop the processes of the instance; nothing where there is none."""
+        """Delete all deployments and stop the processes of the instance; harmless where there is none."""
         with self._lock:
             try:
                 running = self.current()
@@ -139,12 +139,9 @@ class Driver:
                 local_instance.stop_instance(record)
 
     def _own(self, running: ConnectedInstance) -> local_instance.LocalInstance | None:
-        """The instance in use if this process started it: the environment may name another one by now."""
+        """The instance in use, if this process started it; the environment may name another one by now."""
         started = self._local
         return started if started is not None and started.settings.redis_url == running.settings.redis_url else None
-
-    def _find_settings(self) -> Settings:
-        return local_instance.find_settings()
 
     def _connect(self, settings: Settings) -> ConnectedInstance:
         with self._lock:
@@ -161,7 +158,7 @@ class Driver:
             self._connected = None
 
     def _is_served(self, running: ConnectedInstance, settings: Settings) -> bool:
-        """Whether somebody runs it; a Redis named by the environment may be all there is."""
+        """Whether it has nodes or gateways; the Redis that the environment names may be all there is."""
         return not settings.redis_url or bool(running.state.nodes()) or bool(running.state.gateways())
 
     def _launch(self, settings: Settings, options: HTTPOptions, *, detached: bool, wait: bool) -> ConnectedInstance:
@@ -215,7 +212,7 @@ def _warn_of_other_options(running: ConnectedInstance, options: HTTPOptions) -> 
     different &= options.model_fields_set
     if different:
         logger.warning(
-            "The instance runs already with other http_options, and these are ignored: %s. Call serve.shutdown() first "
-            "to start one with them.",
+            "The running instance was started with other http_options. It keeps them, and these are ignored: %s. "
+            "Call serve.shutdown() first to start one with yours.",
             ", ".join(sorted(different)),
         )

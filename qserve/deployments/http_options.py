@@ -1,4 +1,4 @@
-"""`http_options`: where HTTP is served, and what wraps it."""
+"""`http_options`: where HTTP is served, and with which middlewares."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -13,7 +13,7 @@ from qserve.wire.spec import EVERY_NODE, HttpSettings, MiddlewareSpec
 
 
 class Location(StrEnum):
-    """Where gateways run; on one machine EveryNode is HeadOnly."""
+    """Where gateways run. On one machine, EveryNode means the same as HeadOnly."""
 
     HEAD_ONLY = "HeadOnly"
     EVERY_NODE = EVERY_NODE
@@ -26,8 +26,8 @@ class HTTPOptions(BaseModel):
     Attributes:
         host: Address to listen on; None is the same as location="NoServer".
         port: Port to listen on; 0 takes any free one.
-        root_path: Prefix that a proxy in front takes off; passed to applications.
-        root_url: What `Deployment.url` begins with, where it is not host and port.
+        root_path: The prefix under which everything is served, for a reverse proxy that keeps its prefix in the path.
+        root_url: The beginning of `Deployment.url`, where that is not made of host and port.
         middlewares: Starlette middlewares around everything, the first one outermost. They run in the gateway, which
             imports them.
         location: None is the same as "NoServer".
@@ -58,15 +58,15 @@ class HTTPOptions(BaseModel):
 
     @property
     def serves(self) -> bool:
-        """Whether there is HTTP at all."""
+        """Whether HTTP is served at all."""
         return self.location != Location.NO_SERVER
 
     def settings(self, codec: Codec) -> HttpSettings:
-        """The part of it that every gateway needs.
+        """The options that every gateway needs.
 
         Raises:
-            ConfigurationError: A middleware cannot travel to the gateway.
-            ValueNotSerializable: An argument of one cannot.
+            ConfigurationError: A middleware cannot be sent to the gateway.
+            ValueNotSerializable: An argument of a middleware cannot be sent to the gateway.
         """
         return HttpSettings(
             root_path=self.root_path,
@@ -76,7 +76,7 @@ class HTTPOptions(BaseModel):
         )
 
     def address(self) -> dict[str, str | int | None]:
-        """The part of it that belongs to whoever starts a gateway."""
+        """The options for the process that starts a gateway."""
         return {"host": self.host, "port": self.port, "location": str(self.location)}
 
 

@@ -1,4 +1,4 @@
-"""The instance on this machine: how it is found, and how one is started.
+"""The instance on this machine: finding it, starting one, and stopping it.
 
 An instance is a node process (`python -m qserve_workers.node`) that owns everything else: the embedded Valkey, the
 gateway and the Celery workers. It writes a file that tells other processes of the same user where it is.
@@ -31,7 +31,7 @@ from qserve.wire.messages import Signer
 
 NO_INSTANCE = (
     "There is no instance running on this machine. Please call `serve.start(detached=True)` or run `qserve run` to "
-    "start one, or set QSERVE_REDIS_URL to connect to a Redis server where one runs."
+    "start one, or set QSERVE_REDIS_URL to the Redis server of one that runs elsewhere."
 )
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 40.0
@@ -43,14 +43,15 @@ Found = TypeVar("Found")
 
 
 class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What the instance file says; it carries the signing key, so only its user may read it.
+    """What the instance file says. It holds the signing key, so only its user may read it.
 
     Attributes:
-        pid: The node process.
-        folder: Its sockets and logs.
-        ready: Its gateway listens, where it has one; it can be deployed to before.
-        gateway_url: "" without a gateway.
-        http: The http_options it was started with, for the warning when others are asked for.
+        pid: The process of its node.
+        folder: The folder of its sockets and logs.
+        ready: Whether its gateway listens, where it has one. One can deploy to it before.
+        gateway_url: The URL of its gateway, "" where it has none.
+        http: The address among the http_options that it was started with.
+        detached: Whether it outlives the process that started it.
     """
 
     namespace: str
@@ -68,10 +69,10 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def find_settings() -> Settings:
-    """Settings of the instance this process belongs to: the environment's, else those of the instance on this machine.
+    """The settings of the instance that the environment names, or else of the instance on this machine.
 
     Raises:
-        NoInstanceError: There is none.
+        NoInstanceError: The environment names none, and none runs on this machine.
     """
     settings = Settings()
     if settings.redis_url:
@@ -83,7 +84,7 @@ def find_settings() -> Settings:
 
 
 def find_record(namespace: str) -> InstanceRecord | None:
-    """The running instance of a namespace on this machine, None where there is none."""
+    """The running instance of a namespace on this machine; None where there is none."""
     try:
         record = msgspec.json.decode(record_path(namespace).read_bytes(), type=InstanceRecord)
     except (FileNotFoundError, msgspec.DecodeError):
@@ -92,7 +93,7 @@ def find_record(namespace: str) -> InstanceRecord | None:
 
 
 def record_path(namespace: str) -> Path:
-    """Where a namespace's instance file stands."""
+    """The path of the instance file of a namespace."""
     return runtime_folder() / f"{namespace}.json"
 
 
@@ -100,7 +101,7 @@ def runtime_folder() -> Path:
     """This user's private folder for instance files, sockets and logs.
 
     Raises:
-        ConfigurationError: It belongs to someone else or is open to others.
+        ConfigurationError: It belongs to another user, or others may enter it.
     """
     base = os.environ.get("QSERVE_RUNTIME_DIR") or os.environ.get("XDG_RUNTIME_DIR")
     folder = Path(base) / "qserve" if base else Path(tempfile.gettempdir()) / f"qserve-{os.getuid()}"
@@ -108,21 +109,21 @@ def runtime_folder() -> Path:
     status = folder.stat()
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise ConfigurationError(
-            f"{folder} must belong to you and be closed to others (chmod 700): it holds keys. "
-            "Or name another folder in QSERVE_RUNTIME_DIR."
+            f"The folder {folder} is for keys, but it belongs to another user, or other users may enter it. Run "
+            f"`chmod 700 {folder}` if it is yours, or name another folder in QSERVE_RUNTIME_DIR."
         )
     return folder
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this machine runs."""
+    """Whether a process of this machine is running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    with contextlib.suppress(OSError):  # Linux: a zombie whose parent has not looked yet has ended, too
+    with contextlib.suppress(OSError):  # Linux: a zombie, whose parent has not looked yet, has ended too
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
 
@@ -135,12 +136,12 @@ class LaunchOptions:
     """How to start an instance.
 
     Attributes:
-        host, port: Where the gateway listens; host None: no gateway. Port 0: any free one.
-        http: What to note in the instance file of the http_options.
-        detached: Outlives this process.
+        host, port: The address on which the gateway listens. Host None means no gateway, and port 0 any free port.
+        http: The part of the http_options that the instance file keeps.
+        detached: Whether it outlives this process.
         gateway_workers: How many gateways share the port.
-        gateway_arguments: What else stands on their command lines.
-        log_to_stderr: Its processes log to this process' stderr instead of a file.
+        gateway_arguments: Further arguments of their command lines.
+        log_to_stderr: Whether its processes log to the standard error of this process, and not to a file.
     """
 
     host: str | None
@@ -153,7 +154,7 @@ class LaunchOptions:
 
 
 class LocalInstance:
-    """An instance this process started."""
+    """An instance that this process has started."""
 
     def __init__(self, settings: Settings, process: "subprocess.Popen[bytes]", folder: Path, detached: bool) -> None:
         self.settings = settings
@@ -167,7 +168,7 @@ class LocalInstance:
         """Wait until its Redis answers and its node can be deployed to.
 
         Raises:
-            ConfigurationError: It ended instead.
+            ConfigurationError: It has ended, or this takes too long.
         """
         path = embedded.socket_path(self._folder)
         if self.settings.redis_url == embedded.redis_url(self._folder):
@@ -180,18 +181,18 @@ class LocalInstance:
         """Wait until its gateway listens.
 
         Raises:
-            ConfigurationError: It ended instead.
+            ConfigurationError: It has ended, or this takes too long.
         """
         return self._wait(self._own_record, "the gateway")
 
     def stop(self) -> None:
-        """Stop all of its processes, workers drained; an interrupt on the way ends them at once."""
-        if os.getpid() == self._driver:  # a forked child of the driver has no say
+        """Stop all of its processes; calls that run are finished first. Ctrl-C while it waits ends them at once."""
+        if os.getpid() == self._driver:  # a process that was forked off must not stop it
             _stop(self.pid, lambda: self._process.poll() is not None)
 
     @property
     def log_file(self) -> Path:
-        """Where its processes log unless they do so to stderr."""
+        """The file to which its processes log, unless they log to standard error."""
         return self._folder / "qserve.log"
 
     def _own_record(self) -> InstanceRecord | None:
@@ -209,7 +210,9 @@ class LocalInstance:
             time.sleep(_POLL_S)
         said = self._log_tail()
         self.stop()
-        raise ConfigurationError(f"Waited {START_TIMEOUT_S:.0f} s for {what} in vain.{said}")
+        raise ConfigurationError(
+            f"The instance was stopped: {what} was not ready within {START_TIMEOUT_S:.0f} s.{said}"
+        )
 
     def _log_tail(self) -> str:
         with contextlib.suppress(OSError):
@@ -218,17 +221,17 @@ class LocalInstance:
 
 
 def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
-    """Start an instance: on the Redis of `settings`, or on an embedded one with a key of its own.
+    """Start an instance: on the Redis of `settings`, or on an embedded server with a key of its own.
 
-    Call it under `start_lock`. Returns once its process runs; `LocalInstance` tells how far it is.
+    To be called under `start_lock`. It returns once the process runs; the `LocalInstance` tells how far that is.
 
     Raises:
-        ConfigurationError: There is no server binary, or no usable folder.
+        ConfigurationError: There is no server to run, or no folder that can be used.
     """
     folder = _new_folder(settings.namespace)
     flags = ["--exact", "--instance-file", str(record_path(settings.namespace)), "--folder", str(folder)]
     if not settings.redis_url:
-        embedded.find_server()  # an error here is easier to read than one in the log
+        embedded.find_server()  # fails here if there is none: easier to read than in the log
         secret = settings.secret or secrets.token_hex(32)
         settings = settings.model_copy(update={"redis_url": embedded.redis_url(folder), "secret": secret})
         flags += ["--embedded"]
@@ -244,7 +247,7 @@ def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
 
 
 def wait_until_ready(namespace: str) -> InstanceRecord | None:
-    """Wait until an instance that another process is starting serves HTTP; None when it is gone."""
+    """Wait until an instance that another process is starting serves HTTP; None when it has ended."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while (record := find_record(namespace)) is not None and not record.ready and time.monotonic() < deadline:
         time.sleep(_POLL_S)
@@ -252,8 +255,8 @@ def wait_until_ready(namespace: str) -> InstanceRecord | None:
 
 
 def stop_instance(record: InstanceRecord) -> None:
-    """Stop an instance that another process started."""
-    # Its file goes last but for the process itself, which stays a zombie where nobody looks after it.
+    """Stop an instance that another process has started."""
+    # Its file is removed last. The process itself may stay as a zombie where its parent does not look after it.
     _stop(record.pid, lambda: not is_running(record.pid) or not record_path(record.namespace).exists())
     deadline = time.monotonic() + _EXIT_S
     while is_running(record.pid) and time.monotonic() < deadline:
@@ -262,14 +265,14 @@ def stop_instance(record: InstanceRecord) -> None:
 
 @contextlib.contextmanager
 def start_lock(namespace: str) -> Iterator[None]:
-    """Held while an instance is being started, so that two drivers do not start two."""
+    """Hold this while starting an instance, so that two processes do not start two."""
     with (runtime_folder() / f"{namespace}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def check_address(host: str, port: int) -> None:
-    """Fail now rather than in the gateway's log.
+    """Check that an address can be listened on: an error here is easier to see than one in the log of the gateway.
 
     Raises:
         ValueError: The address cannot be listened on.
@@ -302,12 +305,12 @@ def _spawn(settings: Settings, flags: list[str], log: Path | None) -> "subproces
             stdin=subprocess.DEVNULL,
             stdout=output or 2,
             stderr=output,
-            start_new_session=True,  # Ctrl-C reaches the driver alone, which stops the rest in order
+            start_new_session=True,  # so that Ctrl-C reaches this process alone, which stops the rest in order
         )
 
 
 def _new_folder(namespace: str) -> Path:
-    for left in runtime_folder().glob(f"{namespace}~*"):  # by instances that were killed: none runs now
+    for left in runtime_folder().glob(f"{namespace}~*"):  # by instances that were killed; none is running now
         shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{namespace}~", dir=runtime_folder()))
     if len(str(embedded.socket_path(folder))) > embedded.SOCKET_PATH_LIMIT:
@@ -317,7 +320,7 @@ def _new_folder(namespace: str) -> Path:
 
 
 def _stop(pid: int, has_ended: Callable[[], bool]) -> None:
-    """SIGTERM and wait; SIGKILL, which takes its children along, when it does not end or the user insists."""
+    """End a process by SIGTERM; when that takes too long, or on Ctrl-C, by SIGKILL, which takes its children along."""
     try:
         os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
