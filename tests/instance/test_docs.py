@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,10 @@ class Reader:
         if block.verb == "file":
             (self.folder / block.argument).write_text(text)
         elif block.verb == "serve":
-            command = [*shlex.split(text), "--port", self.ports["8000"]]
-            command[0] = str(Path(sys.executable).parent / command[0])
+            words = shlex.split(text)
+            settings = list(takewhile(lambda word: "=" in word, words))  # NAME=VALUE before the command, as in a shell
+            command = [*settings, str(Path(sys.executable).parent / words[len(settings)]), *words[len(settings) + 1 :]]
+            command = ["env", *command, "--port", self.ports["8000"]]
             port = int(self.ports["8000"])
             self.servers.enter_context(serving(command, port, self.runtime, self.folder, block.argument))
         elif block.verb == "run":
