@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import backlog, load, processes, reply_queue, sockets
+from tests.support.serving import free_port
 
 RESULTS = Path(__file__).parent / "results.md"
 PEERS = processes.ROOT.parent / "shared" / "peers" / "run.py"
@@ -48,7 +49,7 @@ def main() -> None:
 
 def http_and_handles() -> list[Row]:
     """One replica of Noop, signed, with the embedded Valkey, beside the same handler without a queue."""
-    bare_port, port = processes.free_port(), processes.free_port()
+    bare_port, port = free_port(), free_port()
     bare = [sys.executable, "-m", "uvicorn", "benchmarks.bare:app", "--port", str(bare_port), *UVICORN]
     bare_url, url = f"http://127.0.0.1:{bare_port}/noop", f"http://127.0.0.1:{port}/noop"
     with tempfile.TemporaryDirectory() as runtime_dir:
@@ -89,7 +90,7 @@ def _rate(seen: load.Load) -> str:
 
 def streaming() -> list[Row]:
     """One replica of a FastAPI application, beside the same application on bare uvicorn."""
-    bare_port, port = processes.free_port(), processes.free_port()
+    bare_port, port = free_port(), free_port()
     bare = [sys.executable, "-m", "uvicorn", "benchmarks.streaming:app", "--port", str(bare_port), *UVICORN]
     qserve = [sys.executable, "-m", "qserve.cli", "run", "benchmarks.streaming", "--port", str(port)]
     bare_url, url = f"http://127.0.0.1:{bare_port}", f"http://127.0.0.1:{port}/streaming"
@@ -153,7 +154,7 @@ def handle_rows(runtime_dir: str) -> list[Row]:
 
 def sleepers_and_burners() -> list[Row]:
     """What needs the deployments of benchmarks/apps.py."""
-    port = processes.free_port()
+    port = free_port()
     command = [sys.executable, "-m", "qserve.cli", "run", "benchmarks.apps", "--port", str(port)]
     with (
         tempfile.TemporaryDirectory() as runtime_dir,

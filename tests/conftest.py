@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,30 @@ from qserve.calls import process_client
 from qserve.settings import Settings
 from qserve.testing import TestInstance, instance
 from qserve.wire.messages import Signer
+from tests.support.machine import patience
 from tests.support.servers import SECRET, wait_until_accepting
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """What a test may take before it counts as a hang is written for an idle machine."""
+    given = item.get_closest_marker("timeout")
+    seconds = float(given.args[0] if given else item.config.getini("timeout"))
+    item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
+    return (yield)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_works() -> Iterator[None]:
+    """The processes that tests start hear SIGINT, also where this one was started to ignore it, as background jobs are.
+
+    Whether a signal is ignored is inherited; a handler is not.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,9 @@ import pytest
 
 from qserve.testing import TestInstance
 from tests.support import gates, processes
-from tests.support.gates import LIMIT_S, Gate, Notes
+from tests.support.gates import Gate, Notes
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S
 
 for module in (gates, processes):  # replicas need not find the tests
     cloudpickle.register_pickle_by_value(module)
@@ -18,7 +20,7 @@ for module in (gates, processes):  # replicas need not find the tests
 @pytest.fixture
 def http(qserve_instance: TestInstance) -> Iterator[httpx.Client]:
     """An HTTP client of the instance."""
-    with httpx.Client(base_url=qserve_instance.url, timeout=LIMIT_S) as client:
+    with httpx.Client(base_url=qserve_instance.url, timeout=patience(LIMIT_S)) as client:
         yield client
 
 

@@ -8,7 +8,6 @@ import select
 import signal
 import subprocess
 import threading
-import time
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,10 @@ import psutil
 import pytest
 
 from qserve.settings import Settings
+from tests.support.machine import patience
 from tests.support.serving import free_port, runtime_folder
-from tests.support.shell import Running, Shell, background, descendants, get, wait_until
+from tests.support.shell import Running, Shell, background, descendants, get
+from tests.support.waiting import wait_until
 
 APP = """
     import os
@@ -198,7 +199,7 @@ def test_ctrl_c_stops_every_process_and_is_no_failure(shell: Shell) -> None:
         assert len(started) >= 6  # node, Valkey, gateway, two workers, three replicas
         running.interrupt()
         assert running.end() == 0, running.output
-        assert psutil.wait_procs(started, timeout=5)[1] == []
+        assert psutil.wait_procs(started, timeout=patience(5))[1] == []
         assert list(shell.runtime.glob("*.json")) == []
         assert "Traceback" not in running.output, running.output
 
@@ -219,8 +220,8 @@ def test_ctrl_c_lets_calls_finish_and_a_second_one_does_not(shell: Shell) -> Non
         running.wait_for("Stopping")
         assert running.process.poll() is None
         running.interrupt()
-        assert running.end(timeout=10) == 130
-        assert psutil.wait_procs(started, timeout=5)[1] == []
+        assert running.end(timeout=patience(10)) == 130
+        assert psutil.wait_procs(started, timeout=patience(5))[1] == []
         calling.kill()
         calling.wait()
 
@@ -232,7 +233,7 @@ def test_sigterm_ends_it_like_ctrl_c(shell: Shell) -> None:
         started = descendants(running.process.pid)
         running.interrupt(signal.SIGTERM)
         assert running.end() == 0, running.output
-        assert psutil.wait_procs(started, timeout=5)[1] == []
+        assert psutil.wait_procs(started, timeout=patience(5))[1] == []
 
 
 def test_a_killed_run_leaves_nothing_behind(shell: Shell) -> None:
@@ -242,7 +243,7 @@ def test_a_killed_run_leaves_nothing_behind(shell: Shell) -> None:
         started = descendants(running.process.pid)
         running.interrupt(signal.SIGKILL)
         running.end()
-        assert psutil.wait_procs(started, timeout=20)[1] == []
+        assert psutil.wait_procs(started, timeout=patience(20))[1] == []
 
 
 def test_an_application_that_cannot_start_ends_the_run(shell: Shell) -> None:
@@ -259,7 +260,7 @@ def test_shutdown_ends_a_run_from_another_shell(shell: Shell) -> None:
         done = shell.run("shutdown")
         assert done.returncode == 0
         assert "Stopped the instance on this machine" in done.stderr
-        assert running.end(timeout=10) == 1, running.output
+        assert running.end(timeout=patience(10)) == 1, running.output
     assert "by `qserve shutdown` in another shell" in running.output
 
 
@@ -310,14 +311,18 @@ def test_a_terminal_gets_a_moving_display(shell: Shell) -> None:
     process = subprocess.Popen(command, cwd=shell.folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = ""
-    deadline = time.monotonic() + 30
-    while "Ctrl-C stops it" not in shown and time.monotonic() < deadline:
+
+    def is_ready() -> bool:
+        nonlocal shown
         if select.select([ours], [], [], 1)[0]:
             shown += os.read(ours, 65536).decode(errors="replace")
+        return "Ctrl-C stops it" in shown
+
+    wait_until(is_ready, shows=lambda: shown)
     process.send_signal(signal.SIGINT)
     drained = threading.Thread(target=_drain, args=(ours,), daemon=True)
     drained.start()
-    assert process.wait(40) == 0
+    assert process.wait(patience(40)) == 0
     os.close(ours)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     assert re.search(r"Counter.*0 of 2 replicas", plain)

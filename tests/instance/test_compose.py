@@ -1,23 +1,25 @@
 """docker-compose.yml on a real engine; skipped, and counted as skipped, where there is none."""
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from tests.support.serving import ROOT
+from tests.support.machine import patience
+from tests.support.serving import ROOT, free_port
+from tests.support.waiting import joined, wait_until
 
 PROJECT = "qserve-test"
 
@@ -41,18 +43,11 @@ pytestmark = [
 ]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 class Stack:
     """One run of the project's compose file under a project name and port of its own."""
 
     def __init__(self, folder: Path, overlays: list[str], **environment: str) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.folder = folder
         self.overlays = overlays
         settings = {"QSERVE_PORT": str(self.port), **environment}
@@ -82,15 +77,15 @@ class Stack:
 
     def wait_for(self, path: str, timeout_s: float = 120, headers: dict[str, str] | None = None) -> str:
         """The first answer with status 200."""
-        end = time.monotonic() + timeout_s
-        while True:
-            try:
+
+        def answer() -> str | None:
+            with contextlib.suppress(OSError):
                 return self.get(path, headers=headers)
-            except (OSError, urllib.error.HTTPError) as error:
-                if time.monotonic() > end:
-                    logs = self.compose("logs", "--no-color", "--tail", "40", check=False)
-                    pytest.fail(f"{path} did not answer within {timeout_s} s: {error}\n{logs}")
-                time.sleep(0.3)
+            return None
+
+        return wait_until(
+            answer, timeout_s, shows=lambda: self.compose("logs", "--no-color", "--tail", "40", check=False)
+        )
 
     def containers(self, service: str) -> list[str]:
         return self.compose("ps", "-q", service).split()
@@ -163,10 +158,11 @@ class TestWithoutSecret:
     def test_valkey_gateway_and_worker_report_their_health(self, stack: Stack) -> None:
         for service in ("valkey", "gateway", "worker"):
             (container,) = stack.containers(service)
-            end = time.monotonic() + 90
-            while stack.inspect(container, "{{.State.Health.Status}}") != "healthy":
-                assert time.monotonic() < end, f"{service} is not healthy"
-                time.sleep(0.5)
+            wait_until(partial(is_healthy, stack, container), 90)
+
+
+def is_healthy(stack: Stack, container: str) -> bool:
+    return stack.inspect(container, "{{.State.Health.Status}}") == "healthy"
 
 
 class TestWithSecret:
@@ -181,10 +177,12 @@ class TestWithSecret:
         workers = {stack.inspect(container, "{{.Config.Hostname}}") for container in stack.containers("worker")}
         assert len(workers) == 4
         seen: set[str] = set()
-        end = time.monotonic() + 60
-        while seen != workers and time.monotonic() < end:
+
+        def all_have_answered() -> bool:
             seen.add(json.loads(stack.get("/counter"))["host"])
-        assert seen == workers
+            return seen == workers
+
+        wait_until(all_have_answered, 60, shows=lambda: seen)
 
     def test_no_call_fails_while_workers_come_and_go(self, stack: Stack) -> None:
         """From four workers to one and back, with calls under way all the time."""
@@ -207,8 +205,7 @@ class TestWithSecret:
                 stack.compose("up", "--detach", "--no-build", "--scale", f"worker={scale}")
         finally:
             over.set()
-            for caller in callers:
-                caller.join()
+            joined(*callers)
         assert failures == []
         assert len(counts) > 100
         assert len(stack.containers("worker")) == 4
@@ -228,7 +225,7 @@ class TestSecured:
         "QSERVE_SECRET": secrets.token_hex(16),
         "QSERVE_API_KEYS": "key-of-the-app",
         "QSERVE_ADMIN_TOKEN": "token-of-the-operator",
-        "QSERVE_ADMIN_PUBLISHED_PORT": str(_free_port()),
+        "QSERVE_ADMIN_PUBLISHED_PORT": str(free_port()),
     }
     up: ClassVar[list[str]] = []
     ready: ClassVar[list[str]] = ["/-/healthz"]
@@ -241,7 +238,7 @@ class TestSecured:
     def test_metrics_are_for_who_has_the_token(self, stack: Stack) -> None:
         url = f"http://127.0.0.1:{self.settings['QSERVE_ADMIN_PUBLISHED_PORT']}/-/metrics"
         request = urllib.request.Request(url, headers={"Authorization": "Bearer token-of-the-operator"})
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=patience(10)) as response:
             assert "qserve_queue_depth" in response.read().decode()
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(url, timeout=10)
+            urllib.request.urlopen(url, timeout=patience(10))

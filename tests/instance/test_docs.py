@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.machine import patience
 from tests.support.serving import ROOT, environment, free_port, runtime_folder, serving
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -88,7 +89,7 @@ class Reader:
             env=environment(self.runtime),
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=patience(50),
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout

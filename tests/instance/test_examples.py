@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.machine import patience
 from tests.support.serving import ROOT, Serving, environment, free_port, runtime_folder, serving, wait_for_answer
 
 pytestmark = pytest.mark.timeout(120)
@@ -24,7 +25,7 @@ def examples() -> Iterator[Serving]:
 
 def fetch(url: str, body: bytes | None = None) -> str:
     request = urllib.request.Request(url, data=body, headers={"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=20) as response:
+    with urllib.request.urlopen(request, timeout=patience(20)) as response:
         return str(response.read().decode())
 
 
@@ -36,7 +37,7 @@ def run_python(examples: Serving, *arguments: str) -> str:
         env=environment(examples.runtime),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=patience(100),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -72,7 +73,7 @@ def test_a_png_is_classified_and_explained(examples: Serving) -> None:
         data=head + picture + b"\r\n--x--\r\n",
         headers={"content-type": "multipart/form-data; boundary=x"},
     )
-    with urllib.request.urlopen(request, timeout=20) as response:
+    with urllib.request.urlopen(request, timeout=patience(20)) as response:
         answer = json.load(response)
     assert answer["digit"] == 7
     assert max(max(row) for row in answer["importance"]) > 0
@@ -103,7 +104,7 @@ def test_an_application_of_ones_own_calls_a_deployment(examples: Serving, server
         assert second == first + 1
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(patience(20))
 
 
 def test_every_example_is_part_of_everything_or_a_client() -> None:

@@ -18,6 +18,7 @@ from qserve.settings import Settings
 from qserve.testing import instance
 from qserve.wire.codec import Codec
 from tests.support.deployed import Pid
+from tests.support.machine import patience
 
 
 class Stamp:
@@ -79,13 +80,13 @@ class TestServing:
         cors = Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"])
         options = HTTPOptions(port=0, middlewares=[cors, Middleware(Stamp, text="here")], root_path="/api")
         with instance(options) as running:
-            with urllib.request.urlopen(f"{running.url}/-/routes", timeout=20) as response:
+            with urllib.request.urlopen(f"{running.url}/-/routes", timeout=patience(20)) as response:
                 assert response.headers["x-stamp"] == "here"
 
             preflight = urllib.request.Request(f"{running.url}/", method="OPTIONS")
             preflight.add_header("Origin", "http://elsewhere")
             preflight.add_header("Access-Control-Request-Method", "GET")
-            with urllib.request.urlopen(preflight, timeout=20) as response:
+            with urllib.request.urlopen(preflight, timeout=patience(20)) as response:
                 assert response.status == 200
                 assert response.headers["access-control-allow-origin"] == "*"
                 assert response.headers["x-stamp"] is None
@@ -102,7 +103,7 @@ class TestRedisFromTheEnvironment:
         monkeypatch.setenv("QSERVE_NAMESPACE", "environment")
         handle = serve.run(Pid, http_options={"port": 0})
         try:
-            assert handle.remote().result(20) > 0
+            assert handle.remote().result(patience(20)) > 0
             assert list(serve.list_deployments()) == ["Pid"]
         finally:
             serve.shutdown()

@@ -15,7 +15,9 @@ from qserve.deployments import deploying
 from qserve_workers.node_options import parse
 from qserve_workers.supervise import KeptProcess
 from tests.support.deployed import Broken, OtherPid, Pid
-from tests.support.nodes import StartNode, spec, start_node, wait_for
+from tests.support.machine import patience
+from tests.support.nodes import StartNode, spec, start_node
+from tests.support.waiting import until, wait_until
 
 __all__ = ["start_node"]
 
@@ -45,7 +47,7 @@ class TestWorkers:
 
         worker.kill()
 
-        wait_for(lambda: {info.pid for info in state.replicas("Pid").values() if info.state == "SERVING"} - old)
+        wait_until(lambda: {info.pid for info in state.replicas("Pid").values() if info.state == "SERVING"} - old)
 
     def test_replicas_per_node_is_the_number_here_whatever_the_deployment_says(
         self, start_node: StartNode, state: State
@@ -73,8 +75,8 @@ class TestWorkers:
 
         start_node()
 
-        wait_for(lambda: state.list()["Pid"].state == "HEALTHY")
-        wait_for(lambda: state.list()["Broken"].state == "DEPLOY_FAILED")
+        wait_until(lambda: state.list()["Pid"].state == "HEALTHY")
+        wait_until(lambda: state.list()["Broken"].state == "DEPLOY_FAILED")
         assert "no model to load" in state.list()["Broken"].error
 
     def test_a_failed_deployment_refuses_calls(
@@ -83,7 +85,7 @@ class TestWorkers:
         deploying.deploy(state, spec(Broken)).wait()
         start_node()
 
-        wait_for(lambda: redis_client.hget(keys.meta("Broken"), "refuse"))
+        wait_until(lambda: redis_client.hget(keys.meta("Broken"), "refuse"))
 
     def test_two_nodes_both_serve_and_delete_waits_for_both(self, start_node: StartNode, state: State) -> None:
         start_node()
@@ -102,7 +104,7 @@ class TestGateway:
         self, start_node: StartNode, state: State
     ) -> None:
         start_node("--gateway", "--port", "0")
-        wait_for(state.gateways)
+        wait_until(state.gateways)
         deploying.deploy(state, spec(Pid)).wait()
         (gateway,) = state.gateways().values()
         url = gateway.url
@@ -110,8 +112,8 @@ class TestGateway:
         os.kill(gateway.pid, signal.SIGKILL)
         deploying.deploy(state, spec(OtherPid)).wait()
 
-        wait_for(lambda: any(info.pid != gateway.pid for info in state.gateways().values()))
-        with urllib.request.urlopen(f"{url}/OtherPid", timeout=20) as response:
+        wait_until(lambda: any(info.pid != gateway.pid for info in state.gateways().values()))
+        with urllib.request.urlopen(f"{url}/OtherPid", timeout=patience(20)) as response:
             assert int(response.read()) < 0
 
 
@@ -121,10 +123,10 @@ class TestStopping:
         deploying.deploy(state, spec(Pid)).wait()
 
         node.terminate()
-        wait_for(lambda: not state.nodes())
+        wait_until(lambda: not state.nodes())
         node.terminate()
 
-        assert node.wait(10) == 0
+        assert node.wait(patience(10)) == 0
 
 
 class TestKeepingAProcess:
@@ -133,9 +135,7 @@ class TestKeepingAProcess:
         kept = KeptProcess("script", lambda: ["sh", "-c", f"echo run >> {log}"], os.environ)
 
         kept.start()
-        async with asyncio.timeout(10):
-            while not log.exists() or len(log.read_text().splitlines()) < 3:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(lambda: log.exists() and len(log.read_text().splitlines()) >= 3)
         await kept.stop(1, asyncio.Event())
 
         runs = log.read_text()
@@ -145,9 +145,7 @@ class TestKeepingAProcess:
     async def test_one_that_ignores_sigterm_is_killed_when_its_time_is_up(self) -> None:
         kept = KeptProcess("script", lambda: ["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"], os.environ)
         kept.start()
-        while kept.pid is None:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        pid = kept.pid
+        pid = await until(lambda: kept.pid)
         await asyncio.sleep(0.1)
 
         await kept.stop(0.2, asyncio.Event())

@@ -18,9 +18,10 @@ from benchmarks.slots import Slots
 from qserve import BackPressureError, serve
 from qserve.testing import TestInstance
 from tests.support.deployed import GatedCode
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S, wait_until
 
 BOUND = 30
-LIMIT_S = 30.0
 REPLICAS, PLACES = 2, 6
 
 
@@ -43,7 +44,7 @@ class Crowd:
         self.answers: list[Answer] = []
         self._numbers = map(str, itertools.count())
         self._pool = ThreadPoolExecutor(4 * BOUND)
-        self._http = httpx.Client(limits=httpx.Limits(max_connections=None), timeout=LIMIT_S)
+        self._http = httpx.Client(limits=httpx.Limits(max_connections=None), timeout=patience(LIMIT_S))
         deployment = serve.deployment(
             name="Gated",
             num_replicas=REPLICAS,
@@ -75,16 +76,8 @@ class Crowd:
 
     def wait_for(self, count: int) -> list[Answer]:
         """The answers, once there are so many."""
-        self.wait_until(lambda: len(self.answers) >= count)
+        wait_until(lambda: len(self.answers) >= count)
         return self.answers
-
-    @staticmethod
-    def wait_until(condition: Callable[[], bool]) -> None:
-        """Until something is so."""
-        end = time.monotonic() + LIMIT_S
-        while not condition():
-            assert time.monotonic() < end, "it did not come to that"
-            time.sleep(0.01)
 
     def depth(self) -> int:
         """Calls queued and running."""
@@ -109,7 +102,7 @@ class Crowd:
 
     def _by_handle(self, number: str) -> Answer:
         try:
-            return Answer(number, accepted=True, echoed=self.handle.remote(number).result(LIMIT_S))
+            return Answer(number, accepted=True, echoed=self.handle.remote(number).result(patience(LIMIT_S)))
         except BackPressureError as error:
             return Answer(number, accepted=False, retry_after=error.retry_after)
 
@@ -163,13 +156,13 @@ def test_refusals_do_not_wait_for_anything(crowd: Crowd) -> None:
 
 def test_one_more_is_let_in_for_each_that_is_withdrawn(crowd: Crowd) -> None:
     crowd.rush(BOUND - 1)
-    crowd.wait_until(lambda: crowd.depth() == BOUND - 1 and len(crowd.ran()) == PLACES)
+    wait_until(lambda: crowd.depth() == BOUND - 1 and len(crowd.ran()) == PLACES)
     waiting = crowd.handle.remote("waiting")
-    crowd.wait_until(lambda: crowd.depth() == BOUND)
+    wait_until(lambda: crowd.depth() == BOUND)
     assert not crowd.call(crowd.ways[0]).accepted
 
     waiting.cancel()
-    crowd.wait_until(lambda: crowd.depth() == BOUND - 1)
+    wait_until(lambda: crowd.depth() == BOUND - 1)
     crowd.rush(4)
     crowd.wait_for(1 + 3)
 

@@ -14,16 +14,17 @@ from qserve.deployments.loading import importing
 from qserve.errors import DeploymentNotFound, NoInstanceError
 from qserve.testing import TestInstance
 from tests.support.deployed import Broken, Deployer, LastWords, OtherPid, Pid, Slow
+from tests.support.machine import patience
 
 
 def fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=20) as response:
+    with urllib.request.urlopen(url, timeout=patience(20)) as response:
         return str(response.read().decode())
 
 
 def status_of(url: str) -> int:
     try:
-        with urllib.request.urlopen(url, timeout=20) as response:
+        with urllib.request.urlopen(url, timeout=patience(20)) as response:
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
@@ -33,37 +34,37 @@ class TestVersions:
     def test_the_same_version_is_left_alone_even_if_the_code_differs(self, qserve_instance: TestInstance) -> None:
         Pid.options(version="1").deploy()
         handle = Pid.get_handle()
-        first = handle.remote().result(20)
+        first = handle.remote().result(patience(20))
 
         Pid.options(OtherPid.func_or_class, version="1").deploy()
 
-        assert handle.remote().result(20) == first
+        assert handle.remote().result(patience(20)) == first
 
     def test_a_new_version_replaces_the_replicas(self, qserve_instance: TestInstance) -> None:
         Pid.options(version="1").deploy()
         handle = Pid.get_handle()
-        first = handle.remote().result(20)
+        first = handle.remote().result(patience(20))
 
         Pid.options(OtherPid.func_or_class, version="2").deploy()
 
-        assert handle.remote().result(20) < 0
-        assert handle.remote().result(20) != -first
+        assert handle.remote().result(patience(20)) < 0
+        assert handle.remote().result(patience(20)) != -first
 
     def test_without_a_version_every_deploy_replaces_them(self, qserve_instance: TestInstance) -> None:
         Pid.deploy()
-        first = Pid.get_handle().remote().result(20)
+        first = Pid.get_handle().remote().result(patience(20))
         Pid.deploy()
 
-        assert Pid.get_handle().remote().result(20) != first
+        assert Pid.get_handle().remote().result(patience(20)) != first
 
     def test_init_args_only_count_with_a_new_version(self, qserve_instance: TestInstance) -> None:
         Pid.options(version="1").deploy("first")
         handle = Pid.get_handle()
         Pid.options(version="1").deploy("second")
-        assert handle.describe.remote().result(20)["made_with"] == "first"
+        assert handle.describe.remote().result(patience(20))["made_with"] == "first"
 
         Pid.options(version="2").deploy("third")
-        assert handle.describe.remote().result(20)["made_with"] == "third"
+        assert handle.describe.remote().result(patience(20))["made_with"] == "third"
 
     def test_prev_version_must_match(self, qserve_instance: TestInstance) -> None:
         with pytest.raises(ValueError, match="prev_version"):
@@ -78,17 +79,17 @@ class TestVersions:
 
     def test_a_new_user_config_reaches_the_same_process(self, qserve_instance: TestInstance) -> None:
         Pid.options(version="1", user_config="a").deploy()
-        before = Pid.get_handle().describe.remote().result(20)
+        before = Pid.get_handle().describe.remote().result(patience(20))
 
         Pid.options(version="1", user_config="b").deploy()
 
-        after = Pid.get_handle().describe.remote().result(20)
+        after = Pid.get_handle().describe.remote().result(patience(20))
         assert (before["config"], after["config"]) == ("a", "b")
         assert before["pid"] == after["pid"]
 
     def test_more_replicas_keep_those_that_run(self, qserve_instance: TestInstance) -> None:
         Pid.options(version="1").deploy()
-        first = Pid.get_handle().remote().result(20)
+        first = Pid.get_handle().remote().result(patience(20))
 
         Pid.options(version="1", num_replicas=2).deploy()
 
@@ -120,7 +121,7 @@ class TestRoutes:
         Pid.options(version="1").deploy()
         Pid.options(version="1", route_prefix=None).deploy()
         assert status_of(f"{qserve_instance.url}/Pid") == 404
-        assert Pid.get_handle().remote().result(20) > 0
+        assert Pid.get_handle().remote().result(patience(20)) > 0
 
         Pid.options(version="1", route_prefix="/Pid").deploy()
         assert status_of(f"{qserve_instance.url}/Pid") == 200
@@ -148,16 +149,16 @@ class TestFailures:
 
         assert serve.list_deployments() == {}
         with pytest.raises(DeploymentNotFound):
-            Broken.get_handle().remote().result(20)
+            Broken.get_handle().remote().result(patience(20))
 
     def test_a_broken_new_version_leaves_the_old_one_serving(self, qserve_instance: TestInstance) -> None:
         Pid.options(version="1").deploy()
-        first = Pid.get_handle().remote().result(20)
+        first = Pid.get_handle().remote().result(patience(20))
 
         with pytest.raises(RuntimeError, match="Failed to reach deployment goal"):
             Pid.options(Broken.func_or_class, version="2").deploy()
 
-        assert Pid.get_handle().remote().result(20) == first
+        assert Pid.get_handle().remote().result(patience(20)) == first
         assert serve.get_deployment("Pid").version == "1"
 
     def test_a_refused_user_config_is_rolled_back(self, qserve_instance: TestInstance) -> None:
@@ -166,7 +167,7 @@ class TestFailures:
         with pytest.raises(RuntimeError, match="Failed to reach deployment goal"):
             Pid.options(version="1", user_config="bad").deploy()
 
-        assert Pid.get_handle().describe.remote().result(20)["config"] == "good"
+        assert Pid.get_handle().describe.remote().result(patience(20))["config"] == "good"
 
 
 class TestDeleting:
@@ -176,7 +177,7 @@ class TestDeleting:
 
         Slow.delete()
 
-        assert qserve.get(refs, timeout=5) == ["slow"] * 3
+        assert qserve.get(refs, timeout=patience(5)) == ["slow"] * 3
 
     def test_a_stuck_replica_is_ended_after_its_grace(self, qserve_instance: TestInstance) -> None:
         Slow.options(graceful_shutdown_timeout_s=0.1).deploy()
@@ -186,7 +187,7 @@ class TestDeleting:
         Slow.delete()
 
         with pytest.raises(qserve.QServeError):
-            ref.result(20)
+            ref.result(patience(20))
         assert not any(Path(f"/proc/{pid}").exists() for pid in running)
 
     def test_destructors_run_once(self, qserve_instance: TestInstance, tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ class TestDeleting:
 
         Pid.options(OtherPid.func_or_class, version="1").deploy()
 
-        assert Pid.get_handle().remote().result(20) < 0
+        assert Pid.get_handle().remote().result(patience(20)) < 0
 
 
 class TestLooking:
@@ -214,7 +215,7 @@ class TestLooking:
         found = serve.get_deployment(name="Pid")
         assert found == deployed
         found.options(version="2").deploy()
-        assert found.get_handle().describe.remote().result(20)["made_with"] == "x"
+        assert found.get_handle().describe.remote().result(patience(20))["made_with"] == "x"
 
     def test_an_absent_one_is_a_key_error(self, qserve_instance: TestInstance) -> None:
         with pytest.raises(KeyError):
@@ -226,7 +227,7 @@ class TestLooking:
         status = serve.status()["Pid"]
 
         assert (status.state, status.version, status.route_prefix) == ("HEALTHY", "7", "/Pid")
-        assert [replica.pid for replica in status.replicas] == [Pid.get_handle().remote().result(20)]
+        assert [replica.pid for replica in status.replicas] == [Pid.get_handle().remote().result(patience(20))]
         assert re.fullmatch(r"Pid#\w+", status.replicas[0].tag)
 
 
@@ -235,8 +236,8 @@ class TestDeployingFromAReplica:
         Pid.deploy()
         Deployer.deploy()
 
-        assert Deployer.get_handle().remote().result(30) == "deployed"
-        assert serve.get_deployment("Deployed").get_handle().remote().result(20) > 0
+        assert Deployer.get_handle().remote().result(patience(30)) == "deployed"
+        assert serve.get_deployment("Deployed").get_handle().remote().result(patience(20)) > 0
 
 
 class TestStarting:
@@ -254,7 +255,7 @@ class TestStarting:
 
     def test_run_deploys_several_side_by_side_and_gives_the_handle_of_one(self, qserve_instance: TestInstance) -> None:
         assert serve.run([Pid, OtherPid]) is None
-        assert serve.run(Pid).remote().result(20) > 0
+        assert serve.run(Pid).remote().result(patience(20)) > 0
         assert set(serve.list_deployments()) == {"Pid", "OtherPid"}
 
     @pytest.mark.parametrize("name", ["http_host", "http_port", "http_middlewares"])

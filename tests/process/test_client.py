@@ -29,7 +29,9 @@ from qserve.errors import (
 )
 from qserve.settings import Settings
 from qserve.wire.messages import CONTROL, VALUE, Reply, Signer, encode
-from tests.support.calling import Caller, Code, calling, deploy, serving, until, within
+from tests.support.calling import Caller, Code, calling, deploy, serving, within
+from tests.support.machine import patience
+from tests.support.waiting import until, wait_until
 
 
 @pytest.fixture
@@ -354,13 +356,12 @@ class Server:
 
     def start(self) -> None:
         self._process = subprocess.Popen(self._command)
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
-            with contextlib.suppress(redis.exceptions.RedisError), redis.Redis.from_url(self.url) as client:
-                client.ping()
-                return
-            time.sleep(0.01)
-        raise AssertionError("the server did not start")
+        wait_until(self._answers)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(redis.exceptions.RedisError), redis.Redis.from_url(self.url) as client:
+            return bool(client.ping())
+        return False
 
     def kill(self) -> None:
         self._process.kill()
@@ -461,9 +462,9 @@ async def test_a_forked_child_calls_with_a_client_of_its_own(caller: Caller, cod
         sys.executable, "-c", FORKS, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
-    await asyncio.wait_for(process.stdout.readline(), 40)
+    await asyncio.wait_for(process.stdout.readline(), patience(40))
     code.gate.set()
-    _, errors = await asyncio.wait_for(process.communicate(), 20)
+    _, errors = await asyncio.wait_for(process.communicate(), patience(20))
 
     assert process.returncode == 0, errors.decode()
     assert code.started == ["before", "warm", "child", "parent"]

@@ -7,8 +7,8 @@ import re
 import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,8 +25,10 @@ from qserve.broker.state import State
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.wire.messages import Signer
 from qserve.wire.spec import HttpSettings
+from tests.support.machine import patience
 from tests.support.servers import wait_until_accepting
 from tests.support.serving import free_port
+from tests.support.waiting import until, wait_until
 
 
 @pytest.fixture
@@ -47,21 +49,16 @@ def guarded_server() -> Iterator[int]:
             user guest on >guest ~* +ping +select\nlogfile {folder}/log""")
         server = subprocess.Popen([str(embedded.find_server()), str(config)])
         try:
-            wait_until_listening(port)
+            wait_until(partial(listens, port))
             yield port
         finally:
             server.kill()
             server.wait()
 
 
-def wait_until_listening(port: int) -> None:
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.01)
-    raise AssertionError(f"nothing listens on port {port}")
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 PING, ROLE = b"*1\r\n$4\r\nPING\r\n", b"*1\r\n$4\r\nROLE\r\n"
@@ -99,12 +96,6 @@ async def peer(tmp_path: Path) -> AsyncIterator[tuple[Peer, Connection, asyncio.
     connection.close()
     peer.transport.abort()
     server.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0)
 
 
 async def test_answers_come_in_the_order_of_the_commands(connection: Connection) -> None:
@@ -227,7 +218,7 @@ async def test_a_server_that_speaks_out_of_turn_is_not_listened_to(
 
     other.transport.write(noise)
 
-    await asyncio.wait_for(lost.wait(), 5)
+    await asyncio.wait_for(lost.wait(), patience(5))
 
 
 async def test_the_url_says_password_and_database(guarded_server: int) -> None:
@@ -307,7 +298,7 @@ async def test_a_link_comes_back_by_itself_and_tells_when(redis_server: str, red
 
     redis_client.client_kill_filter(_id=str(number))
 
-    await asyncio.wait_for(up.wait(), 10)
+    await asyncio.wait_for(up.wait(), patience(10))
     assert (ups, link.losses) == (2, 1)
     await link.stop()
 
@@ -321,7 +312,7 @@ def two_primaries() -> Iterator[list[int]]:
         servers = [subprocess.Popen([*command, str(port)]) for port in ports]
         try:
             for port in ports:
-                wait_until_listening(port)
+                wait_until(partial(listens, port))
             yield ports
         finally:
             for server in servers:
@@ -373,7 +364,7 @@ async def test_a_server_that_has_become_a_replica_is_given_up(lonely_server: str
             admin.execute_command("REPLICAOF", "127.0.0.1", "1")
             with pytest.raises(RedisError, match="READONLY"):
                 await connection.call("SET", "key", "2")
-            await asyncio.wait_for(lost.wait(), 5)
+            await asyncio.wait_for(lost.wait(), patience(5))
             with pytest.raises((RedisError, BrokerUnavailable), match=r"UNBLOCKED|lost"):
                 await waiting
             with pytest.raises(redis.ConnectionError, match="has become a read-only replica"):
@@ -439,10 +430,9 @@ def _started(command: list[str]) -> "subprocess.Popen[bytes]":
 
 
 async def _open_later(url: str) -> Connection:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
+    async def opened() -> Connection | None:
+        with contextlib.suppress(BrokerUnavailable):
             return await Connection.open(url)
-        except BrokerUnavailable:
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.05)
+        return None
+
+    return await until(opened)

@@ -18,6 +18,9 @@ from qserve.broker import embedded, redis_checks
 from qserve.broker.address import parse
 from qserve.broker.redis_checks import FAIL, OK, WARN, Finding, as_error, check_server, connect, judge, require_usable
 from qserve.errors import BrokerUnavailable, ConfigurationError
+from tests.support.machine import patience
+from tests.support.serving import free_port
+from tests.support.waiting import wait_until
 
 GOOD_INFO: dict[str, Any] = {
     "redis_version": "8.2.3",
@@ -69,13 +72,6 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
         process.wait()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def accepts(address: Any) -> bool:
     with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as probe:
         return probe.connect_ex(address) == 0
@@ -86,13 +82,6 @@ def as_user(url: str, name: str, *rules: str) -> str:
     with connect(url) as admin:
         admin.execute_command("ACL", "SETUSER", name, "on", ">pw", "~*", "+@all", *rules)
     return url.replace("redis://", f"redis://{name}:pw@")
-
-
-def wait_until(condition: Callable[[], bool], timeout: float = 10) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 def refusal(url: str) -> str:
@@ -280,7 +269,7 @@ def test_no_process_starts_on_a_server_that_would_lose_calls(start_server: Start
     url = start_server("--maxmemory-policy", "allkeys-lru")
     environment = os.environ | {"QSERVE_REDIS_URL": url}
     started = [sys.executable, "-m", *command]
-    done = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=40, check=False)
+    done = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=patience(40), check=False)
     assert done.returncode == 1
     assert "maxmemory-policy is allkeys-lru" in done.stderr
     assert "CONFIG SET maxmemory-policy noeviction" in done.stderr

@@ -33,6 +33,8 @@ from qserve.wire.messages import (
     encode,
 )
 from qserve.wire.spec import DeploymentSpec, GatewayInfo, HttpSettings, MiddlewareSpec, Target
+from tests.support.machine import patience
+from tests.support.waiting import wait_until
 
 
 class Process:
@@ -44,7 +46,7 @@ class Process:
         self.url = str(ready.get("url", ""))
 
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=10)
+        return httpx.Client(base_url=self.url, timeout=patience(10))
 
 
 Start = Callable[..., Process]
@@ -98,13 +100,6 @@ def deploy(state: State, name: str, route: str | None, **options: Any) -> str:
 def gateway(state: State) -> GatewayInfo:
     (info,) = state.gateways().values()
     return info
-
-
-def wait_until(true: Callable[[], bool], timeout_s: float = 5) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.001)
 
 
 class Replica:
@@ -184,7 +179,7 @@ def test_an_address_that_cannot_be_had_is_told_in_one_line(start: Start, host: s
         taken.listen()
         port = taken.getsockname()[1]
         failed = start("--host", host, "--port", str(port))
-    assert failed.process.wait(10) == 1
+    assert failed.process.wait(patience(10)) == 1
     assert failed.process.stderr is not None
     (line,) = failed.process.stderr.read().splitlines()
     assert line.startswith(f"cannot listen on {host}:{port}: ")
@@ -193,7 +188,7 @@ def test_an_address_that_cannot_be_had_is_told_in_one_line(start: Start, host: s
 
 def test_a_wrong_redis_password_is_told_and_ends_it(start: Start, settings: Settings) -> None:
     failed = start(QSERVE_REDIS_URL=settings.redis_url.replace("unix://", "unix://user:wrong@"))
-    assert failed.process.wait(10) == 1
+    assert failed.process.wait(patience(10)) == 1
     assert failed.ready["error"]
 
 
@@ -202,7 +197,7 @@ def test_two_gateways_share_a_port(start: Start) -> None:
     second = start("--reuse-port", "--port", str(first.ready["port"]))
     assert second.url == first.url
     first.process.terminate()
-    assert first.process.wait(10) == 0
+    assert first.process.wait(patience(10)) == 0
     with second.http() as http:
         assert http.get("/-/healthz").status_code == 200
 
@@ -225,7 +220,7 @@ def test_sigterm_lets_requests_in_flight_finish(start: Start, state: State, hell
         wait_until(lambda: state.gateways() == {})
         hello.reply(call, ok())
         assert answer.result().text == "ok"
-    assert process.process.wait(10) == 0
+    assert process.process.wait(patience(10)) == 0
     assert hello.redis.exists(hello.keys.inbox(call.reply_to), hello.keys.alive(call.reply_to)) == 0
 
 
@@ -284,7 +279,7 @@ def test_a_gateway_does_not_start_without_its_middlewares(start: Start, state: S
     """One of them may be what keeps strangers out."""
     state.set_http(HttpSettings(middlewares=(MiddlewareSpec(Target("no.such:Middleware")),)))
     failed = start()
-    assert failed.process.wait(10) == 1
+    assert failed.process.wait(patience(10)) == 1
     assert "no.such" in failed.ready["error"]
 
 
@@ -325,7 +320,7 @@ def test_a_queued_request_of_a_client_that_leaves_never_reaches_a_replica(
         connection.sendall(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n")
         wait_until(lambda: hello.waiting() == 1)
         time.sleep(after_s)  # before it is listened to, and after
-    wait_until(lambda: hello.waiting() == 0, timeout_s=1)
+    wait_until(lambda: hello.waiting() == 0, limit_s=1)
 
 
 def test_a_call_without_replicas_is_503_at_its_deadline(start: Start, state: State) -> None:

@@ -26,8 +26,10 @@ from qserve.calls.process_client import close_current_client
 from qserve.settings import Settings
 from qserve.wire.messages import Signer
 from qserve.wire.spec import DeploymentSpec, Target
+from tests.support.machine import patience
 from tests.support.servers import SECRET, Server
 from tests.support.serving import ROOT
+from tests.support.waiting import joined, wait_until
 
 CALLS = 500
 KILLS = 12
@@ -125,13 +127,13 @@ def test_every_call_ends_once_whatever_dies(server: Server) -> None:
             if kill == KILLS // 2:
                 server.kill()
                 server.start()
-        thread.join(60)
+        joined(thread, limit_s=60)
         assert submitted.is_set()
         assert len(accepted) > CALLS * 0.8
 
         close_current_client()  # another one collects
         refs = {number: serve.get_ref(call_id) for number, call_id in accepted.items()}
-        qserve.wait(list(refs.values()), num_returns=len(refs), timeout=30)
+        qserve.wait(list(refs.values()), num_returns=len(refs), timeout=patience(30))
         stuck = [ref for ref in refs.values() if not ref.done()]
         assert not stuck, "\n".join(str((ref.status(), _trace(state, ref.id))) for ref in stuck)
         assert {number: ref.result(0) for number, ref in refs.items() if ref.result(0) != number * 7} == {}
@@ -155,13 +157,7 @@ def _trace(state: State, call_id: str) -> object:
 
 def _nothing_is_left(state: State, starts: int) -> None:
     keys, client = state.keys, state.redis
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        left = (client.xlen(keys.calls("work")), client.zcard(keys.due("work")))
-        if left == (0, 0):
-            break
-        time.sleep(0.05)
-    assert left == (0, 0)
+    wait_until(lambda: (client.xlen(keys.calls("work")), client.zcard(keys.due("work"))) == (0, 0))
     assert client.xpending(keys.calls("work"), GROUP)["pending"] == 0
     assert client.xlen(keys.dead_letters("work")) == 0
     assert starts < CALLS * 3

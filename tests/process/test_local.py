@@ -8,8 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -21,7 +20,9 @@ from qserve.broker import embedded
 from qserve.deployments import local_instance
 from qserve.errors import ConfigurationError, NoInstanceError
 from tests.support.deployed import Pid
+from tests.support.machine import patience
 from tests.support.serving import ROOT
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +52,6 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if uses(process, str(folder))]
 
 
-def wait_for(condition: Callable[[], bool], timeout: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
 def driver(code: str) -> "subprocess.Popen[str]":
     """A driver script, which has run up to its `print` when this returns."""
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -84,8 +78,8 @@ class TestEnding:
         process.send_signal(signum)
         process.communicate()
 
-        wait_for(lambda: not processes_of(runtime))
-        wait_for(lambda: not list((runtime / "qserve").glob("*.json")))
+        wait_until(lambda: not processes_of(runtime))
+        wait_until(lambda: not list((runtime / "qserve").glob("*.json")))
 
     def test_a_driver_that_exits_has_stopped_everything_by_then(self, runtime: Path) -> None:
         driver(RUN.format(detached=False, then="")).communicate()
@@ -100,7 +94,7 @@ class TestEnding:
 
         os.kill(record.pid, signal.SIGKILL)
 
-        wait_for(lambda: not processes_of(runtime))
+        wait_until(lambda: not processes_of(runtime))
         with pytest.raises(NoInstanceError):
             local_instance.find_settings()
 
@@ -108,7 +102,7 @@ class TestEnding:
         driver(RUN.format(detached=True, then="")).communicate()
 
         assert list(serve.list_deployments()) == ["Pid"]
-        assert serve.get_deployment("Pid").get_handle().remote().result(20) > 0
+        assert serve.get_deployment("Pid").get_handle().remote().result(patience(20)) > 0
         serve.start()
         assert list(serve.list_deployments()) == ["Pid"]
         serve.shutdown()
@@ -132,7 +126,7 @@ class TestStarting:
     def test_without_http_handles_work(self, runtime: Path) -> None:
         handle = serve.run(Pid, http_options={"host": None})
         try:
-            assert handle.remote().result(20) > 0
+            assert handle.remote().result(patience(20)) > 0
             assert Pid.url is None
         finally:
             serve.shutdown()
@@ -150,7 +144,7 @@ class TestStarting:
     def test_two_drivers_at_once_share_one_instance(self, runtime: Path) -> None:
         code = RUN.format(detached=True, then="")
         both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
-        urls = {process.communicate(timeout=50)[0] for process in both}
+        urls = {process.communicate(timeout=patience(50))[0] for process in both}
 
         assert len(urls) == 1
         serve.shutdown()

@@ -17,7 +17,9 @@ from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, Call, Signer, encode
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.celery_calls.celery_tasks import Desk
-from tests.support.calling import LIMIT_S, calling, deploy, serving, until, within
+from tests.support.calling import LIMIT_S, calling, deploy, serving, within
+from tests.support.machine import patience
+from tests.support.waiting import until
 
 LIMIT = 20
 WORD = "a word that is longer than the limit"
@@ -115,7 +117,7 @@ async def test_of_a_durable_call(queue: State, small: Settings, payloads: Payloa
             on_admitted=admitted.set_result,
         )
         caller.client.durable.submit(submission)
-        assert await asyncio.wait_for(admitted, LIMIT_S) == submission.call.id
+        assert await asyncio.wait_for(admitted, patience(LIMIT_S)) == submission.call.id
 
     assert argument(queue, payloads, submitted(queue)) == WORD
 

@@ -24,7 +24,9 @@ from qserve.broker.state import State
 from qserve.settings import Settings
 from qserve.wire.spec import DEPLOY_FAILED, HEALTHY, DeploymentSpec, Target, WorkerInfo
 from qserve_workers.celery_app import broker_settings
+from tests.support.machine import patience
 from tests.support.serving import ROOT
+from tests.support.waiting import wait_until
 
 LONG_S = 30.0
 """How long a test waits for what takes a moment on an idle machine."""
@@ -85,7 +87,7 @@ class RunningWorker:
             capture_output=True,
             text=True,
             check=False,
-            timeout=LONG_S,
+            timeout=patience(LONG_S),
         ).stdout
 
     def events(self, event: str = "", **facts: Any) -> list[Event]:
@@ -110,12 +112,7 @@ class RunningWorker:
 
     def wait_for(self, what: Callable[[], Any], timeout_s: float = LONG_S) -> Any:
         """The first true answer."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if answer := what():
-                return answer
-            time.sleep(0.01)
-        raise AssertionError(f"waited in vain; the worker says:\n{self.output.read_text()}\n{self.log.read_text()}")
+        return wait_until(what, timeout_s, shows=lambda: f"{self.output.read_text()}\n{self.log.read_text()}")
 
     def wait_until(self, generation: int, state: str = HEALTHY) -> WorkerInfo:
         """The worker's word that it has reached a generation."""
@@ -202,7 +199,7 @@ def test_a_worker_refuses_what_it_cannot_serve(
     tmp_path: Path, settings: Settings, arguments: list[str], text: str
 ) -> None:
     worker = RunningWorker(tmp_path, settings, arguments, {}).start()
-    assert worker.process.wait(LONG_S) == 2
+    assert worker.process.wait(patience(LONG_S)) == 2
     said = " ".join(worker.output.read_text().split())
     assert text in said
     assert "Traceback" not in said
@@ -213,7 +210,7 @@ def test_a_worker_refuses_what_it_cannot_serve(
 def test_without_an_instance_the_command_says_so(tmp_path: Path, settings: Settings) -> None:
     nowhere = settings.model_copy(update={"redis_url": ""})
     worker = RunningWorker(tmp_path, nowhere, ["-Q", "Echo"], {}).start()
-    assert worker.process.wait(LONG_S) == 2
+    assert worker.process.wait(patience(LONG_S)) == 2
     assert "There is no instance running" in worker.output.read_text()
 
 
@@ -344,7 +341,7 @@ def test_sigterm_drains_and_a_second_one_to_all_does_not_cut_it_short(start_work
     os.killpg(worker.process.pid, signal.SIGTERM)
     worker.wait_for(lambda: len(worker.events("state", state="DRAINING")) >= 2)
     os.killpg(worker.process.pid, signal.SIGTERM)
-    assert worker.process.wait(LONG_S) == 0
+    assert worker.process.wait(patience(LONG_S)) == 0
     assert {e["pid"] for e in worker.events("drained")} >= replicas
     assert not any(map(is_alive, replicas))
     assert worker.info() is None
@@ -358,7 +355,7 @@ def test_ctrl_c_drains_and_a_second_one_ends_everything_now(
     worker.process.send_signal(signal.SIGINT)
     worker.wait_for(lambda: worker.events("state", state="DRAINING"))
     worker.process.send_signal(signal.SIGINT)
-    worker.process.wait(LONG_S)
+    worker.process.wait(patience(LONG_S))
     assert "Traceback" not in worker.output.read_text()
     assert not is_alive(replica)
     assert redis_client.hget(keys.heartbeats("Echo"), f"replica-{replica}") == b"dead"
@@ -379,7 +376,7 @@ def test_replicas_can_be_listed_stopped_and_drained_with_celery_commands(
     assert worker.events("drained", pid=pid)
 
     assert "of Echo drain, the worker ends" in worker.ask("control", "drain")
-    assert worker.process.wait(LONG_S) == 0
+    assert worker.process.wait(patience(LONG_S)) == 0
     assert worker.serving("a") == set()
     theirs: Any = redis_client.keys()
     assert [key for key in theirs if not key.startswith(b"qs:{test}:")] == []  # other Celery apps are not met
@@ -409,7 +406,7 @@ def test_a_worker_outlives_its_redis_and_looks_after_its_replicas_meanwhile(
         worker.wait_for(lambda: worker.serving("b") - {victim})
         assert "'state': 'SERVING'" in worker.wait_for(lambda: worker.ask("inspect", "replicas"))
         worker.process.send_signal(signal.SIGTERM)
-        assert worker.process.wait(LONG_S) == 0
+        assert worker.process.wait(patience(LONG_S)) == 0
     finally:
         valkey.kill()
         valkey.wait()
@@ -427,7 +424,7 @@ def test_a_worker_whose_redis_is_away_can_be_stopped(start_worker: StartWorker, 
     worker.wait_for(lambda: "Cannot reach Redis" in worker.output.read_text())
     [replica] = worker.serving("a")
     worker.process.send_signal(signal.SIGTERM)
-    assert worker.process.wait(LONG_S) == 0
+    assert worker.process.wait(patience(LONG_S)) == 0
     assert worker.events("drained", pid=replica)
     assert "Traceback" not in worker.output.read_text()
 
@@ -447,7 +444,7 @@ def test_a_real_replica_lives_in_the_pool(tmp_path: Path, settings: Settings, st
         os.kill(replica.pid, signal.SIGKILL)
         worker.wait_for(lambda: any(r.pid != replica.pid for r in state.replicas("Echo").values()))
         worker.process.send_signal(signal.SIGTERM)
-        assert worker.process.wait(LONG_S) == 0
+        assert worker.process.wait(patience(LONG_S)) == 0
     finally:
         worker.end()
 

@@ -15,7 +15,9 @@ from qserve.calls.ref import Ref, get, wait
 from qserve.errors import CallCancelled, GetTimeoutError
 from qserve.settings import Settings
 from qserve.wire.messages import ERROR, Reply
-from tests.support.calling import Caller, Code, calling, deploy, serving, until
+from tests.support.calling import Caller, Code, calling, deploy, serving
+from tests.support.machine import patience
+from tests.support.waiting import until
 
 
 def done(value: object) -> Ref[Any]:
@@ -36,16 +38,16 @@ class TestAsAFuture:
         for number, ref in enumerate(refs):
             threading.Timer(0.01, ref.set_result, [number]).start()
 
-        finished, late = concurrent.futures.wait(refs, timeout=10)
+        finished, late = concurrent.futures.wait(refs, timeout=patience(10))
 
         assert (finished, late) == (set(refs), set())
-        assert {ref.result() for ref in concurrent.futures.as_completed(refs, timeout=10)} == {0, 1, 2}
+        assert {ref.result() for ref in concurrent.futures.as_completed(refs, timeout=patience(10))} == {0, 1, 2}
 
     def test_a_cancelled_one_counts_as_done_to_them_at_once(self) -> None:
         ref: Ref[int] = Ref()
         threading.Timer(0.01, ref.cancel).start()
 
-        finished, _ = concurrent.futures.wait([ref], timeout=10)
+        finished, _ = concurrent.futures.wait([ref], timeout=patience(10))
 
         assert finished == {ref}
 
@@ -82,7 +84,7 @@ class TestAsAFuture:
         ref = failed(GetTimeoutError("over its deadline"))
 
         with pytest.raises(GetTimeoutError, match=r"^over its deadline$"):
-            ref.result(5)
+            ref.result(patience(5))
 
     def test_a_cancelled_one_is_told_apart(self) -> None:
         ref: Ref[int] = Ref()
@@ -118,14 +120,14 @@ class TestAwaiting:
         async def main() -> list[int]:
             tasks = [asyncio.create_task(task()) for _ in range(10)]
             await asyncio.sleep(0)
-            waiting.wait(10)
+            waiting.wait(patience(10))
             return await asyncio.gather(*tasks)
 
         with concurrent.futures.ThreadPoolExecutor(3) as threads:
             loops = [threads.submit(asyncio.run, main()) for _ in range(3)]
-            waiting.wait(10)
+            waiting.wait(patience(10))
             ref.set_result(1)
-            assert [each.result(10) for each in loops] == [[1] * 10] * 3
+            assert [each.result(patience(10)) for each in loops] == [[1] * 10] * 3
 
     async def test_awaiting_a_cancelled_one_says_so_and_cancels_nothing_else(self) -> None:
         ref: Ref[int] = Ref()
@@ -201,7 +203,7 @@ class TestGetAndWait:
         refs: list[Ref[int]] = [Ref() for _ in range(3)]
         threading.Timer(0.01, refs[1].set_result, [1]).start()
 
-        assert wait(refs, timeout=10) == ([refs[1]], [refs[0], refs[2]])
+        assert wait(refs, timeout=patience(10)) == ([refs[1]], [refs[0], refs[2]])
 
     @pytest.mark.parametrize("number", [0, 3])
     def test_wait_refuses_numbers_that_cannot_be(self, number: int) -> None:
@@ -257,7 +259,7 @@ class TestCalls:
         assert ref.result() == "x"
 
     async def test_other_threads_may_block_on_it(self, handle: "DeploymentHandle[Any]") -> None:
-        assert await asyncio.to_thread(lambda: handle.remote("x").result(10)) == "x"
+        assert await asyncio.to_thread(lambda: handle.remote("x").result(patience(10))) == "x"
 
     async def test_a_ref_says_what_it_calls(self, handle: "DeploymentHandle[Any]", code: Code) -> None:
         ref = handle.wait.remote("x")
@@ -281,7 +283,7 @@ class TestCalls:
         def race() -> int:
             refs = [handle.remote(n) for n in range(2000)]
             cancelled = {n for n in range(0, 2000, 3) if refs[n].cancel()}
-            concurrent.futures.wait(refs, 30)
+            assert not concurrent.futures.wait(refs, patience(30)).not_done
             for n, ref in enumerate(refs):
                 assert ref.cancelled() if n in cancelled else ref.result(0) == n
             return len(cancelled)

@@ -24,8 +24,9 @@ from qserve.errors import (
 )
 from qserve.settings import Settings
 from qserve.wire.messages import HTTP, PYTHON, Call, HttpRequest, Reply, Signer, decode_http_response, encode
-from tests.support.calling import Caller, calling, until, within
+from tests.support.calling import Caller, calling, within
 from tests.support.replicas import NAME, World
+from tests.support.waiting import until
 
 
 @pytest.fixture

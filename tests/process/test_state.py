@@ -5,7 +5,6 @@ import contextlib
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
@@ -29,6 +28,8 @@ from qserve.wire.spec import (
     NodeInfo,
     Target,
 )
+from tests.support.machine import patience
+from tests.support.waiting import wait_until
 
 
 def spec(name: str = "Echo", *, route: str | None = None, max_queued: int = 10) -> DeploymentSpec:
@@ -232,10 +233,10 @@ class TestFollowing:
                 waiting = asyncio.create_task(next_change(changes))
                 await asyncio.sleep(0)
             with valkey(folder):
-                change = await asyncio.wait_for(waiting, 10)
+                change = await asyncio.wait_for(waiting, patience(10))
                 assert change.kind == "resync"
                 state.deploy(spec("New"), expected=0)
-                assert (await asyncio.wait_for(anext(changes), 10)).name == "New"
+                assert (await asyncio.wait_for(anext(changes), patience(10))).name == "New"
                 state.close()
                 await changes.aclose()
 
@@ -256,10 +257,8 @@ async def next_change(changes: AsyncGenerator[Change, None]) -> Change:
 def valkey(folder: Path) -> Iterator[None]:
     """A server in a folder, for the length of the block."""
     process = subprocess.Popen(embedded.command(folder))
-    deadline = time.monotonic() + 10
     probe = State(embedded.redis_url(folder), Keys("test"), Signer())
-    while not probe.ping() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(probe.ping)
     probe.close()
     yield
     process.kill()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from qserve.calls.future import LightFuture
+from tests.support.waiting import joined
 
 
 def in_thread(action: Callable[[], object]) -> threading.Thread:
@@ -22,7 +23,7 @@ def test_a_blocked_thread_gets_the_result() -> None:
 
     future.set_result(3)
 
-    waiting.join(10)
+    joined(waiting)
     assert got == [3]
 
 
@@ -48,7 +49,7 @@ def test_wait_and_as_completed_see_every_kind_of_end(end: str) -> None:
     for future in futures:
         ends[end](future)
 
-    waiting.join(10)
+    joined(waiting)
     assert set(ended) == set(futures)
     assert concurrent.futures.wait(futures, timeout=10).not_done == set()
 
@@ -81,8 +82,7 @@ def test_only_one_of_many_racing_threads_settles_it() -> None:
         threads = [threading.Thread(target=settle, args=(start, future, number, wins)) for number in range(4)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join(10)
+        joined(*threads)
         assert wins == [future.result(0)]
 
 

@@ -111,13 +111,6 @@ async def within(future: "asyncio.Future[Outcome]", limit_s: float = LIMIT_S) ->
     return await asyncio.wait_for(future, limit_s)
 
 
-async def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
-    """Wait until something is so."""
-    async with asyncio.timeout(limit_s):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 def deploy(
     settings: Settings, name: str = "Echo", *, max_queued: int = 10_000, idempotent: bool = False
 ) -> DeploymentSpec:

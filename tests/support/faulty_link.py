@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any
 
 from qserve.broker.address import parse
+from tests.support.machine import patience
 
 _SEGMENT = 64 * 1024
 _RESET = struct.pack("ii", 1, 0)  # lingering for 0 seconds: the peer gets RST, as from a host that has restarted
@@ -154,7 +155,7 @@ class FaultyLink:
             self._run(all_of_them())
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(patience(10))
 
 
 class _Pair:

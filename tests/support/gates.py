@@ -3,14 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
-
-Found = TypeVar("Found")
-
-LIMIT_S = 30.0
-"""How long anything may take that a test waits for, on a busy machine."""
 
 
 class Gate:
@@ -55,19 +48,10 @@ class Notes:
 
     def wait_for(self, count: int) -> list[str]:
         """All lines, once there are that many."""
-        until(lambda: len(self.read()) >= count)
+        from tests.support.waiting import wait_until  # not at the top: replicas get this module by value
+
+        wait_until(lambda: len(self.read()) >= count, shows=self.read)
         return self.read()
-
-
-def until(condition: Callable[[], Found | None], limit_s: float = LIMIT_S) -> Found:
-    """What the condition gives once it is true."""
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.01)
-    raise AssertionError(f"it did not come about within {limit_s} s")
 
 
 def is_alive(pid: int) -> bool:

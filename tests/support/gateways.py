@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qserve.settings import Settings
+from tests.support.machine import patience
 from tests.support.raw_http import Address
 
 
@@ -32,7 +33,7 @@ class Gateway:
     def output(self) -> bytes:
         """Everything on its standard output, after it has been told to stop."""
         self.process.send_signal(signal.SIGTERM)
-        output, _ = self.process.communicate(timeout=20)
+        output, _ = self.process.communicate(timeout=patience(20))
         return output
 
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,17 +14,11 @@ from qserve.deployments.deployment import Deployment
 from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.spec import DeploymentSpec
+from tests.support.machine import patience
 from tests.support.serving import ROOT
+from tests.support.waiting import wait_until
 
 StartNode = Callable[..., "subprocess.Popen[bytes]"]
-
-
-def wait_for(condition: Callable[[], object], timeout: float = 30.0) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def spec(deployment: "Deployment[Any]") -> DeploymentSpec:
@@ -48,7 +41,7 @@ def start_node(settings: Settings, state: State) -> Iterator[StartNode]:
         node = subprocess.Popen(command, env=environment, cwd=ROOT)
         nodes.append(node)
         if wait:
-            wait_for(lambda: any(info.pid == node.pid for info in state.nodes().values()))
+            wait_until(lambda: any(info.pid == node.pid for info in state.nodes().values()))
         return node
 
     yield start
@@ -57,5 +50,5 @@ def start_node(settings: Settings, state: State) -> Iterator[StartNode]:
     for node in nodes:
         node.terminate()
     for node in nodes:
-        node.wait(40)
-    wait_for(lambda: not [child for child in children if child.is_running()], timeout=5)
+        node.wait(patience(40))
+    wait_until(lambda: not [child for child in children if child.is_running()], limit_s=5)

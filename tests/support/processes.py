@@ -14,6 +14,7 @@ from qserve.broker.state import State
 from qserve.settings import Settings
 from qserve.testing import TestInstance
 from qserve.wire.messages import Signer
+from tests.support.machine import patience
 
 
 def gateway_pid(instance: TestInstance) -> int:
@@ -72,7 +73,7 @@ def connect(instance: TestInstance, request: bytes) -> socket.socket:
     parts = urlsplit(instance.url)
     assert parts.hostname
     assert parts.port
-    connection = socket.create_connection((parts.hostname, parts.port), timeout=30)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=patience(30))
     connection.sendall(request.replace(b"HOST", parts.netloc.encode()))
     return connection
 

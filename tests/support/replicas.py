@@ -19,9 +19,10 @@ from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.messages import Signer
 from qserve.wire.spec import SERVING, STANDBY, DeploymentSpec, Target
-from tests.support.calling import until
+from tests.support.machine import patience
 from tests.support.replica_code import Books
 from tests.support.serving import ROOT
+from tests.support.waiting import until
 
 NAME = "Code"
 
@@ -69,7 +70,7 @@ class Host:
         self.process.send_signal(number)
 
     async def ended(self) -> int:
-        return await asyncio.to_thread(self.process.wait, 30)
+        return await asyncio.to_thread(self.process.wait, patience(30))
 
 
 class World:
@@ -107,7 +108,7 @@ class World:
 
     def bury(self, host: Host) -> None:
         """What a worker does when it has seen its child die."""
-        host.process.wait(10)
+        host.process.wait(patience(10))
         post_tombstone(self.redis, self.keys, NAME, host.id, self.signer)
 
     async def started(self, name: str, times: int = 1) -> None:

@@ -4,10 +4,10 @@ import secrets
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 from qserve.broker import embedded
+from tests.support.waiting import wait_until
 
 SECRET = "test-" + secrets.token_hex(16)
 
@@ -39,10 +39,10 @@ class Server:
 
 def wait_until_accepting(path: Path, valkey: "subprocess.Popen[bytes]") -> None:
     """Wait until a server that was just started answers on its socket."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and valkey.poll() is None:
+
+    def accepts() -> bool:
+        assert valkey.poll() is None, f"the Valkey on {path} has ended"
         with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(str(path)) == 0:
-                return
-        time.sleep(0.005)
-    raise AssertionError(f"the Valkey on {path} did not start")
+            return probe.connect_ex(str(path)) == 0
+
+    wait_until(accepts)

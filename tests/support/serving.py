@@ -7,13 +7,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.support.machine import patience
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,25 +69,24 @@ def serving(command: list[str], port: int, runtime: Path, folder: Path, ready: s
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            code = process.wait(40)
+            code = process.wait(patience(40))
         except subprocess.TimeoutExpired:
             process.kill()
             raise AssertionError(f"{command} did not end within 40 s of Ctrl-C:\n{output.read_text()}") from None
     assert code in (0, 130, -signal.SIGINT), output.read_text()
 
 
-def wait_for_answer(instance: Serving, path: str, timeout_s: float = 50) -> None:
-    """Until the path answers with a status below 500."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end and instance.process.poll() is None:
+def wait_for_answer(instance: Serving, path: str) -> None:
+    """Wait until the path answers with a status below 500."""
+
+    def answers() -> bool:
+        assert instance.process.poll() is None, instance.output.read_text()
         try:
-            urllib.request.urlopen(instance.url + path, timeout=5).close()
+            urllib.request.urlopen(instance.url + path, timeout=patience(5)).close()
         except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code != 404:
-                return
+            return error.code < 500 and error.code != 404
         except OSError:
-            pass
-        else:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path} did not answer:\n{instance.output.read_text()}")
+            return False
+        return True
+
+    wait_until(answers, 50, shows=instance.output.read_text)

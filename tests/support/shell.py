@@ -6,15 +6,15 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
+from tests.support.machine import patience
 from tests.support.serving import environment
 
 
@@ -108,7 +108,7 @@ class Running:
     def end(self, timeout: float = 40) -> int:
         """Its exit code, once it has ended."""
         code = self.process.wait(timeout)
-        self._reader.join(5)
+        self._reader.join(patience(5))
         return code
 
 
@@ -128,17 +128,10 @@ def background(shell: Shell, *arguments: str) -> Iterator[Running]:
 
 
 def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=20) as response:
+    with urllib.request.urlopen(url, timeout=patience(20)) as response:
         text: str = response.read().decode()
     return text
 
 
 def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
-
-
-def wait_until(condition: Callable[[], bool], timeout: float = 20) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)

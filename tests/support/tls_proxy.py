@@ -5,6 +5,8 @@ import socket
 import ssl
 import threading
 
+from tests.support.waiting import joined
+
 _HANDSHAKE = b"\x16"
 
 
@@ -36,8 +38,7 @@ class TlsProxy:
         for sock in self._open:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(10)
+        joined(*self._threads)
         for sock in self._open:
             sock.close()
 

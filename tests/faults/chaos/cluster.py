@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from qserve.settings import Settings
 from tests.faults.chaos import app
 from tests.faults.failover.sentinels import Failover
 from tests.support.serving import ROOT, free_port
+from tests.support.waiting import wait_until
 
 _MARK = "QSERVE_CHAOS_CLUSTER"
 _START_S = 60.0
@@ -70,17 +70,16 @@ class Server:
     def start(self) -> None:
         """Start it, again perhaps, and wait until it answers."""
         self.process = subprocess.Popen(self._command, env={**os.environ, **self._environment})
-        path = str(embedded.socket_path(self._folder))
-        deadline = time.monotonic() + _START_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
-                probe.connect(path)
-                probe.settimeout(1)
-                probe.sendall(b"PING\r\n")
-                if probe.recv(64).startswith(b"+PONG"):
-                    return
-            time.sleep(0.005)
-        raise AssertionError(f"the server did not start: {(self._folder / 'valkey.log').read_text()}")
+        wait_until(self._answers, _START_S, shows=(self._folder / "valkey.log").read_text)
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, (self._folder / "valkey.log").read_text()
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+            probe.connect(str(embedded.socket_path(self._folder)))
+            probe.settimeout(1)
+            probe.sendall(b"PING\r\n")
+            return probe.recv(64).startswith(b"+PONG")
+        return False
 
     def signal(self, number: int) -> None:
         """Send it a signal."""
@@ -252,10 +251,7 @@ class Cluster:
         return sum(each.state == "SERVING" and psutil.pid_exists(each.pid) for each in infos)
 
     def _wait(self, what: str, condition: Callable[[], bool], timeout_s: float = _START_S) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, f"waited in vain until {what}\n{self.logs()}"
-            time.sleep(0.05)
+        wait_until(condition, timeout_s, shows=lambda: f"waited until {what}\n{self.logs()}")
 
 
 def end_everything() -> None:

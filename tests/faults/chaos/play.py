@@ -301,7 +301,7 @@ def _start(cluster: Cluster, task: Task) -> "subprocess.Popen[bytes]":
         )
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+def came_true(condition: Callable[[], bool], seconds: float) -> bool:
     """Whether something came true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -323,7 +323,7 @@ def queues_are_empty(evidence: Evidence) -> None:
                 found[name] = (length, int(pending))
         return found
 
-    if not wait_until(lambda: not left(), _QUIET_S):
+    if not came_true(lambda: not left(), _QUIET_S):
         evidence.fail(f"queued and pending entries are left: {left()}")
 
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +14,11 @@ import httpx
 import psutil
 import pytest
 
+from tests.support.machine import patience
 from tests.support.servers import SECRET, Server
 from tests.support.serving import free_port
 from tests.support.shell import Running, Shell
+from tests.support.waiting import wait_until
 
 APP = """
     import os, time
@@ -62,16 +63,15 @@ class Machine:
     def __init__(self, shell: Shell) -> None:
         self.port = free_port()
         self.node = Running(shell, "start", "--gateway", "--port", str(self.port))
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=patience(30))
 
     def wait(self) -> None:
-        deadline = time.monotonic() + 40
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.HTTPError):
-                if "/work" in self.http.get("/-/routes").text:
-                    return
-            time.sleep(0.05)
-        raise AssertionError(self.node.output)
+        wait_until(self._serves, 40, shows=lambda: self.node.output)
+
+    def _serves(self) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return "/work" in self.http.get("/-/routes").text
+        return False
 
     def kill(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -79,7 +79,7 @@ class Machine:
             for each in [process, *process.children(recursive=True)]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     os.kill(each.pid, signal.SIGKILL)
-        self.node.process.wait(20)
+        self.node.process.wait(patience(20))
         self.http.close()
 
 
@@ -108,20 +108,22 @@ def python(shell: Shell, code: str) -> str:
         env=shell.environment,
         capture_output=True,
         text=True,
-        timeout=40,
+        timeout=patience(40),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def wait_for_runs(shell: Shell, count: int) -> list[str]:
+    """The calls that were started, once there are that many."""
+    return wait_until(
+        lambda: started if len(started := _runs(shell)) >= count else None, 40, shows=lambda: _runs(shell)
+    )
+
+
+def _runs(shell: Shell) -> list[str]:
     runs = shell.folder / "runs"
-    deadline = time.monotonic() + 40
-    while time.monotonic() < deadline:
-        if runs.exists() and len(runs.read_text().split()) >= count:
-            return runs.read_text().split()
-        time.sleep(0.02)
-    raise AssertionError(f"{count} calls were not started")
+    return runs.read_text().split() if runs.exists() else []
 
 
 @pytest.mark.timeout(180)

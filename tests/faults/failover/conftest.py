@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from qserve.calls import process_client
-from tests.faults.failover.sentinels import Failover, wait_until
+from tests.faults.failover.sentinels import Failover
+from tests.support.machine import patience
 from tests.support.servers import SECRET
 from tests.support.serving import free_port
 from tests.support.shell import Running, Shell
+from tests.support.waiting import wait_until
 
 APP = """
     from qserve import serve
@@ -82,7 +84,9 @@ def assert_control_works(shell: Shell) -> None:
     command = [sys.executable, "-m", "celery", "-A", "qserve_workers", "inspect", "ping", "--timeout", "1"]
 
     def answer() -> str:
-        done = subprocess.run(command, env=shell.environment, capture_output=True, text=True, timeout=40, check=False)
+        done = subprocess.run(
+            command, env=shell.environment, capture_output=True, text=True, timeout=patience(40), check=False
+        )
         return done.stdout
 
     wait_until(lambda: "pong" in answer())

@@ -10,6 +10,8 @@ import httpx
 import qserve
 from qserve import serve
 from qserve.errors import QServeError
+from tests.support.machine import patience
+from tests.support.waiting import joined
 
 _TIMEOUT_S = 20.0
 
@@ -41,9 +43,7 @@ class Load:
 
     def __exit__(self, *_exc: object) -> None:
         self._over.set()
-        for thread in self._threads:
-            thread.join(_TIMEOUT_S + 10)
-        assert not any(thread.is_alive() for thread in self._threads), "a call never ended"
+        joined(*self._threads, limit_s=_TIMEOUT_S + 10)
 
     def answered_since(self, moment: float) -> set[str]:
         """The kinds of call of which one was made, and answered as it should be, after a moment."""
@@ -65,11 +65,11 @@ class Load:
 
     def _handle(self, value: int) -> str:
         handle = serve.get_deployment("echo").get_handle()
-        answer = qserve.get(handle.options(timeout_s=_TIMEOUT_S).remote(value))
+        answer = qserve.get(handle.options(timeout_s=patience(_TIMEOUT_S)).remote(value))
         return "" if answer == value else f"swapped: {answer!r}"
 
     def _durable(self, value: int) -> str:
-        handle = serve.get_deployment("echo").get_handle().options(durable=True, timeout_s=_TIMEOUT_S)
+        handle = serve.get_deployment("echo").get_handle().options(durable=True, timeout_s=patience(_TIMEOUT_S))
         ref = handle.remote(value)
         self.refs.append((value, ref.id))
         answer = qserve.get(ref)

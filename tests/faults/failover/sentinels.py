@@ -3,8 +3,7 @@
 import contextlib
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,7 +11,9 @@ from urllib.parse import quote
 import redis
 
 from qserve.broker import embedded
+from tests.support.machine import patience
 from tests.support.serving import free_port
+from tests.support.waiting import wait_until
 
 USER, PASSWORD = "calls", "p@ss/w:rd?#%"
 SENTINEL_PASSWORD = "sesame/1"
@@ -58,7 +59,9 @@ class Server:
     @contextlib.contextmanager
     def client(self, username: str | None = USER, password: str = PASSWORD) -> Iterator["redis.Redis"]:
         """To this very server, whatever its role."""
-        with redis.Redis(port=self.port, username=username, password=password, protocol=2, socket_timeout=5) as client:
+        with redis.Redis(
+            port=self.port, username=username, password=password, protocol=2, socket_timeout=patience(5)
+        ) as client:
             yield client
 
     def role(self) -> str:
@@ -125,10 +128,3 @@ class Failover:
             healthy = [each for each in replicas if each["master-link-status"] == "ok" and not each["is_sdown"]]
             return bool(state["num-other-sentinels"] == 2 and healthy)
         return False
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)

@@ -10,9 +10,11 @@ import pytest
 
 from tests.faults.failover.conftest import Instance, assert_control_works
 from tests.faults.failover.load import Load
-from tests.faults.failover.sentinels import PASSWORD, SENTINEL_PASSWORD, Failover, wait_until
+from tests.faults.failover.sentinels import PASSWORD, SENTINEL_PASSWORD, Failover
+from tests.support.machine import patience
 from tests.support.serving import free_port
 from tests.support.shell import Shell
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.usefixtures("own_calls"), pytest.mark.timeout(150)]
 
@@ -82,12 +84,12 @@ def run_by_hand(shell: Shell) -> None:
     finally:
         for process in started:
             process.terminate()
-        assert [process.wait(30) for process in started] == [0, 0]
+        assert [process.wait(patience(30)) for process in started] == [0, 0]
 
 
 def answers(url: str, text: str) -> bool:
     """Whether a GET is answered like this."""
     try:
-        return httpx.get(url, timeout=20).text == text
+        return httpx.get(url, timeout=patience(20)).text == text
     except httpx.HTTPError:
         return False

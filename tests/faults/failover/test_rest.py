@@ -8,7 +8,8 @@ import pytest
 
 from qserve.broker import redis_clients
 from qserve.broker.address import Address, Broker
-from tests.faults.failover.sentinels import DATA, LOGIN, SERVICE, Server, wait_until
+from tests.faults.failover.sentinels import DATA, LOGIN, SERVICE, Server
+from tests.support.waiting import wait_until
 
 URL = f"redis+sentinel://{LOGIN}@nowhere/{SERVICE}"
 

@@ -24,11 +24,13 @@ from qserve.settings import Settings
 from qserve.wire.messages import Signer
 from qserve_workers.celery_app import App
 from tests.faults.failover.conftest import APP, assert_control_works
-from tests.faults.failover.sentinels import DATA, LOGIN, PASSWORD, SENTINEL_LOGIN, SERVICE, Server, sentinel, wait_until
+from tests.faults.failover.sentinels import DATA, LOGIN, PASSWORD, SENTINEL_LOGIN, SERVICE, Server, sentinel
+from tests.support.machine import patience
 from tests.support.servers import SECRET
 from tests.support.serving import free_port, runtime_folder
 from tests.support.shell import Running, Shell
 from tests.support.tls_proxy import TlsProxy
+from tests.support.waiting import wait_until
 
 
 class Secured:
@@ -185,7 +187,7 @@ def test_every_process_serves_over_tls_with_sentinels(shell: Shell, secured: Sec
     running = Running(shell, "run", "app", "--port", str(port))
     try:
         running.wait_for("Ctrl-C stops it")
-        assert httpx.get(f"http://127.0.0.1:{port}/echo?value=9", timeout=20).text == "9"
+        assert httpx.get(f"http://127.0.0.1:{port}/echo?value=9", timeout=patience(20)).text == "9"
         assert shell.run("call", "echo", "3").stdout.strip() == "3"
         assert_control_works(shell)
     finally:
@@ -206,7 +208,7 @@ def test_commands_say_what_is_wrong_with_a_certificate(shell: Shell, secured: Se
             env=shell.environment,
             capture_output=True,
             text=True,
-            timeout=40,
+            timeout=patience(40),
             check=False,
         )
         assert done.returncode == 1

@@ -13,8 +13,9 @@ from http.client import HTTPException
 
 from qserve.wire.call_record import Options, Terms
 from tests.faults.failpoints.stage import GHOST, LIMIT_S, NAME, Said, Stage, Victim
-from tests.support.calling import until
+from tests.support.machine import patience
 from tests.support.serving import free_port
+from tests.support.waiting import until
 
 DIED, BROKEN, POISON = "ReplicaDied", "StreamBroken", "PoisonCall"
 Play = Callable[[Stage, "Row"], Awaitable[None]]
@@ -165,7 +166,7 @@ async def gateway_dies(stage: Stage, row: Row) -> None:
 
 
 def _get(url: str) -> str:
-    with contextlib.suppress(OSError, HTTPException), urllib.request.urlopen(url, timeout=LIMIT_S) as answer:
+    with contextlib.suppress(OSError, HTTPException), urllib.request.urlopen(url, timeout=patience(LIMIT_S)) as answer:
         return str(answer.status)
     return ""
 

@@ -38,8 +38,10 @@ from qserve_workers.replica.mover import Mover
 from qserve_workers.replica.takeover import Takeover
 from qserve_workers.replica.user_code import UserCode
 from tests.faults.failpoints.work import LARGE
-from tests.support.calling import Caller, until
+from tests.support.calling import Caller
+from tests.support.machine import patience
 from tests.support.serving import ROOT
+from tests.support.waiting import until
 
 NAME = "Work"
 GHOST = "ghost"
@@ -91,7 +93,7 @@ class Victim:
 
     async def ended(self) -> None:
         """Wait until it has."""
-        await asyncio.wait_for(asyncio.to_thread(self.process.wait, LIMIT_S), LIMIT_S)
+        await asyncio.wait_for(asyncio.to_thread(self.process.wait, patience(LIMIT_S)), patience(LIMIT_S))
 
 
 class Stage:
@@ -207,7 +209,7 @@ class Stage:
             kind=PYTHON,
             method=method,
             payload=_codec.pack_call((method, bytes(LARGE)) if large else (method,), {}),
-            timeout_s=LIMIT_S,
+            timeout_s=patience(LIMIT_S),
             safe=safe,
             on_outcome=ended.set_result,
         )
@@ -225,7 +227,7 @@ class Stage:
                 kind=STREAM,
                 method="parts",
                 payload=payload,
-                timeout_s=LIMIT_S,
+                timeout_s=patience(LIMIT_S),
                 safe=False,
                 on_outcome=on_outcome,
             )
@@ -241,7 +243,7 @@ class Stage:
                 return Said(got, type(exc).__name__)
             return Said(got)
 
-        return asyncio.wait_for(read(), LIMIT_S)
+        return asyncio.wait_for(read(), patience(LIMIT_S))
 
     async def submit(self, method: str = "work", options: Options | None = None) -> tuple[str, Awaitable[Said]]:
         """Submit a durable call; its id, and how it will end."""
@@ -272,7 +274,7 @@ class Stage:
         return str(task.id)
 
     async def _said(self, ended: "asyncio.Future[Outcome]") -> Said:
-        outcome = await asyncio.wait_for(ended, LIMIT_S)
+        outcome = await asyncio.wait_for(ended, patience(LIMIT_S))
         assert isinstance(outcome, Reply | QServeError)
         try:
             return Said(self.caller.value(outcome))

@@ -16,9 +16,10 @@ import redis
 from qserve.calls.pending import Outcome, PendingCall
 from qserve.settings import Settings
 from qserve.wire.spec import SERVING
-from tests.support.calling import Caller, calling, until, within
+from tests.support.calling import Caller, calling, within
 from tests.support.faulty_link import FaultyLink
 from tests.support.gateways import Gateway, gateway
+from tests.support.machine import patience
 from tests.support.replicas import NAME, Host, World
 from tests.support.servers import SECRET, Server
 
@@ -56,7 +57,7 @@ class System:
         return self.stack.enter_context(gateway(settings or self.settings, **variables))
 
     def client(self, served: Gateway) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=served.ready["url"], timeout=PATIENCE_S)
+        return httpx.AsyncClient(base_url=served.ready["url"], timeout=patience(PATIENCE_S))
 
     def depth(self) -> int:
         return int(self.world.redis.xlen(self.world.keys.calls(NAME)))
@@ -121,4 +122,4 @@ class Stopwatch:
         return time.monotonic() - self._began
 
 
-__all__ = ["NAME", "calling", "until"]
+__all__ = ["NAME", "calling"]

@@ -5,8 +5,10 @@ import asyncio
 import pytest
 
 from qserve.errors import Indeterminate, ReplicaDied
-from tests.faults.failures.systems import Stopwatch, ask, calling, outcome, put, system, until, value
+from tests.faults.failures.systems import Stopwatch, ask, calling, outcome, put, system, value
 from tests.support.calling import Caller
+from tests.support.machine import patience
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -28,7 +30,7 @@ async def test_a_replica_that_is_cut_off_loses_its_calls_and_its_late_results_ar
         await until(lambda: "fallen silent" in parted.log.read_text())
         starts = len(it.world.books.starts())
         link.heal()
-        await asyncio.wait_for(serves(caller, parted.pid), 30)
+        await asyncio.wait_for(serves(caller, parted.pid), patience(30))
         it.world.books.gate.open()
 
         assert await value(caller, safe) == "safe"
@@ -41,8 +43,11 @@ async def test_a_replica_that_is_cut_off_loses_its_calls_and_its_late_results_ar
 
 async def serves(caller: Caller, pid: int) -> None:
     """Until that replica answers calls again."""
-    while await value(caller, put(caller, "pid", None)[1]) != pid:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
+
+    async def answers() -> bool:
+        return bool(await value(caller, put(caller, "pid", None)[1]) == pid)
+
+    await until(answers)
 
 
 async def test_a_half_open_line_of_a_gateway_and_a_handle_is_given_up_and_their_calls_end_once() -> None:

@@ -14,9 +14,10 @@ from qserve.errors import ReplicaDied
 from qserve.settings import Settings
 from qserve.wire.messages import PYTHON, Call, encode
 from qserve_workers.replica.takeover import Takeover
-from tests.faults.failures.systems import NAME, System, ask, calling, put, system, until, value
+from tests.faults.failures.systems import NAME, System, ask, calling, put, system, value
 from tests.support.calling import deploy, serving
 from tests.support.replicas import Host
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from tests.faults.durable.test_restarts import deploy, machine
 from tests.support.servers import SECRET, Server
 from tests.support.shell import Shell
+from tests.support.waiting import wait_until
 
 APP = """
     import os
@@ -59,12 +59,13 @@ def test_the_same_processes_serve_on_after_the_server_forgot_them(shell: tuple[S
 
 def ask(http: httpx.Client) -> str:
     """The answer, as soon as there is one: no 404 is given meanwhile."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+
+    def answer() -> str | None:
         with contextlib.suppress(httpx.TransportError):
             response = http.get("/work")
             if response.status_code == 200:
                 return response.text
             assert response.status_code == 503, response.text
-        time.sleep(0.05)
-    raise AssertionError("nobody serves")
+        return None
+
+    return wait_until(answer, 60)

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from qserve.broker import embedded
 from qserve.broker.acl import ROLES
 from qserve.cli.redis_acl import redis_acl
+from tests.support.machine import patience
 from tests.support.servers import wait_until_accepting
 from tests.support.serving import ROOT, free_port
 
@@ -65,7 +66,7 @@ class Guarded:
             env=self.environment(role, **more),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=patience(60),
             check=False,
         )
 
@@ -144,7 +145,7 @@ def guarded(
             process.terminate()
         for process in found.processes:
             try:
-                process.wait(30)
+                process.wait(patience(30))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

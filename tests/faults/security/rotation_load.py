@@ -6,6 +6,7 @@ import threading
 
 import qserve
 from qserve import serve
+from tests.support.machine import patience
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     while not stop.is_set():
         refs = [handle.remote(done), durable.remote(done), handle.remote("x" * 300_000)]
         try:
-            assert qserve.get(refs, timeout=30)[:2] == [done, done]
+            assert qserve.get(refs, timeout=patience(30))[:2] == [done, done]
             assert list(handle.options(stream=True).count.remote(3)) == [0, 1, 2]
         except Exception as exc:
             failed.append(repr(exc))

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import redis
 
 from qserve.broker.keys import Keys
 from qserve.broker.state import State
-from qserve.calls.pending import Outcome
+from qserve.calls.pending import Outcome, PendingCall
 from qserve.durable.submitting import Watcher
 from qserve.errors import FrameRejected, QServeError
 from qserve.settings import Settings
@@ -20,11 +21,16 @@ from qserve.wire.messages import CHUNK, CONTROL, PYTHON, VALUE, Blob, Reply, Sig
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.replica.mover import Mover
 from tests.faults.security import bad_frames as table
-from tests.support.calling import Caller, calling, deploy, serving, until, within
+from tests.support.calling import Caller, calling, deploy, serving, within
+from tests.support.waiting import until
 
 FLIPS = 10_000
 IGNORED_CONTROLS = 2
 """Control messages are for replicas; other processes do not even look at them."""
+
+
+def is_put(call: PendingCall) -> bool:
+    return call.entry is not None
 
 
 def rejected(client: "redis.Redis", keys: Keys) -> int:
@@ -118,7 +124,7 @@ class TestReplica:
             pending = []
             for frame in frames.values():
                 call, outcome = caller.call("x" * settings.out_of_line_bytes)
-                await until(lambda call=call: call.entry is not None)  # type: ignore[misc]
+                await until(partial(is_put, call))
                 redis_client.set(keys.payload(call.id), frame)
                 pending.append(outcome)
             async with serving(settings, spec) as (_, code):

@@ -17,7 +17,8 @@ from qserve.settings import Settings
 from qserve.wire.names import is_name
 from tests.faults.security import bad_frames as table
 from tests.faults.security.guarded import NAMESPACE, Guarded, guarded
-from tests.support.nodes import wait_for
+from tests.support.machine import patience
+from tests.support.waiting import wait_until
 
 KEYS = Keys(NAMESPACE)
 
@@ -38,7 +39,7 @@ def instance() -> Iterator[Guarded]:
 def post(instance: Guarded, path: str = "/Echo", headers: dict[str, str] | None = None) -> tuple[int, bytes]:
     request = urllib.request.Request(instance.gateway_url + path, b"abc", headers or {})
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=patience(30)) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -69,10 +70,10 @@ def test_nothing_that_is_pushed_anywhere_comes_to_anything(instance: Guarded, tm
         for name, place in table.PLACES.items():
             for frame in frames.values():
                 place(client, aim, frame)
-            wait_for(lambda: client.xlen(KEYS.calls("Echo")) == 0)
+            wait_until(lambda: client.xlen(KEYS.calls("Echo")) == 0)
             assert post(instance) == (200, b"3"), name
             assert family(instance) >= before, f"{name}: {instance.log('node')[-3000:]}"
-        wait_for(lambda: int(cast("bytes", client.hget(KEYS.counters, "rejected_frames")) or 0) > 5 * len(frames))
+        wait_until(lambda: int(cast("bytes", client.hget(KEYS.counters, "rejected_frames")) or 0) > 5 * len(frames))
         assert client.xlen(KEYS.dead_letters("Echo")) >= 4 * len(frames)
         status = instance.run("metrics", "qserve.cli", "status")
         assert status.returncode == 0, status.stderr

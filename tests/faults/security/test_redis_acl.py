@@ -17,6 +17,7 @@ from qserve.broker.acl import ROLES
 from qserve.broker.keys import Keys
 from qserve.cli import main
 from tests.faults.security.guarded import Guarded, guarded
+from tests.support.machine import patience
 
 FORBIDDEN = (
     *("KEYS *", "SCAN 0", "FLUSHALL", "FLUSHDB", "CONFIG GET *", "CONFIG SET maxmemory 1", "DEBUG SLEEP 0"),
@@ -52,7 +53,7 @@ def instance() -> Iterator[Guarded]:
 def test_everything_works_and_nothing_is_refused(instance: Guarded) -> None:
     called = instance.run("client", "tests.faults.security.guarded_client")
     assert called.returncode == 0, called.stderr
-    with httpx.Client(base_url=instance.gateway_url, timeout=30) as http:
+    with httpx.Client(base_url=instance.gateway_url, timeout=patience(30)) as http:
         assert http.get("/Echo").json() == 0
         assert http.post("/Echo", content=b"x" * 2_000_000).json() == 2_000_000
         assert len(http.get("/Echo/stream").content) == 100_000

@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from tests.faults.security.guarded import NAMESPACE, Guarded, guarded
-from tests.support.nodes import wait_for
+from tests.support.machine import patience
 from tests.support.serving import ROOT, free_port
+from tests.support.waiting import wait_until
 
 MARK = "canary"
 
@@ -49,10 +50,10 @@ class Shift:
             *("gateway", f"gateway-{number}", "qserve_gateway", "--port", "0", "--ready-file", str(self.ready)),
             QSERVE_SECRET=keys,
         )
-        wait_for(lambda: self.ready.exists() and self.ready.read_text().endswith("}\n"))
-        wait_for(lambda: len(nodes(instance)) > before)
+        wait_until(lambda: self.ready.exists() and self.ready.read_text().endswith("}\n"))
+        wait_until(lambda: len(nodes(instance)) > before)
         if number:
-            wait_for(lambda: serving(instance) > before)
+            wait_until(lambda: serving(instance) > before)
         self.url = json.loads(self.ready.read_text())["url"]
         self.keys = keys
 
@@ -71,14 +72,14 @@ class Shift:
     def end(self) -> dict[str, Any]:
         """Node, program and gateway leave, in this order, while others serve; what the calls came to."""
         self.node.terminate()
-        self.node.wait(40)
+        self.node.wait(patience(40))
         return self.finish()
 
     def finish(self) -> dict[str, Any]:
         """The program and the gateway leave; what the calls came to."""
-        output, _ = self.load.communicate(timeout=40)
+        output, _ = self.load.communicate(timeout=patience(40))
         self.gateway.terminate()
-        self.gateway.wait(40)
+        self.gateway.wait(patience(40))
         return cast("dict[str, Any]", json.loads(output))
 
 
@@ -108,7 +109,7 @@ def test_keys_change_under_load_and_no_call_is_lost(folder: Path) -> None:
             following.call()
             for url in (shift.url, following.url):
                 for _ in range(20):
-                    assert urllib.request.urlopen(f"{url}/Echo", b"abc", timeout=30).read() == b"3"
+                    assert urllib.request.urlopen(f"{url}/Echo", b"abc", timeout=patience(30)).read() == b"3"
             outcome = shift.end()
             assert outcome["failed"] == []
             assert outcome["done"] > 3
@@ -156,7 +157,7 @@ def test_no_secret_is_where_it_does_not_belong(folder: Path) -> None:
             for key in cast("list[bytes]", admin.keys("*")):
                 shown += [key.decode(errors="replace"), repr(admin.dump(key))]
             admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-        wait_for(lambda: "again" in instance.log("gateway"))
+        wait_until(lambda: "again" in instance.log("gateway"))
     shown += [path.read_text(errors="replace") for path in folder.glob("*.log")]
     assert len(shown) > 60
     assert [each[max(0, each.index(MARK) - 200) :][:400] for each in shown if MARK in each] == []
@@ -169,7 +170,7 @@ def text(done: "subprocess.CompletedProcess[str]") -> str:
 def body(url: str, headers: dict[str, str]) -> str:
     """Head and body of a response, whatever its status."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=patience(30)) as response:
             return f"{response.headers}{response.read()!r}"
     except urllib.error.HTTPError as error:
         with error:

@@ -6,7 +6,9 @@ from starlette.requests import Request
 
 import qserve
 from qserve import serve
-from tests.support.gates import LIMIT_S, Gate, Notes, until
+from tests.support.gates import Gate, Notes
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -34,8 +36,8 @@ def test_calls_of_many_callers_are_batched_over_handles_and_http(http: httpx.Cli
 
     refs = [handle.remote(number) for number in range(20)]
 
-    assert qserve.get(refs, timeout=LIMIT_S) == [2 * number for number in range(20)]
-    sizes = qserve.get(handle.seen.remote(), timeout=LIMIT_S)
+    assert qserve.get(refs, timeout=patience(LIMIT_S)) == [2 * number for number in range(20)]
+    sizes = qserve.get(handle.seen.remote(), timeout=patience(LIMIT_S))
     assert sum(sizes) == 20
     assert len(sizes) < 20
     assert max(sizes) <= 5
@@ -64,13 +66,13 @@ def test_an_exception_fails_all_calls_of_the_batch_with_its_class(gate: Gate, no
     handle = Fails.get_handle()
 
     refs = [handle.remote(number) for number in range(2)]
-    until(lambda: len(notes.read()) == 2)
+    wait_until(lambda: len(notes.read()) == 2)
     assert not any(ref.done() for ref in refs)  # the batch waits for its third
     refs.append(handle.remote(2))
 
     for ref in refs:
         with pytest.raises(ZeroDivisionError):
-            ref.result(LIMIT_S)
+            ref.result(patience(LIMIT_S))
     for ref in [handle.wrong.remote(number) for number in range(2)]:
         with pytest.raises(qserve.QServeError, match="The input list has length 2 but the returned list has length 1"):
-            ref.result(LIMIT_S)
+            ref.result(patience(LIMIT_S))

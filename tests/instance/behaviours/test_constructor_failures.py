@@ -12,7 +12,9 @@ from qserve import serve
 from qserve.deployments import deploying
 from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
-from tests.support.gates import LIMIT_S, Gate, Notes, is_alive, until
+from tests.support.gates import Gate, Notes, is_alive
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S, wait_until
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -35,7 +37,7 @@ def test_a_constructor_that_always_raises_is_given_up_after_three_attempts_per_r
     assert "no model here" in str(caught.value)
     assert len(notes.read()) >= 3 * replicas
     assert "Fails" not in serve.list_deployments()
-    until(lambda: not any(is_alive(int(pid)) for pid in notes.read()))
+    wait_until(lambda: not any(is_alive(int(pid)) for pid in notes.read()))
 
 
 @pytest.mark.usefixtures("qserve_instance")
@@ -56,7 +58,7 @@ def test_once_a_replica_is_up_the_others_are_tried_again_under_new_tags(notes: N
 
     tags = notes.read()
     assert len(set(tags)) == len(tags) == 3
-    found = set(qserve.get([OneIsUnlucky.get_handle().remote() for _ in range(20)], timeout=LIMIT_S))
+    found = set(qserve.get([OneIsUnlucky.get_handle().remote() for _ in range(20)], timeout=patience(LIMIT_S)))
     assert found == set(tags[1:])
     assert all(tag.startswith("OneIsUnlucky#") for tag in tags)
 
@@ -75,7 +77,7 @@ def test_a_failure_that_passes_does_not_fail_the_deploy(notes: Notes) -> None:
 
     Transient.deploy()
 
-    assert Transient.get_handle().remote().result(LIMIT_S) == "here"
+    assert Transient.get_handle().remote().result(patience(LIMIT_S)) == "here"
     assert notes.read() == ["attempt"] * 2
 
 
@@ -92,7 +94,7 @@ def test_replicas_are_constructed_side_by_side(notes: Notes) -> None:
 
     WaitsForTheOther.deploy()
 
-    assert WaitsForTheOther.get_handle().remote().result(LIMIT_S) == "both"
+    assert WaitsForTheOther.get_handle().remote().result(patience(LIMIT_S)) == "both"
 
 
 def test_the_traceback_is_in_the_log_under_the_deployments_name(qserve_instance: TestInstance) -> None:
@@ -131,7 +133,7 @@ def test_a_slow_start_is_warned_of_with_name_and_count(
         notes.wait_for(2)
         assert not goal.wait(0.5)
     gate.open()
-    assert goal.wait(LIMIT_S)
+    assert goal.wait(patience(LIMIT_S))
 
     assert "'SlowToStart' has 2 of 2 replicas" in caplog.text
 

@@ -13,14 +13,16 @@ import pytest
 
 import qserve
 from qserve import serve
-from tests.support.gates import LIMIT_S, Gate, Notes, until
+from tests.support.gates import Gate, Notes
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
 
 def pids_of(handle: Any, calls: int = 20) -> set[int]:
     """Pids that a deployment's calls return."""
-    return set(qserve.get([handle.remote() for _ in range(calls)], timeout=LIMIT_S))
+    return set(qserve.get([handle.remote() for _ in range(calls)], timeout=patience(LIMIT_S)))
 
 
 def serving(name: str, count: int) -> set[int]:
@@ -30,7 +32,7 @@ def serving(name: str, count: int) -> set[int]:
         pids = {replica.pid for replica in serve.status()[name].replicas if replica.state == "SERVING"}
         return pids if len(pids) == count else None
 
-    return until(found)
+    return wait_until(found)
 
 
 def deploy_pid(**options: Any) -> serve.Deployment[Any]:
@@ -88,7 +90,7 @@ def test_scaling_the_same_version_starts_or_stops_only_the_difference() -> None:
 def test_load_is_spread_over_replicas_and_goes_to_the_one_that_is_left(http: httpx.Client) -> None:
     handle = deploy_pid(version="1", num_replicas=2).get_handle()
     over_http = Counter(http.get("/Pid").text for _ in range(20))
-    over_handle = Counter(handle.remote().result(LIMIT_S) for _ in range(20))
+    over_handle = Counter(handle.remote().result(patience(LIMIT_S)) for _ in range(20))
     assert set(map(int, over_http)) == set(over_handle)
     assert min(over_http.values()) >= 5
     assert min(over_handle.values()) >= 5
@@ -119,12 +121,12 @@ def test_reconfigure_runs_after_construction_and_when_the_config_changes(is_asyn
     deployment: Any = Sync.options(Async) if is_async else Sync
     deployment.deploy()
     handle = deployment.get_handle()
-    before = dict(qserve.get([handle.remote() for _ in range(10)], timeout=LIMIT_S))
+    before = dict(qserve.get([handle.remote() for _ in range(10)], timeout=patience(LIMIT_S)))
     assert list(before.values()) == [[1], [1]]
 
     deployment.options(user_config={"two": 2}).deploy()
 
-    after = dict(qserve.get([handle.remote() for _ in range(10)], timeout=LIMIT_S))
+    after = dict(qserve.get([handle.remote() for _ in range(10)], timeout=patience(LIMIT_S)))
     assert after == {pid: [1, {"two": 2}] for pid in before}
 
 
@@ -151,9 +153,9 @@ def test_calls_taken_before_a_reconfigure_see_the_old_config_and_those_after_it_
     assert not any(ref.done() for ref in before)
     gate.open()
 
-    assert goal.wait(LIMIT_S)
-    assert qserve.get(before, timeout=LIMIT_S) == ["old"] * 30
-    assert qserve.get([handle.remote() for _ in range(10)], timeout=LIMIT_S) == ["new"] * 10
+    assert goal.wait(patience(LIMIT_S))
+    assert qserve.get(before, timeout=patience(LIMIT_S)) == ["old"] * 30
+    assert qserve.get([handle.remote() for _ in range(10)], timeout=patience(LIMIT_S)) == ["new"] * 10
 
 
 def test_of_two_replicas_one_goes_on_answering_while_the_other_reconfigures(gate: Gate, notes: Notes) -> None:
@@ -174,10 +176,10 @@ def test_of_two_replicas_one_goes_on_answering_while_the_other_reconfigures(gate
     goal = Config.options(user_config="new").deploy(_blocking=False)
     notes.wait_for(1)
 
-    assert qserve.get([handle.remote() for _ in range(10)], timeout=LIMIT_S) == ["old"] * 10
+    assert qserve.get([handle.remote() for _ in range(10)], timeout=patience(LIMIT_S)) == ["old"] * 10
     gate.open()
-    assert goal.wait(LIMIT_S)
-    assert qserve.get([handle.remote() for _ in range(10)], timeout=LIMIT_S) == ["new"] * 10
+    assert goal.wait(patience(LIMIT_S))
+    assert qserve.get([handle.remote() for _ in range(10)], timeout=patience(LIMIT_S)) == ["new"] * 10
     assert len(notes.read()) == 2
 
 
@@ -210,7 +212,7 @@ def test_a_reconfigure_that_raises_later_brings_the_old_config_back() -> None:
         Refuses.options(user_config="bad").deploy()
 
     handle = Refuses.get_handle()
-    assert qserve.get([handle.remote() for _ in range(10)], timeout=LIMIT_S) == ["good"] * 10
+    assert qserve.get([handle.remote() for _ in range(10)], timeout=patience(LIMIT_S)) == ["good"] * 10
     assert serve.get_deployment("Refuses").user_config == "good"
 
 
@@ -251,15 +253,15 @@ def test_a_rolling_update_never_leaves_less_than_all_but_one_of_a_few_replicas(
     assert len(set(notes.wait_for(2))) == 2  # one call holds each of the two
 
     goal = deployment("2").deploy(_blocking=False)
-    until(lambda: any(replica.state == "DRAINING" for replica in serve.status()["Rolled"].replicas))
+    wait_until(lambda: any(replica.state == "DRAINING" for replica in serve.status()["Rolled"].replicas))
 
     # One of them drains, so its successor may not serve yet; the other one answers as before.
-    assert qserve.get([handle.remote() for _ in range(10)], timeout=LIMIT_S) == ["1"] * 10
+    assert qserve.get([handle.remote() for _ in range(10)], timeout=patience(LIMIT_S)) == ["1"] * 10
     assert not goal.wait(0.3)
     finish.open()
-    assert goal.wait(LIMIT_S)
-    assert qserve.get(held, timeout=LIMIT_S) == ["1", "1"]
-    assert qserve.get([handle.remote() for _ in range(10)], timeout=LIMIT_S) == ["2"] * 10
+    assert goal.wait(patience(LIMIT_S))
+    assert qserve.get(held, timeout=patience(LIMIT_S)) == ["1", "1"]
+    assert qserve.get([handle.remote() for _ in range(10)], timeout=patience(LIMIT_S)) == ["2"] * 10
 
 
 def test_redeploying_one_replica_lets_calls_wait_for_the_new_version_and_finishes_the_old(
@@ -293,20 +295,20 @@ def test_redeploying_one_replica_lets_calls_wait_for_the_new_version_and_finishe
     goal = deployment("2").deploy(_blocking=False)
     notes.wait_for(2)
     # The new version is constructed while the old one serves.
-    assert handle.remote().result(LIMIT_S) == "1"
+    assert handle.remote().result(patience(LIMIT_S)) == "1"
     assert http.get("/Single").text == "1"
     construct.open()
-    until(lambda: any(replica.state == "DRAINING" for replica in serve.status()["Single"].replicas))
+    wait_until(lambda: any(replica.state == "DRAINING" for replica in serve.status()["Single"].replicas))
     during = handle.remote()
     with pytest.raises(qserve.GetTimeoutError):
         during.result(0.3)
     assert not held.done()
     finish.open()
 
-    assert goal.wait(LIMIT_S)
-    assert held.result(LIMIT_S)[0] == "1"
-    assert during.result(LIMIT_S) == "2"
-    assert handle.hold.remote().result(LIMIT_S)[1] != held.result()[1]
+    assert goal.wait(patience(LIMIT_S))
+    assert held.result(patience(LIMIT_S))[0] == "1"
+    assert during.result(patience(LIMIT_S)) == "2"
+    assert handle.hold.remote().result(patience(LIMIT_S))[1] != held.result()[1]
 
 
 def test_without_surge_the_old_replica_goes_before_the_new_one_is_constructed(notes: Notes) -> None:
@@ -328,7 +330,7 @@ def test_without_surge_the_old_replica_goes_before_the_new_one_is_constructed(no
     deployment("2").deploy()
 
     assert notes.read() == ["up 1", "down 1", "up 2"]
-    assert deployment("2").get_handle().remote().result(LIMIT_S) == "2"
+    assert deployment("2").get_handle().remote().result(patience(LIMIT_S)) == "2"
 
 
 def test_deploying_again_keeps_the_start_time() -> None:
@@ -364,13 +366,13 @@ def test_what_another_driver_process_deployed_is_found_and_called(tmp_path: Path
         "    def __call__(self): return self.what\n"
         "Elsewhere.deploy()\n"
     )
-    subprocess.run([sys.executable, script], check=True, timeout=LIMIT_S, cwd=tmp_path)
+    subprocess.run([sys.executable, script], check=True, timeout=patience(LIMIT_S), cwd=tmp_path)
 
     found = serve.get_deployment("Elsewhere")
 
-    assert found.get_handle().remote().result(LIMIT_S) == "there"
+    assert found.get_handle().remote().result(patience(LIMIT_S)) == "there"
     found.options(version="2").deploy("here")
-    assert found.get_handle().remote().result(LIMIT_S) == "here"
+    assert found.get_handle().remote().result(patience(LIMIT_S)) == "here"
 
 
 def test_a_taken_route_is_refused_before_anything_is_started(notes: Notes) -> None:
@@ -402,11 +404,11 @@ def test_init_args_of_one_deploy_win_for_that_deploy_only() -> None:
     handle = Args.get_handle()
 
     Args.deploy("call", other=1)
-    assert handle.remote().result(LIMIT_S) == (("call",), {"other": 1})
+    assert handle.remote().result(patience(LIMIT_S)) == (("call",), {"other": 1})
     Args.deploy()
-    assert handle.remote().result(LIMIT_S) == (("decorator",), {"key": "too"})
+    assert handle.remote().result(patience(LIMIT_S)) == (("decorator",), {"key": "too"})
     Args.options(init_args=("options",)).deploy()
-    assert handle.remote().result(LIMIT_S) == (("options",), {"key": "too"})
+    assert handle.remote().result(patience(LIMIT_S)) == (("options",), {"key": "too"})
 
 
 def test_closures_lambdas_and_other_pickled_things_are_init_args() -> None:
@@ -424,13 +426,13 @@ def test_closures_lambdas_and_other_pickled_things_are_init_args() -> None:
     number = 1
     Closure.deploy(lambda: number, lambda: 1, local=Local())
 
-    assert Closure.get_handle().remote().result(LIMIT_S) == 42
+    assert Closure.get_handle().remote().result(patience(LIMIT_S)) == 42
 
 
 def test_actor_options_of_ray_are_accepted_and_change_nothing() -> None:
     deployment = deploy_pid(ray_actor_options={"num_cpus": 0})
 
-    assert deployment.get_handle().remote().result(LIMIT_S) > 0
+    assert deployment.get_handle().remote().result(patience(LIMIT_S)) > 0
     assert serve.get_deployment("Pid").ray_actor_options == {"num_cpus": 0}
 
 
@@ -468,5 +470,5 @@ def test_functions_and_classes_sync_and_async_with_and_without_parameters(http: 
     assert http.get("/async_function").text == "Request"
     assert [http.get("/Sync").text for _ in range(2)] == ["1", "2"]
     assert [http.get("/Async").text for _ in range(2)] == ["1", "2"]
-    assert function.get_handle().remote().result(LIMIT_S) == "function"
-    assert Sync.get_handle().remote().result(LIMIT_S) == "3"
+    assert function.get_handle().remote().result(patience(LIMIT_S)) == "function"
+    assert Sync.get_handle().remote().result(patience(LIMIT_S)) == "3"

@@ -16,7 +16,9 @@ from starlette.requests import Request
 import qserve
 from qserve import serve
 from qserve.testing import TestInstance
-from tests.support.gates import LIMIT_S, Gate, Notes
+from tests.support.gates import Gate, Notes
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S, joined
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -48,7 +50,7 @@ def test_a_sync_handle_gives_a_ref_at_once(gate: Gate) -> None:
 
     assert not ref.done()
     gate.open()
-    assert qserve.get(ref, timeout=LIMIT_S) == "passed"
+    assert qserve.get(ref, timeout=patience(LIMIT_S)) == "passed"
 
 
 async def test_an_async_handle_gives_a_ref_when_awaited_which_is_awaited_for_the_result() -> None:
@@ -65,7 +67,7 @@ async def test_the_ref_of_a_sync_handle_can_be_awaited_and_waited_for_in_a_runni
     handle = deploy_echo().get_handle()
 
     assert await handle.remote(1) == ("call", (1,), {})
-    assert qserve.get(handle.remote(2), timeout=LIMIT_S) == ("call", (2,), {})
+    assert qserve.get(handle.remote(2), timeout=patience(LIMIT_S)) == ("call", (2,), {})
 
 
 def test_methods_are_called_by_attribute_or_by_option() -> None:
@@ -74,7 +76,7 @@ def test_methods_are_called_by_attribute_or_by_option() -> None:
     by_attribute = handle.other.remote(1)
     by_option = handle.options(method_name="other").remote(1)
 
-    assert qserve.get([by_attribute, by_option], timeout=LIMIT_S) == [("other", (1,), {})] * 2
+    assert qserve.get([by_attribute, by_option], timeout=patience(LIMIT_S)) == [("other", (1,), {})] * 2
 
 
 def test_options_chain_and_the_last_one_wins_and_no_other_handle_changes() -> None:
@@ -83,10 +85,10 @@ def test_options_chain_and_the_last_one_wins_and_no_other_handle_changes() -> No
 
     chained = handle.options(method_name="nothing").options(method_name="other")
 
-    assert qserve.get(chained.remote(), timeout=LIMIT_S)[0] == "other"
-    assert qserve.get(chained.options(method_name="__call__").remote(), timeout=LIMIT_S)[0] == "call"
-    assert qserve.get(handle.remote(), timeout=LIMIT_S)[0] == "call"
-    assert qserve.get(deployment.get_handle().remote(), timeout=LIMIT_S)[0] == "call"
+    assert qserve.get(chained.remote(), timeout=patience(LIMIT_S))[0] == "other"
+    assert qserve.get(chained.options(method_name="__call__").remote(), timeout=patience(LIMIT_S))[0] == "call"
+    assert qserve.get(handle.remote(), timeout=patience(LIMIT_S))[0] == "call"
+    assert qserve.get(deployment.get_handle().remote(), timeout=patience(LIMIT_S))[0] == "call"
 
 
 def test_options_of_http_and_a_shard_key_are_accepted() -> None:
@@ -94,7 +96,7 @@ def test_options_of_http_and_a_shard_key_are_accepted() -> None:
 
     with_options = handle.options(http_method="POST", http_headers={"a": "b"}, shard_key="c")
 
-    assert qserve.get(with_options.remote(1), timeout=LIMIT_S) == ("call", (1,), {})
+    assert qserve.get(with_options.remote(1), timeout=patience(LIMIT_S)) == ("call", (1,), {})
 
 
 @pytest.mark.parametrize("sync", [True, False])
@@ -117,7 +119,7 @@ def test_an_unknown_method_is_told_by_the_ref_together_with_those_that_exist() -
     ref = OneMethod.get_handle().does_not_exist.remote()  # type: ignore[misc]
 
     with pytest.raises(qserve.QServeError) as caught:
-        qserve.get(ref, timeout=LIMIT_S)
+        qserve.get(ref, timeout=patience(LIMIT_S))
     assert "Tried to call a method 'does_not_exist' that does not exist." in str(caught.value)
     assert "Available methods: ['exists']." in str(caught.value)
 
@@ -145,7 +147,7 @@ def call_pickled(data: bytes, sync: bool) -> object:
     """Runs in another process."""
     handle = pickle.loads(data)
     if sync:
-        return qserve.get(handle.remote(1), timeout=LIMIT_S)
+        return qserve.get(handle.remote(1), timeout=patience(LIMIT_S))
 
     async def call() -> object:
         return await (await handle.remote(1))
@@ -168,14 +170,14 @@ def test_a_handle_may_be_an_init_arg_also_inside_a_closure(sync: bool) -> None:
 
     Caller.deploy(handle, lambda: handle)
 
-    assert qserve.get(Caller.get_handle().remote(), timeout=LIMIT_S) == [("call", (1,), {})] * 2
+    assert qserve.get(Caller.get_handle().remote(), timeout=patience(LIMIT_S)) == [("call", (1,), {})] * 2
 
 
 def test_a_handle_works_in_threads_that_have_no_event_loop() -> None:
     handle = deploy_echo().get_handle()
 
     def call(number: int) -> object:
-        return qserve.get(handle.remote(number), timeout=LIMIT_S)
+        return qserve.get(handle.remote(number), timeout=patience(LIMIT_S))
 
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(call, range(20))) == [("call", (number,), {}) for number in range(20)]
@@ -200,7 +202,9 @@ def test_deployments_call_deployments_with_handles_of_the_constructor_or_of_the_
             self.handle = serve.get_deployment("Echo").get_handle()
 
         def __call__(self) -> object:
-            return self.handle.remote(1).result(30), serve.get_deployment("Echo").get_handle().remote(2).result(30)
+            return self.handle.remote(1).result(patience(30)), serve.get_deployment("Echo").get_handle().remote(
+                2
+            ).result(patience(30))
 
     @serve.deployment
     class AsyncCaller:
@@ -214,7 +218,7 @@ def test_deployments_call_deployments_with_handles_of_the_constructor_or_of_the_
     caller: serve.Deployment[Any] = AsyncCaller if is_async else SyncCaller
     caller.deploy()
 
-    answers = qserve.get(caller.get_handle().remote(), timeout=LIMIT_S)
+    answers = qserve.get(caller.get_handle().remote(), timeout=patience(LIMIT_S))
 
     assert answers == (("call", (1,), {}), ("call", (2,), {}))
 
@@ -254,11 +258,11 @@ def test_a_handle_follows_a_redeploy() -> None:
 
     first.deploy()
     handle = first.get_handle()
-    assert qserve.get(handle.remote(), timeout=LIMIT_S) == "1"
+    assert qserve.get(handle.remote(), timeout=patience(LIMIT_S)) == "1"
 
     second.deploy()
 
-    assert qserve.get(handle.remote(), timeout=LIMIT_S) == "2"
+    assert qserve.get(handle.remote(), timeout=patience(LIMIT_S)) == "2"
 
 
 def test_a_handle_of_something_not_deployed_is_given_and_its_call_is_told() -> None:
@@ -268,11 +272,11 @@ def test_a_handle_of_something_not_deployed_is_given_and_its_call_is_told() -> N
 
     handle = later.get_handle()
     with pytest.raises(qserve.DeploymentNotFound):
-        qserve.get(handle.remote(), timeout=LIMIT_S)
+        qserve.get(handle.remote(), timeout=patience(LIMIT_S))
 
     later.deploy()
 
-    assert qserve.get(handle.remote(), timeout=LIMIT_S) == "here"
+    assert qserve.get(handle.remote(), timeout=patience(LIMIT_S)) == "here"
 
 
 def test_calls_wait_for_the_first_replica(gate: Gate, notes: Notes) -> None:
@@ -292,8 +296,8 @@ def test_calls_wait_for_the_first_replica(gate: Gate, notes: Notes) -> None:
 
     gate.open()
 
-    assert qserve.get(ref, timeout=LIMIT_S) == "here"
-    assert goal.wait(LIMIT_S)
+    assert qserve.get(ref, timeout=patience(LIMIT_S)) == "here"
+    assert goal.wait(patience(LIMIT_S))
 
 
 def test_a_replica_runs_no_more_than_max_concurrent_queries_and_the_rest_waits_in_order(
@@ -314,7 +318,7 @@ def test_a_replica_runs_no_more_than_max_concurrent_queries_and_the_rest_waits_i
         refs[2].result(0.3)
     assert notes.read() == ["0", "1"]
     gate.open()
-    assert qserve.get(refs, timeout=LIMIT_S) == list(range(6))
+    assert qserve.get(refs, timeout=patience(LIMIT_S)) == list(range(6))
     assert sorted(notes.read()) == [str(number) for number in range(6)]
 
 
@@ -325,7 +329,7 @@ def test_numpy_arrays_are_arguments_and_results() -> None:
 
     double.deploy()
 
-    result = qserve.get(double.get_handle().remote(np.arange(6).reshape(2, 3)), timeout=LIMIT_S)
+    result = qserve.get(double.get_handle().remote(np.arange(6).reshape(2, 3)), timeout=patience(LIMIT_S))
 
     assert isinstance(result, np.ndarray)
     assert result.tolist() == [[0, 2, 4], [6, 8, 10]]
@@ -339,11 +343,11 @@ def test_a_callable_without_parameters_refuses_surplus_arguments_of_a_handle() -
     nothing.deploy()
     handle = nothing.get_handle()
 
-    assert qserve.get(handle.remote(), timeout=LIMIT_S) == "called"
+    assert qserve.get(handle.remote(), timeout=patience(LIMIT_S)) == "called"
     with pytest.raises(TypeError, match="takes 0 positional arguments but 1 was given"):
-        qserve.get(handle.remote(1), timeout=LIMIT_S)  # type: ignore[call-overload]
+        qserve.get(handle.remote(1), timeout=patience(LIMIT_S))  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="got an unexpected keyword argument"):
-        qserve.get(handle.remote(key=1), timeout=LIMIT_S)  # type: ignore[call-overload]
+        qserve.get(handle.remote(key=1), timeout=patience(LIMIT_S))  # type: ignore[call-overload]
 
 
 def test_handles_of_many_threads_share_one_connection_and_get_their_own_answers(qserve_instance: TestInstance) -> None:
@@ -352,14 +356,13 @@ def test_handles_of_many_threads_share_one_connection_and_get_their_own_answers(
 
     def call(thread: int) -> None:
         for number in range(20):
-            answer = qserve.get(handle.remote(thread, number), timeout=LIMIT_S)
+            answer = qserve.get(handle.remote(thread, number), timeout=patience(LIMIT_S))
             if answer != ("call", (thread, number), {}):
                 wrong.append(answer)
 
     threads = [threading.Thread(target=call, args=(thread,)) for thread in range(8)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(LIMIT_S)
+    joined(*threads)
 
     assert not wrong

@@ -20,7 +20,9 @@ from starlette.routing import Route
 
 import qserve
 from qserve import serve
-from tests.support.gates import LIMIT_S, Notes
+from tests.support.gates import Notes
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -71,9 +73,9 @@ def test_routes_of_the_app_and_of_the_class_work_together_and_methods_through_ha
     assert http.get("/view/calculate/x").status_code == 422
     assert http.get("/view/nothing").status_code == 404
     assert http.get("/view/other").status_code == 405
-    assert qserve.get(handle.calculate.remote(41), timeout=LIMIT_S) == 42
-    assert qserve.get(handle.other.remote(number=1), timeout=LIMIT_S) == 3
-    assert qserve.get(handle.undecorated.remote(), timeout=LIMIT_S) == 1
+    assert qserve.get(handle.calculate.remote(41), timeout=patience(LIMIT_S)) == 42
+    assert qserve.get(handle.other.remote(number=1), timeout=patience(LIMIT_S)) == 3
+    assert qserve.get(handle.undecorated.remote(), timeout=patience(LIMIT_S)) == 1
 
 
 def test_an_existing_app_is_served_with_an_empty_class(http: httpx.Client) -> None:
@@ -377,7 +379,7 @@ def test_an_app_of_a_script_with_models_of_its_own_is_served(http: httpx.Client,
         "make().deploy()\n"
     )
 
-    subprocess.run([sys.executable, script], check=True, timeout=LIMIT_S, cwd=tmp_path)
+    subprocess.run([sys.executable, script], check=True, timeout=patience(LIMIT_S), cwd=tmp_path)
 
     assert http.get("/script/").json() == {"nested": {"x": [0, 1, 2]}}
     assert http.get("/script/?numbers=1").json() == {"nested": {"x": [0]}}

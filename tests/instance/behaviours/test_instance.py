@@ -12,7 +12,8 @@ import pytest
 import qserve
 from qserve import serve
 from qserve.testing import TestInstance
-from tests.support.gates import LIMIT_S
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S
 
 
 @pytest.mark.usefixtures("qserve_instance")
@@ -48,7 +49,7 @@ def test_a_deployment_that_was_got_can_be_called_changed_and_deployed_again(http
 
     found = serve.get_deployment(name="original")
     assert found == Original
-    argument, config, first = qserve.get(found.get_handle().remote(), timeout=LIMIT_S)
+    argument, config, first = qserve.get(found.get_handle().remote(), timeout=patience(LIMIT_S))
     assert (argument, config) == ("kept", {"a": 1})
     found.options(version="2", num_replicas=2).deploy()
     assert http.get("/original").json()[2] != first
@@ -74,7 +75,7 @@ def test_the_replica_context_is_there_in_the_constructor_and_in_calls_and_nowher
 
     InContext.deploy()
 
-    early, late = qserve.get(InContext.get_handle().remote(), timeout=LIMIT_S)
+    early, late = qserve.get(InContext.get_handle().remote(), timeout=patience(LIMIT_S))
 
     assert early == late
     assert early[0] == "InContext"
@@ -103,7 +104,12 @@ def test_namespaces_on_one_redis_do_not_see_each_other(
             "QSERVE_NAMESPACE": namespace,
         }
         done = subprocess.run(
-            [sys.executable, script], env=environment, check=True, capture_output=True, text=True, timeout=LIMIT_S
+            [sys.executable, script],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=patience(LIMIT_S),
         )
         return done.stdout.strip()
 
@@ -124,5 +130,5 @@ def test_a_replica_may_deploy_and_call_what_it_deployed() -> None:
 
     maker.deploy()
 
-    assert qserve.get(maker.get_handle().remote(), timeout=LIMIT_S) == "made"
+    assert qserve.get(maker.get_handle().remote(), timeout=patience(LIMIT_S)) == "made"
     assert sorted(serve.list_deployments()) == ["made", "maker"]

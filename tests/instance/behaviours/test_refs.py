@@ -11,7 +11,9 @@ import pytest
 
 import qserve
 from qserve import serve
-from tests.support.gates import LIMIT_S, Gate, Notes, until
+from tests.support.gates import Gate, Notes
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -53,7 +55,7 @@ def test_a_ref_as_an_argument_is_resolved_before_the_target_starts(gate: Gate, n
         ref.result(0.3)
     assert notes.read() == []
     gate.open()
-    assert qserve.get(ref, timeout=LIMIT_S) == ("passed", 2)
+    assert qserve.get(ref, timeout=patience(LIMIT_S)) == ("passed", 2)
     assert notes.read() == ["['str', 'int']"]
 
 
@@ -63,7 +65,7 @@ def test_refs_inside_lists_and_dicts_are_resolved_too(gate: Gate, notes: Notes) 
 
     ref = echo.remote([waiter.remote(gate, 1), 2], {"key": (waiter.remote(gate, 3),)})
 
-    assert qserve.get(ref, timeout=LIMIT_S) == ([1, 2], {"key": (3,)})
+    assert qserve.get(ref, timeout=patience(LIMIT_S)) == ([1, 2], {"key": (3,)})
 
 
 def test_an_argument_that_is_not_there_yet_does_not_hold_up_later_calls(gate: Gate, notes: Notes) -> None:
@@ -72,10 +74,10 @@ def test_an_argument_that_is_not_there_yet_does_not_hold_up_later_calls(gate: Ga
     stuck = echo.remote(waiter.remote(gate))
     later = [echo.remote(number) for number in range(3)]
 
-    assert qserve.get(later, timeout=LIMIT_S) == [(0,), (1,), (2,)]
+    assert qserve.get(later, timeout=patience(LIMIT_S)) == [(0,), (1,), (2,)]
     assert not stuck.done()
     gate.open()
-    assert qserve.get(stuck, timeout=LIMIT_S) == ("passed",)
+    assert qserve.get(stuck, timeout=patience(LIMIT_S)) == ("passed",)
 
 
 def test_of_two_chains_the_stuck_one_does_not_stop_the_other_inside_a_deployment(gate: Gate, notes: Notes) -> None:
@@ -103,9 +105,9 @@ def test_of_two_chains_the_stuck_one_does_not_stop_the_other_inside_a_deployment
 
     stuck = handle.remote(gate, "second")
 
-    assert qserve.get(handle.remote(None, "first"), timeout=LIMIT_S) == "first"
+    assert qserve.get(handle.remote(None, "first"), timeout=patience(LIMIT_S)) == "first"
     gate.open()
-    assert qserve.get(stuck, timeout=LIMIT_S) == "second"
+    assert qserve.get(stuck, timeout=patience(LIMIT_S)) == "second"
     assert notes.read() == ["first", "second"]
 
 
@@ -119,7 +121,7 @@ def test_the_error_of_an_argument_is_the_error_of_the_call(notes: Notes) -> None
     fails.deploy()
 
     with pytest.raises(ZeroDivisionError):
-        qserve.get(echo.remote(fails.get_handle().remote()), timeout=LIMIT_S)
+        qserve.get(echo.remote(fails.get_handle().remote()), timeout=patience(LIMIT_S))
     assert notes.read() == []
 
 
@@ -133,7 +135,7 @@ def test_get_takes_a_list_and_a_timeout_after_which_the_call_goes_on(gate: Gate)
         qserve.get(refs, timeout=0.1)
 
     gate.open()
-    assert qserve.get(refs, timeout=LIMIT_S) == [0, 1, 2]
+    assert qserve.get(refs, timeout=patience(LIMIT_S)) == [0, 1, 2]
 
 
 def test_wait_splits_refs_into_those_that_are_ready_and_the_rest_in_order(gate: Gate, tmp_path: Any) -> None:
@@ -141,14 +143,14 @@ def test_wait_splits_refs_into_those_that_are_ready_and_the_rest_in_order(gate: 
     opened.open()
     refs = [waiter.remote(gate), waiter.remote(opened), waiter.remote(gate), waiter.remote(opened)]
 
-    ready, rest = qserve.wait(refs, num_returns=2, timeout=LIMIT_S)
+    ready, rest = qserve.wait(refs, num_returns=2, timeout=patience(LIMIT_S))
     assert (ready, rest) == ([refs[1], refs[3]], [refs[0], refs[2]])
 
     ready, rest = qserve.wait(refs, num_returns=4, timeout=0.1)
     assert (ready, rest) == ([refs[1], refs[3]], [refs[0], refs[2]])
 
     gate.open()
-    assert qserve.wait(refs, num_returns=4, timeout=LIMIT_S) == (refs, [])
+    assert qserve.wait(refs, num_returns=4, timeout=patience(LIMIT_S)) == (refs, [])
 
 
 async def test_wait_takes_the_refs_of_async_handles(gate: Gate) -> None:
@@ -158,7 +160,7 @@ async def test_wait_takes_the_refs_of_async_handles(gate: Gate) -> None:
 
     refs = [await handle.remote(gate), waiter.remote(gate)]
 
-    assert qserve.wait(refs, num_returns=2, timeout=LIMIT_S) == (refs, [])
+    assert qserve.wait(refs, num_returns=2, timeout=patience(LIMIT_S)) == (refs, [])
 
 
 def test_an_error_of_user_code_is_a_task_error_and_of_its_own_class_with_the_remote_traceback() -> None:
@@ -178,7 +180,7 @@ def test_an_error_of_user_code_is_a_task_error_and_of_its_own_class_with_the_rem
 
     for method, kind in [("divide", ZeroDivisionError), ("runtime", RuntimeError), ("own", OfTheCaller)]:
         with pytest.raises(kind) as caught:
-            qserve.get(handle.options(method_name=method).remote(), timeout=LIMIT_S)
+            qserve.get(handle.options(method_name=method).remote(), timeout=patience(LIMIT_S))
         assert isinstance(caught.value, qserve.TaskError)
         assert "Traceback (most recent call last)" in str(caught.value)
         assert f"in {method}" in str(caught.value)
@@ -197,7 +199,7 @@ def test_the_ref_of_a_call_whose_replica_was_killed_says_so(notes: Notes, gate: 
     os.kill(int(pid), signal.SIGKILL)
 
     with pytest.raises(qserve.ReplicaDied):
-        qserve.get(ref, timeout=LIMIT_S)
+        qserve.get(ref, timeout=patience(LIMIT_S))
     assert notes.read() == [pid]  # and it has not been run again
 
 
@@ -209,8 +211,8 @@ async def test_refs_work_with_the_tools_for_futures(gate: Gate) -> None:
     gate.open()
 
     assert await asyncio.gather(*refs) == [0, 1, 2]
-    assert {ref.result() for ref in concurrent.futures.as_completed(refs, LIMIT_S)} == {0, 1, 2}
-    assert called.wait(LIMIT_S)
+    assert {ref.result() for ref in concurrent.futures.as_completed(refs, patience(LIMIT_S))} == {0, 1, 2}
+    assert called.wait(patience(LIMIT_S))
     assert refs[0].exception() is None
 
 
@@ -225,13 +227,13 @@ def test_a_cancelled_call_that_is_still_queued_never_runs(gate: Gate, notes: Not
     running = handle.remote("running")
     notes.wait_for(1)
     queued, last = handle.remote("queued"), handle.remote("last")
-    until(lambda: serve.status()["one_at_a_time"].queued == 3)
+    wait_until(lambda: serve.status()["one_at_a_time"].queued == 3)
 
     assert queued.cancel()
 
-    until(lambda: serve.status()["one_at_a_time"].queued == 2)
+    wait_until(lambda: serve.status()["one_at_a_time"].queued == 2)
     gate.open()
-    qserve.get([running, last], timeout=LIMIT_S)
+    qserve.get([running, last], timeout=patience(LIMIT_S))
     assert notes.read() == ["running", "last"]
     with pytest.raises(qserve.CallCancelled):
         queued.result()

@@ -22,7 +22,9 @@ from starlette.responses import (
 import qserve
 from qserve import serve
 from qserve.testing import TestInstance
-from tests.support.gates import LIMIT_S, Gate, Notes, until
+from tests.support.gates import Gate, Notes
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S, joined, wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -166,13 +168,13 @@ def test_a_request_whose_client_leaves_while_it_is_queued_never_reaches_the_repl
     first.start()
     notes.wait_for(1)
     address = urlsplit(qserve_instance.url)
-    with socket.create_connection((address.hostname, address.port), LIMIT_S) as leaving:
+    with socket.create_connection((address.hostname, address.port), patience(LIMIT_S)) as leaving:
         leaving.sendall(b"GET /one_at_a_time?who=leaving HTTP/1.1\r\nHost: x\r\n\r\n")
-        until(lambda: serve.status()["one_at_a_time"].queued == 2)
+        wait_until(lambda: serve.status()["one_at_a_time"].queued == 2)
 
-    until(lambda: serve.status()["one_at_a_time"].queued == 1)
+    wait_until(lambda: serve.status()["one_at_a_time"].queued == 1)
     gate.open()
-    first.join(LIMIT_S)
+    joined(first)
     assert http.get("/one_at_a_time?who=last").text == "done"
     assert notes.read() == ["first", "last"]
 
@@ -190,7 +192,7 @@ def test_state_lives_in_the_replica(http: httpx.Client) -> None:
     Counter.deploy()
 
     assert [http.get("/Counter").json()["count"] for _ in range(2)] == [1, 2]
-    assert Counter.get_handle().remote().result(LIMIT_S) == {"count": 3}
+    assert Counter.get_handle().remote().result(patience(LIMIT_S)) == {"count": 3}
 
 
 def test_a_deadline_that_passes_is_504_and_a_full_queue_503(gate: Gate, notes: Notes, http: httpx.Client) -> None:
@@ -206,16 +208,16 @@ def test_a_deadline_that_passes_is_504_and_a_full_queue_503(gate: Gate, notes: N
     notes.wait_for(1)
 
     assert http.get("/busy").status_code == 504
-    until(lambda: serve.status()["busy"].queued == 1)
+    wait_until(lambda: serve.status()["busy"].queued == 1)
     waiting = handle.remote()
-    until(lambda: serve.status()["busy"].queued == 2)
+    wait_until(lambda: serve.status()["busy"].queued == 2)
     refused = http.get("/busy")
     assert refused.status_code == 503
     assert int(refused.headers["retry-after"]) >= 1
     with pytest.raises(qserve.BackPressureError):
-        handle.remote().result(LIMIT_S)
+        handle.remote().result(patience(LIMIT_S))
     gate.open()
-    assert qserve.get([running, waiting], timeout=LIMIT_S) == ["done", "done"]
+    assert qserve.get([running, waiting], timeout=patience(LIMIT_S)) == ["done", "done"]
 
 
 def test_a_sync_method_that_computes_does_not_stop_the_replica_from_being_alive(http: httpx.Client) -> None:
@@ -234,4 +236,4 @@ def test_a_sync_method_that_computes_does_not_stop_the_replica_from_being_alive(
     computing = Busy.get_handle().remote()
 
     assert http.get("/Busy", headers={"X-Serve-Call-Method": "quick"}).text == "quick"
-    assert computing.result(LIMIT_S) == "computed"
+    assert computing.result(patience(LIMIT_S)) == "computed"

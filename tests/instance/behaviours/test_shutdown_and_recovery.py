@@ -14,7 +14,9 @@ import qserve
 from qserve import serve
 from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
-from tests.support.gates import LIMIT_S, Gate, Notes, is_alive, until
+from tests.support.gates import Gate, Notes, is_alive
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S, joined, wait_until
 
 
 def process_of(instance: TestInstance, module: str) -> int:
@@ -40,17 +42,16 @@ def test_delete_waits_for_calls_sent_before_it_also_those_not_started(
 
     deleting = threading.Thread(target=held.delete)
     deleting.start()
-    until(lambda: http.get("/-/routes").json() == {})
+    wait_until(lambda: http.get("/-/routes").json() == {})
 
     assert http.get("/held").status_code == 404
     with pytest.raises(qserve.DeploymentNotFound):
-        held.get_handle().remote().result(LIMIT_S)
+        held.get_handle().remote().result(patience(LIMIT_S))
     assert deleting.is_alive()
     assert not any(ref.done() for ref in refs)
     gate.open()
-    assert qserve.get(refs, timeout=LIMIT_S) == [0, 1, 2]
-    deleting.join(LIMIT_S)
-    assert not deleting.is_alive()
+    assert qserve.get(refs, timeout=patience(LIMIT_S)) == [0, 1, 2]
+    joined(deleting)
     assert serve.list_deployments() == {}
 
 
@@ -69,7 +70,7 @@ def test_a_replica_stuck_in_a_call_is_killed_when_its_time_is_up_and_the_caller_
 
     assert not is_alive(int(pid))
     with pytest.raises(qserve.ReplicaDied):
-        ref.result(LIMIT_S)
+        ref.result(patience(LIMIT_S))
 
 
 @pytest.mark.parametrize("is_async", [True, False])
@@ -84,7 +85,7 @@ def test_the_destructor_runs_once_and_calls_it_makes_get_out(is_async: bool, not
         def __call__(self) -> None: ...
 
         def __del__(self) -> None:
-            listener.get_handle().remote("goodbye").result(20)
+            listener.get_handle().remote("goodbye").result(patience(20))
 
     @serve.deployment(name="Speaker")
     class AsyncSpeaker:
@@ -135,7 +136,7 @@ def test_a_killed_replica_is_replaced_and_clients_that_try_again_reach_the_new_o
 
     os.kill(int(first), signal.SIGKILL)
 
-    second = until(lambda: (answer := http.get("/pid")).status_code == 200 and answer.text)
+    second = wait_until(lambda: (answer := http.get("/pid")).status_code == 200 and answer.text)
     assert second != first
 
 
@@ -160,7 +161,7 @@ def test_while_a_replacement_hangs_in_its_constructor_the_other_replica_serves_e
     notes.wait_for(3)
 
     assert [http.get("/Slow").text for _ in range(10)] == [other] * 10
-    assert qserve.get([Slow.get_handle().remote() for _ in range(10)], timeout=LIMIT_S) == [other] * 10
+    assert qserve.get([Slow.get_handle().remote() for _ in range(10)], timeout=patience(LIMIT_S)) == [other] * 10
 
 
 def test_a_killed_gateway_comes_back_and_serves_what_was_deployed_meanwhile(
@@ -186,7 +187,7 @@ def test_a_killed_gateway_comes_back_and_serves_what_was_deployed_meanwhile(
         except httpx.TransportError:
             return None
 
-    assert until(answer) == "2"
+    assert wait_until(answer) == "2"
 
 
 def test_a_killed_worker_comes_back_with_its_replicas(qserve_instance: TestInstance, http: httpx.Client) -> None:
@@ -203,7 +204,7 @@ def test_a_killed_worker_comes_back_with_its_replicas(qserve_instance: TestInsta
         answer = http.get("/pid")
         return answer.text if answer.status_code == 200 and answer.text != before else None
 
-    after = until(after_it)
+    after = wait_until(after_it)
     assert not is_alive(int(before))
     assert is_alive(int(after))
 
@@ -270,6 +271,6 @@ def test_a_deployment_that_comes_and_goes_again_and_again_never_waits_for_a_repl
 
     for replicas in (1, 2, 3, 1):
         fleeting.options(num_replicas=replicas).deploy()
-        assert fleeting.get_handle().remote().result(LIMIT_S) > 0
+        assert fleeting.get_handle().remote().result(patience(LIMIT_S)) > 0
         fleeting.delete()
     assert serve.list_deployments() == {}

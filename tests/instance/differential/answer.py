@@ -10,6 +10,7 @@ from io import BufferedReader
 from typing import Any
 
 from tests.instance.differential.case import Case
+from tests.support.machine import patience
 
 _LIMIT_S = 20.0
 
@@ -75,7 +76,7 @@ def ask(address: tuple[str, int], case: Case, prefix: str, cookies: Mapping[str,
     Raises:
         AssertionError: The answer is not one HTTP message with nothing behind it.
     """
-    with socket.create_connection(address, timeout=_LIMIT_S) as connection:
+    with socket.create_connection(address, timeout=patience(_LIMIT_S)) as connection:
         connection.sendall(case.encode(prefix, cookies))
         with connection.makefile("rb") as reader:
             answer = _read(reader, case.method)

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,11 +11,11 @@ import pytest
 
 from qserve.testing import TestInstance
 from tests.instance.differential.sides import Sides
+from tests.support.machine import patience
 from tests.support.serving import ROOT
+from tests.support.waiting import wait_until
 
 Address = tuple[str, int]
-
-_STARTS_WITHIN_S = 30.0
 
 
 @pytest.fixture(scope="session")
@@ -27,15 +26,12 @@ def plain_uvicorn() -> Iterator[Address]:
         command = [sys.executable, "-m", "tests.instance.differential.plain", str(port_file)]
         process = subprocess.Popen(command, cwd=ROOT)
         try:
-            end = time.monotonic() + _STARTS_WITHIN_S
-            while not port_file.exists():
-                assert process.poll() is None, "plain uvicorn did not start"
-                assert time.monotonic() < end, "plain uvicorn does not start"
-                time.sleep(0.01)
+            wait_until(lambda: port_file.exists() or process.poll() is not None)
+            assert process.poll() is None, "plain uvicorn did not start"
             yield "127.0.0.1", int(port_file.read_text())
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(patience(20))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from websockets.typing import Subprotocol
 from tests.instance.differential.answer import NOT_COMPARED
 from tests.instance.differential.catalogue import Topic, load_topics
 from tests.instance.differential.sides import Sides
+from tests.support.machine import patience
 
 SOCKETS = tuple(topic for topic in load_topics() if topic.name == "sockets")
 
@@ -76,7 +77,10 @@ def _talk(address: tuple[str, int], topic: Topic, talk: Talk) -> list[Any]:
     offers = [Subprotocol(name) for name in talk.offers] or None
     try:
         socket = connect(
-            url, sock=create_connection(address, _LIMIT_S), subprotocols=offers, additional_headers=talk.headers
+            url,
+            sock=create_connection(address, patience(_LIMIT_S)),
+            subprotocols=offers,
+            additional_headers=talk.headers,
         )
     except InvalidStatus as exc:
         return ["denied", exc.response.status_code, bytes(exc.response.body or b"")]
@@ -88,11 +92,11 @@ def _talk(address: tuple[str, int], topic: Topic, talk: Talk) -> list[Any]:
         try:
             for message in talk.says:
                 socket.send(message)
-                heard.append(socket.recv(_LIMIT_S))
+                heard.append(socket.recv(patience(_LIMIT_S)))
             if talk.close is not None:
                 socket.close(talk.close, "bye")
             while True:
-                heard.append(socket.recv(_LIMIT_S))
+                heard.append(socket.recv(patience(_LIMIT_S)))
         except ConnectionClosed as exc:
             heard.append((exc.rcvd and (exc.rcvd.code, exc.rcvd.reason), exc.sent and exc.sent.code))
     return heard

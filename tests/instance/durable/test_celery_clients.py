@@ -17,7 +17,9 @@ from qserve.settings import Settings
 from qserve.testing import TestInstance
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.celery_calls.celery_tasks import Desk
-from tests.support.gates import LIMIT_S, Gate, Notes, until
+from tests.support.gates import Gate, Notes
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S, wait_until
 
 sent: list[Any] = []
 
@@ -69,16 +71,16 @@ def send(client: Celery, *args: Any, **options: Any) -> Any:
 def test_a_celery_client_gets_the_result(calc: Any, client: Celery) -> None:
     tasks = [send(client, "calc", "add", [number], {"b": 10}) for number in range(20)]
 
-    assert [task.get(LIMIT_S) for task in tasks] == list(range(10, 30))
+    assert [task.get(patience(LIMIT_S)) for task in tasks] == list(range(10, 30))
     assert tasks[0].state == "SUCCESS"
     assert tasks[0].date_done is not None
     ref = serve.get_ref("d" + uuid.UUID(tasks[0].id).hex)
-    assert ref.result(LIMIT_S) == 10
+    assert ref.result(patience(LIMIT_S)) == 10
 
 
 def test_errors_are_failures_of_their_type(calc: Any, client: Celery) -> None:
     with pytest.raises(LookupError, match="nothing here"):
-        send(client, "calc", "fail").get(LIMIT_S)
+        send(client, "calc", "fail").get(patience(LIMIT_S))
     for args, name, text in (
         (("calc", "odd"), "ResultNotSerializable", "JSON"),
         (("calc", "_private"), "MethodNotFound", "private"),
@@ -88,7 +90,7 @@ def test_errors_are_failures_of_their_type(calc: Any, client: Celery) -> None:
     ):
         task = send(client, *args)
         with pytest.raises(Exception, match=text) as caught:
-            task.get(LIMIT_S)
+            task.get(patience(LIMIT_S))
         assert type(caught.value).__name__ == name
         assert task.state == "FAILURE"
 
@@ -97,8 +99,8 @@ def test_a_message_delivered_twice_is_one_call(calc: Any, client: Celery, notes:
     task_id = str(uuid.uuid4())
 
     for _ in range(3):
-        assert send(client, "calc", "add", [1], task_id=task_id).get(LIMIT_S) == 2
-    assert send(client, "calc", "add", [2], task_id="my own id").get(LIMIT_S) == 3
+        assert send(client, "calc", "add", [1], task_id=task_id).get(patience(LIMIT_S)) == 2
+    assert send(client, "calc", "add", [2], task_id="my own id").get(patience(LIMIT_S)) == 3
 
     assert notes.read() == ["2", "3"]
 
@@ -109,9 +111,9 @@ def test_eta_and_expiry_are_kept(calc: Any, client: Celery, gate: Gate, notes: N
     over = send(client, "calc", "add", [2], expires=datetime.now(UTC) - timedelta(seconds=5))
 
     with pytest.raises(TaskRevokedError, match="expired"):
-        over.get(LIMIT_S)
+        over.get(patience(LIMIT_S))
     assert over.state == "REVOKED"
-    assert late.get(LIMIT_S) == 2
+    assert late.get(patience(LIMIT_S)) == 2
     assert (datetime.now(UTC) - begun).total_seconds() >= 1
     assert notes.read() == ["2"]
 
@@ -126,15 +128,15 @@ def test_waiting_calls_hold_no_worker_and_can_be_cancelled(calc: Any, client: Ce
     notes.wait_for(1)
     waiting = [send(client, "calc", "add", [number]) for number in range(50)]
 
-    assert send(client, "quick").get(LIMIT_S) == "quick"
+    assert send(client, "quick").get(patience(LIMIT_S)) == "quick"
     last = serve.get_ref("d" + uuid.UUID(waiting[-1].id).hex)
-    until(lambda: last.status().state == "queued")
+    wait_until(lambda: last.status().state == "queued")
     last.cancel()
     with pytest.raises(TaskRevokedError, match="cancelled"):
-        waiting[-1].get(LIMIT_S)
+        waiting[-1].get(patience(LIMIT_S))
     gate.open()
-    assert held.get(LIMIT_S) == "let go"
-    assert [task.get(LIMIT_S) for task in waiting[:-1]] == list(range(1, 50))
+    assert held.get(patience(LIMIT_S)) == "let go"
+    assert [task.get(patience(LIMIT_S)) for task in waiting[:-1]] == list(range(1, 50))
 
 
 def test_what_is_no_call_fails_and_nothing_is_left_in_celerys_queue(
@@ -147,12 +149,12 @@ def test_what_is_no_call_fails_and_nothing_is_left_in_celerys_queue(
         redis.lpush(queue, b"no message", b"[]", b'{"headers": 1}', b"\xff")
 
         assert send(client, "calc", "add", [1], ignore_result=True).id
-        assert send(client, "calc", "add", [2]).get(LIMIT_S) == 3
+        assert send(client, "calc", "add", [2]).get(patience(LIMIT_S)) == 3
         with pytest.raises(Exception, match="untrusted content"):
-            pickled.get(LIMIT_S)
+            pickled.get(patience(LIMIT_S))
         with pytest.raises(NotRegistered, match=r"os\.system"):
-            sent[1].get(LIMIT_S)
-        until(lambda: not redis.exists(queue))
+            sent[1].get(patience(LIMIT_S))
+        wait_until(lambda: not redis.exists(queue))
 
 
 def test_messages_of_every_priority_are_read_the_most_urgent_first(
@@ -163,7 +165,7 @@ def test_messages_of_every_priority_are_read_the_most_urgent_first(
         redis.set(lease, "nobody")
         tasks = [send(client, "calc", "add", [priority], priority=priority) for priority in (9, 6, 0, 3)]
         redis.delete(lease)
-        assert [task.get(LIMIT_S) for task in tasks] == [10, 7, 1, 4]
+        assert [task.get(patience(LIMIT_S)) for task in tasks] == [10, 7, 1, 4]
     assert notes.read() == ["1", "4", "7", "10"]
 
 

@@ -14,8 +14,10 @@ from click.testing import CliRunner, Result
 from qserve import serve
 from qserve.cli import main
 from qserve.testing import TestInstance
-from tests.support.gates import LIMIT_S, Gate, Notes
+from tests.support.gates import Gate, Notes
 from tests.support.gateways import gateway
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -49,7 +51,7 @@ def broken(gate: Gate) -> serve.Deployment[Any]:
 def test_a_letter_is_listed_and_shown(broken: Any) -> None:
     ref = broken.get_handle().options(durable=True, retries=1, backoff=0.01).remote("ab", times=2)
     with pytest.raises(ValueError, match="not yet"):
-        ref.result(LIMIT_S)
+        ref.result(patience(LIMIT_S))
 
     [letter] = listed("broken")
 
@@ -64,13 +66,13 @@ def test_a_letter_is_listed_and_shown(broken: Any) -> None:
 def test_a_call_that_is_sent_again_answers_its_own_id(broken: Any, gate: Gate) -> None:
     ref = broken.get_handle().options(durable=True, retries=1, backoff=0.01).remote("ab")
     with pytest.raises(ValueError, match="not yet"):
-        ref.result(LIMIT_S)
+        ref.result(patience(LIMIT_S))
     gate.open()
 
     done = dead("retry", "broken", ref.id)
 
     assert done.output.strip() == ref.id, done.output
-    assert serve.get_ref(ref.id).result(LIMIT_S) == "ab"
+    assert serve.get_ref(ref.id).result(patience(LIMIT_S)) == "ab"
     assert serve.get_ref(ref.id).status().state == "done"
     assert listed("broken") == []
 
@@ -79,7 +81,7 @@ def test_letters_are_dropped(broken: Any) -> None:
     refs = [broken.get_handle().options(durable=True, retries=1, backoff=0.01).remote("x") for _ in range(2)]
     for ref in refs:
         with pytest.raises(ValueError, match="not yet"):
-            ref.result(LIMIT_S)
+            ref.result(patience(LIMIT_S))
 
     assert dead("drop", "broken", refs[0].id).exit_code == 0
     assert [letter["call"] for letter in listed("broken")] == [refs[1].id]
@@ -101,7 +103,7 @@ def test_an_ordinary_call_is_sent_again_as_a_durable_one(
 
     poison.deploy()
     dead("drop", "--all", "poison")  # of other tests
-    with httpx.Client(base_url=qserve_instance.url, timeout=LIMIT_S) as http:
+    with httpx.Client(base_url=qserve_instance.url, timeout=patience(LIMIT_S)) as http:
         assert http.get("/poison").status_code == 500
         [letter] = listed("poison")
         assert not letter["durable"]
@@ -126,7 +128,7 @@ def admin(qserve_instance: TestInstance) -> Iterator[httpx.Client]:
     """A client of a gateway's admin side, with its token."""
     with gateway(qserve_instance.settings, QSERVE_ADMIN_PORT=0, QSERVE_ADMIN_TOKEN="t") as running:
         headers = {"Authorization": "Bearer t"}
-        with httpx.Client(base_url=running.admin, headers=headers, timeout=LIMIT_S) as client:
+        with httpx.Client(base_url=running.admin, headers=headers, timeout=patience(LIMIT_S)) as client:
             yield client
 
 
@@ -134,7 +136,7 @@ def test_letters_are_seen_and_sent_again_over_http(broken: Any, gate: Gate, admi
     refs = [broken.get_handle().options(durable=True, retries=1, backoff=0.01).remote(word) for word in ("ab", "cd")]
     for ref in refs:
         with pytest.raises(ValueError, match="not yet"):
-            ref.result(LIMIT_S)
+            ref.result(patience(LIMIT_S))
 
     assert {letter["call"] for letter in admin.get("/-/dead/broken").json()} == {ref.id for ref in refs}
     assert {ref.id for ref in refs} <= {letter["call"] for letter in admin.get("/-/dead").json()}
@@ -143,7 +145,7 @@ def test_letters_are_seen_and_sent_again_over_http(broken: Any, gate: Gate, admi
     gate.open()
     sent = admin.post(f"/-/dead/broken/{shown['letter']}/retry")
     assert sent.json() == {"call": refs[0].id, "location": f"/-/calls/{refs[0].id}"}
-    assert serve.get_ref(refs[0].id).result(LIMIT_S) == "ab"
+    assert serve.get_ref(refs[0].id).result(patience(LIMIT_S)) == "ab"
     assert admin.delete(f"/-/dead/broken/{refs[1].id}").status_code == 200
     assert admin.get("/-/dead/broken").json() == []
 

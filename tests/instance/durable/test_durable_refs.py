@@ -15,7 +15,9 @@ import qserve
 from qserve import serve
 from qserve.calls.handle import DeploymentHandle
 from qserve.testing import TestInstance
-from tests.support.gates import LIMIT_S, Gate, Notes, until
+from tests.support.gates import Gate, Notes
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S, until, wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -32,7 +34,7 @@ def elsewhere(code: str) -> str:
         check=False,
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=patience(LIMIT_S),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -48,10 +50,10 @@ def test_a_result_can_be_collected_by_another_process_and_more_than_once() -> No
     ref = durable(double).remote(21)
 
     assert isinstance(ref.id, str)
-    assert ref.result(LIMIT_S) == 42
+    assert ref.result(patience(LIMIT_S)) == 42
     for _ in range(2):
         assert elsewhere(f"print(serve.get_ref({ref.id!r}).result(20))") == "42"
-    assert serve.get_ref(ref.id).result(LIMIT_S) == 42
+    assert serve.get_ref(ref.id).result(patience(LIMIT_S)) == 42
 
 
 def test_a_call_outlives_the_process_that_submitted_it(gate: Gate) -> None:
@@ -67,7 +69,7 @@ def test_a_call_outlives_the_process_that_submitted_it(gate: Gate) -> None:
 
     assert not waiting.done()
     gate.open()
-    assert waiting.result(LIMIT_S) == "at last"
+    assert waiting.result(patience(LIMIT_S)) == "at last"
 
 
 def test_an_error_is_the_same_everywhere() -> None:
@@ -81,7 +83,7 @@ def test_an_error_is_the_same_everywhere() -> None:
 
     for each in (ref, serve.get_ref(ref.id)):
         with pytest.raises(ZeroDivisionError, match="no"):
-            each.result(LIMIT_S)
+            each.result(patience(LIMIT_S))
     assert ref.status().state == "failed"
     assert ref.status().error == "ZeroDivisionError: no"
 
@@ -96,8 +98,8 @@ def test_large_arguments_and_results_travel(qserve_instance: TestInstance) -> No
 
     ref = durable(echo).remote(data)
 
-    assert ref.result(LIMIT_S) == data
-    assert serve.get_ref(ref.id).result(LIMIT_S) == data
+    assert ref.result(patience(LIMIT_S)) == data
+    assert serve.get_ref(ref.id).result(patience(LIMIT_S)) == data
 
 
 async def test_asynchronous_code_awaits_submission_and_result() -> None:
@@ -128,7 +130,7 @@ def test_the_bound_of_the_queue_holds_for_durable_calls_too(gate: Gate, notes: N
     refs[1].cancel()
     refs.append(durable(held).remote())
     gate.open()
-    refs[2].result(LIMIT_S)
+    refs[2].result(patience(LIMIT_S))
 
 
 def test_a_call_to_nobody_is_refused_at_once() -> None:
@@ -138,7 +140,7 @@ def test_a_call_to_nobody_is_refused_at_once() -> None:
 
 def test_an_unknown_id_is_told_by_the_ref() -> None:
     with pytest.raises(qserve.CallNotFound):
-        serve.get_ref("d" + "0" * 32).result(LIMIT_S)
+        serve.get_ref("d" + "0" * 32).result(patience(LIMIT_S))
     with pytest.raises(ValueError, match="not the id of a durable call"):
         serve.get_ref("nonsense")
 
@@ -158,7 +160,7 @@ def test_a_call_whose_replica_dies_runs_again(gate: Gate, notes: Notes) -> None:
     notes.wait_for(2)
     gate.open()
 
-    assert ref.result(LIMIT_S) == 2
+    assert ref.result(patience(LIMIT_S)) == 2
     assert ref.status().attempts == 2
 
 
@@ -172,7 +174,7 @@ def test_a_call_that_kills_its_replicas_is_given_up_after_three() -> None:
     ref = durable(poison).remote()
 
     with pytest.raises(qserve.PoisonCall):
-        ref.result(LIMIT_S)
+        ref.result(patience(LIMIT_S))
     assert ref.status().state == "dead"
     assert ref.status().attempts == 3
 
@@ -193,10 +195,10 @@ def test_a_queued_call_that_is_cancelled_never_runs(gate: Gate, notes: Notes) ->
     assert second.cancel()
 
     with pytest.raises(qserve.CallCancelled):
-        watching.result(LIMIT_S)
+        watching.result(patience(LIMIT_S))
     gate.open()
-    first.result(LIMIT_S)
-    durable(held).remote(3).result(LIMIT_S)
+    first.result(patience(LIMIT_S))
+    durable(held).remote(3).result(patience(LIMIT_S))
     assert notes.read() == ["1", "3"]
     assert watching.status().state == "cancelled"
 
@@ -218,7 +220,7 @@ def test_a_running_asynchronous_call_is_stopped(notes: Notes) -> None:
     ref.cancel()
 
     with pytest.raises(qserve.CallCancelled):
-        watching.result(LIMIT_S)
+        watching.result(patience(LIMIT_S))
     assert notes.wait_for(2) == ["started", "stopped"]
 
 
@@ -232,11 +234,11 @@ def test_progress_reaches_every_ref(gate: Gate) -> None:
     slow.deploy()
     ref = durable(slow).remote()
 
-    assert until(ref.progress) == {"done": 1, "of": 2}
+    assert wait_until(ref.progress) == {"done": 1, "of": 2}
     late = serve.get_ref(ref.id)
-    assert until(late.progress) == {"done": 1, "of": 2}
+    assert wait_until(late.progress) == {"done": 1, "of": 2}
     gate.open()
-    assert late.result(LIMIT_S) == "done"
+    assert late.result(patience(LIMIT_S)) == "done"
 
 
 def test_calls_that_are_not_durable_report_to_nobody() -> None:
@@ -247,7 +249,7 @@ def test_calls_that_are_not_durable_report_to_nobody() -> None:
 
     ordinary.deploy()
 
-    assert ordinary.get_handle().remote().result(LIMIT_S) == "fine"
+    assert ordinary.get_handle().remote().result(patience(LIMIT_S)) == "fine"
 
 
 def test_a_delayed_call_waits_for_its_time() -> None:
@@ -261,7 +263,7 @@ def test_a_delayed_call_waits_for_its_time() -> None:
     ref = durable(clock, delay=0.7).remote()
 
     assert ref.status().state == "scheduled"
-    assert ref.result(LIMIT_S) - started >= 0.69
+    assert ref.result(patience(LIMIT_S)) - started >= 0.69
 
 
 def test_a_delayed_call_can_be_cancelled(notes: Notes) -> None:
@@ -274,8 +276,8 @@ def test_a_delayed_call_can_be_cancelled(notes: Notes) -> None:
 
     ref.cancel()
 
-    assert until(lambda: ref.status().state == "cancelled")
-    durable(noted, delay=0.5).remote().result(LIMIT_S)
+    assert wait_until(lambda: ref.status().state == "cancelled")
+    durable(noted, delay=0.5).remote().result(patience(LIMIT_S))
     assert notes.read() == ["ran"]
 
 
@@ -290,10 +292,10 @@ def test_a_call_is_tried_again_after_the_errors_it_names(notes: Notes) -> None:
 
     flaky.deploy()
 
-    assert durable(flaky, retries=3, backoff=0.05, retry_on=OSError).remote("os").result(LIMIT_S) == 3
-    assert durable(flaky, retries=3, backoff=0.05).remote("value").result(LIMIT_S) == 3
+    assert durable(flaky, retries=3, backoff=0.05, retry_on=OSError).remote("os").result(patience(LIMIT_S)) == 3
+    assert durable(flaky, retries=3, backoff=0.05).remote("value").result(patience(LIMIT_S)) == 3
     with pytest.raises(ValueError, match="not yet"):
-        durable(flaky, retries=3, backoff=0.05, retry_on="OSError").remote("value").result(LIMIT_S)
+        durable(flaky, retries=3, backoff=0.05, retry_on="OSError").remote("value").result(patience(LIMIT_S))
     assert notes.read() == ["os"] * 3 + ["value"] * 4
 
 
@@ -307,7 +309,7 @@ def test_retries_come_to_an_end_in_the_dead_letters() -> None:
     ref = durable(broken, retries=2, backoff=0.05).remote()
 
     with pytest.raises(ValueError, match="for ever"):
-        ref.result(LIMIT_S)
+        ref.result(patience(LIMIT_S))
     assert ref.status().state == "dead"
     assert ref.status().attempts == 3
 
@@ -325,11 +327,11 @@ def test_a_call_that_expired_does_not_run(gate: Gate, notes: Notes) -> None:
     late = durable(held, expires=0.2).remote(2)
 
     with pytest.raises(qserve.GetTimeoutError):
-        late.result(LIMIT_S)
+        late.result(patience(LIMIT_S))
     assert late.status().state == "expired"
     gate.open()
-    first.result(LIMIT_S)
-    durable(held).remote(3).result(LIMIT_S)
+    first.result(patience(LIMIT_S))
+    durable(held).remote(3).result(patience(LIMIT_S))
     assert notes.read() == ["1", "3"]
 
 
@@ -347,7 +349,7 @@ def test_calls_of_low_priority_let_others_go_first(gate: Gate, notes: Notes) -> 
     refs += [durable(held).remote(f"interactive {number}") for number in range(2)]
     time.sleep(0.5)  # the mover has had its chance to be wrong
     gate.open()
-    qserve.get(refs, timeout=LIMIT_S)
+    qserve.get(refs, timeout=patience(LIMIT_S))
 
     assert notes.read() == ["first", "interactive 0", "interactive 1", "batch 0", "batch 1"]
 
@@ -359,20 +361,20 @@ def test_a_result_is_kept_for_as_long_as_was_asked_for() -> None:
 
     quick.deploy()
     ref = durable(quick, result_ttl=1).remote()
-    assert ref.result(LIMIT_S) == "here"
+    assert ref.result(patience(LIMIT_S)) == "here"
 
     def is_gone() -> bool:
         with pytest.raises(qserve.CallNotFound):
             ref.status()
         return True
 
-    until(lambda: not _knows(ref.id))
+    wait_until(lambda: not _knows(ref.id))
     assert is_gone()
 
 
 def _knows(call_id: str) -> bool:
     try:
-        serve.get_ref(call_id).result(LIMIT_S)
+        serve.get_ref(call_id).result(patience(LIMIT_S))
     except qserve.CallNotFound:
         return False
     return True
@@ -388,7 +390,7 @@ def test_deleting_a_deployment_ends_what_waits_for_it(gate: Gate) -> None:
     gone.delete()
 
     with pytest.raises(qserve.DeploymentNotFound):
-        ref.result(LIMIT_S)
+        ref.result(patience(LIMIT_S))
 
 
 @pytest.mark.parametrize(
@@ -416,8 +418,10 @@ async def test_asynchronous_code_asks_for_status_and_progress(gate: Gate) -> Non
     await asyncio.to_thread(told.deploy)
     ref = await told.get_handle(sync=False).options(durable=True).remote()
 
-    while await serve.get_ref(ref.id).aprogress() != 7:  # noqa: ASYNC110 each time another ref
-        await asyncio.sleep(0.01)
+    async def has_progress() -> bool:
+        return bool(await serve.get_ref(ref.id).aprogress() == 7)  # each time another ref
+
+    await until(has_progress)
     assert (await ref.astatus()).state == "running"
     gate.open()
     assert await ref == "done"
@@ -434,13 +438,13 @@ def test_a_call_whose_time_is_over_is_expired_for_whoever_looks(gate: Gate, note
     notes.wait_for(1)
     ref = durable(held, expires=0.2).remote()
 
-    until(lambda: ref.status().state != "queued")
+    wait_until(lambda: ref.status().state != "queued")
     status = ref.status()
     gate.open()
 
     assert status.state == "expired"
     assert status.ended is not None
-    first.result(LIMIT_S)
+    first.result(patience(LIMIT_S))
     assert notes.read() == ["held"]
 
 
@@ -452,7 +456,7 @@ def test_what_is_cancelled_is_kept_as_long_as_its_result_would_be(qserve_instanc
     later.deploy()
     ref = durable(later, delay=1000, result_ttl=50).remote()
     ref.cancel()
-    until(lambda: ref.status().state == "cancelled")
+    wait_until(lambda: ref.status().state == "cancelled")
 
     with Redis.from_url(qserve_instance.settings.redis_url) as redis:
         assert 0 < redis.ttl(qserve_instance.settings.keys.call(ref.id)) <= 50

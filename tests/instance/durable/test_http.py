@@ -14,7 +14,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 import qserve
 from qserve import serve
 from qserve.testing import TestInstance
-from tests.support.gates import LIMIT_S, Gate, Notes
+from tests.support.gates import Gate, Notes
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S, joined
 
 ASYNC = {"Prefer": "respond-async"}
 
@@ -187,7 +189,7 @@ def test_python_and_http_share_calls(held: Any, http: httpx.Client, gate: Gate) 
     gate.open()
 
     location = submitted(http.post("/held", content="one", headers=ASYNC))
-    response = serve.get_ref(location.rpartition("/")[2]).result(LIMIT_S)
+    response = serve.get_ref(location.rpartition("/")[2]).result(patience(LIMIT_S))
     assert (response.status_code, response.body, response.headers["x-mine"]) == (201, b"got one", "yes")
     ref = add.get_handle().options(durable=True).remote(1, 2)
     assert ended(http, f"/-/calls/{ref.id}")["result"] == {"sum": 3}
@@ -226,8 +228,7 @@ class TestIdempotencyKeys:
         notes.wait_for(1)
         time.sleep(0.2)
         gate.open()
-        for sender in senders:
-            sender.join(LIMIT_S)
+        joined(*senders)
 
         assert texts == ["got pay"] * 5
         assert notes.read() == ["pay"]

@@ -16,7 +16,9 @@ import qserve
 from qserve import serve
 from qserve.testing import TestInstance
 from tests.instance.durable.test_durable_refs import elsewhere
-from tests.support.gates import LIMIT_S, Gate, Notes
+from tests.support.gates import Gate, Notes
+from tests.support.machine import patience
+from tests.support.waiting import LIMIT_S
 
 
 def events_of(http: httpx.Client, call_id: str, after: int = 0) -> list[tuple[int, str, dict[str, Any]]]:
@@ -56,7 +58,7 @@ def test_what_is_yielded_is_seen_before_the_end_and_by_anyone(counting: Any, gat
     assert not ref.done()
     gate.open()
     assert list(iterated) == list(range(2, 150))
-    assert ref.result(LIMIT_S) == list(range(150))
+    assert ref.result(patience(LIMIT_S)) == list(range(150))
     assert elsewhere(f"print(sum(serve.get_ref({ref.id!r})))") == str(sum(range(150)))
 
 
@@ -70,7 +72,7 @@ async def test_asynchronous_code_iterates_too(counting: Any, gate: Gate) -> None
 def test_events_have_chunks_and_go_on_where_a_client_left_off(counting: Any, gate: Gate, http: httpx.Client) -> None:
     gate.open()
     ref = counting.get_handle().options(durable=True).remote(150)
-    ref.result(LIMIT_S)
+    ref.result(patience(LIMIT_S))
 
     events = events_of(http, ref.id)
 

@@ -25,7 +25,8 @@ from qserve.durable.cron import parse_when
 from qserve.durable.schedules import Schedules
 from qserve.testing import TestInstance
 from qserve.wire.messages import Signer, encode
-from tests.support.gates import Notes, until
+from tests.support.gates import Notes
+from tests.support.waiting import wait_until
 
 
 def at(text: str, zone: str = "UTC") -> float:
@@ -150,7 +151,7 @@ def test_schedules_are_managed_on_the_command_line(told: Any, qserve_instance: T
 
     shown = json.loads(schedule("show", "nightly"))
     assert (shown["deployment"], shown["args"], shown["retries"], shown["last"]) == ("told", ["'word'"], 2, None)
-    until(lambda: "no deployment 'nobody'" in schedule("ls"))
+    wait_until(lambda: "no deployment 'nobody'" in schedule("ls"))
     assert "no deployment 'nobody'" in json.loads(schedule("show", "often"))["error"]
     schedule("rm", "often")
     assert "often" not in schedule("ls")

@@ -15,6 +15,7 @@ from qserve.wire.spec import DeploymentSpec, Target
 from qserve_gateway.admin.admin_app import token_path
 from tests.instance.front_door.cases import get
 from tests.support.gateways import Gateway, gateway
+from tests.support.machine import patience
 from tests.support.raw_http import Address, read_response, statuses
 
 TOKEN = "a-token-for-tests"
@@ -31,7 +32,7 @@ def served(impatient: TestInstance) -> Iterator[Gateway]:
 
 
 def ask(served: Gateway, method: str, path: str, headers: dict[str, str]) -> httpx.Response:
-    return httpx.request(method, served.admin + path, headers=headers, timeout=10)
+    return httpx.request(method, served.admin + path, headers=headers, timeout=patience(10))
 
 
 @pytest.mark.parametrize(("method", "path"), ALL_METHODS)
@@ -139,7 +140,7 @@ def test_a_gateway_can_be_told_to_leave(impatient: TestInstance) -> None:
     with gateway(impatient.settings, QSERVE_ADMIN_PORT=0, QSERVE_ADMIN_TOKEN=TOKEN) as leaving:
         assert ask(leaving, "GET", "/-/drain", BEARER).status_code == 405
         assert ask(leaving, "POST", "/-/drain", BEARER).status_code == 202
-        assert leaving.process.wait(10) == 0
+        assert leaving.process.wait(patience(10)) == 0
 
 
 def test_without_a_token_one_is_made_that_only_its_user_can_read(impatient: TestInstance) -> None:
@@ -157,7 +158,7 @@ def test_without_a_token_one_is_made_that_only_its_user_can_read(impatient: Test
 def test_it_is_not_opened_to_other_machines_without_a_token(impatient: TestInstance) -> None:
     with gateway(impatient.settings, QSERVE_ADMIN_PORT=0, QSERVE_ADMIN_HOST="0.0.0.0") as failed:
         assert "QSERVE_ADMIN_TOKEN" in failed.ready["error"]
-        assert failed.process.wait(10) == 1
+        assert failed.process.wait(patience(10)) == 1
 
 
 def test_other_machines_ask_by_address_or_by_a_name_that_is_allowed(impatient: TestInstance) -> None:

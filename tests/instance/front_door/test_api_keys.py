@@ -10,6 +10,7 @@ import pytest
 from qserve.testing import TestInstance
 from tests.instance.front_door.test_connections import handshake
 from tests.support.gateways import Gateway, gateway
+from tests.support.machine import patience
 from tests.support.raw_http import statuses
 
 
@@ -24,7 +25,7 @@ def locked(impatient: TestInstance, tmp_path_factory: pytest.TempPathFactory) ->
 
 def status_of(locked: Gateway, path: str, **headers: str) -> int:
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
-    return httpx.get(locked.ready["url"] + path, headers=sent, timeout=10).status_code
+    return httpx.get(locked.ready["url"] + path, headers=sent, timeout=patience(10)).status_code
 
 
 @pytest.mark.parametrize("key", ["first", "second", "plain"])
@@ -79,4 +80,4 @@ def test_a_file_may_come_from_windows(impatient: TestInstance, tmp_path: Path, e
 def test_a_file_without_a_usable_key_opens_nothing(impatient: TestInstance, tmp_path: Path, text: str) -> None:
     (tmp_path / "keys").write_text(text)
     with gateway(impatient.settings, QSERVE_API_KEYS_FILE=tmp_path / "keys") as failed:
-        assert failed.process.wait(10) == 1
+        assert failed.process.wait(patience(10)) == 1

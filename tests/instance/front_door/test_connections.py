@@ -14,7 +14,9 @@ import pytest
 from qserve.testing import TestInstance
 from tests.instance.front_door.cases import chunked, get, post
 from tests.support.gateways import gateway
+from tests.support.machine import patience
 from tests.support.raw_http import Address, ask, read_response, statuses
+from tests.support.waiting import wait_until
 
 # Keep-alive
 
@@ -133,9 +135,7 @@ def test_there_are_no_more_connections_than_allowed(impatient: TestInstance) -> 
         assert statuses(small.address.ask(get())) == [503]
         for connection in held:
             connection.close()
-        end = time.monotonic() + 5
-        while statuses(answer := small.address.ask(get(b"Connection: close"))) != [200]:
-            assert time.monotonic() < end, answer
+        wait_until(lambda: statuses(small.address.ask(get(b"Connection: close"))) == [200], 5)
 
 
 def test_one_address_has_no_more_connections_than_allowed(impatient: TestInstance) -> None:
@@ -269,7 +269,7 @@ def test_https_is_served(impatient: TestInstance, certificate: Path) -> None:
 def test_a_certificate_that_cannot_be_used_is_told_in_one_line(impatient: TestInstance, tmp_path: Path) -> None:
     with gateway(impatient.settings, "--ssl-certfile", str(tmp_path / "none.pem")) as failed:
         assert "TLS certificate" in failed.ready["error"]
-        assert failed.process.wait(10) == 1
+        assert failed.process.wait(patience(10)) == 1
 
 
 # Leaving
@@ -299,7 +299,7 @@ def test_no_request_is_lost_when_one_of_two_gateways_leaves(impatient: TestInsta
         clients = [asyncio.ensure_future(client(address, end)) for _ in range(32)]
         await asyncio.sleep(1)
         leave.terminate()
-        await asyncio.to_thread(leave.wait, 20)
+        await asyncio.to_thread(leave.wait, patience(20))
         await asyncio.sleep(0.5)
         end.set()
         return sum(await asyncio.gather(*clients))
@@ -319,7 +319,7 @@ def test_an_idle_connection_ends_soon_when_the_gateway_leaves(impatient: TestIns
         began = time.monotonic()
         assert connection.recv(1) == b""
         assert time.monotonic() - began < 2
-        assert leaving.process.wait(10) == 0
+        assert leaving.process.wait(patience(10)) == 0
 
 
 def test_a_request_in_flight_is_answered_when_the_gateway_leaves(impatient: TestInstance) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -12,6 +13,7 @@ from qserve.testing import TestInstance
 from tests.instance.front_door.cases import get
 from tests.support.gateways import gateway
 from tests.support.raw_http import Address, read_response
+from tests.support.waiting import wait_until
 
 
 def test_the_id_in_a_500_is_in_the_replicas_log(impatient: TestInstance, log_of_instance: Path) -> None:
@@ -20,10 +22,11 @@ def test_the_id_in_a_500_is_in_the_replicas_log(impatient: TestInstance, log_of_
         request_id = answer.headers["x-request-id"]
         assert answer.status_code == 500
         assert request_id in answer.text
-        end = time.monotonic() + 5
-        while f"request {request_id}\n" not in log_of_instance.read_text():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_until(partial(is_in, log_of_instance, f"request {request_id}\n"), 5)
+
+
+def is_in(file: Path, text: str) -> bool:
+    return text in file.read_text()
 
 
 @pytest.mark.parametrize("style", ["json", "text"])

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.instance.front_door.cases import ACCEPTED, CONNECTION, SMUGGLED, chunked, get, post, refused
+from tests.support.machine import patience
 from tests.support.raw_http import Address, read_response, statuses
 
 pytestmark = pytest.mark.usefixtures("unharmed")
@@ -28,7 +29,7 @@ def test_every_case_is_answered_with_400_a_reason_and_an_id_within_two_seconds(d
 
         async def ask(data: bytes) -> bytes:
             async with gate:
-                return await door.ask_async(data, LIMIT_S)
+                return await door.ask_async(data, patience(LIMIT_S))
 
         return dict(zip(CASES, await asyncio.gather(*map(ask, CASES.values())), strict=True))
 
@@ -116,7 +117,7 @@ def test_two_thousand_mutations_are_all_answered_within_two_seconds(door: Addres
         async def ask(data: bytes) -> tuple[bytes, bytes]:
             async with gate:
                 # without a half-closed connection: a request cut short has to be given up by the gateway
-                return data, await door.ask_async(data, 6)
+                return data, await door.ask_async(data, patience(6))
 
         return await asyncio.gather(*map(ask, inputs))
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qserve.settings import Settings
+from tests.support.machine import patience
 from tests.support.serving import ROOT, free_port, runtime_folder
 from tests.support.shell import Shell, background, descendants
 
@@ -35,7 +36,7 @@ def test_several_gateways_serve_one_port_and_each_has_its_admin_listener(tmp_pat
             gateways = [it.pid for it in descendants(running.process.pid) if "qserve_gateway" in it.cmdline()]
             assert len(gateways) == 3
             for _ in range(30):
-                with urllib.request.urlopen(found[1], timeout=5) as answer:
+                with urllib.request.urlopen(found[1], timeout=patience(5)) as answer:
                     assert answer.read() == b"hello"
             told = [status(admin + number) for number in range(3)]
             assert sorted(it["pid"] for it in told) == sorted(gateways)
@@ -44,7 +45,7 @@ def test_several_gateways_serve_one_port_and_each_has_its_admin_listener(tmp_pat
 
 def status(port: int) -> dict[str, Any]:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/-/status", headers={"Authorization": "Bearer t"})
-    with urllib.request.urlopen(request, timeout=5) as answer:
+    with urllib.request.urlopen(request, timeout=patience(5)) as answer:
         told: dict[str, Any] = json.load(answer)
     return told
 
@@ -59,7 +60,7 @@ def test_run_serves_https(tmp_path: Path, certificate: Path) -> None:
             found = re.search(r"curl (https://\S+)", running.output)
             assert found
             context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
-            with urllib.request.urlopen(found[1], timeout=5, context=context) as answer:
+            with urllib.request.urlopen(found[1], timeout=patience(5), context=context) as answer:
                 assert answer.read() == b"hello"
 
 

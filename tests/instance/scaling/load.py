@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 
 from qserve.calls.handle import get_handle
 from tests.instance.scaling.loaded import answer_to, ran
+from tests.support.machine import patience
+from tests.support.waiting import joined
 
 TIMEOUT_S = 40.0
 """Of every call: longer than anything a test does to the replicas takes."""
@@ -67,7 +69,7 @@ class Gateways:
     def _try(self, call: str) -> dict[str, Any]:
         try:
             if self._connection is None:
-                self._connection = http.client.HTTPConnection(*next(self._addresses), timeout=TIMEOUT_S)
+                self._connection = http.client.HTTPConnection(*next(self._addresses), timeout=patience(TIMEOUT_S))
             self._connection.request("GET", f"{self._path}?call={call}")
             response = self._connection.getresponse()
         except (ConnectionError, http.client.RemoteDisconnected) as exc:
@@ -129,8 +131,7 @@ class Load:
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop.set()
-        for thread in self._threads:
-            thread.join(TIMEOUT_S + 10)
+        joined(*self._threads, limit_s=TIMEOUT_S + 10)
         if exc is not None:
             exc.add_note(f"load: {self.summary()}")
 
@@ -193,7 +194,7 @@ class Load:
 
     @contextlib.contextmanager
     def _handle(self) -> Iterator[Callable[[str], dict[str, Any]]]:
-        handle: Any = get_handle(self._name).options(timeout_s=TIMEOUT_S)
+        handle: Any = get_handle(self._name).options(timeout_s=patience(TIMEOUT_S))
         yield lambda call: handle.remote(call).result(TIMEOUT_S + 5)
 
     @contextlib.contextmanager

@@ -13,7 +13,9 @@ from qserve.settings import Settings
 from qserve.wire.spec import SERVING, ReplicaInfo
 from tests.instance.scaling.load import Load
 from tests.instance.scaling.loaded import Loaded, ran
-from tests.support.nodes import StartNode, spec, wait_for
+from tests.support.machine import patience
+from tests.support.nodes import StartNode, spec
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 DEAD_AFTER_S = 2
@@ -30,19 +32,19 @@ def test_a_frozen_node_that_returns_runs_no_call_with_what_was_deployed_before(
     monkeypatch.setenv("QSERVE_DEAD_AFTER_S", str(DEAD_AFTER_S))
     monkeypatch.setenv("QSERVE_BEAT_INTERVAL_S", "0.3")
     frozen, _other = start_node(wait=False), start_node()
-    wait_for(lambda: len(state.nodes()) == 2)
+    wait_until(lambda: len(state.nodes()) == 2)
     old = Loaded.options(init_args=(f"{notes}-old", 0.01), idempotent=True)
-    deploying.deploy(state, spec(old)).wait(60)
+    deploying.deploy(state, spec(old)).wait(patience(60))
     with Load("Loaded", notes, handles=6, durable=0, pause_s=0.0) as load:
         load.more()
         (gone,) = [id_ for id_, info in state.nodes().items() if info.pid == frozen.pid]
         processes = everything_of(frozen)
         for process in processes:
             process.send_signal(signal.SIGSTOP)
-        wait_for(lambda: all(info.node != gone for info in state.replicas("Loaded").values()))  # it is known as dead
+        wait_until(lambda: all(info.node != gone for info in state.replicas("Loaded").values()))  # it is known as dead
         load.more()
         state.redis.delete(settings.keys.alive(gone))  # which its silence does after 15 s
-        deploying.deploy(state, spec(old.options(init_args=(f"{notes}-new", 0.01)))).wait(60)
+        deploying.deploy(state, spec(old.options(init_args=(f"{notes}-new", 0.01)))).wait(patience(60))
         load.more()
         before = ran(Path(f"{notes}-old"))
         newest = state.get("Loaded")
@@ -50,7 +52,7 @@ def test_a_frozen_node_that_returns_runs_no_call_with_what_was_deployed_before(
 
         for process in reversed(processes):
             process.send_signal(signal.SIGCONT)
-        wait_for(lambda: [r.revision for r in serving(state)] == [newest.spec.revision] * 2)
+        wait_until(lambda: [r.revision for r in serving(state)] == [newest.spec.revision] * 2)
         load.more()
     assert [each for each in load.ended if each.error] == []
     late = set(ran(Path(f"{notes}-old"))) - set(before)

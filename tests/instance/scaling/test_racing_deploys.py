@@ -12,7 +12,9 @@ from qserve.deployments import deploying
 from qserve.settings import Settings
 from tests.instance.scaling.load import Load
 from tests.instance.scaling.loaded import Loaded
+from tests.support.machine import patience
 from tests.support.nodes import StartNode, spec
+from tests.support.waiting import joined
 
 pytestmark = pytest.mark.timeout(120)
 CLIENTS, ROUNDS = 4, 8
@@ -31,7 +33,7 @@ def test_the_last_one_wins_whole_and_the_others_end_by_themselves(
 ) -> None:
     caplog.set_level(logging.WARNING, logger="qserve.deployments.deploying")
     start_node("--exact")
-    deploying.deploy(state, spec(version(notes, 9, 0))).wait(60)
+    deploying.deploy(state, spec(version(notes, 9, 0))).wait(patience(60))
     ended: list[deploying.Goal] = []
 
     def client(number: int) -> None:
@@ -40,7 +42,7 @@ def test_the_last_one_wins_whole_and_the_others_end_by_themselves(
         for turn in range(ROUNDS):
             goal = deploying.deploy(mine, spec(version(notes, number, turn)))
             generations.append(goal.deployed.generation)
-            assert goal.wait(60)
+            assert goal.wait(patience(60))
             ended.append(goal)
         assert generations == sorted(set(generations))
         mine.close()
@@ -49,8 +51,7 @@ def test_the_last_one_wins_whole_and_the_others_end_by_themselves(
         threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join(100)
+        joined(*threads, limit_s=100)
         load.more(5)
     load.check()
 
@@ -82,14 +83,14 @@ def test_a_deploy_that_expects_another_version_changes_nothing(state: State, not
 
 def test_a_deploy_is_superseded_though_the_newer_one_fails(start_node: StartNode, state: State, notes: Path) -> None:
     start_node("--exact")
-    deploying.deploy(state, spec(version(notes, 1, 0))).wait(60)
+    deploying.deploy(state, spec(version(notes, 1, 0))).wait(patience(60))
     older = deploying.deploy(state, spec(version(notes, 2, 0).options(init_args=(str(notes), 0, "2"))))
     broken = deploying.deploy(state, spec(version(notes, 3, 0).options(init_args=(str(notes), 0, "raise"))))
 
-    assert older.wait(60)
+    assert older.wait(patience(60))
     assert older.superseded_by == broken.deployed.generation
     with pytest.raises(RuntimeError, match="this version cannot start"):
-        broken.wait(60)
+        broken.wait(patience(60))
     now = state.get("Loaded")
     assert now is not None
     assert now.spec.version == "v200"  # what was deployed before the broken one, though it had no time to serve

@@ -11,19 +11,23 @@ from qserve.deployments import deploying
 from qserve.wire.spec import EVERY_NODE, HttpSettings
 from tests.instance.scaling.load import Load
 from tests.instance.scaling.loaded import Blocking, Loaded
-from tests.support.nodes import StartNode, spec, wait_for
+from tests.support.machine import patience
+from tests.support.nodes import StartNode, spec
 from tests.support.serving import free_port
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
 
 def deploy(state: State, notes: Path, deployment: Any = Loaded, *, seconds: float = 0.002, **options: Any) -> None:
     start = options.pop("start", "0")
-    deploying.deploy(state, spec(deployment.options(init_args=(str(notes), seconds, start), **options))).wait(60)
+    deploying.deploy(state, spec(deployment.options(init_args=(str(notes), seconds, start), **options))).wait(
+        patience(60)
+    )
 
 
 def gateways(state: State, count: int = 1) -> list[str]:
-    wait_for(lambda: len(state.gateways()) >= count)
+    wait_until(lambda: len(state.gateways()) >= count)
     return [info.url for info in state.gateways().values()]
 
 
@@ -65,12 +69,12 @@ def test_nodes_come_and_go(start_node: StartNode, state: State, notes: Path) -> 
     deploy(state, notes)
     with Load("Loaded", notes, urls=gateways(state)) as load:
         nodes += [start_node(wait=False) for _ in range(3)]
-        wait_for(lambda: len(state.replicas("Loaded")) == 4)
+        wait_until(lambda: len(state.replicas("Loaded")) == 4)
         load.more()
         for node in nodes[1:]:
             node.terminate()
         for node in nodes[1:]:
-            assert node.wait(40) == 0
+            assert node.wait(patience(40)) == 0
         load.more()
     load.check()
 
@@ -83,8 +87,8 @@ def test_through_zero_workers(start_node: StartNode, state: State, notes: Path) 
         for _ in range(2):
             load.more()
             worker.terminate()
-            assert worker.wait(40) == 0
-            wait_for(lambda: state.queued("Loaded") >= 4)
+            assert worker.wait(patience(40)) == 0
+            wait_until(lambda: state.queued("Loaded") >= 4)
             worker = start_node()
         load.more()
     load.check()
@@ -101,12 +105,12 @@ def test_gateways_restart(start_node: StartNode, state: State, notes: Path) -> N
     with Load("Loaded", notes, urls=gateways(state, 2), http=6, handles=1) as load:
         load.more()
         first.terminate()
-        assert first.wait(40) == 0
+        assert first.wait(patience(40)) == 0
         load.more()
         start_gateway(ports[0])
         gateways(state, 2)
         second.terminate()
-        assert second.wait(40) == 0
+        assert second.wait(patience(40)) == 0
         load.more()
     load.check()
 
@@ -122,7 +126,7 @@ def test_gateways_beside_every_node_share_a_port(start_node: StartNode, state: S
     with Load("Loaded", notes, urls=urls[:1], http=6, handles=0, durable=0) as load:
         load.more()
         leaving.terminate()
-        assert leaving.wait(40) == 0
+        assert leaving.wait(patience(40)) == 0
         load.more()
     load.check()
     assert len(state.gateways()) == 1

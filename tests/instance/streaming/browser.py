@@ -20,7 +20,7 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from qserve import serve
 from qserve.testing import instance
 from tests.support import gates
-from tests.support.gates import until
+from tests.support.waiting import wait_until
 
 EXPECTED = {"echo": ["text", "3 bytes"], "closed": [4001, "enough"], "events": ["0", "1", "2"], "body": 300_000}
 PAGE = """<!doctype html><script>
@@ -103,7 +103,7 @@ def main() -> None:
         command = [chromium, "--headless", "--no-sandbox", f"--user-data-dir={profile}", f"{running.url}/app/"]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as browser:
             try:
-                (seen,) = until(lambda: httpx.get(f"{running.url}/app/reports").json())
+                (seen,) = wait_until(lambda: httpx.get(f"{running.url}/app/reports").json())
             finally:
                 browser.terminate()
     sys.stdout.write(f"{seen}\n")

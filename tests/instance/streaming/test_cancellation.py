@@ -22,8 +22,10 @@ from qserve.errors import CallCancelled, GetTimeoutError
 from qserve.testing import TestInstance, instance
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_gateway.gateway import Gateway
-from tests.support.gates import LIMIT_S, Gate, Notes, until
+from tests.support.gates import Gate, Notes
+from tests.support.machine import patience
 from tests.support.processes import connect, gateway_pid, read_until
+from tests.support.waiting import until, wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -157,7 +159,7 @@ def test_a_queued_call_of_a_client_that_left_never_reaches_a_replica(
 
 def _until_queued(at: TestInstance, count: int) -> None:
     with redis.Redis.from_url(at.settings.redis_url, protocol=2) as client:
-        until(lambda: client.xlen(at.settings.keys.calls("served")) == count)
+        wait_until(lambda: client.xlen(at.settings.keys.calls("served")) == count)
 
 
 def test_a_running_safe_call_is_cancelled_and_its_slot_is_free(
@@ -205,7 +207,7 @@ def test_an_unsafe_call_is_not_cancelled_but_hears_of_it(
 
 
 def _until_unwanted(at: TestInstance) -> None:
-    time.sleep(0.5)  # nothing to be seen from here tells that the replica has heard
+    time.sleep(patience(0.5))  # nothing to be seen from here tells that the replica has heard
 
 
 def test_nested_calls_inherit_the_time_that_is_left(http: httpx.Client, notes: Notes) -> None:
@@ -399,9 +401,9 @@ async def test_a_thousand_disconnects_leave_nothing_behind(qserve_instance: Test
     await asyncio.gather(*(come_and_go(number) for number in range(1000)))
 
     with redis.Redis.from_url(settings.redis_url, protocol=2) as client:
-        await asyncio.to_thread(until, lambda: client.xlen(settings.keys.calls("served")) == 0)
-    await asyncio.to_thread(until, lambda: http.get("/served/running").json() == 0)
-    await asyncio.to_thread(until, lambda: _lasting_keys(qserve_instance) <= base)
+        await asyncio.to_thread(wait_until, lambda: client.xlen(settings.keys.calls("served")) == 0)
+    await asyncio.to_thread(wait_until, lambda: http.get("/served/running").json() == 0)
+    await asyncio.to_thread(wait_until, lambda: _lasting_keys(qserve_instance) <= base)
 
 
 def _lasting_keys(at: TestInstance) -> set[bytes]:
@@ -420,9 +422,7 @@ async def test_a_gateway_keeps_no_future_of_a_client_that_left(qserve_instance: 
         gateway.use_deployments([spec])
         paths = ("/served/quick", "/served/forever", "/served/stream")
         await asyncio.gather(*(_request_and_leave(gateway, paths[number % 3]) for number in range(300)))
-        async with asyncio.timeout(LIMIT_S):
-            while client.pending:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(lambda: not client.pending)
     finally:
         await client.stop()
 
@@ -464,7 +464,7 @@ def test_a_gateway_that_is_killed_leaves_no_generator_running(notes: Notes, tmp_
             read_until(waiting, b"first")
             read_until(blocked, b"first")
             os.kill(gateway_pid(running), signal.SIGKILL)
-            until(lambda: sorted(notes.read()) == ["/served/blocked", "/served/waiting"], limit_s=60)
+            wait_until(lambda: sorted(notes.read()) == ["/served/blocked", "/served/waiting"], limit_s=60)
         _until_queued(running, 0)
 
 
@@ -488,6 +488,6 @@ async def test_cancelling_a_ref_in_the_moment_it_is_put(qserve_instance: TestIns
             qserve.get(ref)
     with redis.Redis.from_url(qserve_instance.settings.redis_url, protocol=2) as client:
         stream = qserve_instance.settings.keys.calls("Worker")
-        await asyncio.to_thread(until, lambda: client.xlen(stream) == 0)
+        await asyncio.to_thread(wait_until, lambda: client.xlen(stream) == 0)
     seen = notes.read()
     assert seen.count("started") == seen.count("over")

@@ -20,9 +20,10 @@ from starlette.requests import Request
 from qserve import serve
 from qserve.testing import TestInstance
 from qserve_gateway.streaming import OneLinePerCut, ResponseCut
-from tests.support.gates import Gate, Notes, until
+from tests.support.gates import Gate, Notes
 from tests.support.processes import PeakMemory, connect, gateway_pid, read_to_end, read_until, valkey_pid
 from tests.support.serving import free_port
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -159,7 +160,7 @@ def test_an_event_takes_at_most_50_ms_longer_than_under_plain_uvicorn(
     with subprocess.Popen(command, cwd=tmp_path) as uvicorn:
         try:
             bare = f"http://127.0.0.1:{port}/"
-            until(lambda: _answers(bare))
+            wait_until(lambda: _answers(bare))
             extra = min(
                 _first_event_delay(f"{qserve_instance.url}/served/") - _first_event_delay(bare) for _ in range(5)
             )

@@ -14,8 +14,10 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 
 from qserve import serve
 from qserve.testing import TestInstance, instance
-from tests.support.gates import LIMIT_S, Notes
+from tests.support.gates import Notes
+from tests.support.machine import patience
 from tests.support.processes import PeakMemory, connect, gateway_pid, read_to_end, read_until, valkey_pid
+from tests.support.waiting import LIMIT_S
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -139,7 +141,7 @@ def test_an_early_response_ends_the_upload(qserve_instance: TestInstance) -> Non
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_over_the_limit_is_refused(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QSERVE_MAX_BODY_BYTES", str(MIB))
-    with instance() as limited, httpx.Client(base_url=limited.url, timeout=LIMIT_S) as http:
+    with instance() as limited, httpx.Client(base_url=limited.url, timeout=patience(LIMIT_S)) as http:
 
         @serve.deployment
         async def whole(request: Request) -> int:
@@ -232,7 +234,7 @@ def test_a_handler_that_does_not_read_stops_the_client(qserve_instance: TestInst
         notes_before_stall = _send_until_it_stalls(connection, total)
         assert notes_before_stall < 32 * MIB
         notes.add("go on")
-        connection.settimeout(LIMIT_S)
+        connection.settimeout(patience(LIMIT_S))
         connection.sendall(bytes(total - notes_before_stall))
         assert read_to_end(connection).endswith(b"%d" % total)
 

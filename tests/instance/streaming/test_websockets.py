@@ -17,8 +17,10 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from qserve import serve
 from qserve.testing import TestInstance, instance
-from tests.support.gates import LIMIT_S, Notes
+from tests.support.gates import Notes
+from tests.support.machine import patience
 from tests.support.processes import gateway_pid
+from tests.support.waiting import LIMIT_S
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -28,7 +30,7 @@ MIB = 1024 * 1024
 @asynccontextmanager
 async def _connected(at: TestInstance, path: str, **options: object) -> AsyncIterator[ClientConnection]:
     url = at.url.replace("http://", "ws://") + path
-    async with asyncio.timeout(LIMIT_S):
+    async with asyncio.timeout(patience(LIMIT_S)):
         async with connect(url, max_size=None, **options) as socket:  # type: ignore[arg-type]
             yield socket
 
@@ -234,7 +236,7 @@ async def test_500_clients_at_once(qserve_instance: TestInstance) -> None:
     await _deploy(_echo())
 
     async def talk(number: int) -> None:
-        async with _connected(qserve_instance, "/served/echo", open_timeout=LIMIT_S) as socket:
+        async with _connected(qserve_instance, "/served/echo", open_timeout=patience(LIMIT_S)) as socket:
             for turn in range(4):
                 await socket.send(f"{number} {turn}")
                 assert await socket.recv() == f"{number} {turn}"

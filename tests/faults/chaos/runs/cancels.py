@@ -12,7 +12,7 @@ from qserve.calls.handle import get_handle
 from qserve.errors import CallCancelled, QServeError
 from tests.faults.chaos.cluster import Cluster, Setup
 from tests.faults.chaos.ledger import proof
-from tests.faults.chaos.play import Plan, Result, Run, wait_until
+from tests.faults.chaos.play import Plan, Result, Run, came_true
 
 _AT_ONCE = 200
 _LONGEST_S = 0.03
@@ -116,7 +116,7 @@ def _nothing_is_left(cluster: Cluster, result: Result) -> None:
     def left() -> int:
         return sum(int(cluster.redis.xlen(cluster.keys.calls(name))) for name in ("Safe", "Once"))
 
-    if not wait_until(lambda: left() == 0, 15):
+    if not came_true(lambda: left() == 0, 15):
         result.failures.append(f"{left()} entries are left in the queues")
 
 

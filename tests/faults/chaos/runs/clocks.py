@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.faults.chaos.cluster import Cluster, Setup
 from tests.faults.chaos.faults import NOTHING, Excuses, Fault, Injected
-from tests.faults.chaos.play import Evidence, LoadRun, Run, wait_until
+from tests.faults.chaos.play import Evidence, LoadRun, Run, came_true
 
 _HOUR_S = 3600
 _SHIFTS = (_HOUR_S, 0, -_HOUR_S, 0, 2)
@@ -67,7 +67,7 @@ class Jumps:
         def off_by() -> float:
             return self._now(cluster) - time.time()
 
-        shown = wait_until(lambda: abs(off_by() - shift) < 2, 10)  # a server that waits for its disk shows an old time
+        shown = came_true(lambda: abs(off_by() - shift) < 2, 10)  # a server that waits for its disk shows an old time
         assert shown, f"the clock of {self._role} was to be {shift} s off and is {off_by():.1f}"
 
     def _now(self, cluster: Cluster) -> float:

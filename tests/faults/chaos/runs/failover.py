@@ -8,7 +8,8 @@ from tests.faults.chaos.cluster import Cluster, Setup
 from tests.faults.chaos.faults import Excuses, Fault, Injected
 from tests.faults.chaos.play import Evidence, LoadRun, Run
 from tests.faults.chaos.runs.server import still_deployed
-from tests.faults.failover.sentinels import PASSWORD, wait_until
+from tests.faults.failover.sentinels import PASSWORD
+from tests.support.waiting import wait_until
 
 UNSEEN_S = 0.5
 """How long the primary takes writes that the replica does not get."""

@@ -6,7 +6,7 @@ from random import Random
 from qserve.settings import Settings
 from tests.faults.chaos.cluster import Cluster
 from tests.faults.chaos.faults import Fault, Injected
-from tests.faults.chaos.play import Evidence, LoadRun, Run, wait_until
+from tests.faults.chaos.play import Evidence, LoadRun, Run, came_true
 from tests.faults.security.bad_frames import Aim, bad_frames, inboxes, queue
 
 _AT_ONCE = 5
@@ -38,7 +38,7 @@ class Intruder:
         """Each of them was refused and counted, and none was unpickled."""
         cluster = evidence.cluster
         put, before = self._put.pop(cluster, 0), self._before.pop(cluster, 0)
-        wait_until(lambda: self._rejected(cluster) - before >= put, 10)
+        came_true(lambda: self._rejected(cluster) - before >= put, 10)
         rejected = self._rejected(cluster) - before
         evidence.result.figures["bad frames put, refused"] = f"{put}, {rejected}"
         if rejected != put:

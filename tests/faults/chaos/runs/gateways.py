@@ -5,7 +5,7 @@ from random import Random
 
 from tests.faults.chaos.cluster import Cluster
 from tests.faults.chaos.faults import Excuses, Fault, Injected
-from tests.faults.chaos.play import Evidence, LoadRun, Run, wait_until
+from tests.faults.chaos.play import Evidence, LoadRun, Run, came_true
 
 KEYS_GONE_S = 75.0
 """A minute for the inbox of a dead gateway, and some for the expiry to be seen."""
@@ -32,7 +32,7 @@ def keys_are_gone(evidence: Evidence) -> None:
     if evidence.plan.is_slice:
         return
     started = time.monotonic()
-    if wait_until(lambda: surplus() <= 0, KEYS_GONE_S):
+    if came_true(lambda: surplus() <= 0, KEYS_GONE_S):
         evidence.result.figures["keys of dead gateways gone after"] = f"{time.monotonic() - started:.0f} s"
     else:
         evidence.fail(f"{surplus()} keys more than before: {sorted(evidence.cluster.stored())}")

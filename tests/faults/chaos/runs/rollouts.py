@@ -16,6 +16,7 @@ from tests.faults.chaos.ledger import Call
 from tests.faults.chaos.load import Load
 from tests.faults.chaos.play import Evidence, LoadRun, Plan, Result, Run, calling
 from tests.faults.chaos.verdicts import judge
+from tests.support.waiting import joined
 
 _GOOD, _BAD = "good", "bad"
 _WAIT_S = 90.0
@@ -109,8 +110,7 @@ class RacingDeploys:
         threads = [threading.Thread(target=race, args=(client,)) for client in range(self.clients)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        joined(*threads)
         result.faults += len(won)
         won.sort()
         if len(goals) != len(won):

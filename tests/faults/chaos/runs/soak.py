@@ -13,7 +13,7 @@ from qserve.broker.keys import GROUP
 from tests.faults.chaos.checks import takeover
 from tests.faults.chaos.cluster import Cluster
 from tests.faults.chaos.ledger import OK
-from tests.faults.chaos.play import Evidence, LoadRun, Result, Run, wait_until
+from tests.faults.chaos.play import Evidence, LoadRun, Result, Run, came_true
 from tests.faults.chaos.runs.replicas import KILL
 
 _EVERY_S = 2.0
@@ -93,7 +93,7 @@ def back_to_base(evidence: Evidence) -> None:
     cluster, redis = evidence.cluster, evidence.cluster.redis
     cluster.wait_until_served()
     started = time.monotonic()
-    if not wait_until(lambda: len(cluster.stored()) <= evidence.base, _CLEAN_S):
+    if not came_true(lambda: len(cluster.stored()) <= evidence.base, _CLEAN_S):
         evidence.fail(f"{evidence.base} keys before, now {sorted(cluster.stored())}")
     evidence.result.figures["keys as before after"] = f"{time.monotonic() - started:.0f} s"
     used = int(redis.info("memory")["used_memory"]) / _MIB
