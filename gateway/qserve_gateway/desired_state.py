@@ -11,11 +11,11 @@ from qserve.background import spawn
 from qserve.broker.connection import Answer
 from qserve.broker.following import Change, Snapshot, connect_asyncio, follow, read_snapshot
 from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.reports import report_gateway, send_gateway_report, withdraw_gateway
 from qserve.broker.restoring import Memory
 from qserve.broker.stream_ids import order
 from qserve.calls.client import Client
 from qserve.errors import BrokerUnavailable, ConfigurationError
-from qserve.wire.messages import encode
 from qserve.wire.spec import GatewayInfo
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Follower:
     async def announce(self) -> None:
         """Be counted among the live gateways; returns when Redis knows, or cannot be told now."""
         with contextlib.suppress(BrokerUnavailable, CommandRefused):
-            await self._client.writer.call("HSET", *self._entry())
+            await report_gateway(self._client.writer, self._settings.keys, self._info)
 
     async def run(self) -> None:
         """Stay counted and follow the state, until cancelled."""
@@ -66,7 +66,7 @@ class Follower:
 
     def leave(self) -> None:
         """No longer be counted, so that no deploy waits for this gateway."""
-        self._client.writer.send(_log_refusal, "HDEL", self._settings.keys.gateways, self._info.id)
+        withdraw_gateway(self._client.writer, self._settings.keys, self._info.id, _log_refusal)
 
     async def stop(self) -> None:
         """Close the connection."""
@@ -104,13 +104,9 @@ class Follower:
             await asyncio.sleep(_ANNOUNCE_EVERY_S)
 
     def _tell(self) -> None:
-        if self._client.writer.is_open:
-            self._client.writer.send(_log_refusal, "HSET", *self._entry())
-
-    def _entry(self) -> tuple[str, str, bytes]:
-        return self._settings.keys.gateways, self._info.id, encode(self._info)
+        send_gateway_report(self._client.writer, self._settings.keys, self._info, _log_refusal)
 
 
 def _log_refusal(answer: Answer) -> None:
-    if isinstance(answer, Exception):
+    if isinstance(answer, CommandRefused):  # a lost connection is told of where it is made again
         logger.warning("cannot announce this gateway: %s", answer)

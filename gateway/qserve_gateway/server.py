@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from qserve.background import end
+from qserve.broker.call_news import CallNews
 from qserve.broker.following import Snapshot
 from qserve.broker.redis_checks import require_usable_at
 from qserve.broker.state import State
@@ -27,7 +28,6 @@ from qserve_gateway.admin.admin_app import Admin, admin_token
 from qserve_gateway.api_keys import load_api_keys
 from qserve_gateway.desired_state import Follower
 from qserve_gateway.door.limits import Door
-from qserve_gateway.durable.durable_events import News
 from qserve_gateway.durable.durable_pages import DurablePages
 from qserve_gateway.durable.durable_requests import DurableRequests
 from qserve_gateway.gateway import Gateway
@@ -85,7 +85,7 @@ class GatewayProcess:
         self._options = options
         self._settings = settings
         self._client = Client(settings)
-        self._news = News(settings.redis_url, settings.keys)
+        self._news = CallNews(settings.redis_url, settings.keys)
         durable = DurableRequests(self._client.durable, debug=settings.debug)
         pages = DurablePages(self._client.durable, self._news, debug=settings.debug)
         self._gateway = Gateway(self._client, settings, load_api_keys(settings), durable, pages)

@@ -102,6 +102,11 @@ def connect_asyncio(redis_url: str) -> redis.asyncio.Redis:
     return redis_clients.asyncio_client(redis_url, _FOLLOW_BLOCK_MS / 1000 + 2)
 
 
+async def has_schedules(client: redis.asyncio.Redis, keys: Keys) -> bool:
+    """Whether anything is to be submitted on a schedule; raises like `ask`."""
+    return bool(await ask(client, "EXISTS", keys.schedules))
+
+
 async def _read_log(client: redis.asyncio.Redis, keys: Keys, position: str) -> list[tuple[str, dict[bytes, bytes]]]:
     answer = await _ask(client, "XREAD", "COUNT", 100, "BLOCK", _FOLLOW_BLOCK_MS, "STREAMS", keys.log, position)
     return [(entry_id.decode(), fields) for entry_id, fields in answer[0][1]] if answer else []

@@ -8,21 +8,21 @@ since they may carry pickles.
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from logging import getLogger
 from typing import Any, TypeVar
 
-import msgspec
 import redis
 import redis.asyncio
 
 from qserve.broker import redis_clients
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.redis_errors import our_errors
+from qserve.broker.reports import Info, decode_infos
 from qserve.broker.scripts import DELETE, DEPLOY, SET_STATE, SIGN, Script
 from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.failpoints import reach
-from qserve.wire.messages import UNREADABLE, Signer, decoder_of, encode
+from qserve.wire.messages import Signer, decoder_of, encode
 from qserve.wire.names import is_name
 from qserve.wire.options import script_fields
 from qserve.wire.spec import (
@@ -41,8 +41,6 @@ from qserve.wire.spec import (
 logger = getLogger(__name__)
 
 _COMMAND_TIMEOUT_S = 5.0
-
-Info = TypeVar("Info", NodeInfo, GatewayInfo, WorkerInfo, ReplicaInfo)
 
 
 class GenerationChanged(Exception):
@@ -206,7 +204,7 @@ class State:
         return {id_: info for id_, info in found.items() if id_ not in gone}
 
     def is_alive(self, process: str) -> bool:
-        """Whether a process has said so within the last 15 s."""
+        """Whether a process has said that it lives, within the lifetime of its role (`qserve.broker.presence`)."""
         return bool(self._do("EXISTS", self.keys.alive(process)))
 
     def queued(self, name: str) -> int:
@@ -289,15 +287,6 @@ def decode_deployed(signer: Signer, name: str, fields: list[bytes | None]) -> De
 def decode_http(signer: Signer, frame: bytes | None) -> HttpSettings:
     """HTTP settings from their frame; verified before they are decoded."""
     return _decode_http(signer.open(frame)) if frame else HttpSettings()
-
-
-def decode_infos(fields: Mapping[bytes, bytes], kind: type[Info]) -> Iterator[tuple[str, Info]]:
-    """What processes say of themselves, by id; unsigned, so it decides nothing, and what cannot be read is left out."""
-    for id_, body in fields.items():
-        try:
-            yield id_.decode(), msgspec.msgpack.decode(body, type=kind)
-        except UNREADABLE as exc:
-            logger.warning("Ignoring an unreadable %s of %r: %s", kind.__name__, id_, exc)
 
 
 Decoded = TypeVar("Decoded")

@@ -15,29 +15,28 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import msgspec
-from redis.exceptions import RedisError
 
 from qserve.background import end
 from qserve.broker import embedded
-from qserve.broker.following import Snapshot, connect_asyncio, follow, read_snapshot
+from qserve.broker.following import Snapshot, connect_asyncio, follow, has_schedules, read_snapshot
 from qserve.broker.redis_checks import require_usable_at
+from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.reports import forget_worker, read_replicas, report_node, withdraw_node
 from qserve.broker.restoring import Memory
-from qserve.broker.state import State, decode_infos
+from qserve.broker.state import State
 from qserve.deployments import deploying
 from qserve.deployments.local_instance import InstanceRecord, is_running
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 from qserve.settings import Settings
-from qserve.wire.messages import Signer, encode
+from qserve.wire.messages import Signer
 from qserve.wire.spec import EVERY_NODE, HEALTHY, DeploymentSpec, NodeInfo, ReplicaInfo
 from qserve_workers.node_options import Options, parse
 from qserve_workers.supervise import KeptProcess
 
 logger = logging.getLogger("qserve.node")
 
-ALIVE_TTL_MS = 15_000
 _TICK_S = (1.0, 5.0)
 """How often the state is read without being told of a change: while something is on its way, and else."""
 _POLL_S = 0.02
@@ -289,8 +288,8 @@ class Node:
     async def _match_beat(self) -> None:
         """Run Celery's beat while anything is scheduled; every node does, and each call is submitted once."""
         try:
-            wanted = bool(await self._redis.exists(self._keys.schedules))
-        except (RedisError, OSError):
+            wanted = await has_schedules(self._redis, self._keys)
+        except (QServeError, CommandRefused):
             return
         if wanted and self._beat is None:
             command = [sys.executable, "-m", "celery", "-A", "qserve_workers", "-q", "beat", "-S", _SCHEDULER]
@@ -355,18 +354,14 @@ class Node:
 
     async def _replicas(self, name: str) -> dict[str, ReplicaInfo]:
         try:
-            fields: Any = await self._redis.hgetall(self._keys.replicas(name))
-        except (RedisError, OSError):
+            return await read_replicas(self._redis, self._keys, name)
+        except (QServeError, CommandRefused):
             return {}
-        return dict(decode_infos(fields, ReplicaInfo))
 
     async def _forget(self, name: str) -> None:
         """Remove what a worker that has ended said about itself."""
-        with contextlib.suppress(RedisError, OSError):
-            await self._redis.hdel(self._keys.workers(name), self.id)
-            for replica, info in (await self._replicas(name)).items():
-                if info.node == self.id:
-                    await self._redis.hdel(self._keys.replicas(name), replica)
+        with contextlib.suppress(QServeError, CommandRefused):
+            await forget_worker(self._redis, self._keys, name, self.id)
 
     # What others see of this node
 
@@ -379,15 +374,13 @@ class Node:
             replicas_per_node=self._options.replicas_per_node,
         )
         try:
-            await self._redis.set(self._keys.alive(self.id), 1, px=ALIVE_TTL_MS)
-            await self._redis.hset(self._keys.nodes, self.id, encode(info))
-        except (RedisError, OSError) as exc:
+            await report_node(self._redis, self._keys, info)
+        except (QServeError, CommandRefused) as exc:
             logger.warning("Cannot announce this node: %s", exc)
 
     async def _leave(self) -> None:
-        with contextlib.suppress(RedisError, OSError):
-            await self._redis.hdel(self._keys.nodes, self.id)
-            await self._redis.delete(self._keys.alive(self.id))
+        with contextlib.suppress(QServeError, CommandRefused):
+            await withdraw_node(self._redis, self._keys, self.id)
 
     def _settle(self, names: list[str]) -> None:
         for name in names:

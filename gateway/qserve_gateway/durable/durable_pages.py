@@ -9,11 +9,12 @@ from urllib.parse import parse_qs
 import msgspec
 from starlette.types import Scope
 
+from qserve.broker.call_news import CallNews
 from qserve.durable.submitting import DurableCalls, Outcome
 from qserve.errors import CallNotFound, QServeError
 from qserve.wire.call_record import ENDS, CallRecord, is_call_id
 from qserve.wire.messages import ERROR, HTTP_RESPONSE, HttpResponse, Reply, decode_error
-from qserve_gateway.durable.durable_events import EventStream, News
+from qserve_gateway.durable.durable_events import EventStream
 from qserve_gateway.durable.durable_requests import LONGEST_WAIT_S, PATH, OutcomeWait
 from qserve_gateway.durable.json_values import plain_value
 from qserve_gateway.respond import JSON, outcome_response, text_response
@@ -28,7 +29,7 @@ class DurablePages:
         debug: Put the tracebacks of user code into responses.
     """
 
-    def __init__(self, durable: DurableCalls, news: News, *, debug: bool) -> None:
+    def __init__(self, durable: DurableCalls, news: CallNews, *, debug: bool) -> None:
         self._durable = durable
         self._news = news
         self._debug = debug

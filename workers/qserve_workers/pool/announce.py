@@ -14,7 +14,7 @@ import redis
 from qserve.broker import redis_clients
 from qserve.broker.heartbeats import post_tombstone
 from qserve.broker.keys import Keys
-from qserve.broker.state import decode_infos
+from qserve.broker.reports import decode_infos
 from qserve.wire.messages import Signer
 from qserve.wire.spec import ReplicaInfo, WorkerInfo
 

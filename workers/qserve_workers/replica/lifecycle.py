@@ -22,8 +22,9 @@ from qserve.background import end, spawn
 from qserve.broker import redis_clients
 from qserve.broker.following import connect_asyncio, follow, last_log_id
 from qserve.broker.heartbeats import call_neighbours, leave, measure
+from qserve.broker.reports import decode_infos
 from qserve.broker.restoring import restore
-from qserve.broker.state import decode_deployed, decode_infos
+from qserve.broker.state import decode_deployed
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
 from qserve.calls.process_client import new_event_loop, set_current_client
