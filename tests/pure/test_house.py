@@ -312,3 +312,17 @@ def test_the_changelog_has_the_version_in_the_form_of_keep_a_changelog() -> None
     assert [each for each in releases if not re.fullmatch(r"\[[\d.]+\] - (Unreleased|\d{4}-\d\d-\d\d)", each)] == []
     kinds = set(re.findall(r"^### (.+)$", text, re.MULTILINE))
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_every_decision_is_listed_and_says_why() -> None:
+    folder = ROOT / "docs/decisions"
+    pages = {path.name: path.read_text() for path in folder.glob("*.md")}
+    index = pages.pop("README.md")
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", index)) == pages.keys()
+    for name, text in pages.items():
+        headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+        assert headings in (
+            ["Context", "Decision", "Measured", "Consequences"],
+            ["Context", "Decision", "Why", "Consequences"],
+        ), name
+        assert f"[{text.partition(chr(10))[0].removeprefix('# ')}]({name})" in index
