@@ -6,7 +6,7 @@ from qserve.broker.connection import Connection
 
 _JUMP_MS = 1000.0
 SAMPLE_EVERY_S = 2.0
-"""Often enough to notice a clock that jumps forth and soon back again: what stood in inboxes has expired then."""
+"""Often enough to notice a clock that jumps forward and soon back again: what stood in inboxes has expired then."""
 
 
 class RedisClock:

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- TRIM: delete what was read of an inbox, unless this is another inbox: when the server's clock jumps forth the old one
+-- TRIM: delete what was read of an inbox, unless this is another inbox: when the server's clock jumps forward the old one
 -- expires, and ids of the one that comes after it may be below those that were read.
 -- KEYS[1] inbox | ARGV[1] id of the last message that was read
 -- returns 1, 0 if this is another inbox, of which nothing was read

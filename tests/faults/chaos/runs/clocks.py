@@ -24,8 +24,8 @@ from tests.faults.chaos.play import Evidence, LoadRun, Run, came_true
 _HOUR_S = 3600
 _SHIFTS = (_HOUR_S, 0, -_HOUR_S, 0, 2)
 _UNREAD = Excuses.of(once="indeterminate", stream="502 broken indeterminate")
-"""An inbox expires when the server's clock jumps forth, and with it what nobody had read at that moment: a call or two,
-whose callers are told at once that it may have run. Safe ones are sent again."""
+"""An inbox expires when the server's clock jumps forward, and with it what nobody had read at that moment: a call or
+two, whose callers are told at once that it may have run. Safe ones are sent again."""
 _SHIFT = Path(tempfile.gettempdir()) / f"qserve-chaos-clock-{os.getpid()}"
 
 
@@ -52,7 +52,7 @@ def _set_right(_cluster: Cluster) -> None:
 
 
 class Jumps:
-    """The clock goes an hour forth, back, an hour back, forth again, two seconds forth: one of these each time."""
+    """The clock goes an hour forward, back, an hour back, forward again, two seconds forward: one step each time."""
 
     def __init__(self, role: str) -> None:
         self._role = role
@@ -108,7 +108,7 @@ RUNS: tuple[Run, ...] = (
     ()
     if _library() is None
     else (
-        _run("K10-node", "the clock of one node jumps by an hour, forth and back", "node-0", 0),
-        _run("K10-server", "the clock of the server jumps by an hour, forth and back", "server", 9),
+        _run("K10-node", "the clock of one node jumps by an hour, forward and back", "node-0", 0),
+        _run("K10-server", "the clock of the server jumps by an hour, forward and back", "server", 9),
     )
 )
