@@ -54,7 +54,7 @@ class Follower:
     async def announce(self) -> None:
         """Be counted among the live gateways; returns when Redis knows, or cannot be told now."""
         with contextlib.suppress(BrokerUnavailable, CommandRefused):
-            await report_gateway(self._client.writer, self._settings.keys, self._info)
+            await report_gateway(self._client.sender, self._settings.keys, self._info)
 
     async def run(self) -> None:
         """Stay counted and follow the state, until cancelled."""
@@ -66,7 +66,7 @@ class Follower:
 
     def leave(self) -> None:
         """No longer be counted, so that no deploy waits for this gateway."""
-        withdraw_gateway(self._client.writer, self._settings.keys, self._info.id, _log_refusal)
+        withdraw_gateway(self._client.sender, self._settings.keys, self._info.id, _log_refusal)
 
     async def stop(self) -> None:
         """Close the connection."""
@@ -104,7 +104,7 @@ class Follower:
             await asyncio.sleep(_ANNOUNCE_EVERY_S)
 
     def _tell(self) -> None:
-        send_gateway_report(self._client.writer, self._settings.keys, self._info, _log_refusal)
+        send_gateway_report(self._client.sender, self._settings.keys, self._info, _log_refusal)
 
 
 def _log_refusal(answer: Answer) -> None:

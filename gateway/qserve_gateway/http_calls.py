@@ -7,10 +7,10 @@ from functools import partial
 from starlette.types import Receive, Send
 
 from qserve.calls.client import Client
-from qserve.calls.pending import Outcome, PendingCall
+from qserve.calls.pending import PendingCall
 from qserve.errors import QServeError
 from qserve.wire.channel import Channel
-from qserve.wire.messages import HTTP, HttpRequest, encode
+from qserve.wire.messages import HTTP, HttpRequest, Outcome, encode
 from qserve_gateway.routes import Route
 from qserve_gateway.streaming import ClientDisconnected, Upload, stream_response
 

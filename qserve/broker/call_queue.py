@@ -4,6 +4,7 @@ A deployment's calls stand in one stream, read by all of its replicas through on
 stream until it is answered, so the length of the stream counts the calls that wait and those that run.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from qserve.broker.connection import Answer, Connection
@@ -47,6 +48,18 @@ class CallQueue:
         found: list[bytes | None] = await FIND.call(connection, (self._stream,), age_ms, *calls)
         return found
 
+    async def has(self, connection: Connection, entry: bytes) -> bool:
+        """Whether an entry stands in the queue: its call waits or runs."""
+        return bool(await connection.call("XRANGE", self._stream, entry, entry))
+
     def cancel(self, connection: Connection, entry: bytes, on_answer: Callable[[Answer], None]) -> None:
         """Withdraw an entry; `on_answer` gets 1, 0 or the replica that has it."""
         CANCEL.send(connection, on_answer, (self._stream,), GROUP, entry)
+
+
+async def last_seen(connection: Connection, keys: Keys, deployment: str) -> tuple[int, int]:
+    """When a replica of a deployment was seen last (0: never), and what time it is, in seconds on Redis' clock."""
+    seen, now = await asyncio.gather(
+        connection.call("HGET", keys.meta(deployment), "last_seen"), connection.call("TIME")
+    )
+    return int(seen or 0), int(now[0])

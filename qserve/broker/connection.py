@@ -183,6 +183,10 @@ class Connection(asyncio.Protocol):
         self.send(lambda answer: settle(future, answer), *command)
         return await future
 
+    async def settle_all(self) -> None:
+        """Wait until everything that was sent before is answered; raises like `call`."""
+        await self.call("PING")
+
     def flush(self) -> None:
         """Write what is collected."""
         if self._out and self._transport is not None:

@@ -1,9 +1,8 @@
 """Why a call was not taken, as the error that its caller gets: the answers of admit.lua and submit.lua in words."""
 
-from collections.abc import Callable
-
-from qserve.broker.connection import Answer, Connection
+from qserve.broker.connection import Answer
 from qserve.broker.keys import Keys
+from qserve.broker.link import Link
 from qserve.broker.retry_after import Pace
 from qserve.errors import (
     BackPressureError,
@@ -42,12 +41,12 @@ class FullQueues:
     """The errors for calls that found a full queue, with how long to wait. Belongs to its client's loop.
 
     Args:
-        sender: The connection for commands.
+        link: The connection for commands.
     """
 
-    def __init__(self, keys: Keys, sender: Callable[[], Connection]) -> None:
+    def __init__(self, keys: Keys, link: Link) -> None:
         self._keys = keys
-        self._sender = sender
+        self._link = link
         self._paces: dict[str, Pace] = {}
 
     def refusal(self, deployment: str, depth: int) -> BackPressureError:
@@ -55,5 +54,5 @@ class FullQueues:
         pace = self._paces.get(deployment)
         if pace is None:
             pace = self._paces[deployment] = Pace(self._keys.calls(deployment))
-        pace.look(self._sender())
+        pace.look(self._link.sender)
         return queue_full(deployment, depth, pace.wait_s(depth))

@@ -1,20 +1,20 @@
-"""From a caller onto the queue: the calls of a tick leave together, and what Redis says to them is acted on."""
+"""Calls on their way onto queues: those of a tick leave together, and what Redis says to them is acted on."""
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 from qserve.background import spawn
 from qserve.broker.call_queue import CALLS_PER_ADMIT, CallQueue
 from qserve.broker.clock import RedisClock
 from qserve.broker.connection import Answer, Connection
 from qserve.broker.keys import Keys
+from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads
 from qserve.broker.refusals import FullQueues, refusal_of_all
-from qserve.calls.pending import PendingCall
+from qserve.calls.pending import PendingCall, PendingCalls
+from qserve.calls.withdrawing import Withdrawals
 from qserve.errors import BrokerUnavailable, QServeError
 from qserve.failpoints import reach
 
@@ -22,49 +22,36 @@ _PAYLOAD_GRACE_MS = 60_000
 _STATE_PATIENCE_S, _STATE_POLL_S = 3.0, 0.1
 
 
-class Caller(Protocol):
-    """What admission needs of the client whose calls these are."""
-
-    tally: Counter[str]
-
-    @property
-    def writer(self) -> Connection:
-        """The connection for commands; a closed one while Redis is away."""
-
-    def refuse(self, call: PendingCall, error: QServeError) -> None:
-        """End a call that Redis has not taken."""
-
-    def withdraw_entry(self, call: PendingCall) -> None:
-        """Take a call that has ended meanwhile off its queue."""
-
-    async def sample_clock(self) -> None:
-        """See whether Redis' clock has jumped."""
-
-
 class Admission:
-    """Puts calls on their queues. Belongs to its client's loop.
+    """Puts calls of one process on their queues. Belongs to the event loop of its client.
 
     Args:
-        clock: Redis', as the client knows it.
-        full_queues: The errors for calls that found a full queue.
-        pending: The caller's calls without an outcome, by id.
+        link: The connection for commands.
+        clock: The clock of Redis, as this process knows it.
+        pending: The calls of this process; one that is refused is settled there.
+        sample_clock: Sees whether the clock of Redis has jumped.
     """
 
     def __init__(
         self,
         keys: Keys,
+        link: Link,
         payloads: Payloads,
+        pending: PendingCalls,
+        withdrawals: Withdrawals,
+        *,
         clock: RedisClock,
         full_queues: FullQueues,
-        pending: Mapping[str, PendingCall],
-        caller: Caller,
+        sample_clock: Callable[[], Awaitable[None]],
     ) -> None:
         self._keys = keys
+        self._link = link
         self._payloads = payloads
+        self._pending = pending
+        self._withdrawals = withdrawals
         self._clock = clock
         self._full_queues = full_queues
-        self._pending = pending
-        self._caller = caller
+        self._sample_clock = sample_clock
         self._batches: dict[str, list[PendingCall]] = {}
         self._queues: dict[str, CallQueue] = {}
         self._is_stopped = False
@@ -78,14 +65,13 @@ class Admission:
         if not self._batches:
             asyncio.get_running_loop().call_soon(self.flush)
         self._batches[call.deployment] = [call]
-        writer = self._caller.writer
-        if writer.is_idle:
+        if self._link.sender.is_idle:
             self.flush()  # nobody to wait for: the tick's other calls follow in their own batch
 
     def flush(self) -> None:
         """Send what was put; while the broker is lost it waits, until `give_back` ends that."""
-        writer = self._caller.writer
-        if not self._batches or not writer.is_open:
+        sender = self._link.sender
+        if not self._batches or not sender.is_open:
             return
         reach("admit")
         batches, self._batches = self._batches, {}
@@ -100,16 +86,16 @@ class Admission:
                     continue
                 for call in calls:
                     if call.payload is not None:
-                        self._send_payload(writer, call, call.payload)
+                        self._send_payload(sender, call, call.payload)
                 latest = self._clock.at_ms(min([c.deadline for c in calls]))
                 frames = [(c.id, c.safe, c.frame) for c in calls]
-                queue.put(writer, frames, partial(self._admitted, calls), latest_ms=latest)
-        writer.flush()
+                queue.put(sender, frames, partial(self._admitted, calls), latest_ms=latest)
+        sender.flush()
         reach("admit-sent")
 
-    def _send_payload(self, writer: Connection, call: PendingCall, payload: bytes) -> None:
+    def _send_payload(self, sender: Connection, call: PendingCall, payload: bytes) -> None:
         ttl_ms = int((call.deadline - time.monotonic()) * 1000) + _PAYLOAD_GRACE_MS
-        self._payloads.put(writer, call.id, payload, ttl_ms)
+        self._payloads.put(sender, call.id, payload, ttl_ms)
         call.payload = b""
 
     def give_back(self) -> list[PendingCall]:
@@ -121,10 +107,6 @@ class Admission:
         """From now on a lost connection leaves no questions open: nobody will be there to ask them."""
         self._is_stopped = True
 
-    def queue_of(self, call: PendingCall) -> CallQueue:
-        """The queue of a call that was sent."""
-        return self._queues[call.deployment]
-
     def _admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
         if isinstance(answer, BrokerUnavailable) and not self._is_stopped:
             for call in calls:
@@ -134,31 +116,31 @@ class Admission:
             self._not_admitted(calls, answer)
         else:
             reach("admitted")
-            caller, accepted = self._caller, 0
+            accepted = 0
             idempotent = self._queues[calls[0].deployment].is_idempotent = answer[1] == 1
             for call, entry in zip(calls, answer[2:], strict=True):
                 if entry is None:
-                    caller.refuse(call, self._full_queues.refusal(call.deployment, answer[0]))
+                    self._refuse(call, self._full_queues.refusal(call.deployment, answer[0]))
                     continue
                 accepted += 1
                 call.admitted(entry, idempotent)
                 if call.id not in self._pending:  # ended before it was admitted
-                    caller.withdraw_entry(call)
-            caller.tally["accepted"] += accepted
+                    self._withdrawals.withdraw(call)
+            self._pending.tally["accepted"] += accepted
 
     def _not_admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
         code = 0 if isinstance(answer, Exception) else answer[0]
         if code == -3:
             spawn(self._put_late(calls))
-        elif code == -4 and self._caller.tally["accepted"]:
+        elif code == -4 and self._pending.tally["accepted"]:
             self._wait_for_state(calls)
         elif (error := refusal_of_all(calls[0].deployment, answer)) is not None:
             for call in calls:
-                self._caller.refuse(call, error)
+                self._refuse(call, error)
 
     async def _put_late(self, calls: Sequence[PendingCall]) -> None:
         """Put again what Redis took too late, or only seemed to because its clock has jumped."""
-        await self._caller.sample_clock()
+        await self._sample_clock()
         for call in calls:
             self._put_if_waited_for(call)
 
@@ -171,10 +153,14 @@ class Admission:
             call.stateless_since = call.stateless_since or now
             if now - call.stateless_since > _STATE_PATIENCE_S:
                 error = BrokerUnavailable("Redis has lost what was deployed; the call was not taken")
-                self._caller.refuse(call, error)
+                self._refuse(call, error)
             else:
                 asyncio.get_running_loop().call_later(_STATE_POLL_S, self._put_if_waited_for, call)
 
     def _put_if_waited_for(self, call: PendingCall) -> None:
         if call.id in self._pending:
             self.put(call)
+
+    def _refuse(self, call: PendingCall, error: QServeError) -> None:
+        self._withdrawals.drop_payload(call)
+        self._pending.refuse(call, error)

@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from qserve.background import spawn
 from qserve.calls.client import Client
 from qserve.calls.ref import Ref
-from qserve.durable.submitting import Outcome, Watcher
+from qserve.durable.submitting import Watcher
 from qserve.errors import CallNotFound, QServeError, StreamBroken
 from qserve.wire.call_record import ENDS, CallRecord, Options, Part, is_call_id
 from qserve.wire.codec import Codec
-from qserve.wire.messages import ERROR, HTTP_RESPONSE, PYTHON, HttpResponse, Reply, decode_error, decode_http_response
+from qserve.wire.messages import (
+    ERROR,
+    HTTP_RESPONSE,
+    PYTHON,
+    HttpResponse,
+    Outcome,
+    Reply,
+    decode_error,
+    decode_http_response,
+)
 
 if TYPE_CHECKING:
     from starlette.responses import Response

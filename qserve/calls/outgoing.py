@@ -6,12 +6,12 @@ from concurrent.futures import InvalidStateError
 from typing import Any
 
 from qserve.calls.client import Client
-from qserve.calls.pending import Outcome, PendingCall
+from qserve.calls.pending import PendingCall
 from qserve.calls.ref import Ref
 from qserve.context import CallInfo, current_call
 from qserve.errors import QServeError
 from qserve.wire.codec import Codec, collect_refs, substitute
-from qserve.wire.messages import ERROR, PYTHON, decode_error
+from qserve.wire.messages import ERROR, PYTHON, Outcome, decode_error
 
 
 class CallRef(Ref[Any]):

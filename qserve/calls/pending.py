@@ -1,15 +1,16 @@
-"""A call between being made and its outcome, as its caller keeps it."""
+"""Calls between being made and their outcome, as the process that makes them keeps them."""
 
 import asyncio
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from qserve.errors import QServeError, StreamBroken
 from qserve.wire.channel import Channel
-from qserve.wire.messages import ERROR, VALUE, Reply
+from qserve.wire.messages import ERROR, VALUE, Outcome, Reply
 
-Outcome = Reply | QServeError
-"""What becomes of a call: the replica's reply, or the reason why there is none."""
+logger = logging.getLogger(__name__)
 
 
 class PendingCall:
@@ -74,3 +75,50 @@ class PendingCall:
         else:
             self.channel.finish(int(outcome.payload or b"0") if outcome.kind == VALUE else 0)
         self.channel = None  # they refer to each other, and the collector comes seldom
+
+
+class PendingCalls(dict[str, PendingCall]):
+    """The calls of a process that wait for their outcome, by id. Belongs to the event loop of its client.
+
+    Whoever learns the outcome of a call settles it here; only the first outcome counts.
+
+    Attributes:
+        tally: How many calls were accepted, `refused` by which error, and `ended` with which outcome.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tally: Counter[str] = Counter()
+
+    def settle(self, call: PendingCall, outcome: Outcome) -> bool:
+        """Hand its outcome to whoever waits for a call; returns False if the call has ended already."""
+        if self.pop(call.id, None) is None:
+            return False
+        if call.timer is not None:
+            call.timer.cancel()
+        if isinstance(outcome, Reply):
+            self.tally["ended error" if outcome.kind == ERROR else "ended result"] += 1
+        elif call.entry is not None or call.is_unanswered:
+            self.tally[f"ended {outcome.code}"] += 1
+        call.end_channel(outcome)
+        # Who waits often holds the call, too, and the collector comes seldom.
+        on_outcome, call.on_outcome, call.on_stream = call.on_outcome, _nobody_waits, None
+        try:
+            on_outcome(outcome)
+        except Exception:
+            logger.exception("the receiver of call %s failed on its outcome", call.id)
+        return True
+
+    def refuse(self, call: PendingCall, error: QServeError) -> None:
+        """Settle a call that Redis has not taken."""
+        if call.id in self:
+            self.tally[f"refused {error.code}"] += 1
+        self.settle(call, error)
+
+    def unsettled(self) -> list[PendingCall]:
+        """Calls that Redis has taken, or may have."""
+        return [call for call in self.values() if call.entry is not None or call.is_unanswered]
+
+
+def _nobody_waits(_outcome: Outcome) -> None:
+    """Take the outcome of a call that has been settled."""

@@ -4,7 +4,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from qserve.broker.connection import Answer, Connection, ignore_answer
+from qserve.broker.connection import Answer, Connection
+from qserve.broker.counters import count
 from qserve.broker.inboxes import Inbox
 from qserve.broker.keys import Keys
 from qserve.broker.link import BLOCK_MS, CHECK_EVERY_S, Link
@@ -26,22 +27,21 @@ class Receiver:
         accept: Gets every message whose signature holds; raises FrameRejected for one that is not for this process.
     """
 
-    def __init__(self, keys: Keys, process: str, signer: Signer, accept: Callable[[Reply], None]) -> None:
+    def __init__(self, keys: Keys, process: str, signer: Signer, link: Link, accept: Callable[[Reply], None]) -> None:
         self._keys = keys
         self._signer = signer
         self._accept = accept
         self._inbox = Inbox(keys, process)
-        self._link: Link
-
-    async def open(self, link: Link) -> None:
-        """Begin, or go on, to read over a link that has come up; replies are accepted from now on."""
         self._link = link
-        await self._inbox.open(link.sender)
+
+    async def open(self) -> None:
+        """Begin, or go on, to read over the link, which has come up; replies are accepted from now on."""
+        await self._inbox.open(self._link.sender)
         self._read()
 
-    def discard(self, sender: Connection) -> None:
+    def discard(self) -> None:
         """Close the inbox for good: later replies are dropped."""
-        self._inbox.discard(sender)
+        self._inbox.discard(self._link.sender)
 
     async def newest(self, sender: Connection) -> bytes:
         """Id of the newest message in the inbox."""
@@ -84,4 +84,4 @@ class Receiver:
 
     def _reject(self, exc: Exception) -> None:
         logger.warning("dropped a frame in the inbox: %s", exc)
-        self._link.sender.send(ignore_answer, "HINCRBY", self._keys.counters, "rejected_frames", 1)
+        count(self._link.sender, self._keys, "rejected_frames")

@@ -4,16 +4,20 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+
+import msgspec
 
 from qserve.broker.call_queue import CALLS_PER_ADMIT, CallQueue
 from qserve.broker.connection import Connection
+from qserve.broker.counters import count
 from qserve.broker.keys import Keys
 from qserve.broker.link import Link
-from qserve.calls.pending import PendingCall
+from qserve.calls.admission import Admission
+from qserve.calls.pending import PendingCall, PendingCalls
 from qserve.calls.receiver import Receiver
 from qserve.errors import BrokerUnavailable, Indeterminate, QServeError
+from qserve.wire.messages import Signer, decode_call, encode_call
 
 _POLL_S = 0.01
 _SECOND_LOOK_S = 0.5
@@ -53,37 +57,40 @@ class RetryBudget:
         return True
 
 
-class Caller(Protocol):
-    """What the reconciler needs of the client whose calls these are."""
-
-    def unsettled(self) -> list[PendingCall]:
-        """Calls that Redis has taken, or may have."""
-
-    def conclude(self, call: PendingCall, error: QServeError) -> None:
-        """End a call."""
-
-    def send_again(self, call: PendingCall) -> None:
-        """Put a call once more, under another id."""
-
-
 class Reconciler:
-    """Settles what a lost connection left open. Belongs to its client's loop.
+    """Settles what a lost connection left open. Belongs to the event loop of its client.
 
     A call whose entry stands in the queue goes on. One without an entry is answered, and then the answer stands in the
     inbox; or it is lost: a safe one is sent again, once and within the budget, of another nobody knows whether it ran.
+
+    Args:
+        new_id: Gives the id of a call that is sent again.
     """
 
-    def __init__(self, keys: Keys, link: Link, receiver: Receiver, caller: Caller) -> None:
+    def __init__(
+        self,
+        keys: Keys,
+        signer: Signer,
+        link: Link,
+        receiver: Receiver,
+        pending: PendingCalls,
+        admission: Admission,
+        *,
+        new_id: Callable[[], str],
+    ) -> None:
         self.budget = RetryBudget()
         self._keys = keys
+        self._signer = signer
         self._link = link
         self._receiver = receiver
-        self._caller = caller
+        self._pending = pending
+        self._admission = admission
+        self._new_id = new_id
 
     async def run(self) -> None:
         """Look once; the next link looks again if this one is lost meanwhile."""
         sender, losses = self._link.sender, self._link.losses
-        calls = self._caller.unsettled()
+        calls = self._pending.unsettled()
         if not sender.is_open or not calls:
             return
         with contextlib.suppress(BrokerUnavailable):
@@ -105,9 +112,9 @@ class Reconciler:
 
     async def _missing(self, sender: Connection, calls: Sequence[PendingCall]) -> list[PendingCall]:
         found = await asyncio.gather(
-            *(sender.call("XRANGE", self._keys.calls(call.deployment), call.entry, call.entry) for call in calls)
+            *(CallQueue(self._keys, call.deployment).has(sender, call.entry or b"") for call in calls)
         )
-        return [call for call, entry in zip(calls, found, strict=True) if not entry]
+        return [call for call, is_there in zip(calls, found, strict=True) if not is_there]
 
     async def _unfound(self, sender: Connection, calls: Sequence[PendingCall]) -> list[PendingCall]:
         """Those of the calls that Redis has not taken; of the others it is known now where they stand."""
@@ -130,13 +137,31 @@ class Reconciler:
         return missing
 
     def _settle(self, missing: Sequence[PendingCall]) -> None:
-        waiting = set(self._caller.unsettled())
+        waiting = set(self._pending.unsettled())
         for call in missing:
             if call not in waiting:  # its answer has come, or its time is over
                 continue
             if not call.safe:
-                self._caller.conclude(call, Indeterminate(_UNTAKEN if call.is_unanswered else _LOST))
+                self._give_up(call, Indeterminate(_UNTAKEN if call.is_unanswered else _LOST))
             elif call.frame and call.channel is None and self.budget.take(time.monotonic()):
-                self._caller.send_again(call)
+                self._send_again(call)
             else:
-                self._caller.conclude(call, BrokerUnavailable(_LATER))
+                self._give_up(call, BrokerUnavailable(_LATER))
+
+    def _give_up(self, call: PendingCall, error: QServeError) -> None:
+        if isinstance(error, Indeterminate):
+            count(self._link.sender, self._keys, "indeterminate")
+        self._pending.settle(call, error)
+
+    def _send_again(self, call: PendingCall) -> None:
+        """Put a call once more, under another id: the first copy may still be somewhere, and is answered apart."""
+        lost = decode_call(self._signer.open(call.frame))
+        del self._pending[call.id]
+        call.id = self._new_id()
+        call.entry, call.is_unanswered = None, False
+        left_ms = int((call.deadline - time.monotonic()) * 1000)
+        again = msgspec.structs.replace(lost, id=call.id, ttl_ms=max(0, left_ms))
+        call.frame = self._signer.seal(encode_call(again))
+        self._pending[call.id] = call
+        self._pending.tally["sent again"] += 1
+        self._admission.put(call)

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Itera
 from typing import Any, Generic, TypeVar
 
 from qserve.calls.client import Client
-from qserve.calls.pending import Outcome, PendingCall
+from qserve.calls.pending import PendingCall
 from qserve.context import CallInfo
 from qserve.errors import QServeError, StreamBroken
 from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
-from qserve.wire.messages import ERROR, STREAM, decode_error
+from qserve.wire.messages import ERROR, STREAM, Outcome, decode_error
 
 T = TypeVar("T")
 OnOutcome = Callable[[Outcome], None]

@@ -10,8 +10,9 @@ import msgspec
 
 from qserve.background import spawn
 from qserve.broker.call_queue import CALLS_PER_ADMIT
-from qserve.broker.connection import Answer, Connection
+from qserve.broker.connection import Answer
 from qserve.broker.inboxes import send_control
+from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.records import Records, durable_reply, submit_arguments
 from qserve.broker.redis_errors import CommandRefused
@@ -51,13 +52,13 @@ from qserve.wire.messages import (
     NO_META,
     Control,
     ErrorInfo,
+    Outcome,
     Reply,
     Signer,
     decode_reply,
     encode,
 )
 
-Outcome = Reply | QServeError
 OnAdmitted = Callable[[str | QServeError], None]
 
 _LOOK_AGAIN_S = 30.0
@@ -106,7 +107,7 @@ class DurableCalls:
 
     Args:
         process: Id of the inbox that gets the outcomes.
-        sender: The connection for commands; a closed one while Redis is away.
+        link: The connection for commands.
         full_queues: The errors for calls that found a full queue.
     """
 
@@ -116,7 +117,7 @@ class DurableCalls:
         signer: Signer,
         payloads: Payloads,
         process: str,
-        sender: Callable[[], Connection],
+        link: Link,
         full_queues: FullQueues,
     ) -> None:
         self.records = Records(settings.keys)
@@ -125,7 +126,7 @@ class DurableCalls:
         self._signer = signer
         self._payloads = payloads
         self._process = process
-        self._sender = sender
+        self._link = link
         self._full_queues = full_queues
         self._collected: dict[str, list[Submission]] = {}
         self._unconfirmed: dict[str, Submission] = {}
@@ -181,7 +182,7 @@ class DurableCalls:
     async def _submit_confirmed(self, each: Submission, durability: Durability) -> None:
         call = each.call
         try:
-            if not (sender := self._sender()).is_open:
+            if not (sender := self._link.sender).is_open:
                 raise BrokerUnavailable("Redis cannot be reached")
             if each.payload is not None:
                 await self._payloads.store_unconfirmed(sender, call.id, each.payload)
@@ -194,7 +195,7 @@ class DurableCalls:
         self._admitted(each, answer, 0)
 
     def _flush(self) -> None:
-        sender = self._sender()
+        sender = self._link.sender
         if not sender.is_open or not self._collected:
             return  # `link_up` or `link_down` goes on
         reach("submit")
@@ -268,7 +269,7 @@ class DurableCalls:
             watcher.on_outcome(outcome)
 
     async def _fetch(self, reply: Reply) -> None:
-        sender = self._sender()
+        sender = self._link.sender
         if not sender.is_open:
             return  # `link_up` looks again
         try:
@@ -282,7 +283,7 @@ class DurableCalls:
             self._end(reply.id, BrokerUnavailable(f"the result could not be fetched: {exc}"))
 
     def _look(self, call_id: str) -> None:
-        sender = self._sender()
+        sender = self._link.sender
         if sender.is_open:
             self.records.attach(sender, call_id, self._process, partial(self._looked, call_id))
 
@@ -321,7 +322,7 @@ class DurableCalls:
         Raises:
             BrokerUnavailable: Redis cannot be asked.
         """
-        sender = self._sender()
+        sender = self._link.sender
         if not sender.is_open:
             raise BrokerUnavailable("Redis cannot be reached")
         record = await self.records.describe(sender, call_id, after_event)
@@ -344,7 +345,7 @@ class DurableCalls:
             BrokerUnavailable: Redis cannot be asked.
             FrameRejected: One is not the call's.
         """
-        sender = self._sender()
+        sender = self._link.sender
         if not sender.is_open:
             raise BrokerUnavailable("Redis cannot be reached")
         found = await self.records.parts(sender, record, after, PARTS_READ) if record.has_parts else []
@@ -370,7 +371,7 @@ class DurableCalls:
     def _end_call(
         self, call_id: str, state: str, error: QServeError, on_answer: Callable[[Answer], None] | None
     ) -> None:
-        sender = self._sender()
+        sender = self._link.sender
         if not sender.is_open:
             if on_answer is not None:
                 on_answer(BrokerUnavailable("Redis cannot be reached"))
@@ -379,7 +380,7 @@ class DurableCalls:
         def check(answer: Answer) -> None:
             if isinstance(answer, list):
                 replica, entry, _ = (part.decode() for part in answer)
-                send_control(self._sender(), self._keys, self._signer, replica, Control("cancel", entry), call_id)
+                send_control(self._link.sender, self._keys, self._signer, replica, Control("cancel", entry), call_id)
             if on_answer is not None:
                 on_answer(answer)
 
@@ -392,7 +393,7 @@ class DurableCalls:
 
     def link_up(self) -> None:
         """There is a connection (again): ask what is not known."""
-        self.records.open(self._sender())
+        self.records.open(self._link.sender)
         self._collected = {}
         for submission in self._unconfirmed.values():
             self._collected.setdefault(submission.call.deployment, []).append(submission)

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from qserve.errors import FrameRejected
+from qserve.errors import FrameRejected, QServeError
 
 PYTHON, HTTP, STREAM, WEBSOCKET = 0, 1, 2, 3
 """What a call is: packed (args, kwargs) for a value; an HttpRequest; packed (args, kwargs) for a stream of values; an
@@ -93,6 +93,10 @@ class Blob(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     id: str
     data: bytes
+
+
+Outcome = Reply | QServeError
+"""What becomes of a call: the reply of a replica, or the reason why there is none."""
 
 
 class WebSocketEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -17,7 +17,6 @@ import redis
 
 from qserve.broker import embedded
 from qserve.broker.keys import Keys
-from qserve.calls.pending import Outcome
 from qserve.errors import (
     BackPressureError,
     BrokerUnavailable,
@@ -28,7 +27,7 @@ from qserve.errors import (
     Indeterminate,
 )
 from qserve.settings import Settings
-from qserve.wire.messages import CONTROL, VALUE, Reply, Signer, encode
+from qserve.wire.messages import CONTROL, VALUE, Outcome, Reply, Signer, encode
 from tests.support.calling import Caller, Code, calling, deploy, serving, within
 from tests.support.machine import patience
 from tests.support.waiting import until, wait_until
@@ -339,7 +338,7 @@ class TestLostConnections:
         self, caller: Caller, code: Code
     ) -> None:
         caller.client._link.lose()
-        assert not caller.client.writer.is_open
+        assert not caller.client.sender.is_open
 
         assert await caller.ask("patient") == "patient"
 
@@ -423,7 +422,7 @@ class TestRestarts:
         async with calling(settings) as caller:
             deploy(settings)
             server.kill()
-            await until(lambda: not caller.client.writer.is_open)
+            await until(lambda: not caller.client.sender.is_open)
 
             outcome = await within(caller.call("x")[1], 10)
 

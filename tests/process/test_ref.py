@@ -363,6 +363,6 @@ class TestAsArguments:
         ref = handle.wait.remote("x")
         await until(lambda: code.started)
         (pending,) = caller.client._pending.values()
-        caller.client._finish(pending, Reply(pending.id, caller.client.id, ERROR, b"no error"))
+        caller.client._pending.settle(pending, Reply(pending.id, caller.client.id, ERROR, b"no error"))
 
         assert await asyncio.to_thread(ref.exception, 5) is not None

@@ -12,7 +12,6 @@ import redis
 
 from qserve.broker.heartbeats import post_tombstone
 from qserve.broker.keys import GROUP, Keys
-from qserve.calls.pending import Outcome
 from qserve.errors import (
     CallCancelled,
     FrameRejected,
@@ -23,7 +22,7 @@ from qserve.errors import (
     TaskError,
 )
 from qserve.settings import Settings
-from qserve.wire.messages import HTTP, PYTHON, Call, HttpRequest, Reply, Signer, decode_http_response, encode
+from qserve.wire.messages import HTTP, PYTHON, Call, HttpRequest, Outcome, Reply, Signer, decode_http_response, encode
 from tests.support.calling import Caller, calling, within
 from tests.support.replicas import NAME, World
 from tests.support.waiting import until

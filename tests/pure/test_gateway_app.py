@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message
 
 from qserve.calls.client import Client
-from qserve.calls.pending import Outcome, PendingCall
+from qserve.calls.pending import PendingCall
 from qserve.errors import (
     BackPressureError,
     CallCancelled,
@@ -37,6 +37,7 @@ from qserve.wire.messages import (
     ErrorInfo,
     HttpRequest,
     HttpResponse,
+    Outcome,
     Reply,
     decode_http_request,
     encode,

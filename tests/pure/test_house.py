@@ -137,9 +137,6 @@ def test_foreign_libraries_stay_in_their_homes() -> None:
 
 
 NOT_YET_FREE_OF_REDIS = {
-    "qserve.calls.client",
-    "qserve.calls.receiver",
-    "qserve.calls.reconcile",
     "qserve.durable.confirming",
     "qserve.durable.dead_letters",
     "qserve.durable.schedules",

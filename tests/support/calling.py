@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from qserve.broker.state import State
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
-from qserve.calls.pending import Outcome, PendingCall
+from qserve.calls.pending import PendingCall
 from qserve.settings import Settings
 from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
-from qserve.wire.messages import ERROR, PYTHON, HttpRequest, HttpResponse, Reply, Signer, decode_error
+from qserve.wire.messages import ERROR, PYTHON, HttpRequest, HttpResponse, Outcome, Reply, Signer, decode_error
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.replica.consumer import Consumer
 

@@ -10,10 +10,10 @@ import msgspec
 from starlette.types import Scope
 
 from qserve.broker.call_news import CallNews
-from qserve.durable.submitting import DurableCalls, Outcome
+from qserve.durable.submitting import DurableCalls
 from qserve.errors import CallNotFound, QServeError
 from qserve.wire.call_record import ENDS, CallRecord, is_call_id
-from qserve.wire.messages import ERROR, HTTP_RESPONSE, HttpResponse, Reply, decode_error
+from qserve.wire.messages import ERROR, HTTP_RESPONSE, HttpResponse, Outcome, Reply, decode_error
 from qserve_gateway.durable.durable_events import EventStream
 from qserve_gateway.durable.durable_requests import LONGEST_WAIT_S, PATH, OutcomeWait
 from qserve_gateway.durable.json_values import plain_value

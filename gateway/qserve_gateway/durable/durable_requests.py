@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from qserve.durable.submitting import DurableCalls, Outcome, Watcher
+from qserve.durable.submitting import DurableCalls, Watcher
 from qserve.errors import CallNotFound, GetTimeoutError, QServeError
 from qserve.wire.call_record import IDEMPOTENCY_TTL_S, Options, Terms
-from qserve.wire.messages import HTTP, HttpRequest, HttpResponse, encode
+from qserve.wire.messages import HTTP, HttpRequest, HttpResponse, Outcome, encode
 from qserve_gateway.headers import Headers
 from qserve_gateway.respond import JSON, bad_request, local_error_response, outcome_response
 from qserve_gateway.routes import Route

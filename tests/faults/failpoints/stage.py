@@ -19,7 +19,6 @@ from celery import Celery
 from qserve.broker.heartbeats import DIED, post_tombstone
 from qserve.broker.keys import GROUP
 from qserve.broker.state import State
-from qserve.calls.pending import Outcome
 from qserve.calls.streams import ResultStream
 from qserve.deployments.loading import load_target
 from qserve.durable.submitting import Watcher
@@ -28,7 +27,7 @@ from qserve.failpoints import VARIABLE
 from qserve.settings import Settings
 from qserve.wire.call_record import Options
 from qserve.wire.codec import Codec
-from qserve.wire.messages import PYTHON, STREAM, Reply, Signer
+from qserve.wire.messages import PYTHON, STREAM, Outcome, Reply, Signer
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.celery_app import broker_settings
 from qserve_workers.celery_calls.celery_queue import QUEUE

@@ -54,7 +54,7 @@ def test_a_point_that_does_not_exist_is_refused(wrong: str) -> None:
 async def test_a_replica_is_known_to_its_neighbours_before_it_takes_a_call(settings: Settings, keys: Keys) -> None:
     """Else nobody would look for its calls soon, should it die together with its worker."""
     async with serving(settings, deploy(settings)), calling(settings) as caller:
-        assert await caller.client.writer.call("HLEN", keys.heartbeats("Echo")) == 1
+        assert await caller.client.sender.call("HLEN", keys.heartbeats("Echo")) == 1
 
 
 def test_the_page_lists_every_point() -> None:

@@ -6,11 +6,10 @@ import sys
 from qserve.broker.state import State
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
-from qserve.calls.pending import Outcome
 from qserve.settings import Settings
 from qserve.wire.call_record import Options
 from qserve.wire.channel import Channel
-from qserve.wire.messages import PYTHON, STREAM, Signer
+from qserve.wire.messages import PYTHON, STREAM, Outcome, Signer
 from tests.faults.failpoints.stage import NAME, work_spec
 
 
@@ -71,7 +70,7 @@ async def main() -> None:
     client = Client(settings)
     await client.start()
     # A process that dies with answers unread resets its connection: the server may not read what was sent last.
-    await client.writer.call("PING")
+    await client.sender.call("PING")
     if what == "submit":
         await submit(client)
     elif what == "cancel":

@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 import redis
 
-from qserve.calls.pending import Outcome, PendingCall
+from qserve.calls.pending import PendingCall
 from qserve.settings import Settings
+from qserve.wire.messages import Outcome
 from qserve.wire.spec import SERVING
 from tests.support.calling import Caller, calling, within
 from tests.support.faulty_link import FaultyLink

@@ -61,7 +61,7 @@ async def test_a_half_open_line_of_a_gateway_and_a_handle_is_given_up_and_their_
 
             link.part()
             it.world.books.gate.open()
-            await until(lambda: not caller.client.writer.is_open)
+            await until(lambda: not caller.client.sender.is_open)
             link.heal()
             watch = Stopwatch()
 

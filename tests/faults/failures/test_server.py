@@ -45,7 +45,7 @@ async def test_calls_outlive_a_server_that_is_killed_and_keeps_its_data() -> Non
             await asyncio.sleep(1.2)  # what Redis was told longer ago than this is on its disk
 
             it.server.kill()
-            await until(lambda: not caller.client.writer.is_open)
+            await until(lambda: not caller.client.sender.is_open)
             watch = Stopwatch()
             refused = await http.post("/code")
             assert (refused.status_code, refused.text[:17]) == (503, "BrokerUnavailable")

@@ -12,12 +12,12 @@ import redis
 
 from qserve.broker.keys import Keys
 from qserve.broker.state import State
-from qserve.calls.pending import Outcome, PendingCall
+from qserve.calls.pending import PendingCall
 from qserve.durable.submitting import Watcher
 from qserve.errors import FrameRejected, QServeError
 from qserve.settings import Settings
 from qserve.wire.call_record import Options
-from qserve.wire.messages import CHUNK, CONTROL, PYTHON, VALUE, Blob, Reply, Signer, encode
+from qserve.wire.messages import CHUNK, CONTROL, PYTHON, VALUE, Blob, Outcome, Reply, Signer, encode
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.replica.mover import Mover
 from tests.faults.security import bad_frames as table

@@ -234,7 +234,7 @@ class Replica:
         set_current_client(self._client)
         self._consumer = Consumer(self._settings, self._client.signer, self._codec, deployed.spec, self._id)
         self._consumer.absence.may_go_on = self._is_current
-        self._client.on_chunk = self._consumer.conversations.take_chunk
+        self._client.take_other_chunks(self._consumer.conversations.take_chunk)
         await self._consumer.connect()
         self._takeover = Takeover(self._settings, self._consumer, self._id)
         self._heartbeat = Heartbeat(

@@ -1,0 +1,13 @@
+"""Counters of a namespace, which anybody may raise and the metrics show."""
+
+from typing import Literal
+
+from qserve.broker.connection import Connection, ignore_answer
+from qserve.broker.keys import Keys
+
+Counter = Literal["rejected_frames", "late_results", "dead_letters", "indeterminate"]
+
+
+def count(connection: Connection, keys: Keys, counter: str, by: int = 1) -> None:
+    """Raise a counter."""
+    connection.send(ignore_answer, "HINCRBY", keys.counters, counter, by)

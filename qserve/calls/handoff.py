@@ -1,0 +1,62 @@
+"""Work handed from any thread to the thread of an event loop."""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable
+
+
+class Handoff:
+    """Runs actions on one event loop, from any thread.
+
+    Many actions cost one wake-up of the loop, which is a system call.
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
+        self._actions: deque[Callable[[], None]] = deque()
+        self._is_wake_scheduled = False
+        self._is_closed = False
+
+    def open(self) -> asyncio.AbstractEventLoop:
+        """Run actions on the running loop, and in this thread, from now on; returns the loop."""
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        return self._loop
+
+    def close(self) -> None:
+        """Run what is left; from now on actions run in the thread that hands them over."""
+        self._is_closed = True
+        self._run()
+
+    def is_own_thread(self) -> bool:
+        """Whether this is the thread of the loop, which must not block on it."""
+        return threading.get_ident() == self._thread
+
+    def run(self, action: Callable[[], None]) -> None:
+        """Run an action on the loop: soon, or at once where this is its own thread."""
+        if threading.get_ident() == self._thread:
+            action()
+        else:
+            self.run_from_thread(action)
+
+    def run_from_thread(self, action: Callable[[], None]) -> None:
+        """Run an action on the loop soon, from another thread."""
+        self._actions.append(action)
+        if not self._is_wake_scheduled and self._loop is not None:
+            self._is_wake_scheduled = True
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                self._loop.call_soon_threadsafe(self._run)
+        if self._is_closed:  # nobody may come for it any more
+            self._run()
+
+    def _run(self) -> None:
+        self._is_wake_scheduled = False
+        actions = self._actions
+        while actions:
+            try:
+                action = actions.popleft()
+            except IndexError:  # a thread that finds it closed runs what there is as well
+                return
+            action()
