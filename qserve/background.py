@@ -1,4 +1,4 @@
-"""Background tasks: started where their failure is seen, and ended for certain."""
+"""Background tasks: started so that a failure is logged, and ended so that none is left."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ _running: set["asyncio.Task[None]"] = set()
 
 
 def spawn(work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-    """Run `work` as a task that is kept alive until it ends, and logged if it fails."""
+    """Start `work` as a task. It is referred to until it ends, and its failure is logged."""
     task = asyncio.get_running_loop().create_task(work)
     _running.add(task)
     task.add_done_callback(_ended)

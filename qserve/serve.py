@@ -1,4 +1,4 @@
-"""The public verbs: `from qserve import serve`."""
+"""What applications use: `from qserve import serve`."""
 
 import contextlib
 import logging
@@ -21,7 +21,6 @@ from qserve.deployments.ingress import ingress
 from qserve.deployments.loading import is_importing
 from qserve.durable.cron import parse_when
 from qserve.durable.schedules import Declared, Schedules
-from qserve.wire.codec import Codec
 from qserve.wire.spec import ReplicaInfo
 
 __all__ = [
@@ -56,14 +55,15 @@ _LOOK_S = 0.2
 
 
 def start(detached: bool = False, http_options: HTTPOptions | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-    """Start an instance on this machine unless one runs; returns when it serves HTTP.
+    """Start an instance on this machine unless one is running, and return when it serves HTTP.
 
-    With QSERVE_REDIS_URL set it is that server's instance, else one with a server of its own.
+    If QSERVE_REDIS_URL is set, the instance uses that server; otherwise it starts a server of its own.
 
     Args:
-        detached: It outlives this process; else it ends with it, however that ends.
-        http_options: See `HTTPOptions`. A running instance keeps its own, with a warning.
-        kwargs: None are known; the old `http_host`, `http_port` and `http_middlewares` get a hint.
+        detached: Whether the instance outlives this process. Otherwise it ends with it, however the process ends.
+        http_options: See `HTTPOptions`. An instance that is running keeps its own, and logs a warning.
+        kwargs: Nothing is accepted here; `http_host`, `http_port` and `http_middlewares`, which Ray Serve once had, are
+            refused with a hint.
 
     Raises:
         ValueError: The address cannot be listened on.
@@ -98,18 +98,21 @@ def run(
     detached: bool = False,
     http_options: HTTPOptions | Mapping[str, Any] | None = None,
 ) -> DeploymentHandle[Any] | None:
-    """Start an instance unless one runs, and deploy to it; several deployments come up side by side.
+    """Start an instance unless one is running, deploy to it, and return when all that is deployed is served.
+
+    Several deployments start side by side.
 
     Args:
-        target: What to deploy.
-        blocking: Stay until Ctrl-C.
+        target: The deployment or deployments.
+        blocking: Whether to stay until Ctrl-C, or until the instance has ended.
         detached, http_options: As for `start`.
 
     Returns:
-        The handle of a single target.
+        The handle of a single deployment; None for several.
 
     Raises:
         RuntimeError: A deployment failed; see `Deployment.deploy`.
+        ValueError, ConfigurationError: As for `start`.
     """
     options = _options(http_options)
     one = target if isinstance(target, Deployment) else None
@@ -132,10 +135,10 @@ def shutdown() -> None:
 
 
 def get_deployment(name: str) -> Deployment[Any]:
-    """The deployment of that name, to call, change or deploy again.
+    """The deployment of that name, as it is deployed now: to call it, change it or deploy it again.
 
     Raises:
-        KeyError: There is none.
+        KeyError: There is none of that name.
         NoInstanceError: No instance is running.
     """
     instance = THIS_PROCESS.current()
@@ -146,13 +149,15 @@ def get_deployment(name: str) -> Deployment[Any]:
 
 
 def get_ref(call_id: str) -> DurableRef[Any]:
-    """The ref of a durable call, whoever submitted it; the result of one sent over HTTP is a Starlette response.
+    """The ref of a durable call, whichever process has submitted it.
 
-    An id that nobody knows (any more) is told by the ref: its `result()` raises CallNotFound.
+    The result of a call that came over HTTP is a Starlette response. If no call has the id, or none has it any more,
+    `result()` of the ref raises CallNotFound.
 
     Raises:
         ValueError: This is no id of a durable call.
-        NoInstanceError, BrokerUnavailable: There is no qserve instance to ask.
+        NoInstanceError: No instance is running.
+        BrokerUnavailable: Redis cannot be reached.
     """
     return ref_of(call_id)
 
@@ -160,20 +165,22 @@ def get_ref(call_id: str) -> DurableRef[Any]:
 def schedule(
     name: str, when: str, target: Deployment[Any] | DeploymentHandle[Any] | DurableHandle, /, *args: Any, **kwargs: Any
 ) -> None:
-    """Call a deployment whenever it is due, with a durable call each time; replaces the schedule of that name.
+    """Make a durable call to a deployment at fixed times; replaces the schedule of that name.
 
-    At the top level of an application it takes effect when that is deployed (`qserve run`, `qserve deploy`). It stays
-    until `unschedule`, also if its deployment goes; moments that nobody was there for are made up for by one call.
+    At the top level of an application it takes effect when the application is deployed (`qserve run`, `qserve
+    deploy`). The schedule stays until `unschedule`, even if its deployment is deleted. If no process could make the
+    calls that were due, one call is made for all of them later.
 
     Args:
-        name: Of the schedule.
-        when: "0 3 * * *" (minute, hour, day, month, weekday; UTC, unless a time zone follows), or "every 30s".
-        target: What to call; for a method, retries and so on: its handle, made with `options(durable=True, ...)`.
-        args, kwargs: Its arguments.
+        name: The name of the schedule.
+        when: "0 3 * * *" (minute, hour, day, month, weekday; in UTC, unless a time zone follows), or "every 30s".
+        target: The deployment to call. For a method, or with retries and so on: a handle of it, made with
+            `options(durable=True, ...)`.
+        args, kwargs: The arguments of each call.
 
     Raises:
-        ValueError: The name or the time cannot be.
-        ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
+        ValueError: The name or the time is not possible.
+        ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
         NoInstanceError: No instance is running.
     """
     handle = target.get_handle() if isinstance(target, Deployment) else target
@@ -183,24 +190,22 @@ def schedule(
         Declared.plans.append(plan)
         return
     instance = THIS_PROCESS.current()
-    settings = instance.settings
-    codec = Codec(allow_pickle=bool(settings.secrets), max_bytes=settings.max_value_bytes)
-    Schedules(instance.state).put(plan, codec)
+    Schedules(instance.state).put(plan, instance.codec)
 
 
 def unschedule(name: str) -> None:
-    """Forget a schedule; calls that it has submitted go on.
+    """Remove a schedule. Calls that it has submitted are not affected.
 
     Raises:
-        KeyError: There is none of that name.
+        KeyError: There is no schedule of that name.
         NoInstanceError: No instance is running.
     """
     if not _ignored("unschedule") and not Schedules(THIS_PROCESS.current().state).remove(name):
-        raise KeyError(f"there is no schedule {name!r}")
+        raise KeyError(f"There is no schedule {name!r}.")
 
 
 def list_deployments() -> dict[str, Deployment[Any]]:
-    """Every deployment by name.
+    """All deployments by name, as they are deployed now.
 
     Raises:
         NoInstanceError: No instance is running.
@@ -217,14 +222,14 @@ class DeploymentStatus:
 
     Attributes:
         state: WAITING (no node is alive), DEPLOYING, HEALTHY or DEPLOY_FAILED.
-        error: What went wrong last, "" if nothing did.
-        version: As deployed.
-        generation: Counts the deploys of this name.
-        route_prefix: None when it is not served over HTTP.
-        replicas: One for each process, as it last described itself.
-        queued: Calls that wait or run.
-        wanted: How many replicas there are to be now, over all nodes, as far as their workers have told.
-        autoscaling_config: Between which bounds, and how, that follows the load; None: it does not.
+        error: What went wrong last; "" if nothing did.
+        version: The version that is deployed.
+        generation: The number of deploys under this name.
+        route_prefix: The path under which it is served; None if it is not served over HTTP.
+        replicas: Its replicas, as each last described itself.
+        queued: The number of calls that wait or run.
+        wanted: How many replicas there should be now on all nodes, as far as their workers have reported.
+        autoscaling_config: How that number follows the load; None if it is fixed.
     """
 
     state: str

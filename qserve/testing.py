@@ -1,4 +1,4 @@
-"""For tests of applications: an instance of their own, which leaves nothing behind.
+"""Instances for tests of applications, which leave nothing behind.
 
 @pytest.fixture(scope="session")
 def served():
@@ -27,11 +27,11 @@ class TestInstance:
     """A running instance.
 
     Attributes:
-        url: Where its gateway listens, "" without one.
-        settings: What a process needs to reach it.
+        url: The URL of its gateway, "" if it has none.
+        settings: Settings with which a process reaches it.
     """
 
-    __test__ = False  # not a test class, whatever pytest thinks of its name
+    __test__ = False  # pytest would take it for a class of tests because of its name
 
     url: str
     settings: Settings
@@ -44,12 +44,12 @@ class TestInstance:
 
 @contextlib.contextmanager
 def instance(http_options: HTTPOptions | Mapping[str, Any] | None = None) -> Iterator[TestInstance]:
-    """Start an instance that `serve` and handles of this process use until the end of the block; then stop it.
+    """Start an instance, which `serve` and the handles of this process use until the end of the block; then stop it.
 
-    It has its own Valkey, key and port, so tests that run side by side in several processes do not meet.
+    It has its own Valkey, key and port, so that tests can run side by side in several processes.
 
     Args:
-        http_options: As for `serve.start`; the port is any free one unless given.
+        http_options: As for `serve.start`. Without them, the port is any free one.
     """
     options = http_options or {"port": 0}
     with _own_environment():
@@ -65,7 +65,7 @@ def instance(http_options: HTTPOptions | Mapping[str, Any] | None = None) -> Ite
 @contextlib.contextmanager
 def _own_environment() -> Iterator[None]:
     kept = {name: os.environ.pop(name, None) for name in _INSTANCE_VARIABLES}
-    folder = tempfile.mkdtemp(prefix="qs-")  # short: the path of a socket stands in it
+    folder = tempfile.mkdtemp(prefix="qs-")  # short, because the path of a socket, which begins with it, is limited
     os.environ["QSERVE_RUNTIME_DIR"] = folder
     try:
         yield

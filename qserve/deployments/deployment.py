@@ -33,7 +33,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Deployment(Deployable, Generic[T_co]):
-    """A class or function, and how it is to be served. Made by `@serve.deployment`; immutable, `options` copies."""
+    """A class or function and how it is served. Made by `@serve.deployment`; it never changes: `options` copies it."""
 
     _options: Mapping[str, Any]
 
@@ -47,30 +47,30 @@ class Deployment(Deployable, Generic[T_co]):
 
     @property
     def version(self) -> str | None:
-        """Replicas are replaced when it changes; None: on every deploy."""
+        """A deploy with another version replaces the replicas; with None, every deploy does."""
         version: str | None = self._options["version"]
         return version
 
     @property
     def prev_version(self) -> str | None:
-        """The version that must be deployed for `deploy` to go ahead."""
+        """The version that must be deployed for `deploy` to succeed."""
         prev_version: str | None = self._options["prev_version"]
         return prev_version
 
     @property
     def num_replicas(self) -> int:
-        """Target number of replicas."""
+        """The number of replicas, each a process."""
         return int(self._options["num_replicas"])
 
     @property
     def autoscaling_config(self) -> AutoscalingConfig | None:
-        """How many replicas instead, by how much there is to do; None: always `num_replicas`."""
+        """How the number of replicas follows the load; None: it is `num_replicas`."""
         autoscaling_config: AutoscalingConfig | None = self._options["autoscaling_config"]
         return autoscaling_config
 
     @property
     def user_config(self) -> Any:
-        """What `reconfigure` gets."""
+        """The argument of `reconfigure`."""
         return self._options["user_config"]
 
     @property
@@ -80,18 +80,18 @@ class Deployment(Deployable, Generic[T_co]):
 
     @property
     def config(self) -> DeploymentConfig:
-        """A copy of the options that are numbers, flags and the like."""
+        """A copy of the options that are plain numbers and flags, of `autoscaling_config` and of `user_config`."""
         return config_of(self._options)
 
     @property
     def route_prefix(self) -> str | None:
-        """HTTP path prefix; None: not served over HTTP."""
+        """The path under which it is served; None: it is not served over HTTP."""
         prefix = self._options["route_prefix"]
         return f"/{self.name}" if isinstance(prefix, Default) else prefix
 
     @property
     def ray_actor_options(self) -> dict[str, Any]:
-        """Accepted and recorded for compatibility; without effect."""
+        """Recorded because Ray Serve has it, and without effect."""
         return dict(self._options["ray_actor_options"])
 
     @property
@@ -106,7 +106,7 @@ class Deployment(Deployable, Generic[T_co]):
 
     @property
     def url(self) -> str | None:
-        """Full URL, None when not served over HTTP.
+        """The full URL; None if it is not served over HTTP.
 
         Raises:
             NoInstanceError: No instance is running.
@@ -117,15 +117,17 @@ class Deployment(Deployable, Generic[T_co]):
         raise RuntimeError("Deployments cannot be constructed directly. Use `deployment.deploy() instead.`")
 
     def deploy(self, *init_args: Any, _blocking: bool = True, **init_kwargs: Any) -> Any:
-        """Deploy or update; returns when all replicas are at this version. While qserve imports code it does nothing.
+        """Deploy or update, and return when all replicas are at this version. Does nothing while qserve imports code.
 
-        When somebody deploys the same name meanwhile, theirs is rolled out, and this returns with a warning in the log.
+        When another process deploys the same name meanwhile, its deploy wins, and this one returns after a warning in
+        the log.
 
         Args:
-            init_args, init_kwargs: Win over those of the decorator, for this call only.
+            init_args, init_kwargs: Arguments of the constructor, instead of those of the decorator, for this deploy.
 
         Raises:
-            ValueError: The route is taken, prev_version does not match, or init args for a function.
+            ValueError: The route belongs to another deployment, `prev_version` is not the version that is deployed, or
+                a function was given arguments of a constructor.
             RuntimeError: The constructor or `reconfigure` keeps failing; the previous version serves again.
             NoInstanceError: No instance is running.
         """
@@ -142,7 +144,7 @@ class Deployment(Deployable, Generic[T_co]):
         return None
 
     def delete(self) -> None:
-        """Take the deployment down; calls already sent complete. Returns when it is gone; twice is harmless.
+        """Delete the deployment, and return when it is gone. Calls that were sent before are finished.
 
         Raises:
             NoInstanceError: No instance is running.
@@ -159,19 +161,19 @@ class Deployment(Deployable, Generic[T_co]):
     @overload
     def get_handle(self, sync: bool) -> DeploymentHandle[T_co] | AsyncDeploymentHandle[T_co]: ...
     def get_handle(self, sync: bool = True) -> DeploymentHandle[T_co] | AsyncDeploymentHandle[T_co]:
-        """The handle to call it from Python; it need not be deployed yet, calls wait for replicas.
+        """A handle to call it from Python. It need not be deployed yet: calls wait for replicas.
 
         Args:
-            sync: False gives a handle for code on an event loop: `ref = await handle.remote()`.
+            sync: Whether the handle blocks. False is for code on an event loop: `ref = await handle.remote()`.
         """
         return get_handle(self.name, sync=sync)
 
     def options(
         self, func_or_class: Callable[..., Any] | None = None, **options: Unpack[GivenOptions]
     ) -> "Deployment[T_co]":
-        """A copy with other options; what is not given, or None, stays. None disables `route_prefix`.
+        """A copy with other options. What is not given, or given as None, stays; `route_prefix=None` is an option.
 
-        `prev_version` is a condition on one deploy and not carried over. `num_replicas` ends autoscaling, and
+        `prev_version` is a condition of one deploy and is not copied. `num_replicas` ends autoscaling, and
         `autoscaling_config` begins it.
 
         Args:
@@ -192,15 +194,15 @@ class Deployment(Deployable, Generic[T_co]):
         init_args: Sequence[Any] | None = None,
         init_kwargs: Mapping[str, Any] | None = None,
     ) -> DeploymentSpec:
-        """What is written to the state, as a new revision; `deploying.next_spec` keeps what must stay.
+        """The spec to write to the state, as a new revision; `deploying.next_spec` decides what stays of the last one.
 
         Args:
-            init_args, init_kwargs: Of this deploy; both None: the decorator's.
+            init_args, init_kwargs: Arguments of the constructor; both None: those of the decorator.
 
         Raises:
-            ValueError: Init args for a function.
-            ConfigurationError: The code cannot travel to other processes.
-            ValueNotSerializable: An init arg or the user_config cannot.
+            ValueError: A function was given arguments of a constructor.
+            ConfigurationError: The code cannot be sent to other processes.
+            ValueNotSerializable: An argument of the constructor or the user_config cannot be sent.
         """
         options, name, code = self._options, self.name, self.func_or_class
         if init_args is not None or init_kwargs is not None:
@@ -228,7 +230,7 @@ class Deployment(Deployable, Generic[T_co]):
 
     @classmethod
     def from_spec(cls, spec: DeploymentSpec, codec: Codec) -> "Deployment[Any]":
-        """The deployment that was deployed with this spec; its code is imported only when asked for."""
+        """The deployment that a spec describes. Its code is imported only when `func_or_class` is asked for."""
         options = {each.field: getattr(spec, each.field) for each in DECLARED}
         scaling = options.pop("autoscaling")
         with importing():  # unpacking may import modules of the user's
@@ -259,7 +261,7 @@ class Deployment(Deployable, Generic[T_co]):
 
 
 def _make(code: Callable[..., Any] | None, target: Target | None, options: Mapping[str, Any]) -> "Deployment[Any]":
-    """A deployment from all of its options, which have been checked."""
+    """A deployment with these options, which are complete and checked."""
     made: Deployment[Any] = object.__new__(Deployment)
     made._code, made._target, made._options = code, target, options
     return made
@@ -274,7 +276,7 @@ def _check_init_args(code: Callable[..., Any], options: Mapping[str, Any]) -> No
 if TYPE_CHECKING:
 
     class DeployedClass(type, Deployment[Any]):
-        """What a decorated class is to mypy, by way of `qserve.mypy_plugin`: a class, and a deployment of it."""
+        """What mypy takes a decorated class for, with `qserve.mypy_plugin`: the class, and a deployment of it."""
 
         @overload
         def get_handle(cls: type[T], sync: Literal[True] = True) -> DeploymentHandle[T]: ...
@@ -286,9 +288,9 @@ if TYPE_CHECKING:
 
 
 class DeploymentDecorator(Protocol):
-    """What `@serve.deployment(...)` gives: turns a class or function into a Deployment."""
+    """The type of `serve.deployment(...)`, which makes a Deployment of a class or function."""
 
-    # A class is a callable too; the first overload takes it.
+    # A class is a callable too: the first overload that fits counts.
     @overload
     def __call__(self, func_or_class: type[T], /) -> Deployment[T]: ...  # type: ignore[overload-overlap]
     @overload
@@ -302,11 +304,11 @@ def deployment(func_or_class: Callable[P, R], /) -> Deployment[Callable[P, R]]: 
 @overload
 def deployment(func_or_class: str | None = None, /, **options: Unpack[GivenOptions]) -> DeploymentDecorator: ...
 def deployment(func_or_class: Any = None, /, **options: Any) -> Any:
-    """Make a class or function a deployment; bare, with `()`, or with options.
+    """Make a deployment of a class or function; used as `@deployment`, `@deployment()` or `@deployment(name=..., ...)`.
 
     Args:
-        func_or_class: The code, or the name of the deployment.
-        options: `qserve.wire.options.DeploymentOptions` describes each, and docs/configuration.md has them in a table.
+        func_or_class: The class or function, or the name of the deployment.
+        options: The table "Deployment options" in docs/configuration.md describes them.
 
     Raises:
         TypeError, ValueError: An option is not what it should be; pydantic's ValidationError is a ValueError.

@@ -1,4 +1,4 @@
-"""`@serve.ingress(app)`: an ASGI application (FastAPI, APIRouter, Starlette or any other) in front of a class."""
+"""`@serve.ingress(app)`: an ASGI application (FastAPI, APIRouter, Starlette or any other) that serves for a class."""
 
 import inspect
 import logging
@@ -29,17 +29,18 @@ class FrozenApp:
 
 
 def ingress(app: Any) -> Callable[[C], C]:
-    """Serve an ASGI application's routes from a deployment; under `@serve.deployment`.
+    """Serve the routes of an ASGI application from a deployment. It stands below `@serve.deployment`.
 
-    Methods of the class decorated with the app's `get`, `post`, ... get `self`, the replica's instance. Each class
-    serves the app's own routes and those of its own methods, as they are at this moment: what is added to the app
-    later is not served. An existing application is served as it is by an empty class.
+    Methods that are decorated with `get`, `post`, ... of the application are called with `self`, the instance of the
+    replica. A class serves the routes of the application and those of its own methods, as they are at this moment;
+    what is added to the application later is not served. An empty class serves an existing application as it is.
 
     Args:
         app: FastAPI, APIRouter, Starlette, or any ASGI application.
 
     Raises:
-        ValueError: Not on a class, or on one that has `__call__`.
+        TypeError: `app` is no ASGI application.
+        ValueError: What is decorated is no class, or a class with a `__call__` method.
     """
     if not callable(app):
         raise TypeError(f"@serve.ingress expects an ASGI application, not {app!r}.")
@@ -56,7 +57,7 @@ def ingress(app: Any) -> Callable[[C], C]:
 
 
 def bind_app(instance: object) -> Any:
-    """The application of an instance's class, with the routes of its methods bound to the instance."""
+    """The application of the class of an instance, with its methods bound to the instance."""
     frozen: FrozenApp = type(instance).__qserve_asgi__  # type: ignore[attr-defined]
     if not isinstance(frozen.app, Starlette):
         return frozen.app
@@ -70,7 +71,7 @@ def bind_app(instance: object) -> Any:
 
 
 def _warn_of_late_additions(frozen: FrozenApp, cls: type) -> None:
-    """Say so if the app was given more than routes after its class was decorated; routes may be for another class."""
+    """Warn if the application was given more than routes after the class was decorated; routes may be for another."""
     counted: dict[str, Callable[[Any], int]] = {
         "startup hooks": lambda app: len(getattr(app.router, "on_startup", ())),
         "shutdown hooks": lambda app: len(getattr(app.router, "on_shutdown", ())),

@@ -1,4 +1,4 @@
-"""From user code to a `Target` and back: an import path, or cloudpickle where there is none."""
+"""User code that other processes load: by its import path, or as a pickle where it has none."""
 
 import importlib
 import io
@@ -24,14 +24,14 @@ _importing: ContextVar[bool] = ContextVar("qserve_importing", default=False)
 
 
 class Deployable:
-    """What `@serve.deployment` leaves under the name of user code: the code, or where to import it from."""
+    """What `@serve.deployment` puts in the place of user code: it holds the code, or where to load it from."""
 
     _code: Callable[..., Any] | None
     _target: Target | None
 
     @property
     def func_or_class(self) -> Callable[..., Any]:
-        """The user's code; imported only now where the deployment came from the state."""
+        """The class or function; loaded only now if the deployment was read from the state."""
         if self._code is None:
             assert self._target is not None
             code = load_target(self._target)
@@ -41,13 +41,13 @@ class Deployable:
 
 
 def is_importing() -> bool:
-    """Whether qserve is importing user code here, so that deploying in passing must do nothing."""
+    """Whether qserve is importing user code in this context, so that deploying there does nothing."""
     return _importing.get()
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """While this is open, `deploy`, `run`, `start`, `delete` and `shutdown` do nothing in this context."""
+    """A block in which `deploy`, `run`, `start`, `delete` and `shutdown` do nothing."""
     token = _importing.set(True)
     try:
         yield
@@ -56,15 +56,15 @@ def importing() -> Iterator[None]:
 
 
 def unwrap(value: object) -> object:
-    """User code itself, where `value` is a deployment of it."""
+    """The user code, if `value` is a deployment of it; otherwise the value."""
     return value.func_or_class if isinstance(value, Deployable) else value
 
 
 def make_target(code: object, *, allow_pickle: bool) -> Target:
-    """Where other processes find `code`: by import path if that really leads back to it, else pickled.
+    """Where other processes find `code`: at its import path if that leads back to it, otherwise in a pickle.
 
     Raises:
-        ConfigurationError: It has no import path and pickles may not travel, or it cannot be pickled.
+        ConfigurationError: It has no import path, and it cannot be pickled or no pickles are allowed.
     """
     module = sys.modules.get(getattr(code, "__module__", None) or "")
     if module is not None and module.__name__ not in ("__main__", "__mp_main__"):
@@ -75,7 +75,7 @@ def make_target(code: object, *, allow_pickle: bool) -> Target:
     if not allow_pickle:
         raise ConfigurationError(
             f"{name!r} cannot be imported by other processes (it is defined in {_place(code)}), and without a key code "
-            "does not travel as a pickle. Move it to the top level of a module, or set QSERVE_SECRET on every process."
+            "is not sent as a pickle. Move it to the top level of a module, or set QSERVE_SECRET for every process."
         )
     try:
         # It may refer to what its own module defines.
@@ -83,16 +83,16 @@ def make_target(code: object, *, allow_pickle: bool) -> Target:
         return Target(pickled=dumps(code), sys_path=tuple(dict.fromkeys((_main_folder(), *folders))))
     except Exception as exc:
         raise ConfigurationError(
-            f"{name!r} cannot be pickled: {type(exc).__name__}: {exc}. Something it refers to cannot travel; "
-            "define it at the top level of a module instead, so that replicas import it."
+            f"{name!r} cannot be pickled, because something that it refers to cannot: {type(exc).__name__}: {exc}. "
+            "Define it at the top level of a module instead, so that replicas import it."
         ) from exc
 
 
 def load_target(target: Target) -> object:
-    """The user code of a target; a deployment found there is unwrapped.
+    """Load the user code of a target. Of a deployment, that is the class or function.
 
     Raises:
-        ConfigurationError: It cannot be imported or unpickled; the text holds the user's part of the traceback.
+        ConfigurationError: It cannot be imported or unpickled; the text holds the traceback in the user's code.
     """
     for folder in reversed(target.sys_path):
         if folder not in sys.path and Path(folder).is_dir():
@@ -108,10 +108,10 @@ def load_target(target: Target) -> object:
 
 
 def import_module(name: str) -> ModuleType:
-    """Import a module of the user's.
+    """Import a module of an application.
 
     Raises:
-        ConfigurationError: There is none of that name, or its own code raised.
+        ConfigurationError: There is no module of that name, or it raised while it was imported.
     """
     importlib.invalidate_caches()
     try:
@@ -128,7 +128,7 @@ def find_attribute(module: ModuleType, qualname: str) -> object:
     """The object at a dotted name inside a module.
 
     Raises:
-        ConfigurationError: There is none.
+        ConfigurationError: There is no such object.
     """
     found: object = module
     for part in qualname.split("."):
@@ -140,7 +140,7 @@ def find_attribute(module: ModuleType, qualname: str) -> object:
 
 
 def user_traceback(exc: BaseException) -> str:
-    """The traceback of an exception without the frames of the import machinery and of qserve."""
+    """The traceback of an exception, without the frames of this module and of the import machinery."""
     frames = [
         frame
         for frame in traceback.extract_tb(exc.__traceback__)
@@ -153,7 +153,7 @@ def user_traceback(exc: BaseException) -> str:
 
 
 def dumps(value: object) -> bytes:
-    """cloudpickle, able to carry Starlette and FastAPI applications."""
+    """Pickle with cloudpickle, which is taught here to pickle Starlette and FastAPI applications."""
     buffer = io.BytesIO()
     _Pickler(buffer).dump(value)
     return buffer.getvalue()

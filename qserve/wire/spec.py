@@ -1,26 +1,28 @@
-"""Desired and observed state as inert data: what is written to Redis by `state` and read by everyone."""
+"""What should run and what does run, as data: `qserve.broker.state` writes and reads it."""
 
 import msgspec
 
 from qserve.wire.options import DeploymentOptions
 
 WAITING, DEPLOYING, HEALTHY, DEPLOY_FAILED = "WAITING", "DEPLOYING", "HEALTHY", "DEPLOY_FAILED"
-"""States of a deployment: no node alive; replicas on their way; serving as asked; given up (an older one may serve)."""
+"""States of a deployment: no node is alive; replicas are starting; it serves; it has failed (what was there before may
+serve)."""
 
 EVERY_NODE = "EveryNode"
-"""The `HttpSettings.location` with a gateway beside every node."""
+"""The `HttpSettings.location` that has a gateway beside every node."""
 
 STARTING, STANDBY, SERVING, DRAINING = "STARTING", "STANDBY", "SERVING", "DRAINING"
-"""States of a replica: constructing; constructed, waits for its predecessor; takes calls; finishes them and leaves."""
+"""States of a replica: it is being constructed; it waits until its predecessor has finished; it takes calls; it
+finishes calls and leaves."""
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where user code is: an import path, or (signed only) a cloudpickle of it.
+    """Where user code is: an import path, or a pickle of it, which only signed specs may hold.
 
     Attributes:
-        import_path: "module:qualname", or "" when pickled.
-        pickled: cloudpickle bytes, or b"".
-        sys_path: Folders to put on `sys.path` before importing (the driver's working folder or script's folder).
+        import_path: "module:qualname", or "" if it is pickled.
+        pickled: Bytes of cloudpickle, or b"".
+        sys_path: Folders to put on `sys.path` before importing.
     """
 
     import_path: str = ""
@@ -48,7 +50,7 @@ class DeploymentSpec(DeploymentOptions, frozen=True, kw_only=True):
 
 
 class SignedSpec(msgspec.Struct, frozen=True, array_like=True):
-    """What stands in the state: signed, so that no older spec can be put back under a newer generation."""
+    """A spec with its generation: signed together, so that an older spec cannot be put in the place of a newer one."""
 
     generation: int
     spec: DeploymentSpec
@@ -58,8 +60,8 @@ class Deployed(msgspec.Struct, frozen=True):
     """A spec with the generation under which the state holds it.
 
     Attributes:
-        generation: Rises by one with every deploy of this name.
-        log_id: Entry id in the state log of the change that made it.
+        generation: The number of deploys under this name.
+        log_id: The id of the entry in the state log that says so.
     """
 
     spec: DeploymentSpec
@@ -73,11 +75,11 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One replica as it last described itself.
 
     Attributes:
-        id: Process incarnation; consumer name and inbox name at once.
-        tag: "<deployment>#<random>", shown to users.
-        worker: Id of the Celery worker it belongs to.
-        generation: Newest generation it has applied.
-        p50_ms, p99_ms: Run times of recent calls, None before the first.
+        id: Names this run of its process, its consumer in the queue and its inbox.
+        tag: "<deployment>#<random>", which is shown to users.
+        worker: The id of its Celery worker.
+        generation: The newest generation that it has applied.
+        p50_ms, p99_ms: How long recent calls ran; None before the first.
     """
 
     id: str
@@ -97,14 +99,15 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What one Celery worker has reached for its deployment.
+    """How far one Celery worker has come with its deployment.
 
     Attributes:
-        node: Id of the node that keeps it running; its own id when it was started by hand.
-        generation: The newest generation it has finished with (reached or failed).
-        wanted: How many replicas it is to have now.
+        node: The id of the node that keeps it running; its own id if it was started by hand.
+        generation: The newest generation that it has reached, or has given up.
+        wanted: How many replicas it should have now.
+        ready: How many of them serve.
         state: DEPLOYING, HEALTHY or DEPLOY_FAILED.
-        error: Text of the last constructor or reconfigure failure of this generation.
+        error: Why a constructor or `reconfigure` failed last in this generation.
     """
 
     id: str
@@ -119,7 +122,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine (or container) that runs workers. Liveness is the key `Keys.alive(id)`."""
+    """A node, which runs workers. It is alive while the key `Keys.alive(id)` exists."""
 
     id: str
     host: str
@@ -129,7 +132,11 @@ class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One gateway process. Liveness is the key `Keys.alive(id)`; `applied` is the last state-log entry it follows."""
+    """A gateway process. It is alive while the key `Keys.alive(id)` exists.
+
+    Attributes:
+        applied: The id of the last entry of the state log that it has applied.
+    """
 
     id: str
     host: str
@@ -139,14 +146,14 @@ class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MiddlewareSpec(msgspec.Struct, frozen=True):
-    """A Starlette middleware: import path of its class and packed (args, kwargs)."""
+    """A Starlette middleware: where its class is, and its packed arguments."""
 
     target: Target
     arguments: bytes = b""
 
 
 class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The part of `http_options` that every gateway needs; host and port belong to whoever starts one."""
+    """The `http_options` that every gateway needs; host and port are for the process that starts one."""
 
     root_path: str = ""
     root_url: str = ""
