@@ -83,18 +83,18 @@ class ReplicaContext:
         return call.attempt if call is not None else 1
 
 
-class _Process:
+class _ReplicaHere:
     replica: ReplicaContext | None = None
 
 
 def set_replica_context(context: ReplicaContext | None) -> None:
     """Make this process a replica (or no longer one). For the worker only."""
-    _Process.replica = context
+    _ReplicaHere.replica = context
 
 
 def in_replica() -> bool:
     """Whether this process is a replica."""
-    return _Process.replica is not None
+    return _ReplicaHere.replica is not None
 
 
 def get_replica_context() -> ReplicaContext:
@@ -103,6 +103,6 @@ def get_replica_context() -> ReplicaContext:
     Raises:
         QServeError: Not inside a replica.
     """
-    if _Process.replica is None:
+    if _ReplicaHere.replica is None:
         raise QServeError("`serve.get_replica_context()` may only be called from within a replica of a deployment.")
-    return _Process.replica
+    return _ReplicaHere.replica

@@ -34,7 +34,7 @@ from qserve.wire.call_record import (
     RESULT_TTL_S,
     CallRecord,
     DurableCall,
-    Options,
+    DurableOptions,
     parse_record,
 )
 from qserve.wire.messages import DURABLE, ERROR, Reply, Signer, encode, encode_call
@@ -66,7 +66,7 @@ class Records:
         self,
         connection: Connection,
         deployment: str,
-        calls: Sequence[tuple[DurableCall, bytes, Options]],
+        calls: Sequence[tuple[DurableCall, bytes, DurableOptions]],
         waiter: str,
         on_answer: Callable[[Answer], None],
     ) -> None:
@@ -176,7 +176,7 @@ def fail_remaining_records(client: redis.Redis, keys: Keys, deployment: str, sig
 
 
 def submit_now(
-    client: redis.Redis, keys: Keys, signer: Signer, payloads: Payloads, call: DurableCall, options: Options
+    client: redis.Redis, keys: Keys, signer: Signer, payloads: Payloads, call: DurableCall, options: DurableOptions
 ) -> None:
     """Submit one durable call that nobody here waits for. Raises redis-py's errors, and those of a call not taken.
 
@@ -196,7 +196,7 @@ def submit_now(
 
 
 def submit_arguments(
-    keys: Keys, deployment: str, calls: Sequence[tuple[DurableCall, bytes, Options]], waiter: str
+    keys: Keys, deployment: str, calls: Sequence[tuple[DurableCall, bytes, DurableOptions]], waiter: str
 ) -> tuple[Any, ...]:
     """Keys and arguments of SUBMIT for (call, its sealed frame, options)."""
     arguments: list[str | bytes | int] = []

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from qserve.background import spawn
 from qserve.calls.client import Client
 from qserve.calls.ref import Ref
-from qserve.durable.submitting import Watcher
+from qserve.durable.submitting import CallWatcher
 from qserve.errors import CallNotFound, QServeError, StreamBroken
-from qserve.wire.call_record import ENDS, CallRecord, Options, Part, is_call_id
+from qserve.wire.call_record import ENDS, CallRecord, DurableOptions, Part, is_call_id
 from qserve.wire.codec import Codec
 from qserve.wire.messages import (
     ERROR,
@@ -71,7 +71,7 @@ class DurableRef(Ref[T]):
         self._label = label
         self._progress: object = None
         self._news: set[asyncio.Event] = set()
-        self._watcher = Watcher(self._settle, self._take_progress, self._wake)
+        self._watcher = CallWatcher(self._settle, self._take_progress, self._wake)
 
     @property
     def id(self) -> str:
@@ -287,7 +287,7 @@ def status_of(record: CallRecord) -> CallStatus:
 
 
 def submit(
-    client: Client, codec: Codec, deployment: str, method: str, payload: bytes, options: Options
+    client: Client, codec: Codec, deployment: str, method: str, payload: bytes, options: DurableOptions
 ) -> tuple[DurableRef[Any], Ref[None]]:
     """Put a durable call; the second ref ends once Redis has it, with an error if it was refused."""
     admitted: Ref[None] = Ref()

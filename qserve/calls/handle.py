@@ -13,7 +13,7 @@ from qserve.calls.streams import ResultStream, open_stream
 from qserve.context import current_call
 from qserve.durable.schedules import Plan
 from qserve.errors import ValueNotSerializable
-from qserve.wire.call_record import Durability, Options, Priority, make_options
+from qserve.wire.call_record import Durability, DurableOptions, Priority, make_durable_options
 from qserve.wire.codec import Codec, collect_refs, substitute
 
 P = ParamSpec("P")
@@ -81,7 +81,7 @@ class _BaseHandle:
 
     def _change(
         self, method_name: str | None, others: dict[str, Any], *, stream: bool, durable: bool
-    ) -> tuple[CallOptions, Options | None]:
+    ) -> tuple[CallOptions, DurableOptions | None]:
         """The options of a changed handle, and the terms of its durable calls."""
         if stream and durable:
             raise ValueError("a stream cannot be durable: there may be nobody to read it")
@@ -351,7 +351,7 @@ class StreamHandle(_BaseHandle):
 class _BaseDurableHandle(_BaseHandle):
     """What sync and async handles of durable calls share."""
 
-    def __init__(self, deployment_name: str, options: CallOptions, terms: Options) -> None:
+    def __init__(self, deployment_name: str, options: CallOptions, terms: DurableOptions) -> None:
         super().__init__(deployment_name, options)
         self._terms = terms
 
@@ -418,7 +418,7 @@ class AsyncDurableHandle(_BaseDurableHandle):
         return AsyncDurableHandle(self._name, self._options._replace(method_name=name), self._terms)
 
 
-def _durable_options(durable: bool, changed: CallOptions, given: dict[str, Any]) -> Options | None:
+def _durable_options(durable: bool, changed: CallOptions, given: dict[str, Any]) -> DurableOptions | None:
     if unknown := given.keys() - DurableTerms.__annotations__.keys():
         raise TypeError(f"options() got unknown options: {', '.join(sorted(unknown))}")
     if not durable:
@@ -427,7 +427,7 @@ def _durable_options(durable: bool, changed: CallOptions, given: dict[str, Any])
         return None
     if given.get("expires") is None and changed.timeout_s is not None:
         given["expires"] = changed.timeout_s
-    return make_options(**given)
+    return make_durable_options(**given)
 
 
 def _refuse_private(handle: _BaseHandle, name: str) -> None:
@@ -445,7 +445,7 @@ def plan_call(
     """
     if not isinstance(handle, DeploymentHandle | DurableHandle):
         raise TypeError(f"a schedule takes a deployment or a handle made with sync=True, not {handle!r}")
-    terms = handle._terms if isinstance(handle, DurableHandle) else make_options()
+    terms = handle._terms if isinstance(handle, DurableHandle) else make_durable_options()
     return Plan(name, when, handle.deployment_name, handle._options.method_name, terms, args, kwargs)
 
 

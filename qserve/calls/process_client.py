@@ -64,7 +64,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-class _Process:
+class _ClientHere:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.client: Client | None = None
@@ -73,12 +73,12 @@ class _Process:
         self.abandoned: list[Any] = []
 
 
-_process = _Process()
+_here = _ClientHere()
 
 
 def set_settings_finder(find: Callable[[], Settings]) -> None:
     """Say how a process that makes its client at the first call finds its instance."""
-    _process.find_settings = find
+    _here.find_settings = find
 
 
 def current_client() -> Client:
@@ -88,22 +88,22 @@ def current_client() -> Client:
         NoInstanceError: No instance can be found from here.
         BrokerUnavailable, ConfigurationError: Redis cannot be used.
     """
-    return _process.client or _start_client()
+    return _here.client or _start_client()
 
 
 def _start_client() -> Client:
-    with _process.lock:
-        if _process.client is None:
-            thread = ClientThread(_process.find_settings())
+    with _here.lock:
+        if _here.client is None:
+            thread = ClientThread(_here.find_settings())
             thread.start()
-            _process.thread, _process.client = thread, thread.client
-        return _process.client
+            _here.thread, _here.client = thread, thread.client
+        return _here.client
 
 
 def set_current_client(client: Client | None) -> None:
     """Use a client that lives on a loop of the process' own (a replica's, say)."""
-    with _process.lock:
-        _process.client = client
+    with _here.lock:
+        _here.client = client
 
 
 def close_current_client(*, unless: Settings | None = None) -> None:
@@ -112,12 +112,12 @@ def close_current_client(*, unless: Settings | None = None) -> None:
     Args:
         unless: A client with these settings goes on, and the calls that it has under way with it.
     """
-    with _process.lock:
-        if unless is not None and _process.client is not None and _process.client.settings == unless:
+    with _here.lock:
+        if unless is not None and _here.client is not None and _here.client.settings == unless:
             return
-        thread, _process.thread = _process.thread, None
+        thread, _here.thread = _here.thread, None
         if thread is not None:
-            _process.client = None
+            _here.client = None
     if thread is not None:
         thread.stop()
 
@@ -125,10 +125,10 @@ def close_current_client(*, unless: Settings | None = None) -> None:
 def _forget_in_child() -> None:
     # The parent's thread does not exist here, but its sockets do: close this process' copies and start afresh. The old
     # objects are kept alive, because their destructors would act on the parent's event loop.
-    client = _process.client
-    _process.abandoned.append((client, _process.thread))
-    _process.lock = threading.Lock()
-    _process.client = _process.thread = None
+    client = _here.client
+    _here.abandoned.append((client, _here.thread))
+    _here.lock = threading.Lock()
+    _here.client = _here.thread = None
     if client is not None:
         for descriptor in client.descriptors():
             with contextlib.suppress(OSError):

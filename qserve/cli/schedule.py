@@ -11,7 +11,7 @@ from qserve.cli.output import Failure, note, redis_url_option
 from qserve.durable.cron import parse_when
 from qserve.durable.schedules import Fired, Plan, Schedule, Schedules
 from qserve.errors import QServeError
-from qserve.wire.call_record import make_options
+from qserve.wire.call_record import make_durable_options
 from qserve.wire.codec import Codec
 
 
@@ -72,7 +72,7 @@ def put(
 ) -> None:
     """Call DEPLOYMENT with these arguments WHEN they are due: "0 3 * * *", "0 3 * * * Europe/Berlin", "every 30s"."""
     with connected() as state:
-        options = make_options(retries=retries, expires=expires)
+        options = make_durable_options(retries=retries, expires=expires)
         try:
             plan = Plan(name, when, deployment, method, options, tuple(map(json.loads, args)), {})
             schedules = Schedules(state)

@@ -12,7 +12,7 @@ from qserve.broker.records import submit_now
 from qserve.broker.state import State
 from qserve.durable.cron import parse_when
 from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnavailable, FrameRejected
-from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, Options, Terms
+from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms
 from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, encode
 from qserve.wire.names import is_name
@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     when: str
     deployment: str
     method: str
-    options: Options
+    options: DurableOptions
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -156,7 +156,7 @@ class Schedules:
         sealed = self._signer.seal(encode(["schedule", schedule.name, schedule.created, at]))
         call_id = "d" + hashlib.sha256(sealed).hexdigest()[:32]
         head = (call_id, schedule.deployment, ANYONE, NEVER_MS, PYTHON, schedule.method, True, schedule.payload)
-        options = Options(0.0, schedule.expires_s, schedule.low_priority, schedule.terms)
+        options = DurableOptions(0.0, schedule.expires_s, schedule.low_priority, schedule.terms)
         call = DurableCall(*head, terms=schedule.terms)
         error = ""
         try:

@@ -41,7 +41,7 @@ from qserve.wire.call_record import (
     CallRecord,
     Durability,
     DurableCall,
-    Options,
+    DurableOptions,
     Part,
     decode_part,
     durable_with_meta,
@@ -74,7 +74,7 @@ class Submission:
     __slots__ = ("call", "frame", "on_admitted", "options", "payload")
 
     def __init__(
-        self, call: DurableCall, frame: bytes, payload: bytes | None, options: Options, on_admitted: OnAdmitted
+        self, call: DurableCall, frame: bytes, payload: bytes | None, options: DurableOptions, on_admitted: OnAdmitted
     ) -> None:
         self.call = call
         self.frame = frame
@@ -83,7 +83,7 @@ class Submission:
         self.on_admitted = on_admitted
 
 
-class Watcher:
+class CallWatcher:
     """Somebody in this process who waits for a durable call."""
 
     __slots__ = ("on_news", "on_outcome", "on_progress")
@@ -130,7 +130,7 @@ class DurableCalls:
         self._full_queues = full_queues
         self._collected: dict[str, list[Submission]] = {}
         self._unconfirmed: dict[str, Submission] = {}
-        self._watchers: dict[str, list[Watcher]] = {}
+        self._watchers: dict[str, list[CallWatcher]] = {}
         self._look_at = time.monotonic() + _LOOK_AGAIN_S
         self._confirmed = {each: Confirmed(settings.redis_url, each) for each in get_args(Durability)}
         self._stopped = False
@@ -144,7 +144,7 @@ class DurableCalls:
         kind: int,
         method: str,
         payload: bytes,
-        options: Options,
+        options: DurableOptions,
         on_admitted: OnAdmitted,
         meta: Mapping[str, str] = NO_META,
     ) -> Submission:
@@ -231,16 +231,16 @@ class DurableCalls:
 
     # Waiting
 
-    def watch(self, call_id: str, watcher: Watcher) -> None:
+    def watch(self, call_id: str, watcher: CallWatcher) -> None:
         """Be told of the end of a call that this client submits."""
         self._watchers.setdefault(call_id, []).append(watcher)
 
-    def attach(self, call_id: str, watcher: Watcher) -> None:
+    def attach(self, call_id: str, watcher: CallWatcher) -> None:
         """Be told of the end of any call, at once if it has ended."""
         self.watch(call_id, watcher)
         self._look(call_id)
 
-    def forget(self, call_id: str, watcher: Watcher) -> None:
+    def forget(self, call_id: str, watcher: CallWatcher) -> None:
         """Wait no more; harmless for one that does not."""
         watchers = self._watchers.get(call_id)
         if watchers is not None and watcher in watchers:

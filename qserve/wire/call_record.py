@@ -92,7 +92,7 @@ def durable_with_meta(call: DurableCall, meta: Mapping[str, str]) -> DurableCall
 decode_durable_call = decoder_of(DurableCallWithMeta)
 
 
-class Options(NamedTuple):
+class DurableOptions(NamedTuple):
     """How a durable call is submitted; see `DeploymentHandle.options`."""
 
     delay_s: float = 0.0
@@ -106,7 +106,7 @@ class Options(NamedTuple):
     """None: as the settings say."""
 
 
-def make_options(
+def make_durable_options(
     *,
     delay: float = 0.0,
     retries: int = 0,
@@ -116,7 +116,7 @@ def make_options(
     priority: Priority = "interactive",
     result_ttl: float = RESULT_TTL_S,
     durability: Durability | None = None,
-) -> Options:
+) -> DurableOptions:
     """The options as users give them.
 
     Raises:
@@ -136,7 +136,7 @@ def make_options(
         raise ValueError(f"durability must be 'memory', 'fsync' or 'replica', not {durability!r}")
     given = (retry_on,) if isinstance(retry_on, str | type) else retry_on
     terms = Terms(int(retries), float(backoff), tuple(_class_name(each) for each in given), float(result_ttl))
-    return Options(float(delay), expires, priority == "batch", terms, durability=durability)
+    return DurableOptions(float(delay), expires, priority == "batch", terms, durability=durability)
 
 
 def _class_name(given: Any) -> str:

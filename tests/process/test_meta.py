@@ -2,7 +2,7 @@
 
 from qserve.calls.client import Client
 from qserve.settings import Settings
-from qserve.wire.call_record import NEVER_MS, DurableCall, Options, Terms, decode_durable_call
+from qserve.wire.call_record import NEVER_MS, DurableCall, DurableOptions, Terms, decode_durable_call
 from qserve.wire.messages import PYTHON, Call, decode_call, encode
 
 META = {"trace": "00-1", "tenant": "ä"}
@@ -24,7 +24,7 @@ def frame(client: Client, meta: dict[str, str]) -> tuple[str, bytes]:
 
 def durable_frame(client: Client, meta: dict[str, str]) -> tuple[str, bytes]:
     made = client.durable.prepare(
-        "Echo", kind=PYTHON, method="m", payload=b"p", options=Options(), on_admitted=lambda _: None, meta=meta
+        "Echo", kind=PYTHON, method="m", payload=b"p", options=DurableOptions(), on_admitted=lambda _: None, meta=meta
     )
     return made.call.id, client.signer.open(made.frame)
 

@@ -12,7 +12,7 @@ from qserve.durable.dead_letters import DeadLetters
 from qserve.durable.schedules import Plan, Schedules
 from qserve.errors import FrameRejected, QServeError
 from qserve.settings import Settings
-from qserve.wire.call_record import DurableCall, Options, decode_durable_call
+from qserve.wire.call_record import DurableCall, DurableOptions, decode_durable_call
 from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, Call, Signer, encode
 from qserve.wire.spec import DeploymentSpec, Target
@@ -62,7 +62,7 @@ def argument(state: State, payloads: Payloads, call: DurableCall) -> object:
 
 def test_of_a_schedule(queue: State, payloads: Payloads) -> None:
     schedules = Schedules(queue)
-    made = schedules.put(Plan("often", "every 1s", "x", "", Options(), (WORD,), {}), CODEC)
+    made = schedules.put(Plan("often", "every 1s", "x", "", DurableOptions(), (WORD,), {}), CODEC)
     overdue = msgspec.structs.replace(made, created=made.created - 10_000)
     queue.redis.hset(queue.keys.schedules, "often", queue.signer.seal(encode(overdue)))
 
@@ -113,7 +113,7 @@ async def test_of_a_durable_call(queue: State, small: Settings, payloads: Payloa
             kind=PYTHON,
             method="",
             payload=CODEC.pack_call((WORD,), {}),
-            options=Options(),
+            options=DurableOptions(),
             on_admitted=admitted.set_result,
         )
         caller.client.durable.submit(submission)

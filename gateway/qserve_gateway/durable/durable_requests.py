@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from qserve.durable.submitting import DurableCalls, Watcher
+from qserve.durable.submitting import CallWatcher, DurableCalls
 from qserve.errors import CallNotFound, GetTimeoutError, QServeError
-from qserve.wire.call_record import IDEMPOTENCY_TTL_S, Options, Terms
+from qserve.wire.call_record import IDEMPOTENCY_TTL_S, DurableOptions, Terms
 from qserve.wire.messages import HTTP, HttpRequest, HttpResponse, Outcome, encode
 from qserve_gateway.headers import Headers
 from qserve_gateway.respond import JSON, bad_request, local_error_response, outcome_response
@@ -132,7 +132,7 @@ class OutcomeWait:
         self._durable = durable
         self._call_id = ""
         self._future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._watcher = Watcher(self._settle, lambda _: None)
+        self._watcher = CallWatcher(self._settle, lambda _: None)
 
     def watch(self, call_id: str) -> None:
         """Wait for a call that is about to be submitted."""
@@ -170,9 +170,9 @@ class OutcomeWait:
             self._future.set_result(outcome)
 
 
-def _options(request: HttpRequest, preference: Preference) -> Options:
+def _options(request: HttpRequest, preference: Preference) -> DurableOptions:
     if not preference.idempotency_key:
-        return Options()
+        return DurableOptions()
     who = hashlib.sha256()
     # The same key of somebody else is another key.
     for part in (request.root_path.encode(), preference.idempotency_key, *_credentials(request.headers)):
@@ -181,7 +181,7 @@ def _options(request: HttpRequest, preference: Preference) -> Options:
     for part in (request.method.encode(), request.path.encode(), request.query_string, request.body):
         what.update(b"%d:%b" % (len(part), part))
     terms = Terms(result_ttl_s=IDEMPOTENCY_TTL_S)
-    return Options(terms=terms, idempotency=who.hexdigest(), body_hash=what.hexdigest())
+    return DurableOptions(terms=terms, idempotency=who.hexdigest(), body_hash=what.hexdigest())
 
 
 def _credentials(headers: Headers) -> list[bytes]:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 
-from qserve.wire.call_record import Options, Terms
+from qserve.wire.call_record import DurableOptions, Terms
 from tests.faults.failpoints.stage import GHOST, LIMIT_S, NAME, Said, Stage, Victim
 from tests.support.machine import patience
 from tests.support.serving import free_port
@@ -118,7 +118,7 @@ async def leaver_dies(stage: Stage, row: Row) -> None:
 
 async def mover_dies(stage: Stage, row: Row) -> None:
     """The replica that puts a delayed call on the queue dies."""
-    _, ended = await stage.submit(options=Options(delay_s=0.2))
+    _, ended = await stage.submit(options=DurableOptions(delay_s=0.2))
     victim = stage.replica(f"{row.point}:1")
     await victim.died()
     async with stage.survivor():
@@ -142,7 +142,7 @@ async def caller_dies(stage: Stage, row: Row) -> None:
 
 async def canceller_dies(stage: Stage, row: Row) -> None:
     """Who cancels a delayed call dies."""
-    call_id, _ = await stage.submit(options=Options(delay_s=3600))
+    call_id, _ = await stage.submit(options=DurableOptions(delay_s=3600))
     victim = stage.spawn("tests.faults.failpoints.victims", "cancel", call_id, failpoint=f"{row.point}:1")
     await victim.died()
     await until(lambda: stage.records() == [row.state])
@@ -232,7 +232,7 @@ async def driver_dies(stage: Stage, row: Row) -> None:
 
 async def reviver_dies(stage: Stage, row: Row) -> None:
     """Who sends a dead letter again dies: it is still there, or it is queued, and never both."""
-    call_id, ended = await stage.submit("locked", Options(terms=Terms(retries=1, backoff_s=0.0)))
+    call_id, ended = await stage.submit("locked", DurableOptions(terms=Terms(retries=1, backoff_s=0.0)))
     async with stage.survivor():
         assert (await ended).error == "ValueError"
         await stage.quiet()

@@ -21,11 +21,11 @@ from qserve.broker.keys import GROUP
 from qserve.broker.state import State
 from qserve.calls.streams import ResultStream
 from qserve.deployments.loading import load_target
-from qserve.durable.submitting import Watcher
+from qserve.durable.submitting import CallWatcher
 from qserve.errors import QServeError, TaskError
 from qserve.failpoints import VARIABLE
 from qserve.settings import Settings
-from qserve.wire.call_record import Options
+from qserve.wire.call_record import DurableOptions
 from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, STREAM, Outcome, Reply, Signer
 from qserve.wire.spec import DeploymentSpec, Target
@@ -244,7 +244,7 @@ class Stage:
 
         return asyncio.wait_for(read(), patience(LIMIT_S))
 
-    async def submit(self, method: str = "work", options: Options | None = None) -> tuple[str, Awaitable[Said]]:
+    async def submit(self, method: str = "work", options: DurableOptions | None = None) -> tuple[str, Awaitable[Said]]:
         """Submit a durable call; its id, and how it will end."""
         durable = self.caller.client.durable
         admitted: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -254,10 +254,10 @@ class Stage:
             kind=PYTHON,
             method=method,
             payload=_codec.pack_call((method,), {}),
-            options=options or Options(),
+            options=options or DurableOptions(),
             on_admitted=admitted.set_result,
         )
-        durable.watch(submission.call.id, Watcher(ended.set_result, lambda _: None))
+        durable.watch(submission.call.id, CallWatcher(ended.set_result, lambda _: None))
         durable.submit(submission)
         call_id = await admitted
         assert isinstance(call_id, str), call_id

@@ -7,7 +7,7 @@ from qserve.broker.state import State
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
 from qserve.settings import Settings
-from qserve.wire.call_record import Options
+from qserve.wire.call_record import DurableOptions
 from qserve.wire.channel import Channel
 from qserve.wire.messages import PYTHON, STREAM, Outcome, Signer
 from tests.faults.failpoints.stage import NAME, work_spec
@@ -47,7 +47,7 @@ async def submit(client: Client) -> None:
             kind=PYTHON,
             method="work",
             payload=codec_of(client).pack_call(("durable",), {}),
-            options=Options(),
+            options=DurableOptions(),
             on_admitted=admitted.set_result,
         )
     )

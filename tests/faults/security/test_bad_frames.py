@@ -13,10 +13,10 @@ import redis
 from qserve.broker.keys import Keys
 from qserve.broker.state import State
 from qserve.calls.pending import PendingCall
-from qserve.durable.submitting import Watcher
+from qserve.durable.submitting import CallWatcher
 from qserve.errors import FrameRejected, QServeError
 from qserve.settings import Settings
-from qserve.wire.call_record import Options
+from qserve.wire.call_record import DurableOptions
 from qserve.wire.messages import CHUNK, CONTROL, PYTHON, VALUE, Blob, Outcome, Reply, Signer, encode
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.replica.mover import Mover
@@ -47,7 +47,7 @@ async def submit(caller: Caller, value: object, delay: float = 0.0) -> str:
     """Submit a durable call; returns its id."""
     told: list[str | QServeError] = []
     durable, payload = caller.client.durable, caller.codec.pack_call((value,), {})
-    options = Options(delay_s=delay)
+    options = DurableOptions(delay_s=delay)
     durable.submit(
         durable.prepare("Echo", kind=PYTHON, method="", payload=payload, options=options, on_admitted=told.append)
     )
@@ -186,7 +186,7 @@ class TestDurable:
             changed = await submit(caller, "changed", delay=0.2)
             redis_client.hset(keys.call(changed), "frame", frames["a bit of the body flipped: a call"])
             told: list[Outcome] = []
-            caller.client.durable.attach(changed, Watcher(told.append, lambda _: None))
+            caller.client.durable.attach(changed, CallWatcher(told.append, lambda _: None))
             async with serving(settings, spec) as (consumer, code):
                 mover = Mover(settings, "Echo", "r", consumer.link)
                 mover.start()

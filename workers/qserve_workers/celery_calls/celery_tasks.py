@@ -24,7 +24,7 @@ from qserve.errors import (
     QServeError,
 )
 from qserve.settings import Settings
-from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, Options, Terms
+from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms
 from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, Signer
 from qserve.wire.names import is_name
@@ -115,7 +115,7 @@ class Desk:
         method = "" if wanted.method == "__call__" else wanted.method
         head = (call_id_of(task), name, ANYONE, NEVER_MS, PYTHON, method, True, payload)
         expires_s = None if expires_s is None else max(expires_s, 0.001)
-        options = Options(max(0.0, _seconds_until(headers.get("eta")) or 0.0), expires_s, terms=terms)
+        options = DurableOptions(max(0.0, _seconds_until(headers.get("eta")) or 0.0), expires_s, terms=terms)
         call, keys = DurableCall(*head, terms=terms), self._settings.keys
         submit_now(self._state.redis, keys, self._signer, self._payloads, call, options)
 
