@@ -32,7 +32,7 @@ def packed_content(exc: BaseException, pack: Pack) -> bytes:
         content = _validation_content(exc, pack) if is_validation_error(type(exc)) else _content_of(exc)
         args = tuple(arg if _can(pack, arg) else _short_repr(arg) for arg in content.args)
         return pack((args, {name: value for name, value in content.attributes.items() if _can(pack, value)}))
-    except Exception:  # arguments may be anything
+    except BaseException:  # arguments may be anything
         return b""
 
 
@@ -104,7 +104,7 @@ def _builtin_base(cls: type[BaseException]) -> type[BaseException]:
 def _can(pack: Pack, value: object) -> bool:
     try:
         pack(value)
-    except Exception:
+    except BaseException:  # `__reduce__` of a user
         return False
     return True
 

@@ -47,7 +47,7 @@ def describe_error(exc: BaseException, pack: Pack) -> ErrorInfo:
     try:
         info = _describe(exc, pack, _DEEPEST)
         return msgspec.structs.replace(info, traceback_text=_clean(_traceback_of(exc))[-_LONGEST_TEXT:])
-    except Exception:  # a class may lie about anything
+    except BaseException:  # a class may lie about anything, and its methods may raise anything
         return ErrorInfo(code="", type_name="Exception", module="builtins", message="an error that cannot be described")
 
 

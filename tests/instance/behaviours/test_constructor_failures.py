@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,49 @@ def test_a_constructor_that_always_raises_is_given_up_after_three_attempts_per_r
     assert len(notes.read()) >= 3 * replicas
     assert "Fails" not in serve.list_deployments()
     wait_until(lambda: not any(is_alive(int(pid)) for pid in notes.read()))
+
+
+def _exit() -> None:
+    sys.exit("MODEL_PATH is not set")
+
+
+def _panic() -> None:
+    raise BaseException("weights are not readable")
+
+
+def _segfault() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (_exit, "MODEL_PATH is not set"),
+        (_panic, "weights are not readable"),
+        (lambda: os._exit(3), "exit code 3"),
+        (lambda: os._exit(0), "exit code 0"),
+        (os.abort, "signal SIGABRT"),
+        (_segfault, "signal SIGSEGV"),
+    ],
+    ids=["sys.exit", "BaseException", "os._exit", "os._exit(0)", "os.abort", "segfault"],
+)
+@pytest.mark.usefixtures("qserve_instance")
+def test_a_constructor_that_ends_its_process_is_given_up_with_the_reason(
+    end: Callable[[], None], reason: str, notes: Notes
+) -> None:
+    @serve.deployment
+    class Ends:
+        def __init__(self) -> None:
+            notes.add(os.getpid())
+            end()
+
+        def __call__(self) -> None: ...
+
+    with pytest.raises(RuntimeError, match=reason):
+        Ends.deploy()
+
+    assert len(notes.read()) >= 3
+    assert "Ends" not in serve.list_deployments()
 
 
 @pytest.mark.usefixtures("qserve_instance")

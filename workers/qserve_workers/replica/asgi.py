@@ -10,6 +10,7 @@ from qserve.background import spawn
 from qserve.errors import StreamBroken
 from qserve.wire.channel import Channel
 from qserve.wire.messages import HttpRequest, HttpResponse, WebSocketEvent, decode_websocket_event, encode
+from qserve_workers.replica.user_entry import UserCodeEscape, enter
 
 logger = logging.getLogger(__name__)
 
@@ -191,10 +192,8 @@ async def run_asgi(
         scope["state"] = state.copy()
     exchange = Exchange(request, open_channel)
     try:
-        await app(scope, exchange.receive, exchange.send)
-    except asyncio.CancelledError:
-        raise
-    except BaseException as exc:  # an endpoint that calls sys.exit() must not end the replica
+        await enter(app, scope, exchange.receive, exchange.send)
+    except Exception as exc:
         if not isinstance(exc, StreamBroken):
             logger.exception("Exception in ASGI application, request %s %s", request.method, request.request_id)
         await exchange.settle()
@@ -238,10 +237,8 @@ class Socket:
         scope["extensions"] = {"websocket.http.response": {}}
         scope["state"] = state.copy()
         try:
-            await app(scope, self._receive, self._send)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as exc:
+            await enter(app, scope, self._receive, self._send)
+        except Exception as exc:
             if not isinstance(exc, StreamBroken):
                 logger.exception("Exception in ASGI application, WebSocket %s", self._request.request_id)
                 await self._deny_unanswered()
@@ -340,8 +337,9 @@ class Lifespan:
             await asyncio.wait((self._task, started), return_when=asyncio.FIRST_COMPLETED)
         finally:
             started.cancel()
-        if self._failure is not None:
+        if self._failure is not None or self._task.done():
             await self._task
+        if self._failure is not None:
             raise RuntimeError(f"The application's startup failed:\n{self._failure}")
 
     async def shutdown(self) -> None:
@@ -358,9 +356,10 @@ class Lifespan:
     async def _run(self) -> None:
         scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}
         try:
-            await self._app(scope, self._inbox.get, self._send)
-        except Exception:
-            if self._started.is_set() or self._failure is not None:
+            await enter(self._app, scope, self._inbox.get, self._send)
+        except Exception as exc:
+            # An application that knows no lifespan may raise at the sight of it, but has no reason to end the process.
+            if self._started.is_set() or self._failure is not None or isinstance(exc, UserCodeEscape):
                 raise
             logger.debug("The application knows no lifespan", exc_info=True)
 

@@ -44,6 +44,7 @@ from qserve_workers.replica.answers import Answers
 from qserve_workers.replica.arrivals import Arrivals
 from qserve_workers.replica.durable_calls import DurableRuns
 from qserve_workers.replica.running import Code, Conversations, Runner, RunningCall
+from qserve_workers.replica.user_entry import what_was_raised
 
 logger = logging.getLogger(__name__)
 
@@ -417,10 +418,13 @@ class Consumer:
                 spawn(self._answers.reject(entry, exc, call, self._pack_error(exc)))
             self._read_more()
             return
-        except Exception as exc:
-            if call.kind == HTTP and not isinstance(exc, QServeError):
-                logger.exception("Exception in deployment %r, request %s", self.spec.name, running.info.request_id)
-            kind, result = ERROR, self._pack_error(exc)
+        except BaseException as exc:  # packing a result runs user code, too
+            error = what_was_raised(exc)
+            if not isinstance(error, Exception) or (call.kind == HTTP and not isinstance(error, QServeError)):
+                logger.error(
+                    "Exception in deployment %r, request %s", self.spec.name, running.info.request_id, exc_info=error
+                )
+            kind, result = ERROR, self._pack_error(error)
         reach("ran")
         if self._forget(running):
             self.handled += 1

@@ -58,6 +58,7 @@ from qserve.wire.messages import (
     encode,
 )
 from qserve_workers.celery_calls.celery_results import celery_error, celery_result
+from qserve_workers.replica.user_entry import text_of, what_was_raised
 
 logger = logging.getLogger(__name__)
 
@@ -224,10 +225,10 @@ class DurableRuns:
             if self._host.is_running(entry.id):  # else abandoned or taken over: somebody else settles it
                 self._settle(entry, call, CANCELLED, self._error_frame(call, CallCancelled("the call was cancelled")))
             return
-        except Exception as exc:
+        except BaseException as exc:  # packing a result runs user code, too
             if isinstance(exc, FrameRejected):
                 self._host.note_rejected(exc)
-            self._failed(entry, call, exc, failures + 1)
+            self._failed(entry, call, what_was_raised(exc), failures + 1)
             return
         if self._host.is_running(entry.id):
             try:
@@ -250,12 +251,12 @@ class DurableRuns:
             raise ResultTooLarge(f"the response has {len(packed)} bytes, {self._settings.max_value_bytes} may travel")
         return packed
 
-    def _failed(self, entry: Entry, call: DurableCall, error: Exception, failures: int) -> None:
+    def _failed(self, entry: Entry, call: DurableCall, error: BaseException, failures: int) -> None:
         if not self._host.is_running(entry.id):
             return
-        if call.kind == HTTP and not isinstance(error, QServeError):
-            logger.exception("Exception in deployment %r, call %s", call.deployment, call.id)
-        said = f"{type(error).__name__}: {error}"
+        if not isinstance(error, Exception) or (call.kind == HTTP and not isinstance(error, QServeError)):
+            logger.error("Exception in deployment %r, call %s", call.deployment, call.id, exc_info=error)
+        said = f"{type(error).__name__}: {text_of(error)}"
         if failures <= call.terms.retries and call.terms.retries_after(error):
             pause_ms = call.terms.pause_ms(failures)
             self._settle(entry, call, SCHEDULED, b"", keep_ms=pause_ms, error=said)

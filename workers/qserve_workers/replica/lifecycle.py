@@ -39,6 +39,7 @@ from qserve_workers.replica.heartbeat import Heartbeat
 from qserve_workers.replica.mover import Mover
 from qserve_workers.replica.takeover import Takeover
 from qserve_workers.replica.user_code import UserCode
+from qserve_workers.replica.user_entry import enter, what_was_raised
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,8 @@ class ReplicaProcess:
     def _run(self) -> None:
         try:
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
-                runner.run(self._main())
-        except Exception:
+                self._run_to_the_end(runner.get_loop())
+        except BaseException:
             logger.exception("the replica of %s failed", self._birth.deployment)
         finally:
             self._ready.set()
@@ -120,6 +121,17 @@ class ReplicaProcess:
             # Ends the main thread, and with it the process, where nobody asked for it; a drained replica has nothing
             # left to do for whoever did.
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def _run_to_the_end(self, loop: asyncio.AbstractEventLoop) -> None:
+        main = loop.create_task(self._main())
+        while not main.done():
+            try:
+                loop.run_until_complete(main)
+            except (SystemExit, KeyboardInterrupt) as exc:
+                # Raised in a task that user code has started, these two stop the loop; whoever awaits that task gets
+                # them, too. Nothing is lost: the loop goes on where it was.
+                if not main.done():
+                    logger.error("Deployment %s: a task of user code raised", self._birth.deployment, exc_info=exc)
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -261,12 +273,12 @@ class Replica:
         spec = deployed.spec
         try:
             # Importing may take long and must not stop the loop.
-            target = await asyncio.to_thread(load_target, spec.target)
+            target = await enter(asyncio.to_thread, load_target, spec.target)
             self._code = UserCode(spec, target, self._tag, self._codec)
             await self._code.construct()
         except Exception as exc:
             logger.exception("Exception in deployment %r: replica %s could not be constructed", spec.name, self._tag)
-            text = str(exc) if isinstance(exc, QServeError) else "".join(traceback.format_exception(exc))
+            text = str(exc) if isinstance(exc, QServeError) else _traceback_of(exc)
             self._report("failed", generation=deployed.generation, revision=spec.revision, error=text)
             return False
         return True
@@ -345,7 +357,7 @@ class Replica:
                 await self._code.reconfigure(config)
             except Exception as exc:
                 logger.exception("Exception in deployment %r: reconfigure failed", self._name)
-                text = "".join(traceback.format_exception(exc))
+                text = _traceback_of(exc)
                 self._report("reconfigure_failed", generation=deployed.generation, error=text)
                 return
             finally:
@@ -501,3 +513,7 @@ class Replica:
         finally:
             for wait in waits:
                 wait.cancel()
+
+
+def _traceback_of(error: Exception) -> str:
+    return "".join(traceback.format_exception(what_was_raised(error)))

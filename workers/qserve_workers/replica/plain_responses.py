@@ -13,6 +13,7 @@ from qserve.errors import ResultNotSerializable
 from qserve.wire.channel import Channel
 from qserve.wire.messages import HttpRequest, HttpResponse
 from qserve_workers.replica.asgi import Exchange, http_scope, run_asgi
+from qserve_workers.replica.user_entry import enter
 
 OpenChannel = Callable[[], Channel]
 
@@ -134,5 +135,5 @@ async def _send(response: Response, request: HttpRequest, open_channel: OpenChan
         return await run_asgi(response, request, open_channel)
     sent = HttpResponse(response.status_code, list(response.raw_headers), bytes(response.body))
     if response.background is not None:
-        await response.background()
+        await enter(response.background)
     return sent
