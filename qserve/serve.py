@@ -201,7 +201,7 @@ def unschedule(name: str) -> None:
         NoInstanceError: No instance is running.
     """
     if not _ignored("unschedule") and not Schedules(THIS_PROCESS.current().state).remove(name):
-        raise KeyError(f"There is no schedule {name!r}.")
+        raise KeyError(f"There is no schedule {name!r}; `qserve schedule ls` lists those that exist.")
 
 
 def list_deployments() -> dict[str, Deployment[Any]]:

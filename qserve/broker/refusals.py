@@ -22,12 +22,12 @@ def refusal_of_all(deployment: str, answer: Answer) -> QServeError | None:
     if isinstance(answer, QServeError):
         return answer
     if isinstance(answer, Exception):
-        return BrokerUnavailable(f"Redis refused the call: {answer}")
+        return BrokerUnavailable(f"Redis refused the call, which does not run: {answer}")
     if answer[0] == -2:
         why = answer[1].decode()
-        return DeploymentUnavailable(f"deployment {deployment!r} failed and nothing older serves: {why}")
+        return DeploymentUnavailable(f"calls to {deployment!r} are refused until a version of it starts: {why}")
     if answer[0] < 0:
-        return DeploymentNotFound(f"there is no deployment {deployment!r}")
+        return DeploymentNotFound(f"there is no deployment {deployment!r}: `qserve status` lists those that exist")
     return None
 
 

@@ -163,7 +163,7 @@ class Codec:
 
     def _too_large(self, size: int, what: str) -> PayloadTooLarge:
         return PayloadTooLarge(
-            f"{what} takes {size:,} bytes packed, the limit is {self.max_bytes:,}: "
+            f"{what} takes {size:,} bytes when packed, and the limit is {self.max_bytes:,}: "
             "send less at a time, or raise QSERVE_MAX_VALUE_BYTES"
         )
 

@@ -133,7 +133,9 @@ def _read_array(data: memoryview) -> "numpy.ndarray[Any, Any]":
         import numpy  # noqa: PLC0415  optional and heavy
         from numpy.lib.format import descr_to_dtype  # noqa: PLC0415
     except ImportError as exc:
-        raise ValueNotSerializable("a numpy array arrived, and numpy is not installed here") from exc
+        raise ValueNotSerializable(
+            "a numpy array was received, but numpy is not installed here: install it, or send a list"
+        ) from exc
     described, shape, fortran, raw = _decode_array(data)
     dtype = descr_to_dtype(_with_tuples(described))
     view: numpy.ndarray[Any, Any] = numpy.ndarray(shape, _without_objects(dtype), raw, order="F" if fortran else "C")
@@ -169,7 +171,9 @@ def request_to_wire(request: "Request") -> object:
     """
     body = getattr(request, "_body", None)
     if body is None:
-        raise ValueNotSerializable("the body of this request has not been read: `await request.body()` first")
+        raise ValueNotSerializable(
+            "the body of this request has not been read yet: `await request.body()` first, then send the request"
+        )
     scope = request.scope
     message = HttpRequest(
         method=scope["method"],

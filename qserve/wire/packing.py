@@ -84,7 +84,7 @@ class ToWire:
 
     def _key(self, name: str) -> str:
         if type(name) is not str or type(kinds.str_to_wire(name)) is not str:
-            raise CannotTravelError(f"a keyword that is no plain string: {name!r}")
+            raise CannotTravelError(f"the name of a keyword argument is not a plain string: {name!r}")
         return name
 
     def value(self, value: Any, room: int = MAX_DEPTH) -> object:
@@ -93,7 +93,7 @@ class ToWire:
         if kind in self._plain:
             return value
         if not room:
-            raise CannotTravelError(f"nested deeper than {MAX_DEPTH} levels, or contains itself")
+            raise CannotTravelError(f"it is nested deeper than {MAX_DEPTH} levels, or contains itself")
         if kind is list:
             return self._items(value, room)
         if kind is dict:
@@ -167,8 +167,8 @@ class ToWire:
         kind, data = handle.__qserve_wire__()
         if kind != "handle":
             raise CannotTravelError(
-                f"a {kind} here is not resolved before the call: refs are only as arguments, "
-                "in lists, tuples and dicts; take its result first"
+                f"a {kind} cannot be sent in this place: qserve waits for refs that are arguments, or in lists, tuples "
+                "and dicts of arguments; elsewhere, take its result first"
             )
         return self._ext(kinds.HANDLE, [self.value(data, room - 1)])
 
@@ -181,7 +181,7 @@ class ToWire:
     def _array(self, array: Any) -> object:
         if array.nbytes > self._max_bytes:
             raise PayloadTooLarge(
-                f"a numpy array of {array.nbytes:,} bytes, the limit is {self._max_bytes:,}: "
+                f"a numpy array has {array.nbytes:,} bytes, and the limit is {self._max_bytes:,}: "
                 "send less at a time, or raise QSERVE_MAX_VALUE_BYTES"
             )
         wire = kinds.array_to_wire(array)
@@ -191,7 +191,7 @@ class ToWire:
         name = name or _name(type(value))
         if not self._allow_pickle:
             raise CannotTravelError(
-                f"{name} cannot travel: convert it to JSON types, bytes, datetimes, numpy arrays, dataclasses or "
+                f"{name} cannot be sent: convert it to JSON types, bytes, datetimes, numpy arrays, dataclasses or "
                 "pydantic models, or set QSERVE_SECRET on all processes, so that values may be pickled"
             )
         import cloudpickle  # noqa: PLC0415  most processes never pickle
@@ -200,7 +200,7 @@ class ToWire:
             return Ext(kinds.PICKLED, cloudpickle.dumps(value, protocol=5))
         except Exception as exc:
             raise CannotTravelError(
-                f"{name} cannot travel, not even pickled ({type(exc).__name__}: {exc}): "
+                f"{name} cannot be sent, not even pickled ({type(exc).__name__}: {exc}): "
                 "send what it is made from, or make it in the deployment's constructor"
             ) from exc
 

@@ -85,7 +85,9 @@ class TestOutcomes:
     ) -> None:
         redis_client.hset(keys.meta("Echo"), "refuse", "no model")
 
-        with pytest.raises(DeploymentUnavailable, match="'Echo' failed and nothing older serves: no model"):
+        with pytest.raises(
+            DeploymentUnavailable, match="calls to 'Echo' are refused until a version of it starts: no model"
+        ):
             await caller.ask("x")
 
     async def test_calls_over_the_bound_are_refused_and_the_others_kept(

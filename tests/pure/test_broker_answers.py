@@ -11,10 +11,14 @@ from qserve.errors import BrokerUnavailable, DeploymentNotFound, DeploymentUnava
 @pytest.mark.parametrize(
     ("answer", "kind", "text"),
     [
-        ([-1], DeploymentNotFound, "there is no deployment 'Echo'"),
-        ([-2, b"no model"], DeploymentUnavailable, "deployment 'Echo' failed and nothing older serves: no model"),
-        ([-4], DeploymentNotFound, "there is no deployment 'Echo'"),
-        (ResponseError("OOM"), BrokerUnavailable, "Redis refused the call: OOM"),
+        ([-1], DeploymentNotFound, "there is no deployment 'Echo': `qserve status` lists those that exist"),
+        (
+            [-2, b"no model"],
+            DeploymentUnavailable,
+            "calls to 'Echo' are refused until a version of it starts: no model",
+        ),
+        ([-4], DeploymentNotFound, "there is no deployment 'Echo': `qserve status` lists those that exist"),
+        (ResponseError("OOM"), BrokerUnavailable, "Redis refused the call, which does not run: OOM"),
         (BrokerUnavailable("gone"), BrokerUnavailable, "gone"),
     ],
 )

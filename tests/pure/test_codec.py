@@ -471,7 +471,7 @@ def test_signed_frames_carry_anything_that_pickles(value: object) -> None:
 
 
 def test_what_does_not_even_pickle_is_refused() -> None:
-    with pytest.raises(ValueNotSerializable, match=r"argument 1 of the call: .*lock cannot travel, not even pickled"):
+    with pytest.raises(ValueNotSerializable, match=r"argument 1 of the call: .*lock cannot be sent, not even pickled"):
         signed.pack_call((threading.Lock(),), {})
 
 
