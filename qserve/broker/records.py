@@ -10,6 +10,7 @@ from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.inboxes import INBOX_TTL_MS
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.payloads import Payloads
+from qserve.broker.redis_errors import our_errors
 from qserve.broker.refusals import queue_full, refusal_of_all
 from qserve.broker.remains import remaining
 from qserve.broker.replica_queue import DEAD_LETTERS_KEPT, Entry
@@ -178,17 +179,20 @@ def fail_remaining_records(client: redis.Redis, keys: Keys, deployment: str, sig
 def submit_now(
     client: redis.Redis, keys: Keys, signer: Signer, payloads: Payloads, call: DurableCall, options: DurableOptions
 ) -> None:
-    """Submit one durable call that nobody here waits for. Raises redis-py's errors, and those of a call not taken.
+    """Submit one durable call that nobody here waits for.
 
     Raises:
         DeploymentNotFound, DeploymentUnavailable, BackPressureError: The call was not taken.
+        BrokerUnavailable, ConfigurationError, CommandRefused: Redis cannot be told of it.
     """
     sealed = payloads.seal(call.id, call.payload)
-    if sealed is not None:
-        payloads.put_unconfirmed_now(client, call.id, sealed)
-        call = msgspec.structs.replace(call, payload=b"", out_of_line=True)
-    names, *arguments = submit_arguments(keys, call.deployment, [(call, signer.seal(encode_call(call)), options)], "")
-    answer = SUBMIT.run(client, names, *arguments)
+    with our_errors(client):
+        if sealed is not None:
+            payloads.put_unconfirmed_now(client, call.id, sealed)
+            call = msgspec.structs.replace(call, payload=b"", out_of_line=True)
+        frame = signer.seal(encode_call(call))
+        names, *arguments = submit_arguments(keys, call.deployment, [(call, frame, options)], "")
+        answer = SUBMIT.run(client, names, *arguments)
     if (error := refusal_of_all(call.deployment, answer)) is not None:
         raise error
     if answer[1] is None:

@@ -117,6 +117,10 @@ RUN_CALL: Final = _read("run_call", _RECORDS)
 SETTLE_CALL: Final = _read("settle_call", _RECORDS)
 SUBMIT: Final = _read("submit", _RECORDS)
 
+# The queue of Celery clients
+LEASE: Final = _read("lease")
+RELEASE: Final = _read("release")
+
 # The desired state
 DELETE: Final = _read("delete")
 DEPLOY: Final = _read("deploy", _DEPLOYMENTS)

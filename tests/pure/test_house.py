@@ -143,8 +143,6 @@ NOT_YET_FREE_OF_REDIS = {
     "qserve.durable.submitting",
     "qserve_gateway.admin.dead_letter_pages",
     "qserve_workers.beat",
-    "qserve_workers.celery_calls.celery_queue",
-    "qserve_workers.celery_calls.celery_results",
     "qserve_workers.pool.announce",
     "qserve_workers.replica.answers",
     "qserve_workers.replica.arrivals",

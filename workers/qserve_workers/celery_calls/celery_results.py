@@ -8,11 +8,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-import redis
 
-from qserve.broker.keys import Keys
 from qserve.errors import ResultNotSerializable, TaskError, failure_of
-from qserve.wire.call_record import RESULT_TTL_S, DurableCall
+from qserve.wire.call_record import DurableCall
 
 
 def celery_result(value: object) -> bytes:
@@ -32,12 +30,10 @@ def celery_error(call: DurableCall, error: BaseException) -> bytes:
     return _failure(error) if call.terms.celery_id else b""
 
 
-def store_error(client: redis.Redis, keys: Keys, task: str, error: BaseException, status: str = "FAILURE") -> None:
-    """The end of a task that never became a call."""
+def failed_task(task: str, error: BaseException, status: str = "FAILURE") -> bytes:
+    """What the result backend has of a task that never became a call."""
     rest = b'"status":"%b","children":[],"task_id":%b' % (status.encode(), msgspec.json.encode(task))
-    meta, key = b"{%b,%b}" % (_failure(error), rest), f"{keys.celery_prefix}celery-task-meta-{task}"
-    client.set(key, meta, px=int(RESULT_TTL_S * 1000))
-    client.publish(key, meta)
+    return b"{%b,%b}" % (_failure(error), rest)
 
 
 def _failure(error: BaseException) -> bytes:

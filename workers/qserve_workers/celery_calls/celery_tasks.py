@@ -14,21 +14,24 @@ from typing import Any
 import msgspec
 from celery.exceptions import NotRegistered, TaskRevokedError
 
+from qserve.broker.celery_lists import store_celery_result
 from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.broker.state import State
 from qserve.errors import (
+    BackPressureError,
     ConfigurationError,
     DeploymentNotFound,
+    DeploymentUnavailable,
     MethodNotFound,
     QServeError,
 )
 from qserve.settings import Settings
-from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms
+from qserve.wire.call_record import ANYONE, NEVER_MS, RESULT_TTL_S, DurableCall, DurableOptions, Terms
 from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, Signer
 from qserve.wire.names import is_name
-from qserve_workers.celery_calls.celery_results import store_error
+from qserve_workers.celery_calls.celery_results import failed_task
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +73,21 @@ class Desk:
             headers, body: Of Celery's protocol 2.
 
         Raises:
-            RedisError: It is to be taken again.
+            BrokerUnavailable, ConfigurationError, CommandRefused: Redis has not taken it; it is to be taken again.
         """
         try:
             task, (args, kwargs, _) = headers["id"], body
             if headers["task"] != TASK:
                 raise NotRegistered(headers["task"])
-            self._submit(headers, str(task), self._wanted(args, kwargs))
+            found = self._call(headers, str(task), self._wanted(args, kwargs))
         except (QServeError, NotRegistered, KeyError, TypeError, ValueError) as exc:
+            self.refuse(headers, exc)
+            return
+        if found is None:
+            return
+        try:
+            submit_now(self._state.redis, self._settings.keys, self._signer, self._payloads, *found)
+        except (DeploymentNotFound, DeploymentUnavailable, BackPressureError) as exc:
             self.refuse(headers, exc)
 
     def refuse(self, headers: dict[str, Any], error: Exception) -> None:
@@ -85,7 +95,7 @@ class Desk:
         task = str(headers.get("id", ""))
         logger.warning("task %s is no call: %s", task or "without an id", error)
         if task:
-            store_error(self._state.redis, self._settings.keys, task, error)
+            self._end(task, error)
 
     def _wanted(self, args: Any, kwargs: Any) -> Wanted:
         if not self._allowed:
@@ -104,20 +114,24 @@ class Desk:
             raise MethodNotFound(f"{wanted.method!r} is private")
         return wanted
 
-    def _submit(self, headers: dict[str, Any], task: str, wanted: Wanted) -> None:
+    def _call(self, headers: dict[str, Any], task: str, wanted: Wanted) -> tuple[DurableCall, DurableOptions] | None:
+        """The durable call of a task, None if its time is over."""
         name = wanted.deployment
         payload = self._codec.pack_call(tuple(wanted.args), wanted.kwargs, f"the call to {name}")
         expires_s = _seconds_until(headers.get("expires"))
         if expires_s is not None and expires_s <= 0:
-            store_error(self._state.redis, self._settings.keys, task, TaskRevokedError("expired"), status="REVOKED")
-            return
+            self._end(task, TaskRevokedError("expired"), "REVOKED")
+            return None
         terms = Terms(celery_id="" if headers.get("ignore_result") else task)
         method = "" if wanted.method == "__call__" else wanted.method
         head = (call_id_of(task), name, ANYONE, NEVER_MS, PYTHON, method, True, payload)
         expires_s = None if expires_s is None else max(expires_s, 0.001)
         options = DurableOptions(max(0.0, _seconds_until(headers.get("eta")) or 0.0), expires_s, terms=terms)
-        call, keys = DurableCall(*head, terms=terms), self._settings.keys
-        submit_now(self._state.redis, keys, self._signer, self._payloads, call, options)
+        return DurableCall(*head, terms=terms), options
+
+    def _end(self, task: str, error: Exception, status: str = "FAILURE") -> None:
+        meta, ttl_ms = failed_task(task, error, status), int(RESULT_TTL_S * 1000)
+        store_celery_result(self._state.redis, self._settings.keys, task, meta, ttl_ms)
 
 
 def call_id_of(task: str) -> str:
