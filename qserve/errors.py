@@ -1,4 +1,4 @@
-"""Everything qserve raises.
+"""All errors that qserve raises, with the HTTP status that each becomes.
 
 QServeError
  |- DeploymentNotFound      404  no such deployment (any more)
@@ -7,7 +7,7 @@ QServeError
  |- IdempotencyConflict     422  the idempotency key was used for another request
  |- NoInstanceError              no qserve instance is running here
  |- ConfigurationError           a setting, module or server is not usable as it is
- |- ValueNotSerializable    400  an argument cannot travel
+ |- ValueNotSerializable    400  an argument cannot be sent
  |- PayloadTooLarge         413  a request or argument list over the limit
  |- BackPressureError       503  the deployment's queue is full
  |- DeploymentUnavailable   503  no replica has been seen, or the deployment failed
@@ -19,7 +19,7 @@ QServeError
  |- StreamBroken            502  a stream ended before its end
  |- FrameRejected                a message with a bad signature or shape
  '- TaskError               500  user code raised; also an instance of the original class
-     |- ResultNotSerializable    the result cannot travel
+     |- ResultNotSerializable    the result cannot be sent
      |- ResultTooLarge           the result is over the limit
      '- PoisonCall               the call killed every replica it was given to
 """
@@ -66,11 +66,11 @@ class NoInstanceError(QServeError):
 
 
 class ConfigurationError(QServeError):
-    """Something outside the code is not usable: a module, a port, a server, a setting."""
+    """Something that the code needs cannot be used: a module, a port, a server, a setting."""
 
 
 class ValueNotSerializable(QServeError, TypeError):
-    """A value cannot travel; the text names it, its type and the ways out."""
+    """A value cannot be sent to another process; the text names it, its type and what can be done."""
 
     status = 400
 
@@ -104,7 +104,7 @@ class BrokerUnavailable(QServeError, ConnectionError):
 
 
 class GetTimeoutError(QServeError, TimeoutError):
-    """The result was not there in time. A timeout of `get` leaves the call running."""
+    """The result was not there in time. When it was `get` that did not wait longer, the call goes on."""
 
     status = 504
 
@@ -134,7 +134,7 @@ class StreamBroken(QServeError, ConnectionError):
 
 
 class FrameRejected(QServeError):
-    """A message was not signed with a known key, or is not what it says."""
+    """A message was not signed with a known key, or does not have the form that it should have."""
 
 
 class TaskFailure(NamedTuple):
@@ -208,7 +208,7 @@ def failure_of(error: TaskError) -> TaskFailure:
 
 
 class ResultNotSerializable(TaskError):
-    """The call ran, but its result cannot travel."""
+    """The call ran, but its result cannot be sent to the caller."""
 
 
 class ResultTooLarge(TaskError):
@@ -216,7 +216,7 @@ class ResultTooLarge(TaskError):
 
 
 class PoisonCall(TaskError):
-    """The call killed every replica it was given to and is in the dead letters now."""
+    """The call ended every replica that ran it; it is not run again, and is kept among the dead letters."""
 
 
 def _plain_task_error(message: str, type_name: str, module: str, traceback_text: str) -> TaskError:

@@ -1,7 +1,7 @@
 """Points at which a process can be made to die, so that tests can show what becomes of the calls it has.
 
 QSERVE_FAILPOINT names them: `NAME:NTH` kills the process (SIGKILL, by itself) when it passes the point for the NTH
-time, `NAME:NTH:stop` freezes it (SIGSTOP). Several are separated by commas. Every process counts for itself.
+time, `NAME:NTH:stop` freezes it (SIGSTOP). Several points are separated by commas. Every process counts on its own.
 """
 
 import asyncio
@@ -65,14 +65,14 @@ POINTS: Mapping[str, str] = {
     "deploy": "A driver is about to write what is to be deployed.",
     "deployed": "A driver has written what is to be deployed, and does not wait for it yet.",
 }
-"""Every point there is, and where it is. At those called `-sent` a process dies in the next turn of its event loop,
-when what it has written has left it."""
+"""All points, and where they are. At one whose name ends in `-sent`, a process dies in the next turn of its event loop,
+when it has sent what it has written."""
 
 _SIGNALS = {"": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 class Armed:
-    """Counts how often this process passes the points it shall not survive."""
+    """The points at which this process is to be killed or frozen, and how often it has passed each."""
 
     def __init__(self, wanted: str) -> None:
         self._acts: dict[tuple[str, int], signal.Signals] = {}
@@ -88,7 +88,7 @@ class Armed:
             self._acts[name, int(nth)] = _SIGNALS[action]
 
     def reach(self, point: str) -> None:
-        """Pass a point, perhaps for the last time."""
+        """Pass a point, and be killed or frozen there if it is time."""
         self._passed[point] += 1
         number = self._acts.get((point, self._passed[point]))
         if number is None:
@@ -105,7 +105,7 @@ class Armed:
 
 
 def _go_on(point: str) -> None:
-    """Nobody shall die: a call of this takes 30 ns, and there are a dozen on the path of a call."""
+    """Do nothing: no point is armed. This takes 30 ns, and the path of a call has a dozen of them."""
 
 
 reach: Callable[[str], None] = Armed(os.environ[VARIABLE]).reach if os.environ.get(VARIABLE) else _go_on

@@ -1,7 +1,8 @@
-"""Lets mypy see what `@serve.deployment` and handles do: put `plugins = ["qserve.mypy_plugin"]` into mypy's settings.
+"""A plugin that teaches mypy `@serve.deployment` and handles: put `plugins = ["qserve.mypy_plugin"]` into its settings.
 
-mypy ignores what class decorators return, so it takes a decorated class for the class alone; here it also gets the
-attributes of a Deployment. And `handle.method.remote(...)` gets the parameters and the result of that method.
+mypy ignores what the decorator of a class returns, and takes the decorated class for the class alone. With the plugin,
+the class has the attributes of a Deployment too, and `handle.method.remote(...)` has the parameters and the result of
+that method.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ _REF = "qserve.calls.ref.Ref"
 
 
 class QServePlugin(Plugin):
-    """Hooks into the type of decorated classes and of attributes of handles."""
+    """Changes the types of decorated classes and of the attributes of handles."""
 
     def get_class_decorator_hook_2(self, fullname: str) -> Callable[[ClassDefContext], bool] | None:
         return _be_deployment if fullname in _DECORATORS else None
@@ -41,7 +42,7 @@ class QServePlugin(Plugin):
         return Instance(handle.type, [self._accepting_refs(get_proper_type(method))])
 
     def _accepting_refs(self, method: ProperType) -> Type:
-        """A ref may stand in place of each argument: its value is what the method gets."""
+        """The same method, which also accepts a ref for each argument: it is called with the value of the ref."""
         symbol = self.lookup_fully_qualified(_REF)
         if not isinstance(method, CallableType) or symbol is None or not isinstance(symbol.node, TypeInfo):
             return method
@@ -50,7 +51,7 @@ class QServePlugin(Plugin):
 
 
 def plugin(version: str) -> type[Plugin]:
-    """What mypy asks a plugin module for."""
+    """The function that mypy calls in the module of a plugin."""
     return QServePlugin
 
 

@@ -13,13 +13,13 @@ import msgspec
 
 from qserve.broker.redis_checks import connect, require_usable
 from qserve.broker.state import State
-from qserve.calls.handle import handle_from_wire
 from qserve.cli.output import Failure, note, users_part
 from qserve.cli.progress import show_progress
 from qserve.cli.source import content_version, project_files
 from qserve.deployments import deploying
 from qserve.deployments.app_import import import_app
 from qserve.deployments.deployment import Deployment
+from qserve.deployments.driver import make_codec
 from qserve.durable.schedules import Declared, Schedules
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.settings import Settings
@@ -92,7 +92,7 @@ def deploy_application(application: Application, state: State, settings: Setting
         Failure: A deployment could not be brought up; the others are.
         ConfigurationError: Code that other processes cannot get at.
     """
-    codec = Codec(allow_pickle=state.signer.signs, max_bytes=settings.max_value_bytes, make_handle=handle_from_wire)
+    codec = make_codec(settings, signs=state.signer.signs)
     specs = [make_spec(deployment, application, codec) for deployment in application.deployments]
     goals = [_put(state, spec) for spec in specs]
     show_progress(goals)
