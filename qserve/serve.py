@@ -257,8 +257,8 @@ def status() -> dict[str, DeploymentStatus]:
             version=deployed.spec.version,
             generation=deployed.generation,
             route_prefix=deployed.spec.route_prefix,
-            replicas=tuple(state.replicas(name).values()),
-            queued=state.queued(name),
+            replicas=tuple(state.observed.replicas(name).values()),
+            queued=state.observed.queued(name),
             wanted=deploying.wanted(state, name),
             autoscaling_config=None if scaling is None else msgspec.structs.asdict(scaling),
         )

@@ -6,11 +6,46 @@ GROUP = "g"
 """The consumer group through which all replicas of a deployment read its call stream."""
 
 
+class _Name:
+    """A key of which each namespace has one."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, keys: "Keys", owner: type["Keys"] | None = None) -> str:
+        return keys._key(self._name)
+
+
 @dataclass(frozen=True)
 class Keys:
     """Key names of one namespace."""
 
     namespace: str
+
+    deployments = _Name("deployments")
+    """Set of deployment names that exist."""
+    instance = _Name("instance")
+    """String: which history of the desired state this is; a server that has lost it has lost them all."""
+    run_id = _Name("run_id")
+    """String: run id of the server process that was seen last, where calls are strict."""
+    before = _Name("before")
+    """Hash: deployment -> the last entry that it had when the server was replaced, where calls are strict."""
+    log = _Name("log")
+    """Stream of changes of the desired state; gateways, nodes and replicas follow it."""
+    schedules = _Name("schedules")
+    """Hash: name -> sealed Schedule."""
+    fired = _Name("fired")
+    """Hash: name of a schedule -> what became of its last moment."""
+    http_options = _Name("http")
+    """String: msgpack HttpSettings."""
+    nodes = _Name("nodes")
+    """Hash: node id -> msgpack NodeInfo."""
+    gateways = _Name("gateways")
+    """Hash: gateway id -> msgpack GatewayInfo."""
+    counters = _Name("counters")
+    """Hash: metric name -> count (rejected frames, late results, ...)."""
+    celery_prefix = _Name("celery:")
+    """Prefix of the keys that Celery itself uses, so that no other Celery app meets ours."""
 
     def _key(self, *parts: str) -> str:
         return ":".join((f"qs:{{{self.namespace}}}", *parts))
@@ -79,63 +114,3 @@ class Keys:
     def base(self) -> str:
         """What every key begins with, for scripts that find the keys to use in a record."""
         return self._key("")
-
-    @property
-    def deployments(self) -> str:
-        """Set of deployment names that exist."""
-        return self._key("deployments")
-
-    @property
-    def instance(self) -> str:
-        """String: which history of the desired state this is; a server that has lost it has lost them all."""
-        return self._key("instance")
-
-    @property
-    def run_id(self) -> str:
-        """String: run id of the server process that was seen last, where calls are strict."""
-        return self._key("run_id")
-
-    @property
-    def before(self) -> str:
-        """Hash: deployment -> the last entry that it had when the server was replaced, where calls are strict."""
-        return self._key("before")
-
-    @property
-    def log(self) -> str:
-        """Stream of changes of the desired state; gateways, nodes and replicas follow it."""
-        return self._key("log")
-
-    @property
-    def schedules(self) -> str:
-        """Hash: name -> sealed Schedule."""
-        return self._key("schedules")
-
-    @property
-    def fired(self) -> str:
-        """Hash: name of a schedule -> what became of its last moment."""
-        return self._key("fired")
-
-    @property
-    def http_options(self) -> str:
-        """String: msgpack HttpSettings."""
-        return self._key("http")
-
-    @property
-    def nodes(self) -> str:
-        """Hash: node id -> msgpack NodeInfo."""
-        return self._key("nodes")
-
-    @property
-    def gateways(self) -> str:
-        """Hash: gateway id -> msgpack GatewayInfo."""
-        return self._key("gateways")
-
-    @property
-    def counters(self) -> str:
-        """Hash: metric name -> count (rejected frames, late results, ...)."""
-        return self._key("counters")
-
-    @property
-    def celery_prefix(self) -> str:
-        """Prefix of the keys that Celery itself uses, so that no other Celery app meets ours."""
-        return self._key("celery:")

@@ -8,6 +8,7 @@ import redis
 
 from qserve.broker.inboxes import tell_now
 from qserve.broker.keys import Keys
+from qserve.broker.redis_errors import our_errors
 from qserve.errors import FrameRejected
 from qserve.wire.messages import DURABLE, ERROR, Call, Reply, Signer, decode_call, encode
 
@@ -37,3 +38,10 @@ def fail_remaining(client: redis.Redis, keys: Keys, deployment: str, signer: Sig
         client.xdel(keys.calls(deployment), entry_id)
         count += 1
     return count
+
+
+def forget_remains(client: redis.Redis, keys: Keys, deployment: str) -> None:
+    """Remove the queue of a deleted deployment, and what its replicas and workers reported."""
+    names = (keys.replicas, keys.heartbeats, keys.workers, keys.calls)
+    with our_errors(client):
+        client.delete(*(name(deployment) for name in names))

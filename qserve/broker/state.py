@@ -1,24 +1,19 @@
-"""Desired and observed state in Redis: what should run, what does run, and who serves HTTP.
+"""The desired state in Redis: what should run, and how HTTP is served.
 
 `State` is what a driver works with: synchronous, usable from any thread. Processes that follow the state (gateway,
 node, replica) use `qserve.broker.following` on their event loop. Specs and HTTP settings are signed like calls are,
 since they may carry pickles.
 """
 
-import os
 import secrets
-import socket
 from collections.abc import Callable, Iterable
 from logging import getLogger
 from typing import Any, TypeVar
 
-import redis
-import redis.asyncio
-
 from qserve.broker import redis_clients
 from qserve.broker.keys import GROUP, Keys
+from qserve.broker.observed import Observed
 from qserve.broker.redis_errors import our_errors
-from qserve.broker.reports import Info, decode_infos
 from qserve.broker.scripts import DELETE, DEPLOY, SET_STATE, SIGN, Script
 from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.failpoints import reach
@@ -30,12 +25,8 @@ from qserve.wire.spec import (
     WAITING,
     Deployed,
     DeploymentSpec,
-    GatewayInfo,
     HttpSettings,
-    NodeInfo,
-    ReplicaInfo,
     SignedSpec,
-    WorkerInfo,
 )
 
 logger = getLogger(__name__)
@@ -58,6 +49,7 @@ class State:
         self.keys = keys
         self.signer = signer
         self.redis = redis_clients.client(redis_url, _COMMAND_TIMEOUT_S)
+        self.observed = Observed(self.redis, keys)
 
     def close(self) -> None:
         """Close the connections."""
@@ -69,8 +61,6 @@ class State:
             return bool(self._do("PING"))
         except BrokerUnavailable:
             return False
-
-    # Desired state
 
     def deploy(self, spec: DeploymentSpec, *, expected: int) -> Deployed:
         """Make `spec` the desired state of its name.
@@ -110,7 +100,7 @@ class State:
             raise GenerationChanged(name)
         return facts[1].decode() if verdict == b"ok" else None
 
-    def settle(self, name: str, generation: int, state: str, *, error: str = "", refuse: str = "") -> bool:
+    def set_state(self, name: str, generation: int, state: str, *, error: str = "", refuse: str = "") -> bool:
         """Note how far a generation has come; False when the deployment has moved on.
 
         Args:
@@ -181,67 +171,6 @@ class State:
         log_id: bytes = self._do("XADD", self.keys.log, "MAXLEN", "~", 1000, "*", "kind", "http")
         return log_id.decode()
 
-    # Observed state
-
-    def nodes(self) -> dict[str, NodeInfo]:
-        """Live nodes by id."""
-        return self._alive(self._infos(self.keys.nodes, NodeInfo))
-
-    def gateways(self) -> dict[str, GatewayInfo]:
-        """Live gateways by id."""
-        found = self._alive(self._infos(self.keys.gateways, GatewayInfo))
-        return {id_: info for id_, info in found.items() if not _gone_from_here(info.host, info.pid)}
-
-    def workers(self, name: str) -> dict[str, WorkerInfo]:
-        """What each node's Celery worker last reported for a deployment, by node id."""
-        return self._infos(self.keys.workers(name), WorkerInfo)
-
-    def replicas(self, name: str) -> dict[str, ReplicaInfo]:
-        """Replicas of a deployment by id, without those whose death is known."""
-        beats = self._do("HGETALL", self.keys.heartbeats(name))
-        gone = {id_.decode() for id_, beat in beats.items() if not beat.isdigit()}
-        found = self._infos(self.keys.replicas(name), ReplicaInfo)
-        return {id_: info for id_, info in found.items() if id_ not in gone}
-
-    def is_alive(self, process: str) -> bool:
-        """Whether a process has said that it lives, within the lifetime of its role (`qserve.broker.presence`)."""
-        return bool(self._do("EXISTS", self.keys.alive(process)))
-
-    def queued(self, name: str) -> int:
-        """Calls of a deployment that wait or run."""
-        return int(self._do("XLEN", self.keys.calls(name)))
-
-    def waiting(self, name: str) -> tuple[int, float]:
-        """Calls of a deployment that no replica has taken: how many, and the seconds for which the first has waited."""
-        key = self.keys.calls(name)
-        try:
-            (group, *_) = self._do("XINFO", "GROUPS", key)
-        except (redis.exceptions.ResponseError, ValueError):
-            return 0, 0.0
-        facts = dict(zip(group[::2], group[1::2], strict=True))
-        first = self._do("XRANGE", key, b"(" + facts[b"last-delivered-id"], "+", "COUNT", 1)
-        if not first:
-            return 0, 0.0
-        now = self._do("TIME")
-        age_s = now[0] + now[1] / 1e6 - int(first[0][0].split(b"-")[0]) / 1000
-        return self.queued(name) - int(facts[b"pending"]), max(0.0, age_s)
-
-    def counters(self) -> dict[str, int]:
-        """Rare events of all processes, by name."""
-        found: dict[bytes, bytes] = self._do("HGETALL", self.keys.counters)
-        return {name.decode(): int(count) for name, count in found.items()}
-
-    def forget_remains(self, name: str) -> None:
-        """Remove what is left of a deleted deployment: its queue, and what its replicas and workers reported."""
-        keys = (self.keys.replicas(name), self.keys.heartbeats(name), self.keys.workers(name), self.keys.calls(name))
-        self._do("DEL", *keys)
-
-    def _infos(self, key: str, kind: type[Info]) -> dict[str, Info]:
-        return dict(decode_infos(self._do("HGETALL", key), kind))
-
-    def _alive(self, infos: dict[str, Info]) -> dict[str, Info]:
-        return {id_: info for id_, info in infos.items() if self.is_alive(id_)}
-
     def _run(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
         with our_errors(self.redis):
             return script.run(self.redis, keys, *arguments)
@@ -293,21 +222,9 @@ Decoded = TypeVar("Decoded")
 
 
 def checked(read: Callable[[], Decoded], what: str) -> Decoded | None:
+    """What `read` returns; None, with an error in the log, where no key of ours has signed it."""
     try:
         return read()
     except FrameRejected as exc:
         logger.error("Ignoring %s: %s", what, exc)
         return None
-
-
-def _gone_from_here(host: str, pid: int) -> bool:
-    """Whether a process of this host has ended, though its alive key may last a while longer."""
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False

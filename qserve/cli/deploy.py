@@ -71,7 +71,7 @@ def shutdown() -> None:
         for name in state.list():
             deploying.delete(state, name)
             note(f"{name}: deleted")
-        nodes = [node.host for node in state.nodes().values()]
+        nodes = [node.host for node in state.observed.nodes().values()]
     settings = Settings()
     record = find_record(settings.namespace)
     if record is not None and settings.redis_url in ("", record.redis_url):

@@ -94,8 +94,8 @@ def read_status(state: State) -> InstanceStatus:
     """The status of an instance, as `--json` prints it."""
     return {
         "namespace": state.keys.namespace,
-        "gateways": [_process(info, info.url) for info in state.gateways().values()],
-        "nodes": [_process(info) for info in state.nodes().values()],
+        "gateways": [_process(info, info.url) for info in state.observed.gateways().values()],
+        "nodes": [_process(info) for info in state.observed.nodes().values()],
         "deployments": [_deployment(state, deployed) for deployed in state.list().values()],
     }
 
@@ -106,10 +106,10 @@ def _process(info: NodeInfo | GatewayInfo, url: str = "") -> ProcessStatus:
 
 def _deployment(state: State, deployed: Deployed) -> DeploymentStatus:
     spec = deployed.spec
-    replicas = [_replica(info) for info in state.replicas(spec.name).values()]
+    replicas = [_replica(info) for info in state.observed.replicas(spec.name).values()]
     replicas.sort(key=lambda replica: (replica["host"], replica["pid"]))
     running = sum(replica["running"] for replica in replicas)
-    nobody = not replicas and not state.nodes()  # what was reached earlier went with the last node
+    nobody = not replicas and not state.observed.nodes()  # what was reached earlier went with the last node
     return {
         "name": spec.name,
         "route": spec.route_prefix,
@@ -117,7 +117,7 @@ def _deployment(state: State, deployed: Deployed) -> DeploymentStatus:
         "error": deployed.error,
         "version": spec.version,
         "generation": deployed.generation,
-        "queued": max(0, state.queued(spec.name) - running),
+        "queued": max(0, state.observed.queued(spec.name) - running),
         "running": running,
         "p50_ms": _slowest([replica["p50_ms"] for replica in replicas]),
         "p99_ms": _slowest([replica["p99_ms"] for replica in replicas]),

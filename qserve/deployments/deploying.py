@@ -13,7 +13,7 @@ from logging import getLogger
 import msgspec
 
 from qserve.broker.records import fail_remaining_records
-from qserve.broker.remains import fail_remaining
+from qserve.broker.remains import fail_remaining, forget_remains
 from qserve.broker.state import GenerationChanged, State
 from qserve.broker.stream_ids import order
 from qserve.errors import DeploymentNotFound
@@ -159,7 +159,7 @@ class Goal:
             message = "Failed to reach deployment goal. Check the serve logs for details."
             raise RuntimeError(f"{message}\n{progress.error}".rstrip())
         state = HEALTHY if progress.asked else WAITING
-        self._state.settle(self.name, self.deployed.generation, state)
+        self._state.set_state(self.name, self.deployed.generation, state)
         if state == WAITING:
             logger.info(
                 "Deployed '%s'. No node that serves it is alive; its replicas start as soon as one is.", self.name
@@ -198,7 +198,7 @@ class Goal:
                     self._state, self._state.deploy(previous.spec, expected=self.deployed.generation), previous
                 )
                 restored._wait_for_workers(_ROLLBACK_TIMEOUT_S)
-                self._state.settle(self.name, restored.deployed.generation, HEALTHY, error=error)
+                self._state.set_state(self.name, restored.deployed.generation, HEALTHY, error=error)
                 wait_for_gateways(self._state, restored.deployed.log_id)
         except GenerationChanged:
             logger.info("'%s' has been deployed again meanwhile, so nothing is rolled back.", self.name)
@@ -235,7 +235,7 @@ class Progress:
 
 def wanted(state: State, name: str) -> int:
     """How many replicas the live workers of a deployment should have now."""
-    return sum(w.wanted for id_, w in state.workers(name).items() if state.is_alive(id_))
+    return sum(w.wanted for id_, w in state.observed.workers(name).items() if state.observed.is_alive(id_))
 
 
 def judge(name: str, generation: int, state: State) -> Progress:
@@ -245,8 +245,8 @@ def judge(name: str, generation: int, state: State) -> Progress:
         return Progress(frozenset(), frozenset(), deleted=True)
     if deployed.generation > generation:
         return Progress(frozenset(), frozenset(), superseded_by=deployed.generation)
-    nodes, workers = state.nodes(), state.workers(name)
-    by_hand = {id_ for id_, worker in workers.items() if worker.node == worker.id and state.is_alive(id_)}
+    nodes, workers = state.observed.nodes(), state.observed.workers(name)
+    by_hand = {id_ for id_, worker in workers.items() if worker.node == worker.id and state.observed.is_alive(id_)}
     return weigh(name, generation, nodes, {id_: w for id_, w in workers.items() if id_ in nodes or id_ in by_hand})
 
 
@@ -273,13 +273,16 @@ def settle(state: State, name: str) -> None:
     if progress.superseded_by:
         return
     if progress.error is not None:
-        serving = any(info.state == SERVING and state.is_alive(id_) for id_, info in state.replicas(name).items())
+        serving = any(
+            info.state == SERVING and state.observed.is_alive(id_)
+            for id_, info in state.observed.replicas(name).items()
+        )
         refuse = "" if serving else f"Deployment '{name}' failed: {(progress.error.strip().splitlines() or ['?'])[-1]}"
-        state.settle(name, deployed.generation, DEPLOY_FAILED, error=progress.error, refuse=refuse)
+        state.set_state(name, deployed.generation, DEPLOY_FAILED, error=progress.error, refuse=refuse)
     elif not progress.asked:
-        state.settle(name, deployed.generation, WAITING)
+        state.set_state(name, deployed.generation, WAITING)
     else:
-        state.settle(name, deployed.generation, HEALTHY if progress.done else DEPLOYING)
+        state.set_state(name, deployed.generation, HEALTHY if progress.done else DEPLOYING)
 
 
 # Deleting
@@ -317,13 +320,14 @@ def finish_deleting(state: State, spec: DeploymentSpec) -> None:
     error = ErrorInfo(DeploymentNotFound.__name__, "", "", f"Deployment '{name}' was deleted.")
     fail_remaining(state.redis, state.keys, name, state.signer, encode(error))
     fail_remaining_records(state.redis, state.keys, name, state.signer, encode(error))
-    state.forget_remains(name)
+    forget_remains(state.redis, state.keys, name)
 
 
 def _left_of(state: State, name: str) -> list[str]:
-    found, nodes = state.replicas(name), state.nodes()
-    replicas = [f"{info.tag} (pid {info.pid} on {info.host})" for id_, info in found.items() if state.is_alive(id_)]
-    workers = [f"worker {info.pid} on {info.host}" for id_, info in state.workers(name).items() if id_ in nodes]
+    observed = state.observed
+    found, nodes = observed.replicas(name), observed.nodes()
+    replicas = [f"{info.tag} (pid {info.pid} on {info.host})" for id_, info in found.items() if observed.is_alive(id_)]
+    workers = [f"worker {info.pid} on {info.host}" for id_, info in observed.workers(name).items() if id_ in nodes]
     return replicas + workers
 
 
@@ -334,7 +338,7 @@ def wait_for_gateways(state: State, log_id: str, timeout: float = GATEWAYS_TIMEO
     """Wait until every live gateway has applied an entry of the state log; after `timeout` seconds, warn and return."""
     behind: list[GatewayInfo] = []
     for _ in _ticks(timeout):
-        behind = [info for info in state.gateways().values() if order(info.applied) < order(log_id)]
+        behind = [info for info in state.observed.gateways().values() if order(info.applied) < order(log_id)]
         if not behind:
             return
     laggards = ", ".join(f"{info.url} (pid {info.pid} on {info.host})" for info in behind)

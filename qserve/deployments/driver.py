@@ -42,7 +42,7 @@ class ConnectedInstance:
         http = self.state.get_http()
         if http.root_url:
             return http.root_url.rstrip("/") + route_prefix
-        for gateway in self.state.gateways().values():
+        for gateway in self.state.observed.gateways().values():
             return gateway.url.rstrip("/") + http.root_path.rstrip("/") + route_prefix
         return None
 
@@ -159,7 +159,7 @@ class Driver:
 
     def _is_served(self, running: ConnectedInstance, settings: Settings) -> bool:
         """Whether it has nodes or gateways; the Redis that the environment names may be all there is."""
-        return not settings.redis_url or bool(running.state.nodes()) or bool(running.state.gateways())
+        return not settings.redis_url or bool(running.state.observed.nodes()) or bool(running.state.observed.gateways())
 
     def _launch(self, settings: Settings, options: HTTPOptions, *, detached: bool, wait: bool) -> ConnectedInstance:
         http = options.settings(make_codec(settings, signs=bool(settings.secret) or not settings.redis_url))

@@ -175,7 +175,9 @@ class LocalInstance:
             self._wait(lambda: _accepts(path) or None, "Redis")
         state = State(self.settings.redis_url, self.settings.keys, Signer(self.settings.secrets))
         with contextlib.closing(state):
-            self._wait(lambda: any(node.pid == self.pid for node in state.nodes().values()) or None, "the node")
+            self._wait(
+                lambda: any(node.pid == self.pid for node in state.observed.nodes().values()) or None, "the node"
+            )
 
     def wait_until_ready(self) -> InstanceRecord:
         """Wait until its gateway listens.

@@ -30,24 +30,26 @@ class TestWorkers:
         for deployment in (Pid, OtherPid):
             deploying.deploy(state, spec(deployment)).wait()
         workers = {child.pid for child in psutil.Process(node.pid).children()}
-        replicas = {name: {info.pid for info in state.replicas(name).values()} for name in ("Pid", "OtherPid")}
+        replicas = {name: {info.pid for info in state.observed.replicas(name).values()} for name in ("Pid", "OtherPid")}
 
         deploying.deploy(state, spec(Pid)).wait()
 
         assert len(workers) == 2
         assert {child.pid for child in psutil.Process(node.pid).children()} == workers
-        assert {info.pid for info in state.replicas("OtherPid").values()} == replicas["OtherPid"]
-        assert not {info.pid for info in state.replicas("Pid").values()} & replicas["Pid"]
+        assert {info.pid for info in state.observed.replicas("OtherPid").values()} == replicas["OtherPid"]
+        assert not {info.pid for info in state.observed.replicas("Pid").values()} & replicas["Pid"]
 
     def test_a_worker_that_was_killed_is_started_again(self, start_node: StartNode, state: State) -> None:
         node = start_node()
         deploying.deploy(state, spec(Pid)).wait()
         (worker,) = psutil.Process(node.pid).children()
-        old = {info.pid for info in state.replicas("Pid").values()}
+        old = {info.pid for info in state.observed.replicas("Pid").values()}
 
         worker.kill()
 
-        wait_until(lambda: {info.pid for info in state.replicas("Pid").values() if info.state == "SERVING"} - old)
+        wait_until(
+            lambda: {info.pid for info in state.observed.replicas("Pid").values() if info.state == "SERVING"} - old
+        )
 
     def test_replicas_per_node_is_the_number_here_whatever_the_deployment_says(
         self, start_node: StartNode, state: State
@@ -56,7 +58,7 @@ class TestWorkers:
 
         deploying.deploy(state, spec(Pid.options(num_replicas=5))).wait()
 
-        assert len(state.replicas("Pid")) == 2
+        assert len(state.observed.replicas("Pid")) == 2
 
     def test_only_restricts_what_a_node_serves_and_what_deploy_waits_for(
         self, start_node: StartNode, state: State
@@ -91,7 +93,7 @@ class TestWorkers:
         start_node()
         start_node()
         deploying.deploy(state, spec(Pid)).wait()
-        pids = [info.pid for info in state.replicas("Pid").values()]
+        pids = [info.pid for info in state.observed.replicas("Pid").values()]
 
         deploying.delete(state, "Pid")
 
@@ -104,15 +106,15 @@ class TestGateway:
         self, start_node: StartNode, state: State
     ) -> None:
         start_node("--gateway", "--port", "0")
-        wait_until(state.gateways)
+        wait_until(state.observed.gateways)
         deploying.deploy(state, spec(Pid)).wait()
-        (gateway,) = state.gateways().values()
+        (gateway,) = state.observed.gateways().values()
         url = gateway.url
 
         os.kill(gateway.pid, signal.SIGKILL)
         deploying.deploy(state, spec(OtherPid)).wait()
 
-        wait_until(lambda: any(info.pid != gateway.pid for info in state.gateways().values()))
+        wait_until(lambda: any(info.pid != gateway.pid for info in state.observed.gateways().values()))
         with urllib.request.urlopen(f"{url}/OtherPid", timeout=patience(20)) as response:
             assert int(response.read()) < 0
 
@@ -123,7 +125,7 @@ class TestStopping:
         deploying.deploy(state, spec(Pid)).wait()
 
         node.terminate()
-        wait_until(lambda: not state.nodes())
+        wait_until(lambda: not state.observed.nodes())
         node.terminate()
 
         assert node.wait(patience(10)) == 0

@@ -98,7 +98,7 @@ def deploy(state: State, name: str, route: str | None, **options: Any) -> str:
 
 
 def gateway(state: State) -> GatewayInfo:
-    (info,) = state.gateways().values()
+    (info,) = state.observed.gateways().values()
     return info
 
 
@@ -217,7 +217,7 @@ def test_sigterm_lets_requests_in_flight_finish(start: Start, state: State, hell
         answer = pool.submit(http.get, "/hello")
         call = hello.take()
         process.process.terminate()
-        wait_until(lambda: state.gateways() == {})
+        wait_until(lambda: state.observed.gateways() == {})
         hello.reply(call, ok())
         assert answer.result().text == "ok"
     assert process.process.wait(patience(10)) == 0
@@ -230,7 +230,7 @@ def test_sigterm_lets_requests_in_flight_finish(start: Start, state: State, hell
 def test_a_change_is_applied_and_reported_within_milliseconds(start: Start, state: State) -> None:
     process = start()
     with process.http() as http:
-        wait_until(lambda: len(state.gateways()) == 1)
+        wait_until(lambda: len(state.observed.gateways()) == 1)
         took = []
         for number in range(5):
             log_id = deploy(state, f"d{number}", f"/d{number}")
@@ -248,7 +248,7 @@ def test_middlewares_come_and_go_with_the_http_options(
     start: Start, state: State, settings: Settings, hello: Replica
 ) -> None:
     process = start()
-    wait_until(lambda: len(state.gateways()) == 1)
+    wait_until(lambda: len(state.observed.gateways()) == 1)
     codec = Codec(allow_pickle=True, max_bytes=1000)
     target = make_target(CORSMiddleware, allow_pickle=False)
     cors = MiddlewareSpec(target, codec.pack_call((), {"allow_origins": ["https://a.example"]}))
@@ -265,7 +265,7 @@ def test_a_middleware_that_cannot_be_loaded_changes_nothing_and_is_not_reported_
     start: Start, state: State
 ) -> None:
     process = start()
-    wait_until(lambda: len(state.gateways()) == 1)
+    wait_until(lambda: len(state.observed.gateways()) == 1)
     broken = state.set_http(HttpSettings(middlewares=(MiddlewareSpec(Target("no.such:Middleware")),)))
     assert process.process.stderr is not None
     while "HTTP options stay as they were" not in (line := process.process.stderr.readline()):

@@ -440,9 +440,9 @@ def test_a_real_replica_lives_in_the_pool(tmp_path: Path, settings: Settings, st
         worker.process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
     try:
         worker.wait_until(1)
-        [replica] = state.replicas("Echo").values()
+        [replica] = state.observed.replicas("Echo").values()
         os.kill(replica.pid, signal.SIGKILL)
-        worker.wait_for(lambda: any(r.pid != replica.pid for r in state.replicas("Echo").values()))
+        worker.wait_for(lambda: any(r.pid != replica.pid for r in state.observed.replicas("Echo").values()))
         worker.process.send_signal(signal.SIGTERM)
         assert worker.process.wait(patience(LONG_S)) == 0
     finally:

@@ -130,7 +130,7 @@ class TestSettling:
         state.deploy(spec(), expected=0)
         state.deploy(spec(), expected=1)
 
-        assert not state.settle("Echo", 1, DEPLOY_FAILED, error="boom", refuse="failed")
+        assert not state.set_state("Echo", 1, DEPLOY_FAILED, error="boom", refuse="failed")
 
         deployed = state.get("Echo")
         assert deployed is not None
@@ -140,7 +140,7 @@ class TestSettling:
         self, state: State, redis_client: "redis.Redis", keys: Keys
     ) -> None:
         state.deploy(spec(), expected=0)
-        state.settle("Echo", 1, DEPLOY_FAILED, error="boom", refuse="it failed")
+        state.set_state("Echo", 1, DEPLOY_FAILED, error="boom", refuse="it failed")
         assert redis_client.hget(keys.meta("Echo"), "refuse") == b"it failed"
 
         state.deploy(spec(), expected=1)
@@ -148,7 +148,7 @@ class TestSettling:
 
     def test_the_state_is_kept_with_the_deployment(self, state: State) -> None:
         state.deploy(spec(), expected=0)
-        state.settle("Echo", 1, HEALTHY)
+        state.set_state("Echo", 1, HEALTHY)
 
         deployed = state.get("Echo")
         assert deployed is not None
@@ -161,7 +161,7 @@ class TestObserving:
             redis_client.hset(keys.nodes, name, encode(NodeInfo(id=name, host="h", pid=1)))
         redis_client.set(keys.alive("live"), 1)
 
-        assert set(state.nodes()) == {"live"}
+        assert set(state.observed.nodes()) == {"live"}
 
     def test_a_gateway_of_this_host_whose_process_has_ended_does_not_count(
         self, state: State, redis_client: "redis.Redis", keys: Keys
@@ -172,7 +172,7 @@ class TestObserving:
         redis_client.hset(keys.gateways, "gw", encode(info))
         redis_client.set(keys.alive("gw"), 1)
 
-        assert state.gateways() == {}
+        assert state.observed.gateways() == {}
 
 
 class TestFollowing:

@@ -41,7 +41,7 @@ def start_node(settings: Settings, state: State) -> Iterator[StartNode]:
         node = subprocess.Popen(command, env=environment, cwd=ROOT)
         nodes.append(node)
         if wait:
-            wait_until(lambda: any(info.pid == node.pid for info in state.nodes().values()))
+            wait_until(lambda: any(info.pid == node.pid for info in state.observed.nodes().values()))
         return node
 
     yield start

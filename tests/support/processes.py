@@ -22,7 +22,7 @@ def gateway_pid(instance: TestInstance) -> int:
     settings = instance.settings
     state = State(settings.redis_url, settings.keys, Signer(settings.secrets))
     try:
-        return next(iter(state.gateways().values())).pid
+        return next(iter(state.observed.gateways().values())).pid
     finally:
         state.close()
 

@@ -19,12 +19,15 @@ STATES = ("STARTING", "STANDBY", "SERVING", "DRAINING")
 
 def status(state: State, namespace: str, gateway_id: str) -> dict[str, Any]:
     """What is deployed and how it fares."""
+    observed = state.observed
     return {
         "namespace": namespace,
         "gateway": gateway_id,
         "pid": os.getpid(),
-        "gateways": [{"id": it.id, "host": it.host, "pid": it.pid, "url": it.url} for it in state.gateways().values()],
-        "nodes": [{"id": it.id, "host": it.host, "pid": it.pid} for it in state.nodes().values()],
+        "gateways": [
+            {"id": it.id, "host": it.host, "pid": it.pid, "url": it.url} for it in observed.gateways().values()
+        ],
+        "nodes": [{"id": it.id, "host": it.host, "pid": it.pid} for it in observed.nodes().values()],
         "deployments": [
             {
                 "name": name,
@@ -33,10 +36,10 @@ def status(state: State, namespace: str, gateway_id: str) -> dict[str, Any]:
                 "error": deployed.error,
                 "version": deployed.spec.version,
                 "generation": deployed.generation,
-                "queued": state.queued(name),
+                "queued": observed.queued(name),
                 "replicas": [
                     {"tag": it.tag, "host": it.host, "pid": it.pid, "state": it.state, "running": it.running}
-                    for it in state.replicas(name).values()
+                    for it in observed.replicas(name).values()
                 ],
             }
             for name, deployed in sorted(state.list().items())
@@ -63,7 +66,7 @@ class _Collector(Collector):
         yield from self._calls()
         yield from self._deployments()
         events = CounterMetricFamily("qserve_events", "Rare events anywhere in the instance.", labels=["event"])
-        for name, count in sorted(self._state.counters().items()):
+        for name, count in sorted(self._state.observed.counters().items()):
             events.add_metric([name], count)
         yield events
 
@@ -111,9 +114,9 @@ class _Collector(Collector):
         running = GaugeMetricFamily("qserve_running", "Calls running.", labels=["deployment"])
         replicas = GaugeMetricFamily("qserve_replicas", "Replicas.", labels=["deployment", "state"])
         for name in sorted(self._state.list()):
-            found = list(self._state.replicas(name).values())
-            queued.add_metric([name], self._state.queued(name))
-            count, seconds = self._state.waiting(name)
+            found = list(self._state.observed.replicas(name).values())
+            queued.add_metric([name], self._state.observed.queued(name))
+            count, seconds = self._state.observed.waiting(name)
             waiting.add_metric([name], count)
             oldest.add_metric([name], seconds)
             running.add_metric([name], sum(replica.running for replica in found))

@@ -79,5 +79,5 @@ def _is_good(answers: list[Answer]) -> bool:
 
 def late_results(evidence: Evidence) -> None:
     """How many results came from replicas that others had taken the calls from; none of them reached a caller."""
-    count = evidence.cluster.state.counters().get("late_results", 0)
+    count = evidence.cluster.state.observed.counters().get("late_results", 0)
     evidence.result.figures["results that came too late and were dropped"] = str(count)

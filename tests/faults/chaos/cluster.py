@@ -138,7 +138,7 @@ class Cluster:
             self.start_gateway(number)
         for number in range(self.setup.gateways):
             self.wait_for_gateway(number)
-        self._wait("every node is there", lambda: len(self.state.nodes()) == self.setup.nodes)
+        self._wait("every node is there", lambda: len(self.state.observed.nodes()) == self.setup.nodes)
         goals = [self.put(name, "1") for name in ("Safe", "Once")]
         for goal in goals:
             assert goal.wait(_START_S), self.logs()
@@ -247,7 +247,9 @@ class Cluster:
         self._wait(f"{url} answers", answers)
 
     def _serving(self, name: str) -> int:
-        infos = self.state.replicas(name).values()  # those lost with their node are in it until that is noticed
+        infos = self.state.observed.replicas(
+            name
+        ).values()  # those lost with their node are in it until that is noticed
         return sum(each.state == "SERVING" and psutil.pid_exists(each.pid) for each in infos)
 
     def _wait(self, what: str, condition: Callable[[], bool], timeout_s: float = _START_S) -> None:

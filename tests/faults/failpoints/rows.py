@@ -156,7 +156,7 @@ async def gateway_dies(stage: Stage, row: Row) -> None:
     port = free_port()
     async with stage.survivor():
         victim = stage.spawn("qserve_gateway", "--port", str(port), failpoint=f"{row.point}:1")
-        await until(stage.state.gateways, LIMIT_S)
+        await until(stage.state.observed.gateways, LIMIT_S)
         said = await asyncio.to_thread(_get, f"http://127.0.0.1:{port}/work")
         await victim.died()
         await stage.quiet()
@@ -211,7 +211,7 @@ async def node_dies(stage: Stage, row: Row) -> None:
     assert stage.runs("work") == []
     node = stage.spawn("qserve_workers.node")
     assert await ended == Said(["work", 1])
-    await until(lambda: len(stage.state.replicas(NAME)) == 1, LIMIT_S)
+    await until(lambda: len(stage.state.observed.replicas(NAME)) == 1, LIMIT_S)
     await _leave(node)
 
 

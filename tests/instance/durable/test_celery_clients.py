@@ -179,6 +179,6 @@ def test_where_calls_are_signed_celery_clients_have_to_be_allowed(
     desk.take({"id": "t", "task": "qserve.call"}, [["x", "", [1]], {}, {}])
 
     told: Any = state.redis.get(f"{settings.keys.celery_prefix}celery-task-meta-t")
-    assert state.queued("x") == (1 if allowed else 0)
+    assert state.observed.queued("x") == (1 if allowed else 0)
     assert (json.loads(told)["status"] if told else None) == status
     assert told is None or "QSERVE_CELERY_CALLS=1" in told.decode()

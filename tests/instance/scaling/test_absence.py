@@ -32,16 +32,18 @@ def test_a_frozen_node_that_returns_runs_no_call_with_what_was_deployed_before(
     monkeypatch.setenv("QSERVE_DEAD_AFTER_S", str(DEAD_AFTER_S))
     monkeypatch.setenv("QSERVE_BEAT_INTERVAL_S", "0.3")
     frozen, _other = start_node(wait=False), start_node()
-    wait_until(lambda: len(state.nodes()) == 2)
+    wait_until(lambda: len(state.observed.nodes()) == 2)
     old = Loaded.options(init_args=(f"{notes}-old", 0.01), idempotent=True)
     deploying.deploy(state, spec(old)).wait(patience(60))
     with Load("Loaded", notes, handles=6, durable=0, pause_s=0.0) as load:
         load.more()
-        (gone,) = [id_ for id_, info in state.nodes().items() if info.pid == frozen.pid]
+        (gone,) = [id_ for id_, info in state.observed.nodes().items() if info.pid == frozen.pid]
         processes = everything_of(frozen)
         for process in processes:
             process.send_signal(signal.SIGSTOP)
-        wait_until(lambda: all(info.node != gone for info in state.replicas("Loaded").values()))  # it is known as dead
+        wait_until(
+            lambda: all(info.node != gone for info in state.observed.replicas("Loaded").values())
+        )  # it is known as dead
         load.more()
         state.redis.delete(settings.keys.alive(gone))  # which its silence does after 15 s
         deploying.deploy(state, spec(old.options(init_args=(f"{notes}-new", 0.01)))).wait(patience(60))
@@ -60,4 +62,4 @@ def test_a_frozen_node_that_returns_runs_no_call_with_what_was_deployed_before(
 
 
 def serving(state: State) -> list[ReplicaInfo]:
-    return [info for info in state.replicas("Loaded").values() if info.state == SERVING]
+    return [info for info in state.observed.replicas("Loaded").values() if info.state == SERVING]

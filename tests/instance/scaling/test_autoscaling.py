@@ -30,12 +30,12 @@ def deploy(state: State, notes: Path, deployment: Any = Loaded, seconds: float =
 
 
 def serving(state: State, name: str = "Loaded") -> int:
-    return sum(info.state == SERVING for info in state.replicas(name).values())
+    return sum(info.state == SERVING for info in state.observed.replicas(name).values())
 
 
 def gateways(state: State) -> list[str]:
-    wait_until(state.gateways)
-    return [info.url for info in state.gateways().values()]
+    wait_until(state.observed.gateways)
+    return [info.url for info in state.observed.gateways().values()]
 
 
 def test_a_burst_brings_replicas_and_quiet_takes_them_away(start_node: StartNode, state: State, notes: Path) -> None:
@@ -83,7 +83,7 @@ def test_nodes_share_the_replicas(start_node: StartNode, state: State, notes: Pa
         with Load("Loaded", notes, handles=12) as burst:
             wait_until(lambda: serving(state) == 4)
         start_node()
-        wait_until(lambda: len(state.workers("Loaded")) == 2 and serving(state) == 3)
+        wait_until(lambda: len(state.observed.workers("Loaded")) == 2 and serving(state) == 3)
     burst.check(calm)
 
 
@@ -93,10 +93,10 @@ def test_what_is_deployed_can_turn_scaling_on_and_off_in_place(
     start_node("--exact")
     deploy(state, notes, version="1", autoscaling_config=None, num_replicas=2)
     with Load("Loaded", notes, handles=1, durable=0) as load:
-        before = set(state.replicas("Loaded"))
+        before = set(state.observed.replicas("Loaded"))
         deploy(state, notes, version="1", autoscaling_config=QUICK | {"min_replicas": 3})
         wait_until(lambda: serving(state) == 3)
-        assert before < set(state.replicas("Loaded"))
+        assert before < set(state.observed.replicas("Loaded"))
         deploy(state, notes, version="1", autoscaling_config=None, num_replicas=1)
         wait_until(lambda: serving(state) == 1)
         load.more(10)

@@ -66,7 +66,7 @@ def test_the_last_one_wins_whole_and_the_others_end_by_themselves(
     now = state.get("Loaded")
     assert now is not None
     assert (now.spec, now.generation) == (last.deployed.spec, max(generations))
-    (replica,) = state.replicas("Loaded").values()
+    (replica,) = state.observed.replicas("Loaded").values()
     assert (replica.revision, replica.generation) == (now.spec.revision, now.generation)
     assert load.ended[-1].result["config"] == {"mark": int(str(now.spec.version)[1:])}
 

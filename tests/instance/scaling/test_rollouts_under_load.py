@@ -27,8 +27,8 @@ def deploy(state: State, notes: Path, deployment: Any = Loaded, *, seconds: floa
 
 
 def gateways(state: State, count: int = 1) -> list[str]:
-    wait_until(lambda: len(state.gateways()) >= count)
-    return [info.url for info in state.gateways().values()]
+    wait_until(lambda: len(state.observed.gateways()) >= count)
+    return [info.url for info in state.observed.gateways().values()]
 
 
 @pytest.mark.parametrize("deployment", [Loaded, Blocking])
@@ -53,7 +53,7 @@ def test_redeploys_and_changed_configs(start_node: StartNode, state: State, note
 def test_failed_deploys(start_node: StartNode, state: State, notes: Path) -> None:
     start_node("--gateway", "--port", "0", "--exact")
     deploy(state, notes, user_config="good")
-    replicas = set(state.replicas("Loaded"))
+    replicas = set(state.observed.replicas("Loaded"))
     with Load("Loaded", notes, urls=gateways(state)) as load:
         for change in ({"start": "raise"}, {"start": "hang", "initialization_timeout_s": 0.3}, {"user_config": "bad"}):
             load.more()
@@ -61,7 +61,7 @@ def test_failed_deploys(start_node: StartNode, state: State, notes: Path) -> Non
                 deploy(state, notes, **{"user_config": "good"} | change)
         load.more()
     load.check()
-    assert set(state.replicas("Loaded")) == replicas
+    assert set(state.observed.replicas("Loaded")) == replicas
 
 
 def test_nodes_come_and_go(start_node: StartNode, state: State, notes: Path) -> None:
@@ -69,7 +69,7 @@ def test_nodes_come_and_go(start_node: StartNode, state: State, notes: Path) -> 
     deploy(state, notes)
     with Load("Loaded", notes, urls=gateways(state)) as load:
         nodes += [start_node(wait=False) for _ in range(3)]
-        wait_until(lambda: len(state.replicas("Loaded")) == 4)
+        wait_until(lambda: len(state.observed.replicas("Loaded")) == 4)
         load.more()
         for node in nodes[1:]:
             node.terminate()
@@ -88,7 +88,7 @@ def test_through_zero_workers(start_node: StartNode, state: State, notes: Path) 
             load.more()
             worker.terminate()
             assert worker.wait(patience(40)) == 0
-            wait_until(lambda: state.queued("Loaded") >= 4)
+            wait_until(lambda: state.observed.queued("Loaded") >= 4)
             worker = start_node()
         load.more()
     load.check()
@@ -129,4 +129,4 @@ def test_gateways_beside_every_node_share_a_port(start_node: StartNode, state: S
         assert leaving.wait(patience(40)) == 0
         load.more()
     load.check()
-    assert len(state.gateways()) == 1
+    assert len(state.observed.gateways()) == 1

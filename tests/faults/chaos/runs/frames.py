@@ -59,7 +59,7 @@ class Intruder:
 
     @staticmethod
     def _rejected(cluster: Cluster) -> int:
-        return int(cluster.state.counters().get("rejected_frames", 0))
+        return int(cluster.state.observed.counters().get("rejected_frames", 0))
 
 
 _intruder = Intruder()

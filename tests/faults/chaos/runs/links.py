@@ -69,7 +69,7 @@ def nothing_is_put_twice(evidence: Evidence) -> None:
     cluster = evidence.cluster
     sent = sum(call.nature in {"once", "stream"} for call in evidence.calls.values())
     found = int(cluster.redis.xinfo_stream(cluster.keys.calls("Once"))["entries-added"])
-    replayed = cluster.state.counters().get("rejected_frames", 0)
+    replayed = cluster.state.observed.counters().get("rejected_frames", 0)
     evidence.result.figures["unsafe calls sent, put"] = f"{sent}, {found}"
     if found > sent or replayed:
         evidence.fail(f"{found} entries of {sent} calls were put, {replayed} frames were rejected as put before")

@@ -129,7 +129,7 @@ class RacingDeploys:
         found = (deployed.generation, spec.version, spec.max_concurrent_queries, arguments)
         if found != (*winner, {"version": winner[1]}):
             result.failures.append(f"deployed is {found}, deployed last was {winner}")
-        serving = cluster.state.replicas("Safe").values()
+        serving = cluster.state.observed.replicas("Safe").values()
         if strangers := {info.tag for info in serving if info.revision != spec.revision}:
             result.failures.append(f"other revisions than the one deployed last still serve: {strangers}")
 

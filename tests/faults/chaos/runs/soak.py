@@ -102,7 +102,7 @@ def back_to_base(evidence: Evidence) -> None:
     if used > before + _SERVER_MIB:
         evidence.fail(f"the server uses {used:.2f} MiB, {before:.2f} before")
     for name in ("Safe", "Once"):
-        alive = set(cluster.state.replicas(name))
+        alive = set(cluster.state.observed.replicas(name))
         readers = {each["name"].decode() for each in redis.xinfo_consumers(cluster.keys.calls(name), GROUP)}
         if readers != alive:
             evidence.fail(f"{name} is read by {readers}, and its replicas are {alive}")

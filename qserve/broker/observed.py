@@ -1,0 +1,94 @@
+"""The observed state: which processes live, what they report, and how many calls wait for them."""
+
+import os
+import socket
+from typing import Any
+
+import redis
+
+from qserve.broker.keys import Keys
+from qserve.broker.redis_errors import CommandRefused, our_errors
+from qserve.broker.reports import Info, decode_infos
+from qserve.wire.spec import GatewayInfo, NodeInfo, ReplicaInfo, WorkerInfo
+
+
+class Observed:
+    """What is to be seen of one namespace. Thread-safe, synchronous.
+
+    Every method raises `BrokerUnavailable` or `ConfigurationError` where Redis cannot be asked.
+    """
+
+    def __init__(self, client: redis.Redis, keys: Keys) -> None:
+        self._redis = client
+        self._keys = keys
+
+    def nodes(self) -> dict[str, NodeInfo]:
+        """Live nodes by id."""
+        return self._alive(self._infos(self._keys.nodes, NodeInfo))
+
+    def gateways(self) -> dict[str, GatewayInfo]:
+        """Live gateways by id."""
+        found = self._alive(self._infos(self._keys.gateways, GatewayInfo))
+        return {id_: info for id_, info in found.items() if not _gone_from_here(info.host, info.pid)}
+
+    def workers(self, name: str) -> dict[str, WorkerInfo]:
+        """What each node's Celery worker last reported for a deployment, by node id."""
+        return self._infos(self._keys.workers(name), WorkerInfo)
+
+    def replicas(self, name: str) -> dict[str, ReplicaInfo]:
+        """Replicas of a deployment by id, without those whose death is known."""
+        beats = self._do("HGETALL", self._keys.heartbeats(name))
+        gone = {id_.decode() for id_, beat in beats.items() if not beat.isdigit()}
+        found = self._infos(self._keys.replicas(name), ReplicaInfo)
+        return {id_: info for id_, info in found.items() if id_ not in gone}
+
+    def is_alive(self, process: str) -> bool:
+        """Whether a process has said that it lives, within the lifetime of its role (`qserve.broker.presence`)."""
+        return bool(self._do("EXISTS", self._keys.alive(process)))
+
+    def queued(self, name: str) -> int:
+        """Calls of a deployment that wait or run."""
+        return int(self._do("XLEN", self._keys.calls(name)))
+
+    def waiting(self, name: str) -> tuple[int, float]:
+        """Calls of a deployment that no replica has taken: how many, and the seconds for which the first has waited."""
+        key = self._keys.calls(name)
+        try:
+            (group, *_) = self._do("XINFO", "GROUPS", key)
+        except (CommandRefused, ValueError):
+            return 0, 0.0
+        facts = dict(zip(group[::2], group[1::2], strict=True))
+        first = self._do("XRANGE", key, b"(" + facts[b"last-delivered-id"], "+", "COUNT", 1)
+        if not first:
+            return 0, 0.0
+        now = self._do("TIME")
+        age_s = now[0] + now[1] / 1e6 - int(first[0][0].split(b"-")[0]) / 1000
+        return self.queued(name) - int(facts[b"pending"]), max(0.0, age_s)
+
+    def counters(self) -> dict[str, int]:
+        """Rare events of all processes, by name."""
+        found: dict[bytes, bytes] = self._do("HGETALL", self._keys.counters)
+        return {name.decode(): int(count) for name, count in found.items()}
+
+    def _infos(self, key: str, kind: type[Info]) -> dict[str, Info]:
+        return dict(decode_infos(self._do("HGETALL", key), kind))
+
+    def _alive(self, infos: dict[str, Info]) -> dict[str, Info]:
+        return {id_: info for id_, info in infos.items() if self.is_alive(id_)}
+
+    def _do(self, *command: Any) -> Any:
+        with our_errors(self._redis):
+            return self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
+
+
+def _gone_from_here(host: str, pid: int) -> bool:
+    """Whether a process of this host has ended, though its alive key may last a while longer."""
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
