@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import datetime
+import functools
 import gc
 import logging
 import threading
@@ -224,7 +225,7 @@ class Methods:
 
     @property
     def looked_at(self) -> Any:
-        raise AssertionError("a property is not looked at")
+        raise AssertionError("a property that nobody calls is not looked at")
 
     def _private(self) -> str:
         return "private"
@@ -242,7 +243,7 @@ async def test_an_unknown_method_names_those_there_are() -> None:
             await replica.call("nope")
     async with running(Methods) as replica:
         assert replica.code.available_methods == ["_private", "exists", "klass", "own", "static"]
-        for name in ("", "__call__", "__init__", "__class__", "looked_at", "attribute", "nope"):
+        for name in ("", "__call__", "__init__", "__class__", "attribute", "nope"):
             with pytest.raises(MethodNotFound):
                 await replica.call(name)
 
@@ -251,6 +252,70 @@ async def test_methods_of_every_kind_can_be_called() -> None:
     async with running(Methods) as replica:
         names = ("exists", "static", "klass", "own")
         assert [await replica.call(name) for name in names] == ["exists", "static", "Methods", "own"]
+
+
+class Computed:
+    """Has methods that are found out at the call."""
+
+    @functools.singledispatchmethod
+    def show(self, value: object) -> str:
+        return f"object on {threading.current_thread().name}"
+
+    @show.register
+    def _(self, value: int) -> str:
+        return f"int {value}"
+
+    @functools.singledispatchmethod
+    async def wait(self, value: object) -> str:
+        return threading.current_thread().name
+
+    @functools.cached_property
+    def model(self) -> Any:
+        self.made = [*getattr(self, "made", []), threading.current_thread().name]
+        return lambda x: x * 2
+
+    @property
+    def adder(self) -> Any:
+        return lambda a, b: a + b
+
+    @property
+    def number(self) -> int:
+        return 3
+
+    @property
+    def broken(self) -> Any:
+        raise ValueError("no adder today")
+
+    partial = functools.partialmethod(lambda self, a, b: a - b, 10)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def cached(self, value: int) -> int:
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("get_"):
+            return lambda: name.removeprefix("get_")
+        raise AttributeError(name)
+
+
+async def test_methods_that_are_found_out_at_the_call() -> None:
+    async with running(Computed) as replica:
+        me = threading.current_thread().name
+        assert await replica.call("show", 3) == "int 3"
+        assert await replica.call("show", "x") == "object on qserve-Computed_0"
+        assert await replica.call("wait", "x") == me
+        assert [await replica.call("model", 4), await replica.call("model", 5)] == [8, 10]
+        assert replica.code._instance.made == ["qserve-Computed_0"]
+        assert await replica.call("adder", 1, 2) == 3
+        assert await replica.call("partial", 4) == 6
+        assert await replica.call("cached", 4) == 4
+        assert await replica.call("get_color") == "color"
+        with pytest.raises(MethodNotFound, match="'number'"):
+            await replica.call("number")
+        with pytest.raises(MethodNotFound, match="'color'"):
+            await replica.call("color")
+        with pytest.raises(ValueError, match="no adder today"):
+            await replica.call("broken")
 
 
 async def test_generators_are_collected() -> None:

@@ -23,7 +23,14 @@ from qserve.wire.spec import DeploymentSpec
 from qserve_workers.replica.asgi import ASGIApp, Lifespan, Socket, run_asgi
 from qserve_workers.replica.plain_responses import make_request, make_response, stream_chunks, text_response
 from qserve_workers.replica.user_entry import UserThreads, enter
-from qserve_workers.replica.user_methods import CALL, UserMethod, callable_attribute, class_methods, describe_method
+from qserve_workers.replica.user_methods import (
+    CALL,
+    UserMethod,
+    available_methods,
+    class_methods,
+    describe_method,
+    is_computed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +107,7 @@ class UserCode:
         """What a handle may call by name."""
         if not self._spec.is_class:
             return []
-        public = (name for name in dir(self._instance) if not name.startswith("__"))
-        return [name for name in public if callable_attribute(self._instance, name) is not None]
+        return available_methods(self._instance)
 
     @property
     def only_sync(self) -> bool:
@@ -120,7 +126,7 @@ class UserCode:
             MethodNotFound: There is no such method.
             Exception: What user code raised.
         """
-        found = self._methods.get(method or CALL) or self._own_method(method)
+        found = self._methods.get(method or CALL) or await self._own_method(method)
         result = await enter(found.run, *args, **kwargs)
         if isinstance(result, GeneratorType | AsyncGeneratorType):
             on_chunk = getattr(current_call.get(), "on_chunk", None)
@@ -141,7 +147,7 @@ class UserCode:
             StreamBroken: The caller has left; the generator is closed.
             Exception: What user code raised.
         """
-        found = self._methods.get(method or CALL) or self._own_method(method)
+        found = self._methods.get(method or CALL) or await self._own_method(method)
         result = await enter(found.run, *args, **kwargs)
         if not isinstance(result, GeneratorType | AsyncGeneratorType):
             await channel.send(self._codec.pack(result, "the result"))
@@ -240,10 +246,15 @@ class UserCode:
             raise self._no_method(name)
         return found
 
-    def _own_method(self, name: str) -> UserMethod:
-        """A method that only the instance has, set in its constructor or later."""
-        function = None if name.startswith("__") else callable_attribute(self._instance, name)
-        if not name or function is None:
+    async def _own_method(self, name: str) -> UserMethod:
+        """A callable that only the instance has: set at any time, or what a property or `__getattr__` of it gives."""
+        function = None
+        if name and not name.startswith("__"):
+            if is_computed(self._instance, name):
+                function = await enter(self._threads.run, getattr, self._instance, name, None)
+            else:
+                function = getattr(self._instance, name, None)
+        if not callable(function):
             raise self._no_method(name or CALL)
         return describe_method(function, self._threads.run)
 

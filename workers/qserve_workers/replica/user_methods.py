@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from functools import partial, partialmethod
+from dataclasses import dataclass, replace
+from functools import partial, partialmethod, singledispatchmethod
 from inspect import Parameter
 from typing import Any
 
@@ -44,22 +44,41 @@ def describe_method(function: Callable[..., Any], on_thread: OnThread) -> UserMe
     return UserMethod(partial(on_thread, function), False, takes_request, is_method)
 
 
+def _is_dispatched_to_coroutines(static: object) -> bool:
+    return isinstance(static, singledispatchmethod) and all(
+        inspect.iscoroutinefunction(each) for each in static.dispatcher.registry.values()
+    )
+
+
 def class_methods(instance: Any, on_thread: OnThread) -> dict[str, UserMethod]:
     """Methods of the class, except those that the instance has replaced: these may be replaced again at any time."""
     own = getattr(instance, "__dict__", {})
     names = (name for name in dir(type(instance)) if name not in own and (name == CALL or not name.startswith("__")))
-    found = ((name, callable_attribute(instance, name)) for name in names)
-    return {name: describe_method(function, on_thread) for name, function in found if function is not None}
+    methods = {}
+    for name in names:
+        static = inspect.getattr_static(instance, name, None)
+        if _is_callable(static) and callable(function := getattr(instance, name, None)):
+            method = describe_method(function, on_thread)
+            if _is_dispatched_to_coroutines(static):
+                method = replace(method, run=function, is_async=True)
+            methods[name] = method
+    return methods
 
 
-def callable_attribute(instance: Any, name: str) -> Callable[..., Any] | None:
-    """A method, or a callable that the instance has; None if there is none of that name."""
-    # Statically first: looking at a property would run it.
+def available_methods(instance: Any) -> list[str]:
+    """What is known to be callable by name, without running a property."""
+    public = (name for name in dir(instance) if not name.startswith("__"))
+    return [name for name in public if _is_callable(inspect.getattr_static(instance, name, None))]
+
+
+def is_computed(instance: Any, name: str) -> bool:
+    """Whether looking at the attribute runs user code: a property's, another descriptor's or `__getattr__`."""
     static = inspect.getattr_static(instance, name, None)
-    if not callable(static) and not isinstance(static, staticmethod | classmethod | partialmethod):
-        return None
-    found = getattr(instance, name, None)
-    return found if callable(found) else None
+    return static is None or not _is_callable(static)
+
+
+def _is_callable(static: object) -> bool:
+    return callable(static) or isinstance(static, staticmethod | classmethod | partialmethod | singledispatchmethod)
 
 
 def _deferred(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
