@@ -1,4 +1,4 @@
-"""Deployments that only the benchmark needs."""
+"""Deployments for the benchmark alone."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ class Sleeper:
 
 
 class Burn:
-    """20 ms of CPU time in a plain `def`, whatever else runs on the machine."""
+    """Uses 20 ms of CPU time in a plain `def`, however busy the machine is."""
 
     def __call__(self) -> None:
         end = time.thread_time() + 0.020

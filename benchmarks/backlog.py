@@ -1,7 +1,7 @@
 """What a long queue costs: memory per call, and whether putting, reading and taking over get slower as it grows.
 
-`python -m benchmarks.backlog`; a server of its own, nothing on disk, the scripts and connections that callers and
-replicas use.
+Run it with `python -m benchmarks.backlog`. It starts a server of its own, which writes nothing to disk, and uses the
+scripts and connections that callers and replicas use.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ _TTL_MS = 3_600_000
 
 @dataclass(frozen=True)
 class Backlog:
-    """A queue of some length: bytes of Redis' memory per call, and calls per second in the best round."""
+    """The figures of a queue of one length: bytes in Redis per call, and calls per second in the best round."""
 
     length: int
     bytes_each: float
@@ -45,7 +45,7 @@ class Backlog:
 
 
 class _Queue:
-    """Both ends of one queue. One server has all of them, and they take turns: noise falls on all alike."""
+    """Both ends of one queue. All queues are on one server and take turns, so that noise is the same for all."""
 
     def __init__(self, settings: Settings, connection: Connection, length: int) -> None:
         self.length = length
@@ -66,7 +66,7 @@ class _Queue:
         self._refused = 0
 
     async def admit(self, count: int) -> None:
-        """Put so many calls, as a busy client does."""
+        """Put a number of calls, as a busy client does."""
         for number, start in enumerate(range(0, count, CALLS_PER_ADMIT)):
             batch = list(itertools.islice(self._calls, min(CALLS_PER_ADMIT, count - start)))
             self._caller.put(self._connection, batch, self._check)
@@ -85,23 +85,23 @@ class _Queue:
         return [entry.id for entry in replica.entries(await answered)]
 
     async def answer(self, count: int) -> None:
-        """Read so many calls and answer them."""
+        """Read a number of calls and answer them."""
         for _ in range(0, count, _READ):
             await self._reply(await self.read(self._me, _READ))
 
     async def take(self) -> None:
-        """Take over what a dead replica had."""
+        """Take over the calls of a dead replica."""
         while entries := await self._me.take(self._connection, "other", DIED.encode(), most=_TAKE, unsafe_only=False):
             self._taken += [entry.id for entry in entries]
 
     async def die(self, count: int) -> None:
-        """Let a replica die that had so many calls."""
+        """Let a replica die that had taken a number of calls."""
         await self.read(self._other, count)
         await self._connection.call("HSET", self._keys.heartbeats(self._name), "other", DIED)
         self._taken: list[bytes] = []
 
     async def settle(self) -> None:
-        """Answer what was taken over, and put as many calls again."""
+        """Answer the calls that were taken over, and put as many again."""
         await self._reply(self._taken)
         await self.admit(len(self._taken))
 
@@ -113,7 +113,7 @@ class _Queue:
             assert await answered == len(some)
 
     async def memory(self) -> int:
-        """Bytes that the server uses."""
+        """The bytes of memory that the server uses."""
         answer = await self._connection.call("INFO", "memory")
         return int(dict(line.split(b":", 1) for line in answer.split() if b":" in line)[b"used_memory"])
 
@@ -157,7 +157,7 @@ async def _connected(url: str) -> Connection:
 
 
 def run() -> list[Backlog]:
-    """Measure queues of LENGTHS."""
+    """Measure queues of all LENGTHS."""
 
     async def measured(settings: Settings) -> list[Backlog]:
         connection = await _connected(settings.redis_url)

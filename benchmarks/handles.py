@@ -1,4 +1,4 @@
-"""Calls through handles from one process of its own: `python -m benchmarks.handles` prints figures as JSON."""
+"""Calls through handles from a process of its own: `python -m benchmarks.handles` prints the figures as JSON."""
 
 import asyncio
 import json
@@ -61,7 +61,7 @@ def one_by_one_ms(total: int = 3_000) -> float:
 
 
 def thousand_sleepers_s() -> float:
-    """Time for 1,000 calls of 100 ms on one replica that may run 1,000 at once."""
+    """Seconds for 1,000 calls of 100 ms on one replica that may run 1,000 at once."""
     handle = serve.get_deployment("Sleeper").get_handle(sync=False)
 
     async def run() -> float:

@@ -1,4 +1,4 @@
-"""HTTP load: wrk where it is installed, else a small client of our own (one process, so it tops out earlier)."""
+"""HTTP load: from wrk if it is installed, otherwise from a small client of our own, which reaches its limit earlier."""
 
 import asyncio
 import re
@@ -15,7 +15,7 @@ _JSON = "application/json"
 
 @dataclass(frozen=True)
 class Load:
-    """What one run of the load generator saw."""
+    """The figures of one run of the load generator."""
 
     requests_per_s: float
     p50_ms: float
@@ -29,7 +29,7 @@ def client_name() -> str:
 
 
 def drive(url: str, connections: int, seconds: float, body: str = "") -> Load:
-    """Sends requests over so many connections, each waiting for its answer before the next.
+    """Send requests over a number of connections; each waits for its answer before it sends the next.
 
     Args:
         body: JSON to POST; without it, requests are GET.

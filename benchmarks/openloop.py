@@ -1,8 +1,8 @@
-"""An open-loop load generator: sends when it is time to send, whatever has become of the requests before.
+"""An open-loop load generator: it sends each request when it is due, whatever has become of those before.
 
-A process of its own: gets a `Plan`, says when it is ready, begins when it is told to, and writes a list of `Request`.
-Latency counts from the time at which a request was due, so a server that stalls cannot hide it by slowing the client
-down (coordinated omission).
+It runs in a process of its own, which gets a `Plan`, says when it is ready, begins when it is told to, and writes a
+list of `Request`. Latency counts from the time at which a request was due, so that a server which stalls cannot hide
+that by slowing the client down (coordinated omission).
 """
 
 import asyncio
@@ -38,20 +38,20 @@ _retry = re.compile(rb"(?i)\r\nretry-after: (\d+)")
 
 
 class Phase(msgspec.Struct, array_like=True):
-    """So many requests per second, at random moments, for so long."""
+    """Requests at random moments, at some rate per second, for some seconds."""
 
     rate: float
     seconds: float
 
 
 class Plan(msgspec.Struct):
-    """What to send.
+    """What a generator sends.
 
     Attributes:
-        targets: URLs, taken in turns; or one deployment's name, called through a handle.
-        closed: Instead of at the phases' rates, send over so many connections whenever an answer has come.
-        trickling: So many connections beside that send a byte of a request now and then.
-        patience_s: How long after the last phase answers are waited for.
+        targets: URLs, which are used in turn, or the name of one deployment, which is called through a handle.
+        closed: If not 0, send over this number of connections whenever an answer has come, and not at a rate.
+        trickling: The number of further connections that send a byte of a request now and then.
+        patience_s: How long to wait for answers after the last phase.
     """
 
     targets: list[str]
@@ -66,12 +66,12 @@ class Request(msgspec.Struct, array_like=True):
     """What became of one request.
 
     Attributes:
-        due: When it was to be sent.
-        lag: Seconds until it was sent: those of the generator.
-        seconds: From `due` to the answer.
-        status: HTTP's; 200 or the error's where a handle called.
-        retry_after: Seconds to wait as told, 0 if not told.
-        swapped: It was the answer to another request.
+        due: When it should be sent.
+        lag: Seconds by which the generator sent it late.
+        seconds: Time from `due` to the answer.
+        status: The HTTP status; for a call through a handle, 200 or the status of its error.
+        retry_after: The seconds to wait that the answer names, or 0.
+        swapped: Whether the answer belongs to another request.
     """
 
     due: float
@@ -98,18 +98,18 @@ class Generator:
         )
 
     def wait_until_ready(self) -> None:
-        """Until it is connected and waits for `begin`."""
+        """Wait until the generator is connected and waits for `begin`."""
         assert self._process.stdout is not None
         self._process.stdout.readline()
 
     def begin(self, start: float) -> None:
-        """Tell it when its plan begins, on the machine's monotonic clock."""
+        """Tell the generator when its plan begins, on the monotonic clock of this machine."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{start}\n".encode())
         self._process.stdin.close()
 
     def result(self) -> list[Request]:
-        """What became of the requests, when all is over."""
+        """Wait for the end of the plan, and return what became of the requests."""
         with self._output, self._process:
             if self._process.wait():
                 raise SystemExit("a load generator failed")
@@ -186,14 +186,14 @@ class _Target:
             self._waiting.append((request, done))
 
     def free(self, connection: _Connection) -> None:
-        """Its answer is there."""
+        """Take back a connection whose answer has come."""
         if self._waiting:
             connection.send(*self._waiting.popleft())
         else:
             self._idle.append(connection)
 
     def lost(self, connection: _Connection) -> None:
-        """It is closed."""
+        """Note that a connection was closed."""
         self._open -= 1
         if connection in self._idle:
             self._idle.remove(connection)
@@ -212,7 +212,7 @@ class _Target:
         return connection
 
     async def trickle(self, pause_s: float) -> None:
-        """Begin requests and do not end them, on a connection that is made again when the gateway has had enough."""
+        """Begin requests without ending them, on a connection that is opened again when the gateway has closed it."""
         while True:
             try:
                 reader, writer = await asyncio.open_connection(*self.address)
@@ -248,7 +248,7 @@ def _tell(ref: Any, done: Done) -> None:
 
 
 class _Run:
-    """One plan, carried out."""
+    """A plan that is being carried out."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -311,7 +311,7 @@ class _Run:
 
 
 def arrivals(plan: Plan, begin: float) -> Iterator[float]:
-    """When requests are due: a Poisson process whose rate changes from phase to phase."""
+    """The times at which requests are due: a Poisson process whose rate changes from phase to phase."""
     chance = random.Random(plan.seed)
     for phase in plan.phases:
         due = begin

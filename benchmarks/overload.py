@@ -49,7 +49,7 @@ class Stage:
     """A running instance with two gateways.
 
     Attributes:
-        accepted: Deployment -> calls answered with a result so far, by whatever way they came.
+        accepted: For each deployment, how many calls by HTTP and by handles have been answered with a result.
     """
 
     gateways: list[str]
@@ -58,7 +58,7 @@ class Stage:
     seed: int = 0
 
     def plan(self, deployment: str, phases: list[Phase], **options: int) -> Plan:
-        """A plan for HTTP, by way of every gateway."""
+        """A plan for HTTP requests, which go to every gateway in turn."""
         self.seed += 1
         return Plan([f"{gateway}/{deployment}" for gateway in self.gateways], phases, seed=self.seed, **options)
 
@@ -70,16 +70,16 @@ class Stage:
         return [self.plan(deployment, over_http), Plan([deployment], by_handle, seed=self.seed)]
 
     def capacity(self, deployment: str, seconds: float) -> float:
-        """Calls per second when more are sent only as others are answered."""
+        """Calls per second, when a call is sent only after another one was answered."""
         plan = self.plan(deployment, [Phase(0, seconds + 1)], closed=_CLOSED)
         seen, start = self.run({deployment: [plan]})
         return ended(seen[deployment], start + 1, start + 1 + seconds) / seconds
 
     def run(self, plans: dict[str, list[Plan]]) -> tuple[dict[str, list[Request]], float]:
-        """Carry out plans for deployments, all at once.
+        """Carry out plans for deployments, all at the same time.
 
         Returns:
-            Deployment -> what became of its requests, in the order in which they were due; and when the plans began.
+            What became of the requests of each deployment, in the order of their due times; and when the plans began.
         """
         folder = os.environ["QSERVE_RUNTIME_DIR"]
         running = {deployment: [Generator(plan, folder) for plan in each] for deployment, each in plans.items()}
@@ -97,7 +97,7 @@ class Stage:
 
     @contextlib.contextmanager
     def depths(self, deployment: str) -> Iterator[list[tuple[float, int]]]:
-        """Samples of (when, length of the queue), taken until the end of the block."""
+        """Take samples of the length of the queue, each with its time, until the end of the block."""
         samples: list[tuple[float, int]] = []
         over = threading.Event()
         stream = self.settings.keys.calls(deployment)
@@ -116,7 +116,7 @@ class Stage:
             thread.join()
 
     def left_over(self, deployment: str) -> tuple[int, int]:
-        """How many calls the queue still holds, and how many more or fewer ran than callers had answers of."""
+        """How many calls the queue still holds, and how many more or fewer ran than callers had answers to."""
         keys = self.settings.keys
         with redis.Redis.from_url(self.settings.redis_url, protocol=2) as client:
             end = time.monotonic() + 5
@@ -131,7 +131,7 @@ class Stage:
 
 @contextlib.contextmanager
 def stage() -> Iterator[Stage]:
-    """An instance of its own, with a second gateway."""
+    """Run an instance with a second gateway."""
     with instance({"port": 0}) as running, second_gateway() as url:
         for deployment in DEPLOYMENTS:
             deployment.deploy()
@@ -140,7 +140,7 @@ def stage() -> Iterator[Stage]:
 
 @contextlib.contextmanager
 def second_gateway() -> Iterator[str]:
-    """Another gateway of the running instance; its URL."""
+    """Run another gateway of the instance, and yield its URL."""
     reading, writing = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-m", "qserve_gateway", "--port", "0", "--ready-file", f"/dev/fd/{writing}"],
@@ -160,7 +160,7 @@ def second_gateway() -> Iterator[str]:
 
 
 def overload(on: Stage, seconds: float) -> Iterator[Step | Verdict]:
-    """The steps of LOADS, back to back."""
+    """Measure the steps of LOADS, one after the other without a pause."""
     capacity = on.capacity(FLOODED, seconds)
     plans = on.load(FLOODED, [Phase(load * capacity, seconds) for load in LOADS])
     with on.depths(FLOODED) as depths:
@@ -187,7 +187,7 @@ def overload(on: Stage, seconds: float) -> Iterator[Step | Verdict]:
 
 
 def exact(on: Stage, deployment: str, seen: list[Request]) -> Iterator[Verdict]:
-    """What has to hold whatever the machine: every request has the one outcome that it should have."""
+    """The verdicts that hold on every machine: each request has exactly the outcome that it should have."""
     refused = [request for request in seen if request.status == 503]
     queued, surplus = on.left_over(deployment)
     unpaced = sum(not request.retry_after for request in refused)
@@ -199,7 +199,7 @@ def exact(on: Stage, deployment: str, seen: list[Request]) -> Iterator[Verdict]:
 
 
 def neighbours(on: Stage, seconds: float) -> Iterator[Step | Verdict]:
-    """Half the capacity of one deployment, alone and while another one gets five times of what it can do."""
+    """Measure one deployment at half its capacity, alone and while another one gets five times its capacity."""
     capacity = on.capacity(NEIGHBOUR, min(seconds, 5))
     calm = on.load(NEIGHBOUR, [Phase(0.5 * capacity, 2 * seconds)])
     flood = on.load(FLOODED, [Phase(0, seconds), Phase(5 * capacity, seconds)])
@@ -215,7 +215,7 @@ def neighbours(on: Stage, seconds: float) -> Iterator[Step | Verdict]:
 
 
 def slow_clients(on: Stage, seconds: float) -> Iterator[Step | Verdict]:
-    """Half the capacity, then the same beside connections that send a byte now and then."""
+    """Measure half the capacity, and the same beside connections that send a byte now and then."""
     capacity = on.capacity(NEIGHBOUR, min(seconds, 5))
     steps = []
     for name, trickling in (("0.5 C, all clients quick", 0), (f"0.5 C, {SLOW_CLIENTS} slow clients", SLOW_CLIENTS)):
@@ -230,7 +230,7 @@ def slow_clients(on: Stage, seconds: float) -> Iterator[Step | Verdict]:
 
 
 def processor(on: Stage, seconds: float) -> Iterator[Step | Verdict]:
-    """The same where the processor is the limit, which calls, gateways and load generators share here."""
+    """Measure a deployment whose limit is the processor, which calls, gateways and load generators share."""
     capacity = on.capacity(BURNING, min(seconds, 10))
     loads = (0.5, 2.0, 5.0)
     plans = on.load(BURNING, [Phase(load * capacity, seconds) for load in loads])
@@ -251,11 +251,11 @@ PARTS: dict[str, Callable[[Stage, float], Iterator[Step | Verdict]]] = {
 
 
 def main(seconds_per_step: float = FULL_S, parts: list[str] | None = None) -> tuple[str, bool]:
-    """Measure, all parts or some.
+    """Measure all parts, or some.
 
     Returns:
-        The whole of overload.md, and whether all held that was demanded. Counts are demanded always; times only of a
-        full run, which deserves a machine of its own.
+        The text of overload.md, and whether all demands were met. Counts are demanded always, times only of a full run,
+        which should have a machine of its own.
     """
     busy = os.getloadavg()[0]
     rows: list[Step | Verdict] = []

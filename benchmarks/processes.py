@@ -1,4 +1,4 @@
-"""Processes the benchmark starts and what they use, read from /proc."""
+"""The processes that the benchmark starts, and the memory and CPU time that they use, from /proc."""
 
 import os
 import signal
@@ -16,14 +16,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def environment(runtime_dir: str | None = None) -> dict[str, str]:
-    """This process' environment without its qserve settings; instances are looked for in the folder named."""
+    """The environment of this process without settings of qserve; the folder is where instances are looked for."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("QSERVE_")}
     return {**kept, "QSERVE_RUNTIME_DIR": runtime_dir} if runtime_dir else kept
 
 
 @contextmanager
 def running(command: list[str], ready_url: str, runtime_dir: str | None = None) -> Iterator[tuple[int, float]]:
-    """Runs a server; yields its pid and the seconds to its first good answer."""
+    """Run a server, and yield its pid and the seconds until its first good answer."""
     with tempfile.TemporaryFile() as output:
         began = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, env=environment(runtime_dir), stdout=output, stderr=output)
@@ -70,19 +70,19 @@ def tree(pid: int) -> list[int]:
 
 
 def command_line(pid: int) -> str:
-    """The command of a process, for telling what it is."""
+    """The command line of a process."""
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
 def pss_mib(pid: int) -> float:
-    """A process's proportional share of memory."""
+    """The proportional share of memory (PSS) of a process, in MiB."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     line = next(line for line in text.splitlines() if line.startswith("Pss:"))
     return int(line.split()[1]) / 1024
 
 
 def cpu_percent(pids: list[int], seconds: float) -> float:
-    """CPU use of processes over an interval, in percent of one core."""
+    """The CPU time that processes use over an interval, in percent of one core."""
     before = _cpu_ticks(pids)
     time.sleep(seconds)
     return (_cpu_ticks(pids) - before) / os.sysconf("SC_CLK_TCK") / seconds * 100

@@ -1,10 +1,10 @@
-"""Replies through a list or through a stream: the same frames, the same batches, one server, one process each side.
+"""Replies through a list or through a stream, compared with the same frames and batches and one process on each side.
 
     python -m benchmarks.reply_queue
 
-One side answers calls in batches with REPLY (for the list with RPUSH in place of XADD); the other reads what comes
-(BLMPOP, or XREAD and a trim now and then). The entries to answer are put and given out beforehand, so only the way back
-is measured.
+One side answers calls in batches with REPLY (with RPUSH in place of XADD for the list); the other one reads the
+replies (with BLMPOP, or with XREAD and a trim now and then). The entries to answer are put and
+read beforehand, so that only the replies are measured.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ assert "RPUSH" in REPLY_TO_LIST.source
 
 
 class ListReader:
-    """Takes replies off a list."""
+    """Reads replies from a list."""
 
     script = REPLY_TO_LIST
 
@@ -114,7 +114,7 @@ def measure(url: str, reader: ListReader | StreamReader, batch: int) -> float:
 
 
 def given_out(url: str) -> list[bytes]:
-    """Entries of as many calls, put and read."""
+    """The entries of a number of calls, which have been put and read."""
     with redis.Redis.from_url(url, protocol=2) as client:
         client.flushall()
         client.set(ALIVE, "1")
@@ -128,7 +128,7 @@ def given_out(url: str) -> list[bytes]:
 
 
 def compare(url: str) -> dict[int, tuple[float, float]]:
-    """Replies per second through list and stream, by size of the batches; medians of alternating rounds."""
+    """Replies per second through list and stream for each size of batch: medians of alternating rounds."""
     found = {}
     for batch in (1, 8, 64):
         rounds = [(measure(url, ListReader(), batch), measure(url, StreamReader(), batch)) for _ in range(ROUNDS)]

@@ -1,4 +1,4 @@
-"""Deployments whose capacity is known: places times the time a call takes, or the processor."""
+"""Deployments whose capacity is known: limited by how many calls run at once, or by the processor."""
 
 import asyncio
 import time
@@ -16,7 +16,7 @@ BOUND = 100
 
 
 class Slots:
-    """20 ms of sleep in one of a few places: what limits it is not the processor."""
+    """Sleeps 20 ms, in a few calls at once; its limit is not the processor."""
 
     async def __call__(self, request: Request) -> str:
         return await self.hold(request.query_params["n"])
@@ -27,7 +27,7 @@ class Slots:
 
 
 class Burner:
-    """20 ms of processor time, one call at a time."""
+    """Uses 20 ms of processor time, one call at a time."""
 
     def __call__(self, request: Request) -> str:
         return self.hold(request.query_params["n"])

@@ -1,4 +1,4 @@
-"""WebSocket load: many clients, each waiting for its echo before its next message."""
+"""WebSocket load: many clients, each of which waits for its echo before it sends the next message."""
 
 import asyncio
 import statistics
@@ -16,7 +16,7 @@ _HANDSHAKE = (
 
 
 class Echoes:
-    """What one run saw."""
+    """The figures of one run."""
 
     def __init__(self, times_ms: list[float], seconds: float) -> None:
         self.messages_per_s = len(times_ms) / seconds
@@ -24,7 +24,7 @@ class Echoes:
 
 
 def drive(url: str, clients: int, seconds: float) -> Echoes:
-    """Connect all clients, then let them talk for so long."""
+    """Connect all clients, then let each send message after message for some seconds."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_drive(url, clients, seconds))
 

@@ -1,4 +1,4 @@
-"""What a load generator has seen, as the rows of a table."""
+"""The figures of a load generator, as rows of a table."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from benchmarks.openloop import Request
 
 @dataclass(frozen=True)
 class Verdict:
-    """Something that has to hold, and whether it does; `is_exact`: however busy the machine is."""
+    """A demand, and whether it was met. One that is exact must be met however busy the machine is."""
 
     what: str
     measured: str
@@ -35,7 +35,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Step:
-    """A stretch of time under one load: goodput by when answers came, latencies by when requests were due."""
+    """A time under one load. Goodput counts answers that came in it, latencies are of requests that were due in it."""
 
     name: str
     rate: float
@@ -61,7 +61,7 @@ class Step:
         capacity: float,
         settle: float = 0.2,
     ) -> "Step":
-        """The figures of a step, without its beginning, in which the queue takes on its new length."""
+        """The figures of a step without its beginning, in which the length of the queue still changes."""
         end = begin + seconds
         begin += min(2.0, settle * seconds)
         seen = list(seen)
@@ -106,18 +106,18 @@ HEADS = (
 
 
 def ended(seen: Iterable[Request], begin: float, end: float) -> int:
-    """How many good answers came within a stretch of time."""
+    """How many good answers came between two moments."""
     return sum(request.status == 200 and begin <= request.due + request.seconds < end for request in seen)
 
 
 def percentile_ms(seconds: Iterable[float], percent: int) -> float:
-    """A percentile by the nearest rank, in ms; 0 of nothing."""
+    """A percentile by the nearest rank, in ms; 0 if there are no values."""
     ordered = sorted(seconds)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)] * 1000 if ordered else 0.0
 
 
 def table(about: list[str], rows: list[Step | Verdict]) -> str:
-    """The whole of overload.md."""
+    """The text of overload.md."""
     lines = ["# Overload", "", *about, ""]
     for kind, group in itertools.groupby(rows, type):
         if kind is Step:

@@ -1,4 +1,4 @@
-"""The applications behind the rows on HTTP: the same for a bare uvicorn (`app`) and for qserve (`Streaming`)."""
+"""The applications for the rows about HTTP: the same for uvicorn alone (`app`) and for qserve (`Streaming`)."""
 
 from collections.abc import AsyncIterator
 

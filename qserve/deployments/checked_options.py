@@ -1,4 +1,4 @@
-"""Options as users give them: completed with their defaults, checked, and changed."""
+"""The options that users give: checking them, completing them with defaults, and changing them."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -16,23 +16,23 @@ _ConfigFields: Any = create_model("_ConfigFields", **_CONFIG_FIELDS)
 
 
 class DeploymentConfig(_ConfigFields):  # type: ignore[misc]
-    """The options of a deployment whose types say what they may be; checked on every assignment."""
+    """The options of a deployment that pydantic checks by their types, also when one is assigned."""
 
     model_config = ConfigDict(validate_assignment=True, extra="forbid")
 
 
 def refuse_unknown(options: Mapping[str, Any], function: str) -> None:
-    """Raise TypeError, as Python does, for what is no option of a deployment."""
+    """Raise TypeError, as Python does for arguments that a function does not have."""
     unknown = options.keys() - _DEFAULTS.keys()
     if unknown:
         raise TypeError(f"{function}() got unknown options: {', '.join(sorted(unknown))}")
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that say something: None does for `route_prefix` only.
+    """The options that were given: None means "not given" for all but `route_prefix`.
 
     Raises:
-        ValueError: The number of replicas is fixed and scaled at once.
+        ValueError: Both a fixed number of replicas and autoscaling were given.
     """
     if options.get("num_replicas") is not None and options.get("autoscaling_config") is not None:
         raise ValueError("num_replicas and autoscaling_config exclude each other: give min_replicas and max_replicas.")
@@ -44,10 +44,10 @@ def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options, checked; defaults stand for those that were not given.
+    """All options, checked, with the defaults of those that were not given.
 
     Raises:
-        TypeError, ValueError: One of them is not what it should be; pydantic's ValidationError is a ValueError.
+        TypeError, ValueError: The value of an option is not possible; pydantic's ValidationError is a ValueError.
     """
     options = {**_DEFAULTS, **given}
     for each in DECLARED:
@@ -65,8 +65,10 @@ def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed_options(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options after a change. The number of replicas is either fixed or scaled, whichever was said last, and
-    `prev_version` is a condition on one deploy, which is not carried over.
+    """All options after a change.
+
+    `num_replicas` ends autoscaling, and `autoscaling_config` begins it. `prev_version` is a condition of one deploy and
+    does not stay.
 
     Raises:
         TypeError, ValueError: As `given_options` and `complete_options`.
@@ -80,5 +82,5 @@ def changed_options(options: Mapping[str, Any], given: Mapping[str, Any]) -> dic
 
 
 def config_of(options: Mapping[str, Any]) -> DeploymentConfig:
-    """A config with the values of all options that it has."""
+    """The config that these options make."""
     return DeploymentConfig(**{name: options[name] for name in DeploymentConfig.model_fields})

@@ -1,7 +1,7 @@
-"""The options of a deployment: `DeploymentOptions` declares each of them once, and everything else follows from it.
+"""The options of a deployment. `DeploymentOptions` declares each of them once.
 
-The default, the check and its error, the field of the spec that is written to Redis, the field of the hash in which the
-scripts of the queues look limits up, the row of the table in docs/configuration.md: all are read from the declaration.
+From the declaration follow the default, the check and its error, the field of the spec that is stored in Redis, the
+field of the hash in which Lua scripts look up limits, and the row of the table in docs/configuration.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +23,17 @@ class Default(Enum):
 
 @dataclass(frozen=True)
 class Option:
-    """What is to be known of an option beside its type and default; stands in the `Annotated` of its field.
+    """What is declared of an option besides its type and its default. It is part of the `Annotated` type of the field.
 
     Attributes:
-        text: What it means, for the table in docs/configuration.md.
-        names: What users call it, where that is not the name of the field.
-        given: The type of what users give, where the spec holds it in another form, which `Deployment.to_spec` makes;
-            of several names, a type for each.
-        default: What stands for an option that was not given, where that is not the default of the field.
-        shown: The default as the table says it, where that is not the value itself.
-        check: Raises for a value that cannot be; None: the type decides.
-        script_field: The field of the deployment's hash in Redis under which Lua scripts find it; "": they need not.
+        text: The meaning of the option, for the table in docs/configuration.md.
+        names: The names under which users give it, if they are not the name of the field.
+        given: The type in which users give it, if the spec holds it in another form, which `Deployment.to_spec` makes.
+            With several names, a type for each.
+        default: The value of an option that was not given, if it is not the default of the field.
+        shown: The default as the table shows it, if that is not the value itself.
+        check: Called with the name and the value; raises if the value is not possible. None: pydantic checks the type.
+        script_field: The field of the deployment's hash in Redis where Lua scripts find it; "" if none needs it.
     """
 
     text: str
@@ -93,15 +93,15 @@ def _check_init_arguments(name: str, value: Any) -> None:
 
 
 class Autoscaling(msgspec.Struct, frozen=True):
-    """How many replicas there are to be, by how much there is to do.
+    """How the number of replicas follows the load.
 
     Attributes:
-        min_replicas: Never fewer. At least 1: a deployment without replicas would let its first caller wait for one.
-        max_replicas: Never more.
-        target_ongoing_requests: Calls, queued and running, that one replica is for.
-        upscale_delay_s: How long more replicas must have been wanted before they are started.
-        downscale_delay_s: How long fewer must have been enough before idle ones leave.
-        max_wait_s: A call that has waited for so long asks for one more replica, whatever the count of calls says.
+        min_replicas: There are never fewer. It is at least 1, so that no caller waits for a first replica.
+        max_replicas: There are never more.
+        target_ongoing_requests: The number of calls, queued and running, for each replica.
+        upscale_delay_s: How long more replicas must have been needed before they are started.
+        downscale_delay_s: How long fewer replicas must have been enough before idle ones leave.
+        max_wait_s: When a call has waited for this long, one more replica is started, however few calls there are.
     """
 
     min_replicas: PositiveInt = 1
@@ -120,7 +120,7 @@ _AutoscalingFields: Any = create_model("_AutoscalingFields", **_fields_of(Autosc
 
 
 class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]
-    """`Autoscaling` as users give it, checked; named as in Ray Serve."""
+    """`Autoscaling` as users give it, and checked. Its name is that of Ray Serve."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -142,10 +142,11 @@ class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]
 
 
 class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """All options of a deployment, as its spec holds them.
+    """All options of a deployment, in the form in which its spec holds them.
 
-    To add one: declare it here, name it in `GivenOptions` below (type checkers and editors need it written down), and
-    write the code that keeps it, with a test. `make tables` puts it into docs/configuration.md.
+    To add an option, declare it here, and add its line to `GivenOptions` below, which type checkers and editors read.
+    Then write the code that obeys it, and a test. `make tables` writes its row in docs/configuration.md. So a limit on
+    calls per second touches three files besides that page: this one, the Lua script that enforces it, and the test.
     """
 
     name: Annotated[
@@ -275,7 +276,7 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GivenOptions(TypedDict, total=False):
-    """The keyword arguments of `serve.deployment` and `Deployment.options`; see `DeploymentOptions` for each."""
+    """The keyword arguments of `serve.deployment` and `Deployment.options`; `DeploymentOptions` describes each."""
 
     name: str | None
     version: str | None
@@ -308,9 +309,10 @@ class DeclaredOption:
 
     Attributes:
         field: Its name in the spec.
-        type: Its type there, with the constraints that pydantic checks.
-        names: What users call it.
-        default: What stands for it when it was not given.
+        type: Its type in the spec, with the constraints that pydantic checks.
+        names: The names under which users give it.
+        default: Its value if it was not given.
+        option: The rest of its declaration.
     """
 
     field: str
@@ -334,7 +336,7 @@ DECLARED: Final = _declared()
 
 
 def script_fields(options: DeploymentOptions) -> tuple[str | int, ...]:
-    """The options that Lua scripts look up, as names and values for HSET: "" stands for None, 1 and 0 for booleans."""
+    """The options that Lua scripts look up, as names and values for HSET: None becomes "", booleans become 1 and 0."""
     values = {each.option.script_field: getattr(options, each.field) for each in DECLARED if each.option.script_field}
     pairs = (
         (name, "" if value is None else int(value) if isinstance(value, bool) else value)

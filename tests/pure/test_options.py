@@ -73,10 +73,14 @@ def test_an_option_that_is_declared_is_checked_carried_and_given_back() -> None:
 
 
 def test_scripts_find_their_limits_under_fixed_names() -> None:
+    def found(spec: DeploymentSpec) -> dict[Any, Any]:
+        fields = script_fields(spec)
+        return dict(zip(fields[::2], fields[1::2], strict=True))
+
     spec = DeploymentSpec(name="d", target=Target(), revision="r")
-    assert script_fields(spec) == ("route", "", "max_queued", 10_000, "idempotent", 0)
+    assert found(spec).items() >= {"route": "", "max_queued": 10_000, "idempotent": 0}.items()
     other = msgspec.structs.replace(spec, route_prefix="/d", max_queued_requests=5, idempotent=True)
-    assert script_fields(other) == ("route", "/d", "max_queued", 5, "idempotent", 1)
+    assert found(other).items() >= {"route": "/d", "max_queued": 5, "idempotent": 1}.items()
 
 
 def test_a_spec_of_an_earlier_version_is_read_and_has_defaults_for_what_it_lacks() -> None:
