@@ -1,6 +1,7 @@
 """What applications use: `from qserve import serve`."""
 
 import contextlib
+import copyreg
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,10 @@ from typing import Any, TypeVar, overload
 import msgspec
 
 from qserve.batching import batch
-from qserve.calls.durable_ref import DurableRef
-from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle, DurableHandle, plan_call, ref_of
+from qserve.calls.durable_ref import DurableRef, attached_ref
+from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle, DurableHandle, codec_of, unpickle_handle
+from qserve.calls.planned_call import plan_call
+from qserve.calls.process_client import current_client
 from qserve.context import ReplicaContext, get_replica_context
 from qserve.deployments import deploying, local_instance
 from qserve.deployments.deployment import Deployment, deployment
@@ -50,6 +53,13 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Pickles, tracebacks and reprs name these by the path that stays, whatever module they stand in.
+for _public in (
+    *(AsyncDeploymentHandle, Deployment, DeploymentHandle, DurableRef, HTTPOptions, Location, ReplicaContext),
+    unpickle_handle,
+):
+    _public.__module__ = __name__
 
 _LOOK_S = 0.2
 
@@ -159,7 +169,11 @@ def get_ref(call_id: str) -> DurableRef[Any]:
         NoInstanceError: No instance is running.
         BrokerUnavailable: Redis cannot be reached.
     """
-    return ref_of(call_id)
+    client = current_client()
+    return attached_ref(client, codec_of(client), call_id)
+
+
+copyreg.pickle(DurableRef, lambda ref: (get_ref, (ref.id,)))
 
 
 def schedule(

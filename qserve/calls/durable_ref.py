@@ -313,7 +313,7 @@ def submit(
     return ref, admitted
 
 
-def get_ref(client: Client, codec: Codec, call_id: str) -> DurableRef[Any]:
+def attached_ref(client: Client, codec: Codec, call_id: str) -> DurableRef[Any]:
     """The ref of a call that any process has submitted.
 
     Raises:

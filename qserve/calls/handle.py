@@ -1,64 +1,34 @@
 """Handles: how Python code calls a deployment."""
 
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine
 from functools import lru_cache
-from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
 
+import msgspec
+
+from qserve.calls.call_options import CallOptions, Changes, DurableTerms, changed_options
 from qserve.calls.client import Client
-from qserve.calls.durable_ref import DurableRef, get_ref, submit
+from qserve.calls.durable_ref import DurableRef, submit
 from qserve.calls.outgoing import CallRef
 from qserve.calls.process_client import current_client
 from qserve.calls.ref import Ref
 from qserve.calls.streams import ResultStream, open_stream
 from qserve.context import current_call
-from qserve.durable.schedules import Plan
 from qserve.errors import ValueNotSerializable
-from qserve.wire.call_record import Durability, DurableOptions, Priority, make_durable_options
+from qserve.wire.call_record import DurableOptions, Terms
 from qserve.wire.codec import Codec, collect_refs, substitute
 
 P = ParamSpec("P")
 R = TypeVar("R")
-RetryOn = str | type[BaseException] | Iterable[str | type[BaseException]]
 T_co = TypeVar("T_co", covariant=True)
-
-
-class CallOptions(NamedTuple):
-    """What `options()` changes; the HTTP ones are accepted for compatibility and change nothing."""
-
-    method_name: str = ""
-    timeout_s: float | None = None
-    http_method: str = "GET"
-    http_headers: tuple[tuple[str, str], ...] = ()
-    shard_key: str | None = None
-
-
-class Changes(TypedDict, total=False):
-    """What `options()` takes for every kind of call."""
-
-    timeout_s: float | None
-    http_method: str | None
-    http_headers: Mapping[str, str] | None
-    shard_key: str | None
-
-
-class DurableTerms(TypedDict, total=False):
-    """What `options(durable=True)` takes."""
-
-    timeout_s: float | None
-    delay: float
-    retries: int
-    backoff: float
-    retry_on: RetryOn
-    expires: float | None
-    priority: Priority
-    result_ttl: float
-    durability: Durability | None
 
 
 class _BaseHandle:
     """What sync and async handles share; immutable, thread-safe, not bound to any event loop."""
 
     _sync: bool
+    _kind: str
+    """What a pickle calls this class."""
 
     def __init__(self, deployment_name: str, options: CallOptions = CallOptions()) -> None:  # noqa: B008
         self._name = deployment_name
@@ -74,25 +44,10 @@ class _BaseHandle:
         return f"<{type(self).__name__} of {self._name!r}{method}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_handle, (self._name, self._sync, self._options._asdict())
+        return unpickle_handle, (self._kind, self._name, self._options._asdict())
 
     def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
         return "handle", {"name": self._name, "sync": self._sync, "options": self._options._asdict()}
-
-    def _change(
-        self, method_name: str | None, others: dict[str, Any], *, stream: bool, durable: bool
-    ) -> tuple[CallOptions, DurableOptions | None]:
-        """The options of a changed handle, and the terms of its durable calls."""
-        if stream and durable:
-            raise ValueError("a stream cannot be durable: there may be nobody to read it")
-        terms = {key: value for key, value in others.items() if key not in CallOptions._fields}
-        given = {key: value for key, value in others.items() if key not in terms and value is not None}
-        if method_name is not None:
-            given["method_name"] = method_name
-        if "http_headers" in given:
-            given["http_headers"] = tuple(dict(given["http_headers"]).items())
-        changed = self._options._replace(**given)
-        return changed, _durable_options(durable, changed, terms)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref[Any]:
         client = current_client()
@@ -107,6 +62,7 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
     """Calls a deployment from synchronous code: `remote()` returns a ref at once."""
 
     _sync = True
+    _kind = "sync"
 
     # An `async def` result is awaited in the replica. A ref among the arguments stands for its value, which a ParamSpec
     # cannot say: with a ref in the first or second place the arguments are not checked.
@@ -207,7 +163,7 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
             durability: Where Redis has the call when `remote()` returns: "memory"; "fsync": its disk; "replica": a
                 replica of it, too. Else as QSERVE_DURABILITY says.
         """
-        changed, terms = self._change(method_name, others, stream=stream, durable=durable)
+        changed, terms = changed_options(self._options, method_name, others, stream=stream, durable=durable)
         if terms is not None:
             return DurableHandle(self._name, changed, terms)
         return StreamHandle(self._name, changed) if stream else DeploymentHandle(self._name, changed)
@@ -221,6 +177,7 @@ class AsyncDeploymentHandle(_BaseHandle, Generic[T_co]):
     """Calls a deployment from asynchronous code: `await remote()` gives a ref, awaiting that gives the result."""
 
     _sync = False
+    _kind = "async"
 
     @overload
     async def remote(
@@ -301,7 +258,7 @@ class AsyncDeploymentHandle(_BaseHandle, Generic[T_co]):
         **others: Any,
     ) -> "AsyncDeploymentHandle[Any] | StreamHandle | AsyncDurableHandle":
         """Like `DeploymentHandle.options`."""
-        changed, terms = self._change(method_name, others, stream=stream, durable=durable)
+        changed, terms = changed_options(self._options, method_name, others, stream=stream, durable=durable)
         if terms is not None:
             return AsyncDurableHandle(self._name, changed, terms)
         return StreamHandle(self._name, changed) if stream else AsyncDeploymentHandle(self._name, changed)
@@ -315,6 +272,7 @@ class StreamHandle(_BaseHandle):
     """Calls a generator method: `remote()` returns a stream to iterate with `for` or `async for`."""
 
     _sync = True
+    _kind = "stream"
 
     def remote(self, *args: Any, **kwargs: Any) -> ResultStream[Any]:
         """Put a call on the deployment's queue.
@@ -341,9 +299,6 @@ class StreamHandle(_BaseHandle):
         _refuse_private(self, name)
         return StreamHandle(self._name, self._options._replace(method_name=name))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StreamHandle, (self._name, self._options)
-
     def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
         raise ValueNotSerializable(f"{self!r} does not travel: send the handle and call options(stream=True) there")
 
@@ -364,7 +319,8 @@ class _BaseDurableHandle(_BaseHandle):
         return submit(client, codec, self._name, method, payload, self._terms)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._name, self._options, self._terms)
+        terms = self._terms._asdict() | {"terms": msgspec.structs.asdict(self._terms.terms)}
+        return unpickle_handle, (self._kind, self._name, self._options._asdict(), terms)
 
     def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
         raise ValueNotSerializable(f"{self!r} does not travel: send the handle and call options(durable=True) there")
@@ -374,6 +330,7 @@ class DurableHandle(_BaseDurableHandle):
     """Submits durable calls: `remote()` returns once Redis has the call, with a ref that any process can take up."""
 
     _sync = True
+    _kind = "durable"
 
     def remote(self, *args: Any, **kwargs: Any) -> DurableRef[Any]:
         """Submit a call. Refs among the arguments are waited for first.
@@ -404,6 +361,7 @@ class AsyncDurableHandle(_BaseDurableHandle):
     """Like `DurableHandle`, for asynchronous code: `await remote()` gives the ref."""
 
     _sync = False
+    _kind = "async durable"
 
     async def remote(self, *args: Any, **kwargs: Any) -> DurableRef[Any]:
         """Like `DurableHandle.remote`."""
@@ -418,35 +376,9 @@ class AsyncDurableHandle(_BaseDurableHandle):
         return AsyncDurableHandle(self._name, self._options._replace(method_name=name), self._terms)
 
 
-def _durable_options(durable: bool, changed: CallOptions, given: dict[str, Any]) -> DurableOptions | None:
-    if unknown := given.keys() - DurableTerms.__annotations__.keys():
-        raise TypeError(f"options() got unknown options: {', '.join(sorted(unknown))}")
-    if not durable:
-        if given:
-            raise ValueError(f"{', '.join(given)}: only calls with durable=True have this")
-        return None
-    if given.get("expires") is None and changed.timeout_s is not None:
-        given["expires"] = changed.timeout_s
-    return make_durable_options(**given)
-
-
 def _refuse_private(handle: _BaseHandle, name: str) -> None:
     if name.startswith("_"):  # copy, pickle and IPython ask for such names
         raise AttributeError(f"{type(handle).__name__} has no attribute {name!r}; private methods cannot be called")
-
-
-def plan_call(
-    name: str, when: str, handle: "DeploymentHandle[Any] | DurableHandle", args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Plan:
-    """The plan to call what a handle calls.
-
-    Raises:
-        TypeError: This is no handle of a deployment, or one of a kind that schedules cannot have.
-    """
-    if not isinstance(handle, DeploymentHandle | DurableHandle):
-        raise TypeError(f"a schedule takes a deployment or a handle made with sync=True, not {handle!r}")
-    terms = handle._terms if isinstance(handle, DurableHandle) else make_durable_options()
-    return Plan(name, when, handle.deployment_name, handle._options.method_name, terms, args, kwargs)
 
 
 def codec_of(client: Client) -> Codec:
@@ -459,25 +391,37 @@ def _codec(signs: bool, max_bytes: int) -> Codec:
     return Codec(allow_pickle=signs, max_bytes=max_bytes, make_handle=handle_from_wire)
 
 
-def ref_of(call_id: str) -> DurableRef[Any]:
-    """The ref of a durable call by its id; raises like `serve.get_ref`."""
-    client = current_client()
-    return get_ref(client, codec_of(client), call_id)
-
-
 def handle_from_wire(data: dict[str, Any]) -> "DeploymentHandle[Any] | AsyncDeploymentHandle[Any]":
     """The handle that `__qserve_wire__` described."""
-    return _rebuild_handle(data["name"], data["sync"], data["options"])
+    return _handle(data["name"], _restored(data["options"]), sync=data["sync"])
 
 
-def _rebuild_handle(
-    name: str, sync: bool, options: dict[str, Any]
-) -> "DeploymentHandle[Any] | AsyncDeploymentHandle[Any]":
-    options["http_headers"] = tuple((key, value) for key, value in options["http_headers"])
-    restored = CallOptions(**options)
-    if restored == CallOptions():
+def unpickle_handle(kind: str, name: str, options: dict[str, Any], terms: dict[str, Any] | None = None) -> object:
+    """The handle that was pickled.
+
+    Every pickle of a handle names this function, as `qserve.serve.unpickle_handle`, and plain data: so a handle can
+    be read by another version of qserve than the one that has pickled it.
+    """
+    restored = _restored(options)
+    if terms is not None:
+        durable = DurableOptions(**terms | {"terms": Terms(**terms["terms"])})
+        return (
+            DurableHandle(name, restored, durable) if kind == "durable" else AsyncDurableHandle(name, restored, durable)
+        )
+    if kind == "stream":
+        return StreamHandle(name, restored)
+    return _handle(name, restored, sync=kind == "sync")
+
+
+def _handle(name: str, options: CallOptions, *, sync: bool) -> "DeploymentHandle[Any] | AsyncDeploymentHandle[Any]":
+    if options == CallOptions():
         return get_handle(name, sync=sync)
-    return DeploymentHandle(name, restored) if sync else AsyncDeploymentHandle(name, restored)
+    return DeploymentHandle(name, options) if sync else AsyncDeploymentHandle(name, options)
+
+
+def _restored(options: dict[str, Any]) -> CallOptions:
+    headers = tuple((key, value) for key, value in options["http_headers"])
+    return CallOptions(**options | {"http_headers": headers})
 
 
 @overload

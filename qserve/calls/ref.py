@@ -40,6 +40,12 @@ class Ref(LightFuture[T], Generic[T]):
     def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
         return "ref", {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            f"{self!r} cannot be pickled, because its result arrives in this process: pass it as an argument of a "
+            "call, alone or in a list, tuple or dict; or pickle its result"
+        )
+
     def cancel(self) -> bool:
         """Withdraw the call: still queued, it never runs; returns False if it has ended already."""
         if not super().cancel():

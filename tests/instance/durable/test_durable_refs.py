@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -54,6 +55,20 @@ def test_a_result_can_be_collected_by_another_process_and_more_than_once() -> No
     for _ in range(2):
         assert elsewhere(f"print(serve.get_ref({ref.id!r}).result(20))") == "42"
     assert serve.get_ref(ref.id).result(patience(LIMIT_S)) == 42
+
+
+def test_a_ref_can_be_pickled_and_means_the_same_call() -> None:
+    @serve.deployment
+    def double(number: int) -> int:
+        return 2 * number
+
+    double.deploy()
+    ref = double.get_handle().options(durable=True).remote(21)
+
+    again = pickle.loads(pickle.dumps(ref))
+
+    assert again.id == ref.id
+    assert again.result(LIMIT_S) == 42
 
 
 def test_a_call_outlives_the_process_that_submitted_it(gate: Gate) -> None:

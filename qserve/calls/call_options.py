@@ -1,0 +1,73 @@
+"""What `handle.options(...)` changes: how a call is made, and the terms of durable calls."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypedDict
+
+from qserve.wire.call_record import Durability, DurableOptions, Priority, make_durable_options
+
+RetryOn = str | type[BaseException] | Iterable[str | type[BaseException]]
+
+
+class CallOptions(NamedTuple):
+    """What `options()` changes; the HTTP ones are accepted for compatibility and change nothing."""
+
+    method_name: str = ""
+    timeout_s: float | None = None
+    http_method: str = "GET"
+    http_headers: tuple[tuple[str, str], ...] = ()
+    shard_key: str | None = None
+
+
+class Changes(TypedDict, total=False):
+    """What `options()` takes for every kind of call."""
+
+    timeout_s: float | None
+    http_method: str | None
+    http_headers: Mapping[str, str] | None
+    shard_key: str | None
+
+
+class DurableTerms(TypedDict, total=False):
+    """What `options(durable=True)` takes."""
+
+    timeout_s: float | None
+    delay: float
+    retries: int
+    backoff: float
+    retry_on: RetryOn
+    expires: float | None
+    priority: Priority
+    result_ttl: float
+    durability: Durability | None
+
+
+def changed_options(
+    options: CallOptions, method_name: str | None, changes: dict[str, Any], *, stream: bool, durable: bool
+) -> tuple[CallOptions, DurableOptions | None]:
+    """The options of a handle that is made from another one, and those of its durable calls if it makes such calls.
+
+    Raises:
+        ValueError, TypeError: One of the changes cannot be, or not for this kind of call.
+    """
+    if stream and durable:
+        raise ValueError("a stream cannot be durable: there may be nobody to read it")
+    terms = {key: value for key, value in changes.items() if key not in CallOptions._fields}
+    given = {key: value for key, value in changes.items() if key not in terms and value is not None}
+    if method_name is not None:
+        given["method_name"] = method_name
+    if "http_headers" in given:
+        given["http_headers"] = tuple(dict(given["http_headers"]).items())
+    changed = options._replace(**given)
+    return changed, _durable_options(durable, changed, terms)
+
+
+def _durable_options(durable: bool, changed: CallOptions, given: dict[str, Any]) -> DurableOptions | None:
+    if unknown := given.keys() - DurableTerms.__annotations__.keys():
+        raise TypeError(f"options() got unknown options: {', '.join(sorted(unknown))}")
+    if not durable:
+        if given:
+            raise ValueError(f"{', '.join(given)}: only calls with durable=True have this")
+        return None
+    if given.get("expires") is None and changed.timeout_s is not None:
+        given["expires"] = changed.timeout_s
+    return make_durable_options(**given)

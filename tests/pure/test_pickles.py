@@ -1,0 +1,83 @@
+"""What pickles name: public paths only, so that one version of qserve reads what another has pickled."""
+
+import pickle
+import pickletools
+from typing import Any
+
+import pytest
+
+from qserve import errors, serve
+from qserve.calls.handle import AsyncDurableHandle, DurableHandle, StreamHandle, get_handle
+from qserve.calls.ref import Ref
+
+
+def globals_of(data: bytes) -> set[str]:
+    """What a pickle imports, as `module name`."""
+    return {str(argument) for opcode, argument, _ in pickletools.genops(data) if opcode.name == "GLOBAL"}
+
+
+def pickled(value: object) -> bytes:
+    return pickle.dumps(value, protocol=2)  # the last one whose imports are spelled out
+
+
+SYNC, ASYNC = get_handle("Echo"), get_handle("Echo", sync=False)
+HANDLES: list[Any] = [
+    SYNC,
+    ASYNC,
+    SYNC.options(method_name="m", timeout_s=2.0, http_headers={"a": "b"}),
+    ASYNC.m,
+    SYNC.options(stream=True, timeout_s=1.0),
+    SYNC.options(durable=True, retries=3, retry_on=ValueError, delay=1.0, durability="fsync").m,
+    ASYNC.options(durable=True, priority="batch", expires=5.0),
+]
+
+
+@pytest.mark.parametrize("handle", HANDLES, ids=repr)
+def test_a_pickled_handle_names_one_public_function(handle: Any) -> None:
+    data = pickled(handle)
+
+    assert globals_of(data) == {"qserve.serve unpickle_handle"}
+    again = pickle.loads(data)
+    assert type(again) is type(handle)
+    assert again._options == handle._options
+    assert again.deployment_name == "Echo"
+    if isinstance(handle, DurableHandle | AsyncDurableHandle):
+        assert again._terms == handle._terms
+
+
+def test_a_handle_without_options_is_the_one_of_its_process() -> None:
+    assert pickle.loads(pickled(SYNC)) is SYNC
+    assert isinstance(pickle.loads(pickled(SYNC.options(stream=True))), StreamHandle)
+
+
+def test_a_handle_that_was_pickled_when_this_test_was_written_can_be_read() -> None:
+    data = (
+        b"\x80\x02cqserve.serve\nunpickle_handle\nX\x04\x00\x00\x00syncX\x04\x00\x00\x00Echo}(X\x0b\x00\x00\x00method_name"
+        b"X\x01\x00\x00\x00mX\t\x00\x00\x00timeout_sNX\x0b\x00\x00\x00http_methodX\x03\x00\x00\x00GETX\x0c\x00\x00\x00"
+        b"http_headers)X\t\x00\x00\x00shard_keyNu\x87R."
+    )
+    handle = pickle.loads(data)
+    assert repr(handle) == "<DeploymentHandle of 'Echo', method 'm'>"
+
+
+@pytest.mark.parametrize("name", sorted(serve.__all__))
+def test_every_public_class_is_named_by_a_public_path(name: str) -> None:
+    value = getattr(serve, name)
+    if isinstance(value, type):
+        assert f"{value.__module__}.{value.__qualname__}" == f"qserve.serve.{name}"
+
+
+def test_pickled_errors_name_public_paths() -> None:
+    full = errors.BackPressureError("full", retry_after=3.0)
+    failed = errors.TaskError("no", type_name="KeyError", module="builtins", traceback_text="Traceback")
+
+    assert globals_of(pickled(full)) == {"qserve.errors BackPressureError"}
+    assert {name.partition(" ")[0] for name in globals_of(pickled(failed))} == {"qserve.errors"}
+    assert pickle.loads(pickled(full)).retry_after == 3.0
+    assert pickle.loads(pickled(failed)).type_name == "KeyError"
+
+
+def test_a_ref_says_what_to_do_instead() -> None:
+    ref: Ref[int] = Ref()
+    with pytest.raises(TypeError, match="pass it as an argument of a call"):
+        pickle.dumps(ref)
