@@ -1,8 +1,10 @@
 # One door for developers; CI uses the same targets. Needs Python 3.11 or newer and make, everything else goes into .venv.
 #
 #   make run      serve the examples on port 8000, with a Valkey of their own (PORT=..., APP=...)
+#   make fast     the tests that start no process and no server
 #   make test     all tests, two files at a time (ARGS="tests/pure/test_codec.py -k numpy" for some)
-#   make check    ruff and mypy
+#   make check    ruff, its formatter and mypy
+#   make format   put the code into the form that `make check` asks for
 #   make bench    the table of benchmarks/results.md (BENCH_PEERS=dir adds the peers)
 #   make chaos    break everything under load, for 80 minutes (ARGS="--part 2/11", "--slice", "--runs K1,K5")
 #   make docs     run what README.md and docs/ show
@@ -15,7 +17,7 @@ ARGS ?=
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: run test check bench chaos docs tables clean
+.PHONY: run fast test check format bench chaos docs tables clean
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -24,8 +26,15 @@ run: $(READY)
 test: $(READY)
 	@$(VENV)/bin/python -m pytest $(or $(ARGS),-n 2 --dist loadfile)
 
+fast: $(READY)
+	@$(VENV)/bin/python -m pytest tests/pure -q $(ARGS)
+
 check: $(READY)
-	@$(VENV)/bin/ruff check .; lint=$$?; $(VENV)/bin/mypy && exit $$lint
+	@status=0; $(VENV)/bin/ruff check . || status=$$?; $(VENV)/bin/ruff format --check . || status=$$?; \
+	$(VENV)/bin/mypy || status=$$?; exit $$status
+
+format: $(READY)
+	@$(VENV)/bin/ruff check --fix-only --quiet .; $(VENV)/bin/ruff format .
 
 bench: $(READY)
 	@$(VENV)/bin/python -m benchmarks.bench

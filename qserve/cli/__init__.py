@@ -1,6 +1,7 @@
 """The `qserve` command: one module per group of commands, imported when one of them is asked for."""
 
 import importlib
+import signal
 from typing import Any
 
 import click
@@ -55,3 +56,6 @@ def main() -> None:
     `qserve run MODULE` is all it takes on one machine. Everywhere else, `qserve start` runs this machine's share of an
     instance and `qserve deploy` tells the instance what to serve.
     """
+    # A shell that runs scripts lets its background jobs ignore SIGINT; `kill -INT` means this process all the same.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -220,10 +220,23 @@ def test_ctrl_c_lets_calls_finish_and_a_second_one_does_not(shell: Shell) -> Non
         running.wait_for("Stopping")
         assert running.process.poll() is None
         running.interrupt()
-        assert running.end(timeout=patience(10)) == 130
+        assert running.end(10) == 130
         assert psutil.wait_procs(started, timeout=patience(5))[1] == []
         calling.kill()
         calling.wait()
+
+
+@pytest.mark.parametrize("command", [("run", "app:echo", "--port", "0"), ("start", "--gateway", "--port", "0")])
+def test_sigint_ends_it_though_the_shell_ignores_it(command: tuple[str, ...], shell: Shell, settings: Settings) -> None:
+    """As in a script of a shell, whose background jobs ignore SIGINT."""
+    shell.write("app.py", APP)
+    if command[0] == "start":
+        shell.extra = {"QSERVE_REDIS_URL": settings.redis_url, "QSERVE_SECRET": settings.secret}
+    ignoring = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
+    with background(shell, *command, prefix=ignoring) as running:
+        running.wait_for("Ctrl-C stops it|serving on")
+        running.interrupt()
+        assert running.end() == 0, running.output
 
 
 def test_sigterm_ends_it_like_ctrl_c(shell: Shell) -> None:
@@ -260,7 +273,7 @@ def test_shutdown_ends_a_run_from_another_shell(shell: Shell) -> None:
         done = shell.run("shutdown")
         assert done.returncode == 0
         assert "Stopped the instance on this machine" in done.stderr
-        assert running.end(timeout=patience(10)) == 1, running.output
+        assert running.end(10) == 1, running.output
     assert "by `qserve shutdown` in another shell" in running.output
 
 

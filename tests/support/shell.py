@@ -7,7 +7,7 @@ import sys
 import textwrap
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ import psutil
 
 from tests.support.machine import patience
 from tests.support.serving import environment
+from tests.support.waiting import joined
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Shell:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=patience(timeout),
             check=False,
         )
 
@@ -64,11 +65,11 @@ class Shell:
 class Running:
     """A `qserve run` or `qserve start` in the foreground of a shell, with its output line by line."""
 
-    def __init__(self, shell: Shell, *arguments: str) -> None:
+    def __init__(self, shell: Shell, *arguments: str, prefix: Sequence[str] = ()) -> None:
         self.lines: list[str] = []
         self._more = threading.Condition()
         self.process = subprocess.Popen(
-            shell.command(*arguments),
+            [*prefix, *shell.command(*arguments)],
             cwd=shell.folder,
             env=shell.environment,
             stdout=subprocess.PIPE,
@@ -97,7 +98,7 @@ class Running:
             return next((found for line in list(self.lines) if (found := re.search(pattern, line))), None)
 
         with self._more:
-            assert self._more.wait_for(lambda: look() or not self._reader.is_alive(), timeout), self.output
+            assert self._more.wait_for(lambda: look() or not self._reader.is_alive(), patience(timeout)), self.output
         found = look()
         assert found, self.output
         return found
@@ -107,14 +108,14 @@ class Running:
 
     def end(self, timeout: float = 40) -> int:
         """Its exit code, once it has ended."""
-        code = self.process.wait(timeout)
-        self._reader.join(patience(5))
+        code = self.process.wait(patience(timeout))
+        joined(self._reader, limit_s=5)
         return code
 
 
 @contextmanager
-def background(shell: Shell, *arguments: str) -> Iterator[Running]:
-    started = Running(shell, *arguments)
+def background(shell: Shell, *arguments: str, prefix: Sequence[str] = ()) -> Iterator[Running]:
+    started = Running(shell, *arguments, prefix=prefix)
     try:
         yield started
     finally:
