@@ -8,13 +8,10 @@ from pathlib import Path
 
 import msgspec
 
+from qserve.wire.options import DECLARED
 from qserve.wire.spec import DeploymentSpec
 
-# Changes of these are applied to running replicas, so they do not make another version.
-_IN_PLACE = {
-    *("revision", "version", "prev_version", "deployed_at"),
-    *("num_replicas", "autoscaling", "route_prefix", "user_config"),
-}
+_NOT_CONTENT = {"revision", "deployed_at", *(each.field for each in DECLARED if not each.option.makes_version)}
 
 
 def project_files(folder: Path, modules: Iterable[str] = ()) -> list[Path]:
@@ -44,7 +41,7 @@ def content_version(spec: DeploymentSpec, folder: Path, files: Iterable[Path]) -
     spec = msgspec.structs.replace(spec, target=msgspec.structs.replace(spec.target, sys_path=()))
     digest = hashlib.sha256()
     for name, value in sorted(msgspec.structs.asdict(spec).items()):
-        if name not in _IN_PLACE:
+        if name not in _NOT_CONTENT:
             digest.update(f"{name}={value!r}\n".encode())
     for path in files:
         shown = path.relative_to(folder) if path.is_relative_to(folder) else path

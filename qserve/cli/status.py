@@ -40,7 +40,7 @@ class ReplicaStatus(TypedDict):
     p99_ms: float | None
 
 
-class DeploymentStatus(TypedDict):
+class DeploymentRow(TypedDict):
     """One deployment in `status --json`; `error` is empty unless the newest version could not be brought up."""
 
     name: str
@@ -73,7 +73,7 @@ class InstanceStatus(TypedDict):
     namespace: str
     gateways: list[ProcessStatus]
     nodes: list[ProcessStatus]
-    deployments: list[DeploymentStatus]
+    deployments: list[DeploymentRow]
 
 
 @click.command()
@@ -104,7 +104,7 @@ def _process(info: NodeInfo | GatewayInfo, url: str = "") -> ProcessStatus:
     return {"id": info.id, "host": info.host, "pid": info.pid, "url": url}
 
 
-def _deployment(state: State, deployed: Deployed) -> DeploymentStatus:
+def _deployment(state: State, deployed: Deployed) -> DeploymentRow:
     spec = deployed.spec
     replicas = [_replica(info) for info in state.observed.replicas(spec.name).values()]
     replicas.sort(key=lambda replica: (replica["host"], replica["pid"]))
@@ -200,7 +200,7 @@ def render(found: InstanceStatus) -> RenderableType:
     return Group(*lines, table, *errors)
 
 
-def _replicas(row: DeploymentStatus) -> Text:
+def _replicas(row: DeploymentRow) -> Text:
     lines = [_replica_line(replica) for replica in row["replicas"]]
     if (scaling := row["autoscaling_config"]) is not None:
         bounds = f"{scaling['min_replicas']} to {scaling['max_replicas']}"

@@ -33,6 +33,8 @@ class Option:
         default: The value of an option that was not given, if it is not the default of the field.
         shown: The default as the table shows it, if that is not the value itself.
         check: Called with the name and the value; raises if the value is not possible. None: pydantic checks the type.
+        makes_version: Whether a change of it is a new version, with new replicas, if `qserve deploy` makes the version.
+            If not, the change is made in the running replicas.
         script_field: The field of the deployment's hash in Redis where Lua scripts find it; "" if none needs it.
     """
 
@@ -42,6 +44,7 @@ class Option:
     default: Any = msgspec.NODEFAULT
     shown: str = ""
     check: Callable[[str, Any], None] | None = None
+    makes_version: bool = True
     script_field: str = ""
 
 
@@ -164,16 +167,19 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
             "Replicas of the same version are kept, and those of another are replaced. Without a version every "
             "`deploy()` in a script replaces them; `qserve deploy` uses a hash of the code.",
             check=_is_a(str, "a string"),
+            makes_version=False,
         ),
     ] = None
     prev_version: Annotated[
-        str | None, Option("`deploy()` fails unless this version is deployed.", check=_is_a(str, "a string"))
+        str | None,
+        Option("`deploy()` fails unless this version is deployed.", check=_is_a(str, "a string"), makes_version=False),
     ] = None
     num_replicas: Annotated[
         PositiveInt,
         Option(
             "The number of replicas in an instance that `qserve run` or `serve.start()` has started. In others, each "
-            "node runs as many as its `--replicas-per-node` says."
+            "node runs as many as its `--replicas-per-node` says.",
+            makes_version=False,
         ),
     ] = 1
     autoscaling: Annotated[
@@ -183,6 +189,7 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
             "to do: see [scaling.md](scaling.md#autoscaling).",
             names=("autoscaling_config",),
             given=AutoscalingConfig | None,
+            makes_version=False,
         ),
     ] = None
     route_prefix: Annotated[
@@ -194,6 +201,7 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
             shown="`/<name>`",
             check=_check_route_prefix,
             script_field="route",
+            makes_version=False,
         ),
     ] = None
     max_concurrent_queries: Annotated[PositiveInt, Option("The number of calls that a replica takes on at once.")] = 100
@@ -230,6 +238,7 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
             "What the `reconfigure(config)` method of the class gets after the constructor has run, and again when "
             "only this option changes.",
             given=Any,
+            makes_version=False,
         ),
     ] = None
     init_args: Annotated[

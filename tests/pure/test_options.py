@@ -83,6 +83,13 @@ def test_scripts_find_their_limits_under_fixed_names() -> None:
     assert found(other).items() >= {"route": "/d", "max_queued": 5, "idempotent": 1}.items()
 
 
+def test_what_is_changed_in_running_replicas_makes_no_version() -> None:
+    """`qserve deploy` makes a version from the content of a spec; others than these start new replicas."""
+    assert {each.field for each in DECLARED if not each.option.makes_version} == {
+        *("version", "prev_version", "num_replicas", "autoscaling", "route_prefix", "user_config")
+    }
+
+
 def test_a_spec_of_an_earlier_version_is_read_and_has_defaults_for_what_it_lacks() -> None:
     frame = msgspec.msgpack.encode({"name": "d", "target": {"import_path": "a:B"}, "revision": "r", "surge": False})
     spec = msgspec.msgpack.decode(frame, type=DeploymentSpec)
