@@ -17,7 +17,7 @@ from qserve.calls.planned_call import plan_call
 from qserve.calls.process_client import current_client
 from qserve.context import ReplicaContext, get_replica_context
 from qserve.deployments import deploying, local_instance
-from qserve.deployments.deployment import Deployment, deployment
+from qserve.deployments.deployment import Deployment, deployment, unpickle_deployment
 from qserve.deployments.driver import THIS_PROCESS
 from qserve.deployments.http_options import HTTPOptions, Location
 from qserve.deployments.ingress import ingress
@@ -58,6 +58,7 @@ T = TypeVar("T")
 for _public in (
     *(AsyncDeploymentHandle, Deployment, DeploymentHandle, DurableRef, HTTPOptions, Location, ReplicaContext),
     unpickle_handle,
+    unpickle_deployment,
 ):
     _public.__module__ = __name__
 

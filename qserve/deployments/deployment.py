@@ -245,7 +245,7 @@ class Deployment(Deployable, Generic[T_co]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Deployment):
             return NotImplemented
-        return self._identity() == other._identity()
+        return _identity(self) == _identity(other)
 
     def __hash__(self) -> int:
         return hash((self.name, self.version))
@@ -253,14 +253,37 @@ class Deployment(Deployable, Generic[T_co]):
     def __repr__(self) -> str:
         return f"Deployment(name={self.name!r}, version={self.version!r}, route_prefix={self.route_prefix!r})"
 
-    def _identity(self) -> dict[str, Any]:
-        told_apart = {**self._options, "route_prefix": self.route_prefix}
-        for name in ("prev_version", "ray_actor_options"):
-            del told_apart[name]
-        return told_apart
+    def __reduce__(self) -> tuple[Any, ...]:
+        options = {name: value for name, value in self._options.items() if not isinstance(value, Default)}
+        if self.autoscaling_config is not None:
+            options["autoscaling_config"] = self.autoscaling_config.model_dump()
+        return unpickle_deployment, (
+            self._code,
+            None if self._target is None else msgspec.structs.astuple(self._target),
+            options,
+        )
 
 
-def _make(code: Callable[..., Any] | None, target: Target | None, options: Mapping[str, Any]) -> "Deployment[Any]":
+def unpickle_deployment(
+    code: Callable[..., Any] | None, target: tuple[Any, ...] | None, options: Mapping[str, Any]
+) -> Deployment[Any]:
+    """The deployment that was pickled.
+
+    Every pickle of a deployment names this function, as `qserve.serve.unpickle_deployment`, and besides the user's code
+    plain data: so a deployment can be read by another version of qserve than the one that has pickled it.
+    """
+    known = {name: value for name, value in options.items() if name in GivenOptions.__annotations__}
+    return _make(code, None if target is None else Target(*target), complete_options(known))
+
+
+def _identity(deployment: Deployment[Any]) -> dict[str, Any]:
+    told_apart = {**deployment._options, "route_prefix": deployment.route_prefix}
+    for name in ("prev_version", "ray_actor_options"):
+        del told_apart[name]
+    return told_apart
+
+
+def _make(code: Callable[..., Any] | None, target: Target | None, options: Mapping[str, Any]) -> Deployment[Any]:
     """A deployment with these options, which are complete and checked."""
     made: Deployment[Any] = object.__new__(Deployment)
     made._code, made._target, made._options = code, target, options

@@ -9,6 +9,8 @@ import pytest
 from qserve import errors, serve
 from qserve.calls.handle import AsyncDurableHandle, DurableHandle, StreamHandle, get_handle
 from qserve.calls.ref import Ref
+from qserve.deployments.deployment import unpickle_deployment
+from tests.support.local_code import CODEC
 
 
 def globals_of(data: bytes) -> set[str]:
@@ -58,6 +60,41 @@ def test_a_handle_that_was_pickled_when_this_test_was_written_can_be_read() -> N
     )
     handle = pickle.loads(data)
     assert repr(handle) == "<DeploymentHandle of 'Echo', method 'm'>"
+
+
+class Echo:
+    """User code that a deployment is made of."""
+
+
+DEPLOYMENTS: list[Any] = [
+    serve.deployment(Echo),
+    serve.deployment(version="1", route_prefix=None, init_args=(1,), init_kwargs={"a": 2}, timeout_s=3)(Echo),
+    serve.deployment(autoscaling_config={"max_replicas": 3}, user_config={"b": 4}, prev_version="0")(Echo),
+]
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda each: str(each.config))
+def test_a_pickled_deployment_names_one_public_function_and_its_code(deployment: Any) -> None:
+    data = pickled(deployment)
+
+    assert globals_of(data) == {"qserve.serve unpickle_deployment", f"{__name__} Echo"}
+    again = pickle.loads(data)
+    assert again == deployment
+    assert (again.func_or_class, again.prev_version) == (Echo, deployment.prev_version)
+    assert again.options(name="other").route_prefix == deployment.options(name="other").route_prefix
+
+
+def test_a_deployment_that_was_read_from_the_state_is_pickled_without_its_code() -> None:
+    spec = serve.deployment(Echo).to_spec(CODEC)
+    data = pickled(serve.Deployment.from_spec(spec, CODEC))
+
+    assert globals_of(data) == {"qserve.serve unpickle_deployment", "__builtin__ bytes"}
+    assert pickle.loads(data).func_or_class is Echo
+
+
+def test_a_deployment_pickled_by_a_newer_version_keeps_the_options_that_are_known() -> None:
+    made = unpickle_deployment(Echo, None, {"name": "d", "num_replicas": 2, "of_the_future": 1})
+    assert (made.name, made.num_replicas) == ("d", 2)
 
 
 @pytest.mark.parametrize("name", sorted(serve.__all__))
