@@ -92,12 +92,14 @@ class ClientHook:
     def before(self, call: ClientCall) -> Any:
         """Runs where the call is made, in the caller's thread and context, before the arguments are packed.
 
+        For a schedule it runs once, where `serve.schedule` is called; each call of the schedule carries that meta.
+
         Returns:
             Anything: `after` or `error` get it back.
         """
 
     def after(self, call: ClientCall, state: Any) -> None:
-        """Runs once a result has arrived or, for a durable call, once it is submitted.
+        """Runs once a result has arrived or, for a durable call or a schedule, once it is submitted.
 
         It may run in any thread and must not block.
         """

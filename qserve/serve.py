@@ -13,6 +13,7 @@ import msgspec
 from qserve.batching import batch
 from qserve.calls.durable_ref import DurableRef, attached_ref
 from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle, DurableHandle, codec_of, unpickle_handle
+from qserve.calls.hooked import HookedCall
 from qserve.calls.planned_call import plan_call
 from qserve.calls.process_client import current_client
 from qserve.context import ReplicaContext, get_replica_context
@@ -23,7 +24,9 @@ from qserve.deployments.http_options import HTTPOptions, Location
 from qserve.deployments.ingress import ingress
 from qserve.deployments.loading import is_importing
 from qserve.durable.cron import parse_when
-from qserve.durable.schedules import Declared, Schedules
+from qserve.durable.schedules import Declared, Plan, Schedules
+from qserve.hooks import ClientHook, HookChain, load_hooks
+from qserve.settings import Settings
 from qserve.wire.spec import ReplicaInfo
 
 __all__ = [
@@ -200,12 +203,19 @@ def schedule(
     """
     handle = target.get_handle() if isinstance(target, Deployment) else target
     plan = plan_call(name, when, handle, args, kwargs)
+    hooks = HookChain(load_hooks(Settings().hooks, ClientHook))
+    with HookedCall(hooks, plan.deployment, plan.method, "call", durable=True) as hooked:
+        _put(plan._replace(meta=hooked.meta))
+    hooked.end(None)
+
+
+def _put(plan: Plan) -> None:
     if is_importing():
-        parse_when(when)
+        parse_when(plan.when)
         Declared.plans.append(plan)
-        return
-    instance = THIS_PROCESS.current()
-    Schedules(instance.state).put(plan, instance.codec)
+    else:
+        instance = THIS_PROCESS.current()
+        Schedules(instance.state).put(plan, instance.codec)
 
 
 def unschedule(name: str) -> None:

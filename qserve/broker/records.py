@@ -38,7 +38,7 @@ from qserve.wire.call_record import (
     DurableOptions,
     parse_record,
 )
-from qserve.wire.messages import DURABLE, ERROR, Reply, Signer, encode, encode_call
+from qserve.wire.messages import DURABLE, ERROR, Reply, Signer, encode, encode_bare
 
 POSITIONS_COUNTED = 100
 """Beyond this a call's place in its queue is not counted: that would mean to read what is before it."""
@@ -190,7 +190,7 @@ def submit_now(
         if sealed is not None:
             payloads.put_unconfirmed_now(client, call.id, sealed)
             call = msgspec.structs.replace(call, payload=b"", out_of_line=True)
-        frame = signer.seal(encode_call(call))
+        frame = signer.seal(encode_bare(call))
         names, *arguments = submit_arguments(keys, call.deployment, [(call, frame, options)], "")
         answer = SUBMIT.run(client, names, *arguments)
     if (error := refusal_of_all(call.deployment, answer)) is not None:

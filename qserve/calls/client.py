@@ -32,6 +32,7 @@ from qserve.calls.withdrawing import Withdrawals
 from qserve.durable.submitting import DurableCalls
 from qserve.errors import BrokerUnavailable, CallCancelled, FrameRejected
 from qserve.failpoints import reach
+from qserve.hooks import ClientHook, HookChain, load_hooks
 from qserve.settings import Settings
 from qserve.wire.call_record import ANYONE
 from qserve.wire.channel import Channel, Chunk, decode_chunk
@@ -65,6 +66,8 @@ class Client:
         self.settings = settings
         self.signer = signer = Signer(settings.secrets)
         self.id = secrets.token_hex(16)
+        self.hooks: HookChain[ClientHook] | None = None
+        """The hooks around calls through handles, where there are any."""
         self.on_control: Callable[[str, Control], None] | None = None
         self._numbers = itertools.count()
         self._stopped = False
@@ -95,8 +98,10 @@ class Client:
         """Connect and open the inbox.
 
         Raises:
-            BrokerUnavailable, ConfigurationError: Redis cannot be used from here.
+            BrokerUnavailable, ConfigurationError: Redis, or a hook that QSERVE_HOOKS names, cannot be used from here.
         """
+        hooks = load_hooks(self.settings.hooks, ClientHook)
+        self.hooks = HookChain(hooks) if hooks else None
         self._loop = self._handoff.open()
         self._deadlines.open(self._loop)
         await self._link.start()

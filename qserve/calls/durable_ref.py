@@ -2,7 +2,7 @@
 
 import asyncio
 from asyncio import wrap_future
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -287,7 +287,13 @@ def status_of(record: CallRecord) -> CallStatus:
 
 
 def submit(
-    client: Client, codec: Codec, deployment: str, method: str, payload: bytes, options: DurableOptions
+    client: Client,
+    codec: Codec,
+    deployment: str,
+    method: str,
+    payload: bytes,
+    options: DurableOptions,
+    meta: Mapping[str, str],
 ) -> tuple[DurableRef[Any], Ref[None]]:
     """Put a durable call; the second ref ends once Redis has it, with an error if it was refused."""
     admitted: Ref[None] = Ref()
@@ -300,7 +306,7 @@ def submit(
             admitted.set_result(None)
 
     submission = client.durable.prepare(
-        deployment, kind=PYTHON, method=method, payload=payload, options=options, on_admitted=on_admitted
+        deployment, kind=PYTHON, method=method, payload=payload, options=options, on_admitted=on_admitted, meta=meta
     )
     label = f"{deployment}.{method}" if method else deployment
     ref: DurableRef[Any] = DurableRef(client, codec, submission.call.id, label)

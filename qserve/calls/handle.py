@@ -1,7 +1,7 @@
 """Handles: how Python code calls a deployment."""
 
-from collections.abc import Callable, Coroutine
-from functools import lru_cache
+from collections.abc import Callable, Coroutine, Mapping
+from functools import lru_cache, partial
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
 
 import msgspec
@@ -9,14 +9,15 @@ import msgspec
 from qserve.calls.call_options import CallOptions, Changes, DurableTerms, changed_options
 from qserve.calls.client import Client
 from qserve.calls.durable_ref import DurableRef, submit
+from qserve.calls.hooked import HookedCall
 from qserve.calls.outgoing import CallRef
 from qserve.calls.process_client import current_client
 from qserve.calls.ref import Ref
 from qserve.calls.streams import ResultStream, open_stream
-from qserve.context import current_call
 from qserve.errors import ValueNotSerializable
 from qserve.wire.call_record import DurableOptions, Terms
 from qserve.wire.codec import Codec, collect_refs, substitute
+from qserve.wire.messages import NO_META
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,7 +55,12 @@ class _BaseHandle:
         codec = codec_of(client)
         options = self._options
         ref = CallRef(client, codec, self._name, options.method_name, options.timeout_s)
-        ref.start(args, kwargs)
+        if client.hooks is None:
+            ref.start(args, kwargs)
+        else:
+            with HookedCall(client.hooks, self._name, options.method_name, "call") as hooked:
+                ref.start(args, kwargs, hooked.meta)
+            ref.add_done_callback(hooked.end_with)
         return ref
 
 
@@ -281,19 +287,12 @@ class StreamHandle(_BaseHandle):
             ValueNotSerializable, PayloadTooLarge: An argument cannot travel; take the result of a ref first.
             NoInstanceError, BrokerUnavailable: There is no qserve instance to call.
         """
-        client = current_client()
-        timeout_s = self._options.timeout_s
-        timeout_s = client.settings.handle_timeout_s if timeout_s is None else timeout_s
-        return open_stream(
-            client,
-            codec_of(client),
-            self._name,
-            self._options.method_name,
-            args=args,
-            kwargs=kwargs,
-            timeout_s=timeout_s,
-            caller=current_call.get(),
-        )
+        client, method, timeout_s = current_client(), self._options.method_name, self._options.timeout_s
+        stream = partial(open_stream, client, codec_of(client), self._name, method, args, kwargs, timeout_s)
+        if client.hooks is None:
+            return stream()
+        with HookedCall(client.hooks, self._name, method, "stream") as hooked:
+            return stream(meta=hooked.meta, on_end=hooked.end)
 
     def __getattr__(self, name: str) -> "StreamHandle":
         _refuse_private(self, name)
@@ -312,11 +311,21 @@ class _BaseDurableHandle(_BaseHandle):
 
     def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DurableRef[Any], Ref[None]]:
         client = current_client()
+        if client.hooks is None:
+            return self._put(client, args, kwargs, NO_META)
+        with HookedCall(client.hooks, self._name, self._options.method_name, "call", durable=True) as hooked:
+            ref, admitted = self._put(client, args, kwargs, hooked.meta)
+        admitted.add_done_callback(hooked.end_with)
+        return ref, admitted
+
+    def _put(
+        self, client: Client, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Mapping[str, str]
+    ) -> tuple[DurableRef[Any], Ref[None]]:
         codec, method = codec_of(client), self._options.method_name
         payload = codec.pack_plain_call(args, kwargs)
         if payload is None:
             payload = codec.pack_call(args, kwargs, f"the call to {self._name}")
-        return submit(client, codec, self._name, method, payload, self._terms)
+        return submit(client, codec, self._name, method, payload, self._terms, meta)
 
     def __reduce__(self) -> tuple[Any, ...]:
         terms = self._terms._asdict() | {"terms": msgspec.structs.asdict(self._terms.terms)}

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from collections.abc import Mapping
 from concurrent.futures import InvalidStateError
 from typing import Any
 
@@ -11,11 +12,13 @@ from qserve.calls.ref import Ref
 from qserve.context import CallInfo, current_call
 from qserve.errors import QServeError
 from qserve.wire.codec import Codec, collect_refs, substitute
-from qserve.wire.messages import ERROR, PYTHON, Outcome, decode_error
+from qserve.wire.messages import ERROR, NO_META, PYTHON, Outcome, decode_error
 
 
 class CallRef(Ref[Any]):
     """The ref of a call that is on its way: sends it, withdraws it, and takes in its outcome."""
+
+    _meta: Mapping[str, str] = NO_META
 
     def __init__(self, client: Client, codec: Codec, deployment: str, method: str, timeout_s: float | None) -> None:
         super().__init__()
@@ -27,12 +30,14 @@ class CallRef(Ref[Any]):
         self._pending: PendingCall | None = None
         self._caller: CallInfo | None = None
 
-    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Mapping[str, str] = NO_META) -> None:
         """Put the call, at once or when the refs among its arguments are there.
 
         Raises:
             ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
         """
+        if meta:
+            self._meta = meta
         self.belong_to(current_call.get())
         payload = self._codec.pack_plain_call(args, kwargs)
         if payload is not None:
@@ -71,6 +76,7 @@ class CallRef(Ref[Any]):
             timeout_s=timeout_s,
             safe=False,
             on_outcome=self._settle,
+            meta=self._meta,
         )
         self._client.submit(self._pending)
 

@@ -17,7 +17,7 @@ from qserve.calls.admission import Admission
 from qserve.calls.pending import PendingCall, PendingCalls
 from qserve.calls.receiver import Receiver
 from qserve.errors import BrokerUnavailable, Indeterminate, QServeError
-from qserve.wire.messages import Signer, decode_call, encode_call
+from qserve.wire.messages import Signer, decode_call, encode_bare
 
 _POLL_S = 0.01
 _SECOND_LOOK_S = 0.5
@@ -161,7 +161,7 @@ class Reconciler:
         call.entry, call.is_unanswered = None, False
         left_ms = int((call.deadline - time.monotonic()) * 1000)
         again = msgspec.structs.replace(lost, id=call.id, ttl_ms=max(0, left_ms))
-        call.frame = self._signer.seal(encode_call(again))
+        call.frame = self._signer.seal(encode_bare(again))
         self._pending[call.id] = call
         self._pending.tally["sent again"] += 1
         self._admission.put(call)

@@ -2,16 +2,16 @@
 
 import asyncio
 import concurrent.futures
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from qserve.calls.client import Client
 from qserve.calls.pending import PendingCall
-from qserve.context import CallInfo
+from qserve.context import CallInfo, current_call
 from qserve.errors import QServeError, StreamBroken
 from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
-from qserve.wire.messages import ERROR, STREAM, Outcome, decode_error
+from qserve.wire.messages import ERROR, NO_META, STREAM, Outcome, decode_error
 
 T = TypeVar("T")
 OnOutcome = Callable[[Outcome], None]
@@ -25,13 +25,19 @@ class ResultStream(Generic[T]):
     """
 
     def __init__(
-        self, client: Client, codec: Codec, prepare: Callable[[OnOutcome], PendingCall], caller: CallInfo | None
+        self,
+        client: Client,
+        codec: Codec,
+        prepare: Callable[[OnOutcome], PendingCall],
+        caller: CallInfo | None,
+        on_end: Callable[[BaseException | None], None] = lambda _: None,
     ) -> None:
         self._client = client
         self._codec = codec
         self._caller = caller
         if caller is not None:
             caller.nested.add(self)
+        self._on_end = on_end
         self._error: BaseException | None = None
         self._pending = prepare(self._settle)
         self._channel: concurrent.futures.Future[Channel] = concurrent.futures.Future()
@@ -74,6 +80,7 @@ class ResultStream(Generic[T]):
             self._error = outcome
         elif outcome.kind == ERROR:
             self._error = self._codec.rebuild_error(decode_error(outcome.payload))
+        self._on_end(self._error)
 
     async def _next(self) -> Any:
         channel = self._channel.result(0)
@@ -102,22 +109,30 @@ def open_stream(
     codec: Codec,
     deployment: str,
     method: str,
-    *,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    timeout_s: float,
-    caller: CallInfo | None,
+    timeout_s: float | None,
+    *,
+    meta: Mapping[str, str] = NO_META,
+    on_end: Callable[[BaseException | None], None] = lambda _: None,
 ) -> ResultStream[Any]:
     """Put a call whose result is streamed; its deadline holds until the first part arrives.
 
+    It inherits the remaining time and the cancellation of the call that makes it, if one does.
+
     Args:
-        caller: The call that makes this one, whose remaining time and cancellation it inherits.
+        timeout_s: None: as the settings say.
+        meta: What hooks of this process say to those of the replica.
+        on_end: Called once, on the loop of the client, with the error that ended the stream or with None.
 
     Raises:
         ValueNotSerializable, PayloadTooLarge: An argument cannot travel; a ref must be resolved first.
     """
     payload = codec.pack_call(args, kwargs, f"the call to {deployment}")
-    limit_s = timeout_s if caller is None else caller.limit(timeout_s)
+    caller = current_call.get()
+    limit_s = client.settings.handle_timeout_s if timeout_s is None else timeout_s
+    if caller is not None:
+        limit_s = caller.limit(limit_s)
 
     def prepare(on_outcome: OnOutcome) -> PendingCall:
         return client.prepare(
@@ -128,6 +143,7 @@ def open_stream(
             timeout_s=limit_s,
             safe=False,
             on_outcome=on_outcome,
+            meta=meta,
         )
 
-    return ResultStream(client, codec, prepare, caller)
+    return ResultStream(client, codec, prepare, caller, on_end)

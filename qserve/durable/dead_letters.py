@@ -15,7 +15,15 @@ from qserve.broker.scripts import REVIVE
 from qserve.broker.state import State
 from qserve.errors import CallNotFound, DeploymentNotFound, FrameRejected, QServeError
 from qserve.failpoints import reach
-from qserve.wire.call_record import NEVER_MS, DurableCall, DurableOptions, Terms, decode_durable_call, new_call_id
+from qserve.wire.call_record import (
+    NEVER_MS,
+    DurableCall,
+    DurableOptions,
+    Terms,
+    decode_durable_call,
+    durable_with_meta,
+    new_call_id,
+)
 from qserve.wire.codec import Codec
 from qserve.wire.messages import DURABLE, HTTP, Call, Signer, decode_call, decode_http_request
 
@@ -160,6 +168,8 @@ class DeadLetters:
         name, call_id = letter.deployment, new_call_id()
         head = (call_id, name, "", NEVER_MS, call.kind, call.method, True, self.payload(letter))
         made = DurableCall(*head, terms=Terms())
+        if call.meta:
+            made = durable_with_meta(made, call.meta)
         submit_now(self._redis, self._keys, self._signer, self._payloads, made, DurableOptions())
         self.drop(letter)
         return call_id

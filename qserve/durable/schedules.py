@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -12,9 +12,9 @@ from qserve.broker.records import submit_now
 from qserve.broker.state import State
 from qserve.durable.cron import parse_when
 from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnavailable, FrameRejected
-from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms
+from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms, durable_with_meta
 from qserve.wire.codec import Codec
-from qserve.wire.messages import PYTHON, encode
+from qserve.wire.messages import NO_META, PYTHON, encode, encode_bare
 from qserve.wire.names import is_name
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ class Plan(NamedTuple):
     options: DurableOptions
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    meta: Mapping[str, str] = NO_META
 
 
 class Schedule(msgspec.Struct, frozen=True, array_like=True):
@@ -50,6 +51,12 @@ class Schedule(msgspec.Struct, frozen=True, array_like=True):
     expires_s: float | None
     low_priority: bool
     created: int
+
+
+class ScheduleWithMeta(Schedule, frozen=True, array_like=True):
+    """A schedule whose calls say more than what is to be run; also what every schedule is read as."""
+
+    meta: dict[str, str] = {}
 
 
 class Fired(NamedTuple):
@@ -74,7 +81,7 @@ class Schedules:
         self._keys = state.keys
         self._signer = state.signer
 
-    def put(self, plan: Plan, codec: Codec) -> Schedule:
+    def put(self, plan: Plan, codec: Codec) -> ScheduleWithMeta:
         """Add a schedule, or replace the one of its name; one that is the same goes on as if nothing had happened.
 
         Raises:
@@ -88,19 +95,19 @@ class Schedules:
             raise ValueError("delay and durability are not for schedules")
         payload = codec.pack_call(plan.args, plan.kwargs, f"the call of schedule {plan.name}")
         options = plan.options
-        made = Schedule(
+        made = ScheduleWithMeta(
             *(plan.name, plan.when, plan.deployment, plan.method, payload),
-            *(options.terms, options.expires_s, options.low_priority, int(self.now() * 1000)),
+            *(options.terms, options.expires_s, options.low_priority, int(self.now() * 1000), dict(plan.meta)),
         )
         known = self.get(plan.name)
-        if known is not None and msgspec.structs.replace(made, created=known.created) == known:
+        if known is not None and msgspec.structs.replace(made, created=known.created, meta=known.meta) == known:
             return known
         self._redis.hdel(self._keys.fired, plan.name)
-        self._redis.hset(self._keys.schedules, plan.name, self._signer.seal(encode(made)))
+        self._redis.hset(self._keys.schedules, plan.name, self._signer.seal(encode_bare(made)))
         self._tell()
         return made
 
-    def get(self, name: str) -> Schedule | None:
+    def get(self, name: str) -> ScheduleWithMeta | None:
         """The schedule of a name.
 
         Raises:
@@ -109,7 +116,7 @@ class Schedules:
         frame = self._redis.hget(self._keys.schedules, name)
         return self._read(name, frame) if frame is not None else None
 
-    def all(self) -> Iterator[tuple[Schedule, Fired | None]]:
+    def all(self) -> Iterator[tuple[ScheduleWithMeta, Fired | None]]:
         """Every schedule, with what became of its last moment. One that no key of ours signed is left out."""
         frames, fired = self._redis.hgetall(self._keys.schedules), self._redis.hgetall(self._keys.fired)
         for name in sorted(frames):
@@ -151,13 +158,15 @@ class Schedules:
             pause = min(pause, when.next_after(now) - now)
         return pause
 
-    def _fire(self, schedule: Schedule, moment: float, payloads: Payloads) -> None:
+    def _fire(self, schedule: ScheduleWithMeta, moment: float, payloads: Payloads) -> None:
         at = int(moment * 1000)
         sealed = self._signer.seal(encode(["schedule", schedule.name, schedule.created, at]))
         call_id = "d" + hashlib.sha256(sealed).hexdigest()[:32]
         head = (call_id, schedule.deployment, ANYONE, NEVER_MS, PYTHON, schedule.method, True, schedule.payload)
         options = DurableOptions(0.0, schedule.expires_s, schedule.low_priority, schedule.terms)
         call = DurableCall(*head, terms=schedule.terms)
+        if schedule.meta:
+            call = durable_with_meta(call, schedule.meta)
         error = ""
         try:
             submit_now(self._redis, self._keys, self._signer, payloads, call, options)
@@ -167,7 +176,7 @@ class Schedules:
             logger.error("Schedule %s is due, but its call is left out: %s", schedule.name, error)
         self._redis.hset(self._keys.fired, schedule.name, msgspec.msgpack.encode(Fired(at, call_id, error)))
 
-    def _read(self, name: str, frame: bytes) -> Schedule:
+    def _read(self, name: str, frame: bytes) -> ScheduleWithMeta:
         try:
             schedule = _decode(self._signer.open(frame))
         except msgspec.DecodeError as exc:
@@ -195,4 +204,4 @@ def _fired(packed: bytes | None) -> Fired | None:
         return None
 
 
-_decode = msgspec.msgpack.Decoder(Schedule).decode
+_decode = msgspec.msgpack.Decoder(ScheduleWithMeta).decode

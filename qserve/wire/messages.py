@@ -288,12 +288,12 @@ def with_meta(call: Call, meta: Mapping[str, str]) -> CallWithMeta:
     return CallWithMeta(**fields, meta=dict(meta))
 
 
-def encode_call(call: Call) -> bytes:
-    """The body of a call that may have been read from another: an empty meta takes no byte, as in one newly made."""
-    if "meta" in call.__struct_fields__ and not call.meta:
-        bare: type[Call] = type(call).__mro__[1]
-        call = bare(**{name: getattr(call, name) for name in bare.__struct_fields__})
-    return encode(call)
+def encode_bare(message: msgspec.Struct) -> bytes:
+    """The body of a message that may have been read from another: an empty meta takes no byte, as in one newly made."""
+    if "meta" in message.__struct_fields__ and not getattr(message, "meta", None):
+        bare: type[msgspec.Struct] = type(message).__mro__[1]
+        message = bare(**{name: getattr(message, name) for name in bare.__struct_fields__})
+    return encode(message)
 
 
 decode_call = decoder_of(CallWithMeta)

@@ -11,7 +11,7 @@ from qserve import hooks
 from qserve.errors import ConfigurationError
 from qserve.hooks import ClientCall, ClientHook, GatewayHook, HookChain, ReplicaHook, checked_meta, load_hooks
 from qserve.wire.call_record import DurableCall, DurableCallWithMeta, Terms, decode_durable_call
-from qserve.wire.messages import Call, CallWithMeta, decode_call, decoder_of, encode, encode_call
+from qserve.wire.messages import Call, CallWithMeta, decode_call, decoder_of, encode, encode_bare
 
 PLAIN = ("id", "Echo", "caller", 1000, 0, "", False, b"payload")
 CALL = ClientCall("Echo", "", "call")
@@ -120,17 +120,17 @@ class TestOnTheWire:
         bare = Call(*PLAIN)
         read = decode_call(encode(bare))
         assert (read.meta, bare.meta) == ({}, {})
-        assert encode_call(read) == encode_call(bare) == encode(bare)
+        assert encode_bare(read) == encode_bare(bare) == encode(bare)
 
     def test_meta_arrives_also_where_nobody_knows_it(self) -> None:
-        body = encode_call(CallWithMeta(*PLAIN, meta={"k": "v"}))
+        body = encode_bare(CallWithMeta(*PLAIN, meta={"k": "v"}))
         assert decode_call(body).meta == {"k": "v"}
         assert decoder_of(Call)(body) == Call(*PLAIN)
 
     def test_durable_calls_are_no_different(self) -> None:
         bare = DurableCall(*PLAIN, terms=Terms(retries=2))
         read = decode_durable_call(encode(bare))
-        assert encode_call(read) == encode(bare)
-        full = encode_call(DurableCallWithMeta(*PLAIN, terms=Terms(retries=2), meta={"k": "v"}))
+        assert encode_bare(read) == encode(bare)
+        full = encode_bare(DurableCallWithMeta(*PLAIN, terms=Terms(retries=2), meta={"k": "v"}))
         assert (decode_durable_call(full).meta, decode_durable_call(full).terms.retries) == ({"k": "v"}, 2)
         assert decoder_of(DurableCall)(full) == bare
