@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.middleware import Middleware
 
 from qserve.deployments.loading import make_target
+from qserve.settings import Shown
 from qserve.wire.codec import Codec
 from qserve.wire.spec import EVERY_NODE, HttpSettings, MiddlewareSpec
 
@@ -21,26 +22,36 @@ class Location(StrEnum):
 
 
 class HTTPOptions(BaseModel):
-    """How `serve.start` serves HTTP.
-
-    Attributes:
-        host: Address to listen on; None is the same as location="NoServer".
-        port: Port to listen on; 0 takes any free one.
-        root_path: The prefix under which everything is served, for a reverse proxy that keeps its prefix in the path.
-        root_url: The beginning of `Deployment.url`, where that is not made of host and port.
-        middlewares: Starlette middlewares around everything, the first one outermost. They run in the gateway, which
-            imports them.
-        location: None is the same as "NoServer".
-    """
+    """How `serve.start` serves HTTP."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, arbitrary_types_allowed=True)
 
-    host: str | None = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    root_path: str = ""
-    root_url: str = ""
-    middlewares: list[Middleware] = []
-    location: Location | None = Location.HEAD_ONLY
+    host: str | None = Field(default="127.0.0.1", description="Address to listen on. `None` means no HTTP.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on. `0` means any free port.")
+    root_path: str = Field(
+        default="",
+        description=(
+            "Prefix under which everything is served, for a reverse proxy that keeps its own prefix in the path."
+        ),
+    )
+    root_url: Annotated[str, Shown("made of host and port")] = Field(
+        default="", description="What `Deployment.url` begins with."
+    )
+    middlewares: list[Middleware] = Field(
+        default=[],
+        description=(
+            "`starlette.middleware.Middleware` objects, the first one outermost. They run in the gateway, which "
+            "imports them."
+        ),
+    )
+    location: Location | None = Field(
+        default=Location.HEAD_ONLY,
+        description=(
+            "`HeadOnly`: one gateway. `EveryNode`: one gateway beside every node that is not started with "
+            "`--no-gateway`, on the node's `--host` and `--port`; the gateways of one machine share the port. "
+            "`NoServer` or `None`: no HTTP."
+        ),
+    )
 
     @field_validator("middlewares", mode="before")
     @classmethod

@@ -274,10 +274,6 @@ def test_the_tables_of_the_configuration_page_follow_from_the_code() -> None:
     assert with_tables(page) == page, "`make tables` writes them anew"
 
 
-def test_the_configuration_page_lists_every_http_option() -> None:
-    assert table_column("configuration.md", "HTTP options") == set(serve.HTTPOptions.model_fields)
-
-
 def test_every_error_a_caller_may_see_is_in_the_guarantees() -> None:
     text = (ROOT / "docs/guarantees.md").read_text()
     internal = {"FrameRejected", "NoInstanceError", "ConfigurationError"}

@@ -1,10 +1,14 @@
 """Tables of the documentation that follow from declarations in the code; `make tables` writes them."""
 
+import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from qserve.deployments.http_options import HTTPOptions
 from qserve.settings import Settings, Shown
 from qserve.wire.options import DECLARED, DeclaredOption
 
@@ -18,14 +22,19 @@ def deployment_options() -> str:
 
 def settings() -> str:
     """The settings of the environment, one a row."""
-    rows = []
-    for name, field in Settings.model_fields.items():
-        said = next((each.text for each in field.metadata if isinstance(each, Shown)), "")
-        rows.append(((f"QSERVE_{name.upper()}",), said or shown_setting(name, field.default), field.description or ""))
-    return _table("variable", rows)
+    return _table("variable", _rows_of(Settings, lambda name: f"QSERVE_{name.upper()}", _in_the_environment))
 
 
-TABLES: dict[str, Callable[[], str]] = {"settings": settings, "deployment options": deployment_options}
+def http_options() -> str:
+    """The options of HTTP, one a row."""
+    return _table("option", _rows_of(HTTPOptions, str, lambda _, default: f"`{default or json.dumps(default)}`"))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "deployment options": deployment_options,
+    "http options": http_options,
+}
 
 
 def with_tables(text: str) -> str:
@@ -44,13 +53,21 @@ def _table(kind: str, rows: Iterable[tuple[Iterable[str], str, str]]) -> str:
     )
 
 
+def _rows_of(
+    model: type[BaseModel], name_of: Callable[[str], str], default_of: Callable[[str, Any], str]
+) -> Iterator[tuple[tuple[str], str, str]]:
+    for name, field in model.model_fields.items():
+        said = next((each.text for each in field.metadata if isinstance(each, Shown)), "")
+        yield (name_of(name),), said or default_of(name, field.default), field.description or ""
+
+
 def _default_of(option: DeclaredOption) -> str:
     if option.option.shown:
         return option.option.shown
     return "none" if option.default is None else f"`{option.default:{'g' if type(option.default) is float else ''}}`"
 
 
-def shown_setting(name: str, default: Any) -> str:
+def _in_the_environment(name: str, default: Any) -> str:
     """A default as it is written in the environment."""
     if default in ("", None):
         return "unset"
