@@ -1,7 +1,7 @@
 """The gateway as an ASGI application: one request, from its path to its response."""
 
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Iterable, Sequence
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from qserve.calls.client import Client
 from qserve.errors import ConfigurationError, PayloadTooLarge, QServeError, StreamBroken
 from qserve.failpoints import reach
+from qserve.hooks import GatewayHook
 from qserve.settings import Settings
 from qserve.wire.messages import WEBSOCKET, HttpRequest, HttpResponse, encode
 from qserve.wire.spec import DeploymentSpec
@@ -19,6 +20,7 @@ from qserve_gateway.durable.durable_pages import DurablePages
 from qserve_gateway.durable.durable_requests import PATH, DurableRequests, Preference, preference_of
 from qserve_gateway.headers import SPOOFED, UNUSUAL, Headers, end_to_end
 from qserve_gateway.http_calls import HttpCalls, StreamedResponse
+from qserve_gateway.request_hooks import RequestHooks
 from qserve_gateway.respond import (
     Refused,
     bad_request,
@@ -55,6 +57,7 @@ class Gateway:
         keys: Who may come in; None for everybody.
         durable: Submits durable calls; None where there are none.
         pages: Shows durable calls.
+        hooks: The users' code around requests; empty for none.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Gateway:
         keys: ApiKeys | None = None,
         durable: DurableRequests | None = None,
         pages: DurablePages | None = None,
+        hooks: Sequence[GatewayHook] = (),
     ) -> None:
         self._client = client
         self._calls = HttpCalls(client, settings.max_body_bytes)
@@ -74,7 +78,10 @@ class Gateway:
         self._specs: tuple[DeploymentSpec, ...] = ()
         self._root_path = ""
         self._routes = RouteTable()
-        self._stack: Callable[[Scope, Receive, Send], Awaitable[None]] = self.serve
+        # Chosen once: a request that no hook sees pays for one comparison.
+        self._hooks = RequestHooks(hooks) if hooks else None
+        self._entry: ASGIApp = self._hooks.around(self.serve) if self._hooks is not None else self.serve
+        self._stack = self._entry
         self._ids = request_ids()
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -97,7 +104,7 @@ class Gateway:
         Raises:
             ConfigurationError: A middleware refuses its arguments; nothing has changed then.
         """
-        stack: ASGIApp = self.serve
+        stack = self._entry
         for middleware in reversed(tuple(middlewares)):
             try:
                 stack = middleware.cls(stack, *middleware.args, **middleware.kwargs)
@@ -145,6 +152,8 @@ class Gateway:
         if _TIMEOUT in named:
             route = _with_deadline(route, named[_TIMEOUT])
         preference = None if _DURABLE.isdisjoint(named) or self._durable is None else preference_of(headers)
+        if self._hooks is not None:
+            route = self._hooks.before(route, scope, request_id, durable=preference is not None)
         body, follows = b"", False
         if b"transfer-encoding" in named or named.get(b"content-length", b"0") != b"0":
             body, follows = await read_beginning(
@@ -213,6 +222,8 @@ class Gateway:
             await deny(send, refused.response, request_id)
             return
         noted["deployment"] = route.deployment
+        if self._hooks is not None:
+            route = self._hooks.before(route, scope, request_id)
         request = HttpRequest(
             *("GET", path, raw_path, scope["query_string"], headers, route.root_path, scope["scheme"]),
             *(scope["client"], scope["server"], scope["http_version"], request_id, b""),

@@ -140,6 +140,7 @@ class HttpCalls:
             timeout_s=route.timeout_s,
             safe=safe,
             on_outcome=on_outcome,
+            meta=route.meta,
         )
 
         def on_stream(pending: PendingCall, channel: Channel) -> None:

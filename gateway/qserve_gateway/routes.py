@@ -1,8 +1,9 @@
 """Which deployment a path belongs to: longest prefix on path segments."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from qserve.wire.messages import NO_META
 from qserve.wire.spec import DeploymentSpec
 
 
@@ -12,6 +13,7 @@ class Route(NamedTuple):
     Attributes:
         root_path: The prefix that its application is told, as in ASGI.
         client_sets_deadline: The deadline is the client's, and so it holds while a body comes in, too.
+        meta: What the gateway's hooks say beside the call.
     """
 
     deployment: str
@@ -19,6 +21,7 @@ class Route(NamedTuple):
     timeout_s: float
     idempotent: bool
     client_sets_deadline: bool = False
+    meta: Mapping[str, str] = NO_META
 
 
 class RouteTable:

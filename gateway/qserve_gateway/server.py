@@ -21,6 +21,7 @@ from qserve.broker.redis_checks import require_usable_at
 from qserve.broker.state import State
 from qserve.calls.client import Client
 from qserve.errors import BrokerUnavailable, ConfigurationError
+from qserve.hooks import GatewayHook, load_hooks
 from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.spec import GatewayInfo, HttpSettings
@@ -88,7 +89,8 @@ class GatewayProcess:
         self._news = CallNews(settings.redis_url, settings.keys)
         durable = DurableRequests(self._client.durable, debug=settings.debug)
         pages = DurablePages(self._client.durable, self._news, debug=settings.debug)
-        self._gateway = Gateway(self._client, settings, load_api_keys(settings), durable, pages)
+        hooks = load_hooks(settings.hooks, GatewayHook)
+        self._gateway = Gateway(self._client, settings, load_api_keys(settings), durable, pages, hooks)
         self._http = HttpSettings()
         self._routes: dict[str, str] = {}
         self._stopping: asyncio.Future[None]

@@ -33,6 +33,7 @@ from qserve.wire.messages import (
     encode,
 )
 from qserve.wire.spec import DeploymentSpec, GatewayInfo, HttpSettings, MiddlewareSpec, Target
+from tests.support import recording_hooks
 from tests.support.machine import patience
 from tests.support.waiting import wait_until
 
@@ -384,3 +385,14 @@ def test_forwarded_headers_are_believed_from_named_proxies_only(start: Start, he
             answer.result()
         assert request.client is not None
         assert (request.scheme, request.client[0]) == (scheme, client)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 3_000_000])
+def test_what_a_hook_says_travels_with_the_call(start: Start, hello: Replica, tmp_path: Path, size: int) -> None:
+    hooks = {"QSERVE_HOOKS": recording_hooks.HOOKS, recording_hooks.NOTES: str(tmp_path / "notes")}
+    with start(**hooks).http() as http, ThreadPoolExecutor() as pool:
+        answer = pool.submit(http.post, "/hello/there", content=bytes(size))
+        call = hello.take()
+        assert call.meta == {"path": "/hello/there"}
+        hello.reply(call, ok())
+        assert answer.result().text == "ok"

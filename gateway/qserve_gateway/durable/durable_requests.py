@@ -93,6 +93,7 @@ class DurableRequests:
             payload=encode(request),
             options=_options(request, preference),
             on_admitted=on_admitted,
+            meta=route.meta,
         )
         wait = OutcomeWait(self._durable)
         wait.watch(submission.call.id)

@@ -1,0 +1,82 @@
+"""The users' hooks around requests."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qserve.hooks import GatewayHook, GatewayRequest, HookChain, checked_meta
+from qserve_gateway.routes import Route
+from qserve_gateway.streaming import ClientDisconnected
+
+_STATE = "hooks"
+"""Where a request's scope keeps what the hooks have been told, for `after` and `error`."""
+
+
+class RequestHooks:
+    """Runs the hooks of a gateway around those of its requests that belong to a deployment.
+
+    Args:
+        hooks: In the order in which they see a request.
+    """
+
+    def __init__(self, hooks: Sequence[GatewayHook]) -> None:
+        self._chain = HookChain(hooks)
+
+    def before(self, route: Route, scope: Scope, request_id: str, *, durable: bool = False) -> Route:
+        """Tell the hooks that a request is about to be put on a queue.
+
+        Returns:
+            The route of its call, with the meta that the hooks add.
+        """
+        request = GatewayRequest(route.deployment, request_id, scope, durable)
+        scope["state"][_STATE] = request, self._chain.before(request)
+        return route._replace(meta=checked_meta(request.meta))
+
+    def around(self, serve: ASGIApp) -> ASGIApp:
+        """Make an application that answers requests as `serve` does, and tells the hooks how each has ended."""
+
+        async def serve_with_hooks(scope: Scope, receive: Receive, send: Send) -> None:
+            response = _Response(send)
+            try:
+                await serve(scope, receive, response.send)
+            except BaseException as exc:
+                self._after(scope, response, exc)
+                raise
+            self._after(scope, response, None)
+
+        return serve_with_hooks
+
+    def _after(self, scope: Scope, response: "_Response", error: BaseException | None) -> None:
+        told = scope.get("state", {}).pop(_STATE, None)
+        if told is None:
+            return  # it belongs to no deployment
+        request, states = told
+        if error is None and not response.is_whole:
+            error = ClientDisconnected("the client left before its response was sent")
+        if error is None:
+            self._chain.after(request, states, response.status)
+        else:
+            self._chain.error(request, states, error)
+
+
+class _Response:
+    """What has been sent of a response."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status = 0
+        self.is_whole = False
+
+    async def send(self, message: Message) -> None:
+        kind: Any = message["type"]
+        if kind in ("http.response.start", "websocket.http.response.start"):
+            self.status = message["status"]
+        elif kind == "websocket.accept":
+            self.status = 101
+            self.is_whole = True
+        await self._send(message)
+        if kind in ("http.response.body", "websocket.http.response.body") and not message.get("more_body", False):
+            self.is_whole = True
+        elif kind == "websocket.close" and not self.status:
+            self.status, self.is_whole = 403, True  # what the server answers to a handshake that is not accepted
