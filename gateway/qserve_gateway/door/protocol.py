@@ -30,7 +30,7 @@ LAST_CHANCE_S = 0.4
 """How long an idle connection stays open when the gateway leaves: a request may be on its way."""
 _NO_LINGER = struct.pack("ii", 1, 0)
 MOST_UNWANTED = 1024 * 1024
-"""How much of a body is read after its response, before the connection is closed instead."""
+"""How much of a body is read after its response; where more may come, the connection is closed instead."""
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -54,7 +54,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._plain = b""
         """The last head that was all there was of its request; one like it need not be inspected again."""
         self._body: LengthBody | ChunkedBody | None = None
-        self._unwanted = 0
+        self._keep_alive = True
+        """What is to become of the connection once `_body` is all here and its response has been sent."""
         self._received = 0
         """Of the body since `_since`."""
         self._since = 0.0
@@ -177,7 +178,12 @@ class HttpProtocol(HttpToolsProtocol):
     def _begin_body(self, length: int) -> None:
         self._body = ChunkedBody() if length == CHUNKED else LengthBody(length)
         self._since = self._heard = self._door.now
-        self._received = self._unwanted = 0
+        self._received = 0
+        self._keep_alive = self.cycle.keep_alive
+        if length == CHUNKED or length > MOST_UNWANTED:
+            # A response that does not wait for all of it says that it is the last one: the rest may not be read.
+            self.cycle.keep_alive = False
+        self.transport.close_gently = self._close_before_the_end
 
     def _take_body(self, data: bytes) -> bytes:
         body = self._body
@@ -187,17 +193,23 @@ class HttpProtocol(HttpToolsProtocol):
         part, rest = body.take(data)
         if body.done and isinstance(body, ChunkedBody):
             part += LAST_CHUNK
-        if self.cycle.response_complete:
-            self._unwanted += len(part)
-            if self._unwanted > MOST_UNWANTED and not body.done:
-                self._hang_up()
-                return b""
         if part:
             self._feed(part)
         if body.done:
             self._body = None
             self._since = self._door.now
+            self.transport.close_gently = None
+            if not self.cycle.response_started:
+                self.cycle.keep_alive = self._keep_alive and not self._leaving
         return rest
+
+    def _close_before_the_end(self) -> None:
+        """Close while a body comes in, so that a whole response reaches the client and one that was cut does not."""
+        self.transport.close_gently = None
+        if self._active is not None and self._active.response_complete:
+            self._hang_up()
+        else:
+            self.transport.close()
 
     def handle_websocket_upgrade(self) -> None:
         """Go on as a WebSocket, unless an earlier request is still waiting for its response."""
@@ -271,6 +283,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._deaf = True
         self._since = self._door.now
         self._refusal = None
+        self.transport.close_gently = None
         if self.transport.can_write_eof():
             self.transport.write_eof()
 

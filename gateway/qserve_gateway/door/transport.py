@@ -1,6 +1,7 @@
 """One write per response."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 
@@ -17,6 +18,7 @@ class TickTransport(asyncio.Transport):
     Attributes:
         head: The first thing written of the current response, None before.
         sent: Bytes of the current response.
+        close_gently: Called in place of closing, None to close at once.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -26,6 +28,7 @@ class TickTransport(asyncio.Transport):
         self._held: list[bytes | bytearray | memoryview[int]] = []
         self.head: bytes | bytearray | memoryview[int] | None = None
         self.sent = 0
+        self.close_gently: Callable[[], None] | None = None
 
     def write(self, data: "bytes | bytearray | memoryview[int]") -> None:
         """Hold the data until the end of this tick."""
@@ -45,7 +48,10 @@ class TickTransport(asyncio.Transport):
     def close(self) -> None:
         """Close once everything is written."""
         self._flush()
-        self._transport.close()
+        if self.close_gently is not None:
+            self.close_gently()
+        else:
+            self._transport.close()
 
     def abort(self) -> None:
         """Close without writing."""
