@@ -102,6 +102,12 @@ def connect_asyncio(redis_url: str) -> redis.asyncio.Redis:
     return redis_clients.asyncio_client(redis_url, _FOLLOW_BLOCK_MS / 1000 + 2)
 
 
+async def read_meta(client: redis.asyncio.Redis, keys: Keys, deployment: str) -> list[bytes | None]:
+    """What `decode_deployed` takes, for one deployment; raises like `ask`."""
+    found: list[bytes | None] = await ask(client, "HMGET", keys.meta(deployment), *META_FIELDS)
+    return found
+
+
 async def has_schedules(client: redis.asyncio.Redis, keys: Keys) -> bool:
     """Whether anything is to be submitted on a schedule; raises like `ask`."""
     return bool(await ask(client, "EXISTS", keys.schedules))

@@ -1,7 +1,7 @@
 """Heartbeats of replicas: a counter for each, which its neighbours watch on their own clocks.
 
-All of this is for threads and processes other than the replica's event loop, and goes over redis-py, whose errors it
-raises.
+All of this is for threads and processes other than the replica's event loop. It goes over redis-py, and every function
+raises `BrokerUnavailable`, `ConfigurationError` or `CommandRefused` where Redis does not do what it is told.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import redis
 
 from qserve.broker.inboxes import control_frame, tell_now
 from qserve.broker.keys import GROUP, Keys
+from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import BEAT, DEMAND, RETIRE
 from qserve.failpoints import reach
 from qserve.wire.messages import Control, Signer
@@ -27,7 +28,8 @@ def beat(
     For the heartbeat thread, which has a connection of its own.
     """
     names = (keys.calls(deployment), keys.heartbeats(deployment), keys.meta(deployment))
-    lost: list[bytes] = BEAT.run(client, names, GROUP, replica, "1" if serving else "0", *entries)
+    with our_errors(client):
+        lost: list[bytes] = BEAT.run(client, names, GROUP, replica, "1" if serving else "0", *entries)
     return lost
 
 
@@ -48,7 +50,8 @@ class Demand(NamedTuple):
 def measure(client: redis.Redis, keys: Keys, deployment: str) -> Demand:
     """What there is to do for a deployment, for the heartbeat thread."""
     names = (keys.calls(deployment), keys.low(deployment), keys.workers(deployment))
-    calls, waited_ms, *nodes = DEMAND.run(client, names, GROUP, keys.alive(""))
+    with our_errors(client):
+        calls, waited_ms, *nodes = DEMAND.run(client, names, GROUP, keys.alive(""))
     return Demand(calls, waited_ms / 1000, tuple(sorted(node.decode() for node in nodes)))
 
 
@@ -58,10 +61,11 @@ def leave(client: redis.Redis, keys: Keys, deployment: str, replica: str, *, all
     Args:
         all_answered: Every call it started is answered for certain; else those still pending count as started.
     """
-    client.hset(keys.heartbeats(deployment), replica, LEFT if all_answered else DIED)
-    client.hdel(keys.replicas(deployment), replica)
     names = (keys.calls(deployment), keys.heartbeats(deployment), keys.replicas(deployment))
-    return bool(RETIRE.run(client, names, GROUP, replica))
+    with our_errors(client):
+        client.hset(keys.heartbeats(deployment), replica, LEFT if all_answered else DIED)
+        client.hdel(keys.replicas(deployment), replica)
+        return bool(RETIRE.run(client, names, GROUP, replica))
 
 
 def post_tombstone(client: redis.Redis, keys: Keys, deployment: str, replica: str, signer: Signer) -> None:
@@ -70,14 +74,16 @@ def post_tombstone(client: redis.Redis, keys: Keys, deployment: str, replica: st
     For whoever saw the process die.
     """
     reach("tombstone")
-    client.hset(keys.heartbeats(deployment), replica, DIED)
+    with our_errors(client):
+        client.hset(keys.heartbeats(deployment), replica, DIED)
     reach("tombstone-set")
     call_neighbours(client, keys, deployment, replica, signer)
 
 
 def call_neighbours(client: redis.Redis, keys: Keys, deployment: str, replica: str, signer: Signer) -> None:
     """Ask every other replica of a deployment to look for calls to take over."""
-    for field in cast("list[bytes]", client.hkeys(keys.heartbeats(deployment))):
-        neighbour = field.decode()
-        if neighbour != replica:
-            tell_now(client, keys, neighbour, control_frame(signer, neighbour, Control("sweep")))
+    with our_errors(client):
+        known = cast("list[bytes]", client.hkeys(keys.heartbeats(deployment)))
+        for neighbour in (field.decode() for field in known):
+            if neighbour != replica:
+                tell_now(client, keys, neighbour, control_frame(signer, neighbour, Control("sweep")))

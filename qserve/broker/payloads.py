@@ -9,6 +9,7 @@ import redis
 
 from qserve.broker.connection import Connection, ignore_answer
 from qserve.broker.keys import Keys
+from qserve.broker.redis_errors import our_errors
 from qserve.errors import FrameRejected
 from qserve.wire.messages import Blob, Signer, decode_blob, encode
 
@@ -94,11 +95,13 @@ class Payloads:
 
     def put_unconfirmed_now(self, client: redis.Redis, payload_id: str, sealed: bytes) -> None:
         """Like `put_unconfirmed`."""
-        client.set(self._keys.payload(payload_id), sealed, px=_UNCONFIRMED_MS, nx=True)
+        with our_errors(client):
+            client.set(self._keys.payload(payload_id), sealed, px=_UNCONFIRMED_MS, nx=True)
 
     def fetch_now(self, client: redis.Redis, payload_id: str) -> bytes | None:
         """Like `fetch`."""
-        sealed = cast("bytes | None", client.get(self._keys.payload(payload_id)))
+        with our_errors(client):
+            sealed = cast("bytes | None", client.get(self._keys.payload(payload_id)))
         return None if sealed is None else self.open(payload_id, sealed)
 
     def _unconfirmed(self, payload_id: str, sealed: bytes) -> tuple[Any, ...]:

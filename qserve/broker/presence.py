@@ -7,6 +7,7 @@ replica are taken over as soon as its heartbeat stands still (`qserve.broker.hea
 from typing import TYPE_CHECKING, Final
 
 from qserve.broker.keys import Keys
+from qserve.broker.redis_errors import our_errors
 
 if TYPE_CHECKING:
     import redis
@@ -24,10 +25,16 @@ WORKER_TTL_MS: Final = 30_000
 
 
 def say_worker_alive(client: "redis.Redis", keys: Keys, worker: str) -> None:
-    """Say that a worker lives which no node keeps; raises redis-py's errors."""
-    client.set(keys.alive(worker), 1, px=WORKER_TTL_MS)
+    """Say that a worker lives which no node keeps; raises as `say_gone` does."""
+    with our_errors(client):
+        client.set(keys.alive(worker), 1, px=WORKER_TTL_MS)
 
 
 def say_gone(client: "redis.Redis", keys: Keys, process: str) -> None:
-    """Say that a process has ended; raises redis-py's errors."""
-    client.delete(keys.alive(process))
+    """Say that a process has ended.
+
+    Raises:
+        BrokerUnavailable, ConfigurationError, CommandRefused: Redis cannot be told.
+    """
+    with our_errors(client):
+        client.delete(keys.alive(process))

@@ -30,6 +30,10 @@ _REST_S: Final = 2.0
 _ASK: Final = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME")
 
 
+Client = redis.Redis
+"""A synchronous client. Outside of this folder it is only handed on, to the functions that are here."""
+
+
 def client(url: str, timeout_s: float, *, any_role: bool = False, **options: Any) -> redis.Redis:
     """A synchronous client.
 

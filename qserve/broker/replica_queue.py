@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from qserve.broker.connection import Answer, Connection
+from qserve.broker.dead_letter_streams import DEAD_LETTERS_KEPT
 from qserve.broker.inboxes import INBOX_TTL_MS
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.redis_errors import CommandRefused
@@ -23,7 +24,6 @@ from qserve.broker.scripts import (
 )
 from qserve.wire.messages import DURABLE
 
-DEAD_LETTERS_KEPT = 10_000
 _MOST_PENDING = 10_000
 
 

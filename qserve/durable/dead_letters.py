@@ -3,17 +3,23 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import msgspec
 
+from qserve.broker.dead_letter_streams import attempts_of, deployment_names, drop_letter, letters, revive
 from qserve.broker.keys import Keys
 from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
-from qserve.broker.replica_queue import DEAD_LETTERS_KEPT
-from qserve.broker.scripts import REVIVE
 from qserve.broker.state import State
-from qserve.errors import CallNotFound, DeploymentNotFound, FrameRejected, QServeError
+from qserve.errors import (
+    BrokerUnavailable,
+    CallNotFound,
+    ConfigurationError,
+    DeploymentNotFound,
+    FrameRejected,
+    QServeError,
+)
 from qserve.failpoints import reach
 from qserve.wire.call_record import (
     NEVER_MS,
@@ -68,7 +74,9 @@ class Letter(NamedTuple):
 
 
 class DeadLetters:
-    """The dead letters of an instance. Synchronous; raises redis-py's errors.
+    """The dead letters of an instance. Synchronous.
+
+    Every method raises `BrokerUnavailable` or `ConfigurationError` where Redis cannot be asked.
 
     Args:
         out_of_line_bytes: What the settings say, for calls that are sent again.
@@ -82,9 +90,8 @@ class DeadLetters:
 
     def of(self, deployment: str) -> Iterator[Letter]:
         """Those of a deployment, oldest first."""
-        stream = self._keys.dead_letters(deployment)
-        raws = cast("list[Any]", self._redis.xrange(stream, count=DEAD_LETTERS_KEPT))
-        return (self._letter(deployment, raw) for raw in raws)
+        found = letters(self._redis, self._keys, deployment)
+        return (self._letter(deployment, letter_id, fields) for letter_id, fields in found)
 
     def get(self, deployment: str, letter_id: str) -> Letter:
         """One of them, by its own id or by that of its call.
@@ -99,8 +106,7 @@ class DeadLetters:
 
     def all(self) -> Iterator[Letter]:
         """Those of every deployment that there is."""
-        names = cast("set[bytes]", self._redis.smembers(self._keys.deployments))
-        for name in sorted(name.decode() for name in names):
+        for name in deployment_names(self._redis, self._keys):
             yield from self.of(name)
 
     def contents(self, letter: Letter) -> dict[str, Any]:
@@ -113,6 +119,8 @@ class DeadLetters:
                 args, kwargs = _codec.unpack_call(payload)
                 return {"args": _shown(args), "kwargs": _shown(kwargs)}
             request = decode_http_request(payload)
+        except (BrokerUnavailable, ConfigurationError):
+            raise
         except QServeError as exc:  # a pickle, or a payload that has expired
             return {"contents": str(exc)}
         query = b"?" + request.query_string if request.query_string else b""
@@ -148,10 +156,9 @@ class DeadLetters:
             raise FrameRejected("no key of ours signed this frame: it is not sent again")
         if not letter.durable:
             return self._send_anew(letter, letter.call)
-        keys, name, call_id = self._keys, letter.deployment, letter.call.id
-        names = (keys.dead_letters(name), keys.calls(name), keys.call(call_id), keys.payload(call_id))
+        name, call_id = letter.deployment, letter.call.id
         reach("revive")
-        said = bytes(REVIVE.run(self._redis, names, letter.id, call_id)).decode()
+        said = revive(self._redis, self._keys, name, letter.id, call_id)
         reach("revived")
         if said == "deleted":
             raise DeploymentNotFound(f"there is no deployment {name!r}")
@@ -161,7 +168,7 @@ class DeadLetters:
 
     def drop(self, letter: Letter) -> None:
         """Forget it; a durable call's record stays until it expires."""
-        self._redis.xdel(self._keys.dead_letters(letter.deployment), letter.id)
+        drop_letter(self._redis, self._keys, letter.deployment, letter.id)
 
     def _send_anew(self, letter: Letter, call: Call) -> str:
         """An ordinary call has been answered with its error; what is sent again is a durable one."""
@@ -174,8 +181,8 @@ class DeadLetters:
         self.drop(letter)
         return call_id
 
-    def _letter(self, deployment: str, raw: Any) -> Letter:
-        letter_id, fields = raw[0].decode(), raw[1]
+    def _letter(self, deployment: str, raw_id: bytes, fields: dict[bytes, bytes]) -> Letter:
+        letter_id = raw_id.decode()
         durable = DURABLE.encode() in fields.get(b"f", b"")
         call: Call | None
         try:
@@ -184,8 +191,7 @@ class DeadLetters:
             call = None
         attempts = None
         if durable and call is not None:
-            counted = cast("bytes | None", self._redis.hget(self._keys.call(call.id), "attempts"))
-            attempts = int(counted) if counted is not None else None
+            attempts = attempts_of(self._redis, self._keys, call.id)
         reason = fields.get(b"err", b"").decode("utf-8", "replace")
         at = int(letter_id.partition("-")[0])
         return Letter(letter_id, deployment, call, durable, attempts, reason, at)

@@ -10,6 +10,14 @@ import msgspec
 from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.broker.state import State
+from qserve.broker.stored_schedules import (
+    note_fired,
+    read_schedule,
+    read_schedules,
+    redis_time,
+    remove_schedule,
+    write_schedule,
+)
 from qserve.durable.cron import parse_when
 from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnavailable, FrameRejected
 from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms, durable_with_meta
@@ -102,9 +110,7 @@ class Schedules:
         known = self.get(plan.name)
         if known is not None and msgspec.structs.replace(made, created=known.created, meta=known.meta) == known:
             return known
-        self._redis.hdel(self._keys.fired, plan.name)
-        self._redis.hset(self._keys.schedules, plan.name, self._signer.seal(encode_bare(made)))
-        self._tell()
+        write_schedule(self._redis, self._keys, plan.name, self._signer.seal(encode_bare(made)))
         return made
 
     def get(self, name: str) -> ScheduleWithMeta | None:
@@ -113,12 +119,12 @@ class Schedules:
         Raises:
             FrameRejected: No key of ours signed it.
         """
-        frame = self._redis.hget(self._keys.schedules, name)
+        frame = read_schedule(self._redis, self._keys, name)
         return self._read(name, frame) if frame is not None else None
 
     def all(self) -> Iterator[tuple[ScheduleWithMeta, Fired | None]]:
         """Every schedule, with what became of its last moment. One that no key of ours signed is left out."""
-        frames, fired = self._redis.hgetall(self._keys.schedules), self._redis.hgetall(self._keys.fired)
+        frames, fired = read_schedules(self._redis, self._keys)
         for name in sorted(frames):
             try:
                 yield self._read(name.decode(), frames[name]), _fired(fired.get(name))
@@ -127,16 +133,11 @@ class Schedules:
 
     def remove(self, name: str) -> bool:
         """Forget a schedule; False: there is none. Calls that it has submitted go on."""
-        self._redis.hdel(self._keys.fired, name)
-        removed = bool(self._redis.hdel(self._keys.schedules, name))
-        if removed:
-            self._tell()
-        return removed
+        return remove_schedule(self._redis, self._keys, name)
 
     def now(self) -> float:
         """Unix time on Redis' clock, which is everybody's."""
-        seconds, micros = self._redis.time()
-        return float(seconds + micros / 1e6)
+        return redis_time(self._redis)
 
     def fire_due(self, payloads: Payloads) -> float:
         """Submit what is due; returns in how many seconds something will be.
@@ -174,7 +175,7 @@ class Schedules:
         except (DeploymentNotFound, DeploymentUnavailable, BackPressureError) as exc:
             error = str(exc)
             logger.error("Schedule %s is due, but its call is left out: %s", schedule.name, error)
-        self._redis.hset(self._keys.fired, schedule.name, msgspec.msgpack.encode(Fired(at, call_id, error)))
+        note_fired(self._redis, self._keys, schedule.name, msgspec.msgpack.encode(Fired(at, call_id, error)))
 
     def _read(self, name: str, frame: bytes) -> ScheduleWithMeta:
         try:
@@ -184,9 +185,6 @@ class Schedules:
         if schedule.name != name:
             raise FrameRejected(f"schedule {schedule.name!r} under another name")
         return schedule
-
-    def _tell(self) -> None:
-        self._redis.xadd(self._keys.log, {"kind": "schedule"}, maxlen=1000, approximate=True)
 
 
 class Declared:

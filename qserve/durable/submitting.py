@@ -10,6 +10,7 @@ import msgspec
 
 from qserve.background import spawn
 from qserve.broker.call_queue import CALLS_PER_ADMIT
+from qserve.broker.confirming import Confirmed
 from qserve.broker.connection import Answer
 from qserve.broker.inboxes import send_control
 from qserve.broker.link import Link
@@ -17,8 +18,6 @@ from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.records import Records, durable_reply, submit_arguments
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.refusals import FullQueues, refusal_of_all
-from qserve.broker.scripts import SUBMIT
-from qserve.durable.confirming import Confirmed
 from qserve.errors import (
     BrokerUnavailable,
     CallCancelled,
@@ -187,7 +186,7 @@ class DurableCalls:
             if each.payload is not None:
                 await self._payloads.store_unconfirmed(sender, call.id, each.payload)
             arguments = submit_arguments(self._keys, call.deployment, [(call, each.frame, each.options)], self._process)
-            answer = await self._confirmed[durability].run(SUBMIT, arguments)
+            answer = await self._confirmed[durability].submit(arguments)
         except (BrokerUnavailable, CommandRefused) as exc:
             text = f"call {call.id} was not confirmed with durability={durability!r}: {exc}. It may be stored and run, "
             each.on_admitted(BrokerUnavailable(f"{text}or be lost: `serve.get_ref({call.id!r})` tells"))

@@ -135,18 +135,9 @@ def test_foreign_libraries_stay_in_their_homes() -> None:
 
 
 NOT_YET_FREE_OF_REDIS = {
-    "qserve.durable.confirming",
-    "qserve.durable.dead_letters",
-    "qserve.durable.schedules",
-    "qserve.durable.submitting",
-    "qserve_gateway.admin.dead_letter_pages",
-    "qserve_workers.beat",
-    "qserve_workers.pool.announce",
     "qserve_workers.replica.answers",
     "qserve_workers.replica.arrivals",
     "qserve_workers.replica.consumer",
-    "qserve_workers.replica.heartbeat",
-    "qserve_workers.replica.lifecycle",
     "qserve_workers.replica.running",
 }
 """Modules outside of the broker folder that still speak Redis. This set only ever shrinks."""

@@ -4,9 +4,9 @@ import logging
 from typing import Any
 
 from celery import beat
-from redis.exceptions import RedisError
 
 from qserve.broker.payloads import Payloads
+from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.state import State
 from qserve.durable.schedules import Schedules
 from qserve.errors import QServeError
@@ -38,7 +38,7 @@ class Scheduler(beat.Scheduler):  # type: ignore[misc]
         """Submit what is due; returns after how many seconds to look again."""
         try:
             return min(max(self._schedules.fire_due(self._payloads), 0.0) + 0.002, _LOOK_EVERY_S)
-        except (QServeError, RedisError, OSError) as exc:
+        except (QServeError, CommandRefused) as exc:
             logger.error("Cannot look at the schedules: %s. Next try in %g s.", exc, _LOOK_EVERY_S)
             return _LOOK_EVERY_S
 

@@ -3,8 +3,7 @@
 import re
 from urllib.parse import unquote
 
-from redis.exceptions import RedisError
-
+from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.state import State
 from qserve.durable.dead_letters import DeadLetters
 from qserve.errors import BrokerUnavailable
@@ -29,7 +28,7 @@ def answer(state: State, out_of_line_bytes: int, method: str, path: str) -> Http
         return text_response(405, f"Only {allowed}.", (b"allow", allowed.encode()))
     try:
         return json_response(_do(DeadLetters(state, out_of_line_bytes), method, name, letter))
-    except (RedisError, OSError) as exc:
+    except CommandRefused as exc:
         raise BrokerUnavailable(f"Redis cannot be asked for dead letters: {exc}") from exc
 
 

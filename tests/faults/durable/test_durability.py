@@ -9,12 +9,11 @@ import pytest
 
 import qserve
 from qserve import serve
-from qserve.broker import embedded
+from qserve.broker import confirming, embedded
 from qserve.broker.keys import Keys
 from qserve.broker.state import State
 from qserve.calls import process_client
 from qserve.calls.handle import get_handle
-from qserve.durable import confirming
 from qserve.wire.messages import Signer
 from qserve.wire.spec import DeploymentSpec, Target
 from tests.support.servers import SECRET, wait_until_accepting

@@ -6,15 +6,14 @@ nothing is retried in place, and while Redis is away the newest state is kept an
 
 import logging
 from collections.abc import Callable
-from typing import Any
-
-import msgspec
-import redis
 
 from qserve.broker import redis_clients
 from qserve.broker.heartbeats import post_tombstone
 from qserve.broker.keys import Keys
-from qserve.broker.reports import decode_infos
+from qserve.broker.presence import say_gone, say_worker_alive
+from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.reports import replicas_now, report_worker
+from qserve.errors import QServeError
 from qserve.wire.messages import Signer
 from qserve.wire.spec import ReplicaInfo, WorkerInfo
 
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _LIMIT_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
-_ALIVE_MS, ALIVE_EVERY_S = 30_000, 10.0
+ALIVE_EVERY_S = 10.0
 
 
 class Announcer:
@@ -51,9 +50,9 @@ class Announcer:
         self._node = node
         self._by_hand = by_hand
         self._call_later = call_later
-        self._client: redis.Redis | None = None
+        self._client: redis_clients.Client | None = None
         self._info: WorkerInfo | None = None
-        self._unwritten: list[Callable[[redis.Redis], object]] = []
+        self._unwritten: list[Callable[[redis_clients.Client], object]] = []
         self._pause = 0.0
 
     def start(self) -> None:
@@ -76,7 +75,7 @@ class Announcer:
         """Write what is left, once, and close."""
         self._pause = 0.0
         if self._by_hand:
-            self._write(lambda client: client.delete(self._keys.alive(self._node)))
+            self._write(lambda client: say_gone(client, self._keys, self._node))
         if self._unwritten:
             logger.warning("Deployment %s: Redis is away; this worker's last state was not written.", self._deployment)
         if self._client is not None:
@@ -96,25 +95,20 @@ class Announcer:
     def describe(self) -> dict[str, ReplicaInfo]:
         """This worker's deployment's replicas as they describe themselves, by id; empty when Redis is away."""
         try:
-            fields: Any = self._client.hgetall(self._keys.replicas(self._deployment)) if self._client else {}
-            return dict(decode_infos(fields, ReplicaInfo))
-        except (redis.RedisError, OSError):
+            return replicas_now(self._client, self._keys, self._deployment) if self._client else {}
+        except (QServeError, CommandRefused):
             return {}
 
-    def _write_info(self, client: redis.Redis) -> None:
-        key = self._keys.workers(self._deployment)
-        if self._info is None:
-            client.hdel(key, self._node)
-        else:
-            client.hset(key, self._node, msgspec.msgpack.encode(self._info))
+    def _write_info(self, client: redis_clients.Client) -> None:
+        report_worker(client, self._keys, self._deployment, self._node, self._info)
 
     def _say_alive(self) -> None:
         if self._client is not None:
             if not self._unwritten:  # else Redis is away, and the first write that succeeds is soon enough
-                self._write(lambda client: client.set(self._keys.alive(self._node), 1, px=_ALIVE_MS))
+                self._write(lambda client: say_worker_alive(client, self._keys, self._node))
             self._call_later(ALIVE_EVERY_S, self._say_alive)
 
-    def _write(self, write: Callable[[redis.Redis], object]) -> None:
+    def _write(self, write: Callable[[redis_clients.Client], object]) -> None:
         self._unwritten.append(write)
         if not self._pause:
             self._flush()
@@ -123,7 +117,7 @@ class Announcer:
         while self._unwritten and self._client is not None:
             try:
                 self._unwritten[0](self._client)
-            except (redis.RedisError, OSError) as exc:
+            except (QServeError, CommandRefused) as exc:
                 if not self._pause:
                     logger.warning("Deployment %s: cannot write to Redis, will try again: %s", self._deployment, exc)
                 self._pause = min(_LONGEST_PAUSE_S, self._pause * 2 or _FIRST_PAUSE_S)

@@ -7,10 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 
-import redis
-
 from qserve.broker import redis_clients
 from qserve.broker.heartbeats import beat
+from qserve.broker.redis_errors import CommandRefused
+from qserve.errors import QServeError
 from qserve.failpoints import reach
 from qserve.settings import Settings
 
@@ -44,7 +44,7 @@ class Heartbeat:
         entries: Callable[[], list[bytes]],
         on_lost: Callable[[list[bytes]], None],
         on_tick: Callable[[], None],
-        on_beat: Callable[[redis.Redis], None],
+        on_beat: Callable[[redis_clients.Client], None],
     ) -> None:
         self._settings = settings
         self._deployment = deployment
@@ -106,13 +106,13 @@ class Heartbeat:
             self._on_loop(self._tick)
         client.close()
 
-    def _beat(self, client: redis.Redis, ask: list[bytes]) -> bool:
+    def _beat(self, client: redis_clients.Client, ask: list[bytes]) -> bool:
         reach("beat")
         try:
             keys = self._settings.keys
             lost = beat(client, keys, self._deployment, self._replica, ask, serving=self._serving)
             self._on_beat(client)
-        except redis.RedisError as exc:
+        except (QServeError, CommandRefused) as exc:
             logger.debug("a heartbeat failed: %s", exc)
             return False
         if lost:

@@ -11,28 +11,28 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import redis
-import redis.asyncio
 
 from qserve.background import end, spawn
 from qserve.broker import redis_clients
-from qserve.broker.following import connect_asyncio, follow, last_log_id
+from qserve.broker.following import connect_asyncio, follow, last_log_id, read_meta
 from qserve.broker.heartbeats import call_neighbours, leave, measure
-from qserve.broker.reports import decode_infos
+from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.reports import read_replicas, send_replica_report
 from qserve.broker.restoring import restore
 from qserve.broker.state import decode_deployed
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
 from qserve.calls.process_client import new_event_loop, set_current_client
 from qserve.deployments.loading import load_target
-from qserve.errors import BrokerUnavailable, FrameRejected, QServeError
+from qserve.errors import BrokerUnavailable, ConfigurationError, FrameRejected, QServeError
 from qserve.failpoints import reach
 from qserve.settings import Settings
-from qserve.wire.messages import Control, encode
+from qserve.wire.messages import Control
 from qserve.wire.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed, ReplicaInfo
 from qserve_workers.replica.consumer import Consumer
 from qserve_workers.replica.heartbeat import Heartbeat
@@ -212,11 +212,8 @@ class Replica:
 
     async def _read_state(self) -> Deployed | None:
         """The desired state, None when there is none; a spec that no key of ours signed changes nothing."""
-        fields = ("gen", "spec", "state", "error", "log_id")
-        try:
-            meta: Any = await self._redis.hmget(self._keys.meta(self._name), list(fields))
-        except redis.RedisError as exc:
-            raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
+        with _unavailable_if_refused():
+            meta = await read_meta(self._redis, self._keys, self._name)
         try:
             if meta[0] is None and self._deployed is not None:  # deleting leaves the generation
                 return await self._remember(self._deployed)
@@ -307,11 +304,8 @@ class Replica:
         deployed = await self._read_state()
         if deployed is None or deployed.spec.revision == self._spec.revision:
             return True
-        try:
-            fields: Any = await self._redis.hgetall(self._keys.replicas(self._name))
-        except redis.RedisError as exc:
-            raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
-        others = dict(decode_infos(fields, ReplicaInfo)).values()
+        with _unavailable_if_refused():
+            others = (await read_replicas(self._redis, self._keys, self._name)).values()
         if not any(info.state == SERVING and info.revision == deployed.spec.revision for info in others):
             return True
         logger.warning("Deployment %s: replica %s leaves, a newer version serves", self._name, self._tag)
@@ -407,7 +401,7 @@ class Replica:
         try:
             if not leave(client, self._keys, self._name, self._id, all_answered=all_answered):
                 call_neighbours(client, self._keys, self._name, self._id, self._client.signer)
-        except redis.RedisError as exc:
+        except (QServeError, CommandRefused) as exc:
             logger.warning("could not say goodbye: %s", exc)
         finally:
             client.close()
@@ -444,12 +438,12 @@ class Replica:
         if before is not None and after is not None and before.handled != after.handled:
             self._report("stats", running=after.running, handled=after.handled)
 
-    def _measure(self, client: redis.Redis) -> None:
+    def _measure(self, client: redis_clients.Client) -> None:
         if not self._birth.scaled and self._spec.autoscaling is None:
             return
         try:
             demand = measure(client, self._keys, self._name)
-        except redis.RedisError as exc:  # the number of replicas stays as it is meanwhile
+        except (QServeError, CommandRefused) as exc:  # the number of replicas stays as it is meanwhile
             logger.debug("could not measure the load: %s", exc)
             return
         nodes, node = demand.nodes, self._birth.node
@@ -478,7 +472,7 @@ class Replica:
         sender, losses = self._consumer.link.sender, self._consumer.link.losses
         if (info != self._published or losses != self._published_at_loss) and sender.is_open:
             self._published, self._published_at_loss = info, losses
-            sender.send(lambda _: None, "HSET", self._keys.replicas(self._name), self._id, encode(info))
+            send_replica_report(sender, self._keys, self._name, self._id, info)
 
     def _report_deployed(self, deployed: Deployed) -> None:
         spec = deployed.spec
@@ -517,3 +511,12 @@ class Replica:
 
 def _traceback_of(error: Exception) -> str:
     return "".join(traceback.format_exception(what_was_raised(error)))
+
+
+@contextlib.contextmanager
+def _unavailable_if_refused() -> Iterator[None]:
+    """A replica that may not look at the state now goes on as it is, and looks again."""
+    try:
+        yield
+    except (ConfigurationError, CommandRefused) as exc:
+        raise BrokerUnavailable(f"Redis refuses to tell: {exc}") from exc

@@ -6,7 +6,7 @@ from typing import Any
 from qserve.background import spawn
 from qserve.broker.connection import Answer, Connection
 from qserve.broker.redis_errors import CommandRefused
-from qserve.broker.scripts import Script
+from qserve.broker.scripts import SUBMIT
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.wire.call_record import Durability
 
@@ -22,7 +22,7 @@ _MISSING: dict[Durability, str] = {
 
 
 class Confirmed:
-    """Runs scripts that write, on a connection of its own, which Redis holds back until what was written is safe.
+    """Submits on a connection of its own, whose answers Redis holds back until what was written is safe.
 
     What comes meanwhile is written together, and waited for together.
     """
@@ -31,17 +31,17 @@ class Confirmed:
         self._url = url
         self._durability = durability
         self._connection: Connection | None = None
-        self._waiting: list[tuple[Script, tuple[Any, ...], asyncio.Future[Answer]]] = []
+        self._waiting: list[tuple[tuple[Any, ...], asyncio.Future[Answer]]] = []
         self._runs = False
 
-    async def run(self, script: Script, arguments: tuple[Any, ...]) -> Answer:
-        """Run a script, wait until what it wrote is safe, and return its answer.
+    async def submit(self, arguments: tuple[Any, ...]) -> Answer:
+        """Submit what `submit_arguments` has made, wait until it is safe, and return what submit.lua returns.
 
         Raises:
             BrokerUnavailable: It is not known to be safe, nor to have run.
         """
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append((script, arguments, future))
+        self._waiting.append((arguments, future))
         if not self._runs:
             self._runs = True
             spawn(self._run())
@@ -52,11 +52,11 @@ class Confirmed:
             while self._waiting:
                 batch, self._waiting = self._waiting[:_AT_ONCE], self._waiting[_AT_ONCE:]
                 try:
-                    answers = await self._write([(script, arguments) for script, arguments, _ in batch])
+                    answers = await self._write([arguments for arguments, _ in batch])
                 except (BrokerUnavailable, ConfigurationError, CommandRefused, TimeoutError) as exc:
                     self.close()
                     answers = [BrokerUnavailable(str(exc) or "Redis does not answer")] * len(batch)
-                for (_, _, future), answer in zip(batch, answers, strict=True):
+                for (_, future), answer in zip(batch, answers, strict=True):
                     if isinstance(answer, BaseException):
                         future.set_exception(answer)
                     else:
@@ -64,12 +64,12 @@ class Confirmed:
         finally:
             self._runs = False
 
-    async def _write(self, batch: list[tuple[Script, tuple[Any, ...]]]) -> list[Answer]:
+    async def _write(self, batch: list[tuple[Any, ...]]) -> list[Answer]:
         if self._connection is None or not self._connection.is_open:
             self._connection = await Connection.open(self._url)
         connection = self._connection
         async with asyncio.timeout(PATIENCE_S + _SLACK_S):
-            runs = (script.call(connection, names, *arguments) for script, (names, *arguments) in batch)
+            runs = (SUBMIT.call(connection, names, *arguments) for names, *arguments in batch)
             answers = await asyncio.gather(*runs, return_exceptions=True)
             reached: Any = await connection.call(*_WAITS[self._durability], int(PATIENCE_S * 1000))
         if (reached[0] if isinstance(reached, list) else reached) < 1:

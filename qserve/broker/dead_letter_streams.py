@@ -1,0 +1,50 @@
+"""The streams of dead letters, one for each deployment. All of this goes over redis-py and raises as `letters` does."""
+
+from typing import Any, Final, cast
+
+import redis
+
+from qserve.broker.keys import Keys
+from qserve.broker.redis_errors import our_errors
+from qserve.broker.scripts import REVIVE
+
+DEAD_LETTERS_KEPT: Final = 10_000
+"""The most letters that a stream holds; the oldest go first."""
+
+
+def letters(client: redis.Redis, keys: Keys, deployment: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    """The (id, fields) of every letter of a deployment, oldest first.
+
+    Raises:
+        BrokerUnavailable, ConfigurationError, CommandRefused: Redis cannot be asked.
+    """
+    with our_errors(client):
+        found: Any = client.xrange(keys.dead_letters(deployment), count=DEAD_LETTERS_KEPT)
+    return list(found)
+
+
+def deployment_names(client: redis.Redis, keys: Keys) -> list[str]:
+    """The names of all deployments, in order."""
+    with our_errors(client):
+        found = cast("set[bytes]", client.smembers(keys.deployments))
+    return sorted(name.decode() for name in found)
+
+
+def attempts_of(client: redis.Redis, keys: Keys, call_id: str) -> int | None:
+    """How often a durable call was started; None if its record is gone."""
+    with our_errors(client):
+        counted = cast("bytes | None", client.hget(keys.call(call_id), "attempts"))
+    return int(counted) if counted is not None else None
+
+
+def revive(client: redis.Redis, keys: Keys, deployment: str, letter: str, call_id: str) -> str:
+    """Put the dead letter of a durable call on the queue again; what revive.lua returns."""
+    names = (keys.dead_letters(deployment), keys.calls(deployment), keys.call(call_id), keys.payload(call_id))
+    with our_errors(client):
+        return bytes(REVIVE.run(client, names, letter, call_id)).decode()
+
+
+def drop_letter(client: redis.Redis, keys: Keys, deployment: str, letter: str) -> None:
+    """Delete a letter."""
+    with our_errors(client):
+        client.xdel(keys.dead_letters(deployment), letter)
