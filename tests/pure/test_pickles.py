@@ -4,6 +4,7 @@ import pickle
 import pickletools
 from typing import Any
 
+import cloudpickle
 import pytest
 
 from qserve import errors, serve
@@ -118,3 +119,14 @@ def test_a_ref_says_what_to_do_instead() -> None:
     ref: Ref[int] = Ref()
     with pytest.raises(TypeError, match="pass it as an argument of a call"):
         pickle.dumps(ref)
+
+
+def test_a_deployment_whose_code_names_the_deployment_itself_is_pickled_by_value() -> None:
+    @serve.deployment
+    class Countdown:
+        def next_name(self) -> str:
+            return Countdown.name
+
+    again = cloudpickle.loads(cloudpickle.dumps(Countdown))
+    assert again == Countdown
+    assert again.func_or_class().next_name() == "Countdown"
