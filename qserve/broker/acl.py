@@ -96,7 +96,7 @@ ROLES = (
 
 
 def rules(role: Role, keys: Keys, passwords: Iterable[str], db: int = 0) -> list[str]:
-    """The rules of a role's user, as ACL SETUSER and files of users take them.
+    """The rules for the user of a role, in the form that ACL SETUSER and files of users take.
 
     Args:
         keys: Of the namespace that it is for.
@@ -121,5 +121,5 @@ def rules(role: Role, keys: Keys, passwords: Iterable[str], db: int = 0) -> list
 
 
 def hashed(password: str) -> str:
-    """A password as a rule that does not tell it."""
+    """The rule for a password, which holds its SHA-256 instead of the password."""
     return f"#{hashlib.sha256(password.encode()).hexdigest()}"

@@ -36,11 +36,11 @@ _SCHEMES = {
 
 @dataclass(frozen=True)
 class Tls:
-    """How the server proves who it is, and we who we are.
+    """How the server proves its identity, and how we prove ours.
 
     Attributes:
         ca_certs: File of authorities that are trusted besides the system's.
-        certfile, keyfile: What we show.
+        certfile, keyfile: The certificate and key that we show.
         verify: Whether the server has to show a certificate of an authority we trust.
         check_hostname: Whether it has to be for the host we connect to.
     """
@@ -53,7 +53,7 @@ class Tls:
 
     @functools.cached_property
     def context(self) -> ssl.SSLContext:
-        """For asyncio; redis-py makes the same out of `options`."""
+        """The TLS context for asyncio; redis-py makes an equal one from `options`."""
         context = ssl.create_default_context()
         context.check_hostname = self.check_hostname
         context.verify_mode = _VERIFY_MODES[self.verify]
@@ -65,7 +65,7 @@ class Tls:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The same for redis-py, all of it said, because its defaults have changed over time."""
+        """The same for redis-py; every option is given, because its defaults have changed over time."""
         return {
             "ssl_ca_certs": self.ca_certs,
             "ssl_certfile": self.certfile,
@@ -77,12 +77,12 @@ class Tls:
 
 @dataclass(frozen=True)
 class Broker:
-    """A Redis URL, taken apart.
+    """The parts of a Redis URL.
 
     Attributes:
-        path: Of its socket; then host and port mean nothing.
-        sentinels: Who knows where the primary of `service` is; then host and port mean nothing, either. The one that
-            answered last comes first.
+        path: The path of its socket; host and port then mean nothing.
+        sentinels: The sentinels that know where the primary of `service` is; host and port then mean nothing, either.
+            The one that answered last comes first.
     """
 
     host: str = "localhost"
@@ -99,7 +99,7 @@ class Broker:
 
     @property
     def place(self) -> str:
-        """Where that is, for people; no password in it."""
+        """Where the server is, as messages name it; it holds no password."""
         if self.sentinels:
             known_to = ", ".join(map(host_and_port, sorted(self.sentinels)))
             return f"the primary of {self.service!r} (sentinels {known_to})"
@@ -120,7 +120,7 @@ class Broker:
 
 @functools.cache
 def parse(url: str) -> Broker:
-    """What a URL says; the same object each time.
+    """Parse a URL; the same URL gives the same object each time.
 
     Raises:
         ConfigurationError: It cannot be understood, or names files that cannot be read.
@@ -135,7 +135,7 @@ def parse(url: str) -> Broker:
 
 
 def mask(url: str) -> str:
-    """A URL without its passwords, even if it is not well-formed."""
+    """Return a URL without its passwords, even if it is not well-formed."""
     url = re.sub(r"^([a-z+]+://)?.*@", r"\1***@", url, flags=re.DOTALL)
     return re.sub(r"(password=)[^&]*", r"\1***", url)
 

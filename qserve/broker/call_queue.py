@@ -1,4 +1,4 @@
-"""The queue of a deployment, as those who call it see it.
+"""The queue of a deployment, as its callers see it.
 
 A deployment's calls stand in one stream, read by all of its replicas through one consumer group. An entry stays in the
 stream until it is answered, so the length of the stream counts the calls that wait and those that run.
@@ -16,7 +16,7 @@ CALLS_PER_ADMIT = 256
 
 
 class CallQueue:
-    """One deployment's queue, for callers: put and cancel."""
+    """One deployment's queue, for its callers, who put calls on it and cancel them."""
 
     def __init__(self, keys: Keys, deployment: str) -> None:
         waiting = (keys.due(deployment), keys.low(deployment))
@@ -44,7 +44,10 @@ class CallQueue:
         ADMIT.send(connection, on_answer, self._admit_keys, *arguments)
 
     async def find(self, connection: Connection, calls: Sequence[str], age_ms: int) -> list[bytes | None]:
-        """Entries of calls by their ids, None for each that has none; the oldest was put `age_ms` ago at most."""
+        """The entry of each call, by the ids of the calls; None for one that has none.
+
+        Args:
+            age_ms: The oldest of the calls was put at most so long ago."""
         found: list[bytes | None] = await FIND.call(connection, (self._stream,), age_ms, *calls)
         return found
 

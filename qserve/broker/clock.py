@@ -21,7 +21,7 @@ class RedisClock:
         self._trusted_from_ms = 0.0
 
     async def sample(self, connection: Connection) -> bool:
-        """Compare with Redis once; whether its clock has jumped."""
+        """Compare the clocks once; returns whether that of Redis has jumped."""
         before = time.monotonic()
         seconds, microseconds = await connection.call("TIME")
         after = time.monotonic()

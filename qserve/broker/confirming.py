@@ -1,4 +1,4 @@
-"""Submissions that count only once Redis has them on its disk, or a replica of it has them too."""
+"""Submissions that count only when they are on the disk of Redis, or when a replica of it has them, too."""
 
 import asyncio
 from typing import Any

@@ -26,17 +26,17 @@ Answer = Any
 
 _CONNECT_TIMEOUT_S = 5.0
 _PRIMARY_TIMEOUT_S = 2.0
-"""For one that a sentinel names: it may be the one that has just died."""
+"""For a primary that a sentinel names, which may be the one that has just died."""
 _FOREIGN = ("READONLY", "MASTERDOWN", "UNBLOCKED force unblock")
-"""How the errors of a server begin that has become a replica."""
+"""How errors begin that a server answers when it has become a replica."""
 _WRONG = ("NOAUTH", "NOPERM", "WRONGPASS", "ERR")
-"""And those that another attempt does not change."""
+"""How errors begin that another attempt does not change."""
 _LARGE = 8 * 1024
 _KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 
 
 def ignore_answer(_answer: Answer) -> None:
-    """Take the answer of a command whose failure shows elsewhere."""
+    """Ignore the answer of a command whose failure shows elsewhere."""
 
 
 class Connection(asyncio.Protocol):
@@ -169,7 +169,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no answer is awaited, so that waiting for company would only cost time."""
+        """Whether no answer is awaited: then it only costs time to wait for other commands to send along."""
         return not self._waiting
 
     async def call(self, *command: Any) -> Answer:
@@ -188,7 +188,7 @@ class Connection(asyncio.Protocol):
         await self.call("PING")
 
     def flush(self) -> None:
-        """Write what is collected."""
+        """Write what `send` has collected."""
         if self._out and self._transport is not None:
             self._transport.write(b"".join(self._out))
         self._out.clear()
@@ -265,7 +265,7 @@ def _pack_large(command: tuple[Any, ...]) -> tuple[bytes, bytes, bytes]:
 
 
 class _Nothing:
-    """What the parser returns when it wants more bytes; hiredis' own default, False, is a possible answer."""
+    """What the parser returns when it needs more bytes; the default of hiredis, False, could be an answer."""
 
 
 _NOTHING = _Nothing()

@@ -1,4 +1,6 @@
-"""The embedded server: which binary, on which socket, with which options. Whoever runs the command owns the process."""
+"""The embedded server: which binary runs, on which socket and with which options.
+
+Whoever runs the command owns the process."""
 
 import importlib.util
 import re
@@ -14,12 +16,12 @@ SOCKET_PATH_LIMIT = 100
 
 
 def socket_path(folder: Path) -> Path:
-    """Where the server of a folder listens."""
+    """The path of the socket on which the server of a folder listens."""
     return folder / "valkey.sock"
 
 
 def redis_url(folder: Path) -> str:
-    """URL of the server of a folder."""
+    """The URL of the server of a folder."""
     return f"unix://{socket_path(folder)}"
 
 

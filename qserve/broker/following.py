@@ -71,7 +71,7 @@ async def read_snapshot(client: redis.asyncio.Redis, keys: Keys, signer: Signer)
 
 
 async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerator[Change, None]:
-    """Changes after log entry `from_id`, for ever.
+    """Yield every change after log entry `from_id`, without end.
 
     Reconnects by itself; after that comes a Change of kind "resync", upon which a snapshot must be read again.
     """
@@ -119,16 +119,16 @@ async def _read_log(client: redis.asyncio.Redis, keys: Keys, position: str) -> l
 
 
 async def last_log_id(client: redis.asyncio.Redis, keys: Keys) -> str:
-    """The newest entry of the state log: what is read after this is at least as new."""
+    """The id of the newest entry of the state log; what is read after this call is at least as new."""
     newest = await _ask(client, "XREVRANGE", keys.log, "+", "-", "COUNT", 1)
     return newest[0][0].decode() if newest else "0-0"
 
 
 async def ask(client: redis.asyncio.Redis, *command: Any) -> Any:
-    """The answer to a command.
+    """Return the answer to a command.
 
     Raises:
-        BrokerUnavailable, ConfigurationError: There is none.
+        BrokerUnavailable, ConfigurationError: Redis cannot be asked.
     """
     with our_errors(client):
         return await _ask(client, *command)

@@ -23,7 +23,7 @@ DIED, LEFT = "dead", "left"
 def beat(
     client: redis.Redis, keys: Keys, deployment: str, replica: str, entries: Sequence[bytes], *, serving: bool
 ) -> list[bytes]:
-    """Say that a replica lives; with entry ids, learn which of them it no longer owns.
+    """Say that a replica lives; with entry ids, return those that it no longer owns.
 
     For the heartbeat thread, which has a connection of its own.
     """
@@ -48,7 +48,7 @@ class Demand(NamedTuple):
 
 
 def measure(client: redis.Redis, keys: Keys, deployment: str) -> Demand:
-    """What there is to do for a deployment, for the heartbeat thread."""
+    """Look how much there is to do for a deployment, from the heartbeat thread."""
     names = (keys.calls(deployment), keys.low(deployment), keys.workers(deployment))
     with our_errors(client):
         calls, waited_ms, *nodes = DEMAND.run(client, names, GROUP, keys.alive(""))
@@ -56,7 +56,7 @@ def measure(client: redis.Redis, keys: Keys, deployment: str) -> Demand:
 
 
 def leave(client: redis.Redis, keys: Keys, deployment: str, replica: str, *, all_answered: bool) -> bool:
-    """Take a replica out of the books; False if calls it never started wait for a neighbour to take them.
+    """Forget a replica that leaves; False if calls that it never started wait for a neighbour to take them.
 
     Args:
         all_answered: Every call it started is answered for certain; else those still pending count as started.

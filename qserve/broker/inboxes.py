@@ -21,7 +21,7 @@ INBOX_TTL_MS = 35_000
 
 
 class Inbox:
-    """The messages to one process: read in order, none lost by a broken read."""
+    """The messages to one process, which are read in order; a read that breaks off loses none."""
 
     def __init__(self, keys: Keys, process: str) -> None:
         self._stream = keys.inbox(process)
@@ -44,12 +44,12 @@ class Inbox:
         return frames
 
     async def newest(self, connection: Connection) -> bytes:
-        """Id of the last message that stands in the inbox."""
+        """The id of the last message in the inbox."""
         answer = await connection.call("XREVRANGE", self._stream, "+", "-", "COUNT", 1)
         return bytes(answer[0][0]) if answer else b"0-0"
 
     def has_seen(self, message: bytes) -> bool:
-        """Whether a message was read."""
+        """Whether a message has been read."""
         return order(message) <= order(self._last)
 
     def trim(self, connection: Connection) -> None:
@@ -78,19 +78,19 @@ class Inbox:
         await PRESENT.call(connection, (self._alive, self._stream), CALLER_TTL_MS, INBOX_TTL_MS)
 
     def discard(self, connection: Connection) -> None:
-        """Close for good: later replies are dropped."""
+        """Close the inbox for good; later replies are dropped."""
         connection.send(ignore_answer, "DEL", self._alive, self._stream)
 
 
 def control_frame(signer: Signer, to: str, control: Control, about: str = "") -> bytes:
-    """A control message, ready for the inbox of `to`."""
+    """Return a control message that can be put into the inbox of `to`."""
     return signer.seal(encode(Reply(about, to, CONTROL, encode(control))))
 
 
 def send_control(
     connection: Connection, keys: Keys, signer: Signer, to: str, control: Control, about: str = ""
 ) -> None:
-    """Tell a process something, if it lives."""
+    """Send a control message to a process, if it lives."""
     frame = control_frame(signer, to, control, about)
     TELL.send(connection, ignore_answer, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame)
 

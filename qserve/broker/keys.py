@@ -87,7 +87,7 @@ class Keys:
         return self._key("p", call_id)
 
     def claims(self, process: str, part: int) -> str:
-        """String of bits: which calls of a process were run; 32,768 of them in each part."""
+        """String of bits: which calls of a process were run; each part holds 32,768 of them."""
         return self._key("claims", process, str(part))
 
     def call(self, call_id: str) -> str:

@@ -1,4 +1,4 @@
-"""A pair of connections to Redis that comes back by itself: one to send on, one to wait on."""
+"""A pair of connections to Redis, one to send on and one to wait on, which is made anew when it is lost."""
 
 import asyncio
 import logging
@@ -24,7 +24,7 @@ PATIENCE_S = 1.0
 
 
 class Link:
-    """Two connections that live and die together; a lost pair is replaced with full jitter between 0 and 2 s.
+    """Two connections that are lost together; a lost pair is replaced after a random pause of at most 2 s.
 
     Args:
         url: Redis URL.
@@ -82,7 +82,7 @@ class Link:
             sender.send(ignore_answer, "PING")  # so that it owes one
 
     def lose(self) -> None:
-        """Give up this pair and make another."""
+        """Give up this pair of connections and make another."""
         self._disconnect()
         self.losses += 1
         self._lost.set()

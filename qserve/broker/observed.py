@@ -13,7 +13,7 @@ from qserve.wire.spec import GatewayInfo, NodeInfo, ReplicaInfo, WorkerInfo
 
 
 class Observed:
-    """What is to be seen of one namespace. Thread-safe, synchronous.
+    """The observed state of one namespace. Thread-safe, synchronous.
 
     Every method raises `BrokerUnavailable` or `ConfigurationError` where Redis cannot be asked.
     """
@@ -23,11 +23,11 @@ class Observed:
         self._keys = keys
 
     def nodes(self) -> dict[str, NodeInfo]:
-        """Live nodes by id."""
+        """The live nodes by id."""
         return self._alive(self._infos(self._keys.nodes, NodeInfo))
 
     def gateways(self) -> dict[str, GatewayInfo]:
-        """Live gateways by id."""
+        """The live gateways by id."""
         found = self._alive(self._infos(self._keys.gateways, GatewayInfo))
         return {id_: info for id_, info in found.items() if not _gone_from_here(info.host, info.pid)}
 
@@ -36,7 +36,7 @@ class Observed:
         return self._infos(self._keys.workers(name), WorkerInfo)
 
     def replicas(self, name: str) -> dict[str, ReplicaInfo]:
-        """Replicas of a deployment by id, without those whose death is known."""
+        """The replicas of a deployment by id, without those whose death is known."""
         beats = self._do("HGETALL", self._keys.heartbeats(name))
         gone = {id_.decode() for id_, beat in beats.items() if not beat.isdigit()}
         found = self._infos(self._keys.replicas(name), ReplicaInfo)
@@ -47,11 +47,11 @@ class Observed:
         return bool(self._do("EXISTS", self._keys.alive(process)))
 
     def queued(self, name: str) -> int:
-        """Calls of a deployment that wait or run."""
+        """How many calls of a deployment wait or run."""
         return int(self._do("XLEN", self._keys.calls(name)))
 
     def waiting(self, name: str) -> tuple[int, float]:
-        """Calls of a deployment that no replica has taken: how many, and the seconds for which the first has waited."""
+        """How many calls of a deployment no replica has taken, and the seconds for which the first has waited."""
         key = self._keys.calls(name)
         try:
             (group, *_) = self._do("XINFO", "GROUPS", key)
@@ -66,7 +66,7 @@ class Observed:
         return self.queued(name) - int(facts[b"pending"]), max(0.0, age_s)
 
     def counters(self) -> dict[str, int]:
-        """Rare events of all processes, by name."""
+        """How often rare events have happened in all processes, by name."""
         found: dict[bytes, bytes] = self._do("HGETALL", self._keys.counters)
         return {name.decode(): int(count) for name, count in found.items()}
 

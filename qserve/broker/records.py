@@ -1,4 +1,4 @@
-"""The records of durable calls on Redis: every script with the one place that calls it."""
+"""The records of durable calls, as callers and replicas write and read them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -95,7 +95,7 @@ class Records:
     # For replicas
 
     async def run(self, connection: Connection, call: DurableCall, replica: str, entry: bytes) -> list[Any]:
-        """Note that a call is about to run; what run_call.lua returns."""
+        """Note that a call is about to run; returns what run_call.lua returns."""
         names = (self._keys.calls(call.deployment), self._keys.call(call.id), self._keys.parts(call.id))
         answer: list[Any] = await RUN_CALL.call(connection, names, GROUP, replica, entry)
         return answer
@@ -155,7 +155,7 @@ class Records:
         return [(int(entry.split(b"-")[1]), int(fields[3]) / 1000, fields[1]) for entry, fields in answer]
 
     async def move_due(self, connection: Connection, deployment: str, replica: str, *, anyway: bool) -> list[Any]:
-        """Queue what is due; what due.lua returns."""
+        """Put calls on the queue that are due; returns what due.lua returns."""
         keys = self._keys
         names = (keys.due(deployment), keys.calls(deployment), keys.mover(deployment), keys.low(deployment))
         arguments = (keys.base, replica, _LEASE_MS, _MOVED_AT_ONCE, "1" if anyway else "0", GROUP)

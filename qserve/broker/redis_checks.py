@@ -1,4 +1,6 @@
-"""Is this Redis fit to carry calls? `qserve doctor` prints the findings; whoever starts a service refuses on a failure.
+"""Checks whether a Redis server can carry calls.
+
+`qserve doctor` prints the findings; whoever starts a service refuses a server with a failure.
 
 The judgements are plain functions over what INFO and CONFIG GET answered; only `check_server` talks to a server.
 """
@@ -81,7 +83,7 @@ def connect(url: str, timeout_s: float = 2.0) -> "Redis":
 
 
 def check_server(redis: "Redis") -> list[Finding]:
-    """Everything that can be found out about a server; the first finding says whether it answers at all."""
+    """Check everything that can be found out about a server; the first finding says whether it answers at all."""
     broker = broker_of(redis)
     sentinels = list(check_sentinels(broker))
     if any(finding.level == FAIL for finding in sentinels):
@@ -131,7 +133,7 @@ def as_error(finding: Finding, place: str) -> QServeError:
 
 
 def judge(info: Mapping[str, Any], config: Mapping[str, str]) -> list[Finding]:
-    """What INFO and CONFIG GET say about a server; `config` is empty where CONFIG is not allowed."""
+    """Judge what INFO and CONFIG GET say about a server; `config` is empty where CONFIG is not allowed."""
     return [
         *check_version(info),
         *check_known_holes(info, config),
@@ -150,7 +152,7 @@ def server_version(info: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
 
 
 def check_version(info: Mapping[str, Any]) -> Iterator[Finding]:
-    """New enough for the scripts."""
+    """Check that the version is new enough for the scripts."""
     name, version = server_version(info)
     text = f"{name} {'.'.join(map(str, version))}"
     if version < OLDEST_USABLE:
@@ -160,7 +162,7 @@ def check_version(info: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def check_known_holes(info: Mapping[str, Any], config: Mapping[str, str]) -> Iterator[Finding]:
-    """Published remote holes of this very version; warnings, since distributions patch without renumbering."""
+    """Warn of published remote holes of this very version; distributions patch without a new number."""
     name, version = server_version(info)
     fixed = _FIXED_SINCE[name]
     major, minor, patch = version
@@ -184,7 +186,7 @@ def check_known_holes(info: Mapping[str, Any], config: Mapping[str, str]) -> Ite
 
 
 def check_role(info: Mapping[str, Any]) -> Iterator[Finding]:
-    """Something that takes writes, in one piece."""
+    """Check that the server takes writes and is no cluster."""
     if info.get("role", "master") != "master":
         yield Finding("role", FAIL, "this server is a read-only replica", "Give the URL of its primary")
     if str(info.get("cluster_enabled", 0)) == "1":
@@ -192,7 +194,7 @@ def check_role(info: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def check_sentinels(broker: Broker) -> Iterator[Finding]:
-    """They answer, and agree."""
+    """Check that the sentinels answer and agree."""
     if not broker.sentinels:
         return
     problems: list[str] = []
@@ -218,7 +220,7 @@ def check_sentinels(broker: Broker) -> Iterator[Finding]:
 
 
 def check_eviction(info: Mapping[str, Any]) -> Iterator[Finding]:
-    """Nothing may be thrown away behind our back: a queue is one key, and so is a reply."""
+    """Check that the server evicts no keys: a queue is one key, and so is a reply."""
     policy = str(info.get("maxmemory_policy", ""))
     if policy == "noeviction":
         yield Finding("eviction", OK, "maxmemory-policy is noeviction")
@@ -235,7 +237,7 @@ def check_eviction(info: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def check_memory(info: Mapping[str, Any]) -> Iterator[Finding]:
-    """Room for calls."""
+    """Check that there is memory left for calls."""
     used, limit = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
     if limit and used > 0.9 * limit:
         yield Finding(
@@ -247,7 +249,7 @@ def check_memory(info: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def check_durability(info: Mapping[str, Any], config: Mapping[str, str]) -> Iterator[Finding]:
-    """What survives a restart of the server."""
+    """Check what survives a restart of the server."""
     for status in ("aof_last_write_status", "rdb_last_bgsave_status"):
         if info.get(status, "ok") != "ok":
             yield Finding(
@@ -268,7 +270,7 @@ def check_durability(info: Mapping[str, Any], config: Mapping[str, str]) -> Iter
 
 
 def check_connections(config: Mapping[str, str]) -> Iterator[Finding]:
-    """Idle connections live, dead ones are noticed."""
+    """Check that idle connections are kept and that dead ones are noticed."""
     if not config:
         yield Finding("settings", WARN, "CONFIG GET is not allowed here, so only INFO was looked at")
         return
@@ -289,7 +291,7 @@ def check_connections(config: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def check_clock(offset_s: float) -> Iterator[Finding]:
-    """Only ages shown to people depend on it: deadlines are never compared across clocks."""
+    """Compare the clocks. Only ages that are shown depend on it: deadlines are never compared across clocks."""
     if abs(offset_s) > _CLOCK_TOLERANCE_S:
         side = "ahead of" if offset_s > 0 else "behind"
         yield Finding(
@@ -303,7 +305,7 @@ def check_clock(offset_s: float) -> Iterator[Finding]:
 
 
 def check_exposure(broker: Broker) -> Iterator[Finding]:
-    """Whoever can write to the queues decides what replicas run."""
+    """Check that not everybody can write to the queues, and so decide what replicas run."""
     if broker.path or (broker.host in _LOCAL_HOSTS and not broker.sentinels):
         return
     if not broker.password:
@@ -316,7 +318,7 @@ def check_exposure(broker: Broker) -> Iterator[Finding]:
 
 
 def why_unreachable(exc: Exception, place: str, *, has_password: bool) -> Finding:
-    """The finding for a server that did not let us look."""
+    """Return the finding for a server that did not let us look."""
     text = str(exc).rstrip(".")
     if isinstance(exc, AuthenticationError | AuthorizationError):
         return _wrong_password(place, text, has_password=has_password)

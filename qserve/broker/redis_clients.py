@@ -39,8 +39,8 @@ def client(url: str, timeout_s: float, *, any_role: bool = False, **options: Any
 
     Args:
         timeout_s: How long it waits for an answer; for a connection at most two seconds of that.
-        any_role: It may be a replica.
-        options: Further ones of redis-py's connections.
+        any_role: The server may be a replica.
+        options: Further options of redis-py's connections.
 
     Raises:
         ConfigurationError: Not a Redis URL.
@@ -54,12 +54,12 @@ def asyncio_client(url: str, timeout_s: float) -> "redis.asyncio.Redis":
 
 
 def unreachable(broker: Broker, problems: list[str]) -> str:
-    """What to say when no sentinel names a primary that can be used."""
+    """Return what is said when no sentinel names a primary that can be used."""
     return f"found nothing to connect to for {broker.place}: {'; '.join(problems)}"
 
 
 def role_problem(answer: object, place: str) -> str:
-    """What is wrong with a server that answers ROLE like this; "" if it takes writes, or does not tell."""
+    """Return what is wrong with a server that answers ROLE like this; "" if it takes writes, or does not tell."""
     role = answer[0] if isinstance(answer, list) and answer else b"master"
     return "" if role == b"master" else f"Redis at {place} is a read-only replica"
 
@@ -68,7 +68,9 @@ def role_problem(answer: object, place: str) -> str:
 
 
 def primaries(broker: Broker, problems: list[str]) -> Iterator[Address]:
-    """Where the primary is, as each sentinel in turn has it; no address twice. What goes wrong is added to `problems`.
+    """Yield where the primary is, as each sentinel in turn has it, without an address twice.
+
+    What goes wrong is added to `problems`.
 
     Several, because a sentinel that was cut off from the others may know an old one only.
     """
@@ -157,7 +159,7 @@ def _options(broker: Broker, timeout_s: float) -> dict[str, Any]:
 
 
 class _Rested:
-    """Of a connection that knows how long it has not been used."""
+    """Base of connections that know how long they have not been used."""
 
     host: str
     port: int
@@ -177,7 +179,7 @@ class _Rested:
 
 
 class _Finding(_Rested):
-    """Of a connection that asks the sentinels first, where there are any, and again after a rest."""
+    """Base of connections that ask the sentinels, where there are any, before they connect and again after a rest."""
 
     _sock: Any
 
@@ -214,19 +216,19 @@ class _Finding(_Rested):
 
 
 class _Tcp(_Finding, redis.Connection):
-    """To host and port."""
+    """A connection to a host and port."""
 
 
 class _Tls(_Finding, redis.SSLConnection):
-    """To host and port, encrypted."""
+    """An encrypted connection to a host and port."""
 
 
 class _Unix(_Finding, redis.UnixDomainSocketConnection):
-    """To a socket."""
+    """A connection to a socket."""
 
 
 class _AsyncFinding(_Rested):
-    """Like `_Finding`."""
+    """Like `_Finding`, for an event loop."""
 
     is_connected: bool
 
@@ -263,15 +265,15 @@ class _AsyncFinding(_Rested):
 
 
 class _AsyncTcp(_AsyncFinding, redis.asyncio.Connection):
-    """To host and port."""
+    """A connection to a host and port."""
 
 
 class _AsyncTls(_AsyncFinding, redis.asyncio.SSLConnection):
-    """To host and port, encrypted."""
+    """An encrypted connection to a host and port."""
 
 
 class _AsyncUnix(_AsyncFinding, redis.asyncio.UnixDomainSocketConnection):
-    """To a socket."""
+    """A connection to a socket."""
 
 
 def _place(connection: Any) -> str:

@@ -1,4 +1,4 @@
-"""What Redis and redis-py raise, made into errors of ours: nobody outside of this folder knows theirs."""
+"""Translates what Redis and redis-py raise into our errors; theirs are not known outside of this folder."""
 
 import contextlib
 from collections.abc import Iterator

@@ -50,7 +50,7 @@ class FullQueues:
         self._paces: dict[str, Pace] = {}
 
     def refusal(self, deployment: str, depth: int) -> BackPressureError:
-        """For a call that found so many others in the queue."""
+        """The error for a call that found so many others in the queue."""
         pace = self._paces.get(deployment)
         if pace is None:
             pace = self._paces[deployment] = Pace(self._keys.calls(deployment))

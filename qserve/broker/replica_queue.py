@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
     @property
     def time_ms(self) -> int:
-        """When it was put, in ms on Redis' clock."""
+        """When the entry was put, in ms on Redis' clock."""
         return int(self.id.split(b"-", 1)[0])
 
 
@@ -56,7 +56,7 @@ def _entry(raw: Sequence[Any], deliveries: int = 1) -> Entry:
 
 
 class ReplicaQueue:
-    """One deployment's queue, for a replica: read, reply, take over, beat, leave."""
+    """One deployment's queue, for a replica, which reads calls from it, answers them and takes over those of others."""
 
     def __init__(self, keys: Keys, deployment: str, replica: str) -> None:
         self._keys = keys
@@ -144,7 +144,7 @@ class ReplicaQueue:
         return [_entry(raw, deliveries) for deliveries, raw in answer]
 
     async def introduce(self, connection: Connection) -> None:
-        """Be known to the neighbours: they look seldom for calls of a replica whose heart they never heard."""
+        """Beat once, so that the neighbours know of this replica; for calls of one that never beat they look seldom."""
         names = (self._stream, self._heartbeats, self._keys.meta(self.deployment))
         await BEAT.call(connection, names, GROUP, self._replica, "0")
 
@@ -153,7 +153,7 @@ class ReplicaQueue:
         return bool(await START_AGAIN.call(connection, (self._stream,), GROUP, self._replica, entry))
 
     async def heartbeats(self, connection: Connection) -> dict[str, bytes]:
-        """Replica id -> counter, DIED or LEFT."""
+        """The heartbeat of every replica by its id: a counter, DIED or LEFT."""
         answer = await connection.call("HGETALL", self._heartbeats)
         return {key.decode(): value for key, value in zip(answer[::2], answer[1::2], strict=True)}
 
@@ -166,13 +166,13 @@ class ReplicaQueue:
                 await connection.call("HSETNX", self._heartbeats, consumer[b"name"], 0)
 
     async def silent_workers(self, connection: Connection) -> list[str]:
-        """Nodes (or workers without one) that have told how far they are here, and do not say that they live."""
+        """The nodes (or workers without one) that have reported on this deployment and no longer say that they live."""
         told = await connection.call("HKEYS", self._keys.workers(self.deployment))
         nodes = [node.decode() for node in told]
         return [node for node in nodes if not await connection.call("EXISTS", self._keys.alive(node))]
 
     async def forget_worker(self, connection: Connection, node: str) -> None:
-        """Remove what a worker told that is gone."""
+        """Remove the report of a worker that is gone."""
         await connection.call("HDEL", self._keys.workers(self.deployment), node)
 
     async def last_from_before(self, connection: Connection) -> bytes | None:

@@ -29,7 +29,7 @@ class Memory:
     there then is no wish to undeploy everything.
 
     Args:
-        restores: Put back what is forgotten; else go on as before until somebody deploys.
+        restores: Whether to put back what the server has forgotten; else nothing changes until somebody deploys.
     """
 
     def __init__(self, keys: Keys, signer: Signer, *, restores: bool) -> None:

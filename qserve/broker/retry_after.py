@@ -13,7 +13,7 @@ _TOO_OLD_S = 30.0
 
 
 class Pace:
-    """Calls per second that leave one queue, whoever put them there. Looks only while calls are refused.
+    """How many calls leave one queue in a second, whoever put them there. It is measured only while calls are refused.
 
     A stream counts what was ever added to it; less its length, that is what was ever answered.
     """
@@ -35,7 +35,7 @@ class Pace:
         connection.send(self._take, "XINFO", "STREAM", self._stream)
 
     def wait_s(self, depth: int) -> float:
-        """Seconds in which so many calls will have left, give or take a quarter: not all shall come back at once."""
+        """The seconds in which so many calls will have left, give or take a quarter, so that not all return at once."""
         if self._per_s is None:
             return random.uniform(SHORTEST_S, 3)  # noqa: S311
         expected = depth / self._per_s if self._per_s else LONGEST_S

@@ -120,11 +120,11 @@ class State:
             self._run(SIGN, (key,), deployed.generation, signed)
 
     def generation(self, name: str) -> int:
-        """The newest generation ever used under a name, 0 for none."""
+        """The newest generation ever used under a name; 0 if there was none."""
         return int(self._do("HGET", self.keys.meta(name), "gen") or 0)
 
     def get(self, name: str) -> Deployed | None:
-        """The deployment of a name, None where there is none.
+        """The deployment of a name; None if there is none.
 
         Raises:
             FrameRejected: Its spec was not signed with a key of ours.
@@ -132,7 +132,7 @@ class State:
         return decode_deployed(self.signer, name, self._do("HMGET", self.keys.meta(name), *META_FIELDS))
 
     def find(self, name: str) -> Deployed | None:
-        """Like `get`; None with an error in the log for a spec that no key of ours signed."""
+        """Like `get`; a spec that no key of ours signed gives None and an error in the log."""
         return checked(lambda: self.get(name), f"the spec of deployment {name!r}")
 
     def list(self) -> dict[str, Deployed]:
@@ -141,7 +141,7 @@ class State:
         return {name: deployed for name, deployed in found if deployed is not None}
 
     def check_key(self) -> None:
-        """See that what is deployed can be read.
+        """Check that what is deployed can be read.
 
         Raises:
             FrameRejected: Not one of the specs was signed with a key of ours: so this process has another one.
@@ -158,11 +158,11 @@ class State:
             raise rejected
 
     def routes(self) -> dict[str, str]:
-        """Route prefix -> deployment name."""
+        """The name of the deployment of each route prefix."""
         return {d.spec.route_prefix: name for name, d in self.list().items() if d.spec.route_prefix is not None}
 
     def get_http(self) -> HttpSettings:
-        """What every gateway needs to know of the HTTP options."""
+        """The HTTP options that every gateway follows."""
         return decode_http(self.signer, self._do("GET", self.keys.http_options))
 
     def set_http(self, settings: HttpSettings) -> str:

@@ -19,14 +19,16 @@ _FRAME = '  File "'
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @redis_url_option
-@click.option("--timeout", type=click.FloatRange(min=0), default=60.0, help="Seconds to wait.", show_default=True)
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), default=60.0, help="Seconds to wait for the result.", show_default=True
+)
 @click.argument("name")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[METHOD] [ARG | KEY=VALUE]...")
 def call(name: str, arguments: tuple[str, ...], timeout: float) -> None:
     """Call the deployment NAME and print what it returns.
 
     Arguments are JSON where they parse as JSON, else strings: 3, [1,2], true, hello, KEY=VALUE. For a class, a first
-    word that could be a method's name is one; `qserve call Echo __call__ hello` passes the word on.
+    word that could be a method's name is taken for one. `qserve call Echo __call__ hello` passes the word on instead.
 
     Results are printed as JSON where they can be, else as their repr.
     """
@@ -58,7 +60,7 @@ def parse_call(words: tuple[str, ...], *, may_have_method: bool) -> tuple[str, l
         if equals and key.isidentifier():
             kwargs[key] = parse_value(value)
         elif kwargs:
-            raise click.UsageError(f"The argument {word!r} stands after a KEY=VALUE; put it before.")
+            raise click.UsageError(f"The argument {word!r} stands after a KEY=VALUE. Put it before.")
         else:
             args.append(parse_value(word))
     return method, args, kwargs

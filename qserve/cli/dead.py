@@ -25,7 +25,7 @@ def dead() -> None:
 
 @dead.command()
 @redis_url_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each, a line each.")
 @click.argument("name", required=False)
 def ls(name: str | None, as_json: bool) -> None:
     """List the dead letters, of the deployment NAME or of all."""
@@ -45,7 +45,7 @@ def ls(name: str | None, as_json: bool) -> None:
 @click.argument("name")
 @click.argument("letter")
 def show(name: str, letter: str) -> None:
-    """Show one: LETTER is its id, or that of its call."""
+    """Show one dead letter. LETTER is its id, or the id of its call."""
     with _dead_letters() as letters:
         found = letters.get(name, letter)
         facts = found.facts() | letters.contents(found)
@@ -54,11 +54,11 @@ def show(name: str, letter: str) -> None:
 
 @dead.command()
 @redis_url_option
-@click.option("--all", "every", is_flag=True, help="Every one of NAME.")
+@click.option("--all", "every", is_flag=True, help="All dead letters of the deployment NAME.")
 @click.argument("name")
 @click.argument("letter", required=False)
 def retry(name: str, letter: str | None, every: bool) -> None:
-    """Send one again, or --all of NAME; prints the ids by which the results can be had."""
+    """Send one dead letter again, or --all of NAME, and print the ids by which the results can be fetched."""
     with _dead_letters() as letters:
         for found in _chosen(letters, name, letter, every):
             try:
@@ -71,11 +71,11 @@ def retry(name: str, letter: str | None, every: bool) -> None:
 
 @dead.command()
 @redis_url_option
-@click.option("--all", "every", is_flag=True, help="Every one of NAME.")
+@click.option("--all", "every", is_flag=True, help="All dead letters of the deployment NAME.")
 @click.argument("name")
 @click.argument("letter", required=False)
 def drop(name: str, letter: str | None, every: bool) -> None:
-    """Forget one, or --all of NAME."""
+    """Forget one dead letter, or --all of NAME."""
     with _dead_letters() as letters:
         for found in _chosen(letters, name, letter, every):
             letters.drop(found)
@@ -90,5 +90,5 @@ def _dead_letters() -> Iterator[DeadLetters]:
 
 def _chosen(letters: DeadLetters, name: str, letter: str | None, every: bool) -> list[Letter]:
     if every == (letter is not None):
-        raise Failure("Name one letter, or say --all.")
+        raise Failure("Name one letter, or give --all.")
     return list(letters.of(name)) if letter is None else [letters.get(name, letter)]

@@ -16,7 +16,11 @@ from qserve.wire.spec import WAITING
 
 @click.command()
 @redis_url_option
-@click.option("--replicas", type=click.IntRange(min=1), help="Replicas of every deployment, whatever the code says.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    help="Number of replicas of every deployment, instead of what the code says.",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0),
@@ -78,4 +82,4 @@ def shutdown() -> None:
         stop_instance(record)
         note(f"Stopped the instance on this machine (pid {record.pid}).")
     elif nodes:
-        note(f"Nodes that go on: {', '.join(nodes)}.")
+        note(f"The nodes on {', '.join(nodes)} go on running, with nothing to serve.")

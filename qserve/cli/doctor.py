@@ -1,4 +1,4 @@
-"""`qserve doctor`."""
+"""`qserve doctor`: whether the Redis server is fit for qserve."""
 
 import click
 
@@ -13,9 +13,9 @@ _MARKS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", 
 @redis_url_option
 @click.pass_context
 def doctor(ctx: click.Context) -> None:
-    """Look for everything about the Redis server that would lose or delay calls.
+    """Check the Redis server for everything that would lose or delay calls.
 
-    Exit code 1 when something has to be changed before qserve can use it.
+    The exit code is 1 if something has to be changed before qserve can use the server.
     """
     with connect(find_settings().redis_url) as redis:
         findings = check_server(redis)

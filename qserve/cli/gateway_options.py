@@ -15,9 +15,11 @@ _OPTIONS = (
         show_default=True,
         help="Gateway processes that share the port.",
     ),
-    click.option("--ssl-certfile", metavar="FILE", help="Certificate chain; with it HTTPS is served."),
-    click.option("--ssl-keyfile", metavar="FILE", help="Its key, where it does not stand in the same file."),
-    click.option("--ssl-ca-certs", metavar="FILE", help="Clients need a certificate of one of these authorities."),
+    click.option("--ssl-certfile", metavar="FILE", help="Certificate chain. With it, the gateway serves HTTPS."),
+    click.option("--ssl-keyfile", metavar="FILE", help="The key of the certificate, if it is not in the same file."),
+    click.option(
+        "--ssl-ca-certs", metavar="FILE", help="Clients have to show a certificate of one of these authorities."
+    ),
 )
 
 

@@ -39,7 +39,7 @@ def redis_url_option(command: Command) -> Command:
 
 
 def users_part(text: str) -> str:
-    """A text without those frames of the tracebacks in it that only lead from a replica to the user's code."""
+    """Return a text without the frames of its tracebacks that only lead from a replica to the user's code."""
     kept: list[str] = []
     leading = skipping = False
     for line in text.strip().splitlines():
@@ -57,12 +57,12 @@ def users_part(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """A line about what is going on; results go to stdout, this does not."""
+    """Print a line about what is going on to stderr; results go to stdout."""
     click.echo(text, err=True)
 
 
 def log_to_stderr() -> None:
-    """Show the library's warnings; what goes well, commands say themselves."""
+    """Show the warnings of the library; commands say by themselves what goes well."""
     logging.basicConfig(
         level=os.environ.get("QSERVE_LOG_LEVEL", "WARNING").upper(),
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",

@@ -1,4 +1,4 @@
-"""`qserve redis-acl`."""
+"""`qserve redis-acl`: users of the Redis server with few rights."""
 
 import os
 import secrets
@@ -12,17 +12,19 @@ from qserve.wire.names import is_name
 
 
 @click.command("redis-acl")
-@click.option("--namespace", envvar="QSERVE_NAMESPACE", default="default", show_default=True, help="Of the instance.")
-@click.option("--prefix", default="qserve-", show_default=True, help="What the users' names begin with.")
+@click.option(
+    "--namespace", envvar="QSERVE_NAMESPACE", default="default", show_default=True, help="Namespace of the instance."
+)
+@click.option("--prefix", default="qserve-", show_default=True, help="The beginning of the users' names.")
 @click.option("--db", default=0, show_default=True, help="Number of the database in the URLs.")
 @click.option("--setuser", is_flag=True, help="Print ACL SETUSER commands for redis-cli, not a file of users.")
-@click.option("--generate", is_flag=True, help="Make up passwords, and print them to stderr.")
+@click.option("--generate", is_flag=True, help="Generate passwords and print them to stderr.")
 @click.argument("roles", nargs=-1, type=click.Choice([role.name for role in ROLES]))
 def redis_acl(namespace: str, prefix: str, db: int, setuser: bool, generate: bool, roles: tuple[str, ...]) -> None:
     """Print Redis users who may do what their processes need, and nothing else.
 
     ROLES are gateway, worker, deployer, client and metrics; all of them unless named. A password is read from
-    QSERVE_ACL_<ROLE>, or made up with --generate; else a placeholder stands for it. The output is a file for the
+    QSERVE_ACL_<ROLE>, or generated with --generate; else the output has a placeholder. The output is a file for the
     server's `aclfile` setting, or with --setuser commands for `redis-cli`.
     """
     if not is_name(namespace) or not is_name(f"{prefix}x"):

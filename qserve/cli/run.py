@@ -43,9 +43,13 @@ _FORCED = 130
 @redis_url_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on.")
-@click.option("--replicas", type=click.IntRange(min=1), help="Replicas of every deployment, whatever the code says.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    help="Number of replicas of every deployment, instead of what the code says.",
+)
 @click.option("--reload", is_flag=True, help="Deploy again when a source file of the application changes.")
-@click.option("--debug", is_flag=True, help="Put tracebacks into HTTP error bodies.")
+@click.option("--debug", is_flag=True, help="Put tracebacks into the bodies of HTTP errors.")
 @gateway_options
 @click.argument("app", metavar="MODULE[:NAME]", envvar="QSERVE_APP")
 def run(
@@ -131,7 +135,7 @@ def bring_up(
 
 
 def introduce(specs: Sequence[DeploymentSpec], gateway_url: str) -> None:
-    """Each URL, with a line to try it."""
+    """Print the URL of each deployment, with a command to try it."""
     for spec in specs:
         if spec.route_prefix is None:
             click.echo(f"{spec.name}: no route; qserve call {spec.name}")
@@ -145,7 +149,7 @@ def introduce(specs: Sequence[DeploymentSpec], gateway_url: str) -> None:
 
 
 def stay(namespace: str, reloader: "Reloader | None") -> None:
-    """Until interrupted.
+    """Wait until the command is interrupted.
 
     Raises:
         Failure: The instance has ended.
@@ -154,7 +158,7 @@ def stay(namespace: str, reloader: "Reloader | None") -> None:
         time.sleep(_LOOK_S)
         if reloader is not None:
             reloader.look()
-    raise Failure("The instance has ended: by `qserve shutdown` in another shell, or else its last messages say why.")
+    raise Failure("The instance has ended. Somebody ran `qserve shutdown`, or else its last messages say why.")
 
 
 class Reloader:
@@ -168,7 +172,10 @@ class Reloader:
         self._environment = os.environ | {"QSERVE_REDIS_URL": settings.redis_url, "QSERVE_SECRET": settings.secret}
 
     def look(self) -> None:
-        """Deploy if a file has changed since the last look. What fails is told, and the old version serves on."""
+        """Deploy if a file has changed since the last look.
+
+        If that fails, the error is shown and the old version goes on serving.
+        """
         edited = self._watcher.changed()
         if not edited:
             return

@@ -60,8 +60,13 @@ def show(name: str) -> None:
 
 @schedule.command()
 @redis_url_option
-@click.option("--method", default="", help="Method to call instead of __call__.")
-@click.option("--retries", type=click.IntRange(min=0), default=0, help="How often it may run again after it raised.")
+@click.option("--method", default="", help="The method to call instead of __call__.")
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=0,
+    help="How often a call may run again after it has raised an error.",
+)
 @click.option("--expires", type=click.FloatRange(min=0.001), help="Seconds after which a call is not started any more.")
 @click.argument("name")
 @click.argument("when")

@@ -17,15 +17,21 @@ from qserve.errors import ConfigurationError
 
 @click.command()
 @redis_url_option
-@click.option("--only", metavar="NAMES", help="Run only these deployments (comma-separated).")
-@click.option("--replicas-per-node", type=click.IntRange(min=1), help="Replicas of each deployment here. Default: 1.")
+@click.option("--only", metavar="NAMES", help="Run only these deployments, separated by commas.")
+@click.option(
+    "--replicas-per-node",
+    type=click.IntRange(min=1),
+    help="Number of replicas of each deployment on this machine. Default: 1.",
+)
 @click.option(
     "--gateway/--no-gateway",
     default=None,
-    help="Also run an HTTP gateway here. Default: if the instance was started with location EveryNode.",
+    help="Run an HTTP gateway here, too. Default: only if the instance was started with location EveryNode.",
 )
 @click.option("--host", default="127.0.0.1", help="Address the gateway listens on.", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Its port.", show_default=True)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, help="Port the gateway listens on.", show_default=True
+)
 @gateway_options
 def start(
     only: str | None,

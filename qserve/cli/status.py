@@ -79,7 +79,7 @@ class InstanceStatus(TypedDict):
 @click.command()
 @redis_url_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
-@click.option("--watch", is_flag=True, help="Keep showing it, once a second, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Show it again every second, until Ctrl-C.")
 def status(as_json: bool, watch: bool) -> None:
     """Show deployments, their replicas and queues."""
     ending = contextlib.suppress(KeyboardInterrupt) if watch else contextlib.nullcontext()
