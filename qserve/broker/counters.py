@@ -5,7 +5,7 @@ from typing import Literal
 from qserve.broker.connection import Connection, ignore_answer
 from qserve.broker.keys import Keys
 
-Counter = Literal["rejected_frames", "late_results", "dead_letters", "indeterminate"]
+Counter = Literal["rejected_frames", "late_results", "dead_letters", "indeterminate", "taken_over"]
 
 
 def count(connection: Connection, keys: Keys, counter: str, by: int = 1) -> None:

@@ -6,6 +6,7 @@ replica are taken over as soon as its heartbeat stands still (`qserve.broker.hea
 
 from typing import TYPE_CHECKING, Final
 
+from qserve.broker.connection import Connection
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import our_errors
 
@@ -38,3 +39,11 @@ def say_gone(client: "redis.Redis", keys: Keys, process: str) -> None:
     """
     with our_errors(client):
         client.delete(keys.alive(process))
+
+
+async def alive_for_ms(connection: Connection, keys: Keys, process: str) -> int:
+    """For how long a process still counts as there if it says nothing more; negative if it does not.
+
+    Raises like `Connection.call`.
+    """
+    return int(await connection.call("PTTL", keys.alive(process)))

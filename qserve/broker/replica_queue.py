@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from qserve.broker.connection import Answer, Connection
+from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.dead_letter_streams import DEAD_LETTERS_KEPT
 from qserve.broker.inboxes import INBOX_TTL_MS
 from qserve.broker.keys import GROUP, Keys
@@ -88,6 +88,18 @@ class ReplicaQueue:
             *("XREADGROUP", "GROUP", GROUP, self._replica, "COUNT", most, "BLOCK", block_ms, "STREAMS"),
             *(self._stream, ">"),
         )
+
+    async def reader_id(self, connection: Connection) -> int:
+        """What `end_read` wants to know of the connection that reads."""
+        return int(await connection.call("CLIENT", "ID"))
+
+    def end_read(self, connection: Connection, reader: int) -> None:
+        """Let the read of another connection end now, with what there is."""
+        connection.send_now(ignore_answer, "CLIENT", "UNBLOCK", reader)
+
+    async def length(self, connection: Connection) -> int:
+        """How many calls are queued or run."""
+        return int(await connection.call("XLEN", self._stream))
 
     async def history(self, connection: Connection) -> list[Entry]:
         """Every entry that Redis has given to this replica and that is not answered yet."""

@@ -154,7 +154,7 @@ class TestDeadlines:
         await within(future)
 
         async with serving(settings, deploy(settings)) as (consumer, code):
-            await until(lambda: consumer.handled == 1)
+            await until(lambda: consumer.slots.handled == 1)
 
         assert entry is not None
         assert code.started == []

@@ -135,10 +135,6 @@ def test_foreign_libraries_stay_in_their_homes() -> None:
 
 
 NOT_YET_FREE_OF_REDIS = {
-    "qserve_workers.replica.answers",
-    "qserve_workers.replica.arrivals",
-    "qserve_workers.replica.consumer",
-    "qserve_workers.replica.running",
 }
 """Modules outside of the broker folder that still speak Redis. This set only ever shrinks."""
 

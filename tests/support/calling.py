@@ -5,16 +5,20 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import msgspec
+from starlette.requests import Request
+
 from qserve.broker.state import State
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
 from qserve.calls.pending import PendingCall
+from qserve.context import set_replica_context
 from qserve.settings import Settings
-from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
-from qserve.wire.messages import ERROR, PYTHON, HttpRequest, HttpResponse, Outcome, Reply, Signer, decode_error
+from qserve.wire.messages import ERROR, PYTHON, Outcome, Reply, Signer, decode_error
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.replica.consumer import Consumer
+from qserve_workers.replica.user_code import UserCode
 
 LIMIT_S = 20.0
 
@@ -22,39 +26,32 @@ LIMIT_S = 20.0
 class Code:
     """User code: says what it is told to, at once or when its gate opens."""
 
-    only_sync = False
-
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.started: list[object] = []
         self.ended: list[object] = []
         self.cancelled: list[object] = []
 
-    def needs_thread(self, method: str) -> bool:
-        return False
-
-    async def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        (value,) = args
+    async def __call__(self, value: object) -> object:
+        if isinstance(value, Request):
+            return await value.body()
         self.started.append(value)
-        if method == "wait":
-            try:
-                await self.gate.wait()
-            except asyncio.CancelledError:
-                self.cancelled.append(value)
-                raise
-        if method == "fail":
-            raise ValueError(value)
         self.ended.append(value)
         return value
 
-    async def http(self, request: HttpRequest, open_channel: Callable[[], Channel]) -> HttpResponse | None:
-        return HttpResponse(200, [], request.body)
+    async def wait(self, value: object) -> object:
+        self.started.append(value)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(value)
+            raise
+        self.ended.append(value)
+        return value
 
-    async def stream(
-        self, method: str, args: tuple[object, ...], kwargs: dict[str, object], channel: Channel
-    ) -> None: ...
-
-    async def websocket(self, request: HttpRequest, channel: Channel) -> None: ...
+    async def fail(self, value: object) -> object:
+        self.started.append(value)
+        raise ValueError(value)
 
 
 class Caller:
@@ -148,11 +145,15 @@ async def serving(settings: Settings, spec: DeploymentSpec) -> AsyncIterator[tup
     codec = Codec(allow_pickle=signer.signs, max_bytes=settings.max_value_bytes)
     consumer = Consumer(settings, signer, codec, spec, secrets.token_hex(16))
     code = Code()
+    user_code = UserCode(msgspec.structs.replace(spec, is_class=False), code, f"{spec.name}#1", codec)
+    await user_code.construct()
     await consumer.connect()
-    consumer.start(code)
+    consumer.start(user_code)
     try:
         yield consumer, code
     finally:
         code.gate.set()
         await consumer.pause()
         await consumer.stop()
+        await user_code.close()
+        set_replica_context(None)

@@ -33,7 +33,6 @@ from qserve_workers.celery_app import broker_settings
 from qserve_workers.celery_calls.celery_queue import QUEUE
 from qserve_workers.celery_calls.celery_tasks import TASK
 from qserve_workers.replica.consumer import Consumer
-from qserve_workers.replica.mover import Mover
 from qserve_workers.replica.takeover import Takeover
 from qserve_workers.replica.user_code import UserCode
 from tests.faults.failpoints.work import LARGE
@@ -183,16 +182,13 @@ class Stage:
         await code.construct()
         consumer = Consumer(self.settings, self.signer, _codec, spec, replica)
         await consumer.connect()
-        takeover, mover = Takeover(self.settings, consumer, replica), Mover(self.settings, NAME, replica, consumer.link)
-        consumer.durable.on_retry = mover.look_in
+        takeover = Takeover(self.settings, consumer, replica)
         takeover.start()
-        mover.start()
         consumer.start(code)
         try:
             yield consumer
         finally:
             await takeover.stop()
-            await mover.stop()
             await consumer.pause()
             await consumer.stop()
             await code.close()

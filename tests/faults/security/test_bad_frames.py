@@ -19,7 +19,6 @@ from qserve.settings import Settings
 from qserve.wire.call_record import DurableOptions
 from qserve.wire.messages import CHUNK, CONTROL, PYTHON, VALUE, Blob, Outcome, Reply, Signer, encode
 from qserve.wire.spec import DeploymentSpec, Target
-from qserve_workers.replica.mover import Mover
 from tests.faults.security import bad_frames as table
 from tests.support.calling import Caller, calling, deploy, serving, within
 from tests.support.waiting import until
@@ -187,12 +186,9 @@ class TestDurable:
             redis_client.hset(keys.call(changed), "frame", frames["a bit of the body flipped: a call"])
             told: list[Outcome] = []
             caller.client.durable.attach(changed, CallWatcher(told.append, lambda _: None))
-            async with serving(settings, spec) as (consumer, code):
-                mover = Mover(settings, "Echo", "r", consumer.link)
-                mover.start()
+            async with serving(settings, spec) as (_consumer, code):
                 await until(lambda: told)
                 await until(lambda: redis_client.xlen(keys.calls("Echo")) == 0)
-                await mover.stop()
                 assert code.started == ["untouched"]
             with pytest.raises(FrameRejected, match="signature"):
                 caller.value(told[0])

@@ -22,15 +22,17 @@ class Absence:
         after_s: A longer standstill is an absence.
         is_mine: Whether nobody has taken over a call.
         begin: Gets the calls that are still this replica's.
-
-    Attributes:
         may_go_on: Whether this replica may take calls at all; one that may not leaves what it holds to others.
     """
 
     def __init__(
-        self, after_s: float, is_mine: Callable[[Entry], Awaitable[bool]], begin: Callable[[list[Entry]], None]
+        self,
+        after_s: float,
+        is_mine: Callable[[Entry], Awaitable[bool]],
+        begin: Callable[[list[Entry]], None],
+        may_go_on: Callable[[], Awaitable[bool]],
     ) -> None:
-        self.may_go_on: Callable[[], Awaitable[bool]] = _always
+        self._may_go_on = may_go_on
         self._after_s = after_s
         self._is_mine = is_mine
         self._begin = begin
@@ -56,7 +58,7 @@ class Absence:
         while self._held is not None:
             held = list(self._held)
             try:
-                if not await self.may_go_on():
+                if not await self._may_go_on():
                     return
                 mine = [entry for entry in held if await self._is_mine(entry)]
             except (BrokerUnavailable, CommandRefused) as exc:
@@ -66,7 +68,3 @@ class Absence:
             if len(self._held) == len(held):  # else more have come meanwhile
                 self._held = None
                 self._begin(mine)
-
-
-async def _always() -> bool:
-    return True

@@ -5,7 +5,8 @@ import logging
 from functools import partial
 from typing import NamedTuple
 
-from qserve.broker.connection import Answer, ignore_answer
+from qserve.broker.connection import Answer
+from qserve.broker.counters import count
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.redis_errors import CommandRefused
@@ -117,17 +118,13 @@ class Answers:
     def note_rejected(self, error: Exception) -> None:
         """Log and count what is no message of ours."""
         logger.warning("rejected a frame in the queue of %s: %s", self._queue.deployment, error)
-        self.count("rejected_frames", 1)
+        count(self._link.sender, self._keys, "rejected_frames")
 
     async def bury(self, entry: Entry, call: Call, reason: str, error: bytes) -> None:
         """Put a call among the dead letters and answer its caller with an encoded ErrorInfo."""
         logger.error("gave up on call %s: %s", call.id, reason)
-        self.count("dead_letters", 1)
+        count(self._link.sender, self._keys, "dead_letters")
         await self._give_up(entry, reason, call, error)
-
-    def count(self, metric: str, by: int) -> None:
-        """Raise one of the namespace's counters."""
-        self._link.sender.send(ignore_answer, "HINCRBY", self._keys.counters, metric, by)
 
     async def _give_up(self, entry: Entry, reason: str, call: Call | None, error: bytes) -> None:
         if not self._link.sender.is_open:
@@ -174,7 +171,7 @@ class Answers:
         late = len(batch.replies) - answer
         if late and is_first:  # of those sent again, the first ones may have arrived
             logger.warning("%d late results of %s were dropped: others had answered", late, self._queue.deployment)
-            self.count("late_results", late)
+            count(self._link.sender, self._keys, "late_results", late)
 
     def _doubt(self, number: int) -> None:
         """Their caller seems dead: ask again, and after DOUBT_S drop them if it still does."""

@@ -4,23 +4,19 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
+from qserve.broker.claims import send_claims
 from qserve.broker.connection import Answer
 from qserve.broker.link import Link
+from qserve.broker.payloads import Payloads
 from qserve.broker.replica_queue import Entry
-from qserve.broker.scripts import CLAIM
-from qserve.errors import BrokerUnavailable, FrameRejected
+from qserve.errors import BrokerUnavailable, FrameRejected, GetTimeoutError
+from qserve.failpoints import reach
 from qserve.settings import Settings
 from qserve.wire.call_record import decode_durable_call
 from qserve.wire.messages import Call, Signer, decode_call
 
 _REMEMBERED = 8192
 """Of how many calls a replica knows at least that it has seen them."""
-_CALLER = 32
-"""Of a call's id so many characters name the process that made it; the rest counts its calls."""
-_CALLS_PER_KEY = 32_768
-_GRACE_MS = 60_000
-_LONGEST_MS = 7 * 86_400_000
-
 OnClaimed = Callable[[bool | BrokerUnavailable], None]
 
 
@@ -71,16 +67,8 @@ class Arrivals:
 
     def _flush(self) -> None:
         collected, self._collected = self._collected, []
-        if not self._link.sender.is_open:
-            self._claimed(collected, BrokerUnavailable("the connection to Redis is lost"))
-            return
-        names: list[str] = []
-        arguments: list[int] = []
-        for call, _ in collected:
-            caller, number = _parts(call.id)
-            names.append(self._keys.claims(caller, number // _CALLS_PER_KEY))
-            arguments += (number % _CALLS_PER_KEY, min(call.ttl_ms + _GRACE_MS, _LONGEST_MS))
-        CLAIM.send(self._link.sender, partial(self._claimed, collected), tuple(names), *arguments)
+        calls = [(call.id, call.ttl_ms) for call, _ in collected]
+        send_claims(self._link.sender, self._keys, calls, partial(self._claimed, collected))
         self._link.sender.flush()
 
     @staticmethod
@@ -104,8 +92,15 @@ class Arrivals:
         return None
 
 
-def _parts(call_id: str) -> tuple[str, int]:
-    try:
-        return call_id[:_CALLER], int(call_id[_CALLER:], 16)
-    except ValueError:  # not one that a client of ours makes
-        return call_id, 0
+async def fetch_payload(payloads: Payloads, link: Link, call: Call) -> bytes:
+    """The payload of a call that travelled out of line.
+
+    Raises:
+        BrokerUnavailable: Redis cannot be asked for it.
+        GetTimeoutError: It has expired.
+    """
+    payload = await payloads.fetch(link.sender, call.id)
+    if payload is None:
+        raise GetTimeoutError("the call's payload has expired; it was not run")
+    reach("payload-fetched")
+    return payload

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from qserve.broker.connection import Answer
 from qserve.broker.link import Link
@@ -22,10 +22,10 @@ from qserve.errors import (
     PayloadTooLarge,
     QServeError,
     ResultTooLarge,
-    StreamBroken,
     ValueNotSerializable,
 )
 from qserve.failpoints import reach
+from qserve.hooks import HookChain, ReplicaHook
 from qserve.settings import Settings
 from qserve.wire.call_record import (
     CANCELLED,
@@ -39,7 +39,6 @@ from qserve.wire.call_record import (
     PROGRESS,
     SCHEDULED,
     DurableCall,
-    Part,
 )
 from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
@@ -49,15 +48,19 @@ from qserve.wire.messages import (
     HTTP_RESPONSE,
     PYTHON,
     VALUE,
-    Call,
     HttpRequest,
-    HttpResponse,
     Signer,
     decode_http_request,
-    decode_http_response,
     encode,
 )
 from qserve_workers.celery_calls.celery_results import celery_error, celery_result
+from qserve_workers.replica.answers import Answers
+from qserve_workers.replica.arrivals import fetch_payload
+from qserve_workers.replica.call_hooks import with_hooks
+from qserve_workers.replica.durable_parts import CollectedResponse, RecordedParts
+from qserve_workers.replica.running import RunningCall
+from qserve_workers.replica.slots import Slots
+from qserve_workers.replica.user_code import UserCode
 from qserve_workers.replica.user_entry import text_of, what_was_raised
 
 logger = logging.getLogger(__name__)
@@ -66,82 +69,12 @@ _NEXT_TRY_S = 0.2
 _LARGEST_PROGRESS = 64 * 1024
 
 
-class Code(Protocol):
-    """User code as durable calls see it."""
-
-    async def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object: ...
-    async def http(self, request: HttpRequest, open_channel: Callable[[], Channel]) -> HttpResponse | None: ...
-
-
-class Host(Protocol):
-    """The consumer as durable calls see it."""
-
-    async def fetch(self, call: Call) -> bytes:
-        """A payload that travelled out of line."""
-
-    def is_running(self, entry: bytes) -> bool:
-        """Whether a call is still this replica's."""
-
-    def note_rejected(self, error: Exception) -> None:
-        """Count what is no message of ours."""
-
-    def release(self, entry: bytes, *, counts: bool) -> None:
-        """A call has ended here; `counts`: it ran."""
-
-
 @dataclass(eq=False, slots=True)
 class DurableCallInfo(CallInfo):
     """The durable call that is being run; `report` tells how far it has come, from any thread."""
 
     report: Callable[[object], None] = lambda _: None
     on_chunk: Callable[[object], Awaitable[None]] | None = None
-
-
-class Running(Protocol):
-    """A call between its arrival and its answer."""
-
-    entry: Entry
-    info: CallInfo
-    began: bool
-    unwanted: bool
-
-
-class CollectedResponse(Channel):
-    """In place of the channel of a request whose client has left: collects the response, however it is sent."""
-
-    def __init__(self, limit: int, on_part: Callable[[bytes], Awaitable[None]]) -> None:
-        super().__init__("", lambda _to, _chunk: None)
-        self._limit = limit
-        self._on_part = on_part
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._closed = asyncio.Event()
-
-    def greet(self) -> None:
-        """There is nobody to greet."""
-
-    async def send(self, data: bytes) -> None:
-        """Take in the head of a response, then each part of it."""
-        self._size += len(data)
-        if self._size > self._limit:
-            raise ResultTooLarge(f"the response has more than {self._limit} bytes, which is all that is kept of one")
-        self._parts.append(data)
-        if len(self._parts) > 1 and data:
-            await self._on_part(data)
-
-    async def receive_part(self) -> bytes | None:
-        """Wait until the response is complete: this client never leaves."""
-        await self._closed.wait()
-        raise StreamBroken("the response is complete")
-
-    def close(self, error: QServeError) -> None:
-        """The response is complete."""
-        self._closed.set()
-
-    def response(self) -> HttpResponse:
-        """What was sent."""
-        head = decode_http_response(self._parts[0])
-        return HttpResponse(head.status, head.headers, b"".join(self._parts[1:]))
 
 
 class _Settlement(NamedTuple):
@@ -158,22 +91,38 @@ class DurableRuns:
     """Runs durable calls and settles them. Belongs to the replica's event loop.
 
     A settlement whose confirmation is lost with the connection is sent again: only the first one for an entry counts.
+
+    Args:
+        on_retry: Called with the seconds after which a call is to run again.
     """
 
-    def __init__(self, settings: Settings, signer: Signer, codec: Codec, replica: str, link: Link, host: Host) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        settings: Settings,
+        signer: Signer,
+        codec: Codec,
+        replica: str,
+        link: Link,
+        slots: Slots,
+        answers: Answers,
+        *,
+        hooks: HookChain[ReplicaHook] | None,
+        on_retry: Callable[[float], None],
+    ) -> None:
+        self._max_bytes = settings.max_value_bytes
         self._signer = signer
         self._payloads = Payloads(settings.keys, signer, settings.out_of_line_bytes)
         self._codec = codec
         self._replica = replica
         self._link = link
-        self._host = host
+        self._slots = slots
+        self._answers = answers
+        self._on_retry = on_retry
+        self._result = with_hooks(self._run_user_code, hooks)
         self._records = Records(settings.keys)
         self._unconfirmed: dict[bytes, _Settlement] = {}
-        self.on_retry: Callable[[float], None] = lambda _: None
-        """Called with the seconds after which a call is to run again."""
 
-    async def run(self, running: Running, call: DurableCall, code: Code) -> None:
+    async def run(self, running: RunningCall, call: DurableCall, code: UserCode) -> None:
         """Run a call that this replica has taken: all of its outcomes."""
         ran, entry = False, running.entry
         try:
@@ -192,11 +141,10 @@ class DurableRuns:
                 error = GetTimeoutError("the call expired before a replica was free; it was not run")
                 self._settle(entry, call, EXPIRED, self._error_frame(call, error))
         finally:
-            if self._host.is_running(entry.id):
-                self._host.release(entry.id, counts=ran)
+            self._slots.give_back(running, ran=ran)
 
     async def _note_start(self, entry: Entry, call: DurableCall) -> list[Any]:
-        while self._host.is_running(entry.id):
+        while entry.id in self._slots:
             try:
                 return await self._records.run(self._link.sender, call, self._replica, entry.id)
             except (BrokerUnavailable, CommandRefused) as exc:
@@ -204,33 +152,26 @@ class DurableRuns:
             await asyncio.sleep(_NEXT_TRY_S)
         return [b"lost"]
 
-    async def _run(self, running: Running, call: DurableCall, code: Code, failures: int, parts: "_Parts") -> None:
+    async def _run(
+        self, running: RunningCall, call: DurableCall, code: UserCode, failures: int, parts: RecordedParts
+    ) -> None:
         entry = running.entry
         current_call.set(running.info)
         running.began = True
         try:
             if running.unwanted:
                 raise asyncio.CancelledError
-            payload = call.payload if not call.out_of_line else await self._host.fetch(call)
-            if call.kind == HTTP:
-                request = decode_http_request(payload)
-                running.info.request_id = request.request_id or call.id
-                kind, result = HTTP_RESPONSE, await self._run_http(request, code, parts)
-            elif call.kind == PYTHON:
-                args, kwargs = self._codec.unpack_call(payload)
-                kind, result = VALUE, self._codec.pack_result(await code.call(call.method, tuple(args), kwargs))
-            else:
-                raise ValueNotSerializable("a stream cannot be a durable call")
+            kind, result = await self._result(running, code, parts)
         except asyncio.CancelledError:
-            if self._host.is_running(entry.id):  # else abandoned or taken over: somebody else settles it
+            if entry.id in self._slots:  # else abandoned or taken over: somebody else settles it
                 self._settle(entry, call, CANCELLED, self._error_frame(call, CallCancelled("the call was cancelled")))
             return
         except BaseException as exc:  # packing a result runs user code, too
             if isinstance(exc, FrameRejected):
-                self._host.note_rejected(exc)
+                self._answers.note_rejected(exc)
             self._failed(entry, call, what_was_raised(exc), failures + 1)
             return
-        if self._host.is_running(entry.id):
+        if entry.id in self._slots:
             try:
                 celery = celery_result(self._codec.unpack(result)) if call.terms.celery_id else b""
             except QServeError as exc:
@@ -238,21 +179,34 @@ class DurableRuns:
                 return
             self._settle(entry, call, DONE, *self._frame(call, kind, result), celery=celery)
 
-    async def _run_http(self, request: HttpRequest, code: Code, parts: "_Parts") -> bytes:
+    async def _run_user_code(self, running: RunningCall, code: UserCode, parts: RecordedParts) -> tuple[int, bytes]:
+        """Kind and payload of the result; raises what user code raised."""
+        call = running.call
+        payload = call.payload if not call.out_of_line else await fetch_payload(self._payloads, self._link, call)
+        if call.kind == HTTP:
+            request = decode_http_request(payload)
+            running.info.request_id = request.request_id or call.id
+            return HTTP_RESPONSE, await self._run_http(request, code, parts)
+        if call.kind == PYTHON:
+            args, kwargs = self._codec.unpack_call(payload)
+            return VALUE, self._codec.pack_result(await code.call(call.method, tuple(args), kwargs))
+        raise ValueNotSerializable("a stream cannot be a durable call")
+
+    async def _run_http(self, request: HttpRequest, code: UserCode, parts: RecordedParts) -> bytes:
         collected: list[CollectedResponse] = []
 
         def open_channel() -> Channel:
-            collected.append(CollectedResponse(self._settings.max_value_bytes, parts.body))
+            collected.append(CollectedResponse(self._max_bytes, parts.body))
             return collected[-1]
 
         response = await code.http(request, open_channel)
         packed = encode(response if response is not None else collected[0].response())
-        if len(packed) > self._settings.max_value_bytes:
-            raise ResultTooLarge(f"the response has {len(packed)} bytes, {self._settings.max_value_bytes} may travel")
+        if len(packed) > self._max_bytes:
+            raise ResultTooLarge(f"the response has {len(packed)} bytes, {self._max_bytes} may travel")
         return packed
 
     def _failed(self, entry: Entry, call: DurableCall, error: BaseException, failures: int) -> None:
-        if not self._host.is_running(entry.id):
+        if entry.id not in self._slots:
             return
         if not isinstance(error, Exception) or (call.kind == HTTP and not isinstance(error, QServeError)):
             logger.error("Exception in deployment %r, call %s", call.deployment, call.id, exc_info=error)
@@ -260,7 +214,7 @@ class DurableRuns:
         if failures <= call.terms.retries and call.terms.retries_after(error):
             pause_ms = call.terms.pause_ms(failures)
             self._settle(entry, call, SCHEDULED, b"", keep_ms=pause_ms, error=said)
-            self.on_retry(pause_ms / 1000)
+            self._on_retry(pause_ms / 1000)
             return
         exhausted = call.terms.retries > 0 and call.terms.retries_after(error)
         state = DEAD if exhausted else FAILED
@@ -372,11 +326,11 @@ class DurableRuns:
 
         return report
 
-    def _parts(self, entry: Entry, call: DurableCall, attempt: int) -> "_Parts":
+    def _parts(self, entry: Entry, call: DurableCall, attempt: int) -> RecordedParts:
         async def record(index: int, part: bytes) -> None:
             frame = durable_reply(self._signer, call.id, PART, part)
             news = durable_reply(self._signer, call.id, NEWS, b"")
-            while self._host.is_running(entry.id):
+            while entry.id in self._slots:
                 try:
                     await self._records.part(self._link.sender, call.id, entry.id, index, frame, news)
                     return
@@ -384,39 +338,8 @@ class DurableRuns:
                     logger.warning("could not record a part of call %s: %s", call.id, exc)
                 await asyncio.sleep(_NEXT_TRY_S)
 
-        return _Parts(attempt, self._codec, self._settings.max_value_bytes, record)
+        return RecordedParts(attempt, self._codec, self._max_bytes, record)
 
     def _send_progress(self, entry: bytes, call_id: str, frame: bytes) -> None:
         if entry not in self._unconfirmed:
             self._records.progress(self._link.sender, call_id, entry, frame)
-
-
-class _Parts:
-    """Records what one attempt of a call gives before its end, one after the other.
-
-    Args:
-        limit: Most bytes that are recorded of an attempt.
-        record: Puts an encoded Part with its index.
-    """
-
-    def __init__(self, attempt: int, codec: Codec, limit: int, record: Callable[[int, bytes], Awaitable[None]]) -> None:
-        self._attempt = attempt
-        self._codec = codec
-        self._limit = limit
-        self._record = record
-        self._count = self._size = 0
-
-    async def value(self, value: object) -> None:
-        """What a generator has yielded."""
-        await self._add(self._codec.pack(value, "a chunk of the result"), packed=True)
-
-    async def body(self, data: bytes) -> None:
-        """A piece of a response's body."""
-        await self._add(data, packed=False)
-
-    async def _add(self, data: bytes, *, packed: bool) -> None:
-        self._size += len(data)
-        if self._size > self._limit:
-            raise ResultTooLarge(f"the call has given more than {self._limit} bytes, which is all that is kept of one")
-        self._count += 1
-        await self._record(self._count, encode(Part(self._attempt, self._count, packed, data)))

@@ -31,12 +31,12 @@ from qserve.calls.process_client import new_event_loop, set_current_client
 from qserve.deployments.loading import load_target
 from qserve.errors import BrokerUnavailable, ConfigurationError, FrameRejected, QServeError
 from qserve.failpoints import reach
+from qserve.hooks import ReplicaHook, load_hooks
 from qserve.settings import Settings
 from qserve.wire.messages import Control
 from qserve.wire.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed, ReplicaInfo
 from qserve_workers.replica.consumer import Consumer
 from qserve_workers.replica.heartbeat import Heartbeat
-from qserve_workers.replica.mover import Mover
 from qserve_workers.replica.takeover import Takeover
 from qserve_workers.replica.user_code import UserCode
 from qserve_workers.replica.user_entry import enter, what_was_raised
@@ -165,7 +165,6 @@ class Replica:
         self._code: UserCode
         self._consumer: Consumer
         self._takeover: Takeover
-        self._mover: Mover
         self._heartbeat: Heartbeat
         if not birth.standby:
             self.may_serve.set()
@@ -238,12 +237,20 @@ class Replica:
 
     async def _serve(self, deployed: Deployed) -> None:
         self._deployed = deployed
+        try:
+            hooks = load_hooks(self._settings.hooks, ReplicaHook)
+        except ConfigurationError as exc:
+            self._report("failed", generation=deployed.generation, revision=deployed.spec.revision, error=str(exc))
+            return
         await self._client.start()
         self._client.on_control = self._on_control
         set_current_client(self._client)
-        self._consumer = Consumer(self._settings, self._client.signer, self._codec, deployed.spec, self._id)
-        self._consumer.absence.may_go_on = self._is_current
-        self._client.take_other_chunks(self._consumer.conversations.take_chunk)
+        self._consumer = Consumer(
+            *(self._settings, self._client.signer, self._codec, deployed.spec, self._id),
+            hooks=hooks,
+            may_go_on=self._is_current,
+        )
+        self._client.take_other_chunks(self._consumer.take_chunk)
         await self._consumer.connect()
         self._takeover = Takeover(self._settings, self._consumer, self._id)
         self._heartbeat = Heartbeat(
@@ -255,8 +262,6 @@ class Replica:
             on_tick=self._tick,
             on_beat=self._measure,
         )
-        self._mover = Mover(self._settings, self._name, self._id, self._consumer.link)
-        self._consumer.durable.on_retry = self._mover.look_in
         self._heartbeat.start()
         self._takeover.start()
         self._enter(STARTING)
@@ -288,7 +293,6 @@ class Replica:
             return
         self._consumer.start(self._code)
         self._takeover.sweep()
-        self._mover.start()
         self._heartbeat.serve()
         self._enter(SERVING)
         while not self.shall_leave.is_set():
@@ -320,7 +324,7 @@ class Replica:
                 self.shall_leave.set()
                 return
             self._consumer.start(self._code)
-        self._report("busy", running=self._consumer.running)
+        self._report("busy", running=len(self._consumer.slots))
 
     async def _follow_change(self) -> None:
         try:
@@ -342,7 +346,7 @@ class Replica:
         elif config is not None and not await self._has_turn(deployed.generation):
             return
         self._deployed = deployed
-        self._consumer.spec = deployed.spec
+        self._consumer.slots.spec = deployed.spec
         if config is not None:
             # Calls taken before see the old config, calls taken after the new one; meanwhile they wait in the queue.
             await self._consumer.pause()
@@ -375,9 +379,8 @@ class Replica:
             if await self._read_state() is None:  # deleted: what was sent before is answered all the same
                 await self._finish_deleted_queue()
         if not await self._consumer.finish(self._spec.graceful_shutdown_timeout_s):
-            logger.warning("Deployment %s: %d calls outlived the shutdown", self._name, self._consumer.running)
+            logger.warning("Deployment %s: %d calls outlived the shutdown", self._name, len(self._consumer.slots))
         await self._takeover.stop()
-        await self._mover.stop()
         all_answered = await self._consumer.stop()
         if hasattr(self, "_code"):
             with contextlib.suppress(TimeoutError):
@@ -420,7 +423,7 @@ class Replica:
 
     def _on_control(self, _about: str, control: Control) -> None:
         if control.verb == "cancel":
-            self._consumer.cancel(control.entry.encode(), inherited=control.inherited)
+            self._consumer.withdrawn.withdraw(control.entry.encode(), inherited=control.inherited)
         else:
             self._takeover.sweep()
 
@@ -448,11 +451,11 @@ class Replica:
             return
         nodes, node = demand.nodes, self._birth.node
         place = nodes.index(node) if node in nodes else len(nodes)
-        facts = {"calls": demand.calls, "waited_s": demand.waited_s, "running": self._consumer.running}
+        facts = {"calls": demand.calls, "waited_s": demand.waited_s, "running": len(self._consumer.slots)}
         self._report("demand", place=place, nodes=max(len(nodes), place + 1), **facts)
 
     def _publish(self) -> None:
-        times = sorted(self._consumer.run_times_ms)
+        times = sorted(self._consumer.slots.run_times_ms)
         info = ReplicaInfo(
             id=self._id,
             tag=self._tag,
@@ -464,8 +467,8 @@ class Replica:
             revision=self._spec.revision,
             state=self._state,
             started_at=self._started_at,
-            running=self._consumer.running,
-            handled=self._consumer.handled,
+            running=len(self._consumer.slots),
+            handled=self._consumer.slots.handled,
             p50_ms=round(times[len(times) // 2], 3) if times else None,
             p99_ms=round(times[len(times) * 99 // 100], 3) if times else None,
         )

@@ -28,8 +28,8 @@ class Mover:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to look."""
-        self._task = spawn(self._watch())
+        """Begin to look, if it has not begun."""
+        self._task = self._task or spawn(self._watch())
 
     async def stop(self) -> None:
         """Look no more."""

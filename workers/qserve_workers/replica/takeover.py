@@ -9,6 +9,7 @@ from collections import Counter
 
 from qserve.background import end, spawn
 from qserve.broker.connection import Connection
+from qserve.broker.counters import count
 from qserve.broker.heartbeats import DIED, LEFT
 from qserve.errors import BrokerUnavailable
 from qserve.failpoints import reach
@@ -124,7 +125,7 @@ class Takeover:
 
     async def _take_all(self, connection: Connection, replica: str, beat: bytes) -> None:
         total = 0
-        while (room := self._consumer.room_to_rerun) or not self._consumer.spec.idempotent:
+        while (room := self._consumer.room_to_rerun) or not self._consumer.slots.spec.idempotent:
             # Calls that nobody may run again are only answered: for those there is always room.
             most = min(room, _BATCH) or _BATCH
             reach("take")
@@ -136,6 +137,6 @@ class Takeover:
             self._consumer.take_over(entries)
         if total:
             logger.info("took over %d calls of replica %s", total, replica)
-            self._consumer.count("taken_over", total)
+            count(connection, self._settings.keys, "taken_over", total)
         reach("retire")
         await self._queue.retire(connection, replica)

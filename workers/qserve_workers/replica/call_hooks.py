@@ -1,0 +1,47 @@
+"""The hooks of a replica around the calls that it runs."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from qserve.hooks import CallKind, HookChain, ReplicaCall, ReplicaHook
+from qserve.wire.call_record import DurableCall
+from qserve.wire.messages import HTTP, PYTHON, STREAM, WEBSOCKET
+from qserve_workers.replica.running import RunningCall
+from qserve_workers.replica.user_entry import what_was_raised
+
+RunsCall = Callable[..., Awaitable[tuple[int, bytes]]]
+"""Runs a call, its first argument, and gives kind and payload of the reply."""
+
+_KINDS: Final[dict[int, CallKind]] = {PYTHON: "call", STREAM: "stream", HTTP: "http", WEBSOCKET: "websocket"}
+
+
+def with_hooks(run: RunsCall, chain: HookChain[ReplicaHook] | None) -> RunsCall:
+    """The function with hooks around it; without hooks the function itself, so that none cost nothing."""
+    if chain is None:
+        return run
+
+    async def run_with_hooks(running: RunningCall, *arguments: Any) -> tuple[int, bytes]:
+        call = _described(running)
+        states = chain.before(call)
+        try:
+            answer = await run(running, *arguments)
+        except BaseException as exc:
+            chain.error(call, states, what_was_raised(exc))
+            raise
+        chain.after(call, states)
+        return answer
+
+    return run_with_hooks
+
+
+def _described(running: RunningCall) -> ReplicaCall:
+    call = running.call
+    return ReplicaCall(
+        call_id=call.id,
+        deployment=call.deployment,
+        method=call.method,
+        kind=_KINDS.get(call.kind, "stream"),
+        attempt=running.info.attempt,
+        durable=isinstance(call, DurableCall),
+        meta=call.meta,
+    )

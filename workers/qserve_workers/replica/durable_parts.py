@@ -1,0 +1,79 @@
+"""What a durable call gives before its end, and a response that nobody waits for."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from qserve.errors import QServeError, ResultTooLarge, StreamBroken
+from qserve.wire.call_record import Part
+from qserve.wire.channel import Channel
+from qserve.wire.codec import Codec
+from qserve.wire.messages import HttpResponse, decode_http_response, encode
+
+
+class CollectedResponse(Channel):
+    """In place of the channel of a request whose client has left: collects the response, however it is sent."""
+
+    def __init__(self, limit: int, on_part: Callable[[bytes], Awaitable[None]]) -> None:
+        super().__init__("", lambda _to, _chunk: None)
+        self._limit = limit
+        self._on_part = on_part
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._closed = asyncio.Event()
+
+    def greet(self) -> None:
+        """There is nobody to greet."""
+
+    async def send(self, data: bytes) -> None:
+        """Take in the head of a response, then each part of it."""
+        self._size += len(data)
+        if self._size > self._limit:
+            raise ResultTooLarge(f"the response has more than {self._limit} bytes, which is all that is kept of one")
+        self._parts.append(data)
+        if len(self._parts) > 1 and data:
+            await self._on_part(data)
+
+    async def receive_part(self) -> bytes | None:
+        """Wait until the response is complete: this client never leaves."""
+        await self._closed.wait()
+        raise StreamBroken("the response is complete")
+
+    def close(self, error: QServeError) -> None:
+        """The response is complete."""
+        self._closed.set()
+
+    def response(self) -> HttpResponse:
+        """What was sent."""
+        head = decode_http_response(self._parts[0])
+        return HttpResponse(head.status, head.headers, b"".join(self._parts[1:]))
+
+
+class RecordedParts:
+    """Records what one attempt of a call gives before its end, one after the other.
+
+    Args:
+        limit: Most bytes that are recorded of an attempt.
+        record: Puts an encoded Part with its index.
+    """
+
+    def __init__(self, attempt: int, codec: Codec, limit: int, record: Callable[[int, bytes], Awaitable[None]]) -> None:
+        self._attempt = attempt
+        self._codec = codec
+        self._limit = limit
+        self._record = record
+        self._count = self._size = 0
+
+    async def value(self, value: object) -> None:
+        """What a generator has yielded."""
+        await self._add(self._codec.pack(value, "a chunk of the result"), packed=True)
+
+    async def body(self, data: bytes) -> None:
+        """A piece of a response's body."""
+        await self._add(data, packed=False)
+
+    async def _add(self, data: bytes, *, packed: bool) -> None:
+        self._size += len(data)
+        if self._size > self._limit:
+            raise ResultTooLarge(f"the call has given more than {self._limit} bytes, which is all that is kept of one")
+        self._count += 1
+        await self._record(self._count, encode(Part(self._attempt, self._count, packed, data)))

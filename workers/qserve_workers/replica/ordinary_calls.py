@@ -1,0 +1,169 @@
+"""Ordinary calls in a replica, those whose callers wait: from their payload to their answer."""
+
+import asyncio
+import logging
+from functools import partial
+
+from qserve.background import spawn
+from qserve.broker.clock import RedisClock
+from qserve.broker.link import Link
+from qserve.broker.payloads import Payloads
+from qserve.broker.replica_queue import Entry
+from qserve.context import current_call
+from qserve.errors import (
+    CallCancelled,
+    FrameRejected,
+    GetTimeoutError,
+    QServeError,
+    ReplicaDied,
+    ResultTooLarge,
+)
+from qserve.failpoints import reach
+from qserve.hooks import HookChain, ReplicaHook
+from qserve.settings import Settings
+from qserve.wire.codec import Codec
+from qserve.wire.messages import (
+    ERROR,
+    HTTP,
+    HTTP_RESPONSE,
+    PYTHON,
+    VALUE,
+    WEBSOCKET,
+    Call,
+    HttpRequest,
+    HttpResponse,
+    Signer,
+    decode_http_request,
+    encode,
+)
+from qserve_workers.replica.answers import Answers
+from qserve_workers.replica.arrivals import fetch_payload
+from qserve_workers.replica.call_hooks import with_hooks
+from qserve_workers.replica.running import Conversations, RunningCall
+from qserve_workers.replica.slots import Slots
+from qserve_workers.replica.user_code import UserCode
+from qserve_workers.replica.user_entry import what_was_raised
+
+logger = logging.getLogger(__name__)
+
+_UNTOLD = "the replica was stopped before the call ended; it may have run in part, so it is not run again"
+
+
+class OrdinaryRuns:
+    """Runs ordinary calls and answers each. Belongs to the replica's event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        signer: Signer,
+        codec: Codec,
+        link: Link,
+        slots: Slots,
+        answers: Answers,
+        *,
+        clock: RedisClock,
+        conversations: Conversations,
+        hooks: HookChain[ReplicaHook] | None,
+    ) -> None:
+        self._max_bytes = settings.max_value_bytes
+        self._payloads = Payloads(settings.keys, signer, settings.out_of_line_bytes)
+        self._codec = codec
+        self._link = link
+        self._slots = slots
+        self._answers = answers
+        self._clock = clock
+        self._conversations = conversations
+        self._result = with_hooks(self._run_user_code, hooks)
+
+    async def run(self, running: RunningCall, code: UserCode) -> None:
+        """Run a call that this replica has taken: all of its outcomes."""
+        entry, call = running.entry, running.call
+        current_call.set(running.info)
+        running.began = True
+        try:
+            if running.unwanted:
+                raise CallCancelled("the caller left before the call ran")
+            reach("run")
+            kind, result = await self._result(running, code)
+        except asyncio.CancelledError:
+            if entry.id not in self._slots:
+                return  # abandoned or taken over: somebody else answers
+            kind, result = ERROR, self.pack_error(CallCancelled("the call was cancelled while it ran"))
+        except FrameRejected as exc:
+            if self._slots.give_back(running):
+                spawn(self._answers.reject(entry, exc, call, self.pack_error(exc)))
+            return
+        except BaseException as exc:  # packing a result runs user code, too
+            error = what_was_raised(exc)
+            if not isinstance(error, Exception) or (call.kind == HTTP and not isinstance(error, QServeError)):
+                place = (call.deployment, running.info.request_id)
+                logger.error("Exception in deployment %r, request %s", *place, exc_info=error)
+            kind, result = ERROR, self.pack_error(error)
+        reach("ran")
+        if self._slots.give_back(running, ran=True):
+            self._answers.add(entry.id, call, kind, result)
+
+    def refuse(self, entry: Entry, call: Call, error: QServeError) -> None:
+        """Answer a call that does not run."""
+        self._answers.add(entry.id, call, ERROR, self.pack_error(error))
+
+    def abandon(self, running: RunningCall) -> None:
+        """Give up a call that outlived the shutdown: a safe one is left for others, an unsafe one is answered."""
+        self._slots.drop(running)
+        if not self._slots.may_run_again(running.call):
+            self.refuse(running.entry, running.call, ReplicaDied(_UNTOLD))
+
+    def pack_error(self, error: BaseException) -> bytes:
+        """The error as the caller gets it."""
+        return encode(self._codec.pack_error(error))
+
+    async def _run_user_code(self, running: RunningCall, code: UserCode) -> tuple[int, bytes]:
+        """Kind and payload of the reply.
+
+        Raises:
+            GetTimeoutError: Its time was over; it was not run.
+            FrameRejected: Its payload is not what it says.
+            Exception: What user code raised.
+        """
+        call = running.call
+        payload = call.payload if not call.out_of_line else await fetch_payload(self._payloads, self._link, call)
+        running.info.deadline = running.started_at + self._time_left(running.entry, call)
+        if call.kind == PYTHON:
+            args, kwargs = self._codec.unpack_call(payload)
+            return VALUE, self._codec.pack_result(await code.call(call.method, tuple(args), kwargs))
+        return await self._converse(running, code, payload)
+
+    async def _converse(self, running: RunningCall, code: UserCode, payload: bytes) -> tuple[int, bytes]:
+        """Run a call whose traffic may go over its channel; its reply then says how many parts there were."""
+        call = running.call
+        if call.kind == HTTP:
+            request = self._decode_request(running, payload)
+            response = await code.http(request, partial(self._conversations.open, running))
+            if response is not None:
+                return HTTP_RESPONSE, self._pack_response(response)
+        elif call.kind == WEBSOCKET:
+            channel = self._conversations.open(running)
+            channel.greet()
+            await code.websocket(self._decode_request(running, payload), channel)
+        else:
+            args, kwargs = self._codec.unpack_call(payload)
+            await code.stream(call.method, tuple(args), kwargs, self._conversations.open(running))
+        return VALUE, b"%d" % (0 if running.channel is None else running.channel.sent)
+
+    def _decode_request(self, running: RunningCall, payload: bytes) -> HttpRequest:
+        request = decode_http_request(payload)
+        # In logs and for the user's code it has the id that its client knows.
+        running.info.request_id = request.request_id or running.call.id
+        return request
+
+    def _time_left(self, entry: Entry, call: Call) -> float:
+        """Seconds until a call's deadline; raises where it is over."""
+        left_ms = call.ttl_ms - self._clock.age_ms(entry.time_ms)
+        if left_ms < 0:
+            raise GetTimeoutError("the deadline passed before a replica was free; the call was not run")
+        return left_ms / 1000
+
+    def _pack_response(self, response: HttpResponse) -> bytes:
+        if len(response.body) > self._max_bytes:
+            raise ResultTooLarge(f"the response has {len(response.body)} bytes, {self._max_bytes} may travel")
+        return encode(response)

@@ -1,0 +1,53 @@
+"""How a replica waits for new calls: one blocking read at a time, which can be ended without losing a call."""
+
+import asyncio
+from collections.abc import Callable
+
+from qserve.broker.connection import Answer
+from qserve.broker.link import BLOCK_MS, Link
+from qserve.broker.replica_queue import ReplicaQueue
+
+
+class QueueReading:
+    """The read under way, if there is one. Belongs to the replica's event loop.
+
+    Args:
+        on_answer: Gets what came of each read; `ReplicaQueue.entries` makes entries of it.
+    """
+
+    def __init__(self, queue: ReplicaQueue, link: Link, on_answer: Callable[[Answer], None]) -> None:
+        self._queue = queue
+        self._link = link
+        self._on_answer = on_answer
+        self._reader = 0
+        self._ended = asyncio.Event()
+        self.is_under_way = False
+
+    async def link_up(self) -> None:
+        """There is a new pair of connections."""
+        self._reader = await self._queue.reader_id(self._link.waiter)
+
+    def read(self, most: int) -> None:
+        """Wait for up to so many calls."""
+        self.is_under_way = True
+        self._queue.read(self._link.waiter, self._answered, most=most, block_ms=BLOCK_MS)
+
+    def cut_short(self) -> None:
+        """Let the read end now.
+
+        On the server, where an entry is either delivered whole or not at all; a read cancelled here would lose some.
+        """
+        if self.is_under_way and self._link.sender.is_open:
+            self._queue.end_read(self._link.sender, self._reader)
+
+    async def end(self) -> None:
+        """Let the read end, and wait until it has."""
+        while self.is_under_way and self._link.sender.is_open:
+            self._ended.clear()
+            self.cut_short()
+            await self._ended.wait()
+
+    def _answered(self, answer: Answer) -> None:
+        self.is_under_way = False
+        self._ended.set()
+        self._on_answer(answer)

@@ -1,0 +1,110 @@
+"""The calls that a replica has taken and not answered: how many there may be, and what they took."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+from qserve.wire.messages import Call
+from qserve.wire.spec import DeploymentSpec
+from qserve_workers.replica.running import Conversations, RunningCall
+from qserve_workers.replica.user_code import UserCode
+
+_TIMES_KEPT = 512
+
+
+class Slots:
+    """A call takes a slot when its replica begins to deal with it, and gives it back once, however it ends.
+
+    Belongs to the replica's event loop.
+
+    Args:
+        changed: Set whenever a slot comes back.
+        on_free: Called with every call whose slot came back.
+
+    Attributes:
+        spec: The deployment as it is now.
+        handled: How many calls were run to their end.
+        run_times_ms: How long the last of them took.
+    """
+
+    def __init__(
+        self,
+        spec: DeploymentSpec,
+        conversations: Conversations,
+        changed: asyncio.Event,
+        on_free: Callable[[RunningCall], None],
+    ) -> None:
+        self.spec = spec
+        self.handled = 0
+        self.run_times_ms: deque[float] = deque(maxlen=_TIMES_KEPT)
+        self._conversations = conversations
+        self._changed = changed
+        self._on_free = on_free
+        self._running: dict[bytes, RunningCall] = {}
+        self._on_thread = 0
+
+    def take(self, running: RunningCall) -> None:
+        """Give a slot to a call."""
+        self._running[running.entry.id] = running
+        self._on_thread += running.needs_thread
+
+    def give_back(self, running: RunningCall, *, ran: bool = False) -> bool:
+        """Take back the slot of a call that has ended; False if it had been taken back: then somebody else answers.
+
+        Args:
+            ran: It ran to its end, and so counts as handled.
+        """
+        self._conversations.close(running)
+        if self._running.pop(running.entry.id, None) is None:
+            return False
+        self._on_thread -= running.needs_thread
+        if ran:
+            self.handled += 1
+            self.run_times_ms.append((time.monotonic() - running.started_at) * 1000)
+        self._changed.set()
+        self._on_free(running)
+        return True
+
+    def drop(self, running: RunningCall) -> None:
+        """Take back the slot of a call that still runs, and end it."""
+        if self.give_back(running) and running.task is not None:
+            running.task.cancel()
+
+    def get(self, entry: bytes) -> RunningCall | None:
+        """The call of an entry, None if it has no slot (any more)."""
+        return self._running.get(entry)
+
+    def __contains__(self, entry: bytes) -> bool:
+        return entry in self._running
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    @property
+    def calls(self) -> list[RunningCall]:
+        """All that have a slot."""
+        return list(self._running.values())
+
+    @property
+    def entries(self) -> list[bytes]:
+        """Ids of their entries."""
+        return list(self._running)
+
+    def room(self, code: UserCode) -> int:
+        """How many calls to ask for now."""
+        running = len(self._running)
+        free = self.spec.max_concurrent_queries - running
+        if code.only_sync:
+            return min(free, self.spec.max_threads - running)
+        if self._on_thread > self.spec.max_threads:
+            return 0  # a call waits for the thread: leave the next one to a replica that is free
+        return min(free, 1 + running)  # a burst spreads over the replicas instead of filling the first
+
+    def most(self, code: UserCode) -> int:
+        """How many calls run at once at most."""
+        return self.spec.max_threads if code.only_sync else self.spec.max_concurrent_queries
+
+    def may_run_again(self, call: Call) -> bool:
+        """Whether a call may run again although it may have run already."""
+        return call.safe or self.spec.idempotent

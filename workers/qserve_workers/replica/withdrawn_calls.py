@@ -1,0 +1,41 @@
+"""Calls whose caller has left."""
+
+from qserve.errors import StreamBroken
+from qserve.wire.messages import STREAM
+from qserve_workers.replica.slots import Slots
+
+_KEPT = 8192
+
+
+class WithdrawnCalls:
+    """Ends calls whose caller has left, and remembers those that have not arrived yet."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._marked: dict[bytes, None] = {}
+
+    def __contains__(self, entry: bytes) -> bool:
+        return entry in self._marked
+
+    def withdraw(self, entry: bytes, *, inherited: bool = False) -> None:
+        """The caller of a call has left: code that listens for that hears of it.
+
+        A call that is safe to leave half done is cancelled, with the calls it has made, unless it is on a thread; one
+        that only streams is, too. One that has not arrived yet will not start.
+
+        Args:
+            inherited: The call that made it was cancelled.
+        """
+        running = self._slots.get(entry)
+        if running is None or running.task is None:
+            self._marked[entry] = None
+            if len(self._marked) > _KEPT:
+                del self._marked[next(iter(self._marked))]
+            return
+        running.unwanted = True
+        if running.channel is not None:
+            running.channel.close(StreamBroken("the caller left"))
+        if inherited or running.call.kind == STREAM or self._slots.may_run_again(running.call):
+            running.info.cancel_nested()
+            if running.began and not running.needs_thread:  # a task cancelled before its first step never takes it
+                running.task.cancel()
