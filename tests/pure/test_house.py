@@ -134,10 +134,6 @@ def test_foreign_libraries_stay_in_their_homes() -> None:
     assert wrong == []
 
 
-NOT_YET_FREE_OF_REDIS = {
-}
-"""Modules outside of the broker folder that still speak Redis. This set only ever shrinks."""
-
 _COMMAND_METHOD = re.compile(
     r"x(add|ack|autoclaim|claim|del|len|trim|(rev)?range|read\w*|group\w*|info\w*|pending\w*)"
     r"|h(del|exists|incrby|keys|len|m?get(all)?|set(nx)?)|z(add|card|range\w*|rem\w*|score)"
@@ -177,9 +173,7 @@ def test_redis_is_spoken_in_the_broker_folder_only() -> None:
         for module, path in SOURCES.items()
         if not module.startswith("qserve.broker.")
     }
-    speaking = {module: said for module, said in found.items() if said}
-    assert {module: said for module, said in speaking.items() if module not in NOT_YET_FREE_OF_REDIS} == {}
-    assert NOT_YET_FREE_OF_REDIS - speaking.keys() == set(), "free of Redis now: take it out of the list"
+    assert {module: said for module, said in found.items() if said} == {}
 
 
 @pytest.mark.parametrize(

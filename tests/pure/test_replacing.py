@@ -1,12 +1,32 @@
 """What a worker decides about its replicas: births, deaths and reports in, actions out; no process is needed."""
 
+import os
+import select
+import typing
 from typing import Any
 
+import msgspec
 import pytest
 
+from qserve.wire.options import Autoscaling
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY
 from qserve_workers.pool.orders import Kill, Serve, Status, Stop
 from qserve_workers.pool.replacing import KILL_MARGIN_S
+from qserve_workers.replica.replica_events import (
+    CallsCounted,
+    ChangeApplied,
+    ConstructionFailed,
+    DeletionSeen,
+    DemandMeasured,
+    DeploymentSeen,
+    EventWriter,
+    ReconfigureFailed,
+    ReplicaEvent,
+    StateEntered,
+    StillBusy,
+    TurnWanted,
+    decode_event,
+)
 from tests.support.replacing import Pool
 
 
@@ -35,7 +55,7 @@ def test_a_new_revision_is_constructed_first_and_serves_when_its_predecessor_has
     pool = serving(2)
     pool.deploy(2, "b", by=1)
     assert pool.pids == {1, 2, 3}
-    assert pool.rollout.replicas[3].standby
+    assert pool.rollout.crew.by_pid[3].standby
     pool.state(3, "STARTING", "b", 2)
     assert pool.take_told() == []
     pool.state(3, "STANDBY", "b", 2)
@@ -65,7 +85,7 @@ def test_without_surge_the_old_replica_goes_first() -> None:
     assert pool.pids == {1, 2}
     pool.die(1)
     assert pool.pids == {2, 3}
-    assert not pool.rollout.replicas[3].standby
+    assert not pool.rollout.crew.by_pid[3].standby
     assert pool.take_told() == []
     pool.state(3, "STARTING", "b", 2)
     assert pool.take_told() == []
@@ -145,7 +165,7 @@ def test_a_dead_replica_is_replaced() -> None:
     pool.die(1, "signal SIGKILL")
     assert pool.status == Status(1, DEPLOYING, 2, 1)
     assert pool.pids == {2, 3}
-    assert not pool.rollout.replicas[3].standby
+    assert not pool.rollout.crew.by_pid[3].standby
 
 
 def test_a_newer_deploy_takes_the_place_of_a_rollout() -> None:
@@ -207,7 +227,7 @@ def test_a_new_revision_with_another_num_replicas_ends_with_exactly_that_many_ne
     pool = serving(before, exact=True)
     pool.deploy(2, "b", by=1, num_replicas=after)
     for _ in range(30):
-        for pid, replica in list(pool.rollout.replicas.items()):
+        for pid, replica in list(pool.rollout.crew.by_pid.items()):
             if pid > before and replica.state == "":
                 pool.state(pid, "STANDBY" if replica.standby else "SERVING", "b", 2)
         for action in pool.take_told():
@@ -330,8 +350,62 @@ def test_closing_stops_everyone_and_starts_no_one() -> None:
     assert pool.pids == set()
 
 
-def test_reports_of_unknown_processes_and_events_are_ignored() -> None:
+def test_events_of_unknown_processes_are_ignored() -> None:
     pool = serving(1)
     pool.say(99, "deployed", generation=9, revision="z")
-    pool.say(1, "sang")
     assert pool.status == Status(1, HEALTHY, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"}{",
+        b'{"event":"sang","pid":1}',
+        b'{"pid":1}',
+        b'{"event":"applied","pid":1}',
+        b'{"event":"applied","generation":"x"}',
+    ],
+)
+def test_what_is_no_event_is_refused_whole(line: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        decode_event(line)
+
+
+EVENTS: list[ReplicaEvent] = [
+    DeploymentSeen(generation=1, revision="a", autoscaling=Autoscaling(1, 2)),
+    DeletionSeen(),
+    StateEntered(state="SERVING", generation=1, revision="a"),
+    ConstructionFailed(generation=1, revision="a", error="no model"),
+    TurnWanted(generation=2),
+    ChangeApplied(generation=2),
+    ReconfigureFailed(generation=2, error="no such config"),
+    CallsCounted(running=1, handled=2),
+    StillBusy(running=1),
+    DemandMeasured(calls=1, waited_s=0.5, place=0, nodes=1, running=1),
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_every_event_arrives_as_it_was_told_with_the_process_and_the_replica(event: ReplicaEvent) -> None:
+    reader, writer = os.pipe()
+    EventWriter(writer, "r1").tell(event)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as told:
+        (line,) = told.readlines()
+    assert decode_event(line) == msgspec.structs.replace(event, pid=os.getpid(), replica="r1")
+
+
+def test_every_kind_of_event_is_among_those() -> None:
+    assert {type(event) for event in EVENTS} == set(typing.get_args(ReplicaEvent))
+
+
+def test_an_error_of_any_length_and_of_any_characters_leaves_in_one_atomic_write() -> None:
+    reader, writer = os.pipe()
+    for text in ("x" * 100_000, "\N{GRINNING FACE}" * 10_000, "\x00" * 10_000, "\udcff" * 10_000, '"' * 5000):
+        EventWriter(writer, "r" * 32).tell(ConstructionFailed(generation=1, revision="a" * 64, error=text + "the end"))
+        line = os.read(reader, 65_536)
+        assert len(line) <= select.PIPE_BUF
+        event = decode_event(line)
+        assert isinstance(event, ConstructionFailed)
+        assert event.error.endswith("the end")

@@ -104,8 +104,8 @@ def scaled(n: int) -> Pool:
 
 def test_idle_replicas_go_first_and_who_says_it_is_busy_stays() -> None:
     pool = scaled(3)
-    pool.say(1, "demand", running=1)
-    pool.say(3, "demand", running=1)
+    for pid in (1, 3):
+        pool.say(pid, "demand", running=1, calls=1, waited_s=0.0, place=0, nodes=1)
     pool.rollout.scale(2, 1)
     pool.act()
     assert pool.take_told() == [Release(2)]

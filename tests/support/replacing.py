@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
+import msgspec
+
 from qserve_workers.pool.orders import Action, Publish, Resize, Status
 from qserve_workers.pool.replacing import Rollout
+from qserve_workers.replica.replica_events import ReplicaEvent
 
 
 class Pool:
@@ -22,7 +25,7 @@ class Pool:
         self.fill()
 
     def fill(self) -> None:
-        while len(self.rollout.replicas) < self.size:
+        while len(self.rollout.crew.by_pid) < self.size:
             pid = next(self._pids)
             standby, self.failures[pid] = self.rollout.birth()
             self.rollout.born(pid, self.now, standby=standby)
@@ -39,7 +42,8 @@ class Pool:
         return actions
 
     def say(self, pid: int, event: str, **facts: Any) -> None:
-        self.rollout.report({"pid": pid, "replica": f"r{pid}", "event": event, **facts}, self.now)
+        told = {"pid": pid, "replica": f"r{pid}", "event": event, **facts}
+        self.rollout.report(msgspec.convert(told, ReplicaEvent), self.now)
         self.act()
 
     def deploy(self, generation: int, revision: str, *, by: int, **facts: Any) -> None:
@@ -54,7 +58,7 @@ class Pool:
 
     @property
     def pids(self) -> set[int]:
-        return set(self.rollout.replicas)
+        return set(self.rollout.crew.by_pid)
 
     def take_told(self) -> list[Action]:
         told, self.told = self.told, []

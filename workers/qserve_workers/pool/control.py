@@ -32,7 +32,7 @@ def drain(state: Any) -> dict[str, str]:
     """Let all replicas of this worker finish their calls and leave, and end the worker."""
     keeper = _keeper(state)
     worker_state.should_stop = 0
-    return {"ok": f"{len(keeper.rollout.replicas)} replica(s) of {keeper.deployment} drain, the worker ends"}
+    return {"ok": f"{len(keeper.rollout.crew.by_pid)} replica(s) of {keeper.deployment} drain, the worker ends"}
 
 
 def _keeper(state: Any) -> "Keeper":

@@ -4,7 +4,6 @@ Everything runs on Celery's event loop, in the main thread; user code is never i
 """
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -14,6 +13,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
+
+import msgspec
 
 from qserve.settings import Settings
 from qserve.wire.messages import Signer
@@ -25,6 +26,7 @@ from qserve_workers.pool.orders import Action, Kill, Publish, Release, Resize, S
 from qserve_workers.pool.replacing import Rollout
 from qserve_workers.pool.scaling import Demand, Scaler
 from qserve_workers.replica.lifecycle import Birth
+from qserve_workers.replica.replica_events import DemandMeasured, decode_event
 
 logger = logging.getLogger(__name__)
 
@@ -170,10 +172,10 @@ class Keeper:
     def decide(self, now: float) -> int:
         """How many replicas there are to be; 0 where they are not scaled, or nothing was measured yet."""
         rollout, bounds = self.rollout, self.scaler.bounds
-        if not rollout.is_scaled or rollout.desired is None or self._demand is None:
+        if not rollout.is_scaled or rollout.crew.desired is None or self._demand is None:
             return 0
-        policy = rollout.desired.autoscaling or Autoscaling(*(bounds or (1, 1)))
-        return self.scaler.decide(self._demand, policy, current=rollout.wanted, ready=rollout.ready, now=now)
+        policy = rollout.crew.desired.autoscaling or Autoscaling(*(bounds or (1, 1)))
+        return self.scaler.decide(self._demand, policy, current=rollout.wanted, ready=rollout.crew.ready, now=now)
 
     def scale(self, wanted: int) -> None:
         """Have so many replicas; those that are too many leave when they are idle."""
@@ -210,7 +212,7 @@ class Keeper:
     def find(self, which: str) -> int | None:
         """The pid of one of this worker's replicas, by pid, id or tag."""
         tags = {info.tag: info.pid for info in self._announcer.describe().values()} if "#" in which else {}
-        for pid, replica in self.rollout.replicas.items():
+        for pid, replica in self.rollout.crew.by_pid.items():
             if which in (str(pid), replica.id) or tags.get(which) == pid:
                 return pid
         return None
@@ -238,7 +240,7 @@ class Keeper:
                 "handled": replica.handled,
                 "uptime_s": round(now - replica.born_at, 1),
             }
-            for replica in self.rollout.replicas.values()
+            for replica in self.rollout.crew.by_pid.values()
         ]
 
     def _publish(self, status: Status | None) -> None:
@@ -275,12 +277,14 @@ class Keeper:
             *lines, self._partial = (self._partial + chunk).split(b"\n")
             for line in lines:
                 try:
-                    report, now = json.loads(line), time.monotonic()
-                    self.rollout.report(report, now)
-                    if report["event"] == "demand":
-                        self._demand = Demand.from_report(report, now)
-                except (ValueError, KeyError, TypeError) as exc:
-                    logger.error("Deployment %s: ignoring an unreadable report %r: %s", self.deployment, line, exc)
+                    event = decode_event(line)
+                except msgspec.DecodeError as exc:
+                    logger.error("Deployment %s: ignoring what is no event, %r: %s", self.deployment, line, exc)
+                    continue
+                now = time.monotonic()
+                self.rollout.report(event, now)
+                if isinstance(event, DemandMeasured):
+                    self._demand = Demand.from_event(event, now)
 
 
 def _signal(pid: int, signum: signal.Signals) -> None:

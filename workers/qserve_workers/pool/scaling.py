@@ -7,9 +7,9 @@ and none less than one.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from qserve.wire.options import Autoscaling
+from qserve_workers.replica.replica_events import DemandMeasured
 
 _STALE_S = 5.0
 """A demand this old says nothing any more."""
@@ -33,9 +33,9 @@ class Demand:
     at: float
 
     @classmethod
-    def from_report(cls, report: dict[str, Any], at: float) -> "Demand":
-        """From what a replica has reported."""
-        return cls(report["calls"], report["waited_s"], report["place"], report["nodes"], at)
+    def from_event(cls, measured: DemandMeasured, at: float) -> "Demand":
+        """From what a replica has told."""
+        return cls(measured.calls, measured.waited_s, measured.place, measured.nodes, at)
 
     def share(self, total: int) -> int:
         """How many of so many replicas are this worker's."""
