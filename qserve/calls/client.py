@@ -29,7 +29,7 @@ from qserve.calls.pending import PendingCall, PendingCalls
 from qserve.calls.receiver import Receiver
 from qserve.calls.reconcile import Reconciler
 from qserve.calls.withdrawing import Withdrawals
-from qserve.durable.submitting import DurableCalls
+from qserve.durable.durable_client import DurableCalls
 from qserve.errors import BrokerUnavailable, CallCancelled, FrameRejected
 from qserve.failpoints import reach
 from qserve.hooks import ClientHook, HookChain, load_hooks
@@ -272,7 +272,7 @@ class Client:
         if reply.to == self.id:
             self._dispatch(reply)
         elif reply.to == ANYONE:
-            self.durable.take(reply)
+            self.durable.watchers.take(reply)
         else:
             raise FrameRejected("a reply to another process")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from qserve.background import spawn
 from qserve.calls.client import Client
 from qserve.calls.ref import Ref
-from qserve.durable.submitting import CallWatcher
+from qserve.durable.watching import CallWatcher
 from qserve.errors import CallNotFound, QServeError, StreamBroken
 from qserve.wire.call_record import ENDS, CallRecord, DurableOptions, Part, is_call_id
 from qserve.wire.codec import Codec
@@ -113,7 +113,7 @@ class DurableRef(Ref[T]):
         """
         packed = (await wrap_future(self._ask())).progress
         if packed is not None:
-            self._take_progress(self._client.durable.open(packed, self._id).payload)
+            self._take_progress(self._client.durable.by_id.open(packed, self._id).payload)
         return self._progress
 
     def __iter__(self) -> Iterator[Any]:
@@ -176,7 +176,7 @@ class DurableRef(Ref[T]):
 
         async def ask() -> None:
             try:
-                record = await self._client.durable.describe(self._id)
+                record = await self._client.durable.by_id.describe(self._id)
                 if record is None:
                     raise CallNotFound(f"there is no durable call {self._id!r} (any more)")
                 answered.set_result(record)
@@ -194,20 +194,20 @@ class DurableRef(Ref[T]):
 
     def watch(self) -> None:
         """Be told of the end of a call that is about to be submitted; on the client's loop."""
-        self._client.durable.watch(self._id, self._watcher)
+        self._client.durable.watchers.watch(self._id, self._watcher)
 
     def attach(self) -> None:
         """Be told of the end of a call; on the client's loop."""
-        self._client.durable.attach(self._id, self._watcher)
+        self._client.durable.watchers.attach(self._id, self._watcher)
 
     def refuse(self, error: QServeError) -> None:
         """End, because the call was not taken; on the client's loop."""
-        self._client.durable.forget(self._id, self._watcher)
+        self._client.durable.watchers.forget(self._id, self._watcher)
         self._fail(error)
 
     def _withdraw(self) -> None:
-        self._client.durable.forget(self._id, self._watcher)
-        self._client.durable.cancel(self._id)
+        self._client.durable.watchers.forget(self._id, self._watcher)
+        self._client.durable.by_id.cancel(self._id)
 
     def _fail(self, error: BaseException) -> None:
         with suppress(InvalidStateError):  # cancelled in this very moment
@@ -247,7 +247,7 @@ class _PartReader:
 
     async def read(self) -> tuple[list[Part], bool]:
         """What is there after what was read before, and whether the call has ended and that was all."""
-        record = await self._client.durable.describe(self._id)
+        record = await self._client.durable.by_id.describe(self._id)
         if record is None:
             raise CallNotFound(f"there is no durable call {self._id!r} (any more)")
         if self._count and record.attempts != self._attempt:
@@ -256,7 +256,7 @@ class _PartReader:
                 f"{record.attempts} gives them anew: iterate again"
             )
         self._attempt = record.attempts
-        found = await self._client.durable.parts(record, self._after)
+        found = await self._client.durable.by_id.parts(record, self._after)
         for number, _, part in found:
             self._count += 1
             if part.index != self._count:
@@ -305,7 +305,7 @@ def submit(
         else:
             admitted.set_result(None)
 
-    submission = client.durable.prepare(
+    submission = client.durable.submissions.prepare(
         deployment, kind=PYTHON, method=method, payload=payload, options=options, on_admitted=on_admitted, meta=meta
     )
     label = f"{deployment}.{method}" if method else deployment
@@ -313,7 +313,7 @@ def submit(
 
     def put() -> None:
         ref.watch()
-        client.durable.submit(submission)
+        client.durable.submissions.submit(submission)
 
     client.run_soon(put)
     return ref, admitted

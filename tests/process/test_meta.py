@@ -23,7 +23,7 @@ def frame(client: Client, meta: dict[str, str]) -> tuple[str, bytes]:
 
 
 def durable_frame(client: Client, meta: dict[str, str]) -> tuple[str, bytes]:
-    made = client.durable.prepare(
+    made = client.durable.submissions.prepare(
         "Echo", kind=PYTHON, method="m", payload=b"p", options=DurableOptions(), on_admitted=lambda _: None, meta=meta
     )
     return made.call.id, client.signer.open(made.frame)

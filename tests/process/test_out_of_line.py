@@ -108,7 +108,7 @@ async def test_of_a_call_and_its_result(small: Settings, state: State) -> None:
 async def test_of_a_durable_call(queue: State, small: Settings, payloads: Payloads) -> None:
     async with calling(small) as caller:
         admitted: asyncio.Future[str | QServeError] = asyncio.get_running_loop().create_future()
-        submission = caller.client.durable.prepare(
+        submission = caller.client.durable.submissions.prepare(
             "x",
             kind=PYTHON,
             method="",
@@ -116,7 +116,7 @@ async def test_of_a_durable_call(queue: State, small: Settings, payloads: Payloa
             options=DurableOptions(),
             on_admitted=admitted.set_result,
         )
-        caller.client.durable.submit(submission)
+        caller.client.durable.submissions.submit(submission)
         assert await asyncio.wait_for(admitted, patience(LIMIT_S)) == submission.call.id
 
     assert argument(queue, payloads, submitted(queue)) == WORD

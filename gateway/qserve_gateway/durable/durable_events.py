@@ -11,7 +11,8 @@ from starlette.types import Receive, Send
 
 from qserve.background import end, spawn
 from qserve.broker.call_news import CallNews
-from qserve.durable.submitting import PARTS_READ, DurableCalls
+from qserve.durable.by_id import PARTS_READ
+from qserve.durable.durable_client import DurableCalls
 from qserve.errors import BrokerUnavailable, FrameRejected, QServeError
 from qserve.wire.call_record import ENDS, CallEvent, CallRecord, Part
 from qserve.wire.messages import HttpResponse
@@ -57,7 +58,7 @@ class EventStream:
             woken.clear()
             text, is_over, is_all = b": \n\n", False, True
             with contextlib.suppress(BrokerUnavailable):
-                record = await self._durable.describe(self._call_id, self._after)
+                record = await self._durable.by_id.describe(self._call_id, self._after)
                 if record is not None:
                     news, is_all = await self._news_of(record)
                     text += b"".join(news)
@@ -71,7 +72,7 @@ class EventStream:
     async def _news_of(self, record: CallRecord) -> tuple[list[bytes], bool]:
         """Events and parts in their order, as far as they are at hand, and whether that is all."""
         try:
-            parts = await self._durable.parts(record, self._after)
+            parts = await self._durable.by_id.parts(record, self._after)
         except FrameRejected as exc:
             logger.warning("left out parts of call %s: %s", record.id, exc)
             parts = []
@@ -101,7 +102,7 @@ class EventStream:
             data["attempt"] = int(event.data)
         elif event.name == "progress":
             with contextlib.suppress(QServeError, FrameRejected, msgspec.DecodeError):
-                data["progress"] = plain_value(self._durable.open(event.data, self._call_id).payload)
+                data["progress"] = plain_value(self._durable.by_id.open(event.data, self._call_id).payload)
         elif event.data:
             data["error"] = event.data.decode("utf-8", "replace")
         name = event.name

@@ -10,7 +10,7 @@ import msgspec
 from starlette.types import Scope
 
 from qserve.broker.call_news import CallNews
-from qserve.durable.submitting import DurableCalls
+from qserve.durable.durable_client import DurableCalls
 from qserve.errors import CallNotFound, QServeError
 from qserve.wire.call_record import ENDS, CallRecord, is_call_id
 from qserve.wire.messages import ERROR, HTTP_RESPONSE, HttpResponse, Outcome, Reply, decode_error
@@ -65,7 +65,7 @@ class DurablePages:
         return HttpResponse(status, [JSON, (b"cache-control", b"no-store")], _describe(record, outcome, self._durable))
 
     async def _record(self, call_id: str) -> CallRecord:
-        record = await self._durable.describe(call_id)
+        record = await self._durable.by_id.describe(call_id)
         if record is None:
             raise CallNotFound(f"there is no durable call {call_id!r} (any more)")
         return record
@@ -90,7 +90,7 @@ class DurablePages:
             if not answered.done():
                 answered.set_result(answer)
 
-        self._durable.cancel(call_id, on_answer)
+        self._durable.by_id.cancel(call_id, on_answer)
         answer = await answered
         if isinstance(answer, Exception):
             raise answer
@@ -131,7 +131,7 @@ def _describe(record: CallRecord, outcome: Outcome | None, durable: DurableCalls
     }
     if record.progress is not None:
         with contextlib.suppress(QServeError, msgspec.DecodeError):
-            shown["progress"] = plain_value(durable.open(record.progress, record.id).payload)
+            shown["progress"] = plain_value(durable.by_id.open(record.progress, record.id).payload)
     if isinstance(outcome, Reply):
         if outcome.kind == HTTP_RESPONSE:
             shown["response"] = _shown_response(outcome_response(outcome, "", debug=False))

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from qserve.durable.submitting import CallWatcher, DurableCalls
+from qserve.durable.durable_client import DurableCalls
+from qserve.durable.watching import CallWatcher
 from qserve.errors import CallNotFound, GetTimeoutError, QServeError
 from qserve.wire.call_record import IDEMPOTENCY_TTL_S, DurableOptions, Terms
 from qserve.wire.messages import HTTP, HttpRequest, HttpResponse, Outcome, encode
@@ -86,7 +87,7 @@ class DurableRequests:
             if not admitted.done():
                 admitted.set_result(verdict)
 
-        submission = self._durable.prepare(
+        submission = self._durable.submissions.prepare(
             route.deployment,
             kind=HTTP,
             method="",
@@ -98,7 +99,7 @@ class DurableRequests:
         wait = OutcomeWait(self._durable)
         wait.watch(submission.call.id)
         try:
-            self._durable.submit(submission)
+            self._durable.submissions.submit(submission)
             verdict = await admitted
             if isinstance(verdict, QServeError):
                 return local_error_response(verdict)
@@ -138,13 +139,13 @@ class OutcomeWait:
     def watch(self, call_id: str) -> None:
         """Wait for a call that is about to be submitted."""
         self._call_id = call_id
-        self._durable.watch(call_id, self._watcher)
+        self._durable.watchers.watch(call_id, self._watcher)
 
     def attach(self, call_id: str) -> None:
         """Wait for any call, instead of the one before."""
         self.end()
         self._call_id = call_id
-        self._durable.attach(call_id, self._watcher)
+        self._durable.watchers.attach(call_id, self._watcher)
 
     async def outcome(self, timeout_s: float) -> Outcome | None:
         """Wait for the outcome; None if it does not come in time.
@@ -164,7 +165,7 @@ class OutcomeWait:
 
     def end(self) -> None:
         """Stop waiting."""
-        self._durable.forget(self._call_id, self._watcher)
+        self._durable.watchers.forget(self._call_id, self._watcher)
 
     def _settle(self, outcome: Outcome) -> None:
         if not self._future.done():

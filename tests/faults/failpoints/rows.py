@@ -147,7 +147,7 @@ async def canceller_dies(stage: Stage, row: Row) -> None:
     await victim.died()
     await until(lambda: stage.records() == [row.state])
     if row.state == "scheduled":
-        stage.caller.client.durable.cancel(call_id)
+        stage.caller.client.durable.by_id.cancel(call_id)
         await until(lambda: stage.records() == ["cancelled"])
 
 

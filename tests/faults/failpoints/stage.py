@@ -21,7 +21,7 @@ from qserve.broker.keys import GROUP
 from qserve.broker.state import State
 from qserve.calls.streams import ResultStream
 from qserve.deployments.loading import load_target
-from qserve.durable.submitting import CallWatcher
+from qserve.durable.watching import CallWatcher
 from qserve.errors import QServeError, TaskError
 from qserve.failpoints import VARIABLE
 from qserve.settings import Settings
@@ -245,7 +245,7 @@ class Stage:
         durable = self.caller.client.durable
         admitted: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        submission = durable.prepare(
+        submission = durable.submissions.prepare(
             NAME,
             kind=PYTHON,
             method=method,
@@ -253,8 +253,8 @@ class Stage:
             options=options or DurableOptions(),
             on_admitted=admitted.set_result,
         )
-        durable.watch(submission.call.id, CallWatcher(ended.set_result, lambda _: None))
-        durable.submit(submission)
+        durable.watchers.watch(submission.call.id, CallWatcher(ended.set_result, lambda _: None))
+        durable.submissions.submit(submission)
         call_id = await admitted
         assert isinstance(call_id, str), call_id
         return call_id, asyncio.ensure_future(self._said(ended))

@@ -41,8 +41,8 @@ async def ordinary(client: Client, method: str) -> None:
 async def submit(client: Client) -> None:
     """Submit a durable call."""
     admitted = asyncio.get_running_loop().create_future()
-    client.durable.submit(
-        client.durable.prepare(
+    client.durable.submissions.submit(
+        client.durable.submissions.prepare(
             NAME,
             kind=PYTHON,
             method="work",
@@ -57,7 +57,7 @@ async def submit(client: Client) -> None:
 async def cancel(client: Client) -> None:
     """Cancel one."""
     ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-    client.durable.cancel(sys.argv[2], ended.set_result)
+    client.durable.by_id.cancel(sys.argv[2], ended.set_result)
     await ended
 
 

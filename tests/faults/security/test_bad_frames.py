@@ -13,7 +13,7 @@ import redis
 from qserve.broker.keys import Keys
 from qserve.broker.state import State
 from qserve.calls.pending import PendingCall
-from qserve.durable.submitting import CallWatcher
+from qserve.durable.watching import CallWatcher
 from qserve.errors import FrameRejected, QServeError
 from qserve.settings import Settings
 from qserve.wire.call_record import DurableOptions
@@ -47,8 +47,10 @@ async def submit(caller: Caller, value: object, delay: float = 0.0) -> str:
     told: list[str | QServeError] = []
     durable, payload = caller.client.durable, caller.codec.pack_call((value,), {})
     options = DurableOptions(delay_s=delay)
-    durable.submit(
-        durable.prepare("Echo", kind=PYTHON, method="", payload=payload, options=options, on_admitted=told.append)
+    durable.submissions.submit(
+        durable.submissions.prepare(
+            "Echo", kind=PYTHON, method="", payload=payload, options=options, on_admitted=told.append
+        )
     )
     await until(lambda: told)
     return str(told[0])
@@ -185,7 +187,7 @@ class TestDurable:
             changed = await submit(caller, "changed", delay=0.2)
             redis_client.hset(keys.call(changed), "frame", frames["a bit of the body flipped: a call"])
             told: list[Outcome] = []
-            caller.client.durable.attach(changed, CallWatcher(told.append, lambda _: None))
+            caller.client.durable.watchers.attach(changed, CallWatcher(told.append, lambda _: None))
             async with serving(settings, spec) as (_consumer, code):
                 await until(lambda: told)
                 await until(lambda: redis_client.xlen(keys.calls("Echo")) == 0)

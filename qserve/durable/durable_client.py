@@ -1,0 +1,55 @@
+"""What a process does with durable calls: submit them, wait for their ends, and reach any of them by its id."""
+
+from qserve.broker.link import Link
+from qserve.broker.payloads import Payloads
+from qserve.broker.records import Records
+from qserve.broker.refusals import FullQueues
+from qserve.durable.by_id import CallsById
+from qserve.durable.submitting import Submissions
+from qserve.durable.watching import Watchers
+from qserve.settings import Settings
+from qserve.wire.messages import Signer
+
+
+class DurableCalls:
+    """The durable calls of one client, on whose event loop all of this lives.
+
+    Attributes:
+        by_id: Reads and ends calls.
+        watchers: Those who wait for the ends of calls.
+        submissions: Submits calls.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        signer: Signer,
+        payloads: Payloads,
+        process: str,
+        link: Link,
+        full_queues: FullQueues,
+    ) -> None:
+        records = Records(settings.keys)
+        self.by_id = CallsById(records, settings.keys, signer, link)
+        self.watchers = Watchers(records, payloads, self.by_id, process, link)
+        self.submissions = Submissions(
+            *(settings, signer, records, payloads, process, link), full_queues=full_queues, watchers=self.watchers
+        )
+
+    def link_up(self) -> None:
+        """There is a connection (again): ask what is not known."""
+        self.submissions.link_up()
+        self.watchers.look_at_all(but=self.submissions.unconfirmed)
+
+    def link_down(self) -> None:
+        """Redis has been away for too long: whoever submits is told."""
+        self.submissions.link_down()
+
+    def tick(self) -> None:
+        """Once a second."""
+        self.watchers.tick(but=self.submissions.unconfirmed)
+
+    def stop(self) -> None:
+        """Nobody is told of anything any more; the calls go on."""
+        self.submissions.stop()
+        self.watchers.stop()

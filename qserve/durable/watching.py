@@ -1,0 +1,153 @@
+"""Waiting for the ends of durable calls: an inbox is told of them, and the records are looked at now and then."""
+
+import time
+from collections.abc import Callable, Container
+from functools import partial
+
+import msgspec
+
+from qserve.background import spawn
+from qserve.broker.connection import Answer
+from qserve.broker.link import Link
+from qserve.broker.payloads import Payloads, result_id
+from qserve.broker.records import Records
+from qserve.broker.redis_errors import CommandRefused
+from qserve.durable.by_id import CallsById
+from qserve.errors import BrokerUnavailable, CallCancelled, CallNotFound, FrameRejected, QServeError
+from qserve.wire.call_record import ANYONE, NEWS, PART, PROGRESS
+from qserve.wire.messages import Outcome, Reply
+
+_LOOK_AGAIN_S = 30.0
+"""An inbox is told of every end; looking again now and then finds what was missed while the inbox counted as dead."""
+
+
+class CallWatcher:
+    """Somebody in this process who waits for a durable call."""
+
+    __slots__ = ("on_news", "on_outcome", "on_progress")
+
+    def __init__(
+        self,
+        on_outcome: Callable[[Outcome], None],
+        on_progress: Callable[[bytes], None],
+        on_news: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.on_news = on_news
+        self.on_outcome = on_outcome
+        self.on_progress = on_progress
+
+
+class Watchers:
+    """Those in this process who wait for the ends of durable calls. Belongs to the event loop of its client.
+
+    Each watcher gets one outcome.
+
+    Args:
+        process: Id of the inbox that gets the outcomes.
+        link: The connection for commands.
+    """
+
+    def __init__(self, records: Records, payloads: Payloads, by_id: CallsById, process: str, link: Link) -> None:
+        self._records = records
+        self._payloads = payloads
+        self._by_id = by_id
+        self._process = process
+        self._link = link
+        self._watchers: dict[str, list[CallWatcher]] = {}
+        self._look_at = time.monotonic() + _LOOK_AGAIN_S
+
+    def watch(self, call_id: str, watcher: CallWatcher) -> None:
+        """Be told of the end of a call that this client submits."""
+        self._watchers.setdefault(call_id, []).append(watcher)
+
+    def attach(self, call_id: str, watcher: CallWatcher) -> None:
+        """Be told of the end of any call, at once if it has ended."""
+        self.watch(call_id, watcher)
+        self._look(call_id)
+
+    def forget(self, call_id: str, watcher: CallWatcher) -> None:
+        """Wait no more; harmless for one that does not."""
+        watchers = self._watchers.get(call_id)
+        if watchers is not None and watcher in watchers:
+            watchers.remove(watcher)
+            if not watchers:
+                del self._watchers[call_id]
+
+    def take(self, reply: Reply) -> None:
+        """Take in what the inbox got about a durable call."""
+        watchers = self._watchers.get(reply.id)
+        if watchers is None:
+            return
+        if reply.kind == PROGRESS:
+            for watcher in list(watchers):
+                watcher.on_progress(reply.payload)
+        elif reply.kind in (NEWS, PART):
+            for watcher in list(watchers):
+                watcher.on_news()
+        elif reply.out_of_line:
+            spawn(self._fetch(reply))
+        else:
+            self._end(reply.id, reply)
+
+    def _end(self, call_id: str, outcome: Outcome) -> None:
+        for watcher in self._watchers.pop(call_id, ()):
+            watcher.on_outcome(outcome)
+
+    async def _fetch(self, reply: Reply) -> None:
+        sender = self._link.sender
+        if not sender.is_open:
+            return  # `link_up` looks again
+        try:
+            result = await self._payloads.fetch(sender, result_id(reply.id))
+            if result is None:
+                raise FrameRejected("it is gone from Redis")
+            self._end(reply.id, Reply(reply.id, ANYONE, reply.kind, result))
+        except BrokerUnavailable:
+            return
+        except (QServeError, msgspec.DecodeError) as exc:
+            self._end(reply.id, BrokerUnavailable(f"the result could not be fetched: {exc}"))
+
+    def _look(self, call_id: str) -> None:
+        sender = self._link.sender
+        if sender.is_open:
+            self._records.attach(sender, call_id, self._process, partial(self._looked, call_id))
+
+    def _looked(self, call_id: str, answer: Answer) -> None:
+        if isinstance(answer, Exception):
+            if isinstance(answer, CommandRefused):
+                self._end(call_id, BrokerUnavailable(f"Redis refused to tell of the call: {answer}"))
+            return
+        if answer is None:
+            self._end(call_id, CallNotFound(f"there is no durable call {call_id!r} (any more)"))
+            return
+        _, _, _, result, progress, is_late = answer
+        try:
+            for frame in (progress, result):
+                if frame is not None:
+                    self.take(self._by_id.open(frame, call_id))
+        except (FrameRejected, msgspec.DecodeError) as exc:
+            self._end(call_id, exc if isinstance(exc, QServeError) else FrameRejected(str(exc)))
+        if is_late == b"1":
+            self._by_id.expire(call_id)
+
+    def look_if_watched(self, call_id: str) -> None:
+        """Look at the record of a call if anybody here waits for its end."""
+        if call_id in self._watchers:
+            self._look(call_id)
+
+    def look_at_all(self, *, but: Container[str]) -> None:
+        """Look at the records of all calls that somebody here waits for, but of some that may not have one yet."""
+        self._look_at = time.monotonic() + _LOOK_AGAIN_S
+        for call_id in list(self._watchers):
+            if call_id not in but:
+                self._look(call_id)
+
+    def tick(self, *, but: Container[str]) -> None:
+        """Look at the records now and then; to be called every second."""
+        if self._watchers and time.monotonic() >= self._look_at:
+            self.look_at_all(but=but)
+
+    def stop(self) -> None:
+        """Nobody is told of anything any more; the calls go on."""
+        for call_id in list(self._watchers):
+            self._end(call_id, CallCancelled("the client was stopped before the call ended; the call goes on"))
