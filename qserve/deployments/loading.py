@@ -1,24 +1,23 @@
 """User code that other processes load: by its import path, or as a pickle where it has none."""
 
 import importlib
-import io
+import logging
 import sys
 import sysconfig
-import threading
 import traceback
-from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
-import cloudpickle
-from starlette.datastructures import State
-
+from qserve.deployments.pickled_code import dumps, loads
+from qserve.deployments.driver_script import MAIN, is_script, main_folder, run_script, script_import_path
 from qserve.errors import ConfigurationError
 from qserve.wire.spec import Target
+
+logger = logging.getLogger(__name__)
 
 _importing: ContextVar[bool] = ContextVar("qserve_importing", default=False)
 
@@ -67,29 +66,59 @@ def make_target(code: object, *, allow_pickle: bool) -> Target:
         ConfigurationError: It has no import path, and it cannot be pickled or no pickles are allowed.
     """
     module = sys.modules.get(getattr(code, "__module__", None) or "")
-    if module is not None and module.__name__ not in ("__main__", "__mp_main__"):
+    if module is not None and module.__name__ not in (MAIN, "__mp_main__"):
         qualname = _qualname_in(module, code)
         if qualname is not None:
             return Target(import_path=f"{module.__name__}:{qualname}", sys_path=_folders_of(module))
     name = getattr(code, "__qualname__", None) or repr(code)
     if not allow_pickle:
-        raise ConfigurationError(
-            f"{name!r} cannot be imported by other processes (it is defined in {_place(code)}), and without a key code "
-            "is not sent as a pickle. Move it to the top level of a module, or set QSERVE_SECRET for every process."
-        )
+        by_script = _target_in_script(code)
+        if by_script is None:
+            raise ConfigurationError(
+                f"{name!r} cannot be imported by other processes (it is defined in {_place(code)}), and without a key "
+                "code is not sent as a pickle. Move it to the top level of a module, or set QSERVE_SECRET for every "
+                f"process.{_advice_for_scripts(code)}"
+            )
+        return by_script
     try:
         # It may refer to what its own module defines.
-        folders = _folders_of(module) if module is not None and module.__name__ != "__main__" else ()
-        return Target(pickled=dumps(code), sys_path=tuple(dict.fromkeys((_main_folder(), *folders))))
+        folders = _folders_of(module) if module is not None and module.__name__ != MAIN else ()
+        return Target(pickled=dumps(code), sys_path=tuple(dict.fromkeys((main_folder(), *folders))))
     except Exception as exc:
-        raise ConfigurationError(
-            f"{name!r} cannot be pickled, because something that it refers to cannot: {type(exc).__name__}: {exc}. "
-            "Define it at the top level of a module instead, so that replicas import it."
-        ) from exc
+        by_script = _target_in_script(code)
+        if by_script is None:
+            raise ConfigurationError(
+                f"{name!r} cannot be pickled, because something that it refers to cannot: {type(exc).__name__}: {exc}. "
+                "Define it at the top level of a module instead, so that replicas import it."
+                f"{_advice_for_scripts(code)}"
+            ) from exc
+        logger.info("%r cannot be pickled (%s): replicas run its script, without the main block", name, exc)
+        return by_script
 
 
-def load_target(target: Target) -> object:
+def _target_in_script(code: object) -> Target | None:
+    """A target that runs the script again, where that is possible."""
+    if getattr(code, "__module__", None) != MAIN:
+        return None
+    qualname = _qualname_in(sys.modules[MAIN], code)
+    import_path = None if qualname is None else script_import_path(qualname)
+    return None if import_path is None else Target(import_path=import_path, sys_path=(main_folder(),))
+
+
+def _advice_for_scripts(code: object) -> str:
+    if getattr(code, "__module__", None) != MAIN:
+        return ""
+    return (
+        f" In a script it is enough to define it outside of `if __name__ == {MAIN!r}:` and to put what starts and "
+        "deploys into that block: then replicas run the rest of the script."
+    )
+
+
+def load_target(target: Target, *, as_main: bool = False) -> object:
     """Load the user code of a target. Of a deployment, that is the class or function.
+
+    Args:
+        as_main: This process exists for that code: a script that it comes from becomes the `__main__` of this process.
 
     Raises:
         ConfigurationError: It cannot be imported or unpickled; the text holds the traceback in the user's code.
@@ -99,12 +128,23 @@ def load_target(target: Target) -> object:
             sys.path.insert(0, folder)
     with importing():
         if target.import_path:
-            module, _, qualname = target.import_path.partition(":")
-            return unwrap(find_attribute(import_module(module), qualname))
+            return unwrap(_find(target.import_path, as_main=as_main))
         try:
-            return unwrap(cloudpickle.loads(target.pickled))
+            return unwrap(loads(target.pickled, as_main=as_main))
         except Exception as exc:
             raise ConfigurationError(f"Pickled user code cannot be loaded here:\n{user_traceback(exc)}") from exc
+
+
+def _find(import_path: str, *, as_main: bool) -> object:
+    name, _, qualname = import_path.partition(":")
+    if not is_script(name):
+        return find_attribute(import_module(name), qualname)
+    try:
+        return find_attribute(run_script(name, as_main=as_main), qualname)
+    except ConfigurationError:
+        raise
+    except Exception as exc:
+        raise ConfigurationError(f"Could not run the script {name!r}:\n{user_traceback(exc)}") from exc
 
 
 def import_module(name: str) -> ModuleType:
@@ -152,38 +192,6 @@ def user_traceback(exc: BaseException) -> str:
     return "".join([*head, *traceback.format_list(frames), *traceback.format_exception_only(exc)]).rstrip()
 
 
-def dumps(value: object) -> bytes:
-    """Pickle with cloudpickle, which is taught here to pickle Starlette and FastAPI applications."""
-    buffer = io.BytesIO()
-    _Pickler(buffer).dump(value)
-    return buffer.getvalue()
-
-
-def _restore_state(state: State, values: dict[str, Any]) -> None:
-    state._state.update(values)
-
-
-def _reduce_state(state: State) -> tuple[Any, ...]:
-    return State, (), dict(state._state), None, None, _restore_state
-
-
-def _reduce_lock(lock: object) -> tuple[Any, ...]:
-    return (threading.RLock if isinstance(lock, type(threading.RLock())) else threading.Lock), ()
-
-
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    # A State answers every attribute from a dict that is not there yet while it is being unpickled, and FastAPI keeps
-    # locks in its included routers; both pickle as fresh objects.
-    dispatch_table: ClassVar[ChainMap[Any, Any]] = ChainMap(
-        {
-            State: _reduce_state,
-            type(threading.Lock()): _reduce_lock,
-            type(threading.RLock()): _reduce_lock,
-        },
-        cloudpickle.Pickler.dispatch_table,
-    )
-
-
 def _qualname_in(module: ModuleType, code: object) -> str | None:
     qualname = getattr(code, "__qualname__", "")
     if qualname and "<" not in qualname:
@@ -203,11 +211,6 @@ def _folders_of(module: ModuleType) -> tuple[str, ...]:
     folder = place.resolve().parent
     installed = (Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib"))
     return () if any(folder.is_relative_to(path) for path in installed) else (str(folder),)
-
-
-def _main_folder() -> str:
-    main = getattr(sys.modules["__main__"], "__file__", None)
-    return str(Path(main).resolve().parent if main else Path.cwd())
 
 
 def _place(code: object) -> str:

@@ -13,7 +13,8 @@ from starlette.datastructures import State
 
 from qserve.deployments.app_import import import_app
 from qserve.deployments.deployment import Deployment, deployment
-from qserve.deployments.loading import dumps, importing, is_importing, load_target, make_target
+from qserve.deployments.loading import importing, is_importing, load_target, make_target
+from qserve.deployments.pickled_code import dumps
 from qserve.errors import ConfigurationError
 from qserve.wire.spec import Target
 
