@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qserve.deployments.pickled_code import dumps, loads
 from qserve.deployments.driver_script import MAIN, is_script, main_folder, run_script, script_import_path
+from qserve.deployments.pickled_code import dumps, loads
 from qserve.errors import ConfigurationError
 from qserve.wire.spec import Target
 
