@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-import hiredis
 from redis.exceptions import (
     AuthenticationError,
     ConnectionError,  # noqa: A004
@@ -27,7 +26,7 @@ _PASSING: Final = ("NOREPLICAS", "MISCONF", "UNBLOCKED", "BUSY ")
 """How errors begin that have nothing to do with the command."""
 
 
-class CommandRefused(ResponseError, hiredis.ReplyError):
+class CommandRefused(ResponseError):
     """Redis has answered a command with an error, which is the text of this one."""
 
 

@@ -1,11 +1,11 @@
 -- ADMIT: put calls on a deployment's queue while there is room; nothing is put where nobody reads.
 -- KEYS[1] call stream, KEYS[2] meta hash of the deployment, KEYS[3] name of this history of the state,
 -- KEYS[4], KEYS[5] durable calls that will come into the stream, and so have their places already
--- ARGV[1] latest time to do so, in ms on this clock, or 0: what a connection held back longer must not run any more;
---         then per call: id, flags, frame
--- returns {-1} unknown deployment | {-2, reason} refused for all | {-3} too late for all
---         | {-4} there is no state at all: this server has lost it, or never had any
---         | {depth before, 1 if all its calls may run again, entry id or false per call}
+-- ARGV[1] the latest time for that, in ms on this server's clock, or 0: a call that a connection has held back for longer
+-- must not run any more; then per call: id, flags, frame
+-- returns {-1} unknown deployment | {-2, reason} refused for all | {-3} too late for all |
+--   {-4} there is no state at all: this server has lost it, or never had any |
+--   {depth before, 1 if all its calls may run again, entry id or false per call}
 local meta = redis.call('HMGET', KEYS[2], 'max_queued', 'refuse', 'idempotent')
 if not meta[1] then return {redis.call('EXISTS', KEYS[3]) == 1 and -1 or -4} end
 if meta[2] then return {-2, meta[2]} end

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- ATTACH: the outcome of a durable call, or be told of it.
+-- ATTACH: return the outcome of a durable call; if there is none yet, note who is to be told of it.
 -- KEYS[1] record | ARGV[1] base, ARGV[2] waiter
 -- returns false unknown | {state, deployment, method, result or false, progress or false, '1' if it is past its time}
 local found = redis.call('HMGET', KEYS[1], 'state', 'deployment', 'method', 'result', 'progress', 'waiters', 'expires')

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- CLAIM: say that calls are about to run, so that none runs twice, wherever its frame is put again.
--- KEYS per call: bits of its caller's calls | ARGV per call: which bit, ms it is to be known
+-- KEYS per call: bits of its caller's calls | ARGV per call: which bit, for how many ms it is to be known
 -- returns per call 1 if nobody had claimed it
 local out = {}
 for i, key in ipairs(KEYS) do

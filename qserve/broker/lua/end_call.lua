@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- END_CALL: cancel a durable call, or let it expire. One that runs is marked, and not run again. Or fail it, because its
--- deployment is gone and with it whoever could run it.
+-- END_CALL: end a durable call that its replica does not end: cancel it, let it expire, or fail it because its deployment
+-- is gone and nobody can run it. One that runs now is marked instead, and does not run again.
 -- KEYS[1] record | ARGV[1] base, ARGV[2] id, ARGV[3] group, ARGV[4] 'cancelled', 'expired' or 'failed', ARGV[5] frame for those
 -- who wait, ARGV[6] ms the record is kept if it does not say, ARGV[7] ms an unread inbox is kept
 -- returns 'unknown' | 'ended' before | 'done' | {replica, entry id, deployment} it runs there | 'later' about to run

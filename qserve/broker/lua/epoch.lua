@@ -1,5 +1,5 @@
 -- EPOCH: note which server process holds the queues. After a restart or failover it is another one, which may have lost
--- what was done last: what stands in the queues by then is from before.
+-- what was done last: what stands in the queues at that moment is from before.
 -- KEYS[1] run id of the server, KEYS[2] set of deployment names, KEYS[3] hash: deployment -> last entry from before
 -- ARGV[1] run id, ARGV[2] prefix of all call streams, ARGV[3] deployment
 -- returns the last entry of this deployment from before, or false

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- NOTE_PART: one of the parts that a running call gives, for whoever follows it. Parts and events are counted together.
+-- NOTE_PART: record one of the parts that a running call gives, for whoever follows it. Parts and events are counted together.
 -- KEYS[1] record, KEYS[2] its parts | ARGV[1] base, ARGV[2] entry id, ARGV[3] which part of this attempt, ARGV[4] frame,
--- ARGV[5] word for those who wait, ARGV[6] ms an unread inbox is kept
+-- ARGV[5] news for those who wait, ARGV[6] ms an unread inbox is kept
 -- returns 1 if it stands there now | 0 the call is not this entry's any more
 local found = redis.call('HMGET', KEYS[1], 'state', 'entry', 'attempts', 'waiters', 'part')
 if found[1] ~= 'running' or found[2] ~= ARGV[2] then return 0 end

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- NOTE_PROGRESS: how far a running call has come, for its record, its waiters and its followers.
+-- NOTE_PROGRESS: record how far a running call has come, and tell those who wait for it or follow it.
 -- KEYS[1] record | ARGV[1] base, ARGV[2] entry id, ARGV[3] frame, ARGV[4] ms an unread inbox is kept
 -- returns 1 | 0 the call is not this entry's any more
 local found = redis.call('HMGET', KEYS[1], 'state', 'entry', 'n', 'waiters')

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- REJECT_CALL: a durable entry is no call of ours: it goes to the dead letters, and the call whose entry it was ends as dead.
+-- REJECT_CALL: move an entry that is no call of ours to the dead letters; the durable call whose entry it was ends as dead.
 -- KEYS[1] call stream, KEYS[2] dead-letter stream, KEYS[3] record
 -- ARGV[1] base, ARGV[2] group, ARGV[3] entry id, ARGV[4] id, ARGV[5] result frame, ARGV[6] ms the record is kept,
 -- ARGV[7] ms an unread inbox is kept, ARGV[8] reason, ARGV[9] most dead letters kept

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- RUN_CALL: a replica is about to run a durable call; its record says whether it still should.
+-- RUN_CALL: note that a replica is about to run a durable call, if its record says that it still should.
 -- KEYS[1] call stream, KEYS[2] record, KEYS[3] its parts | ARGV[1] group, ARGV[2] replica, ARGV[3] entry id
 -- returns {'run', which attempt, failures so far} | {'cancelled', frame} | {'expired'} | {'lost'} not its entry any more |
 --   {'gone'} nothing to run: the entry is deleted

@@ -1,4 +1,4 @@
--- What DEPLOY and RESTORE share; put before each of them. Here alone a deployment's hash is written.
+-- What DEPLOY and RESTORE share; put before each of them. Only here is written what is deployed.
 -- KEYS[1] meta hash, KEYS[2] set of deployment names, KEYS[3] state log, KEYS[4] call stream
 
 -- `...`: names and values of fields, beside those that are written for every deployment.

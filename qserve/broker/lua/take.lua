@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- TAKE: take over entries of a replica that died or left.
--- What a leaving one hands back was not started there; what a dead one had may have been, unless it was still waiting
--- to run again. start_again.lua tells what the delivery counts mean.
+-- Entries that a leaving replica hands back were not started there; those of a dead one may have been, unless they still
+-- waited to run again. start_again.lua tells what the delivery counts mean.
 -- KEYS[1] call stream, KEYS[2] heartbeat hash
 -- ARGV[1] group, ARGV[2] replica, ARGV[3] me, ARGV[4] most to take, ARGV[5] '1': only calls that nobody may run again,
 -- ARGV[6] the heartbeat value by which it was judged; if it has beaten since, nothing is taken
