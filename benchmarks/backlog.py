@@ -13,12 +13,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qserve.broker import embedded
 from qserve.broker.call_queue import CALLS_PER_ADMIT, CallQueue
 from qserve.broker.connection import Connection
-from qserve.broker.heartbeats import DIED
+from qserve.broker.instance.heartbeats import DIED
+from qserve.broker.instance.state import State
 from qserve.broker.replica_queue import ReplicaQueue
-from qserve.broker.state import State
+from qserve.broker.server import embedded
 from qserve.calls.process_client import new_event_loop
 from qserve.errors import BrokerUnavailable
 from qserve.settings import Settings

@@ -18,11 +18,11 @@ from statistics import median
 
 import redis
 
-from qserve.broker import embedded
 from qserve.broker.connection import Answer, Connection
 from qserve.broker.inboxes import Inbox
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.scripts import REPLY, Script
+from qserve.broker.server import embedded
 from qserve.calls.process_client import new_event_loop
 from qserve.wire.messages import VALUE, Reply, Signer, encode
 

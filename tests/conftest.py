@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from qserve.broker import embedded
+from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
-from qserve.broker.state import State
+from qserve.broker.server import embedded
 from qserve.calls import process_client
 from qserve.settings import Settings
 from qserve.testing import TestInstance, instance

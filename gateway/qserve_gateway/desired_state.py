@@ -9,10 +9,10 @@ import msgspec
 
 from qserve.background import spawn
 from qserve.broker.connection import Answer
-from qserve.broker.following import Change, Snapshot, connect_asyncio, follow, read_snapshot
+from qserve.broker.instance.following import Change, Snapshot, connect_asyncio, follow, read_snapshot
+from qserve.broker.instance.reports import report_gateway, send_gateway_report, withdraw_gateway
+from qserve.broker.instance.restoring import Memory
 from qserve.broker.redis_errors import CommandRefused
-from qserve.broker.reports import report_gateway, send_gateway_report, withdraw_gateway
-from qserve.broker.restoring import Memory
 from qserve.broker.stream_ids import order
 from qserve.calls.client import Client
 from qserve.errors import BrokerUnavailable, ConfigurationError

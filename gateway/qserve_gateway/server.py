@@ -16,9 +16,9 @@ import msgspec
 
 from qserve.background import end
 from qserve.broker.call_news import CallNews
-from qserve.broker.following import Snapshot
-from qserve.broker.redis_checks import require_usable_at
-from qserve.broker.state import State
+from qserve.broker.instance.following import Snapshot
+from qserve.broker.instance.state import State
+from qserve.broker.server.redis_checks import require_usable_at
 from qserve.calls.client import Client
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.hooks import GatewayHook, load_hooks

@@ -6,10 +6,10 @@ command waits for long: all of them go over redis-py, on a client that gives a s
 
 from typing import Any, Final, cast
 
-from qserve.broker import redis_clients
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import LEASE, RELEASE
+from qserve.broker.server import redis_clients
 
 _PRIORITIES: Final = ("", "\x06\x163", "\x06\x166", "\x06\x169")
 """Ends of the names of the lists, as kombu has them; the first is the most urgent, and what stands in it has none."""

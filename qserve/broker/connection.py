@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import hiredis
 
-from qserve.broker.address import Broker, parse, tls_problem
-from qserve.broker.redis_clients import primaries_async, role_problem, unreachable
 from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.server.address import Broker, parse, tls_problem
+from qserve.broker.server.redis_clients import primaries_async, role_problem, unreachable
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import redis
 
 from qserve.broker.connection import Answer, Connection, ignore_answer
+from qserve.broker.instance.presence import CALLER_TTL_MS
 from qserve.broker.keys import Keys
-from qserve.broker.presence import CALLER_TTL_MS
 from qserve.broker.scripts import ADMIT, CLAIM, PRESENT, REPLY, TELL, TRIM, load_scripts
 from qserve.broker.stream_ids import order
 from qserve.wire.channel import Chunk

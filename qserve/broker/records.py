@@ -9,11 +9,11 @@ import redis
 from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.dead_letter_streams import DEAD_LETTERS_KEPT
 from qserve.broker.inboxes import INBOX_TTL_MS
+from qserve.broker.instance.remains import remaining
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.payloads import Payloads
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.refusals import queue_full, refusal_of_all
-from qserve.broker.remains import remaining
 from qserve.broker.replica_queue import Entry
 from qserve.broker.scripts import (
     ATTACH,

@@ -15,7 +15,7 @@ from redis.exceptions import (
     TimeoutError,  # noqa: A004
 )
 
-from qserve.broker.address import Broker, tls_problem
+from qserve.broker.server.address import Broker, tls_problem
 from qserve.errors import BrokerUnavailable, ConfigurationError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class CommandRefused(ResponseError):
 
 
 def broker_of(client: "redis.Redis | redis.asyncio.Redis") -> Broker:
-    """What a client of `qserve.broker.redis_clients` connects to."""
+    """What a client of `qserve.broker.server.redis_clients` connects to."""
     broker: Broker = client.connection_pool.connection_kwargs["broker"]
     return broker
 

@@ -7,12 +7,12 @@ from functools import partial
 
 from qserve.background import spawn
 from qserve.broker.call_queue import CALLS_PER_ADMIT, CallQueue
-from qserve.broker.clock import RedisClock
 from qserve.broker.connection import Answer, Connection
 from qserve.broker.keys import Keys
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads
 from qserve.broker.refusals import FullQueues, refusal_of_all
+from qserve.broker.server.clock import RedisClock
 from qserve.calls.pending import PendingCall, PendingCalls
 from qserve.calls.withdrawing import Withdrawals
 from qserve.errors import BrokerUnavailable, QServeError

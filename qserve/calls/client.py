@@ -15,12 +15,12 @@ from functools import partial
 import msgspec
 
 from qserve.background import end, spawn
-from qserve.broker.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.broker.connection import Connection
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.refusals import FullQueues
+from qserve.broker.server.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.calls.admission import Admission
 from qserve.calls.call_channels import CallChannels
 from qserve.calls.deadlines import Deadlines

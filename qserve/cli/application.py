@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from qserve.broker.redis_checks import connect, require_usable
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
+from qserve.broker.server.redis_checks import connect, require_usable
 from qserve.cli.output import Failure, note, users_part
 from qserve.cli.progress import show_progress
 from qserve.cli.source import content_version, project_files

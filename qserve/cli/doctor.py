@@ -2,7 +2,7 @@
 
 import click
 
-from qserve.broker.redis_checks import FAIL, WARN, check_server, connect
+from qserve.broker.server.redis_checks import FAIL, WARN, check_server, connect
 from qserve.cli.output import redis_url_option
 from qserve.deployments.local_instance import find_settings
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-from qserve.broker.redis_checks import require_usable_at
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
+from qserve.broker.server.redis_checks import require_usable_at
 from qserve.deployments.local_instance import check_address, find_settings
 from qserve.errors import ConfigurationError, FrameRejected
 from qserve.settings import Settings

@@ -5,8 +5,8 @@ import secrets
 
 import click
 
-from qserve.broker.acl import ROLES, Role, hashed, rules
 from qserve.broker.keys import Keys
+from qserve.broker.server.acl import ROLES, Role, hashed, rules
 from qserve.cli.output import note
 from qserve.wire.names import is_name
 

@@ -14,7 +14,7 @@ from types import FrameType
 
 import click
 
-from qserve.broker.redis_checks import require_usable_at
+from qserve.broker.server.redis_checks import require_usable_at
 from qserve.cli.application import Application, deploy_application, import_application
 from qserve.cli.gateway_options import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port, state_of

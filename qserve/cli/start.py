@@ -7,7 +7,7 @@ import tempfile
 
 import click
 
-from qserve.broker.redis_checks import require_usable_at
+from qserve.broker.server.redis_checks import require_usable_at
 from qserve.cli.gateway_options import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port
 from qserve.cli.output import redis_url_option

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
 from qserve.cli.output import redis_url_option
 from qserve.deployments.deploying import wanted

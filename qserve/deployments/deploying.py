@@ -12,9 +12,9 @@ from logging import getLogger
 
 import msgspec
 
+from qserve.broker.instance.remains import fail_remaining, forget_remains
+from qserve.broker.instance.state import GenerationChanged, State
 from qserve.broker.records import fail_remaining_records
-from qserve.broker.remains import fail_remaining, forget_remains
-from qserve.broker.state import GenerationChanged, State
 from qserve.broker.stream_ids import order
 from qserve.errors import DeploymentNotFound
 from qserve.wire.messages import ErrorInfo, encode

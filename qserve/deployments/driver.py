@@ -6,8 +6,8 @@ import threading
 from collections.abc import Mapping
 from typing import Final
 
-from qserve.broker.redis_checks import require_usable_at
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
+from qserve.broker.server.redis_checks import require_usable_at
 from qserve.calls import process_client
 from qserve.calls.handle import handle_from_wire
 from qserve.deployments import deploying, local_instance

@@ -23,8 +23,8 @@ from typing import TypeVar
 
 import msgspec
 
-from qserve.broker import embedded
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
+from qserve.broker.server import embedded
 from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.settings import Settings
 from qserve.wire.messages import Signer

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from qserve.broker.dead_letter_streams import attempts_of, deployment_names, drop_letter, letters, revive
+from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
 from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
-from qserve.broker.state import State
 from qserve.errors import (
     BrokerUnavailable,
     CallNotFound,

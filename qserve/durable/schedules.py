@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from qserve.broker.payloads import Payloads
-from qserve.broker.records import submit_now
-from qserve.broker.state import State
-from qserve.broker.stored_schedules import (
+from qserve.broker.instance.state import State
+from qserve.broker.instance.stored_schedules import (
     note_fired,
     read_schedule,
     read_schedules,
@@ -18,6 +16,8 @@ from qserve.broker.stored_schedules import (
     remove_schedule,
     write_schedule,
 )
+from qserve.broker.payloads import Payloads
+from qserve.broker.records import submit_now
 from qserve.durable.cron import parse_when
 from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnavailable, FrameRejected
 from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms, durable_with_meta

@@ -1,4 +1,4 @@
-"""What should run and what does run, as data: `qserve.broker.state` writes and reads it."""
+"""What should run and what does run, as data: `qserve.broker.instance.state` writes and reads it."""
 
 import msgspec
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import redis
 
+from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
-from qserve.broker.state import State
 from qserve.deployments import deploying
 from qserve_workers.node_options import parse
 from qserve_workers.supervise import KeptProcess

@@ -17,8 +17,8 @@ import redis
 from click.testing import CliRunner
 from rich.console import Console
 
-from qserve.broker import embedded
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
+from qserve.broker.server import embedded
 from qserve.cli import COMMANDS, main
 from qserve.cli.application import did_you_mean
 from qserve.cli.call import parse_call, show, unknown_deployment

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import redis
 
-from qserve.broker import embedded
 from qserve.broker.keys import Keys
+from qserve.broker.server import embedded
 from qserve.errors import (
     BackPressureError,
     BrokerUnavailable,

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from qserve.broker.instance.state import State
 from qserve.broker.payloads import Payloads
-from qserve.broker.state import State
 from qserve.calls import process_client
 from qserve.calls.handle import AsyncDeploymentHandle, get_handle
 from qserve.durable.dead_letters import DeadLetters

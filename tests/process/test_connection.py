@@ -15,13 +15,13 @@ import pytest
 import redis
 from redis.exceptions import RedisError
 
-from qserve.broker import embedded, redis_clients
-from qserve.broker.address import Broker
 from qserve.broker.connection import Answer, Connection
+from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
 from qserve.broker.link import Link
 from qserve.broker.scripts import Script
-from qserve.broker.state import State
+from qserve.broker.server import embedded, redis_clients
+from qserve.broker.server.address import Broker
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.wire.messages import Signer
 from qserve.wire.spec import HttpSettings

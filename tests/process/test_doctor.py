@@ -14,9 +14,19 @@ from typing import Any
 import pytest
 
 from qserve import serve
-from qserve.broker import embedded, redis_checks
-from qserve.broker.address import parse
-from qserve.broker.redis_checks import FAIL, OK, WARN, Finding, as_error, check_server, connect, judge, require_usable
+from qserve.broker.server import embedded, redis_checks
+from qserve.broker.server.address import parse
+from qserve.broker.server.redis_checks import (
+    FAIL,
+    OK,
+    WARN,
+    Finding,
+    as_error,
+    check_server,
+    connect,
+    judge,
+    require_usable,
+)
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from tests.support.machine import patience
 from tests.support.serving import free_port

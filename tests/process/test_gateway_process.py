@@ -16,7 +16,7 @@ import pytest
 import redis
 from starlette.middleware.cors import CORSMiddleware
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.deployments.loading import make_target
 from qserve.settings import Settings
 from qserve.wire.codec import Codec

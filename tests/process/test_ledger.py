@@ -18,9 +18,9 @@ import pytest
 
 import qserve
 from qserve import serve
-from qserve.broker.heartbeats import post_tombstone
+from qserve.broker.instance.heartbeats import post_tombstone
+from qserve.broker.instance.state import State
 from qserve.broker.keys import GROUP
-from qserve.broker.state import State
 from qserve.calls.handle import get_handle
 from qserve.calls.process_client import close_current_client
 from qserve.settings import Settings

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from qserve import serve
-from qserve.broker import embedded
+from qserve.broker.server import embedded
 from qserve.deployments import local_instance
 from qserve.errors import ConfigurationError, NoInstanceError
 from tests.support.deployed import Pid

@@ -2,10 +2,10 @@
 
 import redis
 
-from qserve.broker.following import connect_asyncio, read_snapshot
+from qserve.broker.instance.following import connect_asyncio, read_snapshot
+from qserve.broker.instance.restoring import Memory, restore
+from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
-from qserve.broker.restoring import Memory, restore
-from qserve.broker.state import State
 from qserve.settings import Settings
 from qserve.wire.messages import Signer
 from qserve.wire.spec import Deployed, DeploymentSpec, HttpSettings, Target

@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from qserve.broker.instance.state import State
 from qserve.broker.payloads import Payloads
-from qserve.broker.state import State
 from qserve.durable.dead_letters import DeadLetters
 from qserve.durable.schedules import Plan, Schedules
 from qserve.errors import FrameRejected, QServeError

@@ -18,9 +18,9 @@ import msgspec
 import pytest
 import redis
 
-from qserve.broker import embedded
+from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
-from qserve.broker.state import State
+from qserve.broker.server import embedded
 from qserve.settings import Settings
 from qserve.wire.spec import DEPLOY_FAILED, HEALTHY, DeploymentSpec, Target, WorkerInfo
 from qserve_workers.celery_app import broker_settings

@@ -10,10 +10,10 @@ import fakeredis
 import pytest
 import redis
 
-from qserve.broker import remains
-from qserve.broker.heartbeats import DIED, LEFT, leave, post_tombstone
+from qserve.broker.instance import remains
+from qserve.broker.instance.heartbeats import DIED, LEFT, leave, post_tombstone
+from qserve.broker.instance.remains import fail_remaining, remaining
 from qserve.broker.keys import GROUP
-from qserve.broker.remains import fail_remaining, remaining
 from qserve.broker.scripts import ADMIT, BEAT, FIND, PRESENT, REPLY, TAKE, TELL, TRIM
 from qserve.settings import Settings
 from qserve.wire.messages import CONTROL, ERROR, PYTHON, Call, Control, Signer, decode_control, decode_reply, encode

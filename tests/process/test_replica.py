@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 
-from qserve.broker.heartbeats import post_tombstone
+from qserve.broker.instance.heartbeats import post_tombstone
 from qserve.broker.keys import GROUP, Keys
 from qserve.errors import (
     CallCancelled,

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from qserve.broker import embedded
-from qserve.broker.following import Change, connect_asyncio, follow, read_snapshot
+from qserve.broker.instance.following import Change, connect_asyncio, follow, read_snapshot
+from qserve.broker.instance.state import GenerationChanged, State
 from qserve.broker.keys import Keys
-from qserve.broker.state import GenerationChanged, State
+from qserve.broker.server import embedded
 from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.settings import Settings
 from qserve.wire.messages import Signer, encode

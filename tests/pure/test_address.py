@@ -2,7 +2,7 @@
 
 import pytest
 
-from qserve.broker.address import Broker, mask, parse
+from qserve.broker.server.address import Broker, mask, parse
 from qserve.errors import ConfigurationError
 
 

@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.deployments.deploying import Goal, deploy, next_spec, weigh
 from qserve.wire.spec import (
     DEPLOY_FAILED,

@@ -48,7 +48,7 @@ def imports_of(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from qserve import embedded` imports qserve.broker.embedded where that is a module
+            # `from qserve import embedded` imports qserve.broker.server.embedded where that is a module
             yield from (
                 full if (full := f"{node.module}.{alias.name}") in SOURCES else node.module for alias in node.names
             )

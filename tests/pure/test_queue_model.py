@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 from hypothesis.strategies import booleans, integers, sampled_from
 
-from qserve.broker.heartbeats import LEFT
+from qserve.broker.instance.heartbeats import LEFT
 from qserve.broker.keys import GROUP
 from tests.support.echo_queue import BEATS, STREAM, Queue
 

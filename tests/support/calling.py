@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import msgspec
 from starlette.requests import Request
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
 from qserve.calls.pending import PendingCall

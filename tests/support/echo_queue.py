@@ -5,7 +5,7 @@ from typing import Any, cast
 import fakeredis
 import redis
 
-from qserve.broker.heartbeats import DIED
+from qserve.broker.instance.heartbeats import DIED
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.scripts import ADMIT, BEAT, CANCEL, GIVE_UP, REPLY, RETIRE, START_AGAIN, TAKE
 

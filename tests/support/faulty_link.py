@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Any
 
-from qserve.broker.address import parse
+from qserve.broker.server.address import parse
 from tests.support.machine import patience
 
 _SEGMENT = 64 * 1024

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.deployments.deployment import Deployment
 from qserve.settings import Settings
 from qserve.wire.codec import Codec

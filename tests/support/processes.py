@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import redis
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.settings import Settings
 from qserve.testing import TestInstance
 from qserve.wire.messages import Signer

@@ -12,9 +12,9 @@ from typing import Any
 
 import redis
 
-from qserve.broker.heartbeats import post_tombstone
+from qserve.broker.instance.heartbeats import post_tombstone
+from qserve.broker.instance.state import State
 from qserve.broker.keys import GROUP
-from qserve.broker.state import State
 from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.messages import Signer

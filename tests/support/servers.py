@@ -6,7 +6,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from qserve.broker import embedded
+from qserve.broker.server import embedded
 from tests.support.waiting import wait_until
 
 SECRET = "test-" + secrets.token_hex(16)

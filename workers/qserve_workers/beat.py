@@ -5,9 +5,9 @@ from typing import Any
 
 from celery import beat
 
+from qserve.broker.instance.state import State
 from qserve.broker.payloads import Payloads
 from qserve.broker.redis_errors import CommandRefused
-from qserve.broker.state import State
 from qserve.durable.schedules import Schedules
 from qserve.errors import QServeError
 from qserve.wire.messages import Signer

@@ -7,7 +7,7 @@ from urllib.parse import quote
 import click
 from celery import Celery
 
-from qserve.broker.address import Broker, host_and_port, parse
+from qserve.broker.server.address import Broker, host_and_port, parse
 from qserve.deployments.local_instance import NO_INSTANCE, find_settings
 from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.settings import Settings

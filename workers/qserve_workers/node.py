@@ -19,13 +19,13 @@ from pathlib import Path
 import msgspec
 
 from qserve.background import end
-from qserve.broker import embedded
-from qserve.broker.following import Snapshot, connect_asyncio, follow, has_schedules, read_snapshot
-from qserve.broker.redis_checks import require_usable_at
+from qserve.broker.instance.following import Snapshot, connect_asyncio, follow, has_schedules, read_snapshot
+from qserve.broker.instance.reports import forget_worker, read_replicas, report_node, withdraw_node
+from qserve.broker.instance.restoring import Memory
+from qserve.broker.instance.state import State
 from qserve.broker.redis_errors import CommandRefused
-from qserve.broker.reports import forget_worker, read_replicas, report_node, withdraw_node
-from qserve.broker.restoring import Memory
-from qserve.broker.state import State
+from qserve.broker.server import embedded
+from qserve.broker.server.redis_checks import require_usable_at
 from qserve.deployments import deploying
 from qserve.deployments.local_instance import InstanceRecord, is_running
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError

@@ -15,7 +15,7 @@ import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.calls.client import Client
 from qserve.deployments.local_instance import runtime_folder
 from qserve.errors import ConfigurationError, QServeError

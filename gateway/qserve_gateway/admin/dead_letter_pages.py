@@ -3,8 +3,8 @@
 import re
 from urllib.parse import unquote
 
+from qserve.broker.instance.state import State
 from qserve.broker.redis_errors import CommandRefused
-from qserve.broker.state import State
 from qserve.durable.dead_letters import DeadLetters
 from qserve.errors import BrokerUnavailable
 from qserve.wire.messages import HttpResponse

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.calls.client import Client
 from qserve_gateway.door.limits import Door
 from qserve_gateway.door.request_counts import BOUNDS_S

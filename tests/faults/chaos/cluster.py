@@ -21,8 +21,8 @@ from typing import cast
 
 import psutil
 
-from qserve.broker import embedded
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
+from qserve.broker.server import embedded
 from qserve.calls import process_client
 from qserve.deployments.deploying import Goal
 from qserve.deployments.driver import ConnectedInstance

@@ -9,9 +9,10 @@ import pytest
 
 import qserve
 from qserve import serve
-from qserve.broker import confirming, embedded
+from qserve.broker import confirming
+from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
-from qserve.broker.state import State
+from qserve.broker.server import embedded
 from qserve.calls import process_client
 from qserve.calls.handle import get_handle
 from qserve.wire.messages import Signer

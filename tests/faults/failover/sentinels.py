@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import redis
 
-from qserve.broker import embedded
+from qserve.broker.server import embedded
 from tests.support.machine import patience
 from tests.support.serving import free_port
 from tests.support.waiting import wait_until

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qserve.broker import redis_clients
-from qserve.broker.address import Address, Broker
+from qserve.broker.server import redis_clients
+from qserve.broker.server.address import Address, Broker
 from tests.faults.failover.sentinels import DATA, LOGIN, SERVICE, Server
 from tests.support.waiting import wait_until
 

@@ -16,9 +16,9 @@ import trustme
 from kombu.exceptions import OperationalError
 
 from qserve.broker.connection import Connection
-from qserve.broker.following import connect_asyncio, read_snapshot
+from qserve.broker.instance.following import connect_asyncio, read_snapshot
+from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
-from qserve.broker.state import State
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.settings import Settings
 from qserve.wire.messages import Signer

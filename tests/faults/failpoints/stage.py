@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import redis
 from celery import Celery
 
-from qserve.broker.heartbeats import DIED, post_tombstone
+from qserve.broker.instance.heartbeats import DIED, post_tombstone
+from qserve.broker.instance.state import State
 from qserve.broker.keys import GROUP
-from qserve.broker.state import State
 from qserve.calls.streams import ResultStream
 from qserve.deployments.loading import load_target
 from qserve.durable.watching import CallWatcher

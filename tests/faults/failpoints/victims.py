@@ -3,7 +3,7 @@
 import asyncio
 import sys
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
 from qserve.settings import Settings

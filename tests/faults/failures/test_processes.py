@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from qserve.broker.clock import RedisClock
+from qserve.broker.server.clock import RedisClock
 from qserve.errors import ReplicaDied
 from qserve.settings import Settings
 from qserve.wire.messages import PYTHON, Call, encode

@@ -14,8 +14,8 @@ from typing import Any
 import redis
 from click.testing import CliRunner
 
-from qserve.broker import embedded
-from qserve.broker.acl import ROLES
+from qserve.broker.server import embedded
+from qserve.broker.server.acl import ROLES
 from qserve.cli.redis_acl import redis_acl
 from tests.support.machine import patience
 from tests.support.servers import wait_until_accepting

@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 import redis
 
+from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
-from qserve.broker.state import State
 from qserve.calls.pending import PendingCall
 from qserve.durable.watching import CallWatcher
 from qserve.errors import FrameRejected, QServeError

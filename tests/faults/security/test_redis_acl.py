@@ -13,8 +13,8 @@ import pytest
 import redis
 from click.testing import CliRunner
 
-from qserve.broker.acl import ROLES
 from qserve.broker.keys import Keys
+from qserve.broker.server.acl import ROLES
 from qserve.cli import main
 from tests.faults.security.guarded import Guarded, guarded
 from tests.support.machine import patience

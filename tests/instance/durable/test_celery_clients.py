@@ -12,7 +12,7 @@ from celery.exceptions import NotRegistered, TaskRevokedError
 from redis import Redis
 
 from qserve import serve
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.settings import Settings
 from qserve.testing import TestInstance
 from qserve.wire.spec import DeploymentSpec, Target

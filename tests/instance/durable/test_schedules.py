@@ -18,8 +18,8 @@ import pytest
 from click.testing import CliRunner
 
 from qserve import serve
+from qserve.broker.instance.state import State
 from qserve.broker.payloads import Payloads
-from qserve.broker.state import State
 from qserve.cli import main
 from qserve.durable.cron import parse_when
 from qserve.durable.schedules import Schedules

@@ -8,7 +8,7 @@ import httpx
 import psutil
 import pytest
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.testing import TestInstance
 from qserve.wire.messages import Signer
 from qserve.wire.spec import DeploymentSpec, Target

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.deployments import deploying
 from qserve.settings import Settings
 from qserve.wire.spec import SERVING, ReplicaInfo

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qserve import serve
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.deployments import deploying
 from qserve.settings import Settings
 from qserve.wire.spec import SERVING

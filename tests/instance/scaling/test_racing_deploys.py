@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.deployments import deploying
 from qserve.settings import Settings
 from tests.instance.scaling.load import Load

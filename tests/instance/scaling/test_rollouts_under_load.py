@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qserve.broker.state import State
+from qserve.broker.instance.state import State
 from qserve.deployments import deploying
 from qserve.wire.spec import EVERY_NODE, HttpSettings
 from tests.instance.scaling.load import Load

@@ -15,9 +15,9 @@ import msgspec
 from celery.exceptions import NotRegistered, TaskRevokedError
 
 from qserve.broker.celery_lists import store_celery_result
+from qserve.broker.instance.state import State
 from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
-from qserve.broker.state import State
 from qserve.errors import (
     BackPressureError,
     ConfigurationError,

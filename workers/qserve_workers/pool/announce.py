@@ -7,12 +7,12 @@ nothing is retried in place, and while Redis is away the newest state is kept an
 import logging
 from collections.abc import Callable
 
-from qserve.broker import redis_clients
-from qserve.broker.heartbeats import post_tombstone
+from qserve.broker.instance.heartbeats import post_tombstone
+from qserve.broker.instance.presence import say_gone, say_worker_alive
+from qserve.broker.instance.reports import replicas_now, report_worker
 from qserve.broker.keys import Keys
-from qserve.broker.presence import say_gone, say_worker_alive
 from qserve.broker.redis_errors import CommandRefused
-from qserve.broker.reports import replicas_now, report_worker
+from qserve.broker.server import redis_clients
 from qserve.errors import QServeError
 from qserve.wire.messages import Signer
 from qserve.wire.spec import ReplicaInfo, WorkerInfo

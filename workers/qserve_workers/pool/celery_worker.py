@@ -14,7 +14,7 @@ from celery.worker import autoscale, components, consumer
 from celery.worker.consumer.tasks import Tasks
 from celery.worker.state import maybe_shutdown
 
-from qserve.broker.address import parse
+from qserve.broker.server.address import parse
 from qserve.wire.names import is_name
 from qserve_workers.celery_calls.celery_queue import QUEUE, CeleryQueue
 from qserve_workers.pool.keeper import Keeper

@@ -7,11 +7,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from qserve.background import end, spawn
-from qserve.broker.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.broker.connection import Answer
 from qserve.broker.link import CHECK_EVERY_S, Link
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry, ReplicaQueue
+from qserve.broker.server.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.broker.stream_ids import order
 from qserve.errors import BrokerUnavailable, QServeError
 from qserve.failpoints import reach

@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from qserve.broker import redis_clients
-from qserve.broker.heartbeats import beat
+from qserve.broker.instance.heartbeats import beat
 from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.server import redis_clients
 from qserve.errors import QServeError
 from qserve.failpoints import reach
 from qserve.settings import Settings

@@ -18,13 +18,13 @@ from typing import Any
 import msgspec
 
 from qserve.background import end, spawn
-from qserve.broker import redis_clients
-from qserve.broker.following import connect_asyncio, follow, last_log_id, read_meta
-from qserve.broker.heartbeats import call_neighbours, leave, measure
+from qserve.broker.instance.following import connect_asyncio, follow, last_log_id, read_meta
+from qserve.broker.instance.heartbeats import call_neighbours, leave, measure
+from qserve.broker.instance.reports import read_replicas, send_replica_report
+from qserve.broker.instance.restoring import restore
+from qserve.broker.instance.state import decode_deployed
 from qserve.broker.redis_errors import CommandRefused
-from qserve.broker.reports import read_replicas, send_replica_report
-from qserve.broker.restoring import restore
-from qserve.broker.state import decode_deployed
+from qserve.broker.server import redis_clients
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
 from qserve.calls.process_client import new_event_loop, set_current_client

@@ -5,10 +5,10 @@ import logging
 from functools import partial
 
 from qserve.background import spawn
-from qserve.broker.clock import RedisClock
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads
 from qserve.broker.replica_queue import Entry
+from qserve.broker.server.clock import RedisClock
 from qserve.context import current_call
 from qserve.errors import (
     CallCancelled,

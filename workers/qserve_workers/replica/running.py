@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from qserve.broker.connection import Answer
 from qserve.broker.inboxes import send_chunk
+from qserve.broker.instance.presence import CALLER_TTL_MS, alive_for_ms
 from qserve.broker.link import Link
-from qserve.broker.presence import CALLER_TTL_MS, alive_for_ms
 from qserve.broker.replica_queue import Entry
 from qserve.context import CallInfo
 from qserve.errors import (

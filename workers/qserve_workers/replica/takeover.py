@@ -10,7 +10,7 @@ from collections import Counter
 from qserve.background import end, spawn
 from qserve.broker.connection import Connection
 from qserve.broker.counters import count
-from qserve.broker.heartbeats import DIED, LEFT
+from qserve.broker.instance.heartbeats import DIED, LEFT
 from qserve.errors import BrokerUnavailable
 from qserve.failpoints import reach
 from qserve.settings import Settings

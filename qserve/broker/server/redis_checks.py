@@ -24,9 +24,9 @@ from redis.exceptions import (
     TimeoutError,  # noqa: A004
 )
 
-from qserve.broker import redis_clients
-from qserve.broker.address import Broker, host_and_port, tls_problem
 from qserve.broker.redis_errors import broker_of
+from qserve.broker.server import redis_clients
+from qserve.broker.server.address import Broker, host_and_port, tls_problem
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """The desired state in Redis: what should run, and how HTTP is served.
 
 `State` is what a driver works with: synchronous, usable from any thread. Processes that follow the state (gateway,
-node, replica) use `qserve.broker.following` on their event loop. Specs and HTTP settings are signed like calls are,
-since they may carry pickles.
+node, replica) use the module `following` on their event loop. Specs and HTTP settings are signed like calls are, since
+they may carry pickles.
 """
 
 import secrets
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 from logging import getLogger
 from typing import Any, TypeVar
 
-from qserve.broker import redis_clients
+from qserve.broker.instance.observed import Observed
 from qserve.broker.keys import GROUP, Keys
-from qserve.broker.observed import Observed
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import DELETE, DEPLOY, SET_STATE, SIGN, Script
+from qserve.broker.server import redis_clients
 from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.failpoints import reach
 from qserve.wire.messages import Signer, decoder_of, encode

@@ -1,7 +1,7 @@
 """Who is there: each process says so again and again under a key of its own, which expires when it no longer does.
 
 How long that takes is a matter of the role. Nothing else decides that a process has gone, except that the calls of a
-replica are taken over as soon as its heartbeat stands still (`qserve.broker.heartbeats`).
+replica are taken over as soon as its heartbeat stands still (`qserve.broker.instance.heartbeats`).
 """
 
 from typing import TYPE_CHECKING, Final

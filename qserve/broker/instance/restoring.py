@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from redis.exceptions import ResponseError
 
-from qserve.broker.following import Snapshot, ask, read_snapshot
+from qserve.broker.instance.following import Snapshot, ask, read_snapshot
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import RESTORE

@@ -6,9 +6,9 @@ from typing import Any
 
 import redis
 
+from qserve.broker.instance.reports import Info, decode_infos
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import CommandRefused, our_errors
-from qserve.broker.reports import Info, decode_infos
 from qserve.wire.spec import GatewayInfo, NodeInfo, ReplicaInfo, WorkerInfo
 
 
@@ -43,7 +43,7 @@ class Observed:
         return {id_: info for id_, info in found.items() if id_ not in gone}
 
     def is_alive(self, process: str) -> bool:
-        """Whether a process has said that it lives, within the lifetime of its role (`qserve.broker.presence`)."""
+        """Whether a process has said that it lives, within the lifetime of its role; see the module `presence`."""
         return bool(self._do("EXISTS", self._keys.alive(process)))
 
     def queued(self, name: str) -> int:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from qserve.broker import redis_clients
+from qserve.broker.instance.state import META_FIELDS, checked, decode_deployed, decode_http, names_of
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import our_errors
-from qserve.broker.state import META_FIELDS, checked, decode_deployed, decode_http, names_of
+from qserve.broker.server import redis_clients
 from qserve.wire.messages import Signer
 from qserve.wire.spec import Deployed, HttpSettings
 

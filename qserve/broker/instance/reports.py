@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import msgspec
 
 from qserve.broker.connection import Answer, Connection, ignore_answer
+from qserve.broker.instance.presence import NODE_TTL_MS
 from qserve.broker.keys import Keys
-from qserve.broker.presence import NODE_TTL_MS
 from qserve.broker.redis_errors import our_errors
 from qserve.wire.messages import UNREADABLE, encode
 from qserve.wire.spec import GatewayInfo, NodeInfo, ReplicaInfo, WorkerInfo

@@ -21,7 +21,7 @@ from redis.exceptions import (
     TimeoutError,  # noqa: A004
 )
 
-from qserve.broker.address import Address, Broker, host_and_port, parse
+from qserve.broker.server.address import Address, Broker, host_and_port, parse
 
 _SENTINEL_TIMEOUT_S: Final = 0.5
 _CONNECT_TIMEOUT_S: Final = 2.0
