@@ -15,6 +15,7 @@ from qserve.errors import DeploymentNotFound, NoInstanceError
 from qserve.testing import TestInstance
 from tests.support.deployed import Broken, Deployer, LastWords, OtherPid, Pid, Slow
 from tests.support.machine import patience
+from tests.support.waiting import wait_until
 
 
 def fetch(url: str) -> str:
@@ -174,6 +175,7 @@ class TestDeleting:
     def test_calls_already_made_complete(self, qserve_instance: TestInstance) -> None:
         Slow.deploy()
         refs = [Slow.get_handle().remote() for _ in range(3)]
+        wait_until(lambda: serve.status()["Slow"].queued + sum(ref.done() for ref in refs) >= len(refs))
 
         Slow.delete()
 
