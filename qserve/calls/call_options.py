@@ -50,7 +50,9 @@ def changed_options(
         ValueError, TypeError: One of the changes cannot be, or not for this kind of call.
     """
     if stream and durable:
-        raise ValueError("a stream cannot be durable: there may be nobody to read it")
+        raise ValueError(
+            "stream=True and durable=True exclude each other; iterate the ref of a durable call to get its parts"
+        )
     terms = {key: value for key, value in changes.items() if key not in CallOptions._fields}
     given = {key: value for key, value in changes.items() if key not in terms and value is not None}
     if method_name is not None:
@@ -66,7 +68,7 @@ def _durable_options(durable: bool, changed: CallOptions, given: dict[str, Any])
         raise TypeError(f"options() got unknown options: {', '.join(sorted(unknown))}")
     if not durable:
         if given:
-            raise ValueError(f"{', '.join(given)}: only calls with durable=True have this")
+            raise ValueError(f"{', '.join(given)}: this is for calls with durable=True only")
         return None
     if given.get("expires") is None and changed.timeout_s is not None:
         given["expires"] = changed.timeout_s

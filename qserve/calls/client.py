@@ -295,12 +295,14 @@ class Client:
             self._pending.settle(call, reply)
 
     async def _fetch(self, call: PendingCall, reply: Reply) -> None:
-        outcome: Outcome = BrokerUnavailable("the result is gone from Redis")
+        outcome: Outcome = BrokerUnavailable(
+            "the call has run, but its large result has expired in Redis before it was fetched"
+        )
         try:
             reach("result-announced")
             result = await self._payloads.take(self._link.sender, result_id(reply.id))
             if result is not None:
                 outcome = Reply(reply.id, reply.to, reply.kind, result)
         except (BrokerUnavailable, FrameRejected, msgspec.DecodeError) as exc:
-            outcome = BrokerUnavailable(f"the result could not be fetched: {exc}")
+            outcome = BrokerUnavailable(f"the call has run, but its large result could not be fetched: {exc}")
         self._pending.settle(call, outcome)

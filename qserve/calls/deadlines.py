@@ -71,5 +71,9 @@ class Deadlines:
                     seen, now = await last_seen(self._link.sender, self._keys, call.deployment)
                 if now - seen > self._dead_after_s:
                     since = f" since {time.strftime('%H:%M', time.localtime(seen))}" if seen else ""
-                    return DeploymentUnavailable(f"no replica of {call.deployment!r} has been seen{since}")
-        return GetTimeoutError(f"the call to {call.deployment!r} did not end before its deadline; it was withdrawn")
+                    return DeploymentUnavailable(
+                        f"no replica of {call.deployment!r} has been seen{since}; `qserve status` shows who serves it"
+                    )
+        return GetTimeoutError(
+            f"the call to {call.deployment!r} did not end before its deadline ({call.timeout_s:g} s); it was withdrawn"
+        )

@@ -96,9 +96,7 @@ class DurableRef(Ref[T]):
             RuntimeError: Called where waiting would stop the event loop that has to receive the answer.
         """
         if self._client.is_own_thread():
-            raise RuntimeError(
-                "asking for the status here would block the event loop that receives the answer: `await ref.astatus()`"
-            )
+            raise RuntimeError("this would block the event loop that receives the answer: use `await ref.astatus()`")
         return status_of(self._ask().result())
 
     async def astatus(self) -> CallStatus:
@@ -159,7 +157,7 @@ class DurableRef(Ref[T]):
     def _wait_for(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         if self._client.is_own_thread():
             work.close()
-            raise RuntimeError("waiting here would block the event loop that receives the answer")
+            raise RuntimeError("this would block the event loop that receives the answer: `await` the ref")
         answered: Future[Any] = Future()
 
         async def run() -> None:
@@ -178,7 +176,7 @@ class DurableRef(Ref[T]):
             try:
                 record = await self._client.durable.by_id.describe(self._id)
                 if record is None:
-                    raise CallNotFound(f"there is no durable call {self._id!r} (any more)")
+                    raise CallNotFound(f"there is no durable call {self._id!r}, or its record has expired")
                 answered.set_result(record)
             except BaseException as exc:
                 answered.set_exception(exc)
@@ -249,11 +247,11 @@ class _PartReader:
         """What is there after what was read before, and whether the call has ended and that was all."""
         record = await self._client.durable.by_id.describe(self._id)
         if record is None:
-            raise CallNotFound(f"there is no durable call {self._id!r} (any more)")
+            raise CallNotFound(f"there is no durable call {self._id!r}, or its record has expired")
         if self._count and record.attempts != self._attempt:
             raise StreamBroken(
                 f"attempt {self._attempt} of call {self._id} ended after {self._count} parts were read; attempt "
-                f"{record.attempts} gives them anew: iterate again"
+                f"{record.attempts} yields them again: iterate again"
             )
         self._attempt = record.attempts
         found = await self._client.durable.by_id.parts(record, self._after)

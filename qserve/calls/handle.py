@@ -299,7 +299,9 @@ class StreamHandle(_BaseHandle):
         return StreamHandle(self._name, self._options._replace(method_name=name))
 
     def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
-        raise ValueNotSerializable(f"{self!r} does not travel: send the handle and call options(stream=True) there")
+        raise ValueNotSerializable(
+            f"{self!r} cannot be sent: send the plain handle, and call options(stream=True) where it arrives"
+        )
 
 
 class _BaseDurableHandle(_BaseHandle):
@@ -332,7 +334,9 @@ class _BaseDurableHandle(_BaseHandle):
         return unpickle_handle, (self._kind, self._name, self._options._asdict(), terms)
 
     def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
-        raise ValueNotSerializable(f"{self!r} does not travel: send the handle and call options(durable=True) there")
+        raise ValueNotSerializable(
+            f"{self!r} cannot be sent: send the plain handle, and call options(durable=True) where it arrives"
+        )
 
 
 class DurableHandle(_BaseDurableHandle):

@@ -186,7 +186,7 @@ def wait(
     """
     _check(refs)
     if len(set(refs)) != len(refs):
-        raise ValueError("wait() needs distinct refs")
+        raise ValueError("wait() got a ref more than once: give each ref once")
     if not 1 <= num_returns <= len(refs):
         raise ValueError(f"num_returns must be between 1 and {len(refs)}, not {num_returns}")
     for ref in refs:

@@ -82,11 +82,13 @@ def parse_when(text: str) -> When:
     if match := _every(text.strip()):
         seconds = float(match[1]) * _SECONDS[match[2]]
         if seconds < 1:
-            raise ValueError(f"{text!r}: a second is the shortest interval")
+            raise ValueError(f"{text!r}: the shortest interval is one second")
         return When(seconds)
     parts = text.split()
     if len(parts) not in (5, 6):
-        raise ValueError(f"{text!r} is no schedule: say 'every 30s', or 'minute hour day month weekday' as cron does")
+        raise ValueError(
+            f"{text!r} is not a schedule: write 'every 30s', or 'minute hour day month weekday' as for cron"
+        )
     try:
         zone = zoneinfo.ZoneInfo(parts[5] if len(parts) > 5 else "UTC")
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as exc:
@@ -98,7 +100,7 @@ def parse_when(text: str) -> When:
     any_day = not parts[2].startswith("*") and not parts[4].startswith("*")
     when = When(0.0, (minutes, hours, days, months, weekdays), any_day, zone)
     if when.next_after(0.0) == math.inf:
-        raise ValueError(f"{text!r} never comes")
+        raise ValueError(f"{text!r} describes a time that never comes")
     return when
 
 
@@ -110,9 +112,9 @@ def _parse_field(text: str, part: str, name: str, least: int, most: int) -> froz
             first, last = (least, most) if span == "*" else _span(span, step, most)
             every = int(step) if step or "/" in piece else 1
         except ValueError as exc:
-            raise ValueError(f"{text!r}: {piece!r} is no {name}") from exc
+            raise ValueError(f"{text!r}: {piece!r} cannot be the {name}") from exc
         if not (least <= first <= last <= most and every > 0):
-            raise ValueError(f"{text!r}: a {name} is {least} to {most}, not {piece!r}")
+            raise ValueError(f"{text!r}: the {name} must be {least} to {most}, not {piece!r}")
         found.update(range(first, last + 1, every))
     return frozenset(found)
 

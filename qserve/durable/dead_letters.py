@@ -141,7 +141,7 @@ class DeadLetters:
             return letter.call.payload
         payload = self._payloads.fetch_now(self._redis, letter.call.id)
         if payload is None:
-            raise CallNotFound("the payload of the call has expired")
+            raise CallNotFound("the call cannot be sent again, because its large arguments have expired")
         return payload
 
     def retry(self, letter: Letter) -> str:
@@ -161,9 +161,11 @@ class DeadLetters:
         said = revive(self._redis, self._keys, name, letter.id, call_id)
         reach("revived")
         if said == "deleted":
-            raise DeploymentNotFound(f"there is no deployment {name!r}")
+            raise DeploymentNotFound(f"there is no deployment {name!r}: `qserve status` lists those that exist")
         if said != "queued":
-            raise CallNotFound(f"call {call_id} is no dead letter any more")
+            raise CallNotFound(
+                f"call {call_id} is not a dead letter any more: somebody has sent it again or dropped it"
+            )
         return call_id
 
     def drop(self, letter: Letter) -> None:

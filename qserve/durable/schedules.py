@@ -97,10 +97,12 @@ class Schedules:
             ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
         """
         if not is_name(plan.name):
-            raise ValueError(f"{plan.name!r} is no name for a schedule: 1 to 63 of the characters A-Z a-z 0-9 _ . -")
+            raise ValueError(
+                f"{plan.name!r} cannot be the name of a schedule: it takes 1 to 63 of the characters A-Z a-z 0-9 _ . -"
+            )
         parse_when(plan.when)
         if plan.options.delay_s or plan.options.durability:
-            raise ValueError("delay and durability are not for schedules")
+            raise ValueError("a schedule takes neither delay nor durability: leave them out")
         payload = codec.pack_call(plan.args, plan.kwargs, f"the call of schedule {plan.name}")
         options = plan.options
         made = ScheduleWithMeta(

@@ -119,7 +119,9 @@ class Submissions:
     def submit(self, submission: Submission) -> None:
         """Submit a prepared call, together with the others of this tick."""
         if self._stopped:
-            submission.on_admitted(BrokerUnavailable("the client is stopped"))
+            submission.on_admitted(
+                BrokerUnavailable("the call was not submitted, because the client of this process is stopped")
+            )
             return
         durability = submission.options.durability or self._settings.durability
         if durability != "memory":
@@ -214,5 +216,5 @@ def _verdict(call: DurableCall, answer: Answer, place: int, full_queues: FullQue
         return full_queues.refusal(name, answer[0])
     said, _, other = bytes(found).decode().partition(":")
     if said == "other":
-        return IdempotencyConflict("another request was sent with this idempotency key before")
+        return IdempotencyConflict("this idempotency key was used for another request: use a new key for a new request")
     return other or call.id

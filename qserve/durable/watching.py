@@ -105,7 +105,9 @@ class Watchers:
         except BrokerUnavailable:
             return
         except (QServeError, msgspec.DecodeError) as exc:
-            self._end(reply.id, BrokerUnavailable(f"the result could not be fetched: {exc}"))
+            self._end(
+                reply.id, BrokerUnavailable(f"the call has ended, but its large result could not be fetched: {exc}")
+            )
 
     def _look(self, call_id: str) -> None:
         sender = self._link.sender
@@ -115,10 +117,10 @@ class Watchers:
     def _looked(self, call_id: str, answer: Answer) -> None:
         if isinstance(answer, Exception):
             if isinstance(answer, CommandRefused):
-                self._end(call_id, BrokerUnavailable(f"Redis refused to tell of the call: {answer}"))
+                self._end(call_id, BrokerUnavailable(f"Redis refused to show the record of the call: {answer}"))
             return
         if answer is None:
-            self._end(call_id, CallNotFound(f"there is no durable call {call_id!r} (any more)"))
+            self._end(call_id, CallNotFound(f"there is no durable call {call_id!r}, or its record has expired"))
             return
         _, _, _, result, progress, is_late = answer
         try:

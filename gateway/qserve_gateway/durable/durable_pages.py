@@ -67,7 +67,7 @@ class DurablePages:
     async def _record(self, call_id: str) -> CallRecord:
         record = await self._durable.by_id.describe(call_id)
         if record is None:
-            raise CallNotFound(f"there is no durable call {call_id!r} (any more)")
+            raise CallNotFound(f"there is no durable call {call_id!r}, or its record has expired")
         return record
 
     async def _outcome(self, call_id: str, timeout_s: float) -> Outcome | None:
@@ -95,7 +95,7 @@ class DurablePages:
         if isinstance(answer, Exception):
             raise answer
         if answer == b"unknown":
-            raise CallNotFound(f"there is no durable call {call_id!r} (any more)")
+            raise CallNotFound(f"there is no durable call {call_id!r}, or its record has expired")
         if answer == b"ended":
             return text_response(409, "The call has ended already.")
         return text_response(200, "cancelled") if answer == b"done" else text_response(202, "cancelling")

@@ -22,7 +22,7 @@ def celery_result(value: object) -> bytes:
     try:
         return _outcome(msgspec.to_builtins(value, str_keys=True), "")
     except (TypeError, ValueError) as exc:
-        raise ResultNotSerializable(f"a Celery client gets JSON, which this result is not: {exc}") from exc
+        raise ResultNotSerializable(f"the result cannot be sent to a Celery client, which gets JSON: {exc}") from exc
 
 
 def celery_error(call: DurableCall, error: BaseException) -> bytes:

@@ -109,9 +109,11 @@ class Desk:
         except (TypeError, msgspec.ValidationError) as exc:
             raise TypeError(f"qserve.call takes deployment, method, args, kwargs: {exc}") from exc
         if not is_name(wanted.deployment):
-            raise DeploymentNotFound(f"there is no deployment {wanted.deployment!r}")
+            raise DeploymentNotFound(
+                f"there is no deployment {wanted.deployment!r}: `qserve status` lists those that exist"
+            )
         if wanted.method.startswith("_") and wanted.method != "__call__":
-            raise MethodNotFound(f"{wanted.method!r} is private")
+            raise MethodNotFound(f"the method {wanted.method!r} is private and cannot be called")
         return wanted
 
     def _call(self, headers: dict[str, Any], task: str, wanted: Wanted) -> tuple[DurableCall, DurableOptions] | None:
