@@ -97,7 +97,7 @@ class BatchQueue:
 
 
 class BatchDecorator(Protocol):
-    """What `@serve.batch(...)` gives."""
+    """The decorator that `@serve.batch(...)` returns."""
 
     @overload
     def __call__(
@@ -180,7 +180,7 @@ class _Batched:
             raise TypeError("Functions decorated with @serve.batch may not take *args or **kwargs")
 
     def as_function(self) -> Callable[..., Any]:
-        """What stands in place of the decorated function."""
+        """The function that replaces the decorated one."""
 
         @wraps(self._function)
         async def call(*args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ class Nested(Protocol):
     """A call made by a call."""
 
     def inherit_cancellation(self) -> None:
-        """Withdraw it, because the call that made it was cancelled; from any thread."""
+        """Withdraw it because the call that made it was cancelled. May be called from any thread."""
 
 
 @dataclass(eq=False, slots=True)
@@ -37,7 +37,7 @@ class CallInfo:
         return max(left, 0.001)
 
     def cancel_nested(self) -> None:
-        """Withdraw what this call waits for."""
+        """Withdraw the calls that this call has made and that have not ended."""
         for call in list(self.nested):
             call.inherit_cancellation()
 
@@ -48,7 +48,7 @@ current_call: ContextVar[CallInfo | None] = ContextVar("qserve_current_call", de
 
 @dataclass(frozen=True)
 class ReplicaContext:
-    """The replica this code runs in.
+    """The replica in which this code runs.
 
     Attributes:
         deployment: Name of the deployment.
@@ -62,7 +62,7 @@ class ReplicaContext:
 
     @property
     def request_id(self) -> str | None:
-        """Id of the call being run here, None outside of calls."""
+        """The id of the call that is being run; None outside of calls."""
         call = current_call.get()
         return call.request_id if call is not None else None
 
@@ -88,7 +88,7 @@ class _ReplicaHere:
 
 
 def set_replica_context(context: ReplicaContext | None) -> None:
-    """Make this process a replica (or no longer one). For the worker only."""
+    """Make this process a replica, or with None no longer one. Only the worker calls this."""
     _ReplicaHere.replica = context
 
 
@@ -98,10 +98,10 @@ def in_replica() -> bool:
 
 
 def get_replica_context() -> ReplicaContext:
-    """The replica this code runs in; also usable in the constructor.
+    """The replica in which this code runs. May be called in the constructor, too.
 
     Raises:
-        QServeError: Not inside a replica.
+        QServeError: This process is no replica.
     """
     if _ReplicaHere.replica is None:
         raise QServeError("`serve.get_replica_context()` may only be called from within a replica of a deployment.")

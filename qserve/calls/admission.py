@@ -29,7 +29,7 @@ class Admission:
         link: The connection for commands.
         clock: The clock of Redis, as this process knows it.
         pending: The calls of this process; one that is refused is settled there.
-        sample_clock: Sees whether the clock of Redis has jumped.
+        sample_clock: Checks whether the clock of Redis has jumped.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Admission:
             self.flush()  # nobody to wait for: the tick's other calls follow in their own batch
 
     def flush(self) -> None:
-        """Send what was put; while the broker is lost it waits, until `give_back` ends that."""
+        """Send the calls that were put. While Redis is away they wait, until `give_back` takes them back."""
         sender = self._link.sender
         if not self._batches or not sender.is_open:
             return
@@ -99,12 +99,12 @@ class Admission:
         call.payload = b""
 
     def give_back(self) -> list[PendingCall]:
-        """Calls that were put and not sent; they are nobody's any more."""
+        """Return the calls that were put but not sent, and forget them."""
         batches, self._batches = self._batches, {}
         return [call for batch in batches.values() for call in batch]
 
     def stop(self) -> None:
-        """From now on a lost connection leaves no questions open: nobody will be there to ask them."""
+        """Refuse calls whose connection is lost from now on, because nobody will be there to look for them."""
         self._is_stopped = True
 
     def _admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
@@ -145,7 +145,7 @@ class Admission:
             self._put_if_waited_for(call)
 
     def _wait_for_state(self, calls: Sequence[PendingCall]) -> None:
-        """Redis came back empty: whoever knows what was deployed is about to put it back."""
+        """Put again soon: Redis came back empty, and a process that knows what was deployed is about to restore it."""
         now = time.monotonic()
         for call in calls:
             if call.id not in self._pending:

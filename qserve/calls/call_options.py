@@ -9,7 +9,7 @@ RetryOn = str | type[BaseException] | Iterable[str | type[BaseException]]
 
 
 class CallOptions(NamedTuple):
-    """What `options()` changes; the HTTP ones are accepted for compatibility and change nothing."""
+    """The options of a handle. `http_method`, `http_headers` and `shard_key` are accepted for compatibility only."""
 
     method_name: str = ""
     timeout_s: float | None = None
@@ -19,7 +19,7 @@ class CallOptions(NamedTuple):
 
 
 class Changes(TypedDict, total=False):
-    """What `options()` takes for every kind of call."""
+    """The arguments of `options()` for every kind of call."""
 
     timeout_s: float | None
     http_method: str | None
@@ -28,7 +28,7 @@ class Changes(TypedDict, total=False):
 
 
 class DurableTerms(TypedDict, total=False):
-    """What `options(durable=True)` takes."""
+    """The arguments of `options()` for durable calls."""
 
     timeout_s: float | None
     delay: float
@@ -47,7 +47,7 @@ def changed_options(
     """The options of a handle that is made from another one, and those of its durable calls if it makes such calls.
 
     Raises:
-        ValueError, TypeError: One of the changes cannot be, or not for this kind of call.
+        ValueError, TypeError: An option is not known or has an impossible value, or this kind of call does not have it.
     """
     if stream and durable:
         raise ValueError(

@@ -147,7 +147,7 @@ class Client:
             spawn(self._sample_clock())
 
     async def _sample_clock(self) -> None:
-        """See whether Redis' clock has jumped."""
+        """Check whether the clock of Redis has jumped."""
         sender = self._link.sender
         with contextlib.suppress(BrokerUnavailable, CommandRefused):
             if sender.is_open and await self._clock.sample(sender):
@@ -162,7 +162,7 @@ class Client:
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop this client lives on."""
+        """The event loop on which this client runs."""
         return self._loop
 
     @property
@@ -184,7 +184,7 @@ class Client:
         return self._handoff.is_own_thread()
 
     def run_soon(self, action: Callable[[], None]) -> None:
-        """Run something on the loop, from any thread; at once where this is the loop's own thread."""
+        """Run something on the loop soon, from any thread, or at once in the thread of the loop."""
         self._handoff.run(action)
 
     # Calling
@@ -207,7 +207,7 @@ class Client:
             payload: Packed arguments or an encoded HttpRequest.
             timeout_s: Seconds from now to its deadline.
             on_outcome: Called exactly once, on the loop.
-            meta: What hooks of this process say to those of the replica.
+            meta: What the hooks of this process tell the hooks of the replica.
         """
         call_id = self._new_id()
         sealed = self._payloads.seal(call_id, payload)
@@ -220,7 +220,7 @@ class Client:
         return PendingCall(call_id, deployment, safe, self.signer.seal(encode(call)), sealed, timeout_s, on_outcome)
 
     def open_channel(self, call: PendingCall) -> Channel:
-        """Prepare a call for traffic beside its reply; before it is put.
+        """Prepare a call for traffic beside its reply, before it is put.
 
         Its deadline then holds until the first data comes back, and starts anew with every sign that the replica takes
         in what it is sent.
@@ -244,7 +244,7 @@ class Client:
             self._handoff.run_from_thread(partial(self.put, call))
 
     def cancel(self, call: PendingCall) -> None:
-        """Cancel a call: queued, it never reaches a replica; running and safe, it is cancelled."""
+        """Cancel a call. A call that waits never reaches a replica; one that runs is cancelled there if it is safe."""
         if call.channel is not None and call.id in self._pending:
             call.channel.abort("the caller left")
         if self._pending.settle(call, CallCancelled("the call was cancelled")):
@@ -254,7 +254,7 @@ class Client:
         """Like `cancel`, from any thread.
 
         Args:
-            inherited: The call it was made by was cancelled: it is cancelled whether it is safe or not.
+            inherited: Cancel it even if it is not safe, because the call that made it was cancelled.
         """
         call.inherited = inherited
         self._handoff.run(partial(self.cancel, call))

@@ -21,7 +21,7 @@ class Deadlines:
     """The deadlines of one process' calls. Belongs to the event loop of its client.
 
     Args:
-        dead_after_s: A deployment of which no replica was seen for so long is said to have none.
+        dead_after_s: If no replica of the deployment was seen for so many seconds, the error says that there is none.
     """
 
     def __init__(
@@ -43,9 +43,10 @@ class Deadlines:
         call.timer = self._loop.call_later(call.deadline - time.monotonic(), self._expire, call)
 
     def put_off(self, call: PendingCall, chunk: Chunk) -> None:
-        """Take note of a chunk: a deadline holds until the first of a stream arrives.
+        """Put off the deadline of a call because of a chunk that has arrived.
 
-        Where the replica takes in what it is sent, the time starts anew.
+        A deadline holds until the first chunk of a stream arrives. While the replica takes in what it is sent, the time
+        starts anew with each sign of that.
         """
         if call.timer is None or (call.is_strict and chunk.kind in (HELLO, CREDIT)):
             return

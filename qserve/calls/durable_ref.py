@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LOOK_AGAIN_S = 10.0
-"""Word of news may get lost with a connection."""
+"""How often to look for parts without having been told of one, since news may be lost with a connection."""
 
 
 class CallStatus(NamedTuple):
@@ -75,20 +75,20 @@ class DurableRef(Ref[T]):
 
     @property
     def id(self) -> str:
-        """The call's id; who knows it may see the result and cancel the call."""
+        """The id of the call. Whoever knows it may see the result and cancel the call."""
         return self._id
 
     @property
     def label(self) -> str:
-        """What is called, for messages."""
+        """The name of what is called, for messages."""
         return self._label
 
     def progress(self) -> Any:
-        """What the call has reported last with `report_progress`, None before that."""
+        """What the call has reported last with `report_progress`; None if it has reported nothing yet."""
         return self._progress
 
     def status(self) -> CallStatus:
-        """How the call is doing, asked of Redis.
+        """Ask Redis how the call is doing.
 
         Raises:
             CallNotFound: It ended so long ago that it is forgotten.
@@ -104,7 +104,7 @@ class DurableRef(Ref[T]):
         return status_of(await wrap_future(self._ask()))
 
     async def aprogress(self) -> Any:
-        """Like `progress`, asked of Redis: what the call has reported last, whenever this ref was made.
+        """Ask Redis what the call has reported last, also before this ref was made.
 
         Raises:
             CallNotFound, BrokerUnavailable: As for `status`.
@@ -115,10 +115,10 @@ class DurableRef(Ref[T]):
         return self._progress
 
     def __iter__(self) -> Iterator[Any]:
-        """What the call yields, as it does, from the first part of the attempt that runs or ran last.
+        """Iterate over what the call yields, from the first part of its current or last attempt.
 
         Raises:
-            StreamBroken: The attempt ended before its time and another one begins; iterate again for its parts.
+            StreamBroken: The attempt has failed and another one begins. Iterate again to get its parts.
             QServeError: What `result` raises.
         """
         reader = _PartReader(self._id, self._client)
@@ -191,15 +191,15 @@ class DurableRef(Ref[T]):
         return self._client.is_own_thread()
 
     def watch(self) -> None:
-        """Be told of the end of a call that is about to be submitted; on the client's loop."""
+        """Start to wait for the end of a call that is about to be submitted. Runs on the loop of the client."""
         self._client.durable.watchers.watch(self._id, self._watcher)
 
     def attach(self) -> None:
-        """Be told of the end of a call; on the client's loop."""
+        """Start to wait for the end of a call that has been submitted. Runs on the loop of the client."""
         self._client.durable.watchers.attach(self._id, self._watcher)
 
     def refuse(self, error: QServeError) -> None:
-        """End, because the call was not taken; on the client's loop."""
+        """End with an error because the call was not taken. Runs on the loop of the client."""
         self._client.durable.watchers.forget(self._id, self._watcher)
         self._fail(error)
 
@@ -244,7 +244,7 @@ class _PartReader:
         self._attempt = self._after = self._count = 0
 
     async def read(self) -> tuple[list[Part], bool]:
-        """What is there after what was read before, and whether the call has ended and that was all."""
+        """Return the parts that follow those read before, and whether the call has ended."""
         record = await self._client.durable.by_id.describe(self._id)
         if record is None:
             raise CallNotFound(f"there is no durable call {self._id!r}, or its record has expired")
@@ -264,7 +264,7 @@ class _PartReader:
 
 
 def make_response(response: HttpResponse) -> "Response":
-    """What a call that came over HTTP gives a Python process."""
+    """The result of a call that came over HTTP, as a Python process gets it."""
     from starlette.responses import Response  # noqa: PLC0415  few processes meet one
 
     made = Response(response.body, response.status)
@@ -277,7 +277,7 @@ def _start(work: Coroutine[Any, Any, None]) -> None:
 
 
 def status_of(record: CallRecord) -> CallStatus:
-    """A record as users see it."""
+    """The status of a call, from its record."""
     return CallStatus(
         *(record.id, record.state, record.deployment, record.method, record.attempts, record.position),
         *(record.submitted, record.started, record.ended, record.due, record.error),

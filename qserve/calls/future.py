@@ -41,7 +41,7 @@ class LightFuture(concurrent.futures.Future[T], Generic[T]):
                 return self._made_condition
 
     def done(self) -> bool:
-        """Whether it has a result, an exception, or was cancelled."""
+        """Whether it has a result or an exception, or was cancelled."""
         return self._state is not PENDING
 
     def cancelled(self) -> bool:

@@ -37,7 +37,7 @@ class _BaseHandle:
 
     @property
     def deployment_name(self) -> str:
-        """Name of the deployment that is called."""
+        """The name of the deployment that is called."""
         return self._name
 
     def __repr__(self) -> str:
@@ -104,7 +104,7 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
             A ref to the result. What goes wrong after this point is raised by the ref.
 
         Raises:
-            ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
+            ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
             NoInstanceError, BrokerUnavailable: There is no qserve instance to call.
         """
         return self._call(args, kwargs)
@@ -149,7 +149,7 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
         durable: bool = False,
         **others: Any,
     ) -> "DeploymentHandle[Any] | StreamHandle | DurableHandle":
-        """A handle with other options; this one stays as it is.
+        """Return a handle with other options. This handle stays as it is.
 
         Args:
             method_name: Method to call instead of `__call__`.
@@ -284,7 +284,7 @@ class StreamHandle(_BaseHandle):
         """Put a call on the deployment's queue.
 
         Raises:
-            ValueNotSerializable, PayloadTooLarge: An argument cannot travel; take the result of a ref first.
+            ValueNotSerializable, PayloadTooLarge: An argument cannot be sent; take the result of a ref first.
             NoInstanceError, BrokerUnavailable: There is no qserve instance to call.
         """
         client, method, timeout_s = current_client(), self._options.method_name, self._options.timeout_s
@@ -351,7 +351,7 @@ class DurableHandle(_BaseDurableHandle):
         Raises:
             BackPressureError, DeploymentNotFound, DeploymentUnavailable: The call was refused.
             BrokerUnavailable: Redis did not confirm the call in time; it may have it all the same.
-            ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
+            ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
             RuntimeError: Called where waiting would stop the event loop; use an asynchronous handle there.
         """
         if current_client().is_own_thread():
@@ -395,7 +395,7 @@ def _refuse_private(handle: _BaseHandle, name: str) -> None:
 
 
 def codec_of(client: Client) -> Codec:
-    """The codec for a client's calls: pickles only if its frames are signed."""
+    """The codec for the calls of a client, which may use pickle only if the frames are signed."""
     return _codec(client.signer.signs, client.settings.max_value_bytes)
 
 
@@ -405,7 +405,7 @@ def _codec(signs: bool, max_bytes: int) -> Codec:
 
 
 def handle_from_wire(data: dict[str, Any]) -> "DeploymentHandle[Any] | AsyncDeploymentHandle[Any]":
-    """The handle that `__qserve_wire__` described."""
+    """The handle that another process has sent, from what `__qserve_wire__` gave there."""
     return _handle(data["name"], _restored(data["options"]), sync=data["sync"])
 
 

@@ -34,7 +34,7 @@ class CallRef(Ref[Any]):
         """Put the call, at once or when the refs among its arguments are there.
 
         Raises:
-            ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
+            ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
         """
         if meta:
             self._meta = meta
@@ -49,7 +49,7 @@ class CallRef(Ref[Any]):
 
     @property
     def label(self) -> str:
-        """What is called, for messages."""
+        """The name of what is called, for messages."""
         return f"{self._deployment}.{self._method}" if self._method else self._deployment
 
     def belong_to(self, caller: CallInfo | None) -> None:
@@ -59,7 +59,7 @@ class CallRef(Ref[Any]):
             caller.nested.add(self)
 
     def inherit_cancellation(self) -> None:
-        """Withdraw it even if it runs and is not safe: the call it is part of is."""
+        """Withdraw it even if it runs and is not safe, because the call that made it is withdrawn."""
         if self._pending is not None:
             self._client.withdraw(self._pending, inherited=True)
 
@@ -81,7 +81,7 @@ class CallRef(Ref[Any]):
         self._client.submit(self._pending)
 
     def fail(self, error: BaseException) -> None:
-        """End with an error of this side, unless it was cancelled."""
+        """End with an error that arose in this process, unless it was cancelled."""
         with contextlib.suppress(InvalidStateError):
             self.set_exception(error)
 
@@ -109,7 +109,7 @@ class CallRef(Ref[Any]):
 
 
 class _WaitForArguments:
-    """Sends a call once the refs among its arguments are there; blocks nobody meanwhile."""
+    """Sends a call once the results of the refs among its arguments are there, and blocks nobody meanwhile."""
 
     def __init__(
         self, call: CallRef, codec: Codec, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref[Any]]

@@ -47,16 +47,16 @@ class PendingCall:
         self.is_strict = False
         """Its deadline is not put off while the replica takes in what it is sent."""
         self.inherited = False
-        """Withdrawn with the call that made it, which was safe to leave half done: so is this one."""
+        """It was withdrawn together with the call that made it, so it is cancelled even if it is not safe."""
         self.channel: Channel | None = None
         self.on_stream: Callable[[PendingCall, Channel], None] | None = None
-        """Called when the first of a stream arrives; without it, and without a channel, streams are turned away."""
+        """Called when the first chunk of a stream arrives. Without it, and without a channel, streams are refused."""
 
     def admitted(self, entry: bytes, idempotent: bool) -> None:
-        """Note where it stands. Only a safe call keeps its frame, which may be sent again: it may wait for an hour.
+        """Note its entry in the queue. Only a safe call keeps its frame, which may have to be sent again.
 
         Args:
-            idempotent: The deployment says that all its calls are safe.
+            idempotent: All calls of the deployment are safe.
         """
         self.entry = entry
         self.safe = self.safe or idempotent
@@ -65,7 +65,7 @@ class PendingCall:
             self.frame = b""
 
     def end_channel(self, outcome: Outcome) -> None:
-        """Let the channel, where there is one, end as the call did."""
+        """End the channel, if there is one, as the call has ended."""
         if self.channel is None:
             return
         if isinstance(outcome, QServeError):
@@ -116,7 +116,7 @@ class PendingCalls(dict[str, PendingCall]):
         self.settle(call, error)
 
     def unsettled(self) -> list[PendingCall]:
-        """Calls that Redis has taken, or may have."""
+        """The calls that Redis has taken, or may have taken."""
         return [call for call in self.values() if call.entry is not None or call.is_unanswered]
 
 

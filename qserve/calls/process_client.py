@@ -1,4 +1,4 @@
-"""The client of this process: made at the first call, on a thread of its own, unless the process brings its own.
+"""The client of this process. It is made at the first call, on a thread of its own, unless the process brings one.
 
 This module owns the only global state of the calling side.
 """
@@ -101,7 +101,7 @@ def _start_client() -> Client:
 
 
 def set_current_client(client: Client | None) -> None:
-    """Use a client that lives on a loop of the process' own (a replica's, say)."""
+    """Use a client that runs on an event loop of the process itself, as in a replica."""
     with _here.lock:
         _here.client = client
 
@@ -110,7 +110,7 @@ def close_current_client(*, unless: Settings | None = None) -> None:
     """Stop the client that this process made for itself; the next call makes a new one.
 
     Args:
-        unless: A client with these settings goes on, and the calls that it has under way with it.
+        unless: A client with these settings is left alone, so that its pending calls go on.
     """
     with _here.lock:
         if unless is not None and _here.client is not None and _here.client.settings == unless:

@@ -35,7 +35,7 @@ class Receiver:
         self._link = link
 
     async def open(self) -> None:
-        """Begin, or go on, to read over the link, which has come up; replies are accepted from now on."""
+        """Begin to read, or go on, because the link is up. From now on replies are accepted."""
         await self._inbox.open(self._link.sender)
         self._read()
 
@@ -44,7 +44,7 @@ class Receiver:
         self._inbox.discard(self._link.sender)
 
     async def newest(self, sender: Connection) -> bytes:
-        """Id of the newest message in the inbox."""
+        """The id of the newest message in the inbox."""
         return await self._inbox.newest(sender)
 
     def has_seen(self, message: bytes) -> bool:
@@ -52,7 +52,7 @@ class Receiver:
         return self._inbox.has_seen(message)
 
     async def keep_alive(self, on_tick: Callable[[], None]) -> None:
-        """Say that the inbox is read, trim it, and notice a link that has fallen silent; `on_tick` every second."""
+        """Say every second that the inbox is read, trim it, notice a silent link, and call `on_tick`."""
         while True:
             await asyncio.sleep(CHECK_EVERY_S)
             self._link.check()

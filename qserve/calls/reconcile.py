@@ -1,4 +1,4 @@
-"""After Redis was away: which calls still stand in their queues, and what is said about those that do not."""
+"""After Redis was away: looks for the calls that are pending, and settles those that are lost."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ _LATER = "Redis lost the call while it was away, and many others with it; it can
 class RetryBudget:
     """How many calls may be sent again: a tenth of those sent in the last ten seconds, or a few.
 
-    What was lost was lost for many; if all of them came again at once, they would be the next failure.
+    When Redis loses calls it loses those of many clients. If all were sent again at once, they would overload it.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class RetryBudget:
         self._again: deque[float] = deque()
 
     def note(self, sent: int, now: float) -> None:
-        """So many calls were sent by now, all in all; called every second."""
+        """Note how many calls were sent in all until now. To be called once a second."""
         self._sent.append((now, sent))
         while self._sent[0][0] < now - _WINDOW_S:
             self._sent.popleft()
@@ -117,7 +117,7 @@ class Reconciler:
         return [call for call, is_there in zip(calls, found, strict=True) if not is_there]
 
     async def _unfound(self, sender: Connection, calls: Sequence[PendingCall]) -> list[PendingCall]:
-        """Those of the calls that Redis has not taken; of the others it is known now where they stand."""
+        """Return the calls that Redis has not taken, and note the entries of the others."""
         by_deployment: dict[str, list[PendingCall]] = {}
         for call in calls:
             by_deployment.setdefault(call.deployment, []).append(call)

@@ -23,7 +23,7 @@ class Ref(LightFuture[T], Generic[T]):
 
     @property
     def label(self) -> str:
-        """What is called, for messages."""
+        """The name of what is called, for messages."""
         return "a call"
 
     def __repr__(self) -> str:
@@ -31,7 +31,7 @@ class Ref(LightFuture[T], Generic[T]):
         return f"<Ref to {self.label}, {state}>"
 
     def withdraw(self) -> None:
-        """Tell whoever computes the result that nobody waits for it any more."""
+        """Tell the replica that nobody waits for the result any more."""
 
     def is_forbidden_to_block(self) -> bool:
         """Whether this thread has to receive the result, and so must not wait for it."""
@@ -47,7 +47,7 @@ class Ref(LightFuture[T], Generic[T]):
         )
 
     def cancel(self) -> bool:
-        """Withdraw the call: still queued, it never runs; returns False if it has ended already."""
+        """Withdraw the call, which never runs if it still waits. Returns False if it has ended already."""
         if not super().cancel():
             return False
         self.withdraw()
@@ -60,7 +60,7 @@ class Ref(LightFuture[T], Generic[T]):
             timeout: Seconds to wait at most; None: until the call's own deadline.
 
         Raises:
-            GetTimeoutError: Not there in time; the call goes on, and `result` may be asked again.
+            GetTimeoutError: The result did not arrive in time. The call goes on, and `result` may be called again.
             CallCancelled: The ref was cancelled.
             TaskError: User code raised; also an instance of the class it raised.
             QServeError: What else became of the call.
@@ -104,7 +104,7 @@ class Ref(LightFuture[T], Generic[T]):
 
 
 class _Waker:
-    """Wakes futures of one event loop from other threads; many at the price of one wake-up."""
+    """Wakes futures of one event loop from other threads. Many futures cost one wake-up of the loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
@@ -158,7 +158,7 @@ def get(refs: Ref[T] | Sequence[Ref[T]], timeout: float | None = None) -> T | li
         timeout: Seconds for all of them together.
 
     Raises:
-        GetTimeoutError: Not all there in time; the calls go on.
+        GetTimeoutError: Some results did not arrive in time; their calls go on.
         Exception: The first error among the results, in the order of the list.
     """
     if isinstance(refs, Ref):

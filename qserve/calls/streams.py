@@ -1,4 +1,4 @@
-"""Results that come in parts: what a call of a generator method gives its caller."""
+"""Results that come in parts, from calls of generator methods."""
 
 import asyncio
 import concurrent.futures
@@ -122,11 +122,11 @@ def open_stream(
 
     Args:
         timeout_s: None: as the settings say.
-        meta: What hooks of this process say to those of the replica.
+        meta: What the hooks of this process tell the hooks of the replica.
         on_end: Called once, on the loop of the client, with the error that ended the stream or with None.
 
     Raises:
-        ValueNotSerializable, PayloadTooLarge: An argument cannot travel; a ref must be resolved first.
+        ValueNotSerializable, PayloadTooLarge: An argument cannot be sent; a ref must be resolved first.
     """
     payload = codec.pack_call(args, kwargs, f"the call to {deployment}")
     caller = current_call.get()

@@ -14,7 +14,7 @@ from qserve.wire.call_record import ANYONE, CANCELLED, EXPIRED, PART, CallRecord
 from qserve.wire.messages import ERROR, Control, ErrorInfo, Reply, Signer, decode_reply, encode
 
 PARTS_READ = 64
-"""Of how many parts at most a reader holds the data."""
+"""How many parts are read at once at most, so that a reader does not hold much data."""
 
 
 class CallsById:
@@ -31,10 +31,10 @@ class CallsById:
         self._link = link
 
     def open(self, frame: bytes, call_id: str) -> Reply:
-        """A reply to a durable call, verified.
+        """Verify and decode a reply to a durable call.
 
         Raises:
-            FrameRejected, msgspec.DecodeError: It is none, or one to another call.
+            FrameRejected, msgspec.DecodeError: It is no reply, or the reply to another call.
         """
         reply = decode_reply(self._signer.open(frame))
         if reply.to != ANYONE or reply.id != call_id:
@@ -42,7 +42,7 @@ class CallsById:
         return reply
 
     async def describe(self, call_id: str, after_event: int = 0) -> CallRecord | None:
-        """The record as it is now; None if there is none (any more).
+        """Read the record of a call; None if there is none, or none any more.
 
         Raises:
             BrokerUnavailable: Redis cannot be asked.
@@ -64,11 +64,11 @@ class CallsById:
         return await self._records.describe(sender, call_id, after_event)
 
     async def parts(self, record: CallRecord, after: int) -> list[tuple[int, float, Part]]:
-        """Some of the parts that a call has given after that number; PARTS_READ of them if there may be more.
+        """Read the next parts of a call, those after a number: at most PARTS_READ, and fewer only if there are no more.
 
         Raises:
             BrokerUnavailable: Redis cannot be asked.
-            FrameRejected: One is not the call's.
+            FrameRejected: A part does not belong to the call.
         """
         sender = self._link.sender
         if not sender.is_open:
@@ -84,11 +84,11 @@ class CallsById:
         return part
 
     def cancel(self, call_id: str, on_answer: Callable[[Answer], None] | None = None) -> None:
-        """Withdraw a call: waiting, it never runs; running, it is stopped if it is asynchronous, and not run again."""
+        """Cancel a call. One that waits never runs; one that runs is stopped if asynchronous, and not run again."""
         self._end_call(call_id, CANCELLED, CallCancelled("the call was cancelled"), on_answer)
 
     def expire(self, call_id: str, on_answer: Callable[[Answer], None] | None = None) -> None:
-        """Let a call end whose time is over."""
+        """End a call that has expired."""
         self._end_call(call_id, EXPIRED, GetTimeoutError("the call expired before it ran"), on_answer)
 
     def _end_call(

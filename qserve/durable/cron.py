@@ -1,4 +1,4 @@
-"""When something is due again and again: cron's five fields, or a number of seconds."""
+"""The times of schedules: the five fields of cron, or a number of seconds."""
 
 import math
 import re
@@ -19,12 +19,12 @@ _WINDOWS_S = (60.0, 3600.0, 86_400.0, 31 * 86_400.0, 366 * 86_400.0, _DAYS_AHEAD
 
 
 class When(NamedTuple):
-    """The moments at which something is due.
+    """The moments at which a schedule is due.
 
     Attributes:
-        every_s: Seconds from one to the next, counted from 1970 so that all clocks agree; 0: by the fields.
+        every_s: Seconds from one moment to the next, counted from 1970 so that all processes agree; 0: see `fields`.
         fields: Minutes, hours, days, months and weekdays (Sunday is 0).
-        any_day: Days and weekdays are both restricted: one of them is enough.
+        any_day: A day matches if its date or its weekday does, because both are restricted.
     """
 
     every_s: float
@@ -33,7 +33,7 @@ class When(NamedTuple):
     zone: zoneinfo.ZoneInfo | None = None
 
     def next_after(self, moment: float) -> float:
-        """The first of them after a Unix time; never: infinity.
+        """The first moment after a Unix time; infinity if there is none.
 
         A time that the clocks skip counts as the one an hour later, one that they repeat counts once.
         """
@@ -50,7 +50,7 @@ class When(NamedTuple):
         return math.inf
 
     def last_between(self, after: float, until: float) -> float | None:
-        """The last of them after one Unix time and not after another one."""
+        """The last moment after one Unix time and not after another; None if there is none."""
         if self.every_s:
             last = math.floor(until / self.every_s) * self.every_s
             return last if last > after else None
@@ -71,13 +71,13 @@ class When(NamedTuple):
 
 
 def parse_when(text: str) -> When:
-    """What a schedule says.
+    """Parse the time of a schedule.
 
     Args:
         text: "every 30s" (s, m or h); or cron's five fields, with a time zone after them if it is not UTC.
 
     Raises:
-        ValueError: It cannot be understood, or never is.
+        ValueError: The text cannot be understood, or no moment matches it.
     """
     if match := _every(text.strip()):
         seconds = float(match[1]) * _SECONDS[match[2]]

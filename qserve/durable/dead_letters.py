@@ -1,4 +1,4 @@
-"""Calls that were given up on: listed, shown, sent again, dropped."""
+"""Dead letters: calls that were given up on, to be listed, shown, sent again or dropped."""
 
 import contextlib
 import json
@@ -43,10 +43,10 @@ class Letter(NamedTuple):
     """One call that was given up on.
 
     Attributes:
-        id: Of the letter; the call has its own.
-        call: What was called; None if the frame is no call that a key of ours signed.
-        durable: Its record knows of it, and is settled anew when it is sent again.
-        attempts: How often it was started; None if nobody counted.
+        id: The id of the letter, which is not that of the call.
+        call: The call; None if no key of the instance signed it.
+        durable: Whether the call has a record, which gets the new outcome when the call is sent again.
+        attempts: How often the call was started; None if that is not known.
         reason: Why it was given up: the last error.
         at: Unix time in ms on Redis' clock.
     """
@@ -60,7 +60,7 @@ class Letter(NamedTuple):
     at: int
 
     def facts(self) -> dict[str, Any]:
-        """What is known of it, in JSON types."""
+        """What is known of the letter, in JSON types."""
         call = self.call
         return {
             "letter": self.id,
@@ -79,7 +79,7 @@ class DeadLetters:
     Every method raises `BrokerUnavailable` or `ConfigurationError` where Redis cannot be asked.
 
     Args:
-        out_of_line_bytes: What the settings say, for calls that are sent again.
+        out_of_line_bytes: The setting of that name, for calls that are sent again.
     """
 
     def __init__(self, state: State, out_of_line_bytes: int) -> None:
@@ -89,15 +89,15 @@ class DeadLetters:
         self._payloads = Payloads(state.keys, state.signer, out_of_line_bytes)
 
     def of(self, deployment: str) -> Iterator[Letter]:
-        """Those of a deployment, oldest first."""
+        """The letters of a deployment, oldest first."""
         found = letters(self._redis, self._keys, deployment)
         return (self._letter(deployment, letter_id, fields) for letter_id, fields in found)
 
     def get(self, deployment: str, letter_id: str) -> Letter:
-        """One of them, by its own id or by that of its call.
+        """Find a letter by its own id or by that of its call.
 
         Raises:
-            CallNotFound: There is none.
+            CallNotFound: There is no such letter.
         """
         for letter in self.of(deployment):
             if letter_id in (letter.id, letter.call.id if letter.call is not None else ""):
@@ -105,12 +105,12 @@ class DeadLetters:
         raise CallNotFound(f"there is no dead letter {letter_id!r} of {deployment!r}")
 
     def all(self) -> Iterator[Letter]:
-        """Those of every deployment that there is."""
+        """The letters of all deployments."""
         for name in deployment_names(self._redis, self._keys):
             yield from self.of(name)
 
     def contents(self, letter: Letter) -> dict[str, Any]:
-        """The arguments or the request of a call, in JSON types; nothing of a frame that is no call of ours."""
+        """The arguments or the request of a call, in JSON types; empty if no key of the instance signed it."""
         if letter.call is None:
             return {}
         try:
@@ -130,10 +130,10 @@ class DeadLetters:
         return shown
 
     def payload(self, letter: Letter) -> bytes:
-        """What was sent: packed arguments, or an encoded HttpRequest.
+        """What the call carries: packed arguments, or an encoded HttpRequest.
 
         Raises:
-            FrameRejected, CallNotFound: It cannot be read, or is gone.
+            FrameRejected, CallNotFound: The payload cannot be read, or is gone.
         """
         if letter.call is None:
             raise FrameRejected("no key of ours signed this frame")
@@ -145,10 +145,12 @@ class DeadLetters:
         return payload
 
     def retry(self, letter: Letter) -> str:
-        """Send it again; returns the id by which its result can be had: its own if it is durable.
+        """Send the call of a letter again, and return the id of the durable call that has the new result.
+
+        A durable call keeps its id; an ordinary call, whose caller has had an error, becomes a durable one.
 
         Raises:
-            FrameRejected: It is no call of ours.
+            FrameRejected: No key of the instance signed the call.
             CallNotFound: The letter, or the record, is gone.
             DeploymentNotFound, DeploymentUnavailable, BackPressureError: The call was not taken.
         """
@@ -169,7 +171,7 @@ class DeadLetters:
         return call_id
 
     def drop(self, letter: Letter) -> None:
-        """Forget it; a durable call's record stays until it expires."""
+        """Remove a letter. The record of a durable call stays until it expires."""
         drop_letter(self._redis, self._keys, letter.deployment, letter.id)
 
     def _send_anew(self, letter: Letter, call: Call) -> str:

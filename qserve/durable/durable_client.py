@@ -12,7 +12,7 @@ from qserve.wire.messages import Signer
 
 
 class DurableCalls:
-    """The durable calls of one client, on whose event loop all of this lives.
+    """The durable calls of one client. Belongs to its event loop.
 
     Attributes:
         by_id: Reads and ends calls.
@@ -37,19 +37,19 @@ class DurableCalls:
         )
 
     def link_up(self) -> None:
-        """There is a connection (again): ask what is not known."""
+        """Submit again what is not confirmed, and ask for outcomes, because there is a new connection."""
         self.submissions.link_up()
         self.watchers.look_at_all(but=self.submissions.unconfirmed)
 
     def link_down(self) -> None:
-        """Redis has been away for too long: whoever submits is told."""
+        """Tell those who submit that Redis has been away for too long."""
         self.submissions.link_down()
 
     def tick(self) -> None:
-        """Once a second."""
+        """Look for outcomes that were missed. To be called once a second."""
         self.watchers.tick(but=self.submissions.unconfirmed)
 
     def stop(self) -> None:
-        """Nobody is told of anything any more; the calls go on."""
+        """Stop to submit and to wait. The calls themselves go on."""
         self.submissions.stop()
         self.watchers.stop()

@@ -1,4 +1,4 @@
-"""Durable calls that are submitted again and again: what is scheduled, and the submission of what is due."""
+"""Schedules: durable calls that are submitted whenever they are due."""
 
 import hashlib
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Plan(NamedTuple):
-    """A schedule as users declare it, before it is packed."""
+    """A schedule as users declare it, before its arguments are packed."""
 
     name: str
     when: str
@@ -42,12 +42,12 @@ class Plan(NamedTuple):
 
 
 class Schedule(msgspec.Struct, frozen=True, array_like=True):
-    """A schedule as it stands in the state, signed.
+    """A schedule as it is kept, signed, in Redis.
 
     Attributes:
         when: See `parse_when`.
         payload: Packed (args, kwargs).
-        created: Unix time in ms on Redis' clock; nothing before it is due.
+        created: Unix time in ms on the clock of Redis. Nothing is due before.
     """
 
     name: str
@@ -68,12 +68,12 @@ class ScheduleWithMeta(Schedule, frozen=True, array_like=True):
 
 
 class Fired(NamedTuple):
-    """What became of a schedule's last moment.
+    """What became of the last moment at which a schedule was due.
 
     Attributes:
         at: Unix time in ms.
         call_id: The call that was submitted.
-        error: Why there is none, "" if there is.
+        error: Why no call was submitted, "" if one was.
     """
 
     at: int
@@ -90,11 +90,11 @@ class Schedules:
         self._signer = state.signer
 
     def put(self, plan: Plan, codec: Codec) -> ScheduleWithMeta:
-        """Add a schedule, or replace the one of its name; one that is the same goes on as if nothing had happened.
+        """Add a schedule, or replace the one of its name. An equal one is left alone, so that it misses no moment.
 
         Raises:
-            ValueError: The name or the time cannot be.
-            ValueNotSerializable, PayloadTooLarge: An argument cannot travel.
+            ValueError: The name or the time is not possible.
+            ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
         """
         if not is_name(plan.name):
             raise ValueError(
@@ -116,7 +116,7 @@ class Schedules:
         return made
 
     def get(self, name: str) -> ScheduleWithMeta | None:
-        """The schedule of a name.
+        """The schedule of a name; None if there is none.
 
         Raises:
             FrameRejected: No key of ours signed it.
@@ -125,7 +125,7 @@ class Schedules:
         return self._read(name, frame) if frame is not None else None
 
     def all(self) -> Iterator[tuple[ScheduleWithMeta, Fired | None]]:
-        """Every schedule, with what became of its last moment. One that no key of ours signed is left out."""
+        """All schedules, with what became of their last moments, but those that no key of the instance signed."""
         frames, fired = read_schedules(self._redis, self._keys)
         for name in sorted(frames):
             try:
@@ -134,7 +134,7 @@ class Schedules:
                 logger.error("Ignoring schedule %r: %s", name.decode(), exc)
 
     def remove(self, name: str) -> bool:
-        """Forget a schedule; False: there is none. Calls that it has submitted go on."""
+        """Remove a schedule; returns False if there is none. Calls that it has submitted go on."""
         return remove_schedule(self._redis, self._keys, name)
 
     def now(self) -> float:
@@ -142,7 +142,7 @@ class Schedules:
         return redis_time(self._redis)
 
     def fire_due(self, payloads: Payloads) -> float:
-        """Submit what is due; returns in how many seconds something will be.
+        """Submit the calls that are due, and return in how many seconds the next ones will be.
 
         Any number of processes may do this: the call of a schedule's moment has the same id for all of them, and is
         submitted once. Of moments that were missed, the last one is made up for.
@@ -190,7 +190,7 @@ class Schedules:
 
 
 class Declared:
-    """What applications that are being imported declare; put when they are deployed."""
+    """Schedules that applications declare while they are imported. They take effect when these are deployed."""
 
     plans: list[Plan] = []  # noqa: RUF012 one for the process, like what it imports
 

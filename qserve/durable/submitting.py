@@ -104,7 +104,7 @@ class Submissions:
         Args:
             on_admitted: Called exactly once, on the loop: with the call's id, which is an earlier call's where that
                 has the same idempotency key, or with the reason why it was refused.
-            meta: What hooks of this process say to those of the replica.
+            meta: What the hooks of this process tell the hooks of the replica.
         """
         call_id = new_call_id()
         sealed = self._payloads.seal(call_id, payload)
@@ -180,11 +180,11 @@ class Submissions:
 
     @property
     def unconfirmed(self) -> Container[str]:
-        """Ids of calls of which it is not known yet whether Redis has them."""
+        """Ids of submitted calls that Redis has not confirmed yet."""
         return self._unconfirmed
 
     def link_up(self) -> None:
-        """There is a connection (again): submit again what is not known to be there."""
+        """Submit again what is not confirmed, because there is a new connection."""
         self._records.open(self._link.sender)
         self._collected = {}
         for submission in self._unconfirmed.values():
@@ -192,7 +192,7 @@ class Submissions:
         self._flush()
 
     def link_down(self) -> None:
-        """Redis has been away for too long: whoever submits is told."""
+        """Tell those who submit that Redis has been away for too long."""
         self._collected = {}
         unconfirmed, self._unconfirmed = self._unconfirmed, {}
         for each in unconfirmed.values():
@@ -200,7 +200,7 @@ class Submissions:
             each.on_admitted(BrokerUnavailable(text))
 
     def stop(self) -> None:
-        """Submit nothing any more."""
+        """Submit nothing from now on, and tell those who wait for a confirmation."""
         self._stopped = True
         for confirmed in self._confirmed.values():
             confirmed.close()

@@ -57,16 +57,16 @@ class Watchers:
         self._look_at = time.monotonic() + _LOOK_AGAIN_S
 
     def watch(self, call_id: str, watcher: CallWatcher) -> None:
-        """Be told of the end of a call that this client submits."""
+        """Tell a watcher of the end of a call that this client submits."""
         self._watchers.setdefault(call_id, []).append(watcher)
 
     def attach(self, call_id: str, watcher: CallWatcher) -> None:
-        """Be told of the end of any call, at once if it has ended."""
+        """Tell a watcher of the end of any call, soon if it has ended already."""
         self.watch(call_id, watcher)
         self._look(call_id)
 
     def forget(self, call_id: str, watcher: CallWatcher) -> None:
-        """Wait no more; harmless for one that does not."""
+        """Forget a watcher, if it is known."""
         watchers = self._watchers.get(call_id)
         if watchers is not None and watcher in watchers:
             watchers.remove(watcher)
@@ -74,7 +74,7 @@ class Watchers:
                 del self._watchers[call_id]
 
     def take(self, reply: Reply) -> None:
-        """Take in what the inbox got about a durable call."""
+        """Hand what the inbox has received about a durable call to its watchers."""
         watchers = self._watchers.get(reply.id)
         if watchers is None:
             return
@@ -138,7 +138,7 @@ class Watchers:
             self._look(call_id)
 
     def look_at_all(self, *, but: Container[str]) -> None:
-        """Look at the records of all calls that somebody here waits for, but of some that may not have one yet."""
+        """Look at the records of all calls that are watched, except for some that may not have one yet."""
         self._look_at = time.monotonic() + _LOOK_AGAIN_S
         for call_id in list(self._watchers):
             if call_id not in but:
@@ -150,6 +150,6 @@ class Watchers:
             self.look_at_all(but=but)
 
     def stop(self) -> None:
-        """Nobody is told of anything any more; the calls go on."""
+        """End all waiting. The calls themselves go on."""
         for call_id in list(self._watchers):
             self._end(call_id, CallCancelled("the client was stopped before the call ended; the call goes on"))

@@ -40,7 +40,7 @@ Durability = Literal["memory", "fsync", "replica"]
 
 
 class Terms(msgspec.Struct, frozen=True, array_like=True):
-    """What was agreed on a durable call; signed with it.
+    """The terms of a durable call, signed together with it.
 
     Attributes:
         retries: How often it may run again after user code raised.
@@ -72,19 +72,19 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
 
 
 class DurableCall(Call, frozen=True, array_like=True, gc=False, kw_only=True):
-    """A call with its terms; stands in a queue like any other."""
+    """A call with its terms. It stands in a queue like any other call."""
 
     terms: Terms
 
 
 class DurableCallWithMeta(DurableCall, frozen=True, array_like=True, gc=False, kw_only=True):
-    """A durable call that says more than what is to be run; also what every durable call is read as."""
+    """A durable call with what the hooks of its caller say. Every durable call is decoded as one."""
 
     meta: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 def durable_with_meta(call: DurableCall, meta: Mapping[str, str]) -> DurableCallWithMeta:
-    """The call with something said beside it."""
+    """The call, with what the hooks of its caller say."""
     fields = {name: getattr(call, name) for name in DurableCall.__struct_fields__}
     return DurableCallWithMeta(**fields, meta=dict(meta))
 
@@ -117,10 +117,10 @@ def make_durable_options(
     result_ttl: float = RESULT_TTL_S,
     durability: Durability | None = None,
 ) -> DurableOptions:
-    """The options as users give them.
+    """Check the options of a durable call as users give them.
 
     Raises:
-        ValueError, TypeError: One of them cannot be.
+        ValueError, TypeError: An option has an impossible value.
     """
     for name, value, least in (
         *(("delay", delay, 0.0), ("retries", retries, 0), ("backoff", backoff, 0.0)),
@@ -158,7 +158,7 @@ def is_call_id(text: str) -> bool:
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
-    """One of the things that a call gives before it has ended.
+    """One of the values or pieces of a response that a call gives before it has ended.
 
     Attributes:
         attempt: Which attempt gives it.
@@ -217,14 +217,14 @@ class CallRecord(NamedTuple):
     progress: bytes | None
     events: tuple[CallEvent, ...]
     last_number: int
-    """Of its last event or part."""
+    """The number of its last event or part."""
     has_parts: bool
     is_late: bool
-    """Its time is over, and nobody has noticed yet."""
+    """The call has expired, and nobody has noted that yet."""
 
 
 def parse_record(call_id: str, answer: Any) -> CallRecord | None:
-    """What describe.lua returns."""
+    """Decode what describe.lua returns."""
     if not answer:
         return None
     fields = dict(zip(answer[0][::2], answer[0][1::2], strict=True))

@@ -71,7 +71,7 @@ class Codec:
             what: How errors call the value.
 
         Raises:
-            ValueNotSerializable: It, or something in it, cannot travel; the text says what and where.
+            ValueNotSerializable: It, or something in it, cannot be sent; the text says what and where.
             PayloadTooLarge: It is over the limit.
         """
         data = _encode_plain((value,), value)
@@ -85,7 +85,7 @@ class Codec:
         """What a call has returned, packed.
 
         Raises:
-            ResultNotSerializable, ResultTooLarge: It cannot travel.
+            ResultNotSerializable, ResultTooLarge: It cannot be sent.
         """
         try:
             return self.pack(value, "the result")
@@ -210,7 +210,7 @@ class Codec:
 
 
 def _encode_plain(items: Iterable[object], value: object) -> bytes | None:
-    """The packed `value` if its `items` are plain; None if it takes more."""
+    """The packed `value` if its `items` are plain data, else None."""
     if not is_plain(items):
         return None
     try:

@@ -26,7 +26,7 @@ def is_group(kind: type) -> bool:
 def packed_content(exc: BaseException, pack: Pack) -> bytes:
     """The content in bytes; never raises.
 
-    An attribute that cannot travel stays behind, an argument that cannot leaves its `repr` in its place.
+    An attribute that cannot be sent stays behind, an argument that cannot leaves its `repr` in its place.
     """
     try:
         content = _validation_content(exc, pack) if is_validation_error(type(exc)) else _content_of(exc)

@@ -61,7 +61,7 @@ class Call(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class CallWithMeta(Call, frozen=True, array_like=True, gc=False):
-    """A call that says more than what is to be run; also what every call is read as."""
+    """A call with what the hooks of its caller say. Every call is decoded as one."""
 
     meta: dict[str, str] = {}
 
@@ -117,7 +117,7 @@ class WebSocketEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Control(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What a replica is told between calls.
+    """A message to a replica that is no call.
 
     Attributes:
         verb: `cancel` a call, or `sweep` after a neighbour's death.
@@ -238,7 +238,7 @@ class Signer:
         return b"%b%b%b" % (self._head, self._mac(body), body)
 
     def is_own(self, frame: bytes) -> bool:
-        """Whether this is how `seal` would have signed a frame that `open` accepts, not with another accepted key."""
+        """Whether a frame that `open` accepts is signed with the key that `seal` uses, not with another one."""
         return frame.startswith(self._head)
 
     def open(self, frame: bytes) -> bytes:
@@ -267,7 +267,7 @@ UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def decoder_of(kind: type[Message]) -> Callable[[bytes | memoryview], Message]:
-    """What reads a body as one kind of message, and raises FrameRejected for whatever else it is given."""
+    """Make a decoder for one kind of message. It raises FrameRejected for anything else."""
     decode = msgspec.msgpack.Decoder(kind).decode
 
     def read(body: bytes | memoryview) -> Message:
@@ -283,13 +283,13 @@ encode = msgspec.msgpack.Encoder().encode
 
 
 def with_meta(call: Call, meta: Mapping[str, str]) -> CallWithMeta:
-    """The call with something said beside it."""
+    """The call, with what the hooks of its caller say."""
     fields = {name: getattr(call, name) for name in Call.__struct_fields__}
     return CallWithMeta(**fields, meta=dict(meta))
 
 
 def encode_bare(message: msgspec.Struct) -> bytes:
-    """The body of a message that may have been read from another: an empty meta takes no byte, as in one newly made."""
+    """Encode a message that may have been decoded before, so that an empty meta takes no byte, as in a new message."""
     if "meta" in message.__struct_fields__ and not getattr(message, "meta", None):
         bare: type[msgspec.Struct] = type(message).__mro__[1]
         message = bare(**{name: getattr(message, name) for name in bare.__struct_fields__})

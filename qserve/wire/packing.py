@@ -41,7 +41,7 @@ def is_plain(items: Iterable[Any], room: int = MAX_DEPTH) -> bool:
 
 
 class CannotTravelError(Exception):
-    """Some value cannot travel; `path` is completed from the inside out while this flies."""
+    """A value cannot be sent. `path` is completed from the inside out while this error is on its way up."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
