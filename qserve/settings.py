@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     )
     hooks: str = Field(
         default="",
-        description="Hooks to run around every call, `module:Class`, separated by commas; see `qserve.hooks`.",
+        description="Hooks to run around every call, `module:Class`, separated by commas: see [Hooks](hooks.md).",
     )
     http_timeout_s: float = Field(
         default=60.0,
