@@ -3,6 +3,7 @@
 #   make run      serve the examples on port 8000, with a Valkey of their own (PORT=..., APP=...)
 #   make fast     the tests that start no process and no server
 #   make test     all tests, two files at a time (ARGS="tests/pure/test_codec.py -k numpy" for some)
+#   make coverage make test, and what share of the code ran, in child processes too: the total, and modules under 90 %
 #   make check    ruff, its formatter and mypy
 #   make format   put the code into the form that `make check` asks for
 #   make bench    the table of benchmarks/results.md (BENCH_PEERS=dir adds the peers)
@@ -17,7 +18,7 @@ ARGS ?=
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: run fast test check format bench chaos docs tables clean
+.PHONY: run fast test coverage check format bench chaos docs tables clean
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -28,6 +29,12 @@ test: $(READY)
 
 fast: $(READY)
 	@$(VENV)/bin/python -m pytest tests/pure -q $(ARGS)
+
+coverage: $(READY)
+	@rm -f .coverage .coverage.*; status=0; \
+	$(VENV)/bin/coverage run -m pytest $(or $(ARGS),-n 2 --dist loadfile) || status=$$?; \
+	$(VENV)/bin/coverage combine --quiet && \
+	$(VENV)/bin/coverage report | awk 'NR <= 2 || /^TOTAL/ || $$NF + 0 < 90'; exit $$status
 
 check: $(READY)
 	@status=0; $(VENV)/bin/ruff check . || status=$$?; $(VENV)/bin/ruff format --check . || status=$$?; \
@@ -49,7 +56,7 @@ tables: $(READY)
 	@$(VENV)/bin/python -m tests.support.tables
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
 
 # Written last, so that a set-up that was broken off is done again; done again too when pyproject.toml changes.
 $(READY): pyproject.toml
