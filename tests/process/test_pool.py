@@ -229,9 +229,9 @@ def test_a_killed_replica_is_replaced_at_once_twenty_times_out_of_twenty(
         delays.append(born["at"] - killed_at)
         buried = worker.wait_for(partial(redis_client.hget, keys.heartbeats("Echo"), f"replica-{victim}"))
         assert buried == b"dead"
-    # On a machine with other things to do. Without the watch on the process it is up to 5 s.
-    assert sorted(delays)[10] < 0.75
-    assert max(delays) < 2.5
+    # Without the watch on the process it is up to 5 s, and 2.5 s in the middle.
+    assert sorted(delays)[10] < min(patience(0.75), 1.9)
+    assert max(delays) < patience(2.5)
 
 
 def test_a_killed_replica_is_replaced_though_a_child_of_its_own_outlives_it(start_worker: StartWorker) -> None:

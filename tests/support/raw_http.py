@@ -8,6 +8,8 @@ import ssl
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from tests.support.machine import patience
+
 
 @dataclass(frozen=True)
 class Address:
@@ -22,7 +24,7 @@ class Address:
         return cls(parts.hostname or "", parts.port or 80)
 
     def connect(self, timeout_s: float = 5) -> socket.socket:
-        return socket.create_connection((self.host, self.port), timeout=timeout_s)
+        return socket.create_connection((self.host, self.port), timeout=patience(timeout_s))
 
     def ask(self, data: bytes, timeout_s: float = 5) -> bytes:
         """Everything that comes back until the gateway closes the connection."""

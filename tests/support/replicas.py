@@ -77,7 +77,7 @@ class World:
     """A deployment, its replicas and what they note."""
 
     def __init__(self, settings: Settings, redis_client: "redis.Redis", folder: Path) -> None:
-        self.settings = settings.model_copy(update={"beat_interval_s": 0.2, "dead_after_s": 1.0})
+        self.settings = settings.model_copy(update={"beat_interval_s": 0.2, "dead_after_s": patience(1.0)})
         self.redis = redis_client
         self.keys = settings.keys
         self.signer = Signer(settings.secrets)

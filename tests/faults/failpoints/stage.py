@@ -104,7 +104,7 @@ class Stage:
             secret=secrets.token_hex(16),
             namespace=f"stage-{secrets.token_hex(4)}",
             beat_interval_s=0.2,
-            dead_after_s=1.5,
+            dead_after_s=patience(1.5),
             celery_calls=True,
         )
         self.keys = self.settings.keys

@@ -78,7 +78,7 @@ async def system(
         client = stack.enter_context(redis.Redis.from_url(server.url, protocol=2))
         settings = Settings(redis_url=server.url, secret=SECRET, namespace="test", strict=strict)
         world = World(settings, client, folder)
-        world.settings = world.settings.model_copy(update={"dead_after_s": dead_after_s})
+        world.settings = world.settings.model_copy(update={"dead_after_s": patience(dead_after_s)})
         stack.callback(stop, world)
         world.deploy(route_prefix="/code", **spec)
         await world.start(replicas)

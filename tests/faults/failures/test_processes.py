@@ -16,6 +16,7 @@ from qserve.wire.messages import PYTHON, Call, encode
 from qserve_workers.replica.takeover import Takeover
 from tests.faults.failures.systems import NAME, System, ask, calling, put, system, value
 from tests.support.calling import deploy, serving
+from tests.support.machine import patience
 from tests.support.replicas import Host
 from tests.support.waiting import until
 
@@ -101,7 +102,7 @@ async def test_a_host_with_another_time_serves_like_the_others(monkeypatch: pyte
         await it.world.start()
         calls = [put(caller, "wait", f"n{n}", timeout_s=30)[1] for n in range(10)]
         await until(lambda: len(it.world.books.starts()) == 10)
-        await asyncio.sleep(2.5)  # whoever is taken for dead is so by now
+        await asyncio.sleep(patience(2.5))  # whoever is taken for dead is so by now
         it.world.books.gate.open()
 
         assert [await value(caller, call) for call in calls] == [f"n{n}" for n in range(10)]
@@ -170,7 +171,7 @@ async def test_a_call_that_takes_longer_than_deaths_do_runs_once() -> None:
         await it.world.started("long")
         (other,) = [host for host in it.world.hosts if host is not it.world.host_of("long")]
         os.kill(other.pid, signal.SIGSTOP)
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(patience(2.5))
         os.kill(other.pid, signal.SIGCONT)
         await asyncio.sleep(0.5)
         it.world.books.gate.open()

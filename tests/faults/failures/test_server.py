@@ -9,6 +9,7 @@ import redis
 from qserve.errors import BrokerUnavailable, GetTimeoutError, Indeterminate
 from qserve.wire.messages import ERROR, Reply, decode_error
 from tests.faults.failures.systems import NAME, PATIENCE_S, Stopwatch, System, ask, calling, outcome, put, system, value
+from tests.support.machine import patience
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(120)
@@ -23,8 +24,8 @@ async def test_nobody_is_dead_and_nothing_expired_runs_after_a_pause_longer_than
         _, expired = put(caller, "wait", "expired", timeout_s=1)
         watch = Stopwatch()
         assert isinstance(await outcome(expired), GetTimeoutError | Indeterminate)
-        assert watch.seconds < 5
-        await asyncio.sleep(max(0, 4.5 - watch.seconds))  # what others would take for death, twice
+        assert watch.seconds < patience(5)
+        await asyncio.sleep(max(0, patience(4.5) - watch.seconds))  # what others would take for death, twice
         it.server.thaw()
 
         it.world.books.gate.open()
@@ -51,7 +52,7 @@ async def test_calls_outlive_a_server_that_is_killed_and_keeps_its_data() -> Non
             assert (refused.status_code, refused.text[:17]) == (503, "BrokerUnavailable")
             assert int(refused.headers["retry-after"]) >= 1
             assert isinstance(await outcome(put(caller, "wait", "refused")[1]), BrokerUnavailable)
-            assert watch.seconds < 10
+            assert watch.seconds < patience(10)
             it.world.books.gate.open()
             it.server.start()
 
@@ -78,7 +79,7 @@ async def test_a_server_that_forgot_everything_is_told_what_is_deployed() -> Non
             assert isinstance(await outcome(unsafe), Indeterminate)
             response = await post
             assert (response.status_code, response.text[:13]) == (502, "Indeterminate")
-            assert watch.seconds < 10  # 5 where nothing else runs
+            assert watch.seconds < patience(10)  # 5 where nothing else runs
             it.world.books.gate.open()
             assert await value(caller, safe) == "safe"
             assert (await get).status_code == 200
@@ -103,7 +104,7 @@ async def test_a_caller_that_speaks_again_after_a_server_forgot_it_is_answered_s
         watch = Stopwatch()
 
         assert await value(caller, running) == "running"
-        assert watch.seconds < 3
+        assert watch.seconds < patience(3)
 
 
 async def test_strict_replicas_do_not_run_unsafe_calls_of_before_a_restart() -> None:
@@ -167,7 +168,7 @@ async def test_a_server_that_takes_no_more_data_refuses_new_calls_and_harms_no_o
             assert (refused.status_code, refused.text[:17]) == (503, "BrokerUnavailable")
             assert int(refused.headers["retry-after"]) >= 1
             assert isinstance(await outcome(put(caller, "wait", "refused")[1]), BrokerUnavailable)
-            await asyncio.sleep(3)  # deaths would be seen by now
+            await asyncio.sleep(patience(3))  # deaths would be seen by now
             it.world.books.gate.open()
             if answers:
                 assert [await value(caller, future) for future in running] == ["running0", "running1"]
@@ -176,7 +177,7 @@ async def test_a_server_that_takes_no_more_data_refuses_new_calls_and_harms_no_o
             watch = Stopwatch()
             assert [await value(caller, future) for future in running] == ["running0", "running1"]
             assert (await http.post("/code")).status_code == 200
-            assert watch.seconds < PATIENCE_S
+            assert watch.seconds < patience(PATIENCE_S)
         assert it.world.counter("taken_over") == 0
         assert len(it.world.books.starts("running0")) == len(it.world.books.starts("running1")) == 1
 

@@ -45,7 +45,7 @@ def test_an_idle_connection_ends_without_a_word(door: Address, first: bytes) -> 
             read_response(connection)
         began = time.monotonic()
         assert connection.recv(1) == b""
-        assert 0.5 < time.monotonic() - began < 2.5  # keep-alive of 1 s, looked at twice a second
+        assert 0.5 < time.monotonic() - began < patience(2.5)  # keep-alive of 1 s, looked at twice a second
 
 
 # Deadlines
@@ -69,7 +69,7 @@ def test_a_request_that_stops_half_way_is_408(door: Address, sent: bytes) -> Non
     answer = door.ask(sent)
     assert statuses(answer) == [408]
     assert b"connection: close" in answer
-    assert 0.3 < time.monotonic() - began < 2.5
+    assert 0.3 < time.monotonic() - began < patience(2.5)
 
 
 def test_a_body_that_trickles_is_408_although_it_never_pauses(impatient: TestInstance) -> None:
@@ -78,22 +78,26 @@ def test_a_body_that_trickles_is_408_although_it_never_pauses(impatient: TestIns
         began = time.monotonic()
         connection.settimeout(0.1)
         answer = b""
-        while not answer and time.monotonic() - began < 5:
+        while not answer and time.monotonic() - began < patience(5):
             connection.sendall(b"a")
             try:
                 answer = connection.recv(65536)
             except TimeoutError:
                 continue
         assert statuses(answer) == [408]
-        assert 0.7 < time.monotonic() - began < 3
+        assert 0.7 < time.monotonic() - began < patience(3)
 
 
 def test_a_steady_body_may_take_longer_than_its_deadline(impatient: TestInstance) -> None:
-    with gateway(impatient.settings, QSERVE_HTTP_BODY_TIMEOUT_S=0.6) as strict, strict.address.connect() as connection:
+    most_s = patience(0.6)
+    with (
+        gateway(impatient.settings, QSERVE_HTTP_BODY_TIMEOUT_S=most_s) as strict,
+        strict.address.connect() as connection,
+    ):
         connection.sendall(post(b"Content-Length: 20000"))
         for _ in range(20):
             connection.sendall(bytes(1000))
-            time.sleep(0.1)
+            time.sleep(longest / 6)
         assert read_response(connection)[0] == 200
 
 
@@ -192,7 +196,7 @@ def test_five_hundred_trickling_connections_are_ended_and_do_not_slow_others(imp
 
     with gateway(impatient.settings, QSERVE_HTTP_HEADER_TIMEOUT_S=10, QSERVE_HTTP_KEEP_ALIVE_S=5) as usual:
         before, during, lives = asyncio.run(run(usual.address))
-    assert max(lives) < 12
+    assert max(lives) < patience(12)
     # Loose, because machines that run tests are busy, and 500 clients of one process are work too.
     assert statistics.median(during) < statistics.median(before) * 3 + 0.002
 
@@ -318,7 +322,7 @@ def test_an_idle_connection_ends_soon_when_the_gateway_leaves(impatient: TestIns
         leaving.process.terminate()
         began = time.monotonic()
         assert connection.recv(1) == b""
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < patience(2)
         assert leaving.process.wait(patience(10)) == 0
 
 

@@ -73,7 +73,7 @@ def test_a_request_may_set_its_deadline(http: httpx.Client, gate: Gate, notes: N
     response = http.get("/served/wait", headers={"X-Request-Timeout-Ms": "400"})
 
     assert response.status_code == 504
-    assert 0.35 < time.monotonic() - began < 5
+    assert 0.35 < time.monotonic() - began < patience(5)
     assert notes.wait_for(2) == ["started", "cancelled"]
     assert http.post("/served/wait", headers={"X-Request-Timeout-Ms": "400"}).status_code == 504
     assert notes.wait_for(3)[2:] == ["started"]  # not safe to leave half done
@@ -99,7 +99,7 @@ def test_a_deployment_may_set_the_deadline_which_a_request_cannot_put_off(http: 
     for headers in ({}, {"X-Request-Timeout-Ms": "60000"}):
         began = time.monotonic()
         assert http.get("/wait", headers=headers).status_code == 504
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < patience(5)
 
 
 def test_a_replica_that_blocks_its_loop_does_not_delay_the_504(http: httpx.Client, gate: Gate) -> None:
@@ -113,7 +113,7 @@ def test_a_replica_that_blocks_its_loop_does_not_delay_the_504(http: httpx.Clien
 
     began = time.monotonic()
     assert http.get("/served/block", headers={"X-Request-Timeout-Ms": "300"}).status_code == 504
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < patience(5)
 
 
 def test_an_upload_that_takes_too_long_ends_at_the_deadline_its_client_set(qserve_instance: TestInstance) -> None:
@@ -234,7 +234,7 @@ def test_nested_calls_inherit_the_time_that_is_left(http: httpx.Client, notes: N
     Outer.deploy()
 
     assert http.post("/Outer", headers={"X-Request-Timeout-Ms": "800"}).status_code == 504
-    assert float(notes.wait_for(1)[0]) < 5
+    assert float(notes.wait_for(1)[0]) < patience(5)
 
 
 @pytest.mark.parametrize("outer_is_sync", [True, False])

@@ -332,7 +332,7 @@ async def test_a_redeploy_closes_with_1012_at_once(qserve_instance: TestInstance
         assert closed.value.rcvd.code == 1012
         assert await asyncio.to_thread(notes.wait_for, 1) == ["1012"]
         await deploying
-        assert time.monotonic() - began < 15  # nobody has waited for the grace period of 20 s
+        assert time.monotonic() - began < patience(15)  # nobody has waited for the grace period of 20 s
 
 
 async def test_a_gateway_that_leaves_closes_with_1012(notes: Notes) -> None:
