@@ -97,7 +97,7 @@ def test_a_steady_body_may_take_longer_than_its_deadline(impatient: TestInstance
         connection.sendall(post(b"Content-Length: 20000"))
         for _ in range(20):
             connection.sendall(bytes(1000))
-            time.sleep(longest / 6)
+            time.sleep(most_s / 6)
         assert read_response(connection)[0] == 200
 
 
