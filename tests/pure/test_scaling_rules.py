@@ -6,7 +6,7 @@ from qserve import serve
 from qserve.wire.options import Autoscaling
 from qserve.wire.spec import HEALTHY
 from qserve_workers.pool.orders import Release, Resize, Stop
-from qserve_workers.pool.scaling import Demand, Scaler
+from qserve_workers.pool.scaling import Scaler, WorkerDemand
 from tests.support.replacing import Pool
 
 POLICY = Autoscaling(min_replicas=1, max_replicas=8, target_ongoing_requests=2, upscale_delay_s=5, downscale_delay_s=60)
@@ -25,7 +25,7 @@ class Clock:
     def pass_seconds(self, seconds: int, calls: int, waited_s: float = 0.0, ready: int | None = None) -> int:
         for _ in range(seconds):
             self.now += 1
-            demand = Demand(calls, waited_s, self.place, self.nodes, self.now)
+            demand = WorkerDemand(calls, waited_s, self.place, self.nodes, self.now)
             ready_now = self.replicas if ready is None else ready
             self.replicas = self.scaler.decide(
                 demand, self.policy, current=self.replicas, ready=ready_now, now=self.now
@@ -83,7 +83,7 @@ def test_nodes_share_the_replicas_and_each_has_one(nodes: int, replicas: list[in
 def test_an_old_measurement_changes_nothing() -> None:
     worker = Clock()
     worker.pass_seconds(6, calls=8)
-    old = Demand(100, 0, 0, 1, worker.now)
+    old = WorkerDemand(100, 0, 0, 1, worker.now)
     worker.now += 100
     assert worker.scaler.decide(old, POLICY, current=4, ready=4, now=worker.now) == 4
 

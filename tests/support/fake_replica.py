@@ -13,7 +13,7 @@ from typing import Any
 
 from qserve.settings import Settings
 from qserve_workers.celery_app import App
-from qserve_workers.replica.lifecycle import Birth
+from qserve_workers.replica.birth import Birth
 
 app = App(Settings())
 app.conf.qserve_replica = "fake_replica:FakeReplica"

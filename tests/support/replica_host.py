@@ -9,7 +9,8 @@ import signal
 import sys
 
 from qserve.settings import Settings
-from qserve_workers.replica.lifecycle import Birth, ReplicaProcess
+from qserve_workers.replica.birth import Birth
+from qserve_workers.replica.replica_process import ReplicaProcess
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ class App(Celery):  # type: ignore[misc]
         super().__init__("qserve")
         self.settings = settings
         self._broker, self._problem = _reachable(settings)
-        self.steps["worker"].add("qserve_workers.pool.celery_worker:Replicas")
-        self.steps["consumer"].add("qserve_workers.pool.celery_worker:CeleryCalls")
+        self.steps["worker"].add("qserve_workers.pool.celery_worker:KeeperStep")
+        self.steps["consumer"].add("qserve_workers.pool.celery_worker:CeleryCallsStep")
         self.conf.update(
             **self._broker,
             broker_connection_retry_on_startup=True,
@@ -42,7 +42,7 @@ class App(Celery):  # type: ignore[misc]
             beat_scheduler="qserve_workers.beat:Scheduler",
             worker_pool="qserve_workers.pool.prefork:ReplicaPool",
             worker_autoscaler="qserve_workers.pool.autoscaler:Autoscaler",
-            worker_consumer="qserve_workers.pool.celery_worker:Consumer",
+            worker_consumer="qserve_workers.pool.celery_worker:PatientConsumer",
             worker_pool_start_method="fork",
             worker_concurrency=1,
             worker_proc_alive_timeout=60,
@@ -53,13 +53,13 @@ class App(Celery):  # type: ignore[misc]
             worker_hijack_root_logger=False,
             worker_redirect_stdouts=False,
             worker_log_format="%(asctime)s %(levelname)s %(message)s",
-            qserve_replica="qserve_workers.replica.lifecycle:ReplicaProcess",
+            qserve_replica="qserve_workers.replica.replica_process:ReplicaProcess",
         )
 
     @cached_property
     def Worker(self) -> Any:  # noqa: N802
         """What `celery worker` starts."""
-        return self.subclass_with_self("qserve_workers.pool.celery_worker:Worker")
+        return self.subclass_with_self("qserve_workers.pool.celery_worker:DeploymentWorker")
 
     def connection_for_read(self, *args: Any, **kwargs: Any) -> Any:
         """A connection to the broker, which is the instance's Redis."""

@@ -14,25 +14,28 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from qserve.background import end
 from qserve.broker.instance.following import Snapshot, connect_asyncio, follow, has_schedules, read_snapshot
-from qserve.broker.instance.reports import forget_worker, read_replicas, report_node, withdraw_node
+from qserve.broker.instance.reports import report_node, withdraw_node
 from qserve.broker.instance.restoring import Memory
 from qserve.broker.instance.state import State
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import embedded
 from qserve.broker.server.redis_checks import require_usable_at
 from qserve.deployments import deploying
-from qserve.deployments.local_instance import InstanceRecord, is_running
+from qserve.deployments.local_instance import InstanceRecord
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 from qserve.settings import Settings
 from qserve.wire.messages import Signer
-from qserve.wire.spec import EVERY_NODE, HEALTHY, DeploymentSpec, NodeInfo, ReplicaInfo
-from qserve_workers.node_options import Options, parse
+from qserve.wire.spec import EVERY_NODE, HEALTHY, NodeInfo
+from qserve_workers.node_gateways import NodeGateways
+from qserve_workers.node_options import NodeOptions, parse
+from qserve_workers.node_workers import STOP_MARGIN_S, NodeWorkers
 from qserve_workers.supervise import KeptProcess
 
 logger = logging.getLogger("qserve.node")
@@ -42,25 +45,14 @@ _TICK_S = (1.0, 5.0)
 _POLL_S = 0.02
 _VALKEY_POLL_S = 0.003
 _VALKEY_GRACE_S = 3.0
-_STOP_MARGIN_S = 5.0
 _BEAT_GRACE_S = 3.0
 _SCHEDULER = "qserve_workers.beat:Scheduler"
-_DELETE_MARGIN_S = 1.0
-
-
-class GatewayReady(msgspec.Struct):
-    """What a gateway writes into its ready file, as far as it matters here."""
-
-    pid: int
-    port: int = 0
-    url: str = ""
-    error: str = ""
 
 
 class Node:
     """One node, from start to exit."""
 
-    def __init__(self, options: Options, settings: Settings) -> None:
+    def __init__(self, options: NodeOptions, settings: Settings) -> None:
         self.id = secrets.token_hex(16)
         self._options = options
         self._folder = options.folder or Path(tempfile.mkdtemp(prefix="qserve-node-"))
@@ -72,17 +64,16 @@ class Node:
         self._snapshot = Snapshot()
         self._memory = Memory(self._keys, self._signer, restores=settings.autorestore)
         self._valkey: KeptProcess | None = None
-        self._gateways: list[KeptProcess] = []
-        self._shares_port = options.gateway_workers > 1 or _location(options.http) == EVERY_NODE
+        self._gateways: NodeGateways | None = None
         self._beside: asyncio.Task[None] | None = None
         self._beat: KeptProcess | None = None
-        self._gateway_port = options.port
-        self._workers: dict[str, KeptProcess] = {}
-        self._specs: dict[str, DeploymentSpec] = {}
-        self._retiring: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
         self._force = asyncio.Event()
+        self._environment = self._child_environment()
+        self._workers = NodeWorkers(
+            *(self.id, options, settings, self._environment, self._redis), changed=self._changed, force=self._force
+        )
         self._exit_code = 0
 
     async def run(self) -> int:
@@ -170,45 +161,31 @@ class Node:
 
     # HTTP
 
-    async def _serve_http(self, *, beside_node: bool = False) -> None:
-        """Keep the gateways running; the instance file says when they listen."""
+    async def _serve_http(self) -> None:
+        """Keep the gateways running, if there are to be any; the instance file says when they listen."""
         url = ""
-        if self._options.gateway or beside_node:
-            url = await self._start_gateway(0)  # alone, because it may have to find a port first
-            others = range(1, self._options.gateway_workers if url else 0)
-            await asyncio.gather(*map(self._start_gateway, others))
+        if self._options.gateway:
+            shares_port = _location(self._options.http) == EVERY_NODE
+            url = await self._start_gateways(
+                shares_port=shares_port, on_failure=lambda why: self._fail("The gateway cannot start: %s", why)
+            )
         self._write_instance_file(ready=True, gateway_url=url)
 
-    async def _start_gateway(self, number: int) -> str:
-        ready_file = self._folder / f"gateway-{number}.json"
-        environment = os.environ | self._child_env()
-        if self._settings.admin_port:
-            # An admin listener each: what they count is their own.
-            environment["QSERVE_ADMIN_PORT"] = str(self._settings.admin_port + number)
-        name = f"gateway {number}" if self._options.gateway_workers > 1 else "gateway"
-        gateway = KeptProcess(name, lambda: self._gateway_command(ready_file), environment)
-        self._gateways.append(gateway)
-        gateway.start()
-        while True:
-            with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
-                ready = msgspec.json.decode(ready_file.read_bytes(), type=GatewayReady)
-                if ready.error and self._beside is not None:  # nobody asked this very node for it
-                    logger.error("The gateway beside this node cannot start, will try again: %s", ready.error)
-                    return ""
-                if ready.error:
-                    self._fail("The gateway cannot start: %s", ready.error)
-                    return ""
-                self._gateway_port = ready.port  # the one to take again after a restart
-                return ready.url
-            await asyncio.sleep(_POLL_S)
+    async def _serve_http_beside(self) -> None:
+        """Keep gateways that nobody asked this very node for."""
+        url = await self._start_gateways(
+            shares_port=True,
+            on_failure=lambda why: logger.error("The gateway beside this node cannot start, will try again: %s", why),
+        )
+        self._write_instance_file(ready=True, gateway_url=url)
 
-    def _gateway_command(self, ready_file: Path) -> list[str]:
-        return [
-            *(sys.executable, "-m", "qserve_gateway", "--host", self._options.host, "--port", str(self._gateway_port)),
-            *("--ready-file", str(ready_file)),
-            *(("--reuse-port",) if self._shares_port else ()),
-            *self._options.gateway_arguments,
-        ]
+    async def _start_gateways(self, *, shares_port: bool, on_failure: Callable[[str], None]) -> str:
+        self._gateways = NodeGateways(
+            *(self._options, self._settings, self._folder, self._environment),
+            shares_port=shares_port,
+            on_failure=on_failure,
+        )
+        return await self._gateways.start()
 
     def _write_instance_file(self, *, ready: bool, gateway_url: str = "") -> None:
         path = self._options.instance_file
@@ -233,8 +210,7 @@ class Node:
     def _match_gateways(self) -> None:
         """Start the gateways of an instance that has them beside every node."""
         if self._options.gateway is None and self._beside is None and self._snapshot.http.location == EVERY_NODE:
-            self._shares_port = True
-            self._beside = asyncio.create_task(self._serve_http(beside_node=True))
+            self._beside = asyncio.create_task(self._serve_http_beside())
             self._beside.add_done_callback(self._on_task_end)
 
     # Workers
@@ -260,7 +236,7 @@ class Node:
             self._changed.clear()
             await self._announce()
             self._snapshot = await self._read_state()
-            self._match_workers()
+            self._workers.match(self._snapshot)
             self._match_gateways()
             await self._match_beat()
             unsettled = [name for name, d in self._snapshot.deployments.items() if d.state != HEALTHY]
@@ -268,22 +244,6 @@ class Node:
                 await asyncio.to_thread(self._settle, unsettled)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), _TICK_S[0 if unsettled else 1])
-
-    def _match_workers(self) -> None:
-        # Also those just deleted: how long their replicas may take to leave is asked later.
-        self._specs |= {name: deployed.spec for name, deployed in self._snapshot.deployments.items()}
-        serve = {name for name in self._snapshot.deployments if self._serves(name)}
-        for name in serve - self._workers.keys() - self._retiring.keys():
-            self._workers[name] = KeptProcess(
-                f"worker of '{name}'",
-                lambda name=name: self._worker_command(name),  # type: ignore[misc]
-                os.environ | self._child_env(),
-                # With the embedded Valkey gone nothing is left to drain to.
-                death_signal=signal.SIGKILL if self._options.embedded else signal.SIGTERM,
-            )
-            self._workers[name].start()
-        for name in self._workers.keys() - serve:
-            self._retiring[name] = asyncio.create_task(self._retire(name, self._workers.pop(name)))
 
     async def _match_beat(self) -> None:
         """Run Celery's beat while anything is scheduled; every node does, and each call is submitted once."""
@@ -294,25 +254,13 @@ class Node:
         if wanted and self._beat is None:
             command = [sys.executable, "-m", "celery", "-A", "qserve_workers", "-q", "beat", "-S", _SCHEDULER]
             command += ["--loglevel", self._settings.log_level]
-            self._beat = KeptProcess("beat", lambda: command, os.environ | self._child_env())
+            self._beat = KeptProcess("beat", lambda: command, os.environ | self._environment)
             self._beat.start()
         elif not wanted and self._beat is not None:
             beat, self._beat = self._beat, None
             await beat.stop(_BEAT_GRACE_S, self._force)
 
-    def _serves(self, name: str) -> bool:
-        return name in self._snapshot.deployments and (not self._options.only or name in self._options.only)
-
-    def _worker_command(self, name: str) -> list[str]:
-        spec = self._specs[name]
-        count = 1 if spec.autoscaling else self._options.replicas_per_node or spec.num_replicas
-        return [
-            *(sys.executable, "-m", "celery", "-A", "qserve_workers", "worker", "-Q", name, "-c", str(count)),
-            *("-n", f"{name}-{self.id[:8]}@%h", "--loglevel", self._settings.log_level),
-            *("--without-gossip", "--without-mingle", "--without-heartbeat"),
-        ]
-
-    def _child_env(self) -> dict[str, str]:
+    def _child_environment(self) -> dict[str, str]:
         # Nobody but this user reaches the embedded server.
         trusted = self._options.embedded and self._settings.celery_calls is None
         celery_calls = {"QSERVE_CELERY_CALLS": "1"} if trusted else {}
@@ -325,43 +273,6 @@ class Node:
             **exact,
             **celery_calls,
         }
-
-    async def _retire(self, name: str, worker: KeptProcess) -> None:
-        """Let the replicas of a deleted deployment finish what is queued, then stop their worker.
-
-        A deployment that is back by then keeps the worker, whose waiting process has taken it up already.
-        """
-        try:
-            grace = self._specs[name].graceful_shutdown_timeout_s
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace + _DELETE_MARGIN_S):
-                    while not worker.ended.is_set() and await self._is_draining(name):  # noqa: ASYNC110 lives in Redis
-                        await asyncio.sleep(_POLL_S)
-            if self._serves(name):
-                self._workers[name] = worker
-                return
-            await worker.stop(grace + _STOP_MARGIN_S, self._force)
-            await self._forget(name)
-        finally:
-            del self._retiring[name]
-            self._changed.set()
-
-    async def _is_draining(self, name: str) -> bool:
-        """Whether replicas of a deleted deployment still run here; those that were killed have left their entry."""
-        if self._serves(name):
-            return False
-        return any(info.node == self.id and is_running(info.pid) for info in (await self._replicas(name)).values())
-
-    async def _replicas(self, name: str) -> dict[str, ReplicaInfo]:
-        try:
-            return await read_replicas(self._redis, self._keys, name)
-        except (QServeError, CommandRefused):
-            return {}
-
-    async def _forget(self, name: str) -> None:
-        """Remove what a worker that has ended said about itself."""
-        with contextlib.suppress(QServeError, CommandRefused):
-            await forget_worker(self._redis, self._keys, name, self.id)
 
     # What others see of this node
 
@@ -397,12 +308,9 @@ class Node:
         await self._leave()
         if self._beat is not None:
             await self._beat.stop(_BEAT_GRACE_S, self._force)
-        if self._gateways:
-            longest = max((self._specs[name].graceful_shutdown_timeout_s for name in self._workers), default=0.0)
-            await asyncio.gather(*(each.stop(longest + _STOP_MARGIN_S, self._force) for each in self._gateways))
-        await asyncio.gather(
-            *(self._stop_worker(name, worker) for name, worker in self._workers.items()), *self._retiring.values()
-        )
+        if self._gateways is not None:
+            await self._gateways.stop(self._workers.longest_grace_s + STOP_MARGIN_S, self._force)
+        await self._workers.stop()
         self._state.close()
         await self._redis.aclose()
         if self._valkey is not None:
@@ -411,10 +319,6 @@ class Node:
             _unlink_own(self._options.instance_file)
         if self._exit_code == 0:  # else the logs stay
             shutil.rmtree(self._folder, ignore_errors=True)
-
-    async def _stop_worker(self, name: str, worker: KeptProcess) -> None:
-        await worker.stop(self._specs[name].graceful_shutdown_timeout_s + _STOP_MARGIN_S, self._force)
-        await self._forget(name)
 
 
 def _unlink_own(path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Options:
+class NodeOptions:
     """The command line.
 
     Attributes:
@@ -36,7 +36,7 @@ class Options:
     http: str = "{}"
 
 
-def parse(arguments: list[str], description: str | None = None) -> Options:
+def parse(arguments: list[str], description: str | None = None) -> NodeOptions:
     """Options from a command line; the description is for its help."""
     parser = argparse.ArgumentParser(prog="python -m qserve_workers.node", description=description)
     parser.add_argument("--replicas-per-node", type=int, default=1, metavar="N")
@@ -57,4 +57,4 @@ def parse(arguments: list[str], description: str | None = None) -> Options:
         found["replicas_per_node"] = None
     found["only"] = tuple(name.strip() for name in found["only"].split(",") if name.strip())
     found["gateway_arguments"] = tuple(found["gateway_arguments"])
-    return Options(**found)
+    return NodeOptions(**found)

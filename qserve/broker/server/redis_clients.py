@@ -30,6 +30,8 @@ _REST_S: Final = 2.0
 _ASK: Final = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME")
 
 
+AsyncClient = redis.asyncio.Redis
+"""A client for an event loop. Outside of this folder it is only handed on, like `Client`."""
 Client = redis.Redis
 """A synchronous client. Outside of this folder it is only handed on, to the functions that are here."""
 

@@ -23,7 +23,7 @@ from qserve_workers.pool.prefork import ReplicaPool
 logger = logging.getLogger(__name__)
 
 
-class Worker(celery_worker.Worker):  # type: ignore[misc]
+class DeploymentWorker(celery_worker.Worker):  # type: ignore[misc]
     """A Celery worker that serves one deployment."""
 
     def __init__(self, app: Any = None, hostname: str | None = None, **options: Any) -> None:
@@ -46,7 +46,7 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             super().on_before_init(**options)
 
     def setup_queues(self, include: Any, exclude: Any = None) -> None:
-        """Let Celery read no queue, whatever -Q says: calls are no Celery messages, and `CeleryCalls` reads those."""
+        """Let Celery read no queue, whatever -Q says; `CeleryCallsStep` reads what Celery clients send."""
         super().setup_queues([QUEUE], [QUEUE])
 
     def on_init_blueprint(self) -> None:
@@ -65,7 +65,7 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]
             logger.warning("This worker runs as root, and so does the code of the deployment")
 
 
-class Consumer(consumer.Consumer):  # type: ignore[misc]
+class PatientConsumer(consumer.Consumer):  # type: ignore[misc]
     """Celery's consumer, which looks after the replicas also while the broker is away."""
 
     def ensure_connected(self, conn: Any) -> Any:
@@ -88,20 +88,21 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         return conn
 
 
-class Replicas(bootsteps.Step):  # type: ignore[misc]
+class KeeperStep(bootsteps.Step):  # type: ignore[misc]
     """Gives the pool its keeper, before the first child is forked."""
 
     requires = (components.Pool, autoscale.WorkerComponent)
 
-    def include(self, parent: Worker) -> None:
+    def include(self, parent: DeploymentWorker) -> None:
         """Called once, when all steps have been created and none has started."""
         parent.pool.hub = parent.hub
         parent.pool.keeper = Keeper(
             parent.deployment,
             parent.min_concurrency,
             parent.app.settings,
-            parent.pool,
             pkgutil.resolve_name(parent.app.conf.qserve_replica),
+            resize=parent.pool.resize,
+            call_later=parent.pool.call_later,
             node=os.environ.get("QSERVE_NODE", ""),
             exact=os.environ.get("QSERVE_REPLICAS_EXACT") == "1",
             bounds=parent.bounds,
@@ -109,22 +110,22 @@ class Replicas(bootsteps.Step):  # type: ignore[misc]
         parent.pool.keeper.on_demand = parent.autoscaler.maybe_scale
 
 
-class CeleryCalls(bootsteps.StartStopStep):  # type: ignore[misc]
+class CeleryCallsStep(bootsteps.StartStopStep):  # type: ignore[misc]
     """Reads what Celery clients send, while the consumer is connected."""
 
     requires = (Tasks,)
 
-    def __init__(self, parent: Consumer, **_options: Any) -> None:
+    def __init__(self, parent: PatientConsumer, **_options: Any) -> None:
         self._settings = parent.app.settings
         self._queue: CeleryQueue | None = None
         super().__init__(parent)
 
-    def start(self, parent: Consumer) -> None:
+    def start(self, parent: PatientConsumer) -> None:
         """Called after every connection to the broker."""
         self._queue = CeleryQueue(self._settings)
         self._queue.start(parent.hub)
 
-    def stop(self, _parent: Consumer) -> None:
+    def stop(self, _parent: PatientConsumer) -> None:
         """Called when the connection is lost, and at the end."""
         queue, self._queue = self._queue, None
         if queue is not None:

@@ -13,28 +13,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from celery.concurrency import asynpool
+
+from qserve_workers.replica.replica_process import ReplicaProcess
 
 FORK_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 """Blocked while the pool forks, so that none is lost before the child has its handlers."""
 
 
-class Replica(Protocol):
-    """What a child runs; see `qserve_workers.replica.lifecycle.ReplicaProcess`."""
-
-    def start(self) -> None: ...
-    def serve(self) -> None: ...
-    def release(self) -> None: ...
-    def drain(self) -> None: ...
-    def wait_drained(self, timeout: float | None) -> bool: ...
-
-
 class Child(asynpool.Worker):  # type: ignore[misc]
     """The body of a pool process. `make_replica` is set by the pool just before it forks."""
 
-    make_replica: Callable[[], Replica]
+    make_replica: Callable[[], ReplicaProcess]
 
     def after_fork(self) -> None:
         """Become a replica: forget the parent, take over the signals, start, and return at once."""

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -21,31 +21,25 @@ from qserve.wire.messages import Signer
 from qserve.wire.options import Autoscaling
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, WorkerInfo
 from qserve_workers.pool.announce import Announcer
-from qserve_workers.pool.child import Replica
 from qserve_workers.pool.orders import Action, Kill, Publish, Release, Resize, Serve, Status, Stop
 from qserve_workers.pool.replacing import Rollout
-from qserve_workers.pool.scaling import Demand, Scaler
-from qserve_workers.replica.lifecycle import Birth
+from qserve_workers.pool.scaling import Scaler, WorkerDemand
+from qserve_workers.replica.birth import Birth
 from qserve_workers.replica.replica_events import DemandMeasured, decode_event
+from qserve_workers.replica.replica_process import ReplicaProcess
 
 logger = logging.getLogger(__name__)
 
 
-ReplicaFactory = Callable[[Birth, Settings], Replica]
-
-
-class Processes(Protocol):
-    """What the keeper needs of the pool."""
-
-    def resize(self, processes: int) -> None:
-        """Keep that many processes, starting new ones at once."""
-
-    def call_later(self, delay: float, function: Callable[[], None]) -> Any:
-        """Run a function after some seconds; returns something with `cancel()`."""
+ReplicaFactory = Callable[[Birth, Settings], ReplicaProcess]
 
 
 class Keeper:
     """Owns the rollout of one worker, the pipe its replicas report through, and what the worker announces.
+
+    Args:
+        resize: Makes the pool keep that many processes, starting new ones at once.
+        call_later: Runs a function after some seconds; returns something with `cancel()`.
 
     Attributes:
         on_demand: Called when the replicas have reported how much there is to do.
@@ -56,9 +50,10 @@ class Keeper:
         deployment: str,
         concurrency: int,
         settings: Settings,
-        processes: Processes,
         make_replica: ReplicaFactory,
         *,
+        resize: Callable[[int], None],
+        call_later: Callable[[float, Callable[[], None]], Any],
         node: str = "",
         exact: bool = False,
         bounds: tuple[int, int] | None = None,
@@ -68,9 +63,10 @@ class Keeper:
         self.rollout = Rollout(concurrency, exact=exact, bounded=bounds is not None)
         self.scaler = Scaler(bounds)
         self.on_demand: Callable[[], None] = self.act
-        self._demand: Demand | None = None
+        self._demand: WorkerDemand | None = None
         self._settings = settings
-        self._processes = processes
+        self._resize = resize
+        self._call_later = call_later
         self._make_replica = make_replica
         self._node = node or self.id
         self._announcer = Announcer(
@@ -80,7 +76,7 @@ class Keeper:
             deployment,
             self._node,
             by_hand=not node,
-            call_later=processes.call_later,
+            call_later=call_later,
         )
         self._reader = self._writer = -1
         self._partial = b""
@@ -107,14 +103,14 @@ class Keeper:
 
     # Called by the pool
 
-    def before_birth(self) -> Callable[[], Replica]:
+    def before_birth(self) -> Callable[[], ReplicaProcess]:
         """What the process forked next shall run."""
         self._standby, failures = self.rollout.birth()
         scaled = self.scaler.bounds is not None
         birth = Birth(self.deployment, self.id, self._node, self._standby, failures, self._writer, scaled)
         return partial(self._in_child, birth)
 
-    def _in_child(self, birth: Birth) -> Replica:
+    def _in_child(self, birth: Birth) -> ReplicaProcess:
         os.close(self._reader)
         return self._make_replica(birth, self._settings)
 
@@ -195,7 +191,7 @@ class Keeper:
                 logger.warning("Deployment %s: killing pid %d: %s", self.deployment, pid, why)
                 _signal(pid, signal.SIGKILL)
             case Resize(processes):
-                self._processes.resize(processes)
+                self._resize(processes)
             case Publish(status):
                 self._publish(status)
 
@@ -205,7 +201,7 @@ class Keeper:
             self._timer = None
         deadline = self.rollout.next_deadline()
         if deadline is not None:
-            self._timer = self._processes.call_later(max(0.0, deadline - time.monotonic()), self.act)
+            self._timer = self._call_later(max(0.0, deadline - time.monotonic()), self.act)
 
     # Called by control commands
 
@@ -284,7 +280,7 @@ class Keeper:
                 now = time.monotonic()
                 self.rollout.report(event, now)
                 if isinstance(event, DemandMeasured):
-                    self._demand = Demand.from_event(event, now)
+                    self._demand = WorkerDemand.from_event(event, now)
 
 
 def _signal(pid: int, signum: signal.Signals) -> None:

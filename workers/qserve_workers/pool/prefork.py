@@ -28,7 +28,7 @@ _LOOK_S = 0.25
 _BACKOFF_S = (0.1, 10.0)
 
 
-class Processes(asynpool.AsynPool):  # type: ignore[misc]
+class ChildProcesses(asynpool.AsynPool):  # type: ignore[misc]
     """The child processes. `keeper` is set before the first is forked."""
 
     Worker = Child
@@ -155,7 +155,7 @@ class Processes(asynpool.AsynPool):  # type: ignore[misc]
 class ReplicaPool(prefork.TaskPool):  # type: ignore[misc]
     """What Celery sees as its pool (`worker_pool`)."""
 
-    Pool = Processes
+    Pool = ChildProcesses
 
     keeper: Keeper
     hub: Any

@@ -16,7 +16,7 @@ _STALE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Demand:
+class WorkerDemand:
     """What a replica has measured.
 
     Attributes:
@@ -33,7 +33,7 @@ class Demand:
     at: float
 
     @classmethod
-    def from_event(cls, measured: DemandMeasured, at: float) -> "Demand":
+    def from_event(cls, measured: DemandMeasured, at: float) -> "WorkerDemand":
         """From what a replica has told."""
         return cls(measured.calls, measured.waited_s, measured.place, measured.nodes, at)
 
@@ -59,7 +59,7 @@ class Scaler:
         self._enough = 0
         """The most that were wanted since fewer than now would do."""
 
-    def decide(self, demand: Demand, policy: Autoscaling, *, current: int, ready: int, now: float) -> int:
+    def decide(self, demand: WorkerDemand, policy: Autoscaling, *, current: int, ready: int, now: float) -> int:
         """How many replicas there are to be.
 
         Args:

@@ -91,16 +91,12 @@ class Consumer:
         self.withdrawn = WithdrawnCalls(slots)
         self._suspects = Suspects(settings.max_deliveries)
         chain = HookChain(hooks) if hooks else None
+        common = (link, slots, self._answers)
         self._ordinary = OrdinaryRuns(
-            *(settings, signer, codec, link, slots, self._answers),
-            clock=self._clock,
-            conversations=conversations,
-            hooks=chain,
+            *(settings, signer, codec, *common), clock=self._clock, conversations=conversations, hooks=chain
         )
         self._durable = DurableRuns(
-            *(settings, signer, codec, replica, link, slots, self._answers),
-            hooks=chain,
-            on_retry=self._mover.look_in,
+            *(settings, signer, codec, replica, *common), hooks=chain, on_retry=self._mover.look_in
         )
         self._triage = Triage(
             *(settings, link, slots, Arrivals(settings, signer, spec.name, link), self._answers),

@@ -1,0 +1,136 @@
+"""The Celery workers of a node: one for each deployment that it serves."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+from qserve.broker.instance.following import Snapshot
+from qserve.broker.instance.reports import forget_worker, read_replicas
+from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.server import redis_clients
+from qserve.deployments.local_instance import is_running
+from qserve.errors import QServeError
+from qserve.settings import Settings
+from qserve.wire.spec import DeploymentSpec, ReplicaInfo
+from qserve_workers.node_options import NodeOptions
+from qserve_workers.supervise import KeptProcess
+
+_POLL_S = 0.02
+STOP_MARGIN_S = 5.0
+"""How long a process may take to end beyond what the calls in it may take."""
+_DELETE_MARGIN_S = 1.0
+
+
+class NodeWorkers:
+    """Starts and stops workers, so that they match what is deployed.
+
+    Args:
+        node: Id of the node.
+        environment: What its processes find in their environment beside that of the node.
+        redis: Whom to ask how far the replicas of a deleted deployment are.
+        changed: Set when a deployment is to be looked at again.
+        force: Set when nothing is to be waited for any more.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        options: NodeOptions,
+        settings: Settings,
+        environment: Mapping[str, str],
+        redis: redis_clients.AsyncClient,
+        *,
+        changed: asyncio.Event,
+        force: asyncio.Event,
+    ) -> None:
+        self._node = node
+        self._options = options
+        self._settings = settings
+        self._environment = environment
+        self._redis = redis
+        self._changed = changed
+        self._force = force
+        self._snapshot = Snapshot()
+        self._running: dict[str, KeptProcess] = {}
+        self._specs: dict[str, DeploymentSpec] = {}
+        self._retiring: dict[str, asyncio.Task[None]] = {}
+
+    def match(self, snapshot: Snapshot) -> None:
+        """Have a worker for each deployment that this node serves, and no other."""
+        self._snapshot = snapshot
+        # Also those just deleted: how long their replicas may take to leave is asked later.
+        self._specs |= {name: deployed.spec for name, deployed in snapshot.deployments.items()}
+        serve = {name for name in snapshot.deployments if self._serves(name)}
+        for name in serve - self._running.keys() - self._retiring.keys():
+            self._running[name] = KeptProcess(
+                f"worker of '{name}'",
+                lambda name=name: self._command(name),  # type: ignore[misc]
+                os.environ | self._environment,
+                # With the embedded Valkey gone nothing is left to drain to.
+                death_signal=signal.SIGKILL if self._options.embedded else signal.SIGTERM,
+            )
+            self._running[name].start()
+        for name in self._running.keys() - serve:
+            self._retiring[name] = asyncio.create_task(self._retire(name, self._running.pop(name)))
+
+    @property
+    def longest_grace_s(self) -> float:
+        """How long calls may take to end when all workers stop."""
+        return max((self._specs[name].graceful_shutdown_timeout_s for name in self._running), default=0.0)
+
+    async def stop(self) -> None:
+        """Let all of them finish their calls and end."""
+        stopping = (self._stop(name, worker) for name, worker in self._running.items())
+        await asyncio.gather(*stopping, *self._retiring.values())
+
+    def _serves(self, name: str) -> bool:
+        return name in self._snapshot.deployments and (not self._options.only or name in self._options.only)
+
+    def _command(self, name: str) -> list[str]:
+        spec = self._specs[name]
+        count = 1 if spec.autoscaling else self._options.replicas_per_node or spec.num_replicas
+        return [
+            *(sys.executable, "-m", "celery", "-A", "qserve_workers", "worker", "-Q", name, "-c", str(count)),
+            *("-n", f"{name}-{self._node[:8]}@%h", "--loglevel", self._settings.log_level),
+            *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+        ]
+
+    async def _retire(self, name: str, worker: KeptProcess) -> None:
+        """Let the replicas of a deleted deployment finish what is queued, then stop their worker.
+
+        A deployment that is back by then keeps the worker, whose waiting process has taken it up already.
+        """
+        try:
+            grace = self._specs[name].graceful_shutdown_timeout_s
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace + _DELETE_MARGIN_S):
+                    while not worker.ended.is_set() and await self._is_draining(name):  # noqa: ASYNC110 lives in Redis
+                        await asyncio.sleep(_POLL_S)
+            if self._serves(name):
+                self._running[name] = worker
+                return
+            await self._stop(name, worker)
+        finally:
+            del self._retiring[name]
+            self._changed.set()
+
+    async def _stop(self, name: str, worker: KeptProcess) -> None:
+        await worker.stop(self._specs[name].graceful_shutdown_timeout_s + STOP_MARGIN_S, self._force)
+        # What a worker that has ended said about itself is true no longer.
+        with contextlib.suppress(QServeError, CommandRefused):
+            await forget_worker(self._redis, self._settings.keys, name, self._node)
+
+    async def _is_draining(self, name: str) -> bool:
+        """Whether replicas of a deleted deployment still run here; those that were killed have left their entry."""
+        if self._serves(name):
+            return False
+        return any(info.node == self._node and is_running(info.pid) for info in (await self._replicas(name)).values())
+
+    async def _replicas(self, name: str) -> dict[str, ReplicaInfo]:
+        try:
+            return await read_replicas(self._redis, self._settings.keys, name)
+        except (QServeError, CommandRefused):
+            return {}

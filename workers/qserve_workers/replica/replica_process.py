@@ -1,0 +1,83 @@
+"""The process of a replica: a thread with an event loop, beside the main thread, which waits for signals."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+
+from qserve.calls.process_client import new_event_loop
+from qserve.settings import Settings
+from qserve_workers.replica.birth import Birth, Wishes
+from qserve_workers.replica.lifecycle import Replica
+
+logger = logging.getLogger(__name__)
+
+
+class ReplicaProcess:
+    """The replica of this process, on a thread with an event loop of its own."""
+
+    def __init__(self, birth: Birth, settings: Settings) -> None:
+        self._birth = birth
+        self._settings = settings
+        self._drained = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="qserve-replica", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wishes = Wishes()
+        self._ready = threading.Event()
+
+    def start(self) -> None:
+        """Start the replica's thread and return at once."""
+        self._thread.start()
+
+    def serve(self) -> None:
+        """Let a standby replica take calls, or one that asked for its turn reconfigure. From any thread."""
+        self._tell(self._wishes.may_serve)
+
+    def release(self) -> None:
+        """Leave at the next moment without a call in hand; if none comes soon, say so and stay. From any thread."""
+        self._tell(self._wishes.may_leave)
+
+    def drain(self) -> None:
+        """Finish the calls in hand, hand back the rest, and end. From any thread; again without effect."""
+        self._tell(self._wishes.shall_leave)
+
+    def wait_drained(self, timeout: float | None) -> bool:
+        """Whether the replica has ended within `timeout` seconds."""
+        return self._drained.wait(timeout)
+
+    def _tell(self, wish: asyncio.Event) -> None:
+        self._ready.wait()
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: there is nothing left to tell
+                self._loop.call_soon_threadsafe(wish.set)
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
+                self._run_to_the_end(runner.get_loop())
+        except BaseException:
+            logger.exception("the replica of %s failed", self._birth.deployment)
+        finally:
+            self._ready.set()
+            self._drained.set()
+            # Ends the main thread, and with it the process, where nobody asked for it; a drained replica has nothing
+            # left to do for whoever did.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _run_to_the_end(self, loop: asyncio.AbstractEventLoop) -> None:
+        main = loop.create_task(self._main())
+        while not main.done():
+            try:
+                loop.run_until_complete(main)
+            except (SystemExit, KeyboardInterrupt) as exc:
+                # Raised in a task that user code has started, these two stop the loop; whoever awaits that task gets
+                # them, too. Nothing is lost: the loop goes on where it was.
+                if not main.done():
+                    logger.error("Deployment %s: a task of user code raised", self._birth.deployment, exc_info=exc)
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ready.set()
+        await Replica(self._birth, self._settings, self._wishes).live()

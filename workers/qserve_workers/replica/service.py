@@ -1,0 +1,249 @@
+"""A replica while something is deployed: it constructs, takes calls, follows changes, and leaves."""
+
+import asyncio
+import contextlib
+import logging
+import traceback
+from collections.abc import Sequence
+
+from qserve.broker.instance.heartbeats import call_neighbours, leave
+from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.server import redis_clients
+from qserve.calls.client import Client
+from qserve.calls.handle import codec_of
+from qserve.calls.process_client import set_current_client
+from qserve.deployments.loading import load_target
+from qserve.errors import BrokerUnavailable, QServeError
+from qserve.failpoints import reach
+from qserve.hooks import ReplicaHook
+from qserve.settings import Settings
+from qserve.wire.messages import Control
+from qserve.wire.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed
+from qserve_workers.replica.birth import Birth, Wishes, first_of
+from qserve_workers.replica.consumer import Consumer
+from qserve_workers.replica.deployment_watch import DeploymentWatch
+from qserve_workers.replica.heartbeat import Heartbeat
+from qserve_workers.replica.replica_events import (
+    ConstructionFailed,
+    EventWriter,
+    ReconfigureFailed,
+    StillBusy,
+    TurnWanted,
+)
+from qserve_workers.replica.self_description import SelfDescription
+from qserve_workers.replica.takeover import Takeover
+from qserve_workers.replica.user_code import UserCode
+from qserve_workers.replica.user_entry import enter, what_was_raised
+
+logger = logging.getLogger(__name__)
+
+_QUICK_TIMEOUT_S = 2.0
+_IDLE_WITHIN_S = 0.5
+"""How long a replica that may leave when it is idle looks for such a moment."""
+
+
+class Service:
+    """The parts of a replica that serves, and the order in which they start and stop."""
+
+    def __init__(
+        self,
+        birth: Birth,
+        tag: str,
+        settings: Settings,
+        deployed: Deployed,
+        *,
+        client: Client,
+        watch: DeploymentWatch,
+        wishes: Wishes,
+        events: EventWriter,
+        hooks: Sequence[ReplicaHook],
+    ) -> None:
+        self._name = birth.deployment
+        self._tag = tag
+        self._settings = settings
+        self._deployed = watch.served = deployed
+        self._client = client
+        self._watch = watch
+        self._wishes = wishes
+        self._events = events
+        self._codec = codec_of(client)
+        self._code: UserCode | None = None
+        """None until it is constructed."""
+        self._consumer = consumer = Consumer(
+            *(settings, client.signer, self._codec, deployed.spec, client.id),
+            hooks=hooks,
+            may_go_on=self._is_current,
+        )
+        self._about = SelfDescription(
+            *(birth, client.id, tag, settings.keys, events), slots=consumer.slots, link=consumer.link
+        )
+        self._takeover = Takeover(settings, consumer, client.id)
+        self._heartbeat = Heartbeat(
+            *(settings, self._name, client.id),
+            entries=lambda: consumer.entries,
+            on_lost=consumer.lost,
+            on_tick=self._tick,
+            on_beat=self._about.measure,
+        )
+        client.on_control = self._on_control
+        client.take_other_chunks(consumer.take_chunk)
+
+    async def run(self) -> None:
+        """Construct, serve until it is time to leave, and leave."""
+        await self._client.start()
+        set_current_client(self._client)
+        await self._consumer.connect()
+        self._heartbeat.start()
+        self._takeover.start()
+        self._about.enter(STARTING, self._deployed)
+        try:
+            code = await self._construct()
+            if code is not None:
+                await self._take_calls(code)
+        finally:
+            await self._leave()
+
+    async def _construct(self) -> UserCode | None:
+        spec = self._deployed.spec
+        try:
+            # Importing may take long and must not stop the loop.
+            target = await enter(asyncio.to_thread, load_target, spec.target)
+            self._code = UserCode(spec, target, self._tag, self._codec)
+            await self._code.construct()
+        except Exception as exc:
+            logger.exception("Exception in deployment %r: replica %s could not be constructed", spec.name, self._tag)
+            text = str(exc) if isinstance(exc, QServeError) else _traceback_of(exc)
+            generation = self._deployed.generation
+            self._events.tell(ConstructionFailed(generation=generation, revision=spec.revision, error=text))
+            return None
+        return self._code
+
+    async def _take_calls(self, code: UserCode) -> None:
+        wishes = self._wishes
+        if not wishes.may_serve.is_set():
+            self._about.enter(STANDBY, self._deployed)
+            await first_of(wishes.may_serve, wishes.shall_leave)
+        if wishes.shall_leave.is_set():
+            return
+        self._consumer.start(code)
+        self._takeover.sweep()
+        self._heartbeat.serve()
+        self._about.enter(SERVING, self._deployed)
+        changed = self._watch.changed
+        while not wishes.shall_leave.is_set():
+            await first_of(changed, wishes.shall_leave, wishes.may_leave)
+            if changed.is_set():
+                changed.clear()
+                await self._follow_change(code)
+            elif wishes.may_leave.is_set():
+                await self._leave_if_idle(code)
+
+    # Changes
+
+    async def _follow_change(self, code: UserCode) -> None:
+        try:
+            deployed = await self._watch.read()
+        except BrokerUnavailable:
+            return  # the watch brings a change once Redis is back
+        spec = self._deployed.spec
+        if deployed is None:
+            await self._consumer.finish_queue(spec.graceful_shutdown_timeout_s)
+            self._wishes.shall_leave.set()
+        elif deployed.spec.revision == spec.revision and deployed.generation != self._deployed.generation:
+            await self._apply(deployed, code)
+
+    async def _apply(self, deployed: Deployed, code: UserCode) -> None:
+        """Take up a change that needs no new process."""
+        config = deployed.spec.user_config
+        if config == self._deployed.spec.user_config:
+            config = None
+        elif config is not None and not await self._has_turn(deployed.generation):
+            return
+        self._deployed = self._watch.served = deployed
+        self._consumer.slots.spec = deployed.spec
+        if config is not None:
+            # Calls taken before see the old config, calls taken after the new one; meanwhile they wait in the queue.
+            await self._consumer.pause()
+            await self._consumer.finish(float("inf"), streams=False)
+            try:
+                await code.reconfigure(config)
+            except Exception as exc:
+                logger.exception("Exception in deployment %r: reconfigure failed", self._name)
+                self._events.tell(ReconfigureFailed(generation=deployed.generation, error=_traceback_of(exc)))
+                return
+            finally:
+                self._consumer.start(code)
+        self._about.applied(deployed)
+
+    async def _has_turn(self, generation: int) -> bool:
+        """Serve on until the parent says it is this replica's turn to reconfigure; False if something else comes."""
+        wishes = self._wishes
+        wishes.may_serve.clear()
+        self._events.tell(TurnWanted(generation=generation))
+        await first_of(wishes.may_serve, self._watch.changed, wishes.shall_leave)
+        return wishes.may_serve.is_set() and not wishes.shall_leave.is_set()
+
+    async def _is_current(self) -> bool:
+        """Whether this replica, back from an absence, serves what is deployed, or nobody serves anything newer."""
+        if not await self._watch.is_outdated(self._deployed.spec.revision):
+            return True
+        logger.warning("Deployment %s: replica %s leaves, a newer version serves", self._name, self._tag)
+        self._wishes.shall_leave.set()
+        return False
+
+    def _on_control(self, _about: str, control: Control) -> None:
+        if control.verb == "cancel":
+            self._consumer.withdrawn.withdraw(control.entry.encode(), inherited=control.inherited)
+        else:
+            self._takeover.sweep()
+
+    def _tick(self) -> None:
+        self._consumer.absence.noticed()
+        self._about.refresh(self._deployed)
+
+    # The end
+
+    async def _leave_if_idle(self, code: UserCode) -> None:
+        self._wishes.may_leave.clear()
+        if await self._consumer.finish(_IDLE_WITHIN_S):
+            await self._consumer.pause()
+            if not self._consumer.entries:  # else a call came before the pause
+                self._wishes.shall_leave.set()
+                return
+            self._consumer.start(code)
+        self._events.tell(StillBusy(running=len(self._consumer.slots)))
+
+    async def _leave(self) -> None:
+        self._about.enter(DRAINING, self._deployed)
+        await self._consumer.pause()
+        if self._code is not None:
+            await self._code.close_websockets()
+        if not await self._consumer.finish(self._deployed.spec.graceful_shutdown_timeout_s):
+            logger.warning("Deployment %s: %d calls outlived the shutdown", self._name, len(self._consumer.slots))
+        await self._takeover.stop()
+        all_answered = await self._consumer.stop()
+        if self._code is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_QUICK_TIMEOUT_S):
+                    await self._code.close()
+        self._heartbeat.stop()
+        await asyncio.to_thread(self._say_goodbye, all_answered)
+        set_current_client(None)
+        await self._client.stop()
+
+    def _say_goodbye(self, all_answered: bool) -> None:
+        """Leave nothing behind but calls that were never started, for the neighbours to take."""
+        reach("leave")
+        keys, replica = self._settings.keys, self._client.id
+        client = redis_clients.client(self._settings.redis_url, _QUICK_TIMEOUT_S)
+        try:
+            if not leave(client, keys, self._name, replica, all_answered=all_answered):
+                call_neighbours(client, keys, self._name, replica, self._client.signer)
+        except (QServeError, CommandRefused) as exc:
+            logger.warning("could not say goodbye: %s", exc)
+        finally:
+            client.close()
+
+
+def _traceback_of(error: Exception) -> str:
+    return "".join(traceback.format_exception(what_was_raised(error)))
