@@ -24,12 +24,14 @@ class CallInfo:
         attempt: 1 for its first delivery, 2 for its second, ...
         deadline: When it has to end, on `time.monotonic`; None once it streams, which may take as long as it takes.
         nested: The calls it has made that have not ended.
+        app_error: What an ASGI application raised, although its response may be whole.
     """
 
     request_id: str
     attempt: int = 1
     deadline: float | None = None
     nested: set[Nested] = field(default_factory=set)
+    app_error: BaseException | None = None
 
     def limit(self, timeout_s: float) -> float:
         """How long a call made by this one may take."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 import qserve
@@ -92,3 +93,12 @@ def test_hooks_surround_the_requests_of_an_application(hooked: TestInstance, not
     with connect(f"{hooked.url.replace('http', 'ws', 1)}/app/socket") as socket:
         call_id = socket.recv(timeout=LIMIT_S)
     assert noted.went(str(call_id), "before", "after")["kind"] == "websocket"
+
+    assert httpx.get(f"{hooked.url}/app/fails", timeout=LIMIT_S).status_code == 500
+    with connect(f"{hooked.url.replace('http', 'ws', 1)}/app/fails") as socket, pytest.raises(ConnectionClosed):
+        socket.recv(timeout=LIMIT_S)
+    wait_until(lambda: len(noted.of(event="error")) == 2)
+    assert {(note["kind"], note["error"]) for note in noted.of(event="error")} == {
+        ("http", "ZeroDivisionError"),
+        ("websocket", "ZeroDivisionError"),
+    }

@@ -100,6 +100,17 @@ def thread() -> str:
     return seen.get()
 
 
+@app.get("/fails")
+async def fails() -> None:
+    raise ZeroDivisionError
+
+
+@app.websocket("/fails")
+async def failing_socket(socket: WebSocket) -> None:
+    await socket.accept()
+    raise ZeroDivisionError
+
+
 @app.websocket("/socket")
 async def socket(socket: WebSocket) -> None:
     await socket.accept()

@@ -7,10 +7,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from qserve.background import spawn
+from qserve.context import current_call
 from qserve.errors import StreamBroken
 from qserve.wire.channel import Channel
 from qserve.wire.messages import HttpRequest, HttpResponse, WebSocketEvent, decode_websocket_event, encode
-from qserve_workers.replica.user_entry import UserCodeEscape, enter
+from qserve_workers.replica.user_entry import UserCodeEscape, enter, what_was_raised
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ async def run_asgi(
     except Exception as exc:
         if not isinstance(exc, StreamBroken):
             logger.exception("Exception in ASGI application, request %s %s", request.method, request.request_id)
+            _note_error(exc)
         await exchange.settle()
         # Starlette raises again what it has answered already.
         if not exchange.complete:
@@ -209,6 +211,13 @@ async def run_asgi(
         raise StreamBroken("the application returned in the middle of its response")
     logger.error("ASGI application returned without a response, request %s", request.request_id)
     return _INTERNAL_SERVER_ERROR
+
+
+def _note_error(error: Exception) -> None:
+    """Let the hooks know of what the client is not told."""
+    call = current_call.get()
+    if call is not None:
+        call.app_error = what_was_raised(error)
 
 
 class Socket:
@@ -241,6 +250,7 @@ class Socket:
         except Exception as exc:
             if not isinstance(exc, StreamBroken):
                 logger.exception("Exception in ASGI application, WebSocket %s", self._request.request_id)
+                _note_error(exc)
                 await self._deny_unanswered()
             raise StreamBroken("the application failed") from exc
         await self._deny_unanswered()

@@ -26,9 +26,12 @@ def with_hooks(run: RunsCall, chain: HookChain[ReplicaHook] | None) -> RunsCall:
         try:
             answer = await run(running, *arguments)
         except BaseException as exc:
-            chain.error(call, states, what_was_raised(exc))
+            chain.error(call, states, running.info.app_error or what_was_raised(exc))
             raise
-        chain.after(call, states)
+        if running.info.app_error is not None:
+            chain.error(call, states, running.info.app_error)
+        else:
+            chain.after(call, states)
         return answer
 
     return run_with_hooks
