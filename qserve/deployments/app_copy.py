@@ -113,11 +113,12 @@ def _renew_docs(app: Any) -> None:
         app._openapi_routes_version = None
     app.router.routes = []
     app.setup()
-    fresh = {route.path: route for route in app.router.routes if _is_documentation(route)}
-    app.router.routes = [fresh.get(route.path, route) if _is_documentation(route) else route for route in kept]
+    fresh = {route.path: route for route in app.router.routes if is_documentation(route)}
+    app.router.routes = [fresh.get(route.path, route) if is_documentation(route) else route for route in kept]
 
 
-def _is_documentation(route: Any) -> bool:
+def is_documentation(route: Any) -> bool:
+    """Whether FastAPI made the route, to show the documentation of its application."""
     endpoint = getattr(route, "endpoint", None)
     return getattr(endpoint, "__qualname__", "").startswith("FastAPI.setup.<locals>.")
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
-from qserve.deployments.app_copy import copy_app, rebuild_route, walk
+from qserve.deployments.app_copy import copy_app, is_documentation, rebuild_route, walk
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +28,36 @@ class FrozenApp:
     original: Any
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What an application holds at some moment.
+
+    Attributes:
+        routes: Its routes, those of included routers and mounted applications too.
+        at_the_top: How many of its routes are its own, mounts among them.
+        counts: How many hooks, middlewares and exception handlers it has.
+    """
+
+    routes: list[BaseRoute]
+    at_the_top: int
+    counts: dict[str, int]
+
+
+_COUNTED: dict[str, Callable[[Any], int]] = {
+    "startup hooks": lambda app: len(getattr(getattr(app, "router", app), "on_startup", ())),
+    "shutdown hooks": lambda app: len(getattr(getattr(app, "router", app), "on_shutdown", ())),
+    "middlewares": lambda app: len(getattr(app, "user_middleware", ())),
+    "exception handlers": lambda app: len(getattr(app, "exception_handlers", ())),
+}
+
+
 def ingress(app: Any) -> Callable[[C], C]:
     """Serve the routes of an ASGI application from a deployment. It stands below `@serve.deployment`.
 
     Methods that are decorated with `get`, `post`, ... of the application are called with `self`, the instance of the
-    replica. A class serves the routes of the application and those of its own methods, as they are at this moment;
-    what is added to the application later is not served. An empty class serves an existing application as it is.
+    replica. A class serves the routes of the application and those of its own methods, as they are at this moment, and
+    what the constructor of the class adds to the application. What is added otherwise later is not served. An empty
+    class serves an existing application as it is.
 
     Args:
         app: FastAPI, APIRouter, Starlette, or any ASGI application.
@@ -56,29 +80,59 @@ def ingress(app: Any) -> Callable[[C], C]:
     return decorate
 
 
-def bind_app(instance: object) -> Any:
-    """The application of the class of an instance, with its methods bound to the instance."""
+def bind_app(
+    instance: object,
+    before: Contents | None = None,
+    on_thread: Callable[[MethodType], Callable[..., Any]] | None = None,
+) -> Any:
+    """The application of the class of an instance, with its methods bound to the instance.
+
+    Args:
+        before: What the application held before the instance was constructed. What the constructor added is served too.
+        on_thread: Makes an endpoint that runs on the replica's threads out of a bound method that is no coroutine
+            function.
+    """
     frozen: FrozenApp = type(instance).__qserve_asgi__  # type: ignore[attr-defined]
     if not isinstance(frozen.app, Starlette):
         return frozen.app
-    if isinstance(frozen.original, Starlette):
-        _warn_of_late_additions(frozen, type(instance))
-    bound = copy_app(frozen.app, lambda route: _bind(route, instance))
+
+    def bind(route: BaseRoute) -> BaseRoute:
+        return _bind(route, instance, on_thread)
+
+    if before is not None and contents_of(type(instance)) != before:
+        bound = _with_additions(frozen, before, bind)
+    else:
+        if isinstance(frozen.original, Starlette):
+            _warn_of_late_additions(frozen, type(instance))
+        bound = copy_app(frozen.app, bind)
     if "openapi" in vars(bound):
         # A custom schema function describes the routes of the app it was written for: let it see what is served.
         frozen.original.router.routes[:] = bound.routes
     return _UnderPrefix(bound) if getattr(bound, "root_path", "") else bound
 
 
+def contents_of(cls: type) -> Contents | None:
+    """What the application of an ingress class holds at this moment; None if it is not one that can be looked into."""
+    app = cls.__qserve_asgi__.original  # type: ignore[attr-defined]
+    if not hasattr(app, "routes"):
+        return None
+    return Contents([*walk(app.routes)], len(app.routes), {what: count(app) for what, count in _COUNTED.items()})
+
+
+def _with_additions(frozen: FrozenApp, before: Contents, bind: Callable[[BaseRoute], BaseRoute]) -> Any:
+    """The application with what its class serves and what the constructor has added."""
+    served = {id(route) for route in walk(frozen.app.routes)}
+    late = {id(route) for route in before.routes} - served
+
+    def change(route: BaseRoute) -> BaseRoute | None:
+        return None if id(route) in late and not is_documentation(route) else bind(route)
+
+    return copy_app(_as_application(frozen.original), change)
+
+
 def _warn_of_late_additions(frozen: FrozenApp, cls: type) -> None:
     """Warn if the application was given more than routes after the class was decorated; routes may be for another."""
-    counted: dict[str, Callable[[Any], int]] = {
-        "startup hooks": lambda app: len(getattr(app.router, "on_startup", ())),
-        "shutdown hooks": lambda app: len(getattr(app.router, "on_shutdown", ())),
-        "middlewares": lambda app: len(app.user_middleware),
-        "exception handlers": lambda app: len(app.exception_handlers),
-    }
-    late = [what for what, count in counted.items() if count(frozen.original) > count(frozen.app)]
+    late = [what for what, count in _COUNTED.items() if count(frozen.original) > count(frozen.app)]
     if late:
         logger.warning(
             "%s were added to the application after @serve.ingress had decorated %s and are not used: "
@@ -104,11 +158,17 @@ class _UnderPrefix:
         await self._app(scope, receive, send)
 
 
-def _freeze(app: Any, cls: type) -> Any:
+def _as_application(app: Any) -> Any:
+    """The application itself; a FastAPI application that includes it, if it is an APIRouter."""
     fastapi = sys.modules.get("fastapi")
     if fastapi is not None and isinstance(app, fastapi.APIRouter):
         router, app = app, fastapi.FastAPI()
         app.include_router(router)
+    return app
+
+
+def _freeze(app: Any, cls: type) -> Any:
+    app = _as_application(app)
     if not isinstance(app, Starlette):
         return app
     _claim(walk(app.routes), cls)
@@ -151,16 +211,31 @@ def _is_method(function: FunctionType) -> bool:
     return bool(in_class_body) and not in_class_body.endswith("<locals>") and first == "self"
 
 
-def _bind(route: BaseRoute, instance: object) -> BaseRoute:
+def _bind(
+    route: BaseRoute, instance: object, on_thread: Callable[[MethodType], Callable[..., Any]] | None
+) -> BaseRoute:
+    method = _method_of(route, instance)
+    if method is None:
+        return route
+    is_async = inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)
+    # FastAPI before 0.135 streams no generators: it calls them like any other function
+    is_list = inspect.isgeneratorfunction(method) and not hasattr(route, "stream_item_type")
+    return rebuild_route(route, method if on_thread is None or is_async or is_list else on_thread(method))
+
+
+def _method_of(route: BaseRoute, instance: object) -> MethodType | None:
+    """The method of an instance that a route calls; None if it calls something else."""
+    endpoint = getattr(route, "endpoint", None)
+    if isinstance(endpoint, MethodType) and endpoint.__self__ is instance:  # a route that the constructor has added
+        return endpoint
     function = _function_of(route)
     owner = getattr(function, _OWNER, None)
     if function is None or owner is None:
-        return route
+        return None
     kinds = {type(value) for value in vars(owner).values() if getattr(value, "__func__", None) is function}
     if staticmethod in kinds:
-        return route
-    receiver = type(instance) if classmethod in kinds else instance
-    return rebuild_route(route, MethodType(function, receiver))
+        return None
+    return MethodType(function, type(instance) if classmethod in kinds else instance)
 
 
 def _function_of(route: BaseRoute) -> FunctionType | None:

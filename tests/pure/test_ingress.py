@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import sqlite3
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -525,6 +526,74 @@ async def test_mounted_applications_redirects_and_urls_work_below_a_prefix(prefi
         assert (await replica.get("/slash")).header("location") == f"http://test{root}/slash/"
 
 
+async def test_what_the_constructor_adds_is_served(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+    included = APIRouter()
+    late = APIRouter()
+
+    @included.get("/included")
+    def in_router() -> str:
+        return "included"
+
+    app.include_router(included, prefix="/r")
+
+    @ingress(app)
+    class Views:
+        def __init__(self, word: str) -> None:
+            self.word = word
+            app.add_api_route("/said", self.said)
+            app.add_api_route("/thread", self.thread)
+            app.include_router(late, prefix="/late")
+            app.mount("/sub", Starlette(routes=[Route("/x", lambda _: PlainTextResponse(word))]))
+            app.add_middleware(CORSMiddleware, allow_origins=["*"])
+            app.add_exception_handler(KeyError, lambda _, __: PlainTextResponse("no such key", 404))
+            self.constructed_on = threading.get_ident()
+
+            @late.get("/missing")
+            def missing() -> None:
+                raise KeyError
+
+        async def said(self, times: int = 1) -> str:
+            return self.word * times
+
+        def thread(self) -> bool:
+            return threading.get_ident() == self.constructed_on
+
+        @app.get("/own")
+        def own(self) -> str:
+            return self.word
+
+    @app.get("/after")
+    def after() -> None: ...
+
+    async with running(deployment(Views).options(init_args=("a",))) as replica:
+        assert (await replica.get("/said?times=2")).json() == "aa"
+        assert (await replica.get("/thread")).json() is True
+        assert (await replica.get("/late/missing")).text == "no such key"
+        assert (await replica.get("/sub/x")).text == "a"
+        assert (await replica.get("/own")).json() == "a"
+        assert (await replica.get("/r/included", headers={"origin": "x"})).header("access-control-allow-origin") == "*"
+        assert (await replica.get("/after")).status == 404
+        paths = (await replica.get("/openapi.json")).json()["paths"]
+        assert sorted(paths) == ["/late/missing", "/own", "/r/included", "/said", "/thread"]
+    assert "are not used" not in caplog.text
+
+
+async def test_a_router_as_application_serves_what_the_constructor_adds() -> None:
+    router = APIRouter(prefix="/r")
+
+    @ingress(router)
+    class Views:
+        def __init__(self) -> None:
+            router.add_api_route("/added", self.added)
+
+        async def added(self) -> str:
+            return "added"
+
+    async with running(Views) as replica:
+        assert (await replica.get("/r/added")).json() == "added"
+
+
 async def test_what_comes_after_the_class_is_not_used_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
     app = FastAPI()
     ran: list[str] = []
@@ -592,19 +661,61 @@ async def test_a_custom_openapi_function_describes_what_is_served() -> None:
         assert [each["name"] for each in schema["paths"]["/x"]["get"]["parameters"]] == ["i"]
 
 
-async def test_sync_routes_use_the_pool_of_fastapi() -> None:
+async def test_def_methods_run_on_the_threads_of_the_replica() -> None:
+    app = FastAPI()
+    router = APIRouter()
+
+    @app.get("/no-method")
+    def no_method() -> int:
+        return threading.get_ident()
+
+    class Views:
+        def __init__(self) -> None:
+            self.thread = threading.get_ident()
+            self.database = sqlite3.connect(":memory:")  # which only its thread may use
+
+        @router.get("/query/{word}")
+        def query(self, word: str, request: Request, times: Annotated[int, Query(le=3)] = 1) -> str:
+            """Runs a query."""
+            return str(self.database.execute("select ?", [word * times]).fetchone()[0])
+
+        @app.get("/parts")
+        def parts(self) -> Iterable[int]:
+            yield threading.get_ident() == self.thread
+            yield self.database.execute("select 7").fetchone()[0]
+
+        @app.get("/thread")
+        async def constructed_on(self) -> int:
+            return self.thread
+
+    app.include_router(router, prefix="/v1")
+
+    async with running(ingress(app)(Views)) as replica:
+        assert (await replica.get("/v1/query/ab?times=2")).json() == "abab"
+        assert (await replica.get("/v1/query/ab?times=4")).status == 422
+        assert (await replica.get("/no-method")).json() != (await replica.get("/thread")).json()
+        operation = (await replica.get("/openapi.json")).json()["paths"]["/v1/query/{word}"]["get"]
+        assert operation["description"] == "Runs a query."
+        assert [each["name"] for each in operation["parameters"]] == ["word", "times"]
+
+
+async def test_max_threads_def_methods_run_at_once() -> None:
     app = FastAPI()
     both_here = threading.Barrier(2)
+    threads = set()
 
+    @deployment(max_threads=2)
     @ingress(app)
     class Views:
         @app.get("/")
         def meet(self) -> int:
+            threads.add(threading.get_ident())
             return both_here.wait(timeout=10)
 
     async with running(Views) as replica:
-        answers = await asyncio.gather(replica.get("/"), replica.get("/"))
-        assert sorted(answer.json() for answer in answers) == [0, 1]
+        answers = await asyncio.gather(*(replica.get("/") for _ in range(6)))
+        assert sorted(answer.json() for answer in answers) == [0, 0, 0, 1, 1, 1]
+        assert len(threads) == 2
 
 
 async def test_streams_several_cookies_and_lengths_arrive() -> None:

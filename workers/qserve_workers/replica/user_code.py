@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 import qserve.serve  # noqa: F401  tells deployments that user code may deploy where the instance is
 from qserve.context import ReplicaContext, current_call, set_replica_context
-from qserve.deployments.ingress import bind_app
+from qserve.deployments.ingress import bind_app, contents_of
 from qserve.deployments.loading import importing
 from qserve.errors import MethodNotFound
 from qserve.wire.channel import Channel
@@ -70,6 +70,7 @@ class UserCode:
         await enter(self._construct)
 
     async def _construct(self) -> None:
+        before = contents_of(self._target) if self._spec.is_ingress else None
         if self._spec.is_class:
             await self._construct_instance()
         else:
@@ -79,7 +80,7 @@ class UserCode:
         if self._spec.user_config is not None:
             await self._reconfigure(self._spec.user_config)
         if self._spec.is_ingress:
-            self._app = bind_app(self._instance)
+            self._app = bind_app(self._instance, before, self._threads.endpoint)
             self._lifespan = Lifespan(self._app)
             await self._lifespan.startup()
 

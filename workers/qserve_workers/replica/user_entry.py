@@ -9,8 +9,9 @@ import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from contextvars import Context, copy_context
-from types import AsyncGeneratorType
+from types import AsyncGeneratorType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -82,6 +83,29 @@ class UserThreads:
                 yield chunk
         finally:
             await enter(self._run, context, generator.close, (), {})
+
+    def endpoint(self, method: MethodType) -> Callable[..., Any]:
+        """What a method does, on a thread, as an endpoint that FastAPI and Starlette await.
+
+        Its signature and globals are those of the method, because FastAPI reads the parameters from them. So the code
+        of the endpoint itself uses no globals.
+        """
+        closing = aclosing
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return await self.run(method, *args, **kwargs)
+
+        async def stream(*args: Any, **kwargs: Any) -> Any:
+            async with closing(self.iterate(method(*args, **kwargs))) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+        does: Any = stream if inspect.isgeneratorfunction(method) else call
+        function = inspect.unwrap(method.__func__)
+        made = FunctionType(does.__code__, function.__globals__, function.__name__, None, does.__closure__)
+        made.__dict__.update(vars(function), __signature__=inspect.signature(method))
+        made.__doc__, made.__module__, made.__qualname__ = function.__doc__, function.__module__, function.__qualname__
+        return made
 
     def close(self) -> None:
         """Take no more work; what runs goes on."""
