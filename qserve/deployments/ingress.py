@@ -68,6 +68,14 @@ def ingress(app: Any) -> Callable[[C], C]:
     """
     if not callable(app):
         raise TypeError(f"@serve.ingress expects an ASGI application, not {app!r}.")
+    takes = _parameters_of(app)
+    if takes == 2:
+        raise TypeError(
+            f"@serve.ingress expects an ASGI application, and {app!r} takes two arguments, as WSGI applications do. "
+            "Wrap it: a2wsgi.WSGIMiddleware(app), or another adapter from WSGI to ASGI."
+        )
+    if takes == 1:
+        app = _Asgi2(app)
 
     def decorate(cls: C) -> C:
         if not inspect.isclass(cls):
@@ -140,6 +148,27 @@ def _warn_of_late_additions(frozen: FrozenApp, cls: type) -> None:
             " and ".join(late).capitalize(),
             cls.__qualname__,
         )
+
+
+class _Asgi2:
+    """An application in the form of ASGI 2: it takes the scope, and gives what takes `receive` and `send`."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._app(scope)(receive, send)
+
+
+def _parameters_of(app: Callable[..., Any]) -> int:
+    """How many arguments an application takes, 3 where that cannot be told."""
+    try:
+        parameters = inspect.signature(app).parameters.values()
+    except (TypeError, ValueError):
+        return 3
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        return 3
+    return sum(each.default is each.empty and each.kind is not each.KEYWORD_ONLY for each in parameters)
 
 
 class _UnderPrefix:

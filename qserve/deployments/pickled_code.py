@@ -107,6 +107,8 @@ class _CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
             reduced = super().reducer_override(obj)
             is_by_value = isinstance(reduced, tuple) and len(reduced) == 6
             return _reduce_code(obj, reduced) if is_by_value else reduced
+        if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
+            return _make_exception, (type(obj), obj.args), vars(obj)
         if _is_template_cache(obj):
             return type(obj), (obj.capacity,)
         place = self._place_of(obj)
@@ -231,6 +233,10 @@ def _names_in(annotation: object) -> Iterator[str]:
 def _is_template_cache(value: Any) -> bool:
     """Whether it is where Jinja keeps compiled templates, by references that do not travel."""
     return type(value).__name__ == "LRUCache" and type(value).__module__ == "jinja2.utils"
+
+
+def _make_exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    return cls.__new__(cls, *args)  # its constructor may want other arguments than those it has passed on
 
 
 def _reduce_weak_reference(reference: weakref.ref[Any]) -> tuple[Any, ...]:

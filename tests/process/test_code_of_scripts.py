@@ -144,7 +144,13 @@ def test_dependencies_of_every_kind_arrive(script: Path) -> None:
 
         from fastapi import Depends, FastAPI
 
+        class Refusal(Exception):
+            def __init__(self, code: int, text: str) -> None:
+                super().__init__(text)
+                self.code = code
+
         app = FastAPI()
+        refusal = Refusal(3, "no")
         tenant = contextvars.ContextVar("tenant", default="nobody")
         unset = contextvars.ContextVar("unset")
         local = threading.local()
@@ -181,7 +187,7 @@ def test_dependencies_of_every_kind_arrive(script: Path) -> None:
             opened: Annotated[str, Depends(session)],
         ) -> list:
             return [conf["name"], n, opened, show(1), show(""), tenant.get(), unset.get("unset"),
-                    settings.cache_parameters()["maxsize"]]
+                    settings.cache_parameters()["maxsize"], refusal.code, str(refusal)]
 
         @serve.deployment
         @serve.ingress(app)
@@ -192,7 +198,7 @@ def test_dependencies_of_every_kind_arrive(script: Path) -> None:
         """,
     )
     assert answers(target, ["GET", "/?n=1", None]) == [
-        [200, ["orchard", 5, "open", "int", "object", "nobody", "unset", 3]]
+        [200, ["orchard", 5, "open", "int", "object", "nobody", "unset", 3, 3, "no"]]
     ]
 
 

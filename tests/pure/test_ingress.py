@@ -115,6 +115,29 @@ async def test_any_asgi_application_is_served(kind: str) -> None:
 # Methods of the class
 
 
+async def test_an_application_of_asgi_2_is_served() -> None:
+    class Application:
+        def __init__(self, scope: Any) -> None:
+            self.scope = scope
+
+        async def __call__(self, receive: Any, send: Any) -> None:
+            await PlainTextResponse(self.scope["path"])(self.scope, receive, send)
+
+    @ingress(Application)
+    class Views:
+        pass
+
+    async with running(Views) as replica:
+        assert (await replica.get("/x")).text.endswith("/x")
+
+
+def test_an_application_of_wsgi_is_refused_and_the_error_says_what_to_do() -> None:
+    def application(environ: Any, start_response: Any) -> Any: ...
+
+    with pytest.raises(TypeError, match=r"two arguments, as WSGI applications do\. Wrap it: a2wsgi"):
+        ingress(application)
+
+
 async def test_methods_get_the_instance_and_the_apps_own_routes_are_there_too() -> None:
     app = FastAPI()
 
