@@ -214,7 +214,11 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 10_000
     max_threads: Annotated[
-        PositiveInt, Option("The number of threads for `def` methods. With one, `def` methods need no locks.")
+        PositiveInt,
+        Option(
+            "The number of `def` methods that one replica runs at once, endpoints of its application among them. With "
+            "one, they need no locks."
+        ),
     ] = 1
     timeout_s: Annotated[
         PositiveFloat | None,
