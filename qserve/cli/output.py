@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 _TRACEBACK = "Traceback (most recent call last):"
-_OWN_FRAME = re.compile(r'  File "[^"]*/(qserve_workers|concurrent/futures|asyncio)/[^/"]+", line')
+_OWN_FRAME = re.compile(r'  File "[^"]*/(qserve_workers|concurrent/futures|asyncio)/[^"]+", line')
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

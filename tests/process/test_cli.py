@@ -93,7 +93,7 @@ def test_results_are_json_where_they_can_be(result: object, text: str) -> None:
 
 REMOTE_TRACEBACK = """\
 Traceback (most recent call last):
-  File "/site-packages/qserve_workers/usercode.py", line 231, in _in_thread
+  File "/site-packages/qserve_workers/user/user_entry.py", line 86, in _run
     result = await loop.run_in_executor(
              ^^^^^^^^^^^^^^^^^^^^^^^^^^^
   File "/lib/python3.11/concurrent/futures/thread.py", line 58, in run

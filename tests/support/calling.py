@@ -17,8 +17,8 @@ from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.messages import ERROR, PYTHON, Outcome, Reply, Signer, decode_error
 from qserve.wire.spec import DeploymentSpec, Target
-from qserve_workers.replica.consumer import Consumer
-from qserve_workers.replica.user_code import UserCode
+from qserve_workers.calls.consumer import Consumer
+from qserve_workers.user.user_code import UserCode
 
 LIMIT_S = 20.0
 

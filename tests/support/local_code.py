@@ -13,7 +13,7 @@ from qserve.deployments.loading import load_target
 from qserve.wire.channel import DATA, Channel, Chunk
 from qserve.wire.codec import Codec
 from qserve.wire.messages import HttpRequest, HttpResponse, decode_http_response
-from qserve_workers.replica.user_code import UserCode
+from qserve_workers.user.user_code import UserCode
 
 CODEC = Codec(allow_pickle=True, max_bytes=16 * 1024 * 1024)
 

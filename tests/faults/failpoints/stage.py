@@ -29,12 +29,12 @@ from qserve.wire.call_record import DurableOptions
 from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, STREAM, Outcome, Reply, Signer
 from qserve.wire.spec import DeploymentSpec, Target
+from qserve_workers.calls.consumer import Consumer
+from qserve_workers.calls.takeover import Takeover
 from qserve_workers.celery_app import broker_settings
 from qserve_workers.celery_calls.celery_queue import QUEUE
 from qserve_workers.celery_calls.celery_tasks import TASK
-from qserve_workers.replica.consumer import Consumer
-from qserve_workers.replica.takeover import Takeover
-from qserve_workers.replica.user_code import UserCode
+from qserve_workers.user.user_code import UserCode
 from tests.faults.failpoints.work import LARGE
 from tests.support.calling import Caller
 from tests.support.machine import patience

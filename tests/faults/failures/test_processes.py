@@ -13,7 +13,7 @@ from qserve.broker.server.clock import RedisClock
 from qserve.errors import ReplicaDied
 from qserve.settings import Settings
 from qserve.wire.messages import PYTHON, Call, encode
-from qserve_workers.replica.takeover import Takeover
+from qserve_workers.calls.takeover import Takeover
 from tests.faults.failures.systems import NAME, System, ask, calling, put, system, value
 from tests.support.calling import deploy, serving
 from tests.support.machine import patience

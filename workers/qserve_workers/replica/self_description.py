@@ -13,6 +13,7 @@ from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import redis_clients
 from qserve.errors import QServeError
 from qserve.wire.spec import Deployed, ReplicaInfo
+from qserve_workers.calls.slots import Slots
 from qserve_workers.replica.birth import Birth
 from qserve_workers.replica.replica_events import (
     CallsCounted,
@@ -21,7 +22,6 @@ from qserve_workers.replica.replica_events import (
     EventWriter,
     StateEntered,
 )
-from qserve_workers.replica.slots import Slots
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from qserve.hooks import ReplicaHook
 from qserve.settings import Settings
 from qserve.wire.messages import Control
 from qserve.wire.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed
+from qserve_workers.calls.consumer import Consumer
+from qserve_workers.calls.takeover import Takeover
 from qserve_workers.replica.birth import Birth, Wishes, first_of
-from qserve_workers.replica.consumer import Consumer
 from qserve_workers.replica.deployment_watch import DeploymentWatch
 from qserve_workers.replica.heartbeat import Heartbeat
 from qserve_workers.replica.replica_events import (
@@ -31,9 +32,8 @@ from qserve_workers.replica.replica_events import (
     TurnWanted,
 )
 from qserve_workers.replica.self_description import SelfDescription
-from qserve_workers.replica.takeover import Takeover
-from qserve_workers.replica.user_code import UserCode
-from qserve_workers.replica.user_entry import enter, what_was_raised
+from qserve_workers.user.user_code import UserCode
+from qserve_workers.user.user_entry import enter, what_was_raised
 
 logger = logging.getLogger(__name__)
 

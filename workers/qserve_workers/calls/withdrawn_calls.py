@@ -2,7 +2,7 @@
 
 from qserve.errors import StreamBroken
 from qserve.wire.messages import STREAM
-from qserve_workers.replica.slots import Slots
+from qserve_workers.calls.slots import Slots
 
 _KEPT = 8192
 

@@ -6,8 +6,8 @@ from typing import Any, Final
 from qserve.hooks import CallKind, HookChain, ReplicaCall, ReplicaHook
 from qserve.wire.call_record import DurableCall
 from qserve.wire.messages import HTTP, PYTHON, STREAM, WEBSOCKET
-from qserve_workers.replica.running import RunningCall
-from qserve_workers.replica.user_entry import what_was_raised
+from qserve_workers.calls.running import RunningCall
+from qserve_workers.user.user_entry import what_was_raised
 
 RunsCall = Callable[..., Awaitable[tuple[int, bytes]]]
 """Runs a call, its first argument, and gives kind and payload of the reply."""

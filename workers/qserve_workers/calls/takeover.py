@@ -14,7 +14,7 @@ from qserve.broker.instance.heartbeats import DIED, LEFT
 from qserve.errors import BrokerUnavailable
 from qserve.failpoints import reach
 from qserve.settings import Settings
-from qserve_workers.replica.consumer import Consumer
+from qserve_workers.calls.consumer import Consumer
 
 logger = logging.getLogger(__name__)
 

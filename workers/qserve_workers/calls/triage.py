@@ -12,15 +12,15 @@ from qserve.errors import BrokerUnavailable, CallCancelled, FrameRejected, Indet
 from qserve.settings import Settings
 from qserve.wire.call_record import DurableCall
 from qserve.wire.messages import Call
-from qserve_workers.replica.answers import Answers
-from qserve_workers.replica.arrivals import Arrivals
-from qserve_workers.replica.durable_calls import DurableRuns
-from qserve_workers.replica.ordinary_calls import OrdinaryRuns
-from qserve_workers.replica.running import RunningCall
-from qserve_workers.replica.slots import Slots
-from qserve_workers.replica.suspects import Suspects
-from qserve_workers.replica.user_code import UserCode
-from qserve_workers.replica.withdrawn_calls import WithdrawnCalls
+from qserve_workers.calls.answers import Answers
+from qserve_workers.calls.arrivals import Arrivals
+from qserve_workers.calls.durable_calls import DurableRuns
+from qserve_workers.calls.ordinary_calls import OrdinaryRuns
+from qserve_workers.calls.running import RunningCall
+from qserve_workers.calls.slots import Slots
+from qserve_workers.calls.suspects import Suspects
+from qserve_workers.calls.withdrawn_calls import WithdrawnCalls
+from qserve_workers.user.user_code import UserCode
 
 _FORGOTTEN = "Redis was restarted or replaced and may have lost that the call ran: it does not run again"
 

@@ -11,7 +11,7 @@ from qserve.context import current_call
 from qserve.errors import StreamBroken
 from qserve.wire.channel import Channel
 from qserve.wire.messages import HttpRequest, HttpResponse, WebSocketEvent, decode_websocket_event, encode
-from qserve_workers.replica.user_entry import UserCodeEscape, enter, what_was_raised
+from qserve_workers.user.user_entry import UserCodeEscape, enter, what_was_raised
 
 logger = logging.getLogger(__name__)
 

@@ -53,15 +53,15 @@ from qserve.wire.messages import (
     decode_http_request,
     encode,
 )
+from qserve_workers.calls.answers import Answers
+from qserve_workers.calls.arrivals import fetch_payload
+from qserve_workers.calls.call_hooks import with_hooks
+from qserve_workers.calls.durable_parts import CollectedResponse, RecordedParts
+from qserve_workers.calls.running import RunningCall
+from qserve_workers.calls.slots import Slots
 from qserve_workers.celery_calls.celery_results import celery_error, celery_result
-from qserve_workers.replica.answers import Answers
-from qserve_workers.replica.arrivals import fetch_payload
-from qserve_workers.replica.call_hooks import with_hooks
-from qserve_workers.replica.durable_parts import CollectedResponse, RecordedParts
-from qserve_workers.replica.running import RunningCall
-from qserve_workers.replica.slots import Slots
-from qserve_workers.replica.user_code import UserCode
-from qserve_workers.replica.user_entry import text_of, what_was_raised
+from qserve_workers.user.user_code import UserCode
+from qserve_workers.user.user_entry import text_of, what_was_raised
 
 logger = logging.getLogger(__name__)
 

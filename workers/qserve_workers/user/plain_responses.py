@@ -12,8 +12,8 @@ from starlette.responses import Response, StreamingResponse
 from qserve.errors import ResultNotSerializable
 from qserve.wire.channel import Channel
 from qserve.wire.messages import HttpRequest, HttpResponse
-from qserve_workers.replica.asgi import Exchange, http_scope, run_asgi
-from qserve_workers.replica.user_entry import enter
+from qserve_workers.user.asgi import Exchange, http_scope, run_asgi
+from qserve_workers.user.user_entry import enter
 
 OpenChannel = Callable[[], Channel]
 

@@ -20,10 +20,10 @@ from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
 from qserve.wire.messages import HttpRequest, HttpResponse, WebSocketEvent, encode
 from qserve.wire.spec import DeploymentSpec
-from qserve_workers.replica.asgi import ASGIApp, Lifespan, Socket, run_asgi
-from qserve_workers.replica.plain_responses import make_request, make_response, stream_chunks, text_response
-from qserve_workers.replica.user_entry import UserThreads, enter
-from qserve_workers.replica.user_methods import (
+from qserve_workers.user.asgi import ASGIApp, Lifespan, Socket, run_asgi
+from qserve_workers.user.plain_responses import make_request, make_response, stream_chunks, text_response
+from qserve_workers.user.user_entry import UserThreads, enter
+from qserve_workers.user.user_methods import (
     CALL,
     UserMethod,
     available_methods,

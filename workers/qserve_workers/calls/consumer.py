@@ -20,19 +20,19 @@ from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.messages import Signer
 from qserve.wire.spec import DeploymentSpec
-from qserve_workers.replica.absence import Absence
-from qserve_workers.replica.answers import Answers
-from qserve_workers.replica.arrivals import Arrivals
-from qserve_workers.replica.durable_calls import DurableRuns
-from qserve_workers.replica.mover import Mover
-from qserve_workers.replica.ordinary_calls import OrdinaryRuns
-from qserve_workers.replica.queue_reading import QueueReading
-from qserve_workers.replica.running import Conversations, RunningCall
-from qserve_workers.replica.slots import Slots
-from qserve_workers.replica.suspects import Suspects
-from qserve_workers.replica.triage import Triage
-from qserve_workers.replica.user_code import UserCode
-from qserve_workers.replica.withdrawn_calls import WithdrawnCalls
+from qserve_workers.calls.absence import Absence
+from qserve_workers.calls.answers import Answers
+from qserve_workers.calls.arrivals import Arrivals
+from qserve_workers.calls.durable_calls import DurableRuns
+from qserve_workers.calls.mover import Mover
+from qserve_workers.calls.ordinary_calls import OrdinaryRuns
+from qserve_workers.calls.queue_reading import QueueReading
+from qserve_workers.calls.running import Conversations, RunningCall
+from qserve_workers.calls.slots import Slots
+from qserve_workers.calls.suspects import Suspects
+from qserve_workers.calls.triage import Triage
+from qserve_workers.calls.withdrawn_calls import WithdrawnCalls
+from qserve_workers.user.user_code import UserCode
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from qserve.wire.messages import Call
 from qserve.wire.spec import DeploymentSpec
-from qserve_workers.replica.running import Conversations, RunningCall
-from qserve_workers.replica.user_code import UserCode
+from qserve_workers.calls.running import Conversations, RunningCall
+from qserve_workers.user.user_code import UserCode
 
 _TIMES_KEPT = 512
 
