@@ -18,8 +18,8 @@ from qserve.calls import process_client
 from qserve.settings import Settings
 from qserve.testing import TestInstance, instance
 from qserve.wire.messages import Signer
-from tests.support.machine import patience
 from tests.support.servers import SECRET, wait_until_accepting
+from tests.support.slowness import patience
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -10,7 +10,7 @@ import pytest
 from qserve.testing import TestInstance
 from tests.support import gates, processes
 from tests.support.gates import Gate, Notes
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S
 
 for module in (gates, processes):  # replicas need not find the tests

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from qserve.settings import Settings
-from tests.support.machine import patience
 from tests.support.serving import free_port, runtime_folder
 from tests.support.shell import Running, Shell, background, descendants, get
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 APP = """

@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import pytest
 
-from tests.support.machine import patience
 from tests.support.serving import ROOT, free_port
+from tests.support.slowness import patience
 from tests.support.waiting import joined, wait_until
 
 PROJECT = "qserve-test"

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.machine import patience
 from tests.support.serving import ROOT, environment, free_port, runtime_folder, serving
+from tests.support.slowness import patience
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CODE = {"python", "shell", "console"}

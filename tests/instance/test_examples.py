@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.machine import patience
 from tests.support.serving import ROOT, Serving, environment, free_port, runtime_folder, serving, wait_for_answer
+from tests.support.slowness import patience
 
 pytestmark = pytest.mark.timeout(120)
 

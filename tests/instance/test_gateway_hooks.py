@@ -16,8 +16,8 @@ from qserve.testing import TestInstance
 from tests.support import recording_hooks
 from tests.support.gates import Gate, Notes
 from tests.support.gateways import Gateway, gateway
-from tests.support.machine import patience
 from tests.support.processes import own_pid
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from qserve import serve
 from qserve.testing import instance
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S
 
 HOOKS = """

@@ -18,7 +18,7 @@ from qserve.settings import Settings
 from qserve.testing import instance
 from qserve.wire.codec import Codec
 from tests.support.deployed import Pid
-from tests.support.machine import patience
+from tests.support.slowness import patience
 
 
 class Stamp:

@@ -15,8 +15,8 @@ from qserve.deployments import deploying
 from qserve_workers.node_options import parse
 from qserve_workers.supervise import KeptProcess
 from tests.support.deployed import Broken, OtherPid, Pid
-from tests.support.machine import patience
 from tests.support.nodes import StartNode, spec, start_node
+from tests.support.slowness import patience
 from tests.support.waiting import until, wait_until
 
 __all__ = ["start_node"]

@@ -18,7 +18,7 @@ from benchmarks.slots import Slots
 from qserve import BackPressureError, serve
 from qserve.testing import TestInstance
 from tests.support.deployed import GatedCode
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
 
 BOUND = 30

@@ -14,7 +14,7 @@ from qserve.deployments.loading import importing
 from qserve.errors import DeploymentNotFound, NoInstanceError
 from qserve.testing import TestInstance
 from tests.support.deployed import Broken, Deployer, LastWords, OtherPid, Pid, Slow
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 

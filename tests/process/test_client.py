@@ -29,7 +29,7 @@ from qserve.errors import (
 from qserve.settings import Settings
 from qserve.wire.messages import CONTROL, VALUE, Outcome, Reply, Signer, encode
 from tests.support.calling import Caller, Code, calling, deploy, serving, within
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import until, wait_until
 
 

@@ -25,9 +25,9 @@ from qserve.broker.server.address import Broker
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.wire.messages import Signer
 from qserve.wire.spec import HttpSettings
-from tests.support.machine import patience
 from tests.support.servers import wait_until_accepting
 from tests.support.serving import free_port
+from tests.support.slowness import patience
 from tests.support.waiting import until, wait_until
 
 

@@ -28,8 +28,8 @@ from qserve.broker.server.redis_checks import (
     require_usable,
 )
 from qserve.errors import BrokerUnavailable, ConfigurationError
-from tests.support.machine import patience
 from tests.support.serving import free_port
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 GOOD_INFO: dict[str, Any] = {

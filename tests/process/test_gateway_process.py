@@ -34,7 +34,7 @@ from qserve.wire.messages import (
 )
 from qserve.wire.spec import DeploymentSpec, GatewayInfo, HttpSettings, MiddlewareSpec, Target
 from tests.support import recording_hooks
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 

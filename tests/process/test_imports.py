@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.support.machine import patience
+from tests.support.slowness import patience
 
 
 def test_numpy_is_not_imported_before_an_array_is_there() -> None:

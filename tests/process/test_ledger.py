@@ -26,9 +26,9 @@ from qserve.calls.process_client import close_current_client
 from qserve.settings import Settings
 from qserve.wire.messages import Signer
 from qserve.wire.spec import DeploymentSpec, Target
-from tests.support.machine import patience
 from tests.support.servers import SECRET, Server
 from tests.support.serving import ROOT
+from tests.support.slowness import patience
 from tests.support.waiting import joined, wait_until
 
 CALLS = 500

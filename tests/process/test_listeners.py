@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from qserve.settings import Settings
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
 
 

@@ -20,8 +20,8 @@ from qserve.broker.server import embedded
 from qserve.deployments import local_instance
 from qserve.errors import ConfigurationError, NoInstanceError
 from tests.support.deployed import Pid
-from tests.support.machine import patience
 from tests.support.serving import ROOT
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 

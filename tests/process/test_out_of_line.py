@@ -18,7 +18,7 @@ from qserve.wire.messages import PYTHON, Call, Signer, encode
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.celery_calls.celery_tasks import Desk
 from tests.support.calling import LIMIT_S, calling, deploy, serving, within
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import until
 
 LIMIT = 20

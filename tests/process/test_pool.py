@@ -24,8 +24,8 @@ from qserve.broker.server import embedded
 from qserve.settings import Settings
 from qserve.wire.spec import DEPLOY_FAILED, HEALTHY, DeploymentSpec, Target, WorkerInfo
 from qserve_workers.celery_app import broker_settings
-from tests.support.machine import patience
 from tests.support.serving import ROOT
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 LONG_S = 30.0

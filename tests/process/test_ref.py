@@ -16,7 +16,7 @@ from qserve.errors import CallCancelled, GetTimeoutError
 from qserve.settings import Settings
 from qserve.wire.messages import ERROR, Reply
 from tests.support.calling import Caller, Code, calling, deploy, serving
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import until
 
 

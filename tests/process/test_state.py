@@ -28,7 +28,7 @@ from qserve.wire.spec import (
     NodeInfo,
     Target,
 )
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 

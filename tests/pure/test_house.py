@@ -13,18 +13,9 @@ from redis import Redis
 import qserve
 from qserve import serve
 from tests.support.serving import ROOT
+from tests.support.sources import SOURCES
 from tests.support.tables import CONFIGURATION, TABLES, with_tables
 
-PACKAGES = {
-    "qserve": ROOT / "qserve",
-    "qserve_gateway": ROOT / "gateway/qserve_gateway",
-    "qserve_workers": ROOT / "workers/qserve_workers",
-}
-SOURCES = {
-    ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__"): path
-    for package, folder in PACKAGES.items()
-    for path in folder.rglob("*.py")
-}
 HOME_OF = {
     "celery": {"qserve_workers"},
     "kombu": {"qserve_workers"},
@@ -241,12 +232,6 @@ def test_the_public_names_are_these() -> None:
 def test_every_error_is_public_and_exported_names_exist() -> None:
     assert errors_of_qserve() <= set(qserve.__all__)
     assert [name for module in (qserve, serve) for name in module.__all__ if not hasattr(module, name)] == []
-
-
-def table_column(document: str, heading: str) -> set[str]:
-    """The names in the first column of the table under a heading."""
-    text = (ROOT / "docs" / document).read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    return {name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)}
 
 
 def test_the_tables_of_the_configuration_page_follow_from_the_code() -> None:

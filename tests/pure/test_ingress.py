@@ -6,17 +6,13 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 from fastapi import (
     APIRouter,
-    BackgroundTasks,
-    Cookie,
     Depends,
     FastAPI,
-    Header,
     HTTPException,
     Query,
     Request,
@@ -375,109 +371,6 @@ async def test_a_class_defined_again_replaces_its_routes_and_its_documentation(p
         docs = await replica.get("/docs")
         root = {None: "/App", "/": "", "/subpath": "/subpath"}[prefix]
         assert f"url: '{root}/openapi.json'" in docs.text
-
-
-# Everything FastAPI
-
-
-class Nested(BaseModel):
-    val: int
-
-
-class Body(BaseModel):
-    name: str
-    price: float
-    nests: Nested
-
-
-class RespModel(BaseModel):
-    ok: bool
-    vals: list[Any]
-    file_path: str
-
-
-async def test_fastapi_features(tmp_path: Path) -> None:
-    app = FastAPI(openapi_url="/my_api.json")
-    app.add_middleware(CORSMiddleware, allow_origins="*")
-
-    @app.exception_handler(ValueError)
-    async def custom_handler(_: Request, exc: ValueError) -> JSONResponse:
-        return JSONResponse({"custom_error": True, "message": str(exc)}, status_code=500)
-
-    def run_background(background_tasks: BackgroundTasks) -> str:
-        path = str(tmp_path / "written")
-        background_tasks.add_task(Path(path).write_text, "hello")
-        return path
-
-    @app.middleware("http")
-    async def add_process_time_header(request: Request, call_next: Any) -> Response:
-        response: Response = await call_next(request)
-        response.headers["X-Custom-Middleware"] = "fake-value"
-        return response
-
-    async def yield_db() -> AsyncIterator[Nested]:
-        yield Nested(val=1)
-
-    async def common_parameters(q: str | None = None) -> dict[str, str | None]:
-        return {"q": q}
-
-    @app.exception_handler(KeyError)
-    async def key_error(_: Request, exc: KeyError) -> JSONResponse:
-        return JSONResponse({"missing": str(exc)}, status_code=418)
-
-    app.state.state_one = "app.state"
-
-    @app.get("/{path_arg}", response_model=RespModel, status_code=201)
-    async def func(
-        path_arg: str,
-        query_arg: str,
-        body_val: Body,
-        request: Request,
-        backgrounds_tasks: BackgroundTasks,
-        do_error: bool = False,
-        query_arg_valid: Annotated[str | None, Query(min_length=3)] = None,
-        cookie_arg: Annotated[str | None, Cookie()] = None,
-        user_agent: Annotated[str | None, Header()] = None,
-        commons: dict[str, Any] = Depends(common_parameters),  # noqa: B008
-        db: Nested = Depends(yield_db),  # noqa: B008
-    ) -> Any:
-        if do_error:
-            raise ValueError("bad input")
-        path = run_background(backgrounds_tasks)
-        vals = [path_arg, query_arg, body_val.price, body_val.nests.val, do_error, query_arg_valid, cookie_arg]
-        vals += [user_agent and user_agent.partition("-")[0], commons, db.val, request.app.state.state_one]
-        return RespModel(ok=True, vals=vals, file_path=path)
-
-    router = APIRouter()
-
-    @router.get("/subpath")
-    def router_path() -> str:
-        return "ok"
-
-    app.include_router(router, prefix="/prefix")
-
-    @ingress(app)
-    class Worker:
-        pass
-
-    async with running(Worker, route_prefix="/fastapi") as replica:
-        assert (await replica.get("/")).header("x-custom-middleware") == "fake-value"
-        assert (await replica.get("/my_api.json")).status == 200
-        assert (await replica.get("/docs")).status == 200
-        assert (await replica.get("/redoc")).status == 200
-        assert (await replica.get("/path_arg")).status == 422
-        body = {"name": "serve", "price": 12.0, "nests": {"val": 1}}
-        sent = {"cookie": "cookie_arg=milk", "user-agent": "python-test", "origin": "https://x"}
-        answer = await replica.get("/path_arg?query_arg=1&q=common", json=body, headers=sent)
-        assert (answer.status, answer.header("access-control-allow-origin")) == (201, "*")
-        written = str(tmp_path / "written")
-        vals = ["path_arg", "1", 12.0, 1, False, None, "milk", "python", {"q": "common"}, 1, "app.state"]
-        assert answer.json() == {"ok": True, "vals": vals, "file_path": written}
-        # The background task has run when the response is there.
-        assert await asyncio.to_thread(Path(written).read_text) == "hello"
-        failed = await replica.get("/path_arg?query_arg=1&do_error=true", json=body)
-        assert (failed.status, failed.json()["custom_error"]) == (500, True)
-        assert (await replica.get("/prefix/subpath")).json() == "ok"
 
 
 async def test_class_methods_on_an_included_router() -> None:

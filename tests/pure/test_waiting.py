@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 
-from tests.support import machine, waiting
-from tests.support.machine import Slowness, patience
+from tests.support import slowness, waiting
+from tests.support.slowness import Slowness, patience
 from tests.support.waiting import until, wait_until
 
 
@@ -39,7 +39,7 @@ async def test_so_does_one_in_an_event_loop() -> None:
 
 
 def test_patience_grows_with_the_slowness_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_slowness", measured := Slowness())
+    monkeypatch.setattr(slowness, "_slowness", measured := Slowness())
     monkeypatch.setattr(Slowness, "_measure", lambda _: 3.0)
     assert patience(20) == 60
     monkeypatch.setattr(Slowness, "_measure", lambda _: 1.0)

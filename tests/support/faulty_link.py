@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 from qserve.broker.server.address import parse
-from tests.support.machine import patience
+from tests.support.slowness import patience
 
 _SEGMENT = 64 * 1024
 _RESET = struct.pack("ii", 1, 0)  # lingering for 0 seconds: the peer gets RST, as from a host that has restarted

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qserve.settings import Settings
-from tests.support.machine import patience
 from tests.support.raw_http import Address
+from tests.support.slowness import patience
 
 
 @dataclass

@@ -14,8 +14,8 @@ from qserve.deployments.deployment import Deployment
 from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.spec import DeploymentSpec
-from tests.support.machine import patience
 from tests.support.serving import ROOT
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 StartNode = Callable[..., "subprocess.Popen[bytes]"]

@@ -14,7 +14,7 @@ from qserve.broker.instance.state import State
 from qserve.settings import Settings
 from qserve.testing import TestInstance
 from qserve.wire.messages import Signer
-from tests.support.machine import patience
+from tests.support.slowness import patience
 
 
 def gateway_pid(instance: TestInstance) -> int:

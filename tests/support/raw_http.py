@@ -8,7 +8,7 @@ import ssl
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from tests.support.machine import patience
+from tests.support.slowness import patience
 
 
 @dataclass(frozen=True)

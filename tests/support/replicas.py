@@ -19,9 +19,9 @@ from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.messages import Signer
 from qserve.wire.spec import SERVING, STANDBY, DeploymentSpec, Target
-from tests.support.machine import patience
 from tests.support.replica_code import Books
 from tests.support.serving import ROOT
+from tests.support.slowness import patience
 from tests.support.waiting import until
 
 NAME = "Code"

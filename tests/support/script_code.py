@@ -14,7 +14,7 @@ import msgspec
 from qserve.deployments.deployment import Deployment
 from qserve.deployments.loading import load_target, make_target
 from qserve.wire.spec import Target
-from tests.support.machine import patience
+from tests.support.slowness import patience
 
 ROOT = Path(__file__).parents[2]
 _IMPORTS = "from qserve import serve\nfrom tests.support.script_code import hand_over\n"

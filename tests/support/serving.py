@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]

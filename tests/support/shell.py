@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.machine import patience
 from tests.support.serving import environment
+from tests.support.slowness import patience
 from tests.support.waiting import joined
 
 
@@ -136,3 +136,16 @@ def get(url: str) -> str:
 
 def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
+
+
+def elsewhere(code: str) -> str:
+    """What another process of the same user prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"from qserve import serve\n{code}"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=patience(40),
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()

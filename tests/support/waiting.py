@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, overload
 
-from tests.support.machine import patience
+from tests.support.slowness import patience
 
 Found = TypeVar("Found")
 

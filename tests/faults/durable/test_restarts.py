@@ -1,23 +1,18 @@
 """What durable calls survive: the end of every process, their server's too, and the gateway they came through."""
 
-import contextlib
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
-import psutil
 import pytest
 
-from tests.support.machine import patience
+from tests.support.powered import deploy, machine
 from tests.support.servers import SECRET, Server
-from tests.support.serving import free_port
-from tests.support.shell import Running, Shell
+from tests.support.shell import Shell
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 APP = """
@@ -55,49 +50,6 @@ def shell(server: Server, tmp_path: Path) -> Iterator[Shell]:
     shell.write("app.py", APP)
     yield shell
     shutil.rmtree(runtime)
-
-
-class Machine:
-    """A node with a gateway, which can lose its power."""
-
-    def __init__(self, shell: Shell) -> None:
-        self.port = free_port()
-        self.node = Running(shell, "start", "--gateway", "--port", str(self.port))
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=patience(30))
-
-    def wait(self) -> None:
-        wait_until(self._serves, 40, shows=lambda: self.node.output)
-
-    def _serves(self) -> bool:
-        with contextlib.suppress(httpx.HTTPError):
-            return "/work" in self.http.get("/-/routes").text
-        return False
-
-    def kill(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.node.process.pid)
-            for each in [process, *process.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    os.kill(each.pid, signal.SIGKILL)
-        self.node.process.wait(patience(20))
-        self.http.close()
-
-
-@contextlib.contextmanager
-def machine(shell: Shell) -> Iterator[Machine]:
-    started = Machine(shell)
-    try:
-        yield started
-    finally:
-        started.kill()
-
-
-def deploy(shell: Shell, machine: Machine) -> None:
-    try:
-        done = shell.run("deploy", "app")
-    except subprocess.TimeoutExpired:
-        raise AssertionError(machine.node.output) from None
-    assert done.returncode == 0, done
 
 
 def python(shell: Shell, code: str) -> str:

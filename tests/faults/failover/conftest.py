@@ -11,10 +11,10 @@ import pytest
 
 from qserve.calls import process_client
 from tests.faults.failover.sentinels import Failover
-from tests.support.machine import patience
 from tests.support.servers import SECRET
 from tests.support.serving import free_port
 from tests.support.shell import Running, Shell
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 APP = """

@@ -10,7 +10,7 @@ import httpx
 import qserve
 from qserve import serve
 from qserve.errors import QServeError
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import joined
 
 _TIMEOUT_S = 20.0

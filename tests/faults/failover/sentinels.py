@@ -11,8 +11,8 @@ from urllib.parse import quote
 import redis
 
 from qserve.broker.server import embedded
-from tests.support.machine import patience
 from tests.support.serving import free_port
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 USER, PASSWORD = "calls", "p@ss/w:rd?#%"

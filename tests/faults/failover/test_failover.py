@@ -11,9 +11,9 @@ import pytest
 from tests.faults.failover.conftest import Instance, assert_control_works
 from tests.faults.failover.load import Load
 from tests.faults.failover.sentinels import PASSWORD, SENTINEL_PASSWORD, Failover
-from tests.support.machine import patience
 from tests.support.serving import free_port
 from tests.support.shell import Shell
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.usefixtures("own_calls"), pytest.mark.timeout(150)]

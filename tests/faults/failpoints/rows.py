@@ -13,8 +13,8 @@ from http.client import HTTPException
 
 from qserve.wire.call_record import DurableOptions, Terms
 from tests.faults.failpoints.stage import GHOST, LIMIT_S, NAME, Said, Stage, Victim
-from tests.support.machine import patience
 from tests.support.serving import free_port
+from tests.support.slowness import patience
 from tests.support.waiting import until
 
 DIED, BROKEN, POISON = "ReplicaDied", "StreamBroken", "PoisonCall"

@@ -37,8 +37,8 @@ from qserve_workers.celery_calls.celery_tasks import TASK
 from qserve_workers.user.user_code import UserCode
 from tests.faults.failpoints.work import LARGE
 from tests.support.calling import Caller
-from tests.support.machine import patience
 from tests.support.serving import ROOT
+from tests.support.slowness import patience
 from tests.support.waiting import until
 
 NAME = "Work"

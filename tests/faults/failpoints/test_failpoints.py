@@ -10,9 +10,9 @@ from qserve.failpoints import POINTS, Armed
 from qserve.settings import Settings
 from tests.faults.failpoints.rows import ROWS, Row
 from tests.faults.failpoints.sweep import sweep
-from tests.pure.test_house import SOURCES, table_column
 from tests.support.calling import calling, deploy, serving
 from tests.support.serving import ROOT
+from tests.support.sources import SOURCES, table_column
 
 Outcomes = dict[Row, Exception | None]
 

@@ -20,9 +20,9 @@ from qserve.wire.spec import SERVING
 from tests.support.calling import Caller, calling, within
 from tests.support.faulty_link import FaultyLink
 from tests.support.gateways import Gateway, gateway
-from tests.support.machine import patience
 from tests.support.replicas import NAME, Host, World
 from tests.support.servers import SECRET, Server
+from tests.support.slowness import patience
 
 PATIENCE_S = 45.0
 """How long anything may take on a busy machine."""

@@ -7,7 +7,7 @@ import pytest
 from qserve.errors import Indeterminate, ReplicaDied
 from tests.faults.failures.systems import Stopwatch, ask, calling, outcome, put, system, value
 from tests.support.calling import Caller
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(120)

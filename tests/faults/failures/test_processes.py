@@ -16,8 +16,8 @@ from qserve.wire.messages import PYTHON, Call, encode
 from qserve_workers.calls.takeover import Takeover
 from tests.faults.failures.systems import NAME, System, ask, calling, put, system, value
 from tests.support.calling import deploy, serving
-from tests.support.machine import patience
 from tests.support.replicas import Host
+from tests.support.slowness import patience
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(120)

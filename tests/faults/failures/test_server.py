@@ -9,7 +9,7 @@ import redis
 from qserve.errors import BrokerUnavailable, GetTimeoutError, Indeterminate
 from qserve.wire.messages import ERROR, Reply, decode_error
 from tests.faults.failures.systems import NAME, PATIENCE_S, Stopwatch, System, ask, calling, outcome, put, system, value
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(120)

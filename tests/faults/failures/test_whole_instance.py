@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.faults.durable.test_restarts import deploy, machine
+from tests.support.powered import deploy, machine
 from tests.support.servers import SECRET, Server
 from tests.support.shell import Shell
 from tests.support.waiting import wait_until

@@ -5,7 +5,7 @@ import sys
 
 import qserve
 from qserve import serve
-from tests.support.machine import patience
+from tests.support.slowness import patience
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import threading
 
 import qserve
 from qserve import serve
-from tests.support.machine import patience
+from tests.support.slowness import patience
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from qserve.settings import Settings
 from qserve.wire.names import is_name
 from tests.faults.security import bad_frames as table
 from tests.faults.security.guarded import NAMESPACE, Guarded, guarded
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 KEYS = Keys(NAMESPACE)

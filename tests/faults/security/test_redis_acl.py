@@ -17,7 +17,7 @@ from qserve.broker.keys import Keys
 from qserve.broker.server.acl import ROLES
 from qserve.cli import main
 from tests.faults.security.guarded import Guarded, guarded
-from tests.support.machine import patience
+from tests.support.slowness import patience
 
 FORBIDDEN = (
     *("KEYS *", "SCAN 0", "FLUSHALL", "FLUSHDB", "CONFIG GET *", "CONFIG SET maxmemory 1", "DEBUG SLEEP 0"),

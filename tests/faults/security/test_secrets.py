@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from tests.faults.security.guarded import NAMESPACE, Guarded, guarded
-from tests.support.machine import patience
 from tests.support.serving import ROOT, free_port
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 MARK = "canary"

@@ -14,7 +14,7 @@ import pytest
 import qserve
 from qserve import serve
 from tests.support.gates import Gate, Notes
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")

@@ -17,7 +17,7 @@ import qserve
 from qserve import serve
 from qserve.testing import TestInstance
 from tests.support.gates import Gate, Notes
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, joined
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")

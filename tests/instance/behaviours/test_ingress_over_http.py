@@ -21,7 +21,7 @@ from starlette.routing import Route
 import qserve
 from qserve import serve
 from tests.support.gates import Notes
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")

@@ -12,7 +12,7 @@ import pytest
 import qserve
 from qserve import serve
 from qserve.testing import TestInstance
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S
 
 

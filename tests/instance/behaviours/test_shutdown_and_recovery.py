@@ -15,7 +15,7 @@ from qserve import serve
 from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
 from tests.support.gates import Gate, Notes, is_alive
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, joined, wait_until
 
 

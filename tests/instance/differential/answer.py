@@ -10,7 +10,7 @@ from io import BufferedReader
 from typing import Any
 
 from tests.instance.differential.case import Case
-from tests.support.machine import patience
+from tests.support.slowness import patience
 
 _LIMIT_S = 20.0
 

@@ -11,8 +11,8 @@ import pytest
 
 from qserve.testing import TestInstance
 from tests.instance.differential.sides import Sides
-from tests.support.machine import patience
 from tests.support.serving import ROOT
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 Address = tuple[str, int]

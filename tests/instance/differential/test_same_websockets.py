@@ -12,7 +12,7 @@ from websockets.typing import Subprotocol
 from tests.instance.differential.answer import NOT_COMPARED
 from tests.instance.differential.catalogue import Topic, load_topics
 from tests.instance.differential.sides import Sides
-from tests.support.machine import patience
+from tests.support.slowness import patience
 
 SOCKETS = tuple(topic for topic in load_topics() if topic.name == "sockets")
 

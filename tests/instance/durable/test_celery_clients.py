@@ -18,7 +18,7 @@ from qserve.testing import TestInstance
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.celery_calls.celery_tasks import Desk
 from tests.support.gates import Gate, Notes
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
 
 sent: list[Any] = []

@@ -16,7 +16,7 @@ from qserve.cli import main
 from qserve.testing import TestInstance
 from tests.support.gates import Gate, Notes
 from tests.support.gateways import gateway
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")

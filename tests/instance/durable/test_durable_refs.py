@@ -4,8 +4,6 @@ import asyncio
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -17,7 +15,8 @@ from qserve import serve
 from qserve.calls.handle import DeploymentHandle
 from qserve.testing import TestInstance
 from tests.support.gates import Gate, Notes
-from tests.support.machine import patience
+from tests.support.shell import elsewhere
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, until, wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
@@ -26,19 +25,6 @@ pytestmark = pytest.mark.usefixtures("qserve_instance")
 def durable(deployment: Any, **terms: Any) -> Any:
     handle: DeploymentHandle[Any] = deployment.get_handle()
     return handle.options(durable=True, **terms)
-
-
-def elsewhere(code: str) -> str:
-    """What another process of the same user prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"from qserve import serve\n{code}"],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=patience(LIMIT_S),
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def test_a_result_can_be_collected_by_another_process_and_more_than_once() -> None:

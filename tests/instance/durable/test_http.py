@@ -15,7 +15,7 @@ import qserve
 from qserve import serve
 from qserve.testing import TestInstance
 from tests.support.gates import Gate, Notes
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, joined
 
 ASYNC = {"Prefer": "respond-async"}

@@ -15,9 +15,9 @@ from starlette.responses import StreamingResponse
 import qserve
 from qserve import serve
 from qserve.testing import TestInstance
-from tests.instance.durable.test_durable_refs import elsewhere
 from tests.support.gates import Gate, Notes
-from tests.support.machine import patience
+from tests.support.shell import elsewhere
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S
 
 

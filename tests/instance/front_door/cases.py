@@ -202,3 +202,12 @@ ACCEPTED = {
     "chunked in capitals": post(b"TRANSFER-ENCODING: Chunked", rest=b"0\r\n\r\n"),
     "upgrade to HTTP/2": post(b"Connection: Upgrade, A", b"Upgrade: h2c", b"Content-Length: 2", rest=b"ab"),
 }
+
+
+def handshake(*lines: bytes) -> bytes:
+    """A request for a WebSocket."""
+    return get(
+        *(b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13"),
+        *(b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", *lines),
+        host=b"Host: us.example:8000\r\n",
+    )

@@ -15,8 +15,8 @@ from qserve.wire.spec import DeploymentSpec, Target
 from qserve_gateway.admin.admin_app import token_path
 from tests.instance.front_door.cases import get
 from tests.support.gateways import Gateway, gateway
-from tests.support.machine import patience
 from tests.support.raw_http import Address, read_response, statuses
+from tests.support.slowness import patience
 
 TOKEN = "a-token-for-tests"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}

@@ -8,10 +8,10 @@ import httpx
 import pytest
 
 from qserve.testing import TestInstance
-from tests.instance.front_door.test_connections import handshake
+from tests.instance.front_door.cases import handshake
 from tests.support.gateways import Gateway, gateway
-from tests.support.machine import patience
 from tests.support.raw_http import statuses
+from tests.support.slowness import patience
 
 
 @pytest.fixture(scope="module")

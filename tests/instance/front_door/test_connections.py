@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from qserve.testing import TestInstance
-from tests.instance.front_door.cases import chunked, get, post
+from tests.instance.front_door.cases import chunked, get, handshake, post
 from tests.support.gateways import gateway
-from tests.support.machine import patience
 from tests.support.raw_http import Address, ask, read_response, statuses
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 # Keep-alive
@@ -214,14 +214,6 @@ def test_compressed_bodies_pass_as_they_are(door: Address, coding: bytes) -> Non
 
 
 # WebSockets
-
-
-def handshake(*lines: bytes) -> bytes:
-    return get(
-        *(b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13"),
-        *(b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", *lines),
-        host=b"Host: us.example:8000\r\n",
-    )
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 from qserve.testing import TestInstance
 from tests.instance.front_door.cases import get
 from tests.support.gateways import gateway
-from tests.support.machine import patience
 from tests.support.raw_http import Address, read_response
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 

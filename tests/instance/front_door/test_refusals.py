@@ -8,8 +8,8 @@ import time
 import pytest
 
 from tests.instance.front_door.cases import ACCEPTED, CONNECTION, SMUGGLED, chunked, get, post, refused
-from tests.support.machine import patience
 from tests.support.raw_http import Address, read_response, statuses
+from tests.support.slowness import patience
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from qserve.settings import Settings
-from tests.support.machine import patience
 from tests.support.serving import ROOT, free_port, runtime_folder
 from tests.support.shell import Shell, background, descendants
+from tests.support.slowness import patience
 
 APP = """
     from qserve import serve

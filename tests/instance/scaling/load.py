@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from qserve.calls.handle import get_handle
 from tests.instance.scaling.loaded import answer_to, ran
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import joined
 
 TIMEOUT_S = 40.0

@@ -13,8 +13,8 @@ from qserve.settings import Settings
 from qserve.wire.spec import SERVING, ReplicaInfo
 from tests.instance.scaling.load import Load
 from tests.instance.scaling.loaded import Loaded, ran
-from tests.support.machine import patience
 from tests.support.nodes import StartNode, spec
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(120)

@@ -12,8 +12,8 @@ from qserve.deployments import deploying
 from qserve.settings import Settings
 from tests.instance.scaling.load import Load
 from tests.instance.scaling.loaded import Loaded
-from tests.support.machine import patience
 from tests.support.nodes import StartNode, spec
+from tests.support.slowness import patience
 from tests.support.waiting import joined
 
 pytestmark = pytest.mark.timeout(120)

@@ -11,9 +11,9 @@ from qserve.deployments import deploying
 from qserve.wire.spec import EVERY_NODE, HttpSettings
 from tests.instance.scaling.load import Load
 from tests.instance.scaling.loaded import Blocking, Loaded
-from tests.support.machine import patience
 from tests.support.nodes import StartNode, spec
 from tests.support.serving import free_port
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(120)

@@ -23,8 +23,8 @@ from qserve.testing import TestInstance, instance
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_gateway.gateway import Gateway
 from tests.support.gates import Gate, Notes
-from tests.support.machine import patience
 from tests.support.processes import connect, gateway_pid, read_until
+from tests.support.slowness import patience
 from tests.support.waiting import until, wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")

@@ -21,9 +21,9 @@ from qserve import serve
 from qserve.testing import TestInstance
 from qserve_gateway.streaming import OneLinePerCut, ResponseCut
 from tests.support.gates import Gate, Notes
-from tests.support.machine import patience
 from tests.support.processes import PeakMemory, connect, gateway_pid, read_to_end, read_until, valkey_pid
 from tests.support.serving import free_port
+from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")

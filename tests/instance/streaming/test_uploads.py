@@ -15,8 +15,8 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from qserve import serve
 from qserve.testing import TestInstance, instance
 from tests.support.gates import Notes
-from tests.support.machine import patience
 from tests.support.processes import PeakMemory, connect, gateway_pid, read_to_end, read_until, valkey_pid
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")

@@ -18,8 +18,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from qserve import serve
 from qserve.testing import TestInstance, instance
 from tests.support.gates import Notes
-from tests.support.machine import patience
 from tests.support.processes import gateway_pid
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
