@@ -228,13 +228,13 @@ _MAX_META_BYTES = 8 * 1024
 
 
 def checked_meta(meta: dict[str, str]) -> dict[str, str]:
-    """What of a call's meta may travel: all of it, or nothing with a warning where a hook broke the rules."""
+    """What of a call's meta is sent: all of it, or nothing, with a warning, if a hook broke the rules."""
     try:
         size = sum(len(key.encode()) + len(value.encode()) for key, value in meta.items())
     except (AttributeError, UnicodeEncodeError):
         logger.warning("the meta of a call is left out: its keys and values must be text that UTF-8 can encode")
         return {}
     if size > _MAX_META_BYTES:
-        logger.warning("the meta of a call is left out: it has %d bytes, and %d may travel", size, _MAX_META_BYTES)
+        logger.warning("the meta of a call is left out: it has %d bytes, and the limit is %d", size, _MAX_META_BYTES)
         return {}
     return meta

@@ -202,7 +202,10 @@ class DurableRuns:
         response = await code.http(request, open_channel)
         packed = encode(response if response is not None else collected[0].response())
         if len(packed) > self._max_bytes:
-            raise ResultTooLarge(f"the response has {len(packed)} bytes, {self._max_bytes} may travel")
+            raise ResultTooLarge(
+                f"the response has {len(packed):,} bytes, and the limit is {self._max_bytes:,}: "
+                "raise QSERVE_MAX_VALUE_BYTES"
+            )
         return packed
 
     def _failed(self, entry: Entry, call: DurableCall, error: BaseException, failures: int) -> None:

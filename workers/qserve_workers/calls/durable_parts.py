@@ -28,7 +28,9 @@ class CollectedResponse(Channel):
         """Take in the head of a response, then each part of it."""
         self._size += len(data)
         if self._size > self._limit:
-            raise ResultTooLarge(f"the response has more than {self._limit} bytes, which is all that is kept of one")
+            raise ResultTooLarge(
+                f"the response has more than {self._limit:,} bytes, the limit: raise QSERVE_MAX_VALUE_BYTES"
+            )
         self._parts.append(data)
         if len(self._parts) > 1 and data:
             await self._on_part(data)
@@ -74,6 +76,8 @@ class RecordedParts:
     async def _add(self, data: bytes, *, packed: bool) -> None:
         self._size += len(data)
         if self._size > self._limit:
-            raise ResultTooLarge(f"the call has given more than {self._limit} bytes, which is all that is kept of one")
+            raise ResultTooLarge(
+                f"the call has yielded more than {self._limit:,} bytes, the limit: raise QSERVE_MAX_VALUE_BYTES"
+            )
         self._count += 1
         await self._record(self._count, encode(Part(self._attempt, self._count, packed, data)))

@@ -165,5 +165,8 @@ class OrdinaryRuns:
 
     def _pack_response(self, response: HttpResponse) -> bytes:
         if len(response.body) > self._max_bytes:
-            raise ResultTooLarge(f"the response has {len(response.body)} bytes, {self._max_bytes} may travel")
+            raise ResultTooLarge(
+                f"the response has {len(response.body):,} bytes, and the limit is {self._max_bytes:,}: "
+                "stream it, or raise QSERVE_MAX_VALUE_BYTES"
+            )
         return encode(response)
