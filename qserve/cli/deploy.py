@@ -29,9 +29,9 @@ from qserve.wire.spec import WAITING
     help="Seconds to wait for Redis to answer.",
 )
 @click.option("--print-files", is_flag=True, hidden=True, help="Print the application's source files as JSON.")
-@click.argument("app", metavar="MODULE[:NAME]", envvar="QSERVE_APP")
+@click.argument("app", metavar="MODULE|FILE[:NAME]", envvar="QSERVE_APP")
 def deploy(app: str, replicas: int | None, timeout: float, print_files: bool) -> None:
-    """Deploy what is defined in a module (or one NAME of it) into a running instance.
+    """Deploy what is defined in a module or file (or one NAME of it) into a running instance.
 
     A deployment without a version gets a hash of its code and arguments as version, so that doing it again changes
     nothing. Where no node is alive yet, it is started by the first one that comes.

@@ -51,7 +51,7 @@ _FORCED = 130
 @click.option("--reload", is_flag=True, help="Deploy again when a source file of the application changes.")
 @click.option("--debug", is_flag=True, help="Put tracebacks into the bodies of HTTP errors.")
 @gateway_options
-@click.argument("app", metavar="MODULE[:NAME]", envvar="QSERVE_APP")
+@click.argument("app", metavar="MODULE|FILE[:NAME]", envvar="QSERVE_APP")
 def run(
     app: str,
     host: str,
@@ -62,7 +62,7 @@ def run(
     gateway_workers: int,
     **tls: str | None,
 ) -> None:
-    """Serve what is defined in a module (or one NAME of it) from this machine, until Ctrl-C.
+    """Serve what is defined in a module or file (or one NAME of it) from this machine, until Ctrl-C.
 
     Without --redis-url a server of its own is started along. Ctrl-C lets calls in flight finish; a second one does not.
     """

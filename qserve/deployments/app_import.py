@@ -1,5 +1,8 @@
 """Importing an application by its name, MODULE or MODULE:NAME."""
 
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from qserve.deployments.deployment import Deployment
@@ -11,7 +14,8 @@ def import_app(text: str) -> "list[Deployment[Any]]":
     """Import an application and return its deployments. Nothing is deployed by that.
 
     Args:
-        text: "MODULE" for all deployments of a module, "MODULE:NAME" for one of them or for a list of some.
+        text: "MODULE" for all deployments of a module, "MODULE:NAME" for one of them or for a list of some. A file
+            stands for the module that it is.
 
     Raises:
         ConfigurationError: The application cannot be imported, or there is no deployment in it.
@@ -19,11 +23,9 @@ def import_app(text: str) -> "list[Deployment[Any]]":
     module_name, _, name = text.partition(":")
     if not module_name or text.endswith(":"):
         raise ConfigurationError(f'Import string "{text}" must be in format "<module>" or "<module>:<name>".')
-    if module_name.endswith(".py") or "/" in module_name:
-        suggestion = module_name.removesuffix(".py").strip("./").replace("/", ".")
-        raise ConfigurationError(f'"{module_name}" is a file; give the module instead: "{suggestion}".')
     with importing():
-        module = import_module(module_name)
+        is_file = module_name.endswith(".py") or "/" in module_name
+        module = _import_file(Path(module_name)) if is_file else import_module(module_name)
         values = [find_attribute(module, name)] if name else list(vars(module).values())
     if name and isinstance(values[0], list | tuple):
         values = list(values[0])
@@ -37,6 +39,26 @@ def import_app(text: str) -> "list[Deployment[Any]]":
         )
     _check_names(found, text)
     return found
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import the module that a file is, as part of its package if it is in one."""
+    if path.suffix != ".py" or not path.is_file():
+        raise ConfigurationError(f"There is no Python file {str(path)!r}.")
+    path = path.resolve()
+    names, folder = [path.stem] if path.stem != "__init__" else [], path.parent
+    while (folder / "__init__.py").is_file():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    module = import_module(".".join(names))
+    if Path(module.__file__ or "").resolve() != path:
+        raise ConfigurationError(
+            f"The file {str(path)!r} would be the module {module.__name__!r}, and another module of that name is "
+            f"imported: {module.__file__ or 'a built-in one'}. Rename the file."
+        )
+    return module
 
 
 def _check_names(deployments: "list[Deployment[Any]]", text: str) -> None:

@@ -273,7 +273,8 @@ COUNTER = """
         ("conter", "Could not import module 'conter': no module named 'conter'. Did you mean 'counter'?"),
         ("counter:Conter", "Attribute 'Conter' not found in module 'counter'. Did you mean 'counter:Counter'?"),
         ("counter:", 'must be in format "<module>" or "<module>:<name>"'),
-        ("counter.py", 'is a file; give the module instead: "counter"'),
+        ("conter.py", "There is no Python file 'conter.py'."),
+        ("./counter.py:Conter", "Attribute 'Conter' not found in module 'counter'."),
         ("json", "There is nothing to deploy in 'json'"),
     ],
 )

@@ -1,5 +1,6 @@
 """Defining deployments: options, their validation, copies, and what becomes of them in the state."""
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -349,3 +350,40 @@ def test_init_args_may_be_closures_where_frames_are_signed() -> None:
     spec = deployment(Importable).to_spec(CODEC, init_args=(lambda: word,), init_kwargs={})
     args, _ = CODEC.unpack_call(spec.init_args)
     assert args[0]() == "closed over"
+
+
+# The class behind the name
+
+
+def test_a_deployment_can_be_a_base_class_and_the_type_in_isinstance() -> None:
+    @deployment
+    class Base:
+        limit = 3
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Base)  # type: ignore[arg-type,unused-ignore]
+
+        __hash__ = None  # type: ignore[assignment]
+
+    code: Any = Base.func_or_class
+
+    class Derived(Base):  # type: ignore[metaclass]
+        def twice(self) -> int:
+            return 2 * super().limit
+
+    assert Derived.__mro__[1] is code
+    assert Derived().twice() == 6
+    assert code() == Derived()
+    assert code() != object()
+    with pytest.raises(TypeError, match="'importable' is a function; a class cannot be derived from it"):
+        types.new_class("Derived", (deployment(importable),))
+
+
+def test_attributes_of_the_code_are_found_through_the_deployment() -> None:
+    made: Any = deployment(type("Model", (), {"limit": 3, "of": classmethod(lambda cls, x: (cls.__name__, x))}))
+    assert made.limit == 3
+    assert made.of(1) == ("Model", 1)
+    assert made.name == "Model"
+    with pytest.raises(AttributeError, match=r"no attribute 'wieght', nor has .*func_or_class"):
+        _ = made.wieght
+    assert not hasattr(made, "__array__")

@@ -226,9 +226,38 @@ def test_a_malformed_import_string_shows_the_format(text: str) -> None:
         import_app(text)
 
 
-def test_a_file_name_suggests_its_module() -> None:
-    with pytest.raises(ConfigurationError, match=r'is a file.*"examples\.hello"'):
-        import_app("./examples/hello.py")
+def test_a_file_stands_for_its_module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "shop" / "web").mkdir(parents=True)
+    write(folder, "shop/__init__.py", "")
+    write(folder, "shop/web/__init__.py", "name = 'front'")
+    write(
+        folder,
+        "shop/web/main.py",
+        """
+        from qserve.deployments.deployment import deployment
+        from . import name
+
+        @deployment(name=name)
+        def page(): ...
+        """,
+    )
+    monkeypatch.chdir(folder / "shop")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(folder)])
+    (page,) = import_app("./web/main.py")
+    assert page.name == "front"
+    assert import_app("web/main.py:page") == [page]
+    assert make_target(page.func_or_class, allow_pickle=False).import_path == "shop.web.main:page"
+
+
+def test_a_file_that_is_not_there_or_hides_behind_another_module_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    write(folder, "json.py", "")
+    with pytest.raises(ConfigurationError, match=r"There is no Python file 'examples/helo\.py'"):
+        import_app("./examples/helo.py")
+    with pytest.raises(ConfigurationError, match=r"would be the module 'json', and another .*Rename the file"):
+        import_app("json.py")
 
 
 def test_two_deployments_of_one_name_are_refused(folder: Path) -> None:
