@@ -1,7 +1,7 @@
 """Handles: how Python code calls a deployment."""
 
 from collections.abc import Callable, Coroutine, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
 
 import msgspec
@@ -22,6 +22,7 @@ from qserve.wire.messages import NO_META
 P = ParamSpec("P")
 R = TypeVar("R")
 T_co = TypeVar("T_co", covariant=True)
+Submitted = tuple[DurableRef[Any], Ref[None]]
 
 
 class _BaseHandle:
@@ -51,10 +52,8 @@ class _BaseHandle:
         return "handle", {"name": self._name, "sync": self._sync, "options": self._options._asdict()}
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref[Any]:
-        client = current_client()
-        codec = codec_of(client)
-        options = self._options
-        ref = CallRef(client, codec, self._name, options.method_name, options.timeout_s)
+        client, options = current_client(), self._options
+        ref = CallRef(client, codec_of(client), self._name, options.method_name, options.timeout_s)
         if client.hooks is None:
             ref.start(args, kwargs)
         else:
@@ -287,12 +286,12 @@ class StreamHandle(_BaseHandle):
             ValueNotSerializable, PayloadTooLarge: An argument cannot be sent; take the result of a ref first.
             NoInstanceError, BrokerUnavailable: There is no qserve instance to call.
         """
-        client, method, timeout_s = current_client(), self._options.method_name, self._options.timeout_s
-        stream = partial(open_stream, client, codec_of(client), self._name, method, args, kwargs, timeout_s)
+        client, method = current_client(), self._options.method_name
+        what = (client, codec_of(client), self._name, method, args, kwargs, self._options.timeout_s)
         if client.hooks is None:
-            return stream()
+            return open_stream(*what)
         with HookedCall(client.hooks, self._name, method, "stream") as hooked:
-            return stream(meta=hooked.meta, on_end=hooked.end)
+            return open_stream(*what, meta=hooked.meta, on_end=hooked.end)
 
     def __getattr__(self, name: str) -> "StreamHandle":
         _refuse_private(self, name)
@@ -311,7 +310,7 @@ class _BaseDurableHandle(_BaseHandle):
         super().__init__(deployment_name, options)
         self._terms = terms
 
-    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DurableRef[Any], Ref[None]]:
+    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Submitted:
         client = current_client()
         if client.hooks is None:
             return self._put(client, args, kwargs, NO_META)
@@ -320,9 +319,7 @@ class _BaseDurableHandle(_BaseHandle):
         admitted.add_done_callback(hooked.end_with)
         return ref, admitted
 
-    def _put(
-        self, client: Client, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Mapping[str, str]
-    ) -> tuple[DurableRef[Any], Ref[None]]:
+    def _put(self, client: Client, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Mapping[str, str]) -> Submitted:
         codec, method = codec_of(client), self._options.method_name
         payload = codec.pack_plain_call(args, kwargs)
         if payload is None:

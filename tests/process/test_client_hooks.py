@@ -125,7 +125,7 @@ async def test_around_a_stream(
 
     assert decode_call(await entry(state)).meta == {"tenant": "ä company"}
     async with serving(hooked, deploy(hooked)):
-        assert [part async for part in stream] == []
+        assert [part async for part in stream] == [1]
     assert notes == [("before", "Echo", "parts", "stream", False), ("after", "parts", "state")]
 
 

@@ -49,6 +49,9 @@ class Code:
         self.ended.append(value)
         return value
 
+    async def parts(self, value: object) -> AsyncIterator[object]:
+        yield value
+
     async def fail(self, value: object) -> object:
         self.started.append(value)
         raise ValueError(value)
