@@ -91,7 +91,7 @@ class _Queue:
 
     async def take(self) -> None:
         """Take over the calls of a dead replica."""
-        while entries := await self._me.take(self._connection, "other", DIED.encode(), most=_TAKE, unsafe_only=False):
+        while entries := await self._me.take(self._connection, "other", DIED.encode(), most=_TAKE, up_to=99):
             self._taken += [entry.id for entry in entries]
 
     async def die(self, count: int) -> None:

@@ -144,14 +144,17 @@ class ReplicaQueue:
         arguments = (GROUP, entry, reason, DEAD_LETTERS_KEPT, frame, INBOX_TTL_MS)
         return bool(await GIVE_UP.call(connection, keys, *arguments))
 
-    async def take(
-        self, connection: Connection, replica: str, beat: bytes, *, most: int, unsafe_only: bool
-    ) -> list[Entry]:
-        """Take over entries of a replica judged gone by its heartbeat value; none if it has beaten since."""
+    async def take(self, connection: Connection, replica: str, beat: bytes, *, most: int, up_to: int) -> list[Entry]:
+        """Take over entries of a replica judged gone by its heartbeat value; none if it has beaten since.
+
+        Args:
+            up_to: Of calls that may run again, take those of which at most this start comes next. Calls that nobody
+                may run again are taken in any case.
+        """
         answer = await TAKE.call(
             connection,
             (self._stream, self._heartbeats),
-            *(GROUP, replica, self._replica, most, "1" if unsafe_only else "0", beat),
+            *(GROUP, replica, self._replica, most, up_to, beat),
         )
         return [_entry(raw, deliveries) for deliveries, raw in answer]
 

@@ -312,14 +312,26 @@ class TestTakingOver:
         _, unsafe = queue.read("A")
         queue.die("A")
 
-        assert queue.take("A", "B", unsafe_only=True) == [(2, unsafe)]
+        assert queue.take("A", "B", up_to=0) == [(2, unsafe)]
 
     def test_one_that_does_not_serve_yet_leaves_what_never_started(self, queue: Queue) -> None:
         queue.put("unsafe")
         queue.read("A")
         queue.redis.hset(BEATS, "A", LEFT)
 
-        assert queue.take("A", "B", unsafe_only=True) == []
+        assert queue.take("A", "B", up_to=0) == []
+
+    def test_one_that_is_busy_leaves_what_has_been_in_two_deaths_to_others(self, queue: Queue) -> None:
+        queue.put("twice", "once", flags="s")
+        twice, once = queue.read("A")
+        queue.die("A")
+        queue.take("A", "B", 1)
+        queue.start("B", twice)
+        queue.die("B")
+
+        assert queue.take("A", "C", up_to=2) == [(2, once)]
+        assert queue.take("B", "C", up_to=2) == []
+        assert queue.take("B", "C", up_to=3) == [(3, twice)]
 
     def test_no_more_is_taken_than_asked_for(self, queue: Queue) -> None:
         queue.put("a", "b", "c")

@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from qserve.broker.instance.heartbeats import post_tombstone
-from qserve.broker.keys import GROUP, Keys
+from qserve.broker.keys import Keys
 from qserve.errors import (
     CallCancelled,
     FrameRejected,
@@ -129,6 +129,44 @@ class TestDeath:
         assert world.books.starts("http") == [first.pid, second.pid]
         assert not world.redis.hexists(world.keys.heartbeats(NAME), first.id)
 
+    async def test_a_safe_call_runs_again_at_once_whatever_else_runs_there(self, world: World) -> None:
+        world.deploy()
+        async with calling(world.settings) as caller:
+            safe = put(caller, "wait", "safe", safe=True)
+            await world.gave_to_ghost(1)
+            await world.start()
+            busy = [put(caller, "wait", f"busy{n}") for n in range(3)]
+            await until(lambda: len(world.books.starts()) == 3)
+
+            post_tombstone(world.redis, world.keys, NAME, "ghost", world.signer)
+
+            await world.started("safe")
+            assert world.books.ended() == []
+            world.books.gate.open()
+            assert await value(caller, safe) == "safe"
+            assert [await value(caller, future) for future in busy] == ["busy0", "busy1", "busy2"]
+
+    async def test_a_thread_that_becomes_free_takes_calls_of_the_dead_before_new_ones(self, world: World) -> None:
+        world.deploy("OneByOne")
+        async with calling(world.settings) as caller:
+            unsafe, safe = put(caller, "", "unsafe"), put(caller, "", "safe", safe=True)
+            await world.gave_to_ghost(2)
+            (host,) = await world.start()
+            slow = put(caller, "", "slow")
+            await world.started("slow")
+            new = [put(caller, "", f"new{n}") for n in range(3)]
+            post_tombstone(world.redis, world.keys, NAME, "ghost", world.signer)
+            with pytest.raises(ReplicaDied):
+                await value(caller, unsafe)
+            await until(lambda: "took over 1 calls" in host.log.read_text())
+
+            world.books.gate.open()
+
+            outcomes = [await value(caller, future) for future in (slow, safe, *new)]
+        assert outcomes == ["slow", "safe", "new0", "new1", "new2"]
+        started = [line.split()[1] for line in world.books.notes.read()]
+        assert started == outcomes
+
     async def test_callers_of_unsafe_calls_are_told_by_a_replica_that_does_not_serve_yet(self, world: World) -> None:
         world.deploy()
         (first,) = await world.start()
@@ -229,9 +267,7 @@ class TestLeaving:
         world.deploy()
         async with calling(world.settings) as caller:
             suspect = put(caller, "wait", "suspect", safe=True)
-            await until(lambda: world.redis.xlen(world.keys.calls(NAME)) == 1)
-            world.redis.xreadgroup(GROUP, "ghost", {world.keys.calls(NAME): ">"})
-            world.redis.hset(world.keys.heartbeats(NAME), "ghost", "1")
+            await world.gave_to_ghost(1, starts=2)
             (first,) = await world.start()
             put(caller, "wait", "busy")
             await world.started("busy")

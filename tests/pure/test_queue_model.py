@@ -92,8 +92,8 @@ class Machine(RuleBasedStateMachine):
         lost = [entry for entry in asked if self.model[entry].owner != replica]
         assert self.queue.beat(replica, *asked) == lost
 
-    @rule(dead=replicas, heir=replicas, left=booleans(), unsafe_only=booleans(), most=integers(1, 3))
-    def take(self, dead: str, heir: str, left: bool, unsafe_only: bool, most: int) -> None:
+    @rule(dead=replicas, heir=replicas, left=booleans(), up_to=integers(0, 3), most=integers(1, 3))
+    def take(self, dead: str, heir: str, left: bool, up_to: int, most: int) -> None:
         if dead == heir:
             return
         self.queue.die(dead)
@@ -104,15 +104,16 @@ class Machine(RuleBasedStateMachine):
             if call.owner != dead or len(expected) == most:
                 continue
             suspect = not left or call.starts > 1 or call.waits
-            if unsafe_only and (call.safe or not suspect):
+            start = 1 if not suspect else call.starts + 1 - (left and not call.waits)
+            if start > up_to and (call.safe or not suspect):
                 continue
             if suspect and not call.waits:
                 # a start that a leaving replica hands back does not count
                 call.starts -= left
                 call.waits = True
             call.owner = heir
-            expected.append((call.starts + call.waits if suspect else 1, entry))
-        assert self.queue.take(dead, heir, most, unsafe_only=unsafe_only) == expected
+            expected.append((start, entry))
+        assert self.queue.take(dead, heir, most, up_to=up_to) == expected
 
     @rule(replica=replicas, entry=entries)
     def start(self, replica: str, entry: bytes) -> None:

@@ -48,9 +48,9 @@ class Queue:
         lost: list[bytes] = self.run(BEAT, (STREAM, BEATS, META), GROUP, replica, "1" if serving else "0", *entries)
         return lost
 
-    def take(self, replica: str, me: str, most: int = 16, *, unsafe_only: bool = False) -> list[tuple[int, bytes]]:
+    def take(self, replica: str, me: str, most: int = 16, *, up_to: int = 99) -> list[tuple[int, bytes]]:
         judged = self.redis.hget(BEATS, replica) or b""
-        answer = self.run(TAKE, (STREAM, BEATS), GROUP, replica, me, most, "1" if unsafe_only else "0", judged)
+        answer = self.run(TAKE, (STREAM, BEATS), GROUP, replica, me, most, up_to, judged)
         return [(start, entry) for start, (entry, _) in answer]
 
     def start(self, replica: str, entry: bytes) -> bool:

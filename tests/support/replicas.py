@@ -111,6 +111,15 @@ class World:
         host.process.wait(patience(10))
         post_tombstone(self.redis, self.keys, NAME, host.id, self.signer)
 
+    async def gave_to_ghost(self, calls: int, starts: int = 1) -> None:
+        """Wait for so many calls and give them to a replica that does not run, as if it had started each."""
+        stream = self.keys.calls(NAME)
+        await until(lambda: self.redis.xlen(stream) == calls)
+        read: Any = self.redis.xreadgroup(GROUP, "ghost", {stream: ">"})
+        entries = [entry for entry, _ in read[0][1]]
+        self.redis.xclaim(stream, GROUP, "ghost", 0, entries, retrycount=2 * starts - 1)
+        self.redis.hset(self.keys.heartbeats(NAME), "ghost", "1")
+
     async def started(self, name: str, times: int = 1) -> None:
         """Wait until a call was started so often."""
         await until(lambda: len(self.books.starts(name)) == times)

@@ -56,6 +56,7 @@ class Consumer:
     Attributes:
         link: The connections of everything that has to do with calls.
         slots: The calls that are taken and not answered.
+        takeover_wanted: Set when this replica has room for calls of dead ones.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class Consumer:
         self._code: UserCode | None = None
         """What runs the calls; None until the first may be taken."""
         self._is_accepting = False
+        self._dead_wait = False
+        self.takeover_wanted = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.link = link = Link(settings.redis_url, self._link_up)
         self.queue = queue = ReplicaQueue(settings.keys, spec.name, replica)
@@ -135,7 +138,7 @@ class Consumer:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                while self._suspects.on_trial or any(streams or not call.streams for call in self.slots.calls):
+                while self._suspects.starting or any(streams or not call.streams for call in self.slots.calls):
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
@@ -177,7 +180,16 @@ class Consumer:
     @property
     def room_to_rerun(self) -> int:
         """How many calls of dead replicas this one can take now, to run them again."""
-        return self._suspects.room if self._is_accepting else 0
+        code, suspects = self._code, self._suspects
+        if code is None or not self._is_accepting or suspects.want_to_be_alone:
+            return 0
+        return max(0, self.slots.free(code) - len(suspects) - len(suspects.starting))
+
+    def mind_the_dead(self, are_waiting: bool) -> None:
+        """Whether calls of dead replicas wait for somebody who has room. Then this one looks for them before it reads
+        new ones, whenever it has room."""
+        self._dead_wait = are_waiting
+        self._read_more()
 
     def take_over(self, entries: list[Entry]) -> None:
         """Decide on entries taken from a replica that is gone."""
@@ -208,7 +220,7 @@ class Consumer:
             self._triage.before = order(await self.queue.last_from_before(sender) or b"0-0")
         if self.link.losses:
             # A batch delivered into the dying connection is ours, but never arrived.
-            known = {*self.entries, *self._suspects.on_trial, *self._durable.settled}
+            known = {*self.entries, *self._suspects.starting, *self._durable.settled}
             history = await self.queue.history(sender)
             self._take([entry for entry in history if entry.id not in known and not self._answers.has(entry.id)])
         self._answers.resend()
@@ -229,17 +241,22 @@ class Consumer:
 
     def _read_more(self) -> None:
         code, suspects = self._code, self._suspects
-        if code is None or not self._is_accepting or self._reading.is_under_way or suspects.on_trial:
+        if code is None or not self._is_accepting or self._reading.is_under_way or suspects.alone:
             return
         if not self.link.waiter.is_open or self.absence.noticed():
             return
         if suspects:
-            if not self.slots:
-                for entry in suspects.try_some(self.slots.most(code)):
-                    spawn(self._try(entry, code))
+            room = self.slots.free(code) - len(suspects.starting)
+            for entry in suspects.choose(room, is_idle=not self.slots):
+                spawn(self._try(entry, code))
+            if suspects.want_to_be_alone:
+                return
+        room = self.slots.room(code) - len(suspects.starting)
+        if room <= 0:
             return
-        room = self.slots.room(code)
-        if room > 0:
+        if self._dead_wait:
+            self.takeover_wanted.set()
+        else:
             self._reading.read(room)
 
     def _arrived(self, answer: Answer) -> None:
@@ -280,10 +297,11 @@ class Consumer:
             self._suspects.put_back(entry)
             is_mine = False
             await asyncio.sleep(_NEXT_TRY_S)
+        self._suspects.starting.discard(entry.id)
         if is_mine:
             reach("start-noted")
             self._triage.begin_trial(entry, code)
-            return
-        self._suspects.end_trial(entry.id)
-        self._changed.set()
+        else:
+            self._suspects.end_trial(entry.id)
+            self._changed.set()
         self._read_more()

@@ -91,19 +91,26 @@ class Slots:
         """Ids of their entries."""
         return list(self._running)
 
-    def room(self, code: UserCode) -> int:
-        """How many calls to ask for now."""
+    def free(self, code: UserCode) -> int:
+        """How many more calls can run now."""
         running = len(self._running)
-        free = self.spec.max_concurrent_queries - running
         if code.only_sync:
-            return min(free, self.spec.max_threads - running)
+            return min(self.spec.max_concurrent_queries, self.spec.max_threads) - running
         if self._on_thread > self.spec.max_threads:
             return 0  # a call waits for the thread: leave the next one to a replica that is free
-        return min(free, 1 + running)  # a burst spreads over the replicas instead of filling the first
+        return self.spec.max_concurrent_queries - running
 
-    def most(self, code: UserCode) -> int:
-        """How many calls run at once at most."""
-        return self.spec.max_threads if code.only_sync else self.spec.max_concurrent_queries
+    def room(self, code: UserCode) -> int:
+        """How many calls to ask for now."""
+        free = self.free(code)
+        if code.only_sync:
+            return free
+        return min(free, 1 + len(self._running))  # a burst spreads over the replicas instead of filling the first
+
+    @property
+    def harm_nobody(self) -> bool:
+        """Whether every call that runs here may run again, should this replica die."""
+        return self.spec.idempotent or all(running.call.safe for running in self._running.values())
 
     def may_run_again(self, call: Call) -> bool:
         """Whether a call may run again although it may have run already."""

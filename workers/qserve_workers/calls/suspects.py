@@ -5,36 +5,44 @@ from collections.abc import Container
 
 from qserve.broker.replica_queue import Entry
 
-_KEPT = 16
-
 
 class Suspects:
-    """Suspects run apart from new calls, which would be harmed, and together, since most of them are innocent: one
-    after the other they would keep callers waiting for the sum of their times. Nobody has its last chance in such
-    company.
+    """Suspects of this replica that wait to run again. Most suspects are innocent.
+
+    So they run as soon as there is room, beside whatever else runs here. Only the last chance of a call is alone: its
+    caller is told that it killed every replica, and that must not be the fault of its company.
 
     Args:
         max_deliveries: How often a call is started at most.
 
     Attributes:
-        on_trial: Entry ids of those that run now.
+        starting: Entry ids of those that were chosen and do not run yet.
+        alone: Entry id of the one that has its last chance now, or b"".
     """
 
     def __init__(self, max_deliveries: int) -> None:
-        self.on_trial: set[bytes] = set()
+        self.starting: set[bytes] = set()
+        self.alone = b""
         self._max_deliveries = max_deliveries
         self._waiting: deque[Entry] = deque()
 
     def add(self, entry: Entry) -> None:
-        """Keep one until there is nothing beside it."""
+        """Keep one until it can run."""
         self._waiting.append(entry)
 
-    def try_some(self, most: int) -> list[Entry]:
-        """Those whose trial begins now, at least one."""
-        chosen = [entry for entry in self._waiting if entry.deliveries < self._max_deliveries][:most]
-        chosen = chosen or [self._waiting[0]]
-        self.on_trial = {entry.id for entry in chosen}
-        self._waiting = deque(entry for entry in self._waiting if entry.id not in self.on_trial)
+    def choose(self, room: int, *, is_idle: bool) -> list[Entry]:
+        """Take those whose trial begins now.
+
+        Args:
+            room: How many may begin.
+            is_idle: Whether nothing runs here.
+        """
+        chosen = [entry for entry in self._waiting if not self._has_last_chance(entry)][: max(room, 0)]
+        if not chosen and is_idle and not self.starting and self._waiting:
+            chosen = [self._waiting[0]]
+            self.alone = chosen[0].id
+        self.starting |= {entry.id for entry in chosen}
+        self._waiting = deque(entry for entry in self._waiting if entry.id not in self.starting)
         return chosen
 
     def put_back(self, entry: Entry) -> None:
@@ -43,7 +51,8 @@ class Suspects:
 
     def end_trial(self, entry: bytes) -> None:
         """One of them has ended, or is no longer this replica's."""
-        self.on_trial.discard(entry)
+        if entry == self.alone:
+            self.alone = b""
 
     def forget(self, entries: Container[bytes]) -> None:
         """Leave some to other replicas, which have taken them."""
@@ -58,6 +67,9 @@ class Suspects:
         return [entry.id for entry in self._waiting]
 
     @property
-    def room(self) -> int:
-        """How many more can wait here."""
-        return max(0, _KEPT - len(self._waiting))
+    def want_to_be_alone(self) -> bool:
+        """Whether one has its last chance now, or waits until nothing else runs here to have it."""
+        return bool(self.alone) or any(map(self._has_last_chance, self._waiting))
+
+    def _has_last_chance(self, entry: Entry) -> bool:
+        return entry.deliveries >= self._max_deliveries

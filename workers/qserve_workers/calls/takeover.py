@@ -23,6 +23,12 @@ _ORPHANS_EVERY_S = 60.0
 _WORKERS_EVERY_S = 10.0
 _LOOKS = 3
 _LONGEST_ROUND_S = 1.0
+_SOON_S = 0.2
+"""How often to look while calls of a dead replica wait."""
+_SPARE_UNSAFE_S = 0.3
+"""So long a replica that runs calls which nobody may run again leaves suspects to others."""
+_SPARE_BUSY_S = 1.0
+"""So long a replica that is not idle leaves last chances to others: the successor of the dead one may be idle."""
 
 
 class Takeover:
@@ -48,7 +54,8 @@ class Takeover:
         self._orphans_at = time.monotonic() + _ORPHANS_EVERY_S
         self._workers_at = time.monotonic() + _WORKERS_EVERY_S
         self._silent: Counter[str] = Counter()
-        self._wanted = asyncio.Event()
+        self._wanted = consumer.takeover_wanted
+        self._gone_since: dict[str, float] = {}
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -67,6 +74,8 @@ class Takeover:
     async def _watch(self) -> None:
         while True:
             pause = self._settings.beat_interval_s * random.uniform(0.8, 1.2)  # noqa: S311
+            if self._gone_since:
+                pause = min(pause, _SOON_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wanted.wait(), pause)
             self._wanted.clear()
@@ -75,13 +84,15 @@ class Takeover:
                 self._seen.clear()
                 continue
             try:
-                await self._round(connection)
-            except BrokerUnavailable:
+                self._consumer.mind_the_dead(await self._round(connection))
+            except Exception as exc:
                 self._seen.clear()
-            except Exception:
-                logger.exception("looking after the neighbours failed")
+                if not isinstance(exc, BrokerUnavailable):
+                    logger.exception("looking after the neighbours failed")
+                self._consumer.mind_the_dead(False)
 
-    async def _round(self, connection: Connection) -> None:
+    async def _round(self, connection: Connection) -> bool:
+        """Look once; whether calls of dead replicas wait until this one, or another, has room."""
         started = time.monotonic()
         beats = await self._queue.heartbeats(connection)
         now = time.monotonic()
@@ -91,14 +102,15 @@ class Takeover:
             self._seen.clear()
         gone = [(id_, beat) for id_, beat in beats.items() if id_ != self._replica and self._is_gone(id_, beat, now)]
         self._seen = {id_: seen for id_, seen in self._seen.items() if id_ in beats}
-        for id_, beat in gone:
-            await self._take_all(connection, id_, beat)
+        self._gone_since = {id_: self._gone_since.get(id_, now) for id_, _ in gone}
+        waiting = [await self._take_all(connection, id_, beat) for id_, beat in gone]
         if now >= self._orphans_at:
             self._orphans_at = now + _ORPHANS_EVERY_S
             await self._queue.adopt_orphans(connection)
         if now >= self._workers_at:
             self._workers_at = now + _WORKERS_EVERY_S
             await self.forget_workers(connection)
+        return any(waiting)
 
     async def forget_workers(self, connection: Connection) -> None:
         """Remove what workers told that were silent each of the last few times this looked."""
@@ -123,13 +135,14 @@ class Takeover:
             return False
         return now - seen[1] >= self._settings.dead_after_s
 
-    async def _take_all(self, connection: Connection, replica: str, beat: bytes) -> None:
+    async def _take_all(self, connection: Connection, replica: str, beat: bytes) -> bool:
+        """Take what this replica can take now; whether it would take more if it had room."""
         total = 0
         while (room := self._consumer.room_to_rerun) or not self._consumer.slots.spec.idempotent:
             # Calls that nobody may run again are only answered: for those there is always room.
-            most = min(room, _BATCH) or _BATCH
+            most, up_to = min(room, _BATCH) or _BATCH, self._highest_start(replica) if room else 0
             reach("take")
-            entries = await self._queue.take(connection, replica, beat, most=most, unsafe_only=not room)
+            entries = await self._queue.take(connection, replica, beat, most=most, up_to=up_to)
             if not entries:
                 break
             reach("took")
@@ -139,4 +152,19 @@ class Takeover:
             logger.info("took over %d calls of replica %s", total, replica)
             count(connection, self._settings.keys, "taken_over", total)
         reach("retire")
-        await self._queue.retire(connection, replica)
+        if await self._queue.retire(connection, replica):
+            self._gone_since.pop(replica, None)
+            return False
+        return not self._consumer.room_to_rerun
+
+    def _highest_start(self, replica: str) -> int:
+        """Which start of a call may come next here, of calls that the replica had; 1: of those it never started.
+
+        A suspect may take this replica down, too. So those that run calls which must not run twice wait a moment for
+        others to take it. The last chance of a call, which is alone, is best had where nothing has to end first.
+        """
+        slots, last = self._consumer.slots, self._settings.max_deliveries
+        waited = time.monotonic() - self._gone_since.get(replica, 0.0)
+        if not slots or waited >= _SPARE_BUSY_S:
+            return last + 1  # those who come after the last are only answered
+        return last - 1 if slots.harm_nobody or waited >= _SPARE_UNSAFE_S else 1

@@ -28,8 +28,8 @@ _FORGOTTEN = "Redis was restarted or replaced and may have lost that the call ra
 class Triage:
     """Decides on entries, and starts the calls that run. Belongs to the replica's event loop.
 
-    A call taken before its replica died comes here a second time only if it is safe to run again. Then it runs apart
-    from new calls, with others of its kind, the last time alone, and after `max_deliveries` goes to the dead letters.
+    A call taken before its replica died comes here a second time only if it is safe to run again. Then it runs as
+    soon as there is room, the last time alone, and after `max_deliveries` it goes to the dead letters.
 
     Attributes:
         before: Order of the last entry of before a restart of the server, where unsafe calls from then must not run.
