@@ -88,7 +88,7 @@ def make_target(code: object, *, allow_pickle: bool) -> Target:
         by_script = _target_in_script(code)
         if by_script is None:
             raise ConfigurationError(
-                f"{name!r} cannot be pickled, because something that it refers to cannot: {type(exc).__name__}: {exc}. "
+                f"{name!r} cannot be pickled, because something that it refers to cannot: {exc}. "
                 "Define it at the top level of a module instead, so that replicas import it."
                 f"{_advice_for_scripts(code)}"
             ) from exc

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import inspect
 import io
 import sys
 import sysconfig
@@ -46,11 +47,36 @@ def dumps(value: object) -> bytes:
     """Pickle code by value, Starlette and FastAPI applications too.
 
     Raises:
-        Exception: Something that it refers to cannot be pickled.
+        PicklingError: Something that it refers to cannot be pickled; the text names it where it can be found.
     """
     buffer = io.BytesIO()
-    _CodePickler(buffer).dump(value)
+    pickler = _CodePickler(buffer)
+    try:
+        pickler.dump(value)
+    except Exception as exc:
+        raise PicklingError(f"{_culprit(pickler.by_value)}{type(exc).__name__}: {exc}") from exc
     return buffer.getvalue()
+
+
+def _culprit(codes: list[Any]) -> str:
+    """The name that the last of these functions and classes gives to something that cannot be pickled."""
+    for code in reversed(codes):
+        for name, value in _names_used_by(code):
+            if isinstance(value, FunctionType | type | ModuleType):
+                continue
+            try:
+                _CodePickler(io.BytesIO()).dump(value)
+            except Exception:
+                return f"{name!r}, which {code.__qualname__!r} uses: "
+    return ""
+
+
+def _names_used_by(code: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(code, FunctionType):
+        yield from vars(code).items()
+        return
+    yield from inspect.getclosurevars(code).nonlocals.items()
+    yield from inspect.getclosurevars(code).globals.items()
 
 
 def loads(data: bytes, *, as_main: bool = False) -> Any:
@@ -100,13 +126,16 @@ class _CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
+        self.by_value: list[Any] = []
         self._places: dict[str, dict[int, str]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, FunctionType | type):
             reduced = super().reducer_override(obj)
-            is_by_value = isinstance(reduced, tuple) and len(reduced) == 6
-            return _reduce_code(obj, reduced) if is_by_value else reduced
+            if not isinstance(reduced, tuple) or len(reduced) != 6:  # by reference
+                return reduced
+            self.by_value.append(obj)
+            return _reduce_code(obj, reduced)
         if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
             return _make_exception, (type(obj), obj.args), vars(obj)
         if _is_template_cache(obj):

@@ -107,7 +107,7 @@ class Service:
         spec = self._deployed.spec
         try:
             # Importing may take long and must not stop the loop.
-            target = await enter(asyncio.to_thread, load_target, spec.target)
+            target = await enter(asyncio.to_thread, load_target, spec.target, as_main=True)
             self._code = UserCode(spec, target, self._tag, self._codec)
             await self._code.construct()
         except Exception as exc:
