@@ -153,10 +153,9 @@ class _CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 def _objects_of(package: str) -> Iterator[tuple[int, str]]:
     """Objects at the top level of a package's modules whose types are the package's own."""
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] != package or not isinstance(module, ModuleType):
-            continue
-        for key, value in list(vars(module).items()):
+    names = [name for name in list(sys.modules) if name.partition(".")[0] == package]
+    for name in sorted(names, key=len, reverse=True):  # the shortest path comes last, and wins
+        for key, value in list(getattr(sys.modules.get(name), "__dict__", {}).items()):
             if not isinstance(value, type) and (type(value).__module__ or "").partition(".")[0] == package:
                 yield id(value), f"{name}:{key}"
 

@@ -1,20 +1,25 @@
 """How user code becomes a target, and is found again from it."""
 
+import dataclasses
+import inspect
+import logging
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import pytest
+from fastapi import FastAPI, datastructures
 from starlette.datastructures import State
 
 from qserve.deployments.app_import import import_app
 from qserve.deployments.deployment import Deployment, deployment
 from qserve.deployments.loading import importing, is_importing, load_target, make_target
-from qserve.deployments.pickled_code import dumps
+from qserve.deployments.pickled_code import dumps, loads
 from qserve.errors import ConfigurationError
 from qserve.wire.spec import Target
 
@@ -187,6 +192,44 @@ def test_state_and_locks_are_pickled_afresh() -> None:
     assert restored.myself is restored
     assert lock2.acquire(blocking=False)
     assert type(again2) is type(again)
+
+
+def test_what_installed_packages_tell_apart_by_identity_stays_what_it_is() -> None:
+    fields, parameters = dataclasses.MISSING, (datastructures._Unset, logging.root, inspect.Parameter.empty)
+    local = FastAPI()
+    restored = loads(dumps((fields, parameters, local)))
+    assert restored[0] is dataclasses.MISSING
+    assert all(one is other for one, other in zip(restored[1], parameters, strict=True))
+    assert isinstance(restored[2], FastAPI)
+    assert restored[2] is not local
+
+
+def test_weak_references_and_dictionaries_are_pickled() -> None:
+    one, other = State(), State()
+    keys, values = weakref.WeakKeyDictionary({one: 1}), weakref.WeakValueDictionary({"other": other})
+    again, reference, keys, values = loads(dumps(([one, other], weakref.ref(one), keys, values)))
+    assert reference() is again[0]
+    assert keys[again[0]] == 1
+    assert values["other"] is again[1]
+
+
+def test_a_class_that_is_mapped_to_a_table_is_not_taken_apart() -> None:
+    class Hero:
+        _sa_class_manager = "as SQLAlchemy and SQLModel set it"
+
+    def uses_hero() -> Hero:
+        return Hero()
+
+    with pytest.raises(ConfigurationError, match=r"uses_hero'.*Hero' is a class that SQLAlchemy or SQLModel maps"):
+        make_target(uses_hero, allow_pickle=True)
+
+
+def test_tracebacks_of_pickled_code_name_its_file() -> None:
+    def local() -> None:
+        raise KeyError
+
+    restored: Any = loads(dumps(local))
+    assert restored.__code__.co_filename == __file__
 
 
 # Applications
