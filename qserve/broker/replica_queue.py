@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.dead_letter_streams import DEAD_LETTERS_KEPT
 from qserve.broker.inboxes import INBOX_TTL_MS
+from qserve.broker.instance.reports import decode_infos
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.scripts import (
@@ -23,6 +24,7 @@ from qserve.broker.scripts import (
     load_scripts,
 )
 from qserve.wire.messages import DURABLE
+from qserve.wire.spec import ReplicaInfo
 
 _MOST_PENDING = 10_000
 
@@ -35,6 +37,7 @@ class Entry(NamedTuple):
         deliveries: Which start of the call comes next; from 2 on a replica has died that may have run it.
         durable: There is a record of the call, which gets its answer.
         call: Id of a durable call, as the entry says it.
+        cause: What was wrong with the replica that died while it had the call; "" if that is not known.
     """
 
     id: bytes
@@ -42,6 +45,7 @@ class Entry(NamedTuple):
     deliveries: int = 1
     durable: bool = False
     call: bytes = b""
+    cause: str = ""
 
     @property
     def time_ms(self) -> int:
@@ -157,6 +161,12 @@ class ReplicaQueue:
             *(GROUP, replica, self._replica, most, up_to, beat),
         )
         return [_entry(raw, deliveries) for deliveries, raw in answer]
+
+    async def problem_of(self, connection: Connection, replica: str) -> str:
+        """What was wrong with a replica before it died, as far as it could tell."""
+        body = await connection.call("HGET", self._replicas, replica)
+        infos = decode_infos({replica.encode(): body} if body else {}, ReplicaInfo)
+        return "".join(info.problem for _, info in infos)
 
     async def introduce(self, connection: Connection) -> None:
         """Beat once, so that the neighbours know of this replica; for calls of one that never beat they look seldom."""

@@ -38,6 +38,7 @@ class ReplicaStatus(TypedDict):
     handled: int
     p50_ms: float | None
     p99_ms: float | None
+    problem: str
 
 
 class DeploymentRow(TypedDict):
@@ -139,6 +140,7 @@ def _replica(info: ReplicaInfo) -> ReplicaStatus:
         "handled": info.handled,
         "p50_ms": info.p50_ms,
         "p99_ms": info.p99_ms,
+        "problem": info.problem,
     }
 
 
@@ -197,6 +199,12 @@ def render(found: InstanceStatus) -> RenderableType:
     errors = [
         Text(f"{row['name']}: {row['error'].strip()}\n", style="red") for row in found["deployments"] if row["error"]
     ]
+    errors += [
+        Text(f"{row['name']}, pid {replica['pid']}: {replica['problem']}\n", style="red")
+        for row in found["deployments"]
+        for replica in row["replicas"]
+        if replica["problem"]
+    ]
     return Group(*lines, table, *errors)
 
 
@@ -211,7 +219,8 @@ def _replicas(row: DeploymentRow) -> Text:
 def _replica_line(replica: ReplicaStatus) -> Text:
     line = Text(f"pid {replica['pid']} on {replica['host']}")
     if replica["state"] != "SERVING":
-        line.append(f" ({replica['state'].lower()})", style="yellow")
+        state, is_bad = replica["state"], bool(replica["problem"])
+        line.append(f" ({state if is_bad else state.lower()})", style="red" if is_bad else "yellow")
     return line
 
 

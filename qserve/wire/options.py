@@ -273,6 +273,21 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
     initialization_timeout_s: Annotated[
         PositiveFloat, Option("How long a constructor may take. One that takes longer has failed.")
     ] = 600.0
+    health_check_period_s: Annotated[
+        PositiveFloat,
+        Option(
+            "How often the method `check_health` of the class is called, if it has one. A replica in which it raises "
+            "three times in a row is replaced.",
+            makes_version=False,
+        ),
+    ] = 10.0
+    health_check_timeout_s: Annotated[
+        PositiveFloat,
+        Option(
+            "How long `check_health` may take. A replica in which it takes longer is ended at once, and replaced.",
+            makes_version=False,
+        ),
+    ] = 30.0
     http_method_header: Annotated[
         bool, Option("The header `X-Serve-Call-Method` may name a public method to call instead of `__call__`.")
     ] = True
@@ -309,6 +324,8 @@ class GivenOptions(TypedDict, total=False):
     graceful_shutdown_timeout_s: float | None
     graceful_shutdown_wait_loop_s: float | None
     initialization_timeout_s: float | None
+    health_check_period_s: float | None
+    health_check_timeout_s: float | None
     http_method_header: bool | None
     ray_actor_options: Mapping[str, Any] | None
 

@@ -15,6 +15,10 @@ STARTING, STANDBY, SERVING, DRAINING = "STARTING", "STANDBY", "SERVING", "DRAINI
 """States of a replica: it is being constructed; it waits until its predecessor has finished; it takes calls; it
 finishes calls and leaves."""
 
+STALLED, UNHEALTHY = "STALLED", "UNHEALTHY"
+"""What others see of a replica that serves while something is wrong: its event loop is blocked; its `check_health`
+keeps failing, and it is being replaced."""
+
 
 class Target(msgspec.Struct, frozen=True):
     """Where user code is: an import path, or a pickle of it, which only signed specs may hold.
@@ -80,6 +84,7 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
         worker: The id of its Celery worker.
         generation: The newest generation that it has applied.
         p50_ms, p99_ms: How long recent calls ran; None before the first.
+        problem: What is wrong with it; "" if nothing is.
     """
 
     id: str
@@ -96,6 +101,7 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
     handled: int = 0
     p50_ms: float | None = None
     p99_ms: float | None = None
+    problem: str = ""
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -251,6 +251,7 @@ def replica(host: str, pid: int, state: str) -> ReplicaStatus:
         "handled": 5,
         "p50_ms": None,
         "p99_ms": None,
+        "problem": "check_health has failed" if state == "UNHEALTHY" else "",
     }
 
 

@@ -20,6 +20,7 @@ from qserve_workers.replica.replica_events import (
     DemandMeasured,
     DeploymentSeen,
     EventWriter,
+    HealthLost,
     ReconfigureFailed,
     ReplicaEvent,
     StateEntered,
@@ -70,6 +71,41 @@ def test_a_new_revision_is_constructed_first_and_serves_when_its_predecessor_has
     pool.state(4, "SERVING", "b", 2)
     assert pool.status == Status(2, HEALTHY, 2, 2)
     assert pool.size == 2
+
+
+def test_a_replica_that_is_ill_serves_until_another_one_can() -> None:
+    pool = serving(2)
+    pool.say(1, "ill", error="no connection")
+    assert pool.status == Status(1, DEPLOYING, 2, 1, "A replica is replaced: no connection")
+    assert pool.pids == {1, 2, 3}
+    assert pool.take_told() == []
+    pool.state(3, "STARTING", "a")
+    pool.state(3, "STANDBY", "a")
+    assert pool.take_told() == [Stop(1)]
+    pool.die(1)
+    assert pool.take_told() == [Serve(3)]
+    pool.state(3, "SERVING", "a")
+    assert pool.pids == {2, 3}
+    assert pool.status == Status(1, HEALTHY, 2, 2)
+
+
+def test_a_replica_that_is_ill_serves_on_while_constructors_fail() -> None:
+    pool = serving(1)
+    pool.say(1, "ill", error="no connection")
+    for pid in range(2, 8):
+        pool.state(pid, "STARTING", "a")
+        pool.say(pid, "failed", generation=1, revision="a", error="no connection either")
+        pool.die(pid)
+    assert pool.pids == {1, 8}
+    assert pool.take_told() == []
+
+
+def test_a_replica_that_is_ill_leaves_first_where_there_is_no_room_for_two() -> None:
+    pool = serving(1, surge=False)
+    pool.say(1, "ill", error="no connection")
+    assert pool.take_told() == [Stop(1)]
+    pool.die(1)
+    assert pool.pids == {2}
 
 
 def test_at_most_a_fifth_of_the_replicas_changes_at_a_time() -> None:
@@ -377,6 +413,7 @@ EVENTS: list[ReplicaEvent] = [
     DeletionSeen(),
     StateEntered(state="SERVING", generation=1, revision="a"),
     ConstructionFailed(generation=1, revision="a", error="no model"),
+    HealthLost(error="check_health has failed 3 times in a row"),
     TurnWanted(generation=2),
     ChangeApplied(generation=2),
     ReconfigureFailed(generation=2, error="no such config"),

@@ -12,9 +12,22 @@ class Books:
     """The files of a test: gates, and notes of the form `START name pid` and `END name pid`."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self.gate = Gate(folder / "gate")
         self.fuse = Gate(folder / "fuse")
         self.notes = Notes(folder / "notes")
+
+    def says(self, word: str) -> bool:
+        """Whether the test has said so."""
+        return (self._folder / word).exists()
+
+    def say(self, word: str) -> None:
+        """What the code finds out by `says`."""
+        (self._folder / word).touch()
+
+    def unsay(self, word: str) -> None:
+        """It is not so any more."""
+        (self._folder / word).unlink()
 
     def start(self, name: object) -> None:
         self.notes.add(f"START {name} {os.getpid()}")
@@ -102,3 +115,31 @@ class OneByOne:
         if name == "slow":
             self.books.gate.pass_through()
         return name
+
+
+class Patient(Code):
+    """Ill, or stuck in its check, when there are files that say so."""
+
+    async def check_health(self) -> None:
+        self.books.start("check")
+        if self.books.says("ill"):
+            raise RuntimeError("no connection")
+        while self.books.says("stuck"):  # noqa: ASYNC110 another process says so
+            await asyncio.sleep(0.01)
+
+
+class SyncPatient:
+    """Sync code only, with a check of its own."""
+
+    def __init__(self, folder: str) -> None:
+        self.books = Books(Path(folder))
+
+    def wait(self, name: str) -> str:
+        self.books.start(name)
+        self.books.gate.pass_through()
+        return name
+
+    def check_health(self) -> None:
+        self.books.start("check")
+        while self.books.says("stuck"):
+            time.sleep(0.01)

@@ -14,7 +14,7 @@ from qserve.calls.client import Client
 from qserve_gateway.door.limits import Door
 from qserve_gateway.door.request_counts import BOUNDS_S
 
-STATES = ("STARTING", "STANDBY", "SERVING", "DRAINING")
+STATES = ("STARTING", "STANDBY", "SERVING", "STALLED", "UNHEALTHY", "DRAINING")
 
 
 def status(state: State, namespace: str, gateway_id: str) -> dict[str, Any]:

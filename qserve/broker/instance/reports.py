@@ -59,6 +59,12 @@ def send_replica_report(connection: Connection, keys: Keys, deployment: str, rep
     connection.send(ignore_answer, "HSET", keys.replicas(deployment), replica, encode(info))
 
 
+def report_replica(client: "redis.Redis", keys: Keys, deployment: str, info: ReplicaInfo) -> None:
+    """Like `send_replica_report`, from a thread beside the event loop. Raises like `report_node`."""
+    with our_errors(client):
+        client.hset(keys.replicas(deployment), info.id, encode(info))
+
+
 # Nodes, on an event loop
 
 

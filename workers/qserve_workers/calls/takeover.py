@@ -137,7 +137,7 @@ class Takeover:
 
     async def _take_all(self, connection: Connection, replica: str, beat: bytes) -> bool:
         """Take what this replica can take now; whether it would take more if it had room."""
-        total = 0
+        total, cause = 0, ""
         while (room := self._consumer.room_to_rerun) or not self._consumer.slots.spec.idempotent:
             # Calls that nobody may run again are only answered: for those there is always room.
             most, up_to = min(room, _BATCH) or _BATCH, self._highest_start(replica) if room else 0
@@ -147,7 +147,8 @@ class Takeover:
                 break
             reach("took")
             total += len(entries)
-            self._consumer.take_over(entries)
+            cause = cause or await self._queue.problem_of(connection, replica)
+            self._consumer.take_over([entry._replace(cause=cause) for entry in entries])
         if total:
             logger.info("took over %d calls of replica %s", total, replica)
             count(connection, self._settings.keys, "taken_over", total)

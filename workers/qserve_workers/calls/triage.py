@@ -120,13 +120,13 @@ class Triage:
 
     def _begin_again(self, entry: Entry, call: Call) -> None:
         """Settle a call whose replica died, or keep it for a trial: it may have been what killed it."""
-        name = self._slots.spec.name
+        name, cause = self._slots.spec.name, f" ({entry.cause})" if entry.cause else ""
         if not self._slots.may_run_again(call):
-            text = f"a replica of {name!r} died while it had the call; it may have run: it does not run again"
+            text = f"a replica of {name!r} died while it had the call{cause}; it may have run: it does not run again"
             self._ordinary.refuse(entry, call, ReplicaDied(text))
         elif entry.deliveries > self._max_deliveries:
             retries = self._max_deliveries - 1
-            text = f"Task failed with {retries} retries: every replica of {name!r} that had the call died"
+            text = f"Task failed with {retries} retries: every replica of {name!r} that had the call died{cause}"
             if isinstance(call, DurableCall):
                 self._durable.bury(entry, call, text, PoisonCall(text))
             else:

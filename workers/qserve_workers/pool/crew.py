@@ -64,6 +64,7 @@ class TrackedReplica:
     handled: int = 0
     released: bool = False
     """It was told that it may leave, and has not answered."""
+    ill: bool = False
     refusals: int = 0
     """How often it answered that it had calls to run."""
 
@@ -142,16 +143,18 @@ class Crew:
 
     @property
     def fresh(self) -> list[TrackedReplica]:
-        """Live ones of the newest revision, or without one yet: they will take the newest."""
+        """Live and well ones of the newest revision, or without one yet: they will take the newest."""
         return [r for r in self.live if self.is_fresh(r)]
 
     @property
     def old(self) -> list[TrackedReplica]:
-        """Live ones of an older revision."""
+        """Live ones that are to be replaced: of an older revision, or ill."""
         return [r for r in self.live if not self.is_fresh(r)]
 
     def is_fresh(self, replica: TrackedReplica) -> bool:
-        """Whether it has the newest revision, or none yet."""
+        """Whether it is well and has the newest revision, or none yet."""
+        if replica.ill:
+            return False
         return not replica.revision or (self.desired is not None and replica.revision == self.desired.revision)
 
     @property

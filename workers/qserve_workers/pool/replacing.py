@@ -21,6 +21,7 @@ from qserve_workers.replica.replica_events import (
     DeletionSeen,
     DemandMeasured,
     DeploymentSeen,
+    HealthLost,
     ReconfigureFailed,
     ReplicaEvent,
     StateEntered,
@@ -104,6 +105,8 @@ class Rollout:
             case ReconfigureFailed():
                 if self.crew.desired is not None and event.generation >= self.crew.generation:
                     self._refused, self._error = True, event.error
+            case HealthLost():
+                replica.ill, self._error = True, f"A replica is replaced: {event.error}"
             case TurnWanted() | ChangeApplied() | CallsCounted() | StillBusy() | DemandMeasured():
                 replica.note(event)
             case _:

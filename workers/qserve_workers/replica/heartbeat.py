@@ -33,6 +33,7 @@ class Heartbeat:
         on_lost: Gets the ids that others have taken over, on the loop.
         on_tick: Called on the loop with every beat.
         on_beat: Called on the thread, with its connection, after every beat.
+        on_look: Called on the thread with its connection and how long the loop has not done what it was asked to.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Heartbeat:
         on_lost: Callable[[list[bytes]], None],
         on_tick: Callable[[], None],
         on_beat: Callable[[redis_clients.Client], None],
+        on_look: Callable[[redis_clients.Client, float], None],
     ) -> None:
         self._settings = settings
         self._deployment = deployment
@@ -53,11 +55,13 @@ class Heartbeat:
         self._on_lost = on_lost
         self._on_tick = on_tick
         self._on_beat = on_beat
+        self._on_look = on_look
         # After this long without a beat others may have taken over calls: the next beat asks which.
         self._gap_s = min(_LONGEST_GAP_S, settings.dead_after_s / 2)
         self._serving = False
         self._held: list[bytes] = []
         self._ticked_at = 0.0
+        self._asked_at = 0.0
         self._stop = threading.Event()
         self._next_beat = threading.Event()
         self._thread = threading.Thread(target=self._run, name="qserve-heartbeat", daemon=True)
@@ -99,11 +103,15 @@ class Heartbeat:
                 ask = self._held if started - beaten_at > self._gap_s else []
                 if self._beat(client, ask):
                     beaten_at = time.monotonic()
+            if self._serving:
+                self._on_look(client, started - self._asked_at if self._ticked_at < self._asked_at else 0.0)
             self._next_beat.wait(self._settings.beat_interval_s)
             self._next_beat.clear()
             if self._stop.is_set():
                 break
-            self._on_loop(self._tick)
+            if self._ticked_at >= self._asked_at:
+                self._asked_at = time.monotonic()
+                self._on_loop(self._tick)
         client.close()
 
     def _beat(self, client: redis_clients.Client, ask: list[bytes]) -> bool:

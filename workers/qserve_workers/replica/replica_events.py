@@ -60,6 +60,12 @@ class ConstructionFailed(Event, frozen=True, kw_only=True, tag="failed"):
     error: str
 
 
+class HealthLost(Event, frozen=True, kw_only=True, tag="ill"):
+    """The replica is ill and is to be replaced; it serves until it is."""
+
+    error: str
+
+
 class TurnWanted(Event, frozen=True, kw_only=True, tag="asks_to_apply"):
     """The replica has seen a change that it applies when its turn has come."""
 
@@ -114,6 +120,7 @@ ReplicaEvent: TypeAlias = (
     | DeletionSeen
     | StateEntered
     | ConstructionFailed
+    | HealthLost
     | TurnWanted
     | ChangeApplied
     | ReconfigureFailed
@@ -151,7 +158,7 @@ class EventWriter:
     def tell(self, event: ReplicaEvent) -> None:
         """Tell the worker, if it still lives."""
         changes: dict[str, Any] = {"pid": os.getpid(), "replica": self._replica}
-        if isinstance(event, ConstructionFailed | ReconfigureFailed):
+        if isinstance(event, ConstructionFailed | ReconfigureFailed | HealthLost):
             changes["error"] = _shortened(event.error)
         try:
             os.write(self._descriptor, _encode(msgspec.structs.replace(event, **changes)) + b"\n")

@@ -5,14 +5,16 @@ import os
 import socket
 import time
 
+from msgspec.structs import replace
+
 from qserve.broker.instance.heartbeats import measure
-from qserve.broker.instance.reports import send_replica_report
+from qserve.broker.instance.reports import report_replica, send_replica_report
 from qserve.broker.keys import Keys
 from qserve.broker.link import Link
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import redis_clients
 from qserve.errors import QServeError
-from qserve.wire.spec import Deployed, ReplicaInfo
+from qserve.wire.spec import SERVING, UNHEALTHY, Deployed, ReplicaInfo
 from qserve_workers.calls.slots import Slots
 from qserve_workers.replica.birth import Birth
 from qserve_workers.replica.replica_events import (
@@ -27,12 +29,19 @@ logger = logging.getLogger(__name__)
 
 
 class SelfDescription:
-    """The replica as others see it. Belongs to its event loop, except for `measure`."""
+    """The replica as others see it. Belongs to its event loop, except for `measure` and `publish_problem`.
+
+    Attributes:
+        problem: What is wrong with the replica, as its event loop knows it; "" if nothing is.
+        is_ill: Whether it is to be replaced for that.
+    """
 
     def __init__(
         self, birth: Birth, replica: str, tag: str, keys: Keys, events: EventWriter, *, slots: Slots, link: Link
     ) -> None:
         self._state = ""
+        self.problem = ""
+        self.is_ill = False
         self._birth = birth
         self._id = replica
         self._tag = tag
@@ -87,6 +96,16 @@ class SelfDescription:
             )
         )
 
+    def publish_problem(self, client: redis_clients.Client, state: str, problem: str) -> None:
+        """Let others know what the event loop cannot tell, because it is blocked. For the heartbeat thread.
+
+        Raises:
+            QServeError, CommandRefused: Redis cannot be told.
+        """
+        info, self._published = self._published, None  # the loop tells when it is over
+        if info is not None:
+            report_replica(client, self._keys, self._birth.deployment, replace(info, state=state, problem=problem))
+
     def _publish(self, deployed: Deployed) -> None:
         times = sorted(self._slots.run_times_ms)
         info = ReplicaInfo(
@@ -98,12 +117,13 @@ class SelfDescription:
             pid=os.getpid(),
             generation=deployed.generation,
             revision=deployed.spec.revision,
-            state=self._state,
+            state=UNHEALTHY if self.is_ill and self._state == SERVING else self._state,
             started_at=self._started_at,
             running=len(self._slots),
             handled=self._slots.handled,
             p50_ms=round(times[len(times) // 2], 3) if times else None,
             p99_ms=round(times[len(times) * 99 // 100], 3) if times else None,
+            problem=self.problem,
         )
         sender, losses = self._link.sender, self._link.losses
         if (info != self._published or losses != self._published_at_loss) and sender.is_open:

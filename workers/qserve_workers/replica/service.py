@@ -6,6 +6,7 @@ import logging
 import traceback
 from collections.abc import Sequence
 
+from qserve.background import end, spawn
 from qserve.broker.instance.heartbeats import call_neighbours, leave
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import redis_clients
@@ -23,15 +24,18 @@ from qserve_workers.calls.consumer import Consumer
 from qserve_workers.calls.takeover import Takeover
 from qserve_workers.replica.birth import Birth, Wishes, first_of
 from qserve_workers.replica.deployment_watch import DeploymentWatch
+from qserve_workers.replica.health import HealthChecks
 from qserve_workers.replica.heartbeat import Heartbeat
 from qserve_workers.replica.replica_events import (
     ConstructionFailed,
     EventWriter,
+    HealthLost,
     ReconfigureFailed,
     StillBusy,
     TurnWanted,
 )
 from qserve_workers.replica.self_description import SelfDescription
+from qserve_workers.replica.stalls import StallWatch
 from qserve_workers.user.user_code import UserCode
 from qserve_workers.user.user_entry import enter, what_was_raised
 
@@ -77,6 +81,9 @@ class Service:
         self._about = SelfDescription(
             *(birth, client.id, tag, settings.keys, events), slots=consumer.slots, link=consumer.link
         )
+        self._health = HealthChecks(tag, consumer.slots, self._health_changed)
+        self._checking: asyncio.Task[None] | None = None
+        stalls = StallWatch(tag, consumer.slots, self._health.overdue_s, self._about.publish_problem)
         self._takeover = Takeover(settings, consumer, client.id)
         self._heartbeat = Heartbeat(
             *(settings, self._name, client.id),
@@ -84,6 +91,7 @@ class Service:
             on_lost=consumer.lost,
             on_tick=self._tick,
             on_beat=self._about.measure,
+            on_look=stalls.look,
         )
         client.on_control = self._on_control
         client.take_other_chunks(consumer.take_chunk)
@@ -110,6 +118,7 @@ class Service:
             target = await enter(asyncio.to_thread, load_target, spec.target, as_main=True)
             self._code = UserCode(spec, target, self._tag, self._codec)
             await self._code.construct()
+            await self._health.first(self._code)
         except Exception as exc:
             logger.exception("Exception in deployment %r: replica %s could not be constructed", spec.name, self._tag)
             text = str(exc) if isinstance(exc, QServeError) else _traceback_of(exc)
@@ -129,6 +138,7 @@ class Service:
         self._takeover.sweep()
         self._heartbeat.serve()
         self._about.enter(SERVING, self._deployed)
+        self._checking = spawn(self._health.go_on(code))
         changed = self._watch.changed
         while not wishes.shall_leave.is_set():
             await first_of(changed, wishes.shall_leave, wishes.may_leave)
@@ -197,6 +207,12 @@ class Service:
         else:
             self._takeover.sweep()
 
+    def _health_changed(self) -> None:
+        self._about.problem, self._about.is_ill = self._health.problem, self._health.is_ill
+        self._about.refresh(self._deployed)
+        if self._health.is_ill:
+            self._events.tell(HealthLost(error=self._health.problem))
+
     def _tick(self) -> None:
         self._consumer.absence.noticed()
         self._about.refresh(self._deployed)
@@ -215,6 +231,7 @@ class Service:
 
     async def _leave(self) -> None:
         self._about.enter(DRAINING, self._deployed)
+        await end(self._checking)
         await self._consumer.pause()
         if self._code is not None:
             await self._code.close_websockets()

@@ -25,11 +25,13 @@ from qserve_workers.user.plain_responses import make_request, make_response, str
 from qserve_workers.user.user_entry import UserThreads, enter
 from qserve_workers.user.user_methods import (
     CALL,
+    HEALTH_CHECK,
     UserMethod,
     available_methods,
     class_methods,
     describe_method,
     is_computed,
+    is_health_check,
 )
 
 logger = logging.getLogger(__name__)
@@ -102,6 +104,32 @@ class UserCode:
         config = self._codec.unpack(packed)
         await describe_method(reconfigure, self._threads.run).run(config)
         self._methods = class_methods(self._instance, self._threads.run)
+
+    @property
+    def has_health_check(self) -> bool:
+        """Whether the class has a method `check_health` that takes no arguments."""
+        return self._spec.is_class and is_health_check(getattr(self._instance, HEALTH_CHECK, None))
+
+    async def check_health(self, on_start: Callable[[], None]) -> None:
+        """Ask the instance whether it is well.
+
+        Args:
+            on_start: Called when the check begins to run; a `def` method may have to wait for its thread.
+
+        Raises:
+            Exception: What the check raised.
+        """
+        check = getattr(self._instance, HEALTH_CHECK)
+
+        def begin() -> Any:
+            on_start()
+            return check()
+
+        if describe_method(check, self._threads.run).is_async:
+            on_start()
+            await enter(check)
+        else:
+            await enter(self._threads.run, begin)
 
     @property
     def available_methods(self) -> list[str]:

@@ -8,6 +8,7 @@ from inspect import Parameter
 from typing import Any
 
 CALL = "__call__"
+HEALTH_CHECK = "check_health"
 
 OnThread = Callable[..., Awaitable[Any]]
 """Runs a function, its first argument, on a thread of the replica."""
@@ -75,6 +76,19 @@ def is_computed(instance: Any, name: str) -> bool:
     """Whether looking at the attribute runs user code: a property's, another descriptor's or `__getattr__`."""
     static = inspect.getattr_static(instance, name, None)
     return static is None or not _is_callable(static)
+
+
+def is_health_check(function: object) -> bool:
+    """Whether it can be called without arguments; a method of that name that needs some is for callers."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    except ValueError:  # builtins tell no signature
+        pass
+    return True
 
 
 def _is_callable(static: object) -> bool:
