@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from qserve.failpoints import reach
 
@@ -118,18 +119,37 @@ class KeptProcess:
         if self._stopping:  # asked to stop while it was being started
             self._signal(signal.SIGTERM)
         code = await self._process.wait()
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # what it may have left behind drains and leaves
-            os.killpg(self._process.pid, signal.SIGTERM)
+        self._end_what_is_left(self._process.pid)
         return code
+
+    def _end_what_is_left(self, pid: int) -> None:
+        """What its process group left behind drains and leaves; what replicas of it have started has no owner now."""
+        for other in processes_of_session(pid):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(other, signal.SIGTERM if os.getpgid(other) == pid else signal.SIGKILL)
 
     def _signal(self, signum: signal.Signals) -> None:
         if self._process is None or self._process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
             if signum == signal.SIGKILL:
-                os.killpg(self._process.pid, signum)
+                for pid in (self._process.pid, *processes_of_session(self._process.pid)):
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.kill(pid, signum)
             else:
                 self._process.send_signal(signum)
+
+
+def processes_of_session(session: int) -> list[int]:
+    """The processes of a session; none where the system has no /proc."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):  # it has ended meanwhile
+            # The command's name comes before, in parentheses, and may hold anything.
+            fields = entry.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                found.append(int(entry.parent.name))
+    return found
 
 
 def _reason(code: int) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from celery.concurrency import asynpool
 
 from qserve_workers.replica.replica_process import ReplicaProcess
+from qserve_workers.user.ordinary_process import become_ordinary, run_exit_hooks
 
 FORK_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 """Blocked while the pool forks, so that none is lost before the child has its handlers."""
@@ -32,6 +33,7 @@ class Child(asynpool.Worker):  # type: ignore[misc]
         """Become a replica: forget the parent, take over the signals, start, and return at once."""
         _forget_sockets()
         super().after_fork()
+        become_ordinary(FORK_SIGNALS)
         self._replica = self.make_replica()
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
@@ -94,6 +96,7 @@ class Child(asynpool.Worker):  # type: ignore[misc]
             self._replica.wait_drained(None)
             if self.on_exit is not None:
                 self.on_exit(pid, code)
+            run_exit_hooks(self._replica.grace_left_s(), code)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:

@@ -20,6 +20,7 @@ from celery.worker import state as worker_state
 
 from qserve_workers.pool.child import FORK_SIGNALS, Child
 from qserve_workers.pool.keeper import Keeper
+from qserve_workers.user.ordinary_process import end_group
 
 _AGAIN_S = (0.02, 0.2)
 """Where there is no pidfd: when to look again after a child's pipe closed, which happens before it can be reaped."""
@@ -108,6 +109,7 @@ class ChildProcesses(asynpool.AsynPool):  # type: ignore[misc]
         for process in self._pool:
             before.pop(process.pid, None)
         for pid, process in before.items():
+            end_group(pid)
             if not self.keeper.on_death(pid, process.exitcode):
                 self._hold_births()
         return exitcodes

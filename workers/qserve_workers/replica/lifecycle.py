@@ -28,16 +28,21 @@ class Replica:
         if not birth.standby:
             wishes.may_serve.set()
 
-    async def live(self) -> None:
-        """From birth to the end."""
+    async def live(self) -> float:
+        """From birth to the end.
+
+        Returns:
+            When the process is to have ended, on `time.monotonic`.
+        """
         await self._watch.start()
         try:
             deployed = await self._watch.until_deployed(self._wishes.shall_leave)
             if deployed is None:
-                return
+                return 0.0
             await self._backoff()
-            if not self._wishes.shall_leave.is_set():
-                await self._serve(await self._watch.read() or deployed)
+            if self._wishes.shall_leave.is_set():
+                return 0.0
+            return await self._serve(await self._watch.read() or deployed)
         finally:
             await self._watch.stop()
 
@@ -47,14 +52,14 @@ class Replica:
             delay = min(_FIRST_BACKOFF_S * 2 ** (self._birth.failures - 1), _LONGEST_BACKOFF_S)
             await first_of(self._watch.changed, self._wishes.shall_leave, timeout=delay)
 
-    async def _serve(self, deployed: Deployed) -> None:
+    async def _serve(self, deployed: Deployed) -> float:
         try:
             hooks = load_hooks(self._settings.hooks, ReplicaHook)
         except ConfigurationError as exc:
             generation, revision = deployed.generation, deployed.spec.revision
             self._events.tell(ConstructionFailed(generation=generation, revision=revision, error=str(exc)))
-            return
-        await Service(
+            return 0.0
+        return await Service(
             self._birth,
             f"{self._birth.deployment}#{secrets.token_hex(4)}",
             self._settings,

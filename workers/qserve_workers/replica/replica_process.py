@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 
 from qserve.calls.process_client import new_event_loop
 from qserve.settings import Settings
@@ -13,6 +14,9 @@ from qserve_workers.replica.birth import Birth, Wishes
 from qserve_workers.replica.lifecycle import Replica
 
 logger = logging.getLogger(__name__)
+
+_LEAST_GRACE_S = 1.0
+"""What exit hooks get where calls have used up the grace time; the worker waits a little longer than that."""
 
 
 class ReplicaProcess:
@@ -26,6 +30,7 @@ class ReplicaProcess:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wishes = Wishes()
         self._ready = threading.Event()
+        self._end_by = 0.0
 
     def start(self) -> None:
         """Start the replica's thread and return at once."""
@@ -46,6 +51,10 @@ class ReplicaProcess:
     def wait_drained(self, timeout: float | None) -> bool:
         """Whether the replica has ended within `timeout` seconds."""
         return self._drained.wait(timeout)
+
+    def grace_left_s(self) -> float:
+        """How long the process of a replica that has ended may still take to end."""
+        return max(_LEAST_GRACE_S, self._end_by - time.monotonic())
 
     def _tell(self, wish: asyncio.Event) -> None:
         self._ready.wait()
@@ -80,4 +89,4 @@ class ReplicaProcess:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._ready.set()
-        await Replica(self._birth, self._settings, self._wishes).live()
+        self._end_by = await Replica(self._birth, self._settings, self._wishes).live()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -13,7 +14,6 @@ from qserve.broker.server import redis_clients
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
 from qserve.calls.process_client import set_current_client
-from qserve.deployments.loading import load_target
 from qserve.errors import BrokerUnavailable, QServeError
 from qserve.failpoints import reach
 from qserve.hooks import ReplicaHook
@@ -36,7 +36,7 @@ from qserve_workers.replica.replica_events import (
 )
 from qserve_workers.replica.self_description import SelfDescription
 from qserve_workers.replica.stalls import StallWatch
-from qserve_workers.user.user_code import UserCode
+from qserve_workers.user.user_code import UserCode, load_user_code
 from qserve_workers.user.user_entry import enter, what_was_raised
 
 logger = logging.getLogger(__name__)
@@ -96,8 +96,12 @@ class Service:
         client.on_control = self._on_control
         client.take_other_chunks(consumer.take_chunk)
 
-    async def run(self) -> None:
-        """Construct, serve until it is time to leave, and leave."""
+    async def run(self) -> float:
+        """Construct, serve until it is time to leave, and leave.
+
+        Returns:
+            When its grace time is over, on `time.monotonic`.
+        """
         await self._client.start()
         set_current_client(self._client)
         await self._consumer.connect()
@@ -109,13 +113,15 @@ class Service:
             if code is not None:
                 await self._take_calls(code)
         finally:
+            end_by = time.monotonic() + self._deployed.spec.graceful_shutdown_timeout_s
             await self._leave()
+        return end_by
 
     async def _construct(self) -> UserCode | None:
         spec = self._deployed.spec
         try:
             # Importing may take long and must not stop the loop.
-            target = await enter(asyncio.to_thread, load_target, spec.target, as_main=True)
+            target = await enter(asyncio.to_thread, load_user_code, spec.target)
             self._code = UserCode(spec, target, self._tag, self._codec)
             await self._code.construct()
             await self._health.first(self._code)

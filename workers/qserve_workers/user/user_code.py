@@ -14,13 +14,14 @@ from starlette.requests import Request
 import qserve.serve  # noqa: F401  tells deployments that user code may deploy where the instance is
 from qserve.context import ReplicaContext, current_call, set_replica_context
 from qserve.deployments.ingress import bind_app, contents_of
-from qserve.deployments.loading import importing
+from qserve.deployments.loading import importing, load_target
 from qserve.errors import MethodNotFound
 from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
 from qserve.wire.messages import HttpRequest, HttpResponse, WebSocketEvent, encode
-from qserve.wire.spec import DeploymentSpec
+from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.user.asgi import ASGIApp, Lifespan, Socket, run_asgi
+from qserve_workers.user.ordinary_process import adopt_celery_app, settle_log_level
 from qserve_workers.user.plain_responses import make_request, make_response, stream_chunks, text_response
 from qserve_workers.user.user_entry import UserThreads, enter
 from qserve_workers.user.user_methods import (
@@ -38,6 +39,13 @@ logger = logging.getLogger(__name__)
 
 _METHOD_HEADER = b"x-serve-call-method"
 _SERVICE_RESTART = 1012
+
+
+def load_user_code(target: Target) -> object:
+    """Import user code; raises whatever it raises. Blocks."""
+    code = load_target(target, as_main=True)
+    adopt_celery_app()
+    return code
 
 
 class UserCode:
@@ -85,6 +93,9 @@ class UserCode:
             self._app = bind_app(self._instance, before, self._threads.endpoint)
             self._lifespan = Lifespan(self._app)
             await self._lifespan.startup()
+        adopt_celery_app()
+        await self._threads.run(adopt_celery_app)
+        settle_log_level()
 
     async def reconfigure(self, packed: bytes) -> None:
         """Hand the instance a user_config.

@@ -1,0 +1,154 @@
+"""A replica is an ordinary process: what Celery sets up in its children does not show in user code."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from qserve import QServeError, serve
+from qserve.testing import TestInstance
+from tests.support import ordinary_code
+from tests.support.waiting import LIMIT_S, wait_until
+
+
+@pytest.fixture
+def processes(qserve_instance: TestInstance) -> Iterator[Any]:
+    deployment = serve.deployment(name="processes")(ordinary_code.Processes)
+    deployment.deploy()
+    yield deployment.get_handle()
+    deployment.delete()
+
+
+def is_alive(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_it_may_have_children(processes: Any, method: str) -> None:
+    squares = [0, 1, 4, 9]
+    assert processes.executor.remote(method).result(LIMIT_S) == squares
+    assert processes.pool.remote(method).result(LIMIT_S) == squares
+    assert processes.terminated.remote(method).result(LIMIT_S) == -signal.SIGTERM
+
+
+def test_managers_and_subprocesses_of_the_loop_work(processes: Any) -> None:
+    assert processes.manager.remote().result(LIMIT_S) == [1, 2, 3]
+    assert processes.subprocess_of_the_loop.remote().result(LIMIT_S) == "heard"
+    assert processes.names.remote().result(LIMIT_S) == ("MainProcess", False)
+
+
+def test_what_it_starts_has_pythons_signals(processes: Any) -> None:
+    assert processes.signals_of_a_fork.remote().result(LIMIT_S) == [True, True, True, -1]
+    assert processes.signals_of_a_program.remote().result(LIMIT_S) == "True set()"
+
+
+def test_sys_exit_ends_its_call_only(processes: Any) -> None:
+    before = processes.names.remote().result(LIMIT_S)
+    with pytest.raises(QServeError, match="SystemExit"):
+        processes.exits.remote().result(LIMIT_S)
+    assert processes.names.remote().result(LIMIT_S) == before
+
+
+@pytest.mark.parametrize("how", ["killed", "deleted"])
+def test_nothing_that_it_started_is_left_behind(qserve_instance: TestInstance, how: str) -> None:
+    deployment = serve.deployment(name="leaves", graceful_shutdown_timeout_s=1)(ordinary_code.Processes)
+    deployment.deploy()
+    pids: list[int] = deployment.get_handle().leave_running.remote().result(LIMIT_S)
+    assert all(map(is_alive, pids))
+    if how == "killed":
+        os.kill(pids[0], signal.SIGKILL)
+    else:
+        deployment.delete()
+    wait_until(lambda: not any(map(is_alive, pids)))
+    deployment.delete()
+
+
+def test_a_killed_worker_leaves_nothing_behind(qserve_instance: TestInstance) -> None:
+    deployment = serve.deployment(name="orphans")(ordinary_code.Processes)
+    deployment.deploy()
+    pids: list[int] = deployment.get_handle().leave_running.remote().result(LIMIT_S)
+    worker = psutil.Process(pids[0]).parent()
+    assert worker is not None
+    worker.kill()
+    wait_until(lambda: not any(map(is_alive, pids)))
+    deployment.delete()
+
+
+def test_a_celery_app_of_the_project_works_as_outside(qserve_instance: TestInstance) -> None:
+    deployment = serve.deployment(name="celery_user")(ordinary_code.CeleryUser)
+    deployment.deploy()
+    handle: Any = deployment.get_handle()
+    assert handle.own.remote().result(LIMIT_S) == 12
+    assert handle.shared.remote().result(LIMIT_S) == "project"
+    assert handle.shared_on_the_loop.remote().result(LIMIT_S) == "project"
+    deployment.delete()
+
+
+class TestTheEnd:
+    def test_threads_finish_and_exit_hooks_run(self, qserve_instance: TestInstance, tmp_path: Path) -> None:
+        deployment = serve.deployment(name="leaver")(ordinary_code.Leaver)
+        deployment.deploy(str(tmp_path))
+        pid: int = deployment.get_handle().remote().result(LIMIT_S)
+        deployment.delete()
+        wait_until(lambda: not is_alive(pid))
+        assert (tmp_path / "atexit").read_text() == "ran"
+        assert (tmp_path / "thread").read_text() == "finished"
+
+    def test_a_hook_that_hangs_does_not_hold_it_up(self, qserve_instance: TestInstance, tmp_path: Path) -> None:
+        deployment = serve.deployment(name="hanger", graceful_shutdown_timeout_s=1)(ordinary_code.Leaver)
+        deployment.deploy(str(tmp_path), hangs=True)
+        pid: int = deployment.get_handle().remote().result(LIMIT_S)
+        deployment.delete()
+        wait_until(lambda: not is_alive(pid))
+
+
+class TestLogging:
+    """The log of an instance has what user code writes, formatted as it says, and qserve's own records."""
+
+    @pytest.fixture
+    def log(self) -> Path:
+        return next(Path(os.environ["QSERVE_RUNTIME_DIR"]).rglob("qserve.log"))
+
+    def lines(self, http: httpx.Client, log: Path, how: str) -> list[str]:
+        """What a replica has written, with logging set up in that way."""
+        mark = how.replace(" ", "_")
+        deployment = serve.deployment(name=f"logs_{mark}")(ordinary_code.Logs)
+        deployment.deploy(how)
+        handle: Any = deployment.get_handle()
+        handle.write.remote(mark).result(LIMIT_S)
+        assert http.get(f"/logs_{mark}", params={"mark": mark}).status_code == 500
+        wait_until(lambda: f"ValueError: fail-{mark}" in log.read_text())  # qserve's own record
+        wait_until(lambda: f"print-{mark}" in log.read_text())
+        deployment.delete()
+        text = log.read_text()
+        assert f"UserWarning: warn-{mark}" in text
+        return [line for line in text.splitlines() if line.endswith(f"-{mark}")]
+
+    def test_basic_config_takes_effect(self, http: httpx.Client, log: Path) -> None:
+        lines = self.lines(http, log, "basic")
+        for line in ("MINE DEBUG debug-basic", "MINE INFO info-basic", "MINE WARNING warning-basic"):
+            assert lines.count(line) == 1
+
+    def test_without_a_level_it_is_pythons(self, http: httpx.Client, log: Path) -> None:
+        lines = self.lines(http, log, "without a level")
+        assert "MINE WARNING warning-without_a_level" in lines
+        assert not any("info-" in line or "debug-" in line for line in lines)
+
+    def test_dict_config_takes_effect(self, http: httpx.Client, log: Path) -> None:
+        lines = self.lines(http, log, "dict")
+        assert lines.count("MINE shop.orders2 info-dict") == 1
+        assert not any("debug-" in line for line in lines)
+
+    def test_unconfigured_records_look_like_all_others(self, http: httpx.Client, log: Path) -> None:
+        lines = self.lines(http, log, "nothing")
+        assert [line.split()[-2:] for line in lines if "info-" in line] == [["INFO", "info-nothing"]]
+        assert any(line.endswith("WARNING warning-nothing") for line in lines)
+        assert not any("debug-" in line for line in lines)
