@@ -130,7 +130,9 @@ class Leaver:
         atexit.register(Path(folder, "atexit").write_text, "ran")
         if hangs:
             atexit.register(time.sleep, 600)
-        threading.Thread(target=self._work, args=(folder,)).start()
+        thread = threading.Thread(target=self._work, args=(folder,))
+        assert not thread.daemon
+        thread.start()
 
     def _work(self, folder: str) -> None:
         with contextlib.suppress(TimeoutError):

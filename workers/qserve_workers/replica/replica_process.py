@@ -26,7 +26,8 @@ class ReplicaProcess:
         self._birth = birth
         self._settings = settings
         self._drained = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="qserve-replica", daemon=True)
+        # No daemon: threads that user code starts would inherit that, and be cut off at the end.
+        self._thread = threading.Thread(target=self._run, name="qserve-replica")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wishes = Wishes()
         self._ready = threading.Event()
