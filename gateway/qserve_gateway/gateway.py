@@ -48,6 +48,9 @@ _is_milliseconds = re.compile(rb"[0-9]{1,9}").fullmatch
 _is_request_id = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}").fullmatch
 
 
+Response = HttpResponse | StreamedResponse | EventStream
+
+
 class Gateway:
     """The ASGI application of the public listener.
 
@@ -136,9 +139,7 @@ class Gateway:
         else:
             await response.write(send, receive, scope["method"], request_id)
 
-    async def _respond(
-        self, scope: Scope, receive: Receive, named: Named, request_id: str
-    ) -> HttpResponse | StreamedResponse | EventStream:
+    async def _respond(self, scope: Scope, receive: Receive, named: Named, request_id: str) -> Response:
         headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"])
         path, raw_path = self._full_path(scope)
         if path.startswith("/-/", len(self._root_path)):

@@ -250,33 +250,6 @@ class Deployment(Deployable, Generic[T_co]):
     def __hash__(self) -> int:
         return hash((self.name, self.version))
 
-    def __mro_entries__(self, bases: tuple[object, ...]) -> tuple[type, ...]:
-        """The class itself, where a deployment is named as a base class."""
-        code = self.func_or_class
-        if not inspect.isclass(code):
-            raise TypeError(f"Deployment {self.name!r} is a function; a class cannot be derived from it.")
-        return (code,)
-
-    def __instancecheck__(self, instance: object) -> bool:
-        code = self.func_or_class
-        return inspect.isclass(code) and isinstance(instance, code)
-
-    if not TYPE_CHECKING:  # else every misspelled name would be right
-
-        def __getattr__(self, name: str) -> Any:
-            """Attributes of the class or function, as if it were not decorated."""
-            if not name.startswith("_"):
-                try:
-                    return getattr(self.func_or_class, name)
-                except AttributeError:
-                    pass
-            raise AttributeError(
-                f"Deployment has no attribute {name!r}, nor has the code that it serves (its func_or_class). "
-                "Attributes of instances are in the replicas: call a method through get_handle().",
-                name=name,
-                obj=self,
-            )
-
     def __repr__(self) -> str:
         return f"Deployment(name={self.name!r}, version={self.version!r}, route_prefix={self.route_prefix!r})"
 

@@ -1,6 +1,7 @@
 """User code that other processes load: by its import path, or as a pickle where it has none."""
 
 import importlib
+import inspect
 import logging
 import sys
 import sysconfig
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qserve.deployments.driver_script import MAIN, is_script, main_folder, run_script, script_import_path
 from qserve.deployments.pickled_code import dumps, loads
@@ -37,6 +38,34 @@ class Deployable:
             assert callable(code)
             self._code = code
         return self._code
+
+    def __mro_entries__(self, bases: tuple[object, ...]) -> tuple[type, ...]:
+        """The class itself, where a deployment is named as a base class."""
+        code = self.func_or_class
+        if not inspect.isclass(code):
+            name = getattr(code, "__name__", repr(code))
+            raise TypeError(f"The deployed {name!r} is a function; a class cannot be derived from it.")
+        return (code,)
+
+    def __instancecheck__(self, instance: object) -> bool:
+        code = self.func_or_class
+        return inspect.isclass(code) and isinstance(instance, code)
+
+    if not TYPE_CHECKING:  # else every misspelled name would be right
+
+        def __getattr__(self, name: str) -> Any:
+            """Attributes of the class or function, as if it were not decorated."""
+            if not name.startswith("_"):
+                try:
+                    return getattr(self.func_or_class, name)
+                except AttributeError:
+                    pass
+            raise AttributeError(
+                f"Deployment has no attribute {name!r}, nor has the code that it serves (its func_or_class). "
+                "Attributes of instances are in the replicas: call a method through get_handle().",
+                name=name,
+                obj=self,
+            )
 
 
 def is_importing() -> bool:

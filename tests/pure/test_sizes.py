@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.pure.test_house import PACKAGES, SOURCES
+from tests.support.sources import PACKAGES, SOURCES
 
 MOST_MODULES = 20
 MOST_MODULES_AT_THE_TOP = 15
