@@ -20,6 +20,14 @@ def main_folder() -> str:
     return str(Path(file).resolve().parents[spec.name.count(".") if spec is not None else 0])
 
 
+def can_run_again(file: str | None) -> bool:
+    """Whether there is a script in this place that has a main block, so that other processes can run the rest of it."""
+    if file is None or not file.endswith(".py") or not Path(file).is_file():
+        return False
+    tree = ast.parse(Path(file).read_bytes())
+    return _without_main_block(tree) != tree.body
+
+
 def script_import_path(qualname: str) -> str | None:
     """The import path by which other processes get at what the running script defines under a name.
 
@@ -27,15 +35,14 @@ def script_import_path(qualname: str) -> str | None:
     defines the name there; or there is no file.
     """
     main = sys.modules[MAIN]
-    file = Path(getattr(main, "__file__", None) or "")
-    if file.suffix != ".py" or not file.is_file():
+    file = getattr(main, "__file__", None)
+    if file is None or not can_run_again(file):
         return None
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    body = _without_main_block(tree)
-    if body == tree.body or qualname.partition(".")[0] not in _names_bound_in(body):
+    body = _without_main_block(ast.parse(Path(file).read_bytes()))
+    if qualname.partition(".")[0] not in _names_bound_in(body):
         return None
     spec = getattr(main, "__spec__", None)
-    return f"{file.resolve() if spec is None else spec.name}:{qualname}"
+    return f"{Path(file).resolve() if spec is None else spec.name}:{qualname}"
 
 
 def is_script(module_name: str) -> bool:

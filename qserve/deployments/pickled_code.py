@@ -1,4 +1,8 @@
-"""Code that travels by value: cloudpickle, with what a script's functions, classes and applications need beyond it."""
+"""Code that travels by value: cloudpickle, with what a script's functions, classes and applications need beyond it.
+
+Pickles name the functions of this module that make and fill things, and wait in Redis for the next version of qserve:
+these functions keep their names and parameters.
+"""
 
 import ast
 import functools
@@ -21,7 +25,7 @@ import cloudpickle
 import pydantic.dataclasses
 from starlette.datastructures import State
 
-from qserve.deployments.driver_script import MAIN
+from qserve.deployments.driver_script import MAIN, can_run_again
 
 _SCHEMA = ("__pydantic_core_schema__", "__pydantic_validator__", "__pydantic_serializer__")
 """What pydantic makes of a model. Models that refer to each other cannot be unpickled with it."""
@@ -100,7 +104,20 @@ def loads(data: bytes, *, as_main: bool = False) -> Any:
             _rebuild_model(model)
     finally:
         _loading.reset(token)
+    if not can_run_again(vars(main).get("__file__")):
+        main.__class__ = _MainWithoutFile
     return loaded
+
+
+class _MainWithoutFile(ModuleType):
+    """A `__main__` that `multiprocessing` does not run again: its script would start and deploy once more.
+
+    Code of the script finds its `__file__` all the same, because that is one of its globals.
+    """
+
+    @property
+    def __file__(self) -> str:  # type: ignore[override]
+        raise AttributeError("__file__")
 
 
 def _rebuild_model(model: Any) -> None:

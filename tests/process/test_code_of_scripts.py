@@ -311,13 +311,45 @@ def test_names_of_the_script_are_found_where_python_looks_for_them(script: Path)
         def check(colour: str) -> list:
             same = pickle.loads(pickle.dumps(Colour.RED)) is Colour.RED
             main = sys.modules["__main__"]
-            return [same, main.paint is paint, __name__, main.__file__ == __file__]
+            return [same, main.paint is paint, __name__, __file__.endswith("script.py")]
 
         hand_over(check)
         """,
     )
     assert target.pickled
     assert call(target, "red") == [True, True, "__main__", True]
+
+
+@pytest.mark.parametrize("main_block", [True, False])
+def test_processes_that_a_replica_spawns_run_a_script_only_if_it_has_a_main_block(
+    script: Path, main_block: bool
+) -> None:
+    target = target_of(
+        script,
+        f"""
+        import concurrent.futures
+        import multiprocessing
+        import operator
+        import pathlib
+
+        with open(pathlib.Path(__file__).with_name("runs"), "a") as runs:
+            runs.write("run ")
+
+        def double(x: int) -> int:
+            return 2 * x
+
+        @serve.deployment
+        def work(x: int) -> list:
+            spawn = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                return [pool.submit(double if {main_block} else operator.neg, x).result(), double(x)]
+
+        {'if __name__ == "__main__":' if main_block else "if True:"}
+            hand_over(work)
+        """,
+    )
+    assert call(target, 4) == [8 if main_block else -4, 8]
+    assert (script.parent / "runs").read_text() == ("run run " if main_block else "run ")
 
 
 # Running the script again
