@@ -14,6 +14,10 @@ class Nested(Protocol):
     def inherit_cancellation(self) -> None:
         """Withdraw it because the call that made it was cancelled. May be called from any thread."""
 
+    @property
+    def awaited(self) -> str:
+        """Its id while somebody waits for it without a limit of time, else ""."""
+
 
 @dataclass(eq=False, slots=True)
 class CallInfo:
@@ -24,6 +28,7 @@ class CallInfo:
         attempt: 1 for its first delivery, 2 for its second, ...
         deadline: When it has to end, on `time.monotonic`; None once it streams, which may take as long as it takes.
         nested: The calls it has made that have not ended.
+        lineage: The ids of the calls that it is a part of, and its own.
         app_error: What an ASGI application raised, although its response may be whole.
     """
 
@@ -31,6 +36,7 @@ class CallInfo:
     attempt: int = 1
     deadline: float | None = None
     nested: set[Nested] = field(default_factory=set)
+    lineage: str = ""
     app_error: BaseException | None = None
 
     def limit(self, timeout_s: float) -> float:

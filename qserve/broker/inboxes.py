@@ -95,6 +95,12 @@ def send_control(
     TELL.send(connection, ignore_answer, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame)
 
 
+def send_reply(connection: Connection, keys: Keys, signer: Signer, reply: Reply) -> None:
+    """Answer a call that no replica has, if its caller lives."""
+    frame = signer.seal(encode(reply))
+    TELL.send(connection, ignore_answer, (keys.inbox(reply.to), keys.alive(reply.to)), INBOX_TTL_MS, frame)
+
+
 def send_chunk(
     connection: Connection,
     keys: Keys,

@@ -13,6 +13,7 @@ from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.scripts import (
     ADMIT,
     BEAT,
+    CANCEL,
     CLAIM,
     EPOCH,
     GIVE_UP,
@@ -114,6 +115,18 @@ class ReplicaQueue:
             raws = await connection.call("XRANGE", self._stream, entry_id, entry_id)
             found += (_entry(raw, count // 2 + 1) for raw in raws)
         return found
+
+    async def unread(self, connection: Connection, most: int) -> list[Entry]:
+        """The first calls that no replica has been given yet."""
+        groups = await connection.call("XINFO", "GROUPS", self._stream)
+        if not groups:
+            return []
+        last = dict(zip(groups[0][::2], groups[0][1::2], strict=True))[b"last-delivered-id"]
+        return [_entry(raw) for raw in await connection.call("XRANGE", self._stream, b"(" + last, "+", "COUNT", most)]
+
+    def withdraw(self, connection: Connection, entry: bytes, on_answer: Callable[[Answer], None]) -> None:
+        """Delete a call that no replica has been given; `on_answer` gets 1 if that was so."""
+        CANCEL.send(connection, on_answer, (self._stream,), GROUP, entry)
 
     @staticmethod
     def entries(answer: Answer) -> list[Entry]:

@@ -12,7 +12,7 @@ from qserve.calls.ref import Ref
 from qserve.context import CallInfo, current_call
 from qserve.errors import QServeError
 from qserve.wire.codec import Codec, collect_refs, substitute
-from qserve.wire.messages import ERROR, NO_META, PYTHON, Outcome, decode_error
+from qserve.wire.messages import ERROR, NO_META, PYTHON, WITHIN, Outcome, decode_error
 
 
 class CallRef(Ref[Any]):
@@ -63,11 +63,18 @@ class CallRef(Ref[Any]):
         if self._pending is not None:
             self._client.withdraw(self._pending, inherited=True)
 
+    @property
+    def awaited(self) -> str:
+        return self._pending.id if self.is_waited_for and self._pending is not None and not self.done() else ""
+
     def send(self, payload: bytes) -> None:
         """Put the call with its packed arguments."""
         timeout_s = self._client.settings.handle_timeout_s if self._timeout_s is None else self._timeout_s
-        if self._caller is not None:
-            timeout_s = self._caller.limit(timeout_s)
+        meta, caller = self._meta, self._caller
+        if caller is not None:
+            timeout_s = caller.limit(timeout_s)
+            if caller.lineage:
+                meta = {**meta, WITHIN: caller.lineage}
         self._pending = self._client.prepare(
             self._deployment,
             kind=PYTHON,
@@ -76,7 +83,7 @@ class CallRef(Ref[Any]):
             timeout_s=timeout_s,
             safe=False,
             on_outcome=self._settle,
-            meta=self._meta,
+            meta=meta,
         )
         self._client.submit(self._pending)
 

@@ -21,6 +21,9 @@ class Ref(LightFuture[T], Generic[T]):
     Passed as an argument of another call it is resolved first, without blocking anything. Thread-safe.
     """
 
+    is_waited_for = False
+    """Whether somebody waits for it now, without a limit of time."""
+
     @property
     def label(self) -> str:
         """The name of what is called, for messages."""
@@ -43,7 +46,7 @@ class Ref(LightFuture[T], Generic[T]):
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(
             f"{self!r} cannot be pickled, because its result arrives in this process: pass it as an argument of a "
-            "call, alone or in a list, tuple or dict; or pickle its result"
+            "call, alone or in a list, tuple or dict; or `await` it, and pickle its result"
         )
 
     def cancel(self) -> bool:
@@ -67,6 +70,8 @@ class Ref(LightFuture[T], Generic[T]):
             RuntimeError: Called where waiting would stop the event loop that has to receive the result.
         """
         self.refuse_to_deadlock()
+        if timeout is None:
+            self.is_waited_for = True
         try:
             return super().result(timeout)
         except concurrent.futures.CancelledError:
@@ -92,7 +97,11 @@ class Ref(LightFuture[T], Generic[T]):
             woken: asyncio.Future[None] = loop.create_future()
             waker = _waker_of(loop)
             self.add_done_callback(lambda _: waker.wake(woken))
-            yield from woken
+            self.is_waited_for = True
+            try:
+                yield from woken
+            finally:
+                self.is_waited_for = False
         return self.result(0)
 
     def refuse_to_deadlock(self) -> None:
@@ -166,6 +175,7 @@ def get(refs: Ref[T] | Sequence[Ref[T]], timeout: float | None = None) -> T | li
     _check(refs)
     for ref in refs:
         ref.refuse_to_deadlock()
+        ref.is_waited_for = ref.is_waited_for or timeout is None
     _, late = concurrent.futures.wait(refs, timeout)
     if late:
         raise GetTimeoutError(f"{len(late)} of {len(refs)} calls did not end within {timeout} s; they go on")

@@ -69,6 +69,11 @@ class ResultStream(Generic[T]):
         """End it with the call that made it."""
         self._client.withdraw(self._pending, inherited=True)
 
+    @property
+    def awaited(self) -> str:
+        """Nothing: whoever iterates a stream waits for its next part only."""
+        return ""
+
     def _put(self) -> None:
         self._channel.set_result(self._client.open_channel(self._pending))
         self._client.put(self._pending)

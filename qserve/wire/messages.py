@@ -26,6 +26,8 @@ DURABLE = "d"
 """Flag of an entry whose call has a record, which gets its answer."""
 
 
+WITHIN = "qserve-within"
+"""In the meta of a call that was made by a call: the lineage of that one."""
 NO_META: Mapping[str, str] = MappingProxyType({})
 
 
@@ -286,6 +288,12 @@ def with_meta(call: Call, meta: Mapping[str, str]) -> CallWithMeta:
     """The call, with what the hooks of its caller say."""
     fields = {name: getattr(call, name) for name in Call.__struct_fields__}
     return CallWithMeta(**fields, meta=dict(meta))
+
+
+def lineage_of(call: Call) -> str:
+    """The ids of the calls that a call is a part of, and its own, with spaces between them."""
+    within = call.meta.get(WITHIN) if call.meta else None
+    return call.id if within is None else f"{within} {call.id}"
 
 
 def encode_bare(message: msgspec.Struct) -> bytes:

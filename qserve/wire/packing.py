@@ -1,5 +1,7 @@
 """The way from values to what msgspec writes without losing a type: plain data as it is, the rest as extensions."""
 
+import asyncio
+import inspect
 import sys
 from collections.abc import Iterable
 from enum import Enum
@@ -164,12 +166,9 @@ class ToWire:
         return self._ext(kinds.DATACLASS, [*name, self._mapping(classes.state_of(value), room, ".{}")])
 
     def _handle(self, handle: Any, room: int) -> object:
-        kind, data = handle.__qserve_wire__()
-        if kind != "handle":
-            raise CannotTravelError(
-                f"a {kind} cannot be sent in this place: qserve waits for refs that are arguments, or in lists, tuples "
-                "and dicts of arguments; elsewhere, take its result first"
-            )
+        if unawaited := what_to_await(handle):
+            raise CannotTravelError(f"{unawaited}. qserve does so only for arguments, and in their lists and dicts")
+        _, data = handle.__qserve_wire__()
         return self._ext(kinds.HANDLE, [self.value(data, room - 1)])
 
     def _request(self, request: Any) -> object:
@@ -188,6 +187,8 @@ class ToWire:
         return self._pickled(array, f"a numpy array of dtype {array.dtype}") if wire is None else wire
 
     def _pickled(self, value: object, name: str = "") -> object:
+        if unawaited := what_to_await(value):
+            raise CannotTravelError(unawaited)
         name = name or _name(type(value))
         if not self._allow_pickle:
             raise CannotTravelError(
@@ -203,6 +204,15 @@ class ToWire:
                 f"{name} cannot be sent, not even pickled ({type(exc).__name__}: {exc}): "
                 "send what it is made from, or make it in the deployment's constructor"
             ) from exc
+
+
+def what_to_await(value: object) -> str:
+    """What to do with a value that stands for a result which is not there yet; "" for other values."""
+    if hasattr(type(value), "__qserve_wire__") and value.__qserve_wire__()[0] == "ref":  # type: ignore[attr-defined]
+        return f"{value!r} cannot be sent before its result is there: `await` it, or take `ref.result()` in `def` code"
+    if inspect.iscoroutine(value) or asyncio.isfuture(value):
+        return f"{_name(type(value))} cannot be sent before its result is there: `await` it"
+    return ""
 
 
 def _name(kind: type) -> str:

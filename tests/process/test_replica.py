@@ -85,6 +85,20 @@ class TestSlots:
 
             assert await value(caller, future) == host.pid
 
+    async def test_a_call_to_itself_that_nobody_waits_for_is_left_alone(self, world: World) -> None:
+        world.deploy("Firing")
+        (host,) = await world.start()
+        async with calling(world.settings) as caller:
+            first = put(caller, "", "first")
+            await world.started("after")
+            beats = world.redis.hget(world.keys.heartbeats(NAME), host.id)
+            assert beats is not None
+            await until(lambda: int(world.redis.hget(world.keys.heartbeats(NAME), host.id) or 0) > int(beats) + 4)
+            world.books.gate.open()
+
+            assert await value(caller, first) == "first"
+            await world.started("fired")
+
 
 class TestDeath:
     @pytest.mark.parametrize("with_tombstone", [True, False])

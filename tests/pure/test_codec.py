@@ -480,7 +480,7 @@ def test_a_pickle_that_cannot_be_loaded_here_says_why() -> None:
 
 
 def test_a_ref_where_it_is_not_resolved_is_refused() -> None:
-    with pytest.raises(ValueNotSerializable, match="take its result first"):
+    with pytest.raises(ValueNotSerializable, match="cannot be sent before its result is there: `await` it"):
         unsigned.pack({Ref()})
 
 

@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+from qserve.calls.handle import get_handle
 from tests.support.gates import Gate, Notes
 
 
@@ -143,3 +144,18 @@ class SyncPatient:
         self.books.start("check")
         while self.books.says("stuck"):
             time.sleep(0.01)
+
+
+class Firing:
+    """Sync code only, which makes a call to its own deployment and does not wait for it."""
+
+    def __init__(self, folder: str) -> None:
+        self.books = Books(Path(folder))
+
+    def __call__(self, name: str) -> str:
+        self.books.start(name)
+        if name == "first":
+            get_handle("Code").remote("fired")
+            self.books.start("after")
+            self.books.gate.pass_through()
+        return name

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from qserve.hooks import CallKind, HookChain, ReplicaCall, ReplicaHook
 from qserve.wire.call_record import DurableCall
-from qserve.wire.messages import HTTP, PYTHON, STREAM, WEBSOCKET
+from qserve.wire.messages import HTTP, PYTHON, STREAM, WEBSOCKET, WITHIN
 from qserve_workers.calls.running import RunningCall
 from qserve_workers.user.user_entry import what_was_raised
 
@@ -46,5 +46,5 @@ def _described(running: RunningCall) -> ReplicaCall:
         kind=_KINDS.get(call.kind, "stream"),
         attempt=running.info.attempt,
         durable=isinstance(call, DurableCall),
-        meta=call.meta,
+        meta={name: text for name, text in call.meta.items() if name != WITHIN},
     )

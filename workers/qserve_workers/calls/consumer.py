@@ -28,6 +28,7 @@ from qserve_workers.calls.mover import Mover
 from qserve_workers.calls.ordinary_calls import OrdinaryRuns
 from qserve_workers.calls.queue_reading import QueueReading
 from qserve_workers.calls.running import Conversations, RunningCall
+from qserve_workers.calls.self_calls import SelfCalls
 from qserve_workers.calls.slots import Slots
 from qserve_workers.calls.suspects import Suspects
 from qserve_workers.calls.triage import Triage
@@ -108,6 +109,7 @@ class Consumer:
             suspects=self._suspects,
             withdrawn=self.withdrawn,
         )
+        self._self_calls = SelfCalls(settings, signer, queue, link, slots, self._ordinary)
         self.absence = Absence(settings.dead_after_s, self._note_start, self._begin_all, may_go_on)
 
     # Life cycle
@@ -196,6 +198,10 @@ class Consumer:
         self._begin_all(entries)
         if self._suspects:
             self._reading.cut_short()
+
+    def look_for_self_calls(self, *, is_only: bool) -> None:
+        """End a call that can never start, if there is one; see `SelfCalls.look`."""
+        self._self_calls.look(self._code, is_only=is_only)
 
     def lost(self, entries: list[bytes]) -> None:
         """Stop calls that others have taken over while this replica was thought dead.

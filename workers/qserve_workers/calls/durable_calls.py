@@ -133,7 +133,8 @@ class DurableRuns:
                 attempt, failures = facts
                 parts = self._parts(entry, call, attempt)
                 report = self._reporter(entry, call)
-                running.info = DurableCallInfo(call.id, attempt, report=report, on_chunk=parts.value)
+                lineage = running.info.lineage
+                running.info = DurableCallInfo(call.id, attempt, lineage=lineage, report=report, on_chunk=parts.value)
                 await self._run(running, call, code, failures, parts)
             elif verdict == b"cancelled":
                 self._settle(entry, call, CANCELLED, facts[0])

@@ -21,6 +21,7 @@ from qserve.wire.channel import ABORT, CREDIT, DOUBT_S, Channel, Chunk
 from qserve.wire.messages import (
     Call,
     Signer,
+    lineage_of,
 )
 
 _WATCH_EVERY_S = 2.0
@@ -45,7 +46,8 @@ class RunningCall:
         self.started_at = time.monotonic()
         self.task: asyncio.Task[None] | None = None
         self.channel: Channel | None = None
-        self.info = CallInfo(call.id, entry.deliveries)
+        self.info = info = CallInfo(call.id, entry.deliveries)
+        info.lineage = lineage_of(call)
         self.unwanted = False
         self.began = False
         self.streams = False

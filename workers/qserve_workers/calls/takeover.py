@@ -41,6 +41,9 @@ class Takeover:
     Args:
         consumer: Gets the entries taken over.
         replica: Id of this replica.
+
+    Attributes:
+        is_alone: Whether the deployment has no other replica.
     """
 
     def __init__(self, settings: Settings, consumer: Consumer, replica: str) -> None:
@@ -55,6 +58,7 @@ class Takeover:
         self._workers_at = time.monotonic() + _WORKERS_EVERY_S
         self._silent: Counter[str] = Counter()
         self._wanted = consumer.takeover_wanted
+        self.is_alone = False
         self._gone_since: dict[str, float] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -103,6 +107,7 @@ class Takeover:
         gone = [(id_, beat) for id_, beat in beats.items() if id_ != self._replica and self._is_gone(id_, beat, now)]
         self._seen = {id_: seen for id_, seen in self._seen.items() if id_ in beats}
         self._gone_since = {id_: self._gone_since.get(id_, now) for id_, _ in gone}
+        self.is_alone = len(beats) == 1 + len(gone)
         waiting = [await self._take_all(connection, id_, beat) for id_, beat in gone]
         if now >= self._orphans_at:
             self._orphans_at = now + _ORPHANS_EVERY_S

@@ -221,6 +221,7 @@ class Service:
 
     def _tick(self) -> None:
         self._consumer.absence.noticed()
+        self._consumer.look_for_self_calls(is_only=self._takeover.is_alone)
         self._about.refresh(self._deployed)
 
     # The end

@@ -12,6 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from qserve.errors import ResultNotSerializable
 from qserve.wire.channel import Channel
 from qserve.wire.messages import HttpRequest, HttpResponse
+from qserve.wire.packing import what_to_await
 from qserve_workers.user.asgi import Exchange, http_scope, run_asgi
 from qserve_workers.user.user_entry import enter
 
@@ -111,6 +112,8 @@ def _jsonable(value: Any) -> Any:
         return value.decode()
     if isinstance(value, BaseException):
         return str(value)
+    if unawaited := what_to_await(value):
+        raise TypeError(unawaited)
     if hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
         return value.tolist()
     # pydantic models, dataclasses, datetime, UUID, Decimal, sets, enums, paths
@@ -120,7 +123,9 @@ def _jsonable(value: Any) -> Any:
 def _jsonable_inside(value: Any) -> Any:
     if isinstance(value, BaseException) or hasattr(value, "tolist"):
         return _jsonable(value)
-    raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} is not JSON serializable")
+    raise TypeError(
+        what_to_await(value) or f"{type(value).__module__}.{type(value).__qualname__} is not JSON serializable"
+    )
 
 
 def _null(_name: str) -> None:
