@@ -31,6 +31,7 @@ class WebSocketBridge:
         self._receive = receive
         self._send = send
         self._request_id = request_id
+        self._denial = HttpResponse(500, [], b"")
         self.accepted = False
         self.closed = False
 
@@ -86,16 +87,24 @@ class WebSocketBridge:
         elif event.type == "close":
             self.closed = True
             message |= {"code": event.code, "reason": event.reason}
-        elif event.type == "deny":
-            head = start_message(HttpResponse(event.code, event.headers, b""), "GET", self._request_id, streamed=True)
-            message = head | {"type": "websocket.http.response.start"}
         else:
-            self.closed = event.reason != "more"
-            message = {"type": "websocket.http.response.body", "body": event.data or b"", "more_body": not self.closed}
+            await self._take_denial(event)
+            return
         try:
             await self._send(message)
         except OSError:  # the client has left; what the application sends meanwhile is for nobody
             self.closed = True
+
+    async def _take_denial(self, event: WebSocketEvent) -> None:
+        """Hold a denial until it is whole: one that breaks off must not stand in the way of the answer that says so."""
+        if event.type == "deny":
+            self._denial = HttpResponse(event.code, event.headers, b"")
+            return
+        held = self._denial
+        self._denial = HttpResponse(held.status, held.headers, held.body + (event.data or b""))
+        if event.reason != "more":
+            self.closed = True
+            await deny(self._send, self._denial, self._request_id)
 
     async def _close(self, code: int) -> None:
         if not self.closed:
@@ -108,7 +117,8 @@ async def deny(send: Send, response: HttpResponse, request_id: str) -> None:
     try:
         head = start_message(response, "GET", request_id)
     except Unsendable:
-        logger.exception("denial of WebSocket %s cannot be sent as it is", request_id)
-        head = start_message(HttpResponse(500, [], b""), "GET", request_id)
+        logger.exception("the denial of WebSocket %s cannot be sent as it is; 500 is sent in its place", request_id)
+        response = HttpResponse(500, [], b"")
+        head = start_message(response, "GET", request_id)
     await send(head | {"type": "websocket.http.response.start"})
     await send({"type": "websocket.http.response.body", "body": response.body})

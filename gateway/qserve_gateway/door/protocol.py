@@ -21,6 +21,7 @@ from qserve_gateway.door.gate import (
     inspect_part_of_head,
     refuse,
 )
+from qserve_gateway.door.http_1_0 import ended_by_closing
 from qserve_gateway.door.limits import LINGER_S, Door
 from qserve_gateway.door.transport import TickTransport
 
@@ -222,6 +223,8 @@ class HttpProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._active = cycle
         self._began = monotonic()
+        if cycle.scope["http_version"] == "1.0":
+            app = ended_by_closing(app, cycle, self._reset)
         task = self.loop.create_task(cycle.run_asgi(app))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)

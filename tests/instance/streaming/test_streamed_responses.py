@@ -16,6 +16,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
 
 from qserve import serve
 from qserve.testing import TestInstance
@@ -209,6 +210,88 @@ def test_an_error_in_the_middle_cuts_the_connection_visibly(http: httpx.Client) 
             assert response.status_code == 200
             with pytest.raises(httpx.RemoteProtocolError):
                 response.read()
+
+
+def test_status_and_headers_leave_before_the_first_part(http: httpx.Client, gate: Gate) -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    async def later() -> StreamingResponse:
+        async def parts() -> AsyncIterator[str]:
+            await gate.passed()
+            yield "part"
+
+        return StreamingResponse(parts(), 201, {"x-mine": "yes"})
+
+    _deploy(app)
+
+    with http.stream("GET", "/served/") as response:
+        assert (response.status_code, response.headers["x-mine"]) == (201, "yes")
+        gate.open()
+        assert response.read() == b"part"
+
+
+def test_a_stream_that_is_idle_after_its_headers_is_not_cut_by_the_deadline(http: httpx.Client) -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    async def slow() -> StreamingResponse:
+        async def parts() -> AsyncIterator[str]:
+            await asyncio.sleep(2)
+            yield "part"
+
+        return StreamingResponse(parts())
+
+    _deploy(app)
+
+    assert http.get("/served/", headers={"x-request-timeout-ms": "1000"}).text == "part"
+
+
+def test_an_application_that_takes_every_scope_for_a_request_is_served(http: httpx.Client) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while True:
+            await send({"type": "http.response.body", "body": b"tick", "more_body": True})
+            await asyncio.sleep(0.01)
+
+    _deploy(app)
+
+    with http.stream("GET", "/served/") as response:
+        assert response.status_code == 200
+        assert next(response.iter_bytes(4)) == b"tick"
+
+
+def test_to_http_1_0_a_stream_goes_without_chunks_until_the_connection_ends(
+    qserve_instance: TestInstance, gate: Gate
+) -> None:
+    app = FastAPI()
+
+    @app.get("/{ending}")
+    async def stream(ending: str) -> StreamingResponse:
+        async def parts() -> AsyncIterator[str]:
+            yield "first,"
+            await gate.passed()
+            if ending == "cut":
+                raise ZeroDivisionError
+            yield "last"
+
+        return StreamingResponse(parts())
+
+    _deploy(app)
+
+    whole = connect(qserve_instance, b"GET /served/whole HTTP/1.0\r\nhost: HOST\r\n\r\n")
+    cut = connect(qserve_instance, b"GET /served/cut HTTP/1.0\r\nhost: HOST\r\n\r\n")
+    with whole, cut:
+        beginnings = [read_until(each, b"first,") for each in (whole, cut)]
+        gate.open()
+        with pytest.raises(ConnectionResetError):
+            cut.recv(1)
+        rest = read_to_end(whole)
+    head, _, body = (beginnings[0] + rest).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"chunked" not in head
+    assert b"connection: close" in head
+    assert body == b"first,last"
 
 
 def test_an_error_before_the_first_part_is_a_500(http: httpx.Client) -> None:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.websockets import WebSocketState
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -164,6 +164,14 @@ async def test_denials(qserve_instance: TestInstance) -> None:
     async def failing(socket: WebSocket) -> None:
         raise ZeroDivisionError
 
+    @app.websocket("/half-way")
+    async def half_way(socket: WebSocket) -> None:
+        async def parts() -> AsyncIterator[str]:
+            yield "the beginning of a denial"
+            raise ZeroDivisionError
+
+        await socket.send_denial_response(StreamingResponse(parts(), 418))
+
     @serve.deployment
     def plain(request: Request) -> str:
         return "plain"
@@ -178,6 +186,9 @@ async def test_denials(qserve_instance: TestInstance) -> None:
         return refused.value
 
     assert (await refusal("/served/closed")).response.status_code == 403
+    half = (await refusal("/served/half-way")).response
+    assert half.status_code >= 500
+    assert b"the beginning of a denial" not in (half.body or b"")
     assert (await refusal("/plain")).response.status_code == 403
     assert (await refusal("/nowhere")).response.status_code == 404
     assert (await refusal("/served/nowhere")).response.status_code in {403, 404}

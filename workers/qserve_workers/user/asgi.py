@@ -21,6 +21,9 @@ ASGIApp = Callable[
     Awaitable[None],
 ]
 
+OnComplete = Callable[[HttpResponse | None], None]
+"""Called with a response that is complete, or with None where it was streamed."""
+
 # uvicorn's. From 2.4 on Starlette would no longer listen for the client's leaving while it streams, and so leave a
 # generator alone that waits for something that may never come.
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
@@ -59,17 +62,25 @@ class ClientLeft(StreamBroken, OSError):
 class Exchange:
     """One request and its response, as an ASGI application sees them: `receive` and `send`.
 
-    A response that is complete at once is collected; one that comes in parts is streamed over the call's channel, each
-    part as it is sent. The same channel brings a body that follows its request, and the news that the client has left.
+    A response that is complete at once is collected; one that takes its time is streamed over the call's channel: its
+    status and headers first, then each part as it is sent. The same channel brings a body that follows its request, and
+    the news that the client has left.
+
+    Args:
+        on_complete: Called when the application has sent the end of its response, with the response, or with None where
+            it was streamed. The application may go on afterwards, with background tasks.
     """
 
     __slots__ = (
-        *("_channel", "_first", "_flushing", "_follows", "_held", "_open_channel", "_response", "_timer"),
-        *("complete", "streamed"),
+        *("_channel", "_first", "_flushing", "_follows", "_held", "_on_complete", "_open_channel", "_response"),
+        *("_timer", "complete", "streamed"),
     )
 
-    def __init__(self, request: HttpRequest, open_channel: Callable[[], Channel]) -> None:
+    def __init__(
+        self, request: HttpRequest, open_channel: Callable[[], Channel], on_complete: OnComplete | None = None
+    ) -> None:
         self._open_channel = open_channel
+        self._on_complete = on_complete
         self._channel: Channel | None = None
         self._first: bytes | None = request.body
         self._follows = request.body_follows
@@ -112,6 +123,9 @@ class Exchange:
         if message["type"] == "http.response.start":
             headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
             self._response = HttpResponse(message["status"], headers, b"")
+            # Most responses follow at once as a whole; middlewares turn these into a part and an empty end. So wait a
+            # moment for the end before the beginning leaves by itself.
+            self._timer = asyncio.get_running_loop().call_later(_HOLD_S, self._begin_flush)
         elif message["type"] == "http.response.body":
             try:
                 await self._send_body(bytes(message.get("body", b"")), more=message.get("more_body", False))
@@ -125,32 +139,39 @@ class Exchange:
             if body:
                 await self.channel.send(body)
         elif more:
-            # Middlewares turn whole responses into a part and an empty end: wait a moment for that end.
             self._held = body
-            self._timer = asyncio.get_running_loop().call_later(_HOLD_S, self._begin_flush)
         else:
+            self._stop_timer()
             self._response = HttpResponse(self._response.status, self._response.headers, (self._held or b"") + body)
         if not more:
             self.complete = True
+            if self._on_complete is not None:
+                self._on_complete(self.response())
             if self._channel is not None:
                 self._channel.close(StreamBroken("the response is complete"))
 
     async def settle(self) -> None:
         """The application has ended: what it sent last is on its way, and nothing is left to do."""
-        if not self.complete and (self._held is not None or self._flushing is not None):
+        if self.complete:
+            return
+        if self._held is not None or self._flushing is not None:
             with contextlib.suppress(StreamBroken):
                 await self._flush(anyway=True)
+        self._stop_timer()
 
     async def _flush(self, *, anyway: bool) -> None:
         """Wait for the first part to be sent; if its time has not come yet, send it only if wanted `anyway`."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-            if anyway:
-                self._begin_flush()
+        if self._stop_timer() and anyway:
+            self._begin_flush()
         if self._flushing is not None:
             await self._flushing
             self._flushing = None
+
+    def _stop_timer(self) -> bool:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        return timer is not None
 
     def _begin_flush(self) -> None:
         self._timer = None
@@ -175,12 +196,17 @@ class Exchange:
 
 
 async def run_asgi(
-    app: ASGIApp, request: HttpRequest, open_channel: Callable[[], Channel], state: dict[str, Any] | None = None
+    app: ASGIApp,
+    request: HttpRequest,
+    open_channel: Callable[[], Channel],
+    state: dict[str, Any] | None = None,
+    on_complete: OnComplete | None = None,
 ) -> HttpResponse | None:
     """Run an application on one request, background tasks included. What it raises becomes what uvicorn would send.
 
     Args:
         state: The state its lifespan left; each request gets a copy, as ASGI wants it.
+        on_complete: As for `Exchange`.
 
     Returns:
         The response; None if it was streamed.
@@ -191,7 +217,7 @@ async def run_asgi(
     scope = http_scope(request)
     if state is not None:
         scope["state"] = state.copy()
-    exchange = Exchange(request, open_channel)
+    exchange = Exchange(request, open_channel, on_complete)
     try:
         await enter(app, scope, exchange.receive, exchange.send)
     except Exception as exc:
@@ -378,3 +404,6 @@ class Lifespan:
             self._started.set()
         elif message["type"] in ("lifespan.startup.failed", "lifespan.shutdown.failed"):
             self._failure = message.get("message", "")
+        elif message["type"] != "lifespan.shutdown.complete":
+            # From an application that takes every scope for a request. As uvicorn does: it knows no lifespan then.
+            raise RuntimeError(f"{message['type']!r} was sent in answer to the lifespan, which knows no such message")

@@ -1,6 +1,7 @@
 """What a plain deployment returns over HTTP, as an `HttpResponse`."""
 
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,8 +14,10 @@ from qserve.errors import ResultNotSerializable
 from qserve.wire.channel import Channel
 from qserve.wire.messages import HttpRequest, HttpResponse
 from qserve.wire.packing import what_to_await
-from qserve_workers.user.asgi import Exchange, http_scope, run_asgi
+from qserve_workers.user.asgi import Exchange, OnComplete, http_scope, run_asgi
 from qserve_workers.user.user_entry import enter
+
+logger = logging.getLogger(__name__)
 
 OpenChannel = Callable[[], Channel]
 
@@ -32,8 +35,13 @@ def make_request(request: HttpRequest, open_channel: OpenChannel) -> Request:
     return made
 
 
-async def make_response(result: object, request: HttpRequest, open_channel: OpenChannel) -> HttpResponse | None:
+async def make_response(
+    result: object, request: HttpRequest, open_channel: OpenChannel, on_complete: OnComplete | None = None
+) -> HttpResponse | None:
     """The response for what user code returned; None for one that was streamed.
+
+    Args:
+        on_complete: Called with the response before its background tasks run.
 
     Raises:
         ResultNotSerializable: It is neither a response nor text nor something JSON can say.
@@ -43,7 +51,7 @@ async def make_response(result: object, request: HttpRequest, open_channel: Open
         body = result.encode()
         return HttpResponse(200, [_TEXT, (b"content-length", b"%d" % len(body))], body)
     if isinstance(result, Response):
-        return await _send(result, request, open_channel)
+        return await _send(result, request, open_channel, on_complete)
     if isinstance(result, bytes):
         return HttpResponse(200, [_PLAIN, (b"content-length", b"%d" % len(result))], result)
     if result is None:
@@ -135,10 +143,17 @@ def _null(_name: str) -> None:
 _encode = json.JSONEncoder(default=_jsonable).encode
 
 
-async def _send(response: Response, request: HttpRequest, open_channel: OpenChannel) -> HttpResponse | None:
+async def _send(
+    response: Response, request: HttpRequest, open_channel: OpenChannel, on_complete: OnComplete | None
+) -> HttpResponse | None:
     if type(response).__call__ is not Response.__call__:  # streams, files, the user's own kinds
-        return await run_asgi(response, request, open_channel)
+        return await run_asgi(response, request, open_channel, on_complete=on_complete)
     sent = HttpResponse(response.status_code, list(response.raw_headers), bytes(response.body))
     if response.background is not None:
-        await enter(response.background)
+        if on_complete is not None:
+            on_complete(sent)
+        try:
+            await enter(response.background)
+        except Exception:  # the response is made, so it is no failure of the call
+            logger.exception("Exception in a background task of request %s %s", request.method, request.request_id)
     return sent

@@ -20,7 +20,7 @@ from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
 from qserve.wire.messages import HttpRequest, HttpResponse, WebSocketEvent, encode
 from qserve.wire.spec import DeploymentSpec, Target
-from qserve_workers.user.asgi import ASGIApp, Lifespan, Socket, run_asgi
+from qserve_workers.user.asgi import ASGIApp, Lifespan, OnComplete, Socket, run_asgi
 from qserve_workers.user.ordinary_process import adopt_celery_app, settle_log_level
 from qserve_workers.user.plain_responses import make_request, make_response, stream_chunks, text_response
 from qserve_workers.user.user_entry import UserThreads, enter
@@ -216,10 +216,15 @@ class UserCode:
         """Send the clients of open WebSockets elsewhere: they last for as long as they please."""
         await asyncio.gather(*(socket.close(_SERVICE_RESTART, "the replica is leaving") for socket in self._sockets))
 
-    async def http(self, request: HttpRequest, open_channel: Callable[[], Channel]) -> HttpResponse | None:
+    async def http(
+        self, request: HttpRequest, open_channel: Callable[[], Channel], on_complete: OnComplete | None = None
+    ) -> HttpResponse | None:
         """Answer a request; None when the response was streamed over the call's channel.
 
         Only plain deployments raise; an application answers with status 500 itself.
+
+        Args:
+            on_complete: Called with what will be returned once it is known; background tasks may run after that.
 
         Raises:
             MethodNotFound: X-Serve-Call-Method names no public method.
@@ -228,7 +233,7 @@ class UserCode:
             Exception: What user code raised.
         """
         if self._app is not None and self._lifespan is not None:
-            return await run_asgi(self._app, request, open_channel, self._lifespan.state)
+            return await run_asgi(self._app, request, open_channel, self._lifespan.state, on_complete)
         found = self._http_method(request)
         args: tuple[Request, ...] = ()
         if found.takes_request:
@@ -241,8 +246,8 @@ class UserCode:
             return text_response(exc.status_code, exc.detail, dict(exc.headers or {}))
         if isinstance(result, GeneratorType | AsyncGeneratorType):
             async with contextlib.aclosing(self._threads.iterate(result)) as chunks:
-                return await make_response(await stream_chunks(chunks), request, open_channel)
-        return await make_response(result, request, open_channel)
+                return await make_response(await stream_chunks(chunks), request, open_channel, on_complete)
+        return await make_response(result, request, open_channel, on_complete)
 
     async def close(self) -> None:
         """Run the shutdown hooks, then `__del__` once. What they raise is logged: the replica goes all the same."""
