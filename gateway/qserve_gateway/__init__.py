@@ -1,1 +1,1 @@
-"""The HTTP gateway: matches the path, puts the request on the deployment's queue, turns the reply into a response."""
+"""The HTTP gateway: it matches paths, puts requests on the queues of deployments, and turns replies into responses."""

@@ -29,9 +29,9 @@ from qserve_gateway.server import GatewayOptions, GatewayProcess, Ready, report
     help="Proxies whose X-Forwarded-* headers are believed, comma-separated. Default: none.",
 )
 @click.option("--ssl-certfile", help="Certificate chain, for HTTPS.")
-@click.option("--ssl-keyfile", help="Its key, where it does not stand in the same file.")
-@click.option("--ssl-keyfile-password", envvar="QSERVE_SSL_KEYFILE_PASSWORD", help="Of the key.")
-@click.option("--ssl-ca-certs", help="Authorities; clients have to show a certificate of one of them.")
+@click.option("--ssl-keyfile", help="Key of the certificate, where it is not in the same file.")
+@click.option("--ssl-keyfile-password", envvar="QSERVE_SSL_KEYFILE_PASSWORD", help="Password of the key.")
+@click.option("--ssl-ca-certs", help="Authorities: clients must show a certificate of one of them.")
 @click.option("--graceful-shutdown-timeout", "graceful_shutdown_timeout_s", default=20, show_default=True)
 def main(
     host: str,

@@ -1,4 +1,4 @@
-"""API keys: who may call which deployment. Off unless keys are configured."""
+"""API keys: which clients may call which deployments. Without configured keys, all may call all."""
 
 import hmac
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
@@ -16,14 +16,14 @@ _HASHED = "sha256:"
 
 
 class ApiKey(NamedTuple):
-    """A key by its SHA-256, and the deployments it opens; None: all."""
+    """The SHA-256 of a key, and the deployments that it opens; None for all."""
 
     digest: bytes
     deployments: frozenset[str] | None
 
 
 class ApiKeys:
-    """All keys of a gateway."""
+    """All keys that a gateway knows."""
 
     def __init__(self, keys: Iterable[ApiKey]) -> None:
         self._keys = tuple(keys)
@@ -70,7 +70,7 @@ def _presented(named: Mapping[bytes, bytes]) -> tuple[bytes, bytes]:
 
 
 def load_api_keys(settings: Settings) -> ApiKeys | None:
-    """The keys of `QSERVE_API_KEYS` and of the file `QSERVE_API_KEYS_FILE`; None where neither is set.
+    """Read the keys of `QSERVE_API_KEYS` and of the file `QSERVE_API_KEYS_FILE`; None where neither is set.
 
     A line of the file, and each key between commas, is the key or `sha256:` and the hex digest of it; in the file the
     names of the deployments it opens may follow, separated by commas.

@@ -1,4 +1,4 @@
-"""Keeping a gateway in step with the desired state, and telling deployers how far it has come."""
+"""Keeps a gateway in step with the desired state, and tells deployers how far it has come."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ _RETRY_S = 0.2
 
 
 class Follower:
-    """Applies each change of the state and reports it at once: `deploy` waits until all live gateways have.
+    """Applies each change of the state and reports it at once: `deploy` waits until all live gateways have done so.
 
     Its id is the client's, whose inbox already says every second that this process lives.
 
@@ -44,7 +44,7 @@ class Follower:
         self._memory = Memory(settings.keys, client.signer, restores=settings.autorestore)
 
     async def start(self) -> None:
-        """Apply the state as it is now, without telling anybody yet.
+        """Apply the state as it is now, without reporting it.
 
         Raises:
             BrokerUnavailable, ConfigurationError: It cannot be read or used.
@@ -52,12 +52,12 @@ class Follower:
         await self._catch_up()
 
     async def announce(self) -> None:
-        """Be counted among the live gateways; returns when Redis knows, or cannot be told now."""
+        """Be counted among the live gateways. Returns once Redis knows, or at once if Redis cannot be told now."""
         with contextlib.suppress(BrokerUnavailable, CommandRefused):
             await report_gateway(self._client.sender, self._settings.keys, self._info)
 
     async def run(self) -> None:
-        """Stay counted and follow the state, until cancelled."""
+        """Stay counted and apply changes of the state, until cancelled."""
         announcing = spawn(self._keep_announcing())
         try:
             await self._follow()

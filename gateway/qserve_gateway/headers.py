@@ -1,4 +1,4 @@
-"""Headers that end at the gateway, in both directions."""
+"""Headers that the gateway does not pass on, in either direction."""
 
 import re
 
@@ -28,10 +28,10 @@ SPOOFED = frozenset(
         b"x_real_ip",
     }
 )
-"""Spellings that WSGI-like apps cannot tell from the headers a trusted proxy sets."""
+"""Spellings that applications in the style of WSGI cannot tell from the headers that a trusted proxy sets."""
 
 UNUSUAL = HOP_BY_HOP | SPOOFED
-"""A request with none of these needs no cleaning."""
+"""The headers of a request that are taken out; one without them is passed on as it is."""
 
 PROTECTED = frozenset(
     {
@@ -55,12 +55,12 @@ has_control = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search
 
 
 def connection_tokens(headers: Headers) -> set[bytes]:
-    """The header names that `Connection` declares hop-by-hop."""
+    """Find the header names that `Connection` declares hop-by-hop."""
     return {token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")}
 
 
 def end_to_end(headers: Headers) -> Headers:
-    """A request's headers without those that end here.
+    """Take out of a request's headers those that are not passed on.
 
     Raises:
         ValueError: `Connection` names a header that must reach the deployment.

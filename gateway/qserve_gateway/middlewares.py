@@ -1,4 +1,4 @@
-"""Middlewares from `http_options`: import paths in the state, classes here."""
+"""The middlewares of `http_options`, which the state holds as import paths."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,7 @@ from qserve.wire.spec import MiddlewareSpec
 
 
 def load_middlewares(specs: Iterable[MiddlewareSpec], codec: Codec) -> list[Middleware]:
-    """Starlette middlewares, in the order listed.
+    """Import middlewares, in the order listed.
 
     Raises:
         ConfigurationError: One cannot be imported here or is no class.

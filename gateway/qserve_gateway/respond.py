@@ -23,7 +23,7 @@ from qserve_gateway.headers import HOP_BY_HOP, Headers, connection_tokens, has_c
 logger = logging.getLogger(__name__)
 
 DROPPED = HOP_BY_HOP | {b"date", b"server"}
-"""What a deployment's response may not set: the connection is the gateway's, and so are these two headers."""
+"""Headers that deployments cannot set: those of the connection, which belongs to the gateway, and two of its own."""
 
 TEXT = (b"content-type", b"text/plain; charset=utf-8")
 JSON = (b"content-type", b"application/json")
@@ -53,22 +53,22 @@ class Unsendable(Exception):
 
 
 def text_response(status: int, text: str, *headers: tuple[bytes, bytes]) -> HttpResponse:
-    """A short answer of the gateway's own."""
+    """Make a short answer of the gateway itself."""
     return HttpResponse(status, [TEXT, *headers], text.encode("utf-8", "replace"))
 
 
 def bad_request(reason: object) -> Refused:
-    """What to raise for a request that makes no sense."""
+    """Make the exception for a request that makes no sense."""
     return Refused(text_response(400, f"Bad request: {reason}."))
 
 
 def json_response(value: object) -> HttpResponse:
-    """A JSON answer of the gateway's own."""
+    """Make an answer of the gateway itself in JSON."""
     return HttpResponse(200, [JSON], msgspec.json.encode(value))
 
 
 def outcome_response(outcome: Reply | QServeError, request_id: str, *, debug: bool) -> HttpResponse:
-    """The response for whatever became of a call."""
+    """Make the response for whatever became of a call."""
     if isinstance(outcome, QServeError):
         return local_error_response(outcome)
     if outcome.kind == HTTP_RESPONSE:
@@ -76,17 +76,17 @@ def outcome_response(outcome: Reply | QServeError, request_id: str, *, debug: bo
     if outcome.kind == ERROR:
         return remote_error_response(decode_error(outcome.payload), request_id, debug=debug)
     # How a streamed response ends: its parts have not arrived, and will not.
-    return local_error_response(StreamBroken("the response was streamed, and its beginning is lost"))
+    return local_error_response(StreamBroken("the replica streamed its response, but the beginning was lost"))
 
 
 def local_error_response(error: QServeError) -> HttpResponse:
-    """The response for an error that this process found: refused, timed out, broker lost."""
+    """Make the response for an error that this process found, such as a timeout."""
     retry_after = error.retry_after if isinstance(error, BackPressureError) else 1.0
     return _error_response(type(error), str(error), retry_after)
 
 
 def remote_error_response(error: ErrorInfo, request_id: str, *, debug: bool) -> HttpResponse:
-    """The response for an error that travelled: user code's own, or a qserve error met on the way."""
+    """Make the response for an error that a replica has sent, of user code or of qserve."""
     cls = _BY_CODE.get(error.code, TaskError)
     if cls is not TaskError:
         return _error_response(cls, error.message, 1.0)
@@ -104,7 +104,7 @@ def _error_response(cls: type[QServeError], message: str, retry_after: float) ->
 
 
 async def send_response(send: Send, response: HttpResponse, method: str, request_id: str) -> None:
-    """Writes a response; one that could split or confuse the connection becomes a 500."""
+    """Write a response; one that could be taken for two responses, or for none, becomes a 500."""
     try:
         start = start_message(response, method, request_id)
     except Unsendable as exc:
@@ -117,10 +117,10 @@ async def send_response(send: Send, response: HttpResponse, method: str, request
 
 
 def start_message(response: HttpResponse, method: str, request_id: str, *, streamed: bool = False) -> dict[str, Any]:
-    """The head of a response as an ASGI message; a streamed one has the length it declares, or none.
+    """Make the ASGI message that begins a response; a streamed one has the length it declares, or none.
 
     Raises:
-        Unsendable: It could split or confuse the connection.
+        Unsendable: It could be taken for two responses, or for none.
     """
     status = response.status
     if not 200 <= status <= 599:

@@ -1,4 +1,4 @@
-"""Which deployment a path belongs to: longest prefix on path segments."""
+"""Finds the deployment that a path belongs to: the longest route prefix of whole segments wins."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Route(NamedTuple):
 
 
 class RouteTable:
-    """The routes of one moment; a change of state makes a new table.
+    """All routes at one moment; when the state changes, a new table is made.
 
     Args:
         specs: Deployments; those without a route prefix are only reachable through handles.
@@ -45,7 +45,7 @@ class RouteTable:
         self._depth = max((prefix.count("/") for prefix in self._routes), default=0)
 
     def match(self, path: str) -> Route | None:
-        """The route with the longest prefix that ends at a segment of `path`: "/a" matches "/a", "/a/b", not "/ab"."""
+        """Find the route with the longest prefix of whole segments: "/a" matches "/a" and "/a/b", but not "/ab"."""
         best = self._routes.get(path)
         if best is not None:
             return best

@@ -1,4 +1,4 @@
-"""The gateway as a process: bind, catch up with the state, serve, leave in order."""
+"""The gateway process: it binds its listeners, reads the state, serves, and stops in order."""
 
 import asyncio
 import contextlib
@@ -206,7 +206,7 @@ class GatewayProcess:
 
 
 def report(file: Path | None, ready: Ready) -> None:
-    """Tell whoever started the process; a plain file appears whole, a pipe or /dev/fd/N is written to."""
+    """Write the ready file: a plain file appears whole, and a pipe or /dev/fd/N is written to."""
     if file is None:
         return
     line = msgspec.json.encode(ready) + b"\n"

@@ -15,7 +15,7 @@ from qserve_gateway.respond import Unsendable, send_response, start_message
 
 
 class ResponseCut(Exception):
-    """A response could not be finished: the connection must end without looking as if it had been."""
+    """A response could not be finished, and the connection must not end as if it had been."""
 
 
 class ClientDisconnected(StreamBroken):
@@ -86,7 +86,7 @@ class Upload:
         self._task = spawn(self._pump())
 
     async def stop(self) -> None:
-        """Send no more: the replica has answered, or nobody waits for it."""
+        """Stop sending, because the replica has answered or nobody waits for it."""
         await end(self._task)
 
     async def _pump(self) -> None:
@@ -123,7 +123,7 @@ async def stream_response(send: Send, receive: Receive | None, channel: Channel,
     """Write a streamed response, part by part, no faster than the client reads.
 
     Args:
-        receive: Where to hear that the client leaves; None where somebody else listens.
+        receive: Tells when the client leaves; None where somebody else listens.
 
     Raises:
         ResponseCut: It cannot be finished.
@@ -144,10 +144,10 @@ async def stream_response(send: Send, receive: Receive | None, channel: Channel,
 
 
 async def _send_head(send: Send, channel: Channel, method: str, request_id: str) -> bool:
-    """Write the beginning; False if the response is over, because it cannot be sent as it is."""
+    """Write the beginning; False if the response is over, because another one was sent in its place."""
     head = await channel.receive()
     if head is None:
-        raise StreamBroken("it has no beginning")
+        raise StreamBroken("its beginning did not arrive")
     response = decode_http_response(head)
     try:
         start = start_message(response, method, request_id, streamed=True)

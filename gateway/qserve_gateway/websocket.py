@@ -1,4 +1,4 @@
-"""One WebSocket: its events between the client's connection and the replica that accepted it."""
+"""Carries the events of a WebSocket between its client and the replica that serves it."""
 
 import asyncio
 import logging
@@ -19,11 +19,11 @@ _LAST_WORD_S = 1.0
 
 
 class WebSocketBridge:
-    """Carries events both ways until one side is done.
+    """Carries the events of one WebSocket in both directions, until one side ends it.
 
     Args:
-        channel: To the replica; the call has been put.
-        receive, send: The client's side; its "websocket.connect" has been received.
+        channel: Leads to the replica; its call is put before `run`.
+        receive, send: Lead to the client; its "websocket.connect" has been received.
     """
 
     def __init__(self, channel: Channel, receive: Receive, send: Send, request_id: str) -> None:

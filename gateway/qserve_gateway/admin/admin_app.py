@@ -1,4 +1,4 @@
-"""The admin listener: metrics, status and actions, on a port of its own, for whoever has the token."""
+"""The application of the admin listener: metrics, status and actions, for those who have the token."""
 
 import asyncio
 import contextlib
@@ -33,15 +33,15 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 class Admin:
     """The ASGI application of the admin listener.
 
-    Every request, whatever its method, has to name a host that is ours (a page whose name was pointed at this address
-    cannot), must not come from another site's page, and has to bring the token.
+    Every request, whatever its method, has to name a host that is allowed, must not come from a page of another site,
+    and has to bring the token. The first of these keeps out pages whose host name was made to point at this address.
 
     Args:
-        state: Of the instance.
-        door: Of the gateway's public side.
-        client: With which the gateway puts its calls.
-        token: See `admin_token`.
-        drain: Makes the gateway leave as SIGTERM does.
+        state: The state of the instance.
+        door: The door of the public listener, whose requests the metrics count.
+        client: The client with which the gateway puts its calls.
+        token: What requests have to bring; see `admin_token`.
+        drain: Makes the gateway stop as SIGTERM does.
     """
 
     def __init__(
@@ -125,23 +125,23 @@ def _is_address(name: str) -> bool:
 
 
 def admin_token(settings: Settings) -> str:
-    """`QSERVE_ADMIN_TOKEN`, else the one in this user's runtime folder, made when there is none.
+    """Find the token: `QSERVE_ADMIN_TOKEN`, or the one in this user's runtime folder, which is made if there is none.
 
     Raises:
-        ConfigurationError: Others can reach the listener, who cannot read that file, and no token is set.
+        ConfigurationError: No token is set, and the listener can be reached by users who cannot read that file.
     """
     if settings.admin_token:
         return settings.admin_token
     if settings.admin_host not in _LOCAL:
         raise ConfigurationError(
-            f"The admin listener is to be reachable from other machines (QSERVE_ADMIN_HOST={settings.admin_host}): set "
-            "QSERVE_ADMIN_TOKEN."
+            f"QSERVE_ADMIN_HOST={settings.admin_host} makes the admin listener reachable from other machines: set "
+            "QSERVE_ADMIN_TOKEN too."
         )
     return _read_or_make(token_path(settings.namespace))
 
 
 def token_path(namespace: str) -> Path:
-    """Where the token of a namespace stands that nobody has set."""
+    """The file with the token of a namespace for which none is set."""
     return runtime_folder() / f"{namespace}.admin-token"
 
 

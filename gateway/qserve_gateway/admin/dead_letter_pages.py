@@ -1,4 +1,4 @@
-"""Dead letters on the admin side: what `qserve dead` does, as JSON."""
+"""Pages about dead letters on the admin listener: what `qserve dead` does, as JSON."""
 
 import re
 from urllib.parse import unquote
@@ -14,7 +14,7 @@ _PATH = re.compile(r"/-/dead(?:/(?P<name>[^/]+)(?:/(?P<letter>[^/]+)(?P<retry>/r
 
 
 def answer(state: State, out_of_line_bytes: int, method: str, path: str) -> HttpResponse:
-    """Answer a request for a path below /-/dead. Waits for Redis.
+    """Answer a request for a path below /-/dead. It blocks while it waits for Redis.
 
     Raises:
         CallNotFound, DeploymentNotFound, FrameRejected, BrokerUnavailable: As `DeadLetters` does.

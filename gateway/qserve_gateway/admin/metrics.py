@@ -1,4 +1,4 @@
-"""The instance as the admin pages show it: JSON for people and programs, text for Prometheus."""
+"""What the admin pages show: the status of the instance as JSON, and metrics as text for Prometheus."""
 
 import os
 from collections import Counter
@@ -18,7 +18,7 @@ STATES = ("STARTING", "STANDBY", "SERVING", "STALLED", "UNHEALTHY", "DRAINING")
 
 
 def status(state: State, namespace: str, gateway_id: str) -> dict[str, Any]:
-    """What is deployed and how it fares."""
+    """Describe the gateways, the nodes, the deployments and their replicas."""
     observed = state.observed
     return {
         "namespace": namespace,
@@ -48,7 +48,7 @@ def status(state: State, namespace: str, gateway_id: str) -> dict[str, Any]:
 
 
 def metrics(state: State, door: Door, client: Client) -> bytes:
-    """This gateway's requests, and the queues and replicas that all gateways share, as Prometheus reads them."""
+    """Write, for Prometheus, the metrics of this gateway and of the queues and replicas that all gateways share."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(state, door, client))
     return generate_latest(registry)

@@ -1,1 +1,1 @@
-"""The front door: what is let in, and for how long."""
+"""The front door: the connections of a listener, and what is let in, before any application code."""

@@ -1,4 +1,4 @@
-"""One line per response, written beside the event loop."""
+"""The access log: one line for each response, written on a thread."""
 
 import asyncio
 import os
@@ -11,11 +11,11 @@ import msgspec
 
 FLUSH_S = 0.25
 MOST_HELD = 100_000
-"""Lines held while whoever reads them does not; more are dropped, and counted."""
+"""How many lines are held while nobody reads them; further ones are dropped and counted."""
 
 
 class Line(NamedTuple):
-    """What is noted of a response while the event loop waits; it is put into words later."""
+    """The facts of a response; the thread that writes puts them into words."""
 
     at: float
     client: tuple[str, int] | None
@@ -35,7 +35,7 @@ class AccessLog:
 
     Args:
         style: "text" or "json".
-        descriptor: Where to.
+        descriptor: The file descriptor to write to.
     """
 
     def __init__(self, style: str, descriptor: int = 1) -> None:
@@ -46,7 +46,7 @@ class AccessLog:
         self._writing: asyncio.Task[None] | None = None
 
     def add(self, scope: Mapping[str, Any], status: int, size: int, seconds: float) -> None:
-        """Note a response."""
+        """Add a line about a response."""
         if len(self._lines) >= MOST_HELD:
             self._dropped += 1
             return
@@ -70,7 +70,7 @@ class AccessLog:
             self._writing = asyncio.get_running_loop().create_task(self._write_soon())
 
     async def close(self) -> None:
-        """Write what is left."""
+        """Write the lines that are left."""
         if self._writing is not None:
             self._writing.cancel()
         await asyncio.to_thread(self._write)
@@ -95,7 +95,7 @@ class AccessLog:
 
 
 def as_text(line: Line) -> bytes:
-    """For people: address, request, status, bytes, time, deployment, request id."""
+    """A line for people: address, request, status, bytes, time, deployment, request id."""
     client = f"{line.client[0]}:{line.client[1]}" if line.client else "-"
     return (
         f'{_time_of(line)} {client} "{line.method} {_target_of(line)} HTTP/{line.version}" {line.status} {line.size} '
@@ -104,7 +104,7 @@ def as_text(line: Line) -> bytes:
 
 
 def as_json(line: Line) -> bytes:
-    """For programs."""
+    """A line for programs."""
     return (
         msgspec.json.encode(
             {

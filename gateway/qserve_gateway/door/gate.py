@@ -29,7 +29,7 @@ LARGEST_TARGET = 8 * 1024
 LARGEST_TRAILER = 8 * 1024
 MOST_HEADERS = 100
 CHUNKED = -1
-"""Length of a body that tells it chunk by chunk."""
+"""Stands for the length of a body in chunks."""
 
 _LARGEST_CHUNK_LINE = 256
 _NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
@@ -39,7 +39,7 @@ _HOST = rb"(?:[0-9a-z_.-]++|\[[0-9a-f:.]++\])(?::[0-9]{1,5})?"
 
 # Possessive quantifiers: one pass over the head, whatever stands in it.
 _match_plain = re.compile(rb"[A-Z-]++ (/[!\"$&-~]*+) HTTP/1\.1\r\n" + _FIELDS).fullmatch
-"""What needs no closer look at its first line: no percent sign, no fragment."""
+"""Matches heads whose first line needs no closer look: no percent sign, no fragment."""
 _match_request_line = re.compile(rb"([A-Z-]++) ([!\"$-~]++) HTTP/1\.([01])\r\n").match
 _match_fields = re.compile(_FIELDS).fullmatch
 _find_host = re.compile(rb"\r\nhost:[ \t]*+(" + _HOST + rb")[ \t]*+\r\n").search
@@ -59,9 +59,9 @@ class Refusal(Exception):
     """A request that is answered at the door.
 
     Attributes:
-        status: Of the answer.
+        status: The status of the answer.
         reason: What the answer says.
-        kind: Names it in the metrics.
+        kind: What the metrics call it.
     """
 
     def __init__(self, status: int, reason: str, kind: str) -> None:
@@ -102,22 +102,26 @@ def inspect_head(head: bytes) -> tuple[bytes, int, bool]:
 
 
 def inspect_part_of_head(part: bytes | bytearray) -> None:
-    """Check a head that is not all there yet, as far as it can be; `part` may begin anywhere.
+    """Check as much of a head as has arrived; `part` may begin anywhere in it.
 
     Raises:
-        Refusal: It can no longer become a good one.
+        Refusal: Whatever follows, the head will be refused.
     """
     if _find_broken_line(part) is not None:
         refuse("a line end that is not CRLF, or a NUL", "syntax")
 
 
 def refuse(reason: str, kind: str) -> NoReturn:
-    """Refuse as a bad request."""
+    """Raise a refusal with status 400."""
     raise Refusal(400, reason, kind)
 
 
 def header_in(head: bytes, name: bytes) -> bytes:
-    """The last value of a header in a head that was checked, b"" where it has none; `name` in lower case."""
+    """Find the last value of a header in a head that was checked; b"" where there is none.
+
+    Args:
+        name: In lower case.
+    """
     begin = head.lower().rfind(b"\r\n" + name + b":")
     return head[begin + len(name) + 3 : head.index(b"\r\n", begin + 2)].strip() if begin >= 0 else b""
 
@@ -208,7 +212,7 @@ def _is_1_0(head: bytes) -> bool:
 
 
 class LengthBody:
-    """A body of known length.
+    """Follows a body of known length to its end.
 
     Attributes:
         done: It has ended.

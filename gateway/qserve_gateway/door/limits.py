@@ -1,4 +1,4 @@
-"""Who may come in, and for how long: limits and deadlines of all connections of a gateway."""
+"""The limits and deadlines of all connections of a listener."""
 
 import asyncio
 import os
@@ -15,11 +15,11 @@ from qserve_gateway.door.request_counts import RequestCounts
 
 SWEEP_S = 0.5
 LINGER_S = 1.5
-"""How long a refused client may go on sending: closing at once could destroy the answer on its way."""
+"""Seconds that a refused client may go on sending; closing at once could destroy the answer on its way."""
 
 
 Look = Callable[[float], None]
-"""Looks after a connection: called twice a second with the time, it closes the connection if its time is over."""
+"""Called twice a second with the time; closes a connection if one of its deadlines has passed."""
 
 
 class Door:
@@ -58,11 +58,11 @@ class Door:
         self._timer: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
-        """Start to watch the clock."""
+        """Begin to watch deadlines."""
         self._sweep()
 
     async def close(self) -> None:
-        """Watch it no more."""
+        """Stop watching deadlines, and write what is left of the access log."""
         if self._timer is not None:
             self._timer.cancel()
         if self.log is not None:
@@ -77,14 +77,14 @@ class Door:
 
     @property
     def connections(self) -> int:
-        """How many are open, WebSockets too."""
+        """How many connections are open, WebSockets included."""
         return len(self._looks) + self.websockets
 
     def enter(self, look: Look, ip: str) -> None:
-        """A connection has been made.
+        """Count a new connection and begin to watch it.
 
         Raises:
-            Refusal: There are too many; it is watched all the same until it `leave`s.
+            Refusal: There are too many. The connection is watched all the same until it `leave`s.
         """
         self._looks.add(look)
         self._by_ip[ip] += 1
@@ -94,17 +94,17 @@ class Door:
             raise Refusal(429, f"more than {self._most_per_ip} connections from one address", "connections")
 
     def leave(self, look: Look, ip: str) -> None:
-        """It is gone."""
+        """Count out a connection that is gone."""
         self._looks.discard(look)
         self._count_out(ip)
 
     def become_websocket(self, look: Look) -> None:
-        """It goes on as a WebSocket, which has its own deadlines."""
+        """Count a connection as a WebSocket from now on, which has its own deadlines."""
         self._looks.discard(look)
         self.websockets += 1
 
     def leave_websocket(self, ip: str) -> None:
-        """A WebSocket is gone."""
+        """Count out a WebSocket that is gone."""
         self.websockets -= 1
         self._count_out(ip)
 
@@ -114,16 +114,16 @@ class Door:
             del self._by_ip[ip]
 
     def note(self, scope: Mapping[str, Any], status: int, size: int, seconds: float) -> None:
-        """A request has had its response."""
+        """Count a response and write it to the access log."""
         self.counts.count(scope["state"].get("deployment", ""), status, seconds)
         if self.log is not None:
             self.log.add(scope, status, size, seconds)
 
     def check_origin(self, head: bytes) -> None:
-        """A browser sends a page's WebSockets to wherever the page says, with the user's cookies.
+        """Refuse the WebSockets of foreign pages: a browser opens them wherever a page says, with the user's cookies.
 
         Raises:
-            Refusal: The page is neither one of ours nor one of those allowed.
+            Refusal: The page is neither of the gateway's own host nor of an origin that is allowed.
         """
         origin = header_in(head, b"origin").decode("latin-1").lower().rstrip("/")
         if not origin or "*" in self._origins or origin in self._origins:
@@ -132,7 +132,7 @@ class Door:
             raise Refusal(403, "WebSockets are not open to pages of this origin (QSERVE_WEBSOCKET_ORIGINS)", "origin")
 
     def refusal_response(self, refusal: Refusal) -> tuple[list[tuple[bytes, bytes]], bytes]:
-        """Headers and body of the answer; it is counted."""
+        """Make the headers and the body of the answer, and count it."""
         self.refused[refusal.kind] += 1
         request_id = next(self._ids)
         about = "Bad request" if refusal.status == 400 else "Refused"
@@ -145,13 +145,13 @@ class Door:
 
 
 def request_ids() -> Iterator[str]:
-    """Ids for requests that bring none."""
+    """Make ids for requests that bring none."""
     prefix = os.urandom(8).hex()
     return (f"{prefix}{number:08x}" for number in count(1))
 
 
 def same_host(origin: str, host: str) -> bool:
-    """Whether an Origin belongs to the host a request was sent to; "null" never does."""
+    """Tell whether an Origin belongs to the host that a request was sent to; "null" never does."""
     try:
         parts = urlsplit(origin)
         default = {"http": 80, "https": 443, "ws": 80, "wss": 443}.get(parts.scheme)

@@ -1,4 +1,4 @@
-"""One connection: what is let through to uvicorn's HTTP parser, and when its time is over."""
+"""One connection: what of its input reaches uvicorn's HTTP parser, and when the connection is closed."""
 
 import asyncio
 import socket
@@ -26,9 +26,9 @@ from qserve_gateway.door.limits import LINGER_S, Door
 from qserve_gateway.door.transport import TickTransport
 
 CLIENT_LEFT = 499
-"""Noted as the status of requests whose clients did not wait; nginx's number."""
+"""The status that stands for a client which left before its response was complete, as in nginx."""
 LAST_CHANCE_S = 0.4
-"""How long an idle connection stays open when the gateway leaves: a request may be on its way."""
+"""Seconds that an idle connection stays open when the gateway stops, since a request may be on its way."""
 _NO_LINGER = struct.pack("ii", 1, 0)
 MOST_UNWANTED = 1024 * 1024
 """How much of a body is read after its response; where more may come, the connection is closed instead."""
@@ -51,33 +51,33 @@ class HttpProtocol(HttpToolsProtocol):
         self._door = door
         self._ip = ""
         self._head = bytearray()
-        """The beginning of a head that is not all there."""
+        """The beginning of a head whose rest has not arrived."""
         self._plain = b""
-        """The last head that was all there was of its request; one like it need not be inspected again."""
+        """The last head without a body that was inspected; the same bytes need not be inspected again."""
         self._body: LengthBody | ChunkedBody | None = None
         self._keep_alive = True
-        """What is to become of the connection once `_body` is all here and its response has been sent."""
+        """Whether the connection is to be kept once `_body` is whole and its response has been sent."""
         self._received = 0
-        """Of the body since `_since`."""
+        """Bytes of the body that have arrived since `_since`."""
         self._since = 0.0
-        """When the connection got into the state it is in: idle, in a head, in a body, refused."""
+        """When the connection got into its present state: idle, in a head, in a body, refused."""
         self._heard = 0.0
         self._active: RequestResponseCycle | None = None
-        """Whose response is being made; `cycle` is the newest, which may wait behind it."""
+        """The request whose response is being made; `cycle` is the newest one, which may wait behind it."""
         self._deaf = False
         self._refusal: Refusal | None = None
-        """To be told when earlier requests have been answered."""
+        """What to answer once earlier requests have been answered."""
         self._leaving = False
         self._unsent = 0
-        """Bytes of responses that the network had not taken when somebody looked last, since `_unsent_since`."""
+        """Bytes that the network had not taken at the last look; their number is the same since `_unsent_since`."""
         self._unsent_since = 0.0
         self._began = 0.0
-        """When the request was handed on that `_active` answers."""
+        """When the application was given the request of `_active`."""
 
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected."""
+        """Begin to watch a connection; one too many is refused."""
         super().connection_made(TickTransport(transport, self.loop))
         self._ip = self.client[0] if self.client else ""
         self._since = self._door.now
@@ -87,7 +87,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(refusal)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is gone."""
+        """Tell the applications of unanswered requests that their client has left."""
         self._door.leave(self.look, self._ip)
         if self._active is not None and not self._active.response_complete:
             self._active.disconnected = True  # uvicorn tells the newest only
@@ -97,7 +97,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """The gateway leaves: the next response is the last; without a request there is a moment left to send one."""
+        """Make the next response the last one; an idle client has a moment left to send a request."""
         self._leaving = True
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
@@ -107,7 +107,7 @@ class HttpProtocol(HttpToolsProtocol):
     # What comes in
 
     def data_received(self, data: bytes) -> None:
-        """Let through what is in order, one request after the other."""
+        """Give the parser what is in order, one request after the other."""
         try:
             if data == self._plain and self._body is None and not self._head and not self._deaf:
                 # The same request again, as clients that poll or call in a loop send it: 3 us less.
@@ -156,7 +156,7 @@ class HttpProtocol(HttpToolsProtocol):
             raise Refusal(400, "it is not HTTP/1.1", "syntax") from exc
 
     def _finish_head(self, data: bytes) -> bytes:
-        """All there is of a head, so far; the beginning, which was looked at before, is not looked at again."""
+        """Add to a head and give it once it is whole; what was looked at before is not looked at again."""
         begin = max(0, len(self._head) - 3)
         self._head += data
         if self._head.find(b"\r\n\r\n", begin) < 0:
@@ -230,7 +230,7 @@ class HttpProtocol(HttpToolsProtocol):
         task.add_done_callback(self.tasks.discard)
 
     def on_response_complete(self) -> None:
-        """Go on with the next request, or wait for one; the door's clock spares uvicorn's timer per request."""
+        """Go on with the next request, or wait for one. The door's clock replaces uvicorn's timer per request."""
         self.server_state.total_requests += 1
         self._since = self._door.now
         self._note()
@@ -252,7 +252,7 @@ class HttpProtocol(HttpToolsProtocol):
         transport.head, transport.sent = None, 0
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Read no further, and say why as soon as it is this request's turn."""
+        """Read no further, and say why as soon as earlier requests have been answered."""
         self._deaf = True
         self._since = self._door.now
         concerned = self.cycle if self._body is not None else None
@@ -282,7 +282,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._hang_up()
 
     def _hang_up(self) -> None:
-        """Close in two steps: what is still on its way to us must not destroy what is on its way to the client."""
+        """Close in two steps: closing at once while data arrives would destroy what is on its way to the client."""
         self._deaf = True
         self._since = self._door.now
         self._refusal = None
@@ -293,7 +293,7 @@ class HttpProtocol(HttpToolsProtocol):
     # Time
 
     def look(self, now: float) -> None:
-        """Close the connection if its time is over."""
+        """Close the connection if one of its deadlines has passed."""
         if self._is_unread(now) or self._refusal is not None:
             return  # until the requests before have been answered
         if self._deaf:
@@ -310,7 +310,7 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.close()
 
     def _is_unread(self, now: float) -> bool:
-        """Whether the client has not taken all of its responses; also of a connection that is closed already."""
+        """Whether responses wait for the client to read them; resets the connection when they have waited too long."""
         unsent = self.transport.get_write_buffer_size()
         if unsent != self._unsent:
             self._unsent, self._unsent_since = unsent, now
@@ -320,7 +320,7 @@ class HttpProtocol(HttpToolsProtocol):
         return unsent > 0
 
     def _reset(self) -> None:
-        """Close without a last attempt to send: else the kernel would keep what is not read for minutes."""
+        """Close without a last attempt to send, or the kernel would keep what is not read for minutes."""
         sock = self.transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
@@ -339,7 +339,7 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket connection, counted.
+    """uvicorn's WebSocket connection, which the door counts and the access log notes.
 
     Args:
         door: Where it is counted.
@@ -351,13 +351,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._began = monotonic()
 
     async def send(self, message: Any) -> None:
-        """Send a message of the application's."""
+        """Send an ASGI message of the application."""
         await super().send(message)
         if self.initial_response is not None and self.close_sent:
             self.handshake_complete = True  # uvicorn forgets that a denial completes it, and logs an error
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is gone."""
+        """Count the WebSocket out and note it."""
         self._door.leave_websocket(self.client[0] if self.client else "")
         if self._door.log is not None and self.handshake_initiated:
             seconds = monotonic() - self._began

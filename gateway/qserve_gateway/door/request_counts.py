@@ -1,17 +1,17 @@
-"""What a gateway counts of the requests it answers; cheap enough to be always on."""
+"""Counters of the requests that a listener answers; they cost so little that they are always on."""
 
 from bisect import bisect_left
 from itertools import accumulate
 
 BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Upper bounds of the histogram of latencies."""
+"""Upper bounds of the histogram of latencies, in seconds."""
 
 
 class Series:
-    """Requests of one deployment with one class of status.
+    """The requests of one deployment whose responses have one class of status.
 
     Attributes:
-        buckets: How many took no longer than each of `BOUNDS_S` but longer than the one before, then the rest.
+        buckets: How many took longer than one of `BOUNDS_S` but no longer than the next; the last, longer than all.
     """
 
     __slots__ = ("buckets", "count", "seconds")
@@ -33,7 +33,7 @@ class RequestCounts:
         self.series: dict[tuple[str, int], Series] = {}
 
     def count(self, deployment: str, status: int, seconds: float) -> None:
-        """A response has been written, or its client has left before (status 499)."""
+        """Count a response that was written, or whose client left before that (status 499)."""
         key = (deployment, status // 100)
         series = self.series.get(key)
         if series is None:
@@ -43,7 +43,7 @@ class RequestCounts:
         series.buckets[bisect_left(BOUNDS_S, seconds)] += 1
 
     def latencies(self) -> dict[str, tuple[list[int], float]]:
-        """By deployment: how many took no longer than each bound (and in all), and the sum of their seconds."""
+        """For each deployment, how many requests took no longer than each bound, how many in all, and their seconds."""
         found: dict[str, tuple[list[int], float]] = {}
         for (deployment, _), series in self.series.items():
             buckets, seconds = found.get(deployment, ([0] * len(series.buckets), 0.0))

@@ -1,4 +1,4 @@
-"""One write per response."""
+"""A transport that needs one write for each response."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class TickTransport(asyncio.Transport):
-    """Writes what one tick of the event loop wrote in a single system call.
+    """Writes in a single system call what was written during one tick of the event loop.
 
     uvicorn writes head and body of a response one after the other and uvloop passes each on at once: two system calls
     and two packets per response, a sixth of the gateway's processor time.
@@ -16,7 +16,7 @@ class TickTransport(asyncio.Transport):
         loop: Its event loop.
 
     Attributes:
-        head: The first thing written of the current response, None before.
+        head: The first piece written of the current response; None before.
         sent: Bytes of the current response.
         close_gently: Called in place of closing, None to close at once.
     """
@@ -63,7 +63,7 @@ class TickTransport(asyncio.Transport):
         return self._transport.is_closing()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Facts about the connection."""
+        """As the transport below."""
         return self._transport.get_extra_info(name, default)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
@@ -71,19 +71,19 @@ class TickTransport(asyncio.Transport):
         self._transport.set_protocol(protocol)
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        """Who reads the connection."""
+        """The protocol that reads the connection."""
         return self._transport.get_protocol()
 
     def pause_reading(self) -> None:
-        """Let the client wait."""
+        """Read no more until `resume_reading`."""
         self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read on."""
+        """Go on reading."""
         self._transport.resume_reading()
 
     def is_reading(self) -> bool:
-        """Whether the client is read from."""
+        """Whether the connection is being read."""
         return self._transport.is_reading()
 
     def can_write_eof(self) -> bool:
@@ -91,14 +91,14 @@ class TickTransport(asyncio.Transport):
         return self._transport.can_write_eof()
 
     def write_eof(self) -> None:
-        """Write no more; the client may go on."""
+        """Tell the client that nothing more will be written; it may go on writing."""
         self._flush()
         self._transport.write_eof()
 
     def get_write_buffer_size(self) -> int:
-        """Bytes not yet taken by the network."""
+        """How many bytes the network has not taken yet."""
         return self._transport.get_write_buffer_size() + sum(map(len, self._held))
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """When to pause whoever writes."""
+        """Set when the protocol is asked to pause writing."""
         self._transport.set_write_buffer_limits(high, low)

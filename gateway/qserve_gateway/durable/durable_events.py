@@ -1,4 +1,4 @@
-"""News of durable calls as they happen, for clients that follow one: server-sent events."""
+"""The events of a durable call as they happen, as server-sent events."""
 
 import asyncio
 import base64
@@ -22,14 +22,14 @@ from qserve_gateway.respond import start_message
 logger = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 10.0
-"""News may get lost with a connection; and a comment sent now and then shows which clients have left."""
+"""Seconds between two looks without news, which may get lost with a connection; each also finds clients that left."""
 
 
 class EventStream:
-    """The events of one call as a response that goes on until the call has ended.
+    """A response with the events of one call, which goes on until the call has ended.
 
     Args:
-        after: Number of the last event that the client has.
+        after: The number of the last event that the client has.
     """
 
     def __init__(self, durable: DurableCalls, news: CallNews, call_id: str, after: int) -> None:
@@ -70,7 +70,7 @@ class EventStream:
                 await self._wait(woken)
 
     async def _news_of(self, record: CallRecord) -> tuple[list[bytes], bool]:
-        """Events and parts in their order, as far as they are at hand, and whether that is all."""
+        """The next events and parts in their order, and whether these are all that there are now."""
         try:
             parts = await self._durable.by_id.parts(record, self._after)
         except FrameRejected as exc:

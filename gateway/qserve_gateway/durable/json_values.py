@@ -1,4 +1,4 @@
-"""Values that were meant for Python, as JSON can say them."""
+"""Packed values, which were meant for Python, as JSON."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ _codec = Codec(allow_pickle=False, max_bytes=1 << 40)
 
 
 def plain_value(packed: bytes) -> Any:
-    """A packed value in JSON types; what JSON cannot say becomes its repr.
+    """Unpack a value into JSON types; what JSON cannot express becomes its repr.
 
     Raises:
-        QServeError: It needs a class, or a pickle, that only Python processes can handle.
+        QServeError: It is pickled or needs a class, and the gateway runs no user code.
     """
     return msgspec.to_builtins(_codec.unpack(packed), enc_hook=repr, str_keys=True)

@@ -233,18 +233,19 @@ def test_status_and_headers_leave_before_the_first_part(http: httpx.Client, gate
 
 def test_a_stream_that_is_idle_after_its_headers_is_not_cut_by_the_deadline(http: httpx.Client) -> None:
     app = FastAPI()
+    deadline_s = patience(1)
 
     @app.get("/")
     async def slow() -> StreamingResponse:
         async def parts() -> AsyncIterator[str]:
-            await asyncio.sleep(2)
+            await asyncio.sleep(deadline_s * 1.5)
             yield "part"
 
         return StreamingResponse(parts())
 
     _deploy(app)
 
-    assert http.get("/served/", headers={"x-request-timeout-ms": "1000"}).text == "part"
+    assert http.get("/served/", headers={"x-request-timeout-ms": str(int(deadline_s * 1000))}).text == "part"
 
 
 def test_an_application_that_takes_every_scope_for_a_request_is_served(http: httpx.Client) -> None:

@@ -87,7 +87,8 @@ class OrdinaryRuns:
             kind, result = await self._result(running, code)
         except asyncio.CancelledError:
             if entry.id not in self._slots:
-                return  # abandoned or taken over: somebody else answers
+                self._slots.end_background(running)
+                return  # answered, abandoned or taken over
             kind, result = ERROR, self.pack_error(CallCancelled("the call was cancelled while it ran"))
         except FrameRejected as exc:
             if self._slots.give_back(running):
@@ -102,6 +103,8 @@ class OrdinaryRuns:
         reach("ran")
         if self._slots.give_back(running, ran=True):
             self._answers.add(entry.id, call, kind, result)
+        else:
+            self._slots.end_background(running)
 
     def refuse(self, entry: Entry, call: Call, error: QServeError) -> None:
         """Answer a call that does not run."""
@@ -109,8 +112,7 @@ class OrdinaryRuns:
 
     def abandon(self, running: RunningCall) -> None:
         """Give up a call that outlived the shutdown: a safe one is left for others, an unsafe one is answered."""
-        self._slots.drop(running)
-        if not self._slots.may_run_again(running.call):
+        if self._slots.drop(running) and not self._slots.may_run_again(running.call):
             self.refuse(running.entry, running.call, ReplicaDied(_UNTOLD))
 
     def pack_error(self, error: BaseException) -> bytes:
@@ -138,17 +140,41 @@ class OrdinaryRuns:
         call = running.call
         if call.kind == HTTP:
             request = self._decode_request(running, payload)
-            response = await code.http(request, partial(self._conversations.open, running))
-            if response is not None:
-                return HTTP_RESPONSE, self._pack_response(response)
-        elif call.kind == WEBSOCKET:
+            response = await code.http(
+                request, partial(self._conversations.open, running), partial(self._complete, running)
+            )
+            return self._reply(running, response)
+        if call.kind == WEBSOCKET:
             channel = self._conversations.open(running)
             channel.greet()
             await code.websocket(self._decode_request(running, payload), channel)
         else:
             args, kwargs = self._codec.unpack_call(payload)
             await code.stream(call.method, tuple(args), kwargs, self._conversations.open(running))
+        return self._reply(running, None)
+
+    def _reply(self, running: RunningCall, response: HttpResponse | None) -> tuple[int, bytes]:
+        if response is not None:
+            return HTTP_RESPONSE, self._pack_response(response)
         return VALUE, b"%d" % (0 if running.channel is None else running.channel.sent)
+
+    def _complete(self, running: RunningCall, response: HttpResponse | None) -> None:
+        """The response of a call is known; most calls end with it."""
+        assert running.task is not None
+        running.task.get_loop().call_soon(self._answer_before_the_end, running, response)
+
+    def _answer_before_the_end(self, running: RunningCall, response: HttpResponse | None) -> None:
+        """Answer a call whose code goes on after its response with background tasks, which may outlive its deadline."""
+        if running.entry.id not in self._slots:
+            return
+        try:
+            kind, result = self._reply(running, response)
+        except ResultTooLarge as exc:
+            kind, result = ERROR, self.pack_error(exc)
+        reach("ran")
+        running.info.deadline = None
+        self._slots.give_back(running, ran=True, goes_on=True)
+        self._answers.add(running.entry.id, running.call, kind, result)
 
     def _decode_request(self, running: RunningCall, payload: bytes) -> HttpRequest:
         request = decode_http_request(payload)

@@ -42,6 +42,8 @@ class Slots:
         self._changed = changed
         self._on_free = on_free
         self._running: dict[bytes, RunningCall] = {}
+        self._background: set[RunningCall] = set()
+        """Calls that have their answer while their code goes on; they keep their place until it ends."""
         self._on_thread = 0
 
     def take(self, running: RunningCall) -> None:
@@ -49,16 +51,20 @@ class Slots:
         self._running[running.entry.id] = running
         self._on_thread += running.needs_thread
 
-    def give_back(self, running: RunningCall, *, ran: bool = False) -> bool:
+    def give_back(self, running: RunningCall, *, ran: bool = False, goes_on: bool = False) -> bool:
         """Take back the slot of a call that has ended; False if it had been taken back: then somebody else answers.
 
         Args:
             ran: It ran to its end, and so counts as handled.
+            goes_on: Its code goes on after its answer, and so keeps its place until `end_background`.
         """
         self._conversations.close(running)
         if self._running.pop(running.entry.id, None) is None:
             return False
-        self._on_thread -= running.needs_thread
+        if goes_on:
+            self._background.add(running)
+        else:
+            self._on_thread -= running.needs_thread
         if ran:
             self.handled += 1
             self.run_times_ms.append((time.monotonic() - running.started_at) * 1000)
@@ -66,10 +72,20 @@ class Slots:
         self._on_free(running)
         return True
 
-    def drop(self, running: RunningCall) -> None:
-        """Take back the slot of a call that still runs, and end it."""
-        if self.give_back(running) and running.task is not None:
+    def end_background(self, running: RunningCall) -> None:
+        """Take back the place of a call whose code has ended after its answer; without effect for any other call."""
+        if running in self._background:
+            self._background.discard(running)
+            self._on_thread -= running.needs_thread
+            self._changed.set()
+            self._on_free(running)
+
+    def drop(self, running: RunningCall) -> bool:
+        """End a call that still runs and take back its slot; False for one that has had its answer."""
+        had_slot = self.give_back(running)
+        if running.task is not None and (had_slot or running in self._background):
             running.task.cancel()
+        return had_slot
 
     def get(self, entry: bytes) -> RunningCall | None:
         """The call of an entry, None if it has no slot (any more)."""
@@ -79,12 +95,12 @@ class Slots:
         return entry in self._running
 
     def __len__(self) -> int:
-        return len(self._running)
+        return len(self._running) + len(self._background)
 
     @property
     def calls(self) -> list[RunningCall]:
-        """All that have a slot."""
-        return list(self._running.values())
+        """All that run, those that have had their answer too."""
+        return [*self._running.values(), *self._background]
 
     @property
     def entries(self) -> list[bytes]:
@@ -93,7 +109,7 @@ class Slots:
 
     def free(self, code: UserCode) -> int:
         """How many more calls can run now."""
-        running = len(self._running)
+        running = len(self)
         if code.only_sync:
             return min(self.spec.max_concurrent_queries, self.spec.max_threads) - running
         if self._on_thread > self.spec.max_threads:
@@ -105,12 +121,13 @@ class Slots:
         free = self.free(code)
         if code.only_sync:
             return free
-        return min(free, 1 + len(self._running))  # a burst spreads over the replicas instead of filling the first
+        return min(free, 1 + len(self))  # a burst spreads over the replicas instead of filling the first
 
     @property
     def harm_nobody(self) -> bool:
-        """Whether every call that runs here may run again, should this replica die."""
-        return self.spec.idempotent or all(running.call.safe for running in self._running.values())
+        """Whether every call that runs here may run again, should this replica die; background tasks never do."""
+        safe = self.spec.idempotent or all(running.call.safe for running in self._running.values())
+        return safe and not self._background
 
     def may_run_again(self, call: Call) -> bool:
         """Whether a call may run again although it may have run already."""
