@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from qserve import serve
 from qserve.testing import TestInstance
 from tests.support.gates import Gate, Notes
-from tests.support.machine import patience
+from tests.support.slowness import patience
 from tests.support.waiting import joined
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
