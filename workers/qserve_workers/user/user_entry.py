@@ -14,6 +14,8 @@ from contextvars import Context, copy_context
 from types import AsyncGeneratorType, FunctionType, MethodType
 from typing import Any, TypeVar
 
+from qserve.background import spawn
+
 Result = TypeVar("Result")
 
 _EXHAUSTED = object()
@@ -82,7 +84,8 @@ class UserThreads:
             while (chunk := await enter(self._run, context, next, (generator, _EXHAUSTED), {})) is not _EXHAUSTED:
                 yield chunk
         finally:
-            await enter(self._run, context, generator.close, (), {})
+            # In a task of its own: anyio cancels this one again and again, and a thread may not be free at once.
+            await enter(asyncio.shield, spawn(self._run(context, generator.close, (), {})))
 
     def endpoint(self, method: MethodType) -> Callable[..., Any]:
         """What a method does, on a thread, as an endpoint that FastAPI and Starlette await.
