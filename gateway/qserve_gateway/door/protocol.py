@@ -74,8 +74,6 @@ class HttpProtocol(HttpToolsProtocol):
         self._began = 0.0
         """When the application was given the request of `_active`."""
 
-    # The connection
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to watch a connection; one too many is refused."""
         super().connection_made(TickTransport(transport, self.loop))
@@ -289,8 +287,6 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close_gently = None
         if self.transport.can_write_eof():
             self.transport.write_eof()
-
-    # Time
 
     def look(self, now: float) -> None:
         """Close the connection if one of its deadlines has passed."""
