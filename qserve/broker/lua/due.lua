@@ -20,7 +20,7 @@ local function move(set, id)
     return true
   end
   if set == KEYS[1] and found[4] then
-    redis.call('ZADD', KEYS[4], now, id)
+    wait_in_turn(KEYS[4], now, id)
     redis.call('HSET', record, 'state', 'queued')
   else
     local entry = enqueue(KEYS[2], id, found[2])

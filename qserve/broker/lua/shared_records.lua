@@ -76,3 +76,10 @@ end
 local function enqueue(stream, id, frame)
   return redis.call('XADD', stream, 'NOMKSTREAM', '*', 'r', id, 'f', 'sd', 'd', frame, 'v', '1')
 end
+
+-- Behind all calls of low priority that wait already, whatever the clock says: their ids are random, so among equal scores
+-- chance would choose. A score of today has room for thousandths of a millisecond.
+local function wait_in_turn(set, now, id)
+  local last = redis.call('ZRANGE', set, -1, -1, 'WITHSCORES')
+  redis.call('ZADD', set, math.max(now, (tonumber(last[2]) or 0) + 0.001), id)
+end

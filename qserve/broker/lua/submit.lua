@@ -44,7 +44,7 @@ local function submit(id, frame, delay, expires, kind, method, waiter, low, idem
     redis.call('ZADD', KEYS[3], now + delay, id)
   elseif low == 'b' then
     put('frame', frame)
-    redis.call('ZADD', KEYS[4], now, id)
+    wait_in_turn(KEYS[4], now, id)
   else
     local entry = enqueue(KEYS[1], id, frame)
     if not entry then return -1 end
