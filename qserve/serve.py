@@ -76,8 +76,8 @@ def start(detached: bool = False, http_options: HTTPOptions | Mapping[str, Any] 
     Args:
         detached: Whether the instance outlives this process. Otherwise it ends with it, however the process ends.
         http_options: See `HTTPOptions`. An instance that is running keeps its own, and logs a warning.
-        kwargs: Nothing is accepted here; `http_host`, `http_port` and `http_middlewares`, which Ray Serve once had, are
-            refused with a hint.
+        kwargs: Only `dedicated_cpu`, which Ray Serve 1.x has, and without effect; `http_host`, `http_port` and
+            `http_middlewares`, which it once had, are refused with a hint.
 
     Raises:
         ValueError: The address cannot be listened on.
@@ -301,7 +301,8 @@ def _refuse_old_options(kwargs: Mapping[str, Any]) -> None:
         if name in {"http_host", "http_port", "http_middlewares"}:
             option = name.removeprefix("http_")
             raise ValueError(f"{name} is not an option any more. Use http_options={{'{option}': ...}} instead.")
-        raise TypeError(f"start() got an unexpected keyword argument '{name}'")
+        if name != "dedicated_cpu":
+            raise TypeError(f"start() got an unexpected keyword argument '{name}'")
 
 
 def _ignored(verb: str) -> bool:

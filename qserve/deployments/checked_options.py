@@ -21,11 +21,27 @@ class DeploymentConfig(_ConfigFields):  # type: ignore[misc]
     model_config = ConfigDict(validate_assignment=True, extra="forbid")
 
 
-def refuse_unknown(options: Mapping[str, Any], function: str) -> None:
-    """Raise TypeError, as Python does for arguments that a function does not have."""
-    unknown = options.keys() - _DEFAULTS.keys()
+_UNDERSCORED: Final = frozenset(
+    {"_autoscaling_config", "_graceful_shutdown_timeout_s", "_graceful_shutdown_wait_loop_s"}
+    | {"_health_check_period_s", "_health_check_timeout_s"}
+)
+"""Options that Ray Serve 1.x called experimental."""
+
+
+def known_options(options: Mapping[str, Any], function: str) -> dict[str, Any]:
+    """The options under the names that they have here.
+
+    Raises:
+        TypeError: There is no such option, or it was given under both of its names.
+    """
+    known = {name.removeprefix("_") if name in _UNDERSCORED else name: value for name, value in options.items()}
+    if len(known) < len(options):
+        twice = sorted(name for name in options if name in _UNDERSCORED and name.removeprefix("_") in options)
+        raise TypeError(f"{function}() got options twice, with and without an underscore: {', '.join(twice)}")
+    unknown = known.keys() - _DEFAULTS.keys()
     if unknown:
         raise TypeError(f"{function}() got unknown options: {', '.join(sorted(unknown))}")
+    return known
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from qserve.deployments.checked_options import (
     complete_options,
     config_of,
     given_options,
-    refuse_unknown,
+    known_options,
 )
 from qserve.deployments.driver import THIS_PROCESS
 from qserve.deployments.loading import Deployable, importing, is_importing, make_target
@@ -183,9 +183,9 @@ class Deployment(Deployable, Generic[T_co]):
         Raises:
             TypeError, ValueError: An option is not what it should be; pydantic's ValidationError is a ValueError.
         """
-        refuse_unknown(options, "Deployment.options")
+        known = known_options(options, "Deployment.options")
         code, target = (self._code, self._target) if func_or_class is None else (func_or_class, None)
-        return _make(code, target, changed_options(self._options, options))
+        return _make(code, target, changed_options(self._options, known))
 
     def to_spec(
         self,
@@ -336,8 +336,7 @@ def deployment(func_or_class: Any = None, /, **options: Any) -> Any:
     Raises:
         TypeError, ValueError: An option is not what it should be; pydantic's ValidationError is a ValueError.
     """
-    refuse_unknown(options, "serve.deployment")
-    given = given_options(options)
+    given = given_options(known_options(options, "serve.deployment"))
     if isinstance(func_or_class, str):
         given.setdefault("name", func_or_class)
     complete_options({"name": "unnamed", **given})

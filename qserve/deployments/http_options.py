@@ -53,6 +53,8 @@ class HTTPOptions(BaseModel):
         ),
     )
 
+    num_cpus: float = Field(default=0, description="Accepted because Ray Serve has it, and without effect.")
+
     @field_validator("middlewares", mode="before")
     @classmethod
     def _classes_too(cls, value: Any) -> Any:
@@ -63,6 +65,14 @@ class HTTPOptions(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_host_no_server(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (
+            values.get("location") == "FixedNumber"
+            or values.keys() & {"fixed_number_replicas", "fixed_number_selection_seed"}
+        ):
+            raise ValueError(
+                "There is no location FixedNumber. Use HeadOnly for one gateway (`qserve run --gateway-workers` makes "
+                "it several processes), or EveryNode for one beside every node."
+            )
         if isinstance(values, dict) and (values.get("host", "") is None or values.get("location", "") is None):
             return values | {"location": Location.NO_SERVER}
         return values

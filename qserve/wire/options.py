@@ -122,6 +122,14 @@ def _fields_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
 _AutoscalingFields: Any = create_model("_AutoscalingFields", **_fields_of(Autoscaling))
 
 
+_RAY_AUTOSCALING = {"target_num_ongoing_requests_per_replica": "target_ongoing_requests"}
+_RAY_WITHOUT_EFFECT = frozenset(
+    {"metrics_interval_s", "look_back_period_s"}
+    | {f"{direction}smoothing_factor" for direction in ("", "upscale_", "downscale_")}
+)
+"""How Ray Serve averages what replicas report; here the queue itself says what there is to do."""
+
+
 class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]
     """`Autoscaling` as users give it, and checked. Its name is that of Ray Serve."""
 
@@ -129,10 +137,15 @@ class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_none(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("min_replicas") == 0:
+    def _take_names_of_ray(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        if values.get("min_replicas") == 0:
             raise ValueError("min_replicas must be at least 1: qserve keeps a replica, so that no call waits for one.")
-        return values
+        taken = {_RAY_AUTOSCALING.get(name, name): value for name, value in values.items()}
+        if len(taken) < len(values):
+            raise ValueError("target_ongoing_requests was given twice, also under its older name.")
+        return {name: value for name, value in taken.items() if name not in _RAY_WITHOUT_EFFECT}
 
     @model_validator(mode="after")
     def _check_order(self) -> "AutoscalingConfig":

@@ -76,8 +76,7 @@ class Consumer:
         self._changed = asyncio.Event()
         self._code: UserCode | None = None
         """What runs the calls; None until the first may be taken."""
-        self._is_accepting = False
-        self._dead_wait = False
+        self._is_accepting = self._dead_wait = False
         self.takeover_wanted = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.link = link = Link(settings.redis_url, self._link_up)
