@@ -41,13 +41,13 @@ from qserve.wire.messages import (
     CONTROL,
     NO_META,
     Call,
-    CallWithMeta,
     Control,
     Outcome,
     Reply,
     Signer,
     decode_control,
     encode,
+    with_meta,
 )
 
 _STOPPED = "the client was stopped before the call ended"
@@ -214,8 +214,9 @@ class Client:
         if sealed is not None:
             payload = b""
         ttl_ms = int(timeout_s * 1000)
-        fields = (call_id, deployment, self.id, ttl_ms, kind, method, safe, payload, sealed is not None)
-        call = CallWithMeta(*fields, dict(meta)) if meta else Call(*fields)
+        call = Call(call_id, deployment, self.id, ttl_ms, kind, method, safe, payload, sealed is not None)
+        if meta:
+            call = with_meta(call, meta)
         return PendingCall(call_id, deployment, safe, self.signer.seal(encode(call)), sealed, timeout_s, on_outcome)
 
     def open_channel(self, call: PendingCall) -> Channel:

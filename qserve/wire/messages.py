@@ -286,8 +286,7 @@ encode = msgspec.msgpack.Encoder().encode
 
 def with_meta(call: Call, meta: Mapping[str, str]) -> CallWithMeta:
     """The call, with what the hooks of its caller say."""
-    fields = {name: getattr(call, name) for name in Call.__struct_fields__}
-    return CallWithMeta(**fields, meta=dict(meta))
+    return CallWithMeta(*[getattr(call, name) for name in Call.__struct_fields__], dict(meta))
 
 
 def lineage_of(call: Call) -> str:

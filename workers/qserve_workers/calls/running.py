@@ -47,7 +47,7 @@ class RunningCall:
         self.task: asyncio.Task[None] | None = None
         self.channel: Channel | None = None
         self.info = info = CallInfo(call.id, entry.deliveries)
-        info.lineage = lineage_of(call)
+        info.lineage = lineage_of(call) if call.meta else call.id
         self.unwanted = False
         self.began = False
         self.streams = False
