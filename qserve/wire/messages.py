@@ -286,7 +286,8 @@ encode = msgspec.msgpack.Encoder().encode
 
 def with_meta(call: Call, meta: Mapping[str, str]) -> CallWithMeta:
     """The call, with what the hooks of its caller say."""
-    return CallWithMeta(*[getattr(call, name) for name in Call.__struct_fields__], dict(meta))
+    fields = {name: getattr(call, name) for name in Call.__struct_fields__}
+    return CallWithMeta(**fields, meta=dict(meta))
 
 
 def lineage_of(call: Call) -> str:
