@@ -14,12 +14,14 @@ import threading
 import weakref
 from collections import ChainMap
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import PicklingError
 from types import CodeType, FunctionType, ModuleType
-from typing import Any, ClassVar, ForwardRef, get_args
+from typing import Any, ClassVar, ForwardRef, NewType, ParamSpec, get_args
 
 import cloudpickle
 import pydantic.dataclasses
@@ -136,7 +138,7 @@ class _CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     - Functions and classes of the script share one namespace, with the names that annotations mention as strings.
     - What installed packages keep at the top level of their modules, as sentinels, is found there and not copied.
-    - Locks, thread locals, context variables and caches arrive fresh; weak references pickle.
+    - Locks, thread locals, thread pools, context variables and caches arrive fresh; weak references pickle.
     """
 
     dispatch_table: ClassVar[ChainMap[Any, Any]]
@@ -157,8 +159,15 @@ class _CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return _make_exception, (type(obj), obj.args), vars(obj)
         if _is_template_cache(obj):
             return type(obj), (obj.capacity,)
+        if self._may_be_a_name(obj) and isinstance(obj.__reduce_ex__(self.proto), str):
+            return _reduce_name(obj)
         place = self._place_of(obj)
         return NotImplemented if place is None else (_find, tuple(place.split(":")))
+
+    def _may_be_a_name(self, value: Any) -> bool:
+        of_class = type(value)
+        in_main = getattr(value, "__module__", "") == MAIN and of_class.__module__ != MAIN
+        return in_main and of_class not in self.dispatch_table
 
     def _place_of(self, value: object) -> str | None:
         """ "module:name" of an object in the package that defines its type, where that package is an installed one."""
@@ -280,6 +289,26 @@ def _is_template_cache(value: Any) -> bool:
     return type(value).__name__ == "LRUCache" and type(value).__module__ == "jinja2.utils"
 
 
+def _reduce_name(value: Any) -> tuple[Any, ...]:
+    """What pickles as its name in the script, where the replica would not find it."""
+    if isinstance(value, NewType):
+        return _make_name, (NewType, (value.__name__, value.__supertype__))
+    if isinstance(value, ParamSpec):
+        return _make_name, (ParamSpec, (value.__name__,))
+    if type(value).__name__ == "TypeVarTuple":
+        return _make_name, (type(value), (value.__name__,))
+    if type(value).__name__ == "TypeAliasType":
+        return _make_name, (type(value), (value.__name__, value.__value__))
+    raise PicklingError(f"{value!r} can be found only by its name in the script")
+
+
+def _make_name(make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    made = make(*arguments)
+    with suppress(AttributeError):
+        made.__module__ = MAIN
+    return made
+
+
 def _make_exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
     return cls.__new__(cls, *args)  # its constructor may want other arguments than those it has passed on
 
@@ -320,6 +349,10 @@ def _context_variable(name: str, default: tuple[Any, ...]) -> ContextVar[Any]:
     return ContextVar(name, default=default[0]) if default else ContextVar(name)
 
 
+def _reduce_thread_pool(pool: ThreadPoolExecutor) -> tuple[Any, ...]:
+    return ThreadPoolExecutor, (pool._max_workers, pool._thread_name_prefix)
+
+
 _Cached: type = type(functools.lru_cache(len))
 
 
@@ -349,6 +382,7 @@ _CodePickler.dispatch_table = ChainMap(
         ContextVar: _reduce_context_variable,
         _Cached: _reduce_cached,
         CodeType: _reduce_code_object,
+        ThreadPoolExecutor: _reduce_thread_pool,
         weakref.ref: _reduce_weak_reference,
         weakref.WeakKeyDictionary: _reduce_weak_dictionary,
         weakref.WeakValueDictionary: _reduce_weak_dictionary,

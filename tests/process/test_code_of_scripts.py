@@ -202,6 +202,99 @@ def test_dependencies_of_every_kind_arrive(script: Path) -> None:
     ]
 
 
+def test_types_and_tools_at_the_top_of_a_script_arrive(script: Path) -> None:
+    target = target_of(
+        script,
+        """
+        import asyncio
+        import concurrent.futures
+        import dataclasses
+        import enum
+        import functools
+        import queue
+        import typing
+
+        from pydantic import BaseModel, Field, RootModel, TypeAdapter, computed_field, field_validator
+        from typing_extensions import TypedDict
+
+        UserId = typing.NewType("UserId", int)
+        T = typing.TypeVar("T")
+        P = typing.ParamSpec("P")
+        Ts = typing.TypeVarTuple("Ts")
+
+        class Options(TypedDict, total=False):
+            user: UserId
+
+        class Point(typing.NamedTuple):
+            x: int
+            y: int = 2
+
+        class Flags(enum.Flag):
+            A = enum.auto()
+            B = enum.auto()
+
+        @dataclasses.dataclass(slots=True, frozen=True)
+        class Slot:
+            n: int = 1
+
+        class Cat(BaseModel):
+            kind: typing.Literal["cat"] = "cat"
+            lives: int = 9
+
+            @field_validator("lives")
+            @classmethod
+            def check(cls, lives: int) -> int:
+                if lives > 9:
+                    raise ValueError("too many")
+                return lives
+
+            @computed_field
+            @property
+            def twice(self) -> int:
+                return 2 * self.lives
+
+        class Kitten(Cat):
+            kind: typing.Literal["kitten"] = "kitten"
+
+            def dump(self) -> dict:
+                return super().model_dump()
+
+        class Page(BaseModel, typing.Generic[T]):
+            items: list[T]
+
+        class Names(RootModel[list[str]]):
+            pass
+
+        Pet = typing.Annotated[Cat | Kitten, Field(discriminator="kind")]
+        pets = TypeAdapter(list[Pet])
+        pool = concurrent.futures.ThreadPoolExecutor(2, "mine")
+        waiting = queue.Queue()
+        waiting.put("waited")
+        gate = asyncio.Semaphore(1)
+
+        def logged(function: typing.Callable[P, T]) -> typing.Callable[P, T]:
+            @functools.wraps(function)
+            def inner(*args: P.args, **kwargs: P.kwargs) -> T:
+                return function(*args, **kwargs)
+            return inner
+
+        @serve.deployment
+        @logged
+        def check(n: UserId) -> list:
+            assert (UserId(n), Options(user=n)["user"], Point(1).y, Slot(2).n) == (n, n, 2, 2)
+            assert Flags.A | Flags.B == Flags(3)
+            assert str(Ts) and gate.locked() is False
+            found = pets.validate_python([{"kind": "cat"}, {"kind": "kitten", "lives": n}])
+            page = Page[Cat].model_validate({"items": [{"lives": 1}]})
+            return [found[1].dump(), page.items[0].twice, Names(["a"]).root, pool.submit(waiting.get).result(),
+                    type(found[0]) is Cat]
+
+        hand_over(check)
+        """,
+    )
+    assert call(target, 3) == [{"kind": "kitten", "lives": 3, "twice": 6}, 2, ["a"], "waited", True]
+
+
 def test_models_may_refer_to_themselves_and_to_each_other(script: Path) -> None:
     target = target_of(
         script,
