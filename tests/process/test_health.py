@@ -70,6 +70,17 @@ async def test_a_check_that_fails_now_and_then_does_no_harm(world: World) -> Non
         assert seen(world, host).state == SERVING
 
 
+async def test_another_period_takes_effect_in_the_running_replica(world: World) -> None:
+    world.deploy("Patient", health_check_period_s=1000)
+    (host,) = await world.start()
+    assert len(world.books.starts("check")) == 1
+
+    world.deploy("Patient", health_check_period_s=OFTEN)
+
+    await until(lambda: len(world.books.starts("check")) > 3)
+    assert set(world.books.starts("check")) == {host.pid}
+
+
 async def test_a_replica_that_is_ill_from_the_start_counts_as_one_that_could_not_be_constructed(world: World) -> None:
     world.deploy("Patient")
     world.books.say("ill")

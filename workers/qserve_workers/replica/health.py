@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW = 3
 """So many make a replica ill."""
+_LOOK_EVERY_S = 1.0
 
 
 class HealthChecks:
@@ -62,7 +63,7 @@ class HealthChecks:
     async def go_on(self, code: UserCode) -> None:
         """Check for as long as the replica serves."""
         while code.has_health_check:
-            await asyncio.sleep(self._slots.spec.health_check_period_s)
+            await self._until_due()
             await self._check(code)
 
     def overdue_s(self) -> float | None:
@@ -73,6 +74,11 @@ class HealthChecks:
         begun_at = self._begun_at
         taken = 0.0 if begun_at is None else time.monotonic() - begun_at
         return taken if taken > self._slots.spec.health_check_timeout_s else None
+
+    async def _until_due(self) -> None:
+        since = time.monotonic()
+        while (left := since + self._slots.spec.health_check_period_s - time.monotonic()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(min(left, _LOOK_EVERY_S))  # the period may change meanwhile
 
     async def _check(self, code: UserCode) -> None:
         name, before = self._slots.spec.name, self.problem
