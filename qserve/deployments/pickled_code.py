@@ -77,9 +77,13 @@ def _culprit(codes: list[Any]) -> str:
     return ""
 
 
+_LEFT_OUT = frozenset({"_abc_impl", "__dict__", "__weakref__", *_SCHEMA})
+"""What is in a class, and not in its pickle."""
+
+
 def _names_used_by(code: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(code, FunctionType):
-        yield from vars(code).items()
+        yield from ((name, value) for name, value in vars(code).items() if name not in _LEFT_OUT)
         return
     yield from inspect.getclosurevars(code).nonlocals.items()
     yield from inspect.getclosurevars(code).globals.items()
@@ -212,9 +216,14 @@ def _reduce_code(code: Any, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
     if "_sa_class_manager" in vars(code):
         raise PicklingError(f"{code.__qualname__!r} is a class that SQLAlchemy or SQLModel maps to a table")
     make, arguments, state, _, _, set_state = reduced
+    if "__class__" in vars(code):  # a property, which only the namespace of a new class can have
+        namespace = {**arguments[3], "__class__": state[0].pop("__class__")}
+        arguments = (*arguments[:3], namespace, *arguments[4:])
     is_model = _SCHEMA[0] in vars(code)
     if is_model:
-        state = ({name: value for name, value in state[0].items() if name not in _SCHEMA}, *state[1:])
+        kept = {name: value for name, value in state[0].items() if name not in _SCHEMA}
+        kept[_AROUND] = _classes_in(kept.get(_AROUND))
+        state = (kept, *state[1:])
     is_function = isinstance(code, FunctionType)
     script = vars(sys.modules[MAIN])
     known: dict[str, Any] = code.__globals__ if is_function else script
@@ -227,6 +236,17 @@ def _reduce_code(code: Any, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
     if in_main and is_function:
         make, arguments = _make_in_main, (make, *arguments)
     return make, arguments, (set_state, state, names, in_main, is_model), None, None, _set_state
+
+
+_AROUND = "__pydantic_parent_namespace__"
+"""Everything that was local where a model was defined, for the case that its annotations mention it."""
+
+
+def _classes_in(namespace: dict[str, Any] | None) -> dict[str, type] | None:
+    if namespace is None:
+        return None
+    values = {name: value() if type(value).__name__.endswith("WeakRef") else value for name, value in namespace.items()}
+    return {name: value for name, value in values.items() if isinstance(value, type)}
 
 
 def _reduce_code_object(code: CodeType) -> tuple[Any, ...]:

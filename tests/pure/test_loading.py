@@ -14,6 +14,7 @@ from typing import Any
 import cloudpickle
 import pytest
 from fastapi import FastAPI, datastructures
+from pydantic import BaseModel, computed_field
 from starlette.datastructures import State
 
 from qserve.deployments.app_import import import_app
@@ -211,6 +212,25 @@ def test_weak_references_and_dictionaries_are_pickled() -> None:
     assert reference() is again[0]
     assert keys[again[0]] == 1
     assert values["other"] is again[1]
+
+
+def test_models_of_a_local_scope_leave_its_other_locals_behind() -> None:
+    nothing_to_pickle = (number for number in range(3))
+
+    class Inner(BaseModel):
+        n: int
+
+    class Outer(BaseModel):
+        inner: Inner
+
+        @computed_field  # type: ignore[prop-decorator]
+        @property
+        def twice(self) -> "Inner":
+            return Inner(n=2 * self.inner.n)
+
+    restored: Any = load_target(make_target(Outer, allow_pickle=True))
+    assert restored is Outer or restored(inner={"n": 1}).model_dump() == {"inner": {"n": 1}, "twice": {"n": 2}}
+    assert next(nothing_to_pickle) == 0
 
 
 def test_a_class_that_is_mapped_to_a_table_is_not_taken_apart() -> None:
