@@ -5,29 +5,22 @@ these functions keep their names and parameters.
 """
 
 import ast
-import functools
 import inspect
 import io
 import sys
-import sysconfig
-import threading
-import weakref
 from collections import ChainMap
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from contextvars import Context, ContextVar
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from pickle import PicklingError
 from types import CodeType, FunctionType, ModuleType
-from typing import Any, ClassVar, ForwardRef, NewType, ParamSpec, get_args
+from typing import Any, ClassVar, ForwardRef, get_args
 
 import cloudpickle
 import pydantic.dataclasses
-from starlette.datastructures import State
 
 from qserve.deployments.driver_script import MAIN, can_run_again
+from qserve.deployments.pickled_objects import REDUCERS, PackageObjects, reduce_object
 
 _SCHEMA = ("__pydantic_core_schema__", "__pydantic_validator__", "__pydantic_serializer__")
 """What pydantic makes of a model. Models that refer to each other cannot be unpickled with it."""
@@ -150,7 +143,7 @@ class _CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         self.by_value: list[Any] = []
-        self._places: dict[str, dict[int, str]] = {}
+        self._of_packages = PackageObjects()
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, FunctionType | type):
@@ -159,53 +152,8 @@ class _CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
                 return reduced
             self.by_value.append(obj)
             return _reduce_code(obj, reduced)
-        if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
-            return _make_exception, (type(obj), obj.args), vars(obj)
-        if _is_template_cache(obj):
-            return type(obj), (obj.capacity,)
-        if self._may_be_a_name(obj) and isinstance(obj.__reduce_ex__(self.proto), str):
-            return _reduce_name(obj)
-        place = self._place_of(obj)
-        return NotImplemented if place is None else (_find, tuple(place.split(":")))
-
-    def _may_be_a_name(self, value: Any) -> bool:
-        of_class = type(value)
-        in_main = getattr(value, "__module__", "") == MAIN and of_class.__module__ != MAIN
-        return in_main and of_class not in self.dispatch_table
-
-    def _place_of(self, value: object) -> str | None:
-        """ "module:name" of an object in the package that defines its type, where that package is an installed one."""
-        package = (type(value).__module__ or "").partition(".")[0]
-        if package not in self._places:
-            self._places[package] = dict(_objects_of(package)) if _is_installed(package) else {}
-        return self._places[package].get(id(value))
-
-
-def _objects_of(package: str) -> Iterator[tuple[int, str]]:
-    """Objects at the top level of a package's modules whose types are the package's own."""
-    names = [name for name in list(sys.modules) if name.partition(".")[0] == package]
-    for name in sorted(names, key=len, reverse=True):  # the shortest path comes last, and wins
-        for key, value in list(getattr(sys.modules.get(name), "__dict__", {}).items()):
-            if not isinstance(value, type) and (type(value).__module__ or "").partition(".")[0] == package:
-                yield id(value), f"{name}:{key}"
-
-
-def _is_installed(package: str) -> bool:
-    if package in _WITH_REDUCERS_OF_THEIR_OWN:
-        return False
-    file = getattr(sys.modules.get(package), "__file__", None)
-    if file is None:
-        return False
-    places = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")}
-    return any(Path(file).resolve().is_relative_to(place) for place in places)
-
-
-_WITH_REDUCERS_OF_THEIR_OWN = frozenset({"builtins", "typing", "functools", "threading", "contextvars", "cloudpickle"})
-
-
-def _find(module: str, name: str) -> Any:
-    __import__(module)
-    return getattr(sys.modules[module], name)
+        reduced = reduce_object(obj, type(obj) in self.dispatch_table)
+        return self._of_packages.reduce(obj) if reduced is NotImplemented else reduced
 
 
 # Functions and classes
@@ -222,7 +170,8 @@ def _reduce_code(code: Any, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
     is_model = _SCHEMA[0] in vars(code)
     if is_model:
         kept = {name: value for name, value in state[0].items() if name not in _SCHEMA}
-        kept[_AROUND] = _classes_in(kept.get(_AROUND))
+        if _AROUND in kept:
+            kept[_AROUND] = _classes_in(kept[_AROUND])
         state = (kept, *state[1:])
     is_function = isinstance(code, FunctionType)
     script = vars(sys.modules[MAIN])
@@ -301,111 +250,4 @@ def _names_in(annotation: object) -> Iterator[str]:
             yield from _names_in(node.value)
 
 
-# Objects that arrive fresh, or as something that pickles
-
-
-def _is_template_cache(value: Any) -> bool:
-    """Whether it is where Jinja keeps compiled templates, by references that do not travel."""
-    return type(value).__name__ == "LRUCache" and type(value).__module__ == "jinja2.utils"
-
-
-def _reduce_name(value: Any) -> tuple[Any, ...]:
-    """What pickles as its name in the script, where the replica would not find it."""
-    if isinstance(value, NewType):
-        return _make_name, (NewType, (value.__name__, value.__supertype__))
-    if isinstance(value, ParamSpec):
-        return _make_name, (ParamSpec, (value.__name__,))
-    if type(value).__name__ == "TypeVarTuple":
-        return _make_name, (type(value), (value.__name__,))
-    if type(value).__name__ == "TypeAliasType":
-        return _make_name, (type(value), (value.__name__, value.__value__))
-    raise PicklingError(f"{value!r} can be found only by its name in the script")
-
-
-def _make_name(make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    made = make(*arguments)
-    with suppress(AttributeError):
-        made.__module__ = MAIN
-    return made
-
-
-def _make_exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
-    return cls.__new__(cls, *args)  # its constructor may want other arguments than those it has passed on
-
-
-def _reduce_weak_reference(reference: weakref.ref[Any]) -> tuple[Any, ...]:
-    return weakref.ref, (reference(),)
-
-
-def _reduce_weak_dictionary(dictionary: Any) -> tuple[Any, ...]:
-    return type(dictionary), (dict(dictionary),)
-
-
-def _restore_state(state: State, values: dict[str, Any]) -> None:
-    state._state.update(values)
-
-
-def _reduce_state(state: State) -> tuple[Any, ...]:
-    # It answers every attribute from a dict that is not there yet while it is being unpickled.
-    return State, (), dict(state._state), None, None, _restore_state
-
-
-def _reduce_lock(lock: object) -> tuple[Any, ...]:
-    return (threading.RLock if isinstance(lock, type(threading.RLock())) else threading.Lock), ()
-
-
-def _reduce_thread_local(_: object) -> tuple[Any, ...]:
-    return threading.local, ()
-
-
-def _reduce_context_variable(variable: ContextVar[Any]) -> tuple[Any, ...]:
-    try:
-        return _context_variable, (variable.name, (Context().run(variable.get),))
-    except LookupError:
-        return _context_variable, (variable.name, ())
-
-
-def _context_variable(name: str, default: tuple[Any, ...]) -> ContextVar[Any]:
-    return ContextVar(name, default=default[0]) if default else ContextVar(name)
-
-
-def _reduce_thread_pool(pool: ThreadPoolExecutor) -> tuple[Any, ...]:
-    return ThreadPoolExecutor, (pool._max_workers, pool._thread_name_prefix)
-
-
-_Cached: type = type(functools.lru_cache(len))
-
-
-def _reduce_cached(cached: Any) -> Any:
-    place = sys.modules.get(cached.__module__ or "")
-    if cached.__module__ != MAIN and _attribute(place, cached.__qualname__) is cached:
-        return cached.__qualname__
-    return _cached, (cached.__wrapped__, cached.cache_parameters())
-
-
-def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
-    return functools.lru_cache(**parameters)(function)
-
-
-def _attribute(value: Any, qualname: str) -> Any:
-    for part in qualname.split("."):
-        value = getattr(value, part, None)
-    return value
-
-
-_CodePickler.dispatch_table = ChainMap(
-    {
-        State: _reduce_state,
-        type(threading.Lock()): _reduce_lock,
-        type(threading.RLock()): _reduce_lock,
-        threading.local: _reduce_thread_local,
-        ContextVar: _reduce_context_variable,
-        _Cached: _reduce_cached,
-        CodeType: _reduce_code_object,
-        ThreadPoolExecutor: _reduce_thread_pool,
-        weakref.ref: _reduce_weak_reference,
-        weakref.WeakKeyDictionary: _reduce_weak_dictionary,
-        weakref.WeakValueDictionary: _reduce_weak_dictionary,
-    },
-    cloudpickle.Pickler.dispatch_table,
-)
+_CodePickler.dispatch_table = ChainMap({**REDUCERS, CodeType: _reduce_code_object}, cloudpickle.Pickler.dispatch_table)
