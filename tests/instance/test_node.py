@@ -7,6 +7,7 @@ import urllib.request
 from pathlib import Path
 
 import psutil
+import pytest
 import redis
 
 from qserve.broker.instance.state import State
@@ -50,6 +51,25 @@ class TestWorkers:
         wait_until(
             lambda: {info.pid for info in state.observed.replicas("Pid").values() if info.state == "SERVING"} - old
         )
+
+    def test_the_node_tells_of_replicas_that_died_with_their_worker(
+        self,
+        start_node: StartNode,
+        state: State,
+        keys: Keys,
+        redis_client: "redis.Redis",
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Nobody has to wait for the silence of their heartbeats before their calls are taken over."""
+        monkeypatch.setenv("QSERVE_DEAD_AFTER_S", str(patience(100)))
+        node = start_node()
+        deploying.deploy(state, spec(Pid)).wait()
+        (old,) = state.observed.replicas("Pid")
+        (worker,) = psutil.Process(node.pid).children()
+
+        worker.kill()
+
+        wait_until(lambda: not redis_client.hexists(keys.heartbeats("Pid"), old))
 
     def test_replicas_per_node_is_the_number_here_whatever_the_deployment_says(
         self, start_node: StartNode, state: State

@@ -30,7 +30,7 @@ def spec(deployment: "Deployment[Any]") -> DeploymentSpec:
 def start_node(settings: Settings, state: State) -> Iterator[StartNode]:
     """Starts nodes on the session's Valkey; at the end they get SIGTERM and must leave nothing running."""
     nodes: list[subprocess.Popen[bytes]] = []
-    environment = os.environ | {
+    given = {
         "QSERVE_REDIS_URL": settings.redis_url,
         "QSERVE_SECRET": settings.secret,
         "QSERVE_NAMESPACE": settings.namespace,
@@ -38,7 +38,7 @@ def start_node(settings: Settings, state: State) -> Iterator[StartNode]:
 
     def start(*options: str, wait: bool = True) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "qserve_workers.node", *options]
-        node = subprocess.Popen(command, env=environment, cwd=ROOT)
+        node = subprocess.Popen(command, env=os.environ | given, cwd=ROOT)
         nodes.append(node)
         if wait:
             wait_until(lambda: any(info.pid == node.pid for info in state.observed.nodes().values()))

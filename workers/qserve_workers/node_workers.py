@@ -2,26 +2,34 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
 from collections.abc import Mapping
 
+from qserve.background import end, spawn
 from qserve.broker.instance.following import Snapshot
+from qserve.broker.instance.heartbeats import post_tombstone
 from qserve.broker.instance.reports import forget_worker, read_replicas
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import redis_clients
 from qserve.deployments.local_instance import is_running
 from qserve.errors import QServeError
 from qserve.settings import Settings
+from qserve.wire.messages import Signer
 from qserve.wire.spec import DeploymentSpec, ReplicaInfo
 from qserve_workers.node_options import NodeOptions
 from qserve_workers.supervise import KeptProcess
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
 STOP_MARGIN_S = 5.0
 """How long a process may take to end beyond what the calls in it may take."""
 _DELETE_MARGIN_S = 1.0
+_BURY_WITHIN_S = 10.0
+_COMMAND_TIMEOUT_S = 2.0
 
 
 class NodeWorkers:
@@ -57,6 +65,7 @@ class NodeWorkers:
         self._running: dict[str, KeptProcess] = {}
         self._specs: dict[str, DeploymentSpec] = {}
         self._retiring: dict[str, asyncio.Task[None]] = {}
+        self._burials: dict[str, asyncio.Task[None]] = {}
 
     def match(self, snapshot: Snapshot) -> None:
         """Have a worker for each deployment that this node serves, and no other."""
@@ -71,6 +80,7 @@ class NodeWorkers:
                 os.environ | self._environment,
                 # With the embedded Valkey gone nothing is left to drain to.
                 death_signal=signal.SIGKILL if self._options.embedded else signal.SIGTERM,
+                on_crash=lambda name=name: self._bury_replicas_of(name),  # type: ignore[misc]
             )
             self._running[name].start()
         for name in self._running.keys() - serve:
@@ -85,6 +95,7 @@ class NodeWorkers:
         """Let all of them finish their calls and end."""
         stopping = (self._stop(name, worker) for name, worker in self._running.items())
         await asyncio.gather(*stopping, *self._retiring.values())
+        await end(*self._burials.values())
 
     def _serves(self, name: str) -> bool:
         return name in self._snapshot.deployments and (not self._options.only or name in self._options.only)
@@ -122,6 +133,27 @@ class NodeWorkers:
         # What a worker that has ended said about itself is true no longer.
         with contextlib.suppress(QServeError, CommandRefused):
             await forget_worker(self._redis, self._settings.keys, name, self._node)
+
+    def _bury_replicas_of(self, name: str) -> None:
+        self._burials[name] = spawn(self._bury(name))
+
+    async def _bury(self, name: str) -> None:
+        """Let others take over the calls of replicas that died with their worker, which would have told of it."""
+        left = {id_: info for id_, info in (await self._replicas(name)).items() if info.node == self._node}
+        try:
+            async with asyncio.timeout(_BURY_WITHIN_S):
+                while left:
+                    dead = [id_ for id_, info in left.items() if not is_running(info.pid)]
+                    for id_ in dead:
+                        del left[id_]
+                        await asyncio.to_thread(self._post_tombstone, name, id_)
+                    await asyncio.sleep(_POLL_S)
+        except (QServeError, CommandRefused, TimeoutError) as exc:  # the silence of their heartbeats tells, too
+            logger.debug("could not tell of replicas of %s that died with their worker: %s", name, exc)
+
+    def _post_tombstone(self, name: str, replica: str) -> None:
+        with contextlib.closing(redis_clients.client(self._settings.redis_url, _COMMAND_TIMEOUT_S)) as client:
+            post_tombstone(client, self._settings.keys, name, replica, Signer(self._settings.secrets))
 
     async def _is_draining(self, name: str) -> bool:
         """Whether replicas of a deleted deployment still run here; those that were killed have left their entry."""

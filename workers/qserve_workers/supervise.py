@@ -32,6 +32,7 @@ class KeptProcess:
         command: Asked before each start.
         environment: Its environment.
         death_signal: What it gets when this process dies.
+        on_crash: Called when it has ended and is about to be started again.
         once: Started only once; `ended` says when it is gone.
     """
 
@@ -42,12 +43,14 @@ class KeptProcess:
         environment: Mapping[str, str],
         *,
         death_signal: signal.Signals = signal.SIGTERM,
+        on_crash: Callable[[], None] = lambda: None,
         once: bool = False,
     ) -> None:
         self._what = what
         self._command = command
         self._environment = environment
         self._death_signal = death_signal
+        self._on_crash = on_crash
         self._once = once
         self._process: asyncio.subprocess.Process | None = None
         self._keeping: asyncio.Task[None] | None = None
@@ -99,6 +102,7 @@ class KeptProcess:
             if self._stopping or self._once:
                 self.ended.set()
                 return
+            self._on_crash()
             if time.monotonic() - started > _GOOD_RUN_S:
                 delay = BACKOFF_S[0]
             logger.warning("%s ended (%s), starting it again in %.1f s.", self._what, _reason(code), delay)
