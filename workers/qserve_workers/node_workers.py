@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from qserve.background import end, spawn
 from qserve.broker.instance.following import Snapshot
-from qserve.broker.instance.heartbeats import post_tombstone
+from qserve.broker.instance.heartbeats import call_neighbours, mark_dead
 from qserve.broker.instance.reports import forget_worker, read_replicas
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import redis_clients
@@ -153,7 +153,8 @@ class NodeWorkers:
 
     def _post_tombstone(self, name: str, replica: str) -> None:
         with contextlib.closing(redis_clients.client(self._settings.redis_url, _COMMAND_TIMEOUT_S)) as client:
-            post_tombstone(client, self._settings.keys, name, replica, Signer(self._settings.secrets))
+            mark_dead(client, self._settings.keys, name, replica)
+            call_neighbours(client, self._settings.keys, name, replica, Signer(self._settings.secrets))
 
     async def _is_draining(self, name: str) -> bool:
         """Whether replicas of a deleted deployment still run here; those that were killed have left their entry."""

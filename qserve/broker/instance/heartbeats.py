@@ -68,14 +68,19 @@ def leave(client: redis.Redis, keys: Keys, deployment: str, replica: str, *, all
         return bool(RETIRE.run(client, names, GROUP, replica))
 
 
+def mark_dead(client: redis.Redis, keys: Keys, deployment: str, replica: str) -> None:
+    """Let whoever looks at a replica's heartbeat see that it has died."""
+    with our_errors(client):
+        client.hset(keys.heartbeats(deployment), replica, DIED)
+
+
 def post_tombstone(client: redis.Redis, keys: Keys, deployment: str, replica: str, signer: Signer) -> None:
     """Make a replica's death known, so that its neighbours take over its calls at once.
 
     For whoever saw the process die.
     """
     reach("tombstone")
-    with our_errors(client):
-        client.hset(keys.heartbeats(deployment), replica, DIED)
+    mark_dead(client, keys, deployment, replica)
     reach("tombstone-set")
     call_neighbours(client, keys, deployment, replica, signer)
 

@@ -29,6 +29,8 @@ _SPARE_UNSAFE_S = 0.3
 """So long a replica that runs calls which nobody may run again leaves suspects to others."""
 _SPARE_BUSY_S = 1.0
 """So long a replica that is not idle leaves last chances to others: the successor of the dead one may be idle."""
+_SPARE_STREAMS_S = 10.0
+"""The same where calls stream, which may take as long as they please: nothing new is read before they have ended."""
 
 
 class Takeover:
@@ -171,6 +173,7 @@ class Takeover:
         """
         slots, last = self._consumer.slots, self._settings.max_deliveries
         waited = time.monotonic() - self._gone_since.get(replica, 0.0)
-        if not slots or waited >= _SPARE_BUSY_S:
+        streams = any(running.streams for running in slots.calls)
+        if not slots or waited >= (_SPARE_STREAMS_S if streams else _SPARE_BUSY_S):
             return last + 1  # those who come after the last are only answered
         return last - 1 if slots.harm_nobody or waited >= _SPARE_UNSAFE_S else 1
