@@ -664,3 +664,52 @@ async def test_a_destructor_that_raises_is_logged(caplog: pytest.LogCaptureFixtu
         async with running(Raises):
             pass
     assert "Exception in __del__ of deployment 'Raises'" in caplog.text
+
+
+# Health
+
+
+async def test_what_counts_as_a_health_check() -> None:
+    class Base:
+        async def check_health(self) -> None: ...
+
+    class Inherits(Base): ...
+
+    class Static:
+        @staticmethod
+        def check_health() -> None: ...
+
+    class ForCallers:
+        def check_health(self, request: object) -> str:
+            return "fine"
+
+    class Anything:
+        def __getattr__(self, name: str) -> object:
+            return lambda *_: 1 / 0
+
+    class Without: ...
+
+    async def has(cls: type) -> bool:
+        async with running(cls) as replica:
+            return replica.code.has_health_check
+
+    assert [await has(cls) for cls in (Base, Inherits, Static)] == [True] * 3
+    assert [await has(cls) for cls in (ForCallers, Anything, Without)] == [False] * 3
+
+
+async def test_a_def_check_runs_on_the_thread_of_the_methods_and_what_it_raises_arrives() -> None:
+    class Ill:
+        def check_health(self) -> None:
+            self.ran_on = threading.get_ident()
+            raise SystemExit("ill")
+
+        def thread(self) -> tuple[int, int]:
+            return self.ran_on, threading.get_ident()
+
+    begun: list[bool] = []
+    async with running(Ill) as replica:
+        with pytest.raises(RuntimeError, match=r"SystemExit\(ill\)"):
+            await replica.code.check_health(lambda: begun.append(True))
+        checked, called = await replica.call("thread")
+    assert checked == called
+    assert begun == [True]

@@ -31,8 +31,8 @@ from qserve_workers.user.user_methods import (
     available_methods,
     class_methods,
     describe_method,
+    has_health_check,
     is_computed,
-    is_health_check,
 )
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class UserCode:
     @property
     def has_health_check(self) -> bool:
         """Whether the class has a method `check_health` that takes no arguments."""
-        return self._spec.is_class and is_health_check(getattr(self._instance, HEALTH_CHECK, None))
+        return self._spec.is_class and has_health_check(self._instance)
 
     async def check_health(self, on_start: Callable[[], None]) -> None:
         """Ask the instance whether it is well.

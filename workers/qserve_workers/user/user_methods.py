@@ -78,12 +78,15 @@ def is_computed(instance: Any, name: str) -> bool:
     return static is None or not _is_callable(static)
 
 
-def is_health_check(function: object) -> bool:
-    """Whether it can be called without arguments; a method of that name that needs some is for callers."""
-    if not callable(function):
+def has_health_check(instance: object) -> bool:
+    """Whether there is a check that takes no arguments; a method of that name that needs some is for callers.
+
+    What `__getattr__` gives for any name is none.
+    """
+    if not _is_callable(inspect.getattr_static(instance, HEALTH_CHECK, None)):
         return False
     try:
-        inspect.signature(function).bind()
+        inspect.signature(getattr(instance, HEALTH_CHECK)).bind()
     except TypeError:
         return False
     except ValueError:  # builtins tell no signature
