@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qserve.settings import Settings
-from tests.support.serving import ROOT, free_port, runtime_folder
+from tests.support.serving import ROOT, free_ports, runtime_folder
 from tests.support.shell import Shell, background, descendants
 from tests.support.slowness import patience
 
@@ -25,7 +25,7 @@ APP = """
 
 @pytest.mark.timeout(90)
 def test_several_gateways_serve_one_port_and_each_has_its_admin_listener(tmp_path: Path) -> None:
-    admin = free_port()
+    admin = free_ports(3)
     with runtime_folder() as runtime:
         shell = Shell(tmp_path, runtime, {"QSERVE_ADMIN_PORT": str(admin), "QSERVE_ADMIN_TOKEN": "t"})
         shell.write("app.py", APP)

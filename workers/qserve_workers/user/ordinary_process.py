@@ -49,21 +49,37 @@ def become_ordinary(own_signals: Iterable[signal.Signals]) -> None:
     _leave_celery()
     _leave_logging_to_user_code()
     _forget_exit_hooks()
-    reset = [signal.Signals(each) for each in own_signals]
-    os.register_at_fork(after_in_child=lambda: _reset_signals(reset))
+    forks = _Forks(frozenset(own_signals))
+    os.register_at_fork(before=forks.before, after_in_parent=forks.after_in_parent, after_in_child=forks.after_in_child)
 
 
 def _stay(_signum: int, _frame: object) -> None:
     """Ctrl-C in a terminal is for the worker, which ends its replicas in order."""
 
 
-def _reset_signals(own: Iterable[signal.Signals]) -> None:
-    """In a process that user code forks: its signals are its own, and wake nobody up in the replica."""
-    with contextlib.suppress(ValueError):  # not on the main thread: an interpreter of its own
-        signal.set_wakeup_fd(-1)
-        for signum in own:
-            signal.signal(signum, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+class _Forks(threading.local):
+    """What a process that user code forks does with its signals: they are its own, and wake nobody up in the replica.
+
+    They are blocked meanwhile: one that came before the new process has its own handlers would be lost.
+    """
+
+    def __init__(self, own: frozenset[signal.Signals]) -> None:
+        self._own = own
+        self._mask: set[signal.Signals | int] = set()
+
+    def before(self) -> None:
+        self._mask = set(signal.pthread_sigmask(signal.SIG_BLOCK, self._own | {signal.SIGINT}))
+
+    def after_in_parent(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def after_in_child(self) -> None:
+        with contextlib.suppress(ValueError):  # not on the main thread: an interpreter of its own
+            signal.set_wakeup_fd(-1)
+            for signum in self._own:
+                signal.signal(signum, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
 
 def _allow_children() -> None:
