@@ -22,7 +22,7 @@ import qserve
 from qserve import serve
 from tests.support.gates import Notes
 from tests.support.slowness import patience
-from tests.support.waiting import LIMIT_S
+from tests.support.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -313,7 +313,7 @@ def test_fastapi_with_all_it_can(http: httpx.Client, notes: Notes) -> None:  # n
     assert (invalid.status_code, invalid.json()["detail"][0]["loc"]) == (422, ["query", "q"])
     assert (http.get("/all/raises").status_code, http.get("/all/raises").json()) == (418, {"error": "teapot"})
     assert http.get("/all/background").json() == "done"
-    assert notes.read()[-1] == "background"  # at once: it is there when the response is
+    wait_until(lambda: notes.read()[-1] == "background")  # it runs once the response has left
     assert http.get("/all/router/hello").json() == "started"
     assert http.get("/all/mounted/hello").json().endswith("/all/mounted/hello")
     assert http.get("/all/stream").text == "123"

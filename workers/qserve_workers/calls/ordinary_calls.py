@@ -100,11 +100,16 @@ class OrdinaryRuns:
                 place = (call.deployment, running.info.request_id)
                 logger.error("Exception in deployment %r, request %s", *place, exc_info=error)
             kind, result = ERROR, self.pack_error(error)
-        reach("ran")
-        if self._slots.give_back(running, ran=True):
-            self._answers.add(entry.id, call, kind, result)
-        else:
+        if not self._answer(running, kind, result):
             self._slots.end_background(running)
+
+    def _answer(self, running: RunningCall, kind: int, result: bytes, *, goes_on: bool = False) -> bool:
+        """Answer a call that ran; False if it has had its answer, or somebody else gives it."""
+        reach("ran")
+        if not self._slots.give_back(running, ran=True, goes_on=goes_on):
+            return False
+        self._answers.add(running.entry.id, running.call, kind, result)
+        return True
 
     def refuse(self, entry: Entry, call: Call, error: QServeError) -> None:
         """Answer a call that does not run."""
@@ -171,10 +176,8 @@ class OrdinaryRuns:
             kind, result = self._reply(running, response)
         except ResultTooLarge as exc:
             kind, result = ERROR, self.pack_error(exc)
-        reach("ran")
         running.info.deadline = None
-        self._slots.give_back(running, ran=True, goes_on=True)
-        self._answers.add(running.entry.id, running.call, kind, result)
+        self._answer(running, kind, result, goes_on=True)
 
     def _decode_request(self, running: RunningCall, payload: bytes) -> HttpRequest:
         request = decode_http_request(payload)
