@@ -29,6 +29,7 @@ class Row:
         call: "once" may not be run again, "safe" may, "durable" in any case; "large" and "safe-large" have large
             arguments; the result of "stream" comes in parts.
         runs: The attempts that user code sees, over all processes.
+        or_runs: What they may be instead, where two things happen at once.
         error: How the call ends, "" with its result.
         state: Of the record or the deployment afterwards, where there is one.
         letters: Dead letters afterwards.
@@ -41,6 +42,7 @@ class Row:
     error: str = ""
     state: str = ""
     letters: int = 0
+    or_runs: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -65,9 +67,10 @@ async def _check(stage: Stage, row: Row, ended: Awaitable[Said]) -> None:
     await stage.quiet()
     name = "parts" if row.call == "stream" else "work"
     assert said.error == row.error, said
-    assert tuple(stage.runs(name)) == row.runs
+    runs = tuple(stage.runs(name))
+    assert runs in (row.runs, row.or_runs or row.runs)
     if not row.error:
-        assert said.value == ([0, 1, 2] if row.call == "stream" else ["work", row.runs[-1]])
+        assert said.value == ([0, 1, 2] if row.call == "stream" else ["work", runs[-1]])
     assert stage.letters() == row.letters
     if row.state:
         assert stage.records() == [row.state]
@@ -279,7 +282,8 @@ ROWS = (
     Row(undertaker_dies, "buried", "safe", (), POISON, letters=1),
     Row(leaver_dies, "leave", "once", (1,)),
     Row(mover_dies, "due", "durable", (1,), state="done"),
-    Row(mover_dies, "moved", "durable", (1,), state="done"),
+    # Who has moved it may have been given it, too, and have begun.
+    Row(mover_dies, "moved", "durable", (1,), state="done", or_runs=(2,)),
     Row(caller_dies, "admit", "work"),
     Row(caller_dies, "admit-sent", "work", (1,)),
     Row(caller_dies, "admitted", "work", (1,)),
