@@ -68,7 +68,7 @@ def test_a_replica_stuck_in_a_call_is_killed_when_its_time_is_up_and_the_caller_
 
     stuck.delete()
 
-    assert not is_alive(int(pid))
+    wait_until(lambda: not is_alive(int(pid)))
     with pytest.raises(qserve.ReplicaDied):
         ref.result(patience(LIMIT_S))
 
@@ -119,7 +119,7 @@ def test_a_destructor_that_raises_is_logged_and_the_replica_goes(qserve_instance
 
     Complains.delete()
 
-    assert not is_alive(int(notes.read()[0]))
+    wait_until(lambda: not is_alive(int(notes.read()[0])))
     record = find_record(qserve_instance.settings.namespace)
     assert record is not None
     assert "I do not want to go" in (Path(record.folder) / "qserve.log").read_text()
@@ -205,7 +205,7 @@ def test_a_killed_worker_comes_back_with_its_replicas(qserve_instance: TestInsta
         return answer.text if answer.status_code == 200 and answer.text != before else None
 
     after = wait_until(after_it)
-    assert not is_alive(int(before))
+    wait_until(lambda: not is_alive(int(before)))
     assert is_alive(int(after))
 
 
