@@ -10,6 +10,7 @@
 #   make bench    the table of benchmarks/results.md (BENCH_PEERS=dir adds the peers)
 #   make chaos    break everything under load, for 80 minutes (ARGS="--part 2/11", "--slice", "--runs K1,K5")
 #   make docs     run what README.md and docs/ show
+#   make docs-site  build the documentation site into build/site (VERSION=...); it installs its generator first
 #   make tables   write the tables of docs/configuration.md that follow from the code
 #   make clean    remove .venv and caches
 
@@ -19,7 +20,7 @@ ARGS ?=
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: run fast test coverage check format bench chaos docs tables clean
+.PHONY: run fast test coverage check format bench chaos docs docs-site tables clean
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -52,6 +53,10 @@ chaos: $(READY)
 
 docs: $(READY)
 	@$(VENV)/bin/python -m pytest tests/instance/test_docs.py
+
+docs-site: $(READY)
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[docs]'
+	@$(VENV)/bin/python docs/build_site.py $(VERSION)
 
 tables: $(READY)
 	@$(VENV)/bin/python -m tests.support.tables

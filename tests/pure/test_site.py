@@ -1,0 +1,80 @@
+"""The documentation site: every page is in its navigation, and every error in its reference."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from qserve import errors
+from tests.support.serving import ROOT
+
+
+def load_site() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "docs/build_site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+site: Any = load_site()
+
+
+def test_the_navigation_names_every_page_and_no_other() -> None:
+    named = set(site.nav_pages(site.configuration()["nav"]))
+
+    there = {str(site.place_of(page)) for page in site.pages() if page.suffix == ".md"}
+
+    decisions = {page for page in there if page.startswith("decisions/")} - {"decisions/README.md"}
+    assert named == there - decisions  # decisions/README.md is their index
+
+
+def test_links_stay_in_the_site_or_lead_to_the_repository() -> None:
+    text = "[a](docs/quickstart.md#2-run-it) [b](LICENSE) [c](examples) [d](https://x.y/z.md)\n```\n[e](none.md)\n```\n"
+
+    found = site.in_the_site(Path("README.md"), text)
+
+    url = site.configuration()["repo_url"]
+    assert found == (
+        f"[a](quickstart.md#2-run-it) [b]({url}/blob/main/LICENSE) [c]({url}/tree/main/examples) [d](https://x.y/z.md)\n"
+        "```\n[e](none.md)\n```\n"
+    )
+
+
+def test_a_link_to_a_file_that_is_missing_ends_the_build() -> None:
+    with pytest.raises(SystemExit, match=r"docs/quickstart\.md links to \.\./none\.md, which does not exist"):
+        site.in_the_site(Path("docs/quickstart.md"), "[a](../none.md)")
+
+
+def test_the_error_reference_has_every_error_with_its_status() -> None:
+    page = (ROOT / "docs/errors.md").read_text()
+    sections = dict(re.findall(r"^## (\w+)\n\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    raised = {
+        name: cls
+        for name, cls in vars(errors).items()
+        if isinstance(cls, type) and issubclass(cls, errors.QServeError) and cls is not errors.QServeError
+    }
+
+    assert sections.keys() == raised.keys()
+    for name, cls in raised.items():
+        told = re.match(r"HTTP (\d+)", sections[name])
+        if told is not None:
+            assert int(told[1]) == cls.status, name
+        assert "- What to do:" in sections[name], name
+
+
+def test_pages_for_language_models_name_each_page(tmp_path: Path) -> None:
+    for page in site.nav_pages(site.configuration()["nav"]):
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).write_text(f"<!-- run -->\n# Page {page}\n")
+
+    site.write_llms(tmp_path)
+
+    index = (tmp_path / "llms.txt").read_text()
+    assert index.startswith("# qserve\n\n> ")
+    assert "- [Page quickstart.md](https://qserve.github.io/qserve/quickstart)" in index
+    assert "<!--" not in (tmp_path / "llms-full.txt").read_text()
