@@ -30,22 +30,25 @@ class Payloads:
 
     Args:
         limit: Bytes that a queue or an inbox may carry; a payload above this size travels out of line.
+
+    Attributes:
+        limit: The same, for those on the path of a call who spare themselves the call of `seal`.
     """
 
     def __init__(self, keys: Keys, signer: Signer, limit: int) -> None:
         self._keys = keys
         self._signer = signer
-        self._limit = limit
+        self.limit = limit
 
     def seal(self, payload_id: str, payload: bytes) -> bytes | None:
         """The sealed payload if it has to travel out of line; None if it is small enough to travel with its message."""
-        if len(payload) <= self._limit:
+        if len(payload) <= self.limit:
             return None
         return self._signer.seal(encode(Blob(payload_id, payload)))
 
     def seal_result(self, call_id: str, payload: bytes) -> bytes | None:
         """Like `seal`, for the result of a call."""
-        if len(payload) <= self._limit:
+        if len(payload) <= self.limit:
             return None
         return self._signer.seal(encode(Blob(result_id(call_id), payload)))
 

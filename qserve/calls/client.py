@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import secrets
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -69,10 +70,15 @@ class Client:
         self.hooks: HookChain[ClientHook] | None = None
         """The hooks around calls through handles, where there are any."""
         self.on_control: Callable[[str, Control], None] | None = None
-        self._numbers = itertools.count()
+        # Not a method: a frame less per call.
+        self._new_id: Callable[[], str] = map(f"{self.id}%x".__mod__, itertools.count()).__next__
         self._stopped = False
         self._keeper: asyncio.Task[None] | None = None
-        self._handoff = Handoff()
+        self._handoff = handoff = Handoff()
+        self.is_own_thread: Callable[[], bool] = handoff.is_own_thread
+        """Whether the caller runs on this client's loop, and so must not block on it."""
+        self.run_soon: Callable[[Callable[[], None]], None] = handoff.run
+        """Runs something on the loop soon, from any thread, or at once in the thread of the loop."""
         self._link = link = Link(settings.redis_url, self._link_up, self._link_lost)
         self._clock = RedisClock()
         self._sample_at = 0.0
@@ -179,14 +185,6 @@ class Client:
         """File descriptors of the open connections, for whoever must close them after a fork."""
         return self._link.descriptors()
 
-    def is_own_thread(self) -> bool:
-        """Whether the caller runs on this client's loop, and so must not block on it."""
-        return self._handoff.is_own_thread()
-
-    def run_soon(self, action: Callable[[], None]) -> None:
-        """Run something on the loop soon, from any thread, or at once in the thread of the loop."""
-        self._handoff.run(action)
-
     # Calling
 
     def prepare(
@@ -210,9 +208,9 @@ class Client:
             meta: What the hooks of this process tell the hooks of the replica.
         """
         call_id = self._new_id()
-        sealed = self._payloads.seal(call_id, payload)
-        if sealed is not None:
-            payload = b""
+        sealed = None
+        if len(payload) > self._payloads.limit:
+            sealed, payload = self._payloads.seal(call_id, payload), b""
         ttl_ms = int(timeout_s * 1000)
         call = Call(call_id, deployment, self.id, ttl_ms, kind, method, safe, payload, sealed is not None)
         if meta:
@@ -238,7 +236,7 @@ class Client:
 
     def submit(self, call: PendingCall) -> None:
         """Put a prepared call from any thread."""
-        if self._handoff.is_own_thread():
+        if threading.get_ident() == self._handoff.thread:
             self.put(call)
         else:
             self._handoff.run_from_thread(partial(self.put, call))
@@ -258,9 +256,6 @@ class Client:
         """
         call.inherited = inherited
         self._handoff.run(partial(self.cancel, call))
-
-    def _new_id(self) -> str:
-        return f"{self.id}{next(self._numbers):x}"
 
     # What the inbox brings
 

@@ -95,6 +95,12 @@ class LightFuture(concurrent.futures.Future[T], Generic[T]):
                 return
         fn(self)
 
+    def remove_done_callback(self, fn: Callable[[Any], object]) -> None:
+        """Do not call `fn` once it is done; without effect where that has begun."""
+        with _lock:
+            if self._state is PENDING and fn in self._done_callbacks:
+                self._done_callbacks.remove(fn)
+
     def _end(self, state: str, result: Any, exception: BaseException | None) -> bool:
         with _lock:
             if self._state is not PENDING:

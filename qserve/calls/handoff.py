@@ -11,18 +11,21 @@ class Handoff:
     """Runs actions on one event loop, from any thread.
 
     Many actions cost one wake-up of the loop, which is a system call.
+
+    Attributes:
+        thread: The id of the loop's thread; 0 before `open`.
     """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = 0
+        self.thread = 0
         self._actions: deque[Callable[[], None]] = deque()
         self._is_wake_scheduled = False
         self._is_closed = False
 
     def open(self) -> asyncio.AbstractEventLoop:
         """Run actions on the running loop, and in this thread, from now on; returns the loop."""
-        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        self._loop, self.thread = asyncio.get_running_loop(), threading.get_ident()
         return self._loop
 
     def close(self) -> None:
@@ -32,11 +35,11 @@ class Handoff:
 
     def is_own_thread(self) -> bool:
         """Whether this is the thread of the loop, which must not block on it."""
-        return threading.get_ident() == self._thread
+        return threading.get_ident() == self.thread
 
     def run(self, action: Callable[[], None]) -> None:
         """Run an action on the loop: soon, or at once where this is its own thread."""
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self.thread:
             action()
         else:
             self.run_from_thread(action)

@@ -205,6 +205,15 @@ class TestGetAndWait:
 
         assert wait(refs, timeout=patience(10)) == ([refs[1]], [refs[0], refs[2]])
 
+    def test_a_wait_that_is_over_leaves_nothing_behind_in_the_refs_that_go_on(self) -> None:
+        pending: Ref[int] = Ref()
+
+        assert wait([pending, done(1)])[0]
+        with pytest.raises(GetTimeoutError):
+            get([pending], timeout=0)
+
+        assert pending._done_callbacks == []
+
     @pytest.mark.parametrize("number", [0, 3])
     def test_wait_refuses_numbers_that_cannot_be(self, number: int) -> None:
         with pytest.raises(ValueError, match="between 1 and 2"):

@@ -55,7 +55,7 @@ class Answers:
 
     def add(self, entry: bytes, call: Call, kind: int, payload: bytes) -> None:
         """Answer a call at the end of this tick."""
-        sealed = self._payloads.seal_result(call.id, payload)
+        sealed = self._payloads.seal_result(call.id, payload) if len(payload) > self._payloads.limit else None
         if sealed is not None:
             self._results[entry] = (result_id(call.id), sealed)
             payload = b""
