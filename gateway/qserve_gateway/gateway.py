@@ -187,7 +187,7 @@ class Gateway:
             answer = await self._calls.answer(route, encode(request), safe, receive)
         if isinstance(answer, StreamedResponse):
             return answer
-        return outcome_response(answer, request_id, debug=self._settings.debug)
+        return outcome_response(answer, request_id, debug=self._settings.debug, when_full=route.when_full)
 
     async def _submit(self, route: Route, request: HttpRequest, preference: Preference) -> HttpResponse:
         most = self._settings.max_value_bytes

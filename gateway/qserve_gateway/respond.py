@@ -18,6 +18,7 @@ from qserve.wire.messages import (
     decode_error,
     decode_http_response,
 )
+from qserve.wire.options import Backpressure
 from qserve_gateway.headers import HOP_BY_HOP, Headers, connection_tokens, has_control, is_name
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,13 @@ def json_response(value: object) -> HttpResponse:
     return HttpResponse(200, [JSON], msgspec.json.encode(value))
 
 
-def outcome_response(outcome: Reply | QServeError, request_id: str, *, debug: bool) -> HttpResponse:
+def outcome_response(
+    outcome: Reply | QServeError, request_id: str, *, debug: bool, when_full: Backpressure | None = None
+) -> HttpResponse:
     """Make the response for whatever became of a call."""
     if isinstance(outcome, QServeError):
+        if when_full is not None and isinstance(outcome, BackPressureError):
+            return _full_response(outcome, when_full)
         return local_error_response(outcome)
     if outcome.kind == HTTP_RESPONSE:
         return decode_http_response(outcome.payload)
@@ -83,6 +88,12 @@ def local_error_response(error: QServeError) -> HttpResponse:
     """Make the response for an error that this process found, such as a timeout."""
     retry_after = error.retry_after if isinstance(error, BackPressureError) else 1.0
     return _error_response(type(error), str(error), retry_after)
+
+
+def _full_response(error: BackPressureError, told: Backpressure) -> HttpResponse:
+    wait_s = error.retry_after if told.retry_after_s is None else told.retry_after_s
+    header = (b"retry-after", b"%d" % max(1, math.ceil(wait_s)))
+    return text_response(told.status_code, f"BackPressureError: {error}", header)
 
 
 def remote_error_response(error: ErrorInfo, request_id: str, *, debug: bool) -> HttpResponse:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from qserve.wire.messages import NO_META
+from qserve.wire.options import Backpressure
 from qserve.wire.spec import DeploymentSpec
 
 
@@ -14,6 +15,7 @@ class Route(NamedTuple):
         root_path: The prefix that its application is told, as in ASGI.
         client_sets_deadline: The deadline is the client's, and so it holds while a body comes in, too.
         meta: What the gateway's hooks say beside the call.
+        when_full: How clients are told that the queue is full.
     """
 
     deployment: str
@@ -22,6 +24,7 @@ class Route(NamedTuple):
     idempotent: bool
     client_sets_deadline: bool = False
     meta: Mapping[str, str] = NO_META
+    when_full: Backpressure | None = None
 
 
 class RouteTable:
@@ -41,7 +44,9 @@ class RouteTable:
                 continue
             self.names[spec.route_prefix] = spec.name
             path = root_path + spec.route_prefix.rstrip("/")
-            self._routes[path] = Route(spec.name, path, spec.timeout_s or timeout_s, spec.idempotent)
+            self._routes[path] = Route(
+                *(spec.name, path, spec.timeout_s or timeout_s, spec.idempotent), when_full=spec.backpressure
+            )
         self._depth = max((prefix.count("/") for prefix in self._routes), default=0)
 
     def match(self, path: str) -> Route | None:

@@ -1,11 +1,14 @@
 """The options that users give: checking them, completing them with defaults, and changing them."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any, Final
 
 from pydantic import ConfigDict, create_model
 
-from qserve.wire.options import DECLARED, Default
+from qserve.wire.autoscaling import AUTO
+from qserve.wire.options import DECLARED, RAY_NAMES, Default
+from qserve.wire.ray_names import WITHOUT_EFFECT, refuse_unavailable, warn_once
 
 _DEFAULTS: Final[Mapping[str, Any]] = {name: option.default for option in DECLARED for name in option.names}
 
@@ -21,27 +24,51 @@ class DeploymentConfig(_ConfigFields):  # type: ignore[misc]
     model_config = ConfigDict(validate_assignment=True, extra="forbid")
 
 
-_UNDERSCORED: Final = frozenset(
-    {"_autoscaling_config", "_graceful_shutdown_timeout_s", "_graceful_shutdown_wait_loop_s"}
-    | {"_health_check_period_s", "_health_check_timeout_s"}
-)
-"""Options that Ray Serve 1.x called experimental."""
+_NO_LIMIT: Final = 2**31 - 1
+"""What `max_queued_requests=-1` becomes."""
 
 
 def known_options(options: Mapping[str, Any], function: str) -> dict[str, Any]:
-    """The options under the names that they have here.
+    """The options under the names and in the form that they have here.
+
+    Names of Ray Serve are taken, those of 1.x with an underscore too; what has no effect here is warned of once.
 
     Raises:
         TypeError: There is no such option, or it was given under both of its names.
+        ValueError: It stands for something that qserve does not have.
     """
-    known = {name.removeprefix("_") if name in _UNDERSCORED else name: value for name, value in options.items()}
-    if len(known) < len(options):
-        twice = sorted(name for name in options if name in _UNDERSCORED and name.removeprefix("_") in options)
-        raise TypeError(f"{function}() got options twice, with and without an underscore: {', '.join(twice)}")
-    unknown = known.keys() - _DEFAULTS.keys()
-    if unknown:
-        raise TypeError(f"{function}() got unknown options: {', '.join(sorted(unknown))}")
+    known: dict[str, Any] = {}
+    for given, value in options.items():
+        plain = given.removeprefix("_")
+        name = RAY_NAMES.get(plain, plain)
+        if name in known:
+            both = " and ".join(
+                sorted(each for each in options if RAY_NAMES.get(p := each.removeprefix("_"), p) == name)
+            )
+            raise TypeError(f"{function}() got options twice, under different names: {both}")
+        known[name] = value
+    refuse_unavailable(name for name, value in known.items() if value is not None)
+    for name in known.keys() & WITHOUT_EFFECT.keys():
+        if known.pop(name) is not None:
+            warn_once(name)
+    if unknown := sorted(known.keys() - _DEFAULTS.keys()):
+        close = difflib.get_close_matches(unknown[0], [*_DEFAULTS, *RAY_NAMES], n=1)
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise TypeError(f"{function}() got unknown options: {', '.join(unknown)}{hint}")
+    if known.get("num_replicas") == "auto":
+        scaling = known.get("autoscaling_config") or {}
+        scaling = scaling if isinstance(scaling, Mapping) else scaling.model_dump(exclude_unset=True)
+        known |= {"num_replicas": None, "autoscaling_config": {**AUTO, **scaling}}
+    if known.get("max_queued_requests") == -1:
+        known["max_queued_requests"] = _NO_LIMIT
+    _warn_of_environment(known.get("ray_actor_options"))
     return known
+
+
+def _warn_of_environment(actor_options: object) -> None:
+    environment = actor_options.get("runtime_env") if isinstance(actor_options, Mapping) else None
+    if isinstance(environment, Mapping) and environment.keys() - {"env_vars"}:
+        warn_once("runtime_env")
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, Ty
 import msgspec
 
 from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle, get_handle
-from qserve.deployments.checked_options import (
-    DeploymentConfig,
-    changed_options,
-    complete_options,
-    config_of,
-    given_options,
-    known_options,
-)
+from qserve.deployments.checked_options import changed_options, complete_options, given_options, known_options
 from qserve.deployments.driver import THIS_PROCESS
 from qserve.deployments.loading import Deployable, importing, is_importing, make_target
+from qserve.deployments.readable_options import ReadableOptions
+from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.codec import Codec
-from qserve.wire.options import DECLARED, Autoscaling, AutoscalingConfig, Default, GivenOptions
+from qserve.wire.options import DECLARED, Backpressure, Default, GivenOptions
 from qserve.wire.spec import DeploymentSpec, Target
 
 logger = logging.getLogger(__name__)
@@ -32,77 +27,11 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
-class Deployment(Deployable, Generic[T_co]):
+class Deployment(ReadableOptions, Deployable, Generic[T_co]):
     """A class or function and how it is served. Made by `@serve.deployment`; it never changes: `options` copies it."""
-
-    _options: Mapping[str, Any]
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         raise RuntimeError("The Deployment constructor should not be called directly. Use `@serve.deployment` instead.")
-
-    @property
-    def name(self) -> str:
-        """Unique name within the instance."""
-        return str(self._options["name"])
-
-    @property
-    def version(self) -> str | None:
-        """A deploy with another version replaces the replicas; with None, every deploy does."""
-        version: str | None = self._options["version"]
-        return version
-
-    @property
-    def prev_version(self) -> str | None:
-        """The version that must be deployed for `deploy` to succeed."""
-        prev_version: str | None = self._options["prev_version"]
-        return prev_version
-
-    @property
-    def num_replicas(self) -> int:
-        """The number of replicas, each a process."""
-        return int(self._options["num_replicas"])
-
-    @property
-    def autoscaling_config(self) -> AutoscalingConfig | None:
-        """How the number of replicas follows the load; None: it is `num_replicas`."""
-        autoscaling_config: AutoscalingConfig | None = self._options["autoscaling_config"]
-        return autoscaling_config
-
-    @property
-    def user_config(self) -> Any:
-        """The argument of `reconfigure`."""
-        return self._options["user_config"]
-
-    @property
-    def max_concurrent_queries(self) -> int:
-        """Calls that one replica takes on at once."""
-        return int(self._options["max_concurrent_queries"])
-
-    @property
-    def config(self) -> DeploymentConfig:
-        """A copy of the options that are plain numbers and flags, of `autoscaling_config` and of `user_config`."""
-        return config_of(self._options)
-
-    @property
-    def route_prefix(self) -> str | None:
-        """The path under which it is served; None: it is not served over HTTP."""
-        prefix = self._options["route_prefix"]
-        return f"/{self.name}" if isinstance(prefix, Default) else prefix
-
-    @property
-    def ray_actor_options(self) -> dict[str, Any]:
-        """Recorded because Ray Serve has it, and without effect."""
-        return dict(self._options["ray_actor_options"])
-
-    @property
-    def init_args(self) -> tuple[Any, ...]:
-        """Positional arguments of the constructor."""
-        return tuple(self._options["init_args"])
-
-    @property
-    def init_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments of the constructor."""
-        return dict(self._options["init_kwargs"])
 
     @property
     def url(self) -> str | None:
@@ -208,12 +137,13 @@ class Deployment(Deployable, Generic[T_co]):
         if init_args is not None or init_kwargs is not None:
             options = {**options, "init_args": tuple(init_args or ()), "init_kwargs": dict(init_kwargs or {})}
         _check_init_args(code, options)
-        user_config, scaling, actor_options = (
-            options[each] for each in ("user_config", "autoscaling_config", "ray_actor_options")
+        user_config, scaling, when_full, actor_options = (
+            options[each] for each in ("user_config", "autoscaling_config", "backpressure_config", "ray_actor_options")
         )
         in_another_form: dict[str, Any] = {
             "route_prefix": self.route_prefix,
             "autoscaling": None if scaling is None else Autoscaling(**scaling.model_dump()),
+            "backpressure": None if when_full is None else Backpressure(**when_full.model_dump()),
             "user_config": None if user_config is None else codec.pack(user_config, f"user_config of {name!r}"),
             "init_args": codec.pack_call(options["init_args"], options["init_kwargs"], f"the constructor of {name!r}"),
             "ray_actor_options": codec.pack(actor_options, f"ray_actor_options of {name!r}") if actor_options else b"",
@@ -232,7 +162,7 @@ class Deployment(Deployable, Generic[T_co]):
     def from_spec(cls, spec: DeploymentSpec, codec: Codec) -> "Deployment[Any]":
         """The deployment that a spec describes. Its code is imported only when `func_or_class` is asked for."""
         options = {each.field: getattr(spec, each.field) for each in DECLARED}
-        scaling = options.pop("autoscaling")
+        scaling, when_full = options.pop("autoscaling"), options.pop("backpressure")
         with importing():  # unpacking may import modules of the user's
             options["init_args"], options["init_kwargs"] = (
                 codec.unpack_call(spec.init_args) if spec.init_args else ((), {})
@@ -240,6 +170,7 @@ class Deployment(Deployable, Generic[T_co]):
             options["user_config"] = None if spec.user_config is None else codec.unpack(spec.user_config)
             options["ray_actor_options"] = codec.unpack(spec.ray_actor_options) if spec.ray_actor_options else {}
         options["autoscaling_config"] = scaling and msgspec.to_builtins(scaling)
+        options["backpressure_config"] = when_full and msgspec.to_builtins(when_full)
         return _make(None, spec.target, complete_options(options))
 
     def __eq__(self, other: object) -> bool:
@@ -255,8 +186,9 @@ class Deployment(Deployable, Generic[T_co]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = {name: value for name, value in self._options.items() if not isinstance(value, Default)}
-        if self.autoscaling_config is not None:
-            options["autoscaling_config"] = self.autoscaling_config.model_dump()
+        for name in ("autoscaling_config", "backpressure_config"):
+            if options[name] is not None:
+                options[name] = options[name].model_dump()
         return unpickle_deployment, (
             self._code,
             None if self._target is None else msgspec.structs.astuple(self._target),

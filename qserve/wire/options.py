@@ -7,11 +7,12 @@ field of the hash in which Lua scripts look up limits, and the row of the table 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Final, TypedDict, get_type_hints
+from typing import Annotated, Any, Final, Literal, TypedDict, get_type_hints
 
 import msgspec
-from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from qserve.wire.autoscaling import Autoscaling, AutoscalingConfig
 from qserve.wire.names import is_name
 
 
@@ -28,6 +29,7 @@ class Option:
     Attributes:
         text: The meaning of the option, for the table in docs/configuration.md.
         names: The names under which users give it, if they are not the name of the field.
+        ray_name: The name that Ray Serve has for it, which is taken too; "" if it has none of its own.
         given: The type in which users give it, if the spec holds it in another form, which `Deployment.to_spec` makes.
             With several names, a type for each.
         default: The value of an option that was not given, if it is not the default of the field.
@@ -40,6 +42,7 @@ class Option:
 
     text: str
     names: tuple[str, ...] = ()
+    ray_name: str = ""
     given: Any = None
     default: Any = msgspec.NODEFAULT
     shown: str = ""
@@ -86,72 +89,38 @@ def _check_actor_options(name: str, value: Any) -> None:
         if key in (value or {}):
             raise ValueError(f"Specifying {key!r} in ray_actor_options is not allowed.")
 
+    environment = ((value or {}).get("runtime_env") or {}).get("env_vars") or {}
+    if not all(isinstance(each, str) for pair in environment.items() for each in pair):
+        raise TypeError("env_vars of ray_actor_options['runtime_env'] must be a dict of strings.")
+    gpus = (value or {}).get("num_gpus") or 0
+    if not isinstance(gpus, int | float) or gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+        raise ValueError(f"num_gpus must be a whole number or a fraction below 1, not {gpus!r}.")
+
 
 def _check_init_arguments(name: str, value: Any) -> None:
     check = _is_a((tuple, list), "a tuple") if name == "init_args" else _is_a(dict, "a dict")
     check(name, value)
 
 
-# Autoscaling, which has options of its own
-
-
-class Autoscaling(msgspec.Struct, frozen=True):
-    """How the number of replicas follows the load.
+class Backpressure(msgspec.Struct, frozen=True):
+    """How HTTP clients are told that a queue is full.
 
     Attributes:
-        min_replicas: There are never fewer. It is at least 1, so that no caller waits for a first replica.
-        max_replicas: There are never more.
-        target_ongoing_requests: The number of calls, queued and running, for each replica.
-        upscale_delay_s: How long more replicas must have been needed before they are started.
-        downscale_delay_s: How long fewer replicas must have been enough before idle ones leave.
-        max_wait_s: When a call has waited for this long, one more replica is started, however few calls there are.
+        status_code: 503, or 429.
+        retry_after_s: What the header `Retry-After` says; None: how long it takes at the pace of the queue.
     """
 
-    min_replicas: PositiveInt = 1
-    max_replicas: PositiveInt = 1
-    target_ongoing_requests: PositiveFloat = 2.0
-    upscale_delay_s: NonNegativeFloat = 30.0
-    downscale_delay_s: NonNegativeFloat = 600.0
-    max_wait_s: PositiveFloat = 10.0
+    status_code: int = 503
+    retry_after_s: float | None = None
 
 
-def _fields_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
-    return {field.name: (field.type, field.default) for field in msgspec.structs.fields(struct)}
-
-
-_AutoscalingFields: Any = create_model("_AutoscalingFields", **_fields_of(Autoscaling))
-
-
-_RAY_AUTOSCALING = {"target_num_ongoing_requests_per_replica": "target_ongoing_requests"}
-_RAY_WITHOUT_EFFECT = frozenset(
-    {"metrics_interval_s", "look_back_period_s"}
-    | {f"{direction}smoothing_factor" for direction in ("", "upscale_", "downscale_")}
-)
-"""How Ray Serve averages what replicas report; here the queue itself says what there is to do."""
-
-
-class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]
-    """`Autoscaling` as users give it, and checked. Its name is that of Ray Serve."""
+class BackpressureConfig(BaseModel):
+    """`Backpressure` as users give it, and checked. Its name is that of Ray Serve."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _take_names_of_ray(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        if values.get("min_replicas") == 0:
-            raise ValueError("min_replicas must be at least 1: qserve keeps a replica, so that no call waits for one.")
-        taken = {_RAY_AUTOSCALING.get(name, name): value for name, value in values.items()}
-        if len(taken) < len(values):
-            raise ValueError("target_ongoing_requests was given twice, also under its older name.")
-        return {name: value for name, value in taken.items() if name not in _RAY_WITHOUT_EFFECT}
-
-    @model_validator(mode="after")
-    def _check_order(self) -> "AutoscalingConfig":
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas}).")
-        return self
+    status_code: Literal[503, 429] = 503
+    retry_after_s: NonNegativeFloat | None = None
 
 
 # The declaration
@@ -191,7 +160,7 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
         PositiveInt,
         Option(
             "The number of replicas in an instance that `qserve run` or `serve.start()` has started. In others, each "
-            "node runs as many as its `--replicas-per-node` says.",
+            'node runs as many as its `--replicas-per-node` says. `"auto"`: 1 to 100, by autoscaling.',
             makes_version=False,
         ),
     ] = 1
@@ -217,15 +186,28 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
             makes_version=False,
         ),
     ] = None
-    max_concurrent_queries: Annotated[PositiveInt, Option("The number of calls that a replica takes on at once.")] = 100
+    max_concurrent_queries: Annotated[
+        PositiveInt,
+        Option("The number of calls that a replica takes on at once.", ray_name="max_ongoing_requests"),
+    ] = 100
     max_queued_requests: Annotated[
         PositiveInt,
         Option(
             "The number of calls that may be queued and running in all; more are refused (503 with `Retry-After`, or "
-            "`BackPressureError`).",
+            "`BackPressureError`). `-1`: no limit.",
             script_field="max_queued",
         ),
     ] = 10_000
+    backpressure: Annotated[
+        Backpressure | None,
+        Option(
+            'What HTTP clients get while the queue is full: `{"status_code": 503 or 429, "retry_after_s": seconds}`.',
+            names=("backpressure_config",),
+            given=BackpressureConfig | None,
+            shown="503, and `Retry-After` as the queue moves",
+            makes_version=False,
+        ),
+    ] = None
     max_threads: Annotated[
         PositiveInt,
         Option(
@@ -307,7 +289,9 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
     ray_actor_options: Annotated[
         bytes,
         Option(
-            "Accepted and recorded because Ray Serve has it, and without effect.",
+            '`{"num_gpus": n}` gives each replica so many GPUs of its node (a fraction: a part of one), and '
+            '`{"runtime_env": {"env_vars": {...}}}` sets variables before the code is imported. The rest is recorded, '
+            "and without effect.",
             given=Mapping[str, Any],
             default=None,
             shown="none",
@@ -322,11 +306,13 @@ class GivenOptions(TypedDict, total=False):
     name: str | None
     version: str | None
     prev_version: str | None
-    num_replicas: int | None
+    num_replicas: int | Literal["auto"] | None
     autoscaling_config: AutoscalingConfig | Mapping[str, Any] | None
     route_prefix: str | Default | None
     max_concurrent_queries: int | None
+    max_ongoing_requests: int | None
     max_queued_requests: int | None
+    backpressure_config: BackpressureConfig | Mapping[str, Any] | None
     max_threads: int | None
     timeout_s: float | None
     idempotent: bool | None
@@ -376,6 +362,8 @@ def _declared() -> tuple[DeclaredOption, ...]:
 
 
 DECLARED: Final = _declared()
+RAY_NAMES: Final = {each.option.ray_name: each.names[0] for each in DECLARED if each.option.ray_name}
+"""Names of Ray Serve for options that are called otherwise here."""
 
 
 def script_fields(options: DeploymentOptions) -> tuple[str | int, ...]:

@@ -1,14 +1,14 @@
 """The declaration of a deployment's options, and what follows from it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import pytest
 
 from qserve.deployments.checked_options import DeploymentConfig, complete_options
 from qserve.deployments.deployment import Deployment, deployment
-from qserve.wire.options import DECLARED, DeploymentOptions, GivenOptions, script_fields
+from qserve.wire.options import DECLARED, RAY_NAMES, DeploymentOptions, GivenOptions, script_fields
 from qserve.wire.spec import DeploymentSpec, Target
 from tests.support.local_code import CODEC
 
@@ -28,12 +28,16 @@ def test_the_signature_names_each_option_with_its_type(declared: Any) -> None:
     given = declared.option.given or declared.type
     for name, wanted in zip(declared.names, given if isinstance(given, tuple) else (given,), strict=True):
         optional = {type(None)} if wanted is not Any else set()
-        by_mapping = {Mapping[str, Any]} if name == "autoscaling_config" else set()
-        assert plain(signature[name]) == plain(wanted) | optional | by_mapping
+        others: dict[str, set[Any]] = {
+            "autoscaling_config": {Mapping[str, Any]},
+            "backpressure_config": {Mapping[str, Any]},
+            "num_replicas": {Literal["auto"]},
+        }
+        assert plain(signature[name]) == plain(wanted) | optional | others.get(name, set())
 
 
 def test_the_signature_names_nothing_else() -> None:
-    assert set(GivenOptions.__annotations__) == {name for each in DECLARED for name in each.names}
+    assert set(GivenOptions.__annotations__) == {name for each in DECLARED for name in each.names} | set(RAY_NAMES)
 
 
 def test_every_field_is_an_option_with_a_text() -> None:
@@ -87,7 +91,7 @@ def test_what_is_changed_in_running_replicas_makes_no_version() -> None:
     """`qserve deploy` makes a version from the content of a spec; others than these start new replicas."""
     assert {each.field for each in DECLARED if not each.option.makes_version} == {
         *("version", "prev_version", "num_replicas", "autoscaling", "route_prefix", "user_config"),
-        *("health_check_period_s", "health_check_timeout_s"),
+        *("health_check_period_s", "health_check_timeout_s", "backpressure"),
     }
 
 

@@ -1,11 +1,17 @@
-"""Names of Ray Serve 1.x: each is accepted, or refused with what to write instead."""
+"""Names of Ray Serve, 1.x and 2.x: each is accepted, or refused with what to write instead."""
 
+import pickle
 from typing import Any
 
+import cloudpickle
 import pytest
 
 from qserve import serve
+from qserve.deployments.deployment import Deployment
 from qserve.deployments.http_options import HTTPOptions
+from qserve.wire.options import Backpressure
+from qserve.wire.ray_names import REFUSED
+from tests.support.local_code import CODEC
 
 
 def test_options_that_ray_called_experimental_are_taken_with_their_underscore() -> None:
@@ -29,8 +35,10 @@ def test_options_that_ray_called_experimental_are_taken_with_their_underscore() 
 
 
 def test_an_option_is_given_once() -> None:
-    with pytest.raises(TypeError, match="twice, with and without an underscore: _health_check_period_s"):
+    with pytest.raises(TypeError, match="twice, under different names: _health_check_period_s and health"):
         serve.deployment(health_check_period_s=1, _health_check_period_s=2)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="max_concurrent_queries and max_ongoing_requests"):
+        serve.deployment(max_ongoing_requests=1, max_concurrent_queries=2)
     with pytest.raises(ValueError, match="target_ongoing_requests was given twice"):
         serve.deployment(
             autoscaling_config={"target_num_ongoing_requests_per_replica": 1, "target_ongoing_requests": 2}
@@ -54,6 +62,64 @@ def test_the_names_of_autoscaling_in_ray_1_are_taken() -> None:
     config = made.autoscaling_config
     assert config is not None
     assert (config.target_ongoing_requests, config.downscale_delay_s, config.upscale_delay_s) == (7, 60, 3)
+
+
+def test_options_of_ray_2_are_taken() -> None:
+    made = serve.deployment(
+        name="f",
+        num_replicas="auto",
+        max_ongoing_requests=5,
+        max_queued_requests=-1,
+        autoscaling_config={"max_replicas": 7, "min_replicas": 0, "initial_replicas": 2, "aggregation_function": "max"},
+        backpressure_config={"status_code": 429, "retry_after_s": 3},
+        ray_actor_options={"num_gpus": 0.5, "runtime_env": {"env_vars": {"A": "1"}}},
+    )(lambda: None)
+    assert made.autoscaling_config is not None
+    assert (made.autoscaling_config.min_replicas, made.autoscaling_config.max_replicas) == (1, 7)
+    assert (made.max_concurrent_queries, made.max_ongoing_requests) == (5, 5)
+    assert made.config.max_queued_requests > 10**9
+    assert made.to_spec(CODEC).backpressure == Backpressure(429, 3)
+    assert Deployment.from_spec(made.to_spec(CODEC), CODEC) == made
+    assert pickle.loads(cloudpickle.dumps(made)).to_spec(CODEC).backpressure == Backpressure(429, 3)
+
+
+def test_auto_is_one_to_a_hundred_replicas() -> None:
+    made = serve.deployment(name="f", num_replicas="auto")(lambda: None)
+    assert made.autoscaling_config is not None
+    found = made.autoscaling_config
+    assert (found.min_replicas, found.max_replicas, found.target_ongoing_requests) == (1, 100, 2)
+
+
+def test_what_has_no_effect_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qserve.wire.ray_names._told", set())
+    options: dict[str, Any] = {"max_surge_percent": 10, "logging_config": {"log_level": "DEBUG"}}
+    for _ in range(2):
+        serve.deployment(**options, ray_actor_options={"runtime_env": {"pip": ["x"]}})
+    said = [record.getMessage().split()[0] for record in caplog.records]
+    assert sorted(said) == ["logging_config", "max_surge_percent", "runtime_env"]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_cannot_be_had_is_refused_with_a_sentence(name: str) -> None:
+    options: dict[str, Any] = {name: [{}]}
+    with pytest.raises(ValueError, match=rf"{name} is not available in qserve\. There are no "):
+        serve.deployment(**options)
+
+
+def test_a_misspelled_option_is_told_the_right_one() -> None:
+    with pytest.raises(TypeError, match=r"unknown options: max_ongoing_request\. Did you mean 'max_ongoing_requests'"):
+        serve.deployment(max_ongoing_request=1)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "1"])
+def test_an_impossible_number_of_gpus(value: object) -> None:
+    with pytest.raises(ValueError, match="num_gpus must be a whole number or a fraction below 1"):
+        serve.deployment(ray_actor_options={"num_gpus": value})
+
+
+def test_environment_variables_are_strings() -> None:
+    with pytest.raises(TypeError, match="env_vars"):
+        serve.deployment(ray_actor_options={"runtime_env": {"env_vars": {"A": 1}}})
 
 
 def test_where_http_is_served() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from qserve.wire.options import Autoscaling
+from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY
 from qserve_workers.pool.orders import Kill, Serve, Status, Stop
 from qserve_workers.pool.replacing import KILL_MARGIN_S

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import assert_never
 
-from qserve.wire.options import Autoscaling
+from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.spec import DRAINING, SERVING, STANDBY, STARTING
 from qserve_workers.replica.replica_events import (
     CallsCounted,

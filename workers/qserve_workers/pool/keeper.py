@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 
 from qserve.settings import Settings
+from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.messages import Signer
-from qserve.wire.options import Autoscaling
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, WorkerInfo
 from qserve_workers.pool.announce import Announcer
 from qserve_workers.pool.orders import Action, Kill, Publish, Release, Resize, Serve, Status, Stop

@@ -8,7 +8,7 @@ and none less than one.
 import math
 from dataclasses import dataclass
 
-from qserve.wire.options import Autoscaling
+from qserve.wire.autoscaling import Autoscaling
 from qserve_workers.replica.replica_events import DemandMeasured
 
 _STALE_S = 5.0

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
-from qserve.wire.options import Autoscaling
+from qserve.wire.autoscaling import Autoscaling
 
 logger = logging.getLogger(__name__)
 

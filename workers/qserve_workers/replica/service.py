@@ -36,6 +36,7 @@ from qserve_workers.replica.replica_events import (
 )
 from qserve_workers.replica.self_description import SelfDescription
 from qserve_workers.replica.stalls import StallWatch
+from qserve_workers.user.environment import set_environment
 from qserve_workers.user.user_code import UserCode, load_user_code
 from qserve_workers.user.user_entry import enter, what_was_raised
 
@@ -120,6 +121,7 @@ class Service:
     async def _construct(self) -> UserCode | None:
         spec = self._deployed.spec
         try:
+            set_environment(spec, self._codec)
             # Importing may take long and must not stop the loop.
             target = await enter(asyncio.to_thread, load_user_code, spec.target)
             self._code = UserCode(spec, target, self._tag, self._codec)

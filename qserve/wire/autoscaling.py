@@ -1,0 +1,75 @@
+"""How the number of replicas follows the load: as users give it, and as the spec holds it."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, create_model, model_validator
+
+from qserve.wire.ray_names import warn_once
+
+
+class Autoscaling(msgspec.Struct, frozen=True):
+    """How the number of replicas follows the load.
+
+    Attributes:
+        min_replicas: There are never fewer. It is at least 1, so that no caller waits for a first replica.
+        max_replicas: There are never more.
+        target_ongoing_requests: The number of calls, queued and running, for each replica.
+        upscale_delay_s: How long more replicas must have been needed before they are started.
+        downscale_delay_s: How long fewer replicas must have been enough before idle ones leave.
+        max_wait_s: When a call has waited for this long, one more replica is started, however few calls there are.
+    """
+
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt = 1
+    target_ongoing_requests: PositiveFloat = 2.0
+    upscale_delay_s: NonNegativeFloat = 30.0
+    downscale_delay_s: NonNegativeFloat = 600.0
+    max_wait_s: PositiveFloat = 10.0
+
+
+def _fields_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    return {field.name: (field.type, field.default) for field in msgspec.structs.fields(struct)}
+
+
+_AutoscalingFields: Any = create_model("_AutoscalingFields", **_fields_of(Autoscaling))
+
+
+_OTHER_NAMES = {"target_num_ongoing_requests_per_replica": "target_ongoing_requests"}
+_WITHOUT_EFFECT: Final = frozenset(
+    {"metrics_interval_s", "look_back_period_s", "aggregation_function", "initial_replicas"}
+    | {"upscaling_factor", "downscaling_factor", "downscale_to_zero_delay_s"}
+    | {f"{direction}smoothing_factor" for direction in ("", "upscale_", "downscale_")}
+)
+"""How Ray Serve averages what replicas report; here the queue itself says what there is to do."""
+
+AUTO: Final = {"min_replicas": 1, "max_replicas": 100}
+"""What `num_replicas="auto"` means."""
+
+
+class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]
+    """`Autoscaling` as users give it, and checked. Its name is that of Ray Serve."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_names_of_ray(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        taken = {_OTHER_NAMES.get(name, name): value for name, value in values.items()}
+        if len(taken) < len(values):
+            raise ValueError("target_ongoing_requests was given twice, also under its older name.")
+        if taken.get("min_replicas") == 0:
+            warn_once("min_replicas=0")
+            taken["min_replicas"] = 1
+        if taken.pop("policy", None) is not None:
+            warn_once("policy")
+        return {name: value for name, value in taken.items() if name not in _WITHOUT_EFFECT}
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "AutoscalingConfig":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas}).")
+        return self

@@ -1,0 +1,58 @@
+"""What programs for Ray Serve say and qserve does not do: taken with a warning, once a process, or refused."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+logger = logging.getLogger("qserve")
+
+WITHOUT_EFFECT: Final[Mapping[str, str]] = {
+    "logging_config": "logging of replicas is that of the process; see QSERVE_ACCESS_LOG, and docs/operations.md",
+    "max_surge_percent": "at most max(1, 20 %) of the replicas are replaced at a time; see surge=",
+    "rolling_update_percentage": "at most max(1, 20 %) of the replicas are replaced at a time",
+    "max_constructor_retry_count": "a deploy gives up after min(100, 3 x replicas) constructors that failed",
+    "max_replicas_per_node": "each node runs as many replicas as its --replicas-per-node says",
+    "runtime_env": "only its env_vars are set; packages belong into the environment in which nodes are started",
+    "policy": "the number of replicas follows what is queued and running",
+    "min_replicas=0": "qserve keeps one replica, so that no call waits for a first one",
+    "proxy_location": "it is http_options={'location': ...} here",
+    "dedicated_cpu": "processes are not bound to processors",
+    "grpc_options": "there is no gRPC; HTTP and handles go on working",
+    "local_testing_mode": "the deployments are run in processes as always",
+}
+"""What is taken and has no effect, with what there is instead."""
+
+REFUSED: Final[Mapping[str, str]] = {
+    "placement_group_bundles": "There are no placement groups: a replica is one process on one node.",
+    "placement_group_strategy": "There are no placement groups: a replica is one process on one node.",
+    "placement_group_bundle_label_selector": "There are no placement groups: a replica is one process on one node.",
+    "placement_group_fallback_strategy": "There are no placement groups: a replica is one process on one node.",
+    "gang_scheduling_config": "There are no gangs of replicas: each replica is started and replaced by itself.",
+    "deployment_actors": "There are no deployment actors. Make what is shared a deployment, and bind it.",
+    "request_router_config": (
+        "There are no request routers: calls wait in one queue, and a free replica takes the next one. For models that "
+        "not every replica holds, use @serve.multiplexed."
+    ),
+    "request_router_class": "There are no request routers: calls wait in one queue, and a free replica takes the next.",
+}
+"""Options that cannot be had, with the sentence that says so."""
+
+_told: set[str] = set()
+
+
+def warn_once(name: str) -> None:
+    """Warn that something has no effect here, unless this process has done so before."""
+    if name not in _told:
+        _told.add(name)
+        logger.warning("%s has no effect in qserve: %s.", name, WITHOUT_EFFECT[name])
+
+
+def refuse_unavailable(names: Iterable[str]) -> None:
+    """Raise for the first name that stands for something qserve does not have.
+
+    Raises:
+        ValueError: There is such a name.
+    """
+    for name in names:
+        if name in REFUSED:
+            raise ValueError(f"{name} is not available in qserve. {REFUSED[name]}")
