@@ -120,6 +120,17 @@ async def test_commands_of_one_tick_leave_together(peer: tuple[Peer, Connection,
     assert other.received[0].count(b"ECHO") == 3
 
 
+@pytest.mark.parametrize("options", [(), ("PX", 60_000), ("PX", 60_000, "NX")])
+async def test_a_large_value_arrives_whole_wherever_it_stands_in_its_command(
+    connection: Connection, options: tuple[object, ...]
+) -> None:
+    value = bytes(range(256)) * 4096
+
+    assert await connection.call("SET", "large", value, *options) == b"OK"
+    assert await connection.call("ECHO", value) == value
+    assert await connection.call("GETDEL", "large") == value
+
+
 async def test_an_error_is_the_answer_of_its_own_command_only(connection: Connection) -> None:
     before, wrong, after = await asyncio.gather(
         connection.call("ECHO", "before"),
