@@ -7,7 +7,8 @@
 #   make coverage make test, and what share of the code ran, in child processes too: the total, and modules under 90 %
 #   make check    ruff, its formatter and mypy
 #   make format   put the code into the form that `make check` asks for
-#   make bench    the table of benchmarks/results.md (BENCH_PEERS=dir adds the peers)
+#   make bench    measure the tables of benchmarks/results.md (ARGS="calls queues" for some of its sections,
+#                 BENCH_PEERS=dir adds the peers)
 #   make chaos    break everything under load, for 80 minutes (ARGS="--part 2/11", "--slice", "--runs K1,K5")
 #   make docs     run what README.md and docs/ show
 #   make docs-site  build the documentation site into build/site (VERSION=...); it installs its generator first
@@ -46,7 +47,7 @@ format: $(READY)
 	@$(VENV)/bin/ruff check --fix-only --quiet .; $(VENV)/bin/ruff format .
 
 bench: $(READY)
-	@$(VENV)/bin/python -m benchmarks.bench
+	@$(VENV)/bin/python -m benchmarks.bench $(ARGS)
 
 chaos: $(READY)
 	@$(VENV)/bin/python -m tests.faults.chaos $(ARGS)

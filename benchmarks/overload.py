@@ -24,8 +24,8 @@ import msgspec
 import redis
 
 from benchmarks import processes, slots
-from benchmarks.bench import machine
 from benchmarks.openloop import Generator, Phase, Plan, Request
+from benchmarks.rows import machine
 from benchmarks.steps import Step, Verdict, ended, table
 from qserve.settings import Settings
 from qserve.testing import instance

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+COMMAND = "`qserve run` and node"
+_PARTS = {"qserve_gateway": "gateway", "celery": "worker and replica", "valkey-server": "Valkey"}
+"""What the command line of a process has in it -> what the tables call it."""
 
 
 def environment(runtime_dir: str | None = None) -> dict[str, str]:
@@ -79,6 +82,29 @@ def pss_mib(pid: int) -> float:
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     line = next(line for line in text.splitlines() if line.startswith("Pss:"))
     return int(line.split()[1]) / 1024
+
+
+class Parts:
+    """The processes below one, as they are now, and what each kind of them uses.
+
+    Args:
+        pid: The process that has started them, which is a part as well.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pids: dict[str, list[int]] = {}
+        for each in tree(pid):
+            command = command_line(each)
+            part = next((name for word, name in _PARTS.items() if word in command), COMMAND)
+            self._pids.setdefault(part, []).append(each)
+
+    def cpu_s(self) -> dict[str, float]:
+        """Seconds of processor time so far, by part."""
+        return {part: _cpu_ticks(pids) / os.sysconf("SC_CLK_TCK") for part, pids in self._pids.items()}
+
+    def pss_mib(self) -> dict[str, float]:
+        """MiB of memory (PSS), by part."""
+        return {part: sum(map(pss_mib, pids)) for part, pids in self._pids.items()}
 
 
 def cpu_percent(pids: list[int], seconds: float) -> float:
