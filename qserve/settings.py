@@ -189,6 +189,13 @@ class Settings(BaseSettings):
             "A replica whose event loop stands still for this long writes its stacks to the log and is replaced."
         ),
     )
+    slow_call_s: float = Field(
+        default=5.0,
+        gt=0,
+        description=(
+            "An ordinary call that runs for longer is noted among the [calls that had trouble](operations.md#calls)."
+        ),
+    )
     max_deliveries: int = Field(
         default=3,
         ge=1,

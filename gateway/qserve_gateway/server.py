@@ -26,6 +26,7 @@ from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.spec import GatewayInfo, HttpSettings
 from qserve_gateway.admin.admin_app import Admin, admin_token
+from qserve_gateway.admin.sampling import Sampler
 from qserve_gateway.api_keys import load_api_keys
 from qserve_gateway.desired_state import Follower
 from qserve_gateway.door.limits import Door
@@ -105,6 +106,7 @@ class GatewayProcess:
             graceful_shutdown_timeout_s=options.graceful_shutdown_timeout_s,
         )
         self._state = State(settings.redis_url, settings.keys, self._client.signer)
+        self._sampler = Sampler(self._state, self._client.id)
         self._admin = self._admin_listener(door)
         # The admin listener leaves last: it tells how those before it are getting on.
         self.listeners: tuple[Listener, ...] = (self._public, *([self._admin] if self._admin else []))
@@ -158,7 +160,7 @@ class GatewayProcess:
             for listener in self.listeners:
                 await listener.start()
             await follower.announce()  # before anybody is told where we are, and looks us up
-            following = asyncio.create_task(follower.run())
+            following, sampling = asyncio.create_task(follower.run()), asyncio.create_task(self._sampler.run())
             report(self._options.ready_file, ready)
             logger.info("serving on %s", ready.url)
             if ready.admin_url:
@@ -167,7 +169,7 @@ class GatewayProcess:
             serving = {listener.serving for listener in self.listeners if listener.serving is not None}
             await asyncio.wait({*serving, following, self._stopping}, return_when=asyncio.FIRST_COMPLETED)
             # No deploy waits for a gateway that is leaving; requests in flight still get their replies.
-            await end(following)
+            await end(following, sampling)
             follower.leave()
         if not following.cancelled():
             following.result()
@@ -191,6 +193,7 @@ class GatewayProcess:
             asyncio.get_running_loop().add_signal_handler(number, stop)
 
     def _apply(self, snapshot: Snapshot) -> None:
+        self._sampler.deployments = tuple(snapshot.deployments)
         self._gateway.use_deployments(deployed.spec for deployed in snapshot.deployments.values())
         if self._gateway.routes != self._routes:
             self._routes = self._gateway.routes

@@ -44,6 +44,10 @@ class Keys:
     """Hash: gateway id -> msgpack GatewayInfo."""
     counters = _Name("counters")
     """Hash: metric name -> count (rejected frames, late results, ...)."""
+    audit = _Name("audit")
+    """Stream of what operators have done."""
+    sampler = _Name("sampler")
+    """String: which gateway notes how the queues are."""
     celery_prefix = _Name("celery:")
     """Prefix of the keys that Celery itself uses, so that no other Celery app meets ours."""
 
@@ -105,6 +109,18 @@ class Keys:
     def low(self, deployment: str) -> str:
         """Sorted set: durable calls of low priority that wait for an empty queue."""
         return self._key("low", deployment)
+
+    def index(self, deployment: str, state: str) -> str:
+        """Sorted set: the durable calls of a deployment in a state, by when they entered it in ms."""
+        return self._key("index", state, deployment)
+
+    def buckets(self, deployment: str) -> str:
+        """List of packed counts of ten seconds each, the newest first."""
+        return self._key("buckets", deployment)
+
+    def troubles(self, deployment: str) -> str:
+        """Stream of ordinary calls that failed, were refused or took long, as far as somebody noted them."""
+        return self._key("troubles", deployment)
 
     def mover(self, deployment: str) -> str:
         """String: which replica moves the calls of these two sets to the queue."""

@@ -84,6 +84,7 @@ def _read(name: str, shared: str = "") -> Script:
 
 _RECORDS: Final = "shared_records"
 _DEPLOYMENTS: Final = "shared_deployments"
+_QUEUES: Final = "shared_queues"
 
 # Calls on their way to a replica and back
 ADMIT: Final = _read("admit")
@@ -97,7 +98,7 @@ TAKE: Final = _read("take")
 
 # Inboxes, and who is there
 BEAT: Final = _read("beat")
-DEMAND: Final = _read("demand")
+DEMAND: Final = _read("demand", _QUEUES)
 EPOCH: Final = _read("epoch")
 PRESENT: Final = _read("present")
 RETIRE: Final = _read("retire")
@@ -113,9 +114,13 @@ NOTE_PART: Final = _read("note_part", _RECORDS)
 NOTE_PROGRESS: Final = _read("note_progress", _RECORDS)
 REJECT_CALL: Final = _read("reject_call", _RECORDS)
 REVIVE: Final = _read("revive", _RECORDS)
+RUN_AGAIN: Final = _read("run_again", _RECORDS)
 RUN_CALL: Final = _read("run_call", _RECORDS)
 SETTLE_CALL: Final = _read("settle_call", _RECORDS)
 SUBMIT: Final = _read("submit", _RECORDS)
+
+# What is counted
+COUNT_CALLS: Final = _read("count_calls", _QUEUES)
 
 # The queue of Celery clients
 LEASE: Final = _read("lease")

@@ -147,6 +147,7 @@ class Client:
     def _tick(self) -> None:
         now = time.monotonic()
         self.durable.tick()
+        self._pending.troubles.send(self._link.sender, self.settings.keys)
         self._reconciler.budget.note(self.tally["accepted"], now)
         if now >= self._sample_at and self._link.sender.is_open:
             self._sample_at = now + SAMPLE_EVERY_S

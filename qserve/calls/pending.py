@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from qserve.calls.troubled_calls import GAVE_UP, REFUSED, TroubledCalls
 from qserve.errors import QServeError, StreamBroken
 from qserve.wire.channel import Channel
 from qserve.wire.messages import ERROR, VALUE, Outcome, Reply
@@ -84,11 +85,13 @@ class PendingCalls(dict[str, PendingCall]):
 
     Attributes:
         tally: How many calls were accepted, `refused` by which error, and `ended` with which outcome.
+        troubles: Those that were refused or given up since this was told last.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.tally: Counter[str] = Counter()
+        self.troubles = TroubledCalls()
 
     def settle(self, call: PendingCall, outcome: Outcome) -> bool:
         """Hand its outcome to whoever waits for a call; returns False if the call has ended already."""
@@ -100,6 +103,7 @@ class PendingCalls(dict[str, PendingCall]):
             self.tally["ended error" if outcome.kind == ERROR else "ended result"] += 1
         elif call.entry is not None or call.is_unanswered:
             self.tally[f"ended {outcome.code}"] += 1
+            self.troubles.note(call.deployment, call.id, GAVE_UP, outcome)
         call.end_channel(outcome)
         # Who waits often holds the call, too, and the collector comes seldom.
         on_outcome, call.on_outcome, call.on_stream = call.on_outcome, _nobody_waits, None
@@ -113,6 +117,7 @@ class PendingCalls(dict[str, PendingCall]):
         """Settle a call that Redis has not taken."""
         if call.id in self:
             self.tally[f"refused {error.code}"] += 1
+            self.troubles.note(call.deployment, call.id, REFUSED, error)
         self.settle(call, error)
 
     def unsettled(self) -> list[PendingCall]:

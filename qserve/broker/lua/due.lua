@@ -22,6 +22,7 @@ local function move(set, id)
   if set == KEYS[1] and found[4] then
     wait_in_turn(KEYS[4], now, id)
     redis.call('HSET', record, 'state', 'queued')
+    index(record, redis.call('HGET', record, 'deployment'), found[1], 'queued', now)
   else
     local entry = enqueue(KEYS[2], id, found[2])
     if not entry then return false end

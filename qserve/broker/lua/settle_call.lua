@@ -24,6 +24,10 @@ if state == 'scheduled' then
     'state', 'scheduled', 'due', whole(due), 'frame', put[1][2][6])
   redis.call('ZADD', KEYS[3], due, id)
 else
+  if state == 'failed' then
+    local put = redis.call('XRANGE', KEYS[1], entry, entry)
+    if put[1] then redis.call('HSET', record, 'again', put[1][2][6]) end
+  end
   if state == 'dead' then
     local put = redis.call('XRANGE', KEYS[1], entry, entry)
     local fields = put[1] and put[1][2] or {'r', id}

@@ -1,11 +1,15 @@
 -- What the scripts of durable calls share; put before each of them.
 -- A record is a hash: state, deployment, kind, method, attempts, failures, submitted, started, ended, entry (in the
 -- stream) or frame (while it waits in a sorted set), waiters, cancel, expires, result, error, progress, celery (its task
--- id, if a Celery client submitted it), ttl (ms it is kept, where that is not what others are); n counts its
+-- id, if a Celery client submitted it), ttl (ms it is kept, where that is not what others are), again (the frame of a failed
+-- call, which can be sent again); n counts its
 -- events e1, e2, ... ("name ms data") and, once there are some, its parts with them (parts, part: how many, in all and in
 -- this attempt; then an event is "number name ms data"). Every key is base .. something, and base is the namespace's prefix.
 local ENDED = {done = true, failed = true, cancelled = true, dead = true, expired = true}
 local EVENTS_KEPT = 100
+-- The index of a deployment's calls: a sorted set for each state, by when the call entered it. What has ended is kept up to
+-- a number, and as long as no record lasts longer.
+local INDEXED, INDEXED_MS = 10000, 691200000
 
 local function now_ms()
   local time = redis.call('TIME')
@@ -14,10 +18,30 @@ end
 
 local function whole(number) return string.format('%.0f', number) end
 
+-- Move a call from the index of one state to that of another.
+local function index(record, deployment, before, after, now)
+  if before == after or not deployment then return end
+  local base, id = string.match(record, '^(qs:{.-}:)call:(.*)$')
+  if before then redis.call('ZREM', base .. 'index:' .. before .. ':' .. deployment, id) end
+  local key = base .. 'index:' .. after .. ':' .. deployment
+  redis.call('ZADD', key, now, id)
+  if ENDED[after] then
+    redis.call('ZREMRANGEBYRANK', key, 0, -INDEXED - 1)
+    redis.call('PEXPIRE', key, INDEXED_MS)
+  end
+end
+
 -- Write fields and one event into a record, and wake those who follow it.
 local function note(record, n, now, event, data, ...)
   n = (tonumber(n) or 0) + 1
-  local parts = tonumber(redis.call('HGET', record, 'parts') or '0')
+  local known = redis.call('HMGET', record, 'parts', 'state', 'deployment')
+  local parts, before, deployment, after = tonumber(known[1] or '0'), known[2], known[3], nil
+  local fields = {...}
+  for i = 1, #fields, 2 do
+    if fields[i] == 'state' then after = fields[i + 1] end
+    if fields[i] == 'deployment' then deployment = fields[i + 1] end
+  end
+  if after then index(record, deployment, before, after, now) end
   local place, number = n - parts, parts > 0 and n .. ' ' or ''
   redis.call('HSET', record, 'n', n, 'e' .. place, number .. event .. ' ' .. whole(now) .. ' ' .. data, ...)
   if place > EVENTS_KEPT then redis.call('HDEL', record, 'e' .. (place - EVENTS_KEPT)) end
@@ -62,7 +86,7 @@ local function finish(base, id, now, state, frame, ttl, inbox_ttl, data, outcome
   redis.call('HDEL', record, 'frame', 'due', 'cancel', 'replica')
   note(record, found[1], now, state, data, 'state', state, 'ended', whole(now), 'result', frame)
   redis.call('PEXPIRE', record, ttl)
-  if state == 'dead' then
+  if state == 'dead' or state == 'failed' then
     redis.call('PEXPIRE', base .. 'p:' .. id, ttl)
   else
     redis.call('DEL', base .. 'p:' .. id)

@@ -13,13 +13,18 @@ from qserve.broker.keys import Keys
 
 _BASE = "ping select info time role client|id client|setname"
 _SCRIPTS = "eval evalsha script|load script|exists"
-_OBSERVE = "exists get mget hget hmget hgetall hkeys hlen smembers xlen xrange xrevrange xread xpending zcard"
+_OBSERVE = (
+    "exists get mget hget hmget hgetall hkeys hlen smembers xlen xrange xrevrange xread xpending zcard lrange "
+    "zrevrangebyscore"
+)
 _CALL = (
     "xadd xdel xack xtrim xinfo|groups pexpire persist pttl set del getdel hset hdel hincrby zadd zrem zrange "
-    "zrangebyscore publish"
+    "zrangebyscore zremrangebyrank lindex lpush lset ltrim hvals xinfo|stream publish"
 )
 _RESULTS = "celery:celery-task-meta-*"
-_CALL_KEYS = f"q:* inbox:* alive:* p:* parts:* call:* idem:* due:* low:* counters {_RESULTS}"
+_CALL_KEYS = (
+    f"q:* inbox:* alive:* p:* parts:* call:* idem:* due:* low:* counters index:* buckets:* troubles:* {_RESULTS}"
+)
 _STATE_KEYS = "meta:* deployments log http instance schedules fired"
 _REPORTS = "hb:* replicas:* workers:* nodes gateways"
 _ANY_CALL = f"call:* {_RESULTS}"
@@ -58,7 +63,7 @@ ROLES = (
         "gateway",
         "qserve_gateway",
         f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL} subscribe unsubscribe",
-        keys=f"{_CALL_KEYS} dead:* gateways",
+        keys=f"{_CALL_KEYS} dead:* gateways sampler audit",
         reads=f"{_STATE_KEYS} {_REPORTS}",
         channels=_ANY_CALL,
     ),
@@ -67,7 +72,7 @@ ROLES = (
         "nodes, Celery workers and their replicas",
         f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL} {_CELERY} setbit hsetnx hexists sadd srem xclaim xreadgroup "
         "xgroup|create xgroup|delconsumer xinfo|consumers client|unblock",
-        keys=f"{_CALL_KEYS} {_STATE_KEYS} {_REPORTS} dead:* mover:* claims:* run_id before",
+        keys=f"{_CALL_KEYS} {_STATE_KEYS} {_REPORTS} dead:* mover:* claims:* run_id before sampler audit",
         channels=_ANY_CALL,
         celery=True,
     ),
@@ -75,7 +80,7 @@ ROLES = (
         "deployer",
         "qserve deploy, delete, shutdown, dead and call; programs that deploy",
         f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL} sadd srem hexists xgroup|create",
-        keys=f"{_CALL_KEYS} {_STATE_KEYS} {_REPORTS} dead:*",
+        keys=f"{_CALL_KEYS} {_STATE_KEYS} {_REPORTS} dead:* audit",
         channels=_ANY_CALL,
     ),
     Role(
@@ -90,7 +95,7 @@ ROLES = (
         "metrics",
         "qserve status and doctor, and what watches an instance",
         f"{_BASE} {_OBSERVE}",
-        reads=f"q:* due:* low:* dead:* alive:* counters {_STATE_KEYS} {_REPORTS}",
+        reads=f"q:* due:* low:* dead:* alive:* index:* buckets:* troubles:* audit counters {_STATE_KEYS} {_REPORTS}",
     ),
 )
 

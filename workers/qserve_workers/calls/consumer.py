@@ -23,6 +23,7 @@ from qserve.wire.spec import DeploymentSpec
 from qserve_workers.calls.absence import Absence
 from qserve_workers.calls.answers import Answers
 from qserve_workers.calls.arrivals import Arrivals
+from qserve_workers.calls.call_counts import CallCounts
 from qserve_workers.calls.durable_calls import DurableRuns
 from qserve_workers.calls.mover import Mover
 from qserve_workers.calls.ordinary_calls import OrdinaryRuns
@@ -90,7 +91,8 @@ class Consumer:
             on_deserted=lambda running: self.withdrawn.withdraw(running.entry.id),
         )
         self.take_chunk = conversations.take_chunk
-        self.slots = slots = Slots(spec, conversations, self._changed, self._freed)
+        counts = CallCounts(settings.keys, spec.name, settings.slow_call_s)
+        self.slots = slots = Slots(spec, conversations, self._changed, self._freed, counts)
         self.withdrawn = WithdrawnCalls(slots)
         self._suspects = Suspects(settings.max_deliveries)
         chain = HookChain(hooks) if hooks else None

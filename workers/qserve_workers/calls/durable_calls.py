@@ -165,6 +165,7 @@ class DurableRuns:
             kind, result = await self._result(running, code, parts)
         except asyncio.CancelledError:
             if entry.id in self._slots:  # else abandoned or taken over: somebody else settles it
+                self._slots.counts.others["cancelled"] += 1
                 self._settle(entry, call, CANCELLED, self._error_frame(call, CallCancelled("the call was cancelled")))
             return
         except BaseException as exc:  # packing a result runs user code, too
@@ -214,6 +215,7 @@ class DurableRuns:
             return
         if not isinstance(error, Exception) or (call.kind == HTTP and not isinstance(error, QServeError)):
             logger.error("Exception in deployment %r, call %s", call.deployment, call.id, exc_info=error)
+        self._slots.counts.others["failed"] += 1
         said = f"{type(error).__name__}: {text_of(error)}"
         if failures <= call.terms.retries and call.terms.retries_after(error):
             pause_ms = call.terms.pause_ms(failures)

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+from bisect import bisect
 from functools import partial
 
 from qserve.background import spawn
+from qserve.broker.history.buckets import BOUNDS_MS
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads
 from qserve.broker.replica_queue import Entry
@@ -89,6 +91,7 @@ class OrdinaryRuns:
             if entry.id not in self._slots:
                 self._slots.end_background(running)
                 return  # answered, abandoned or taken over
+            self._slots.counts.others["cancelled"] += 1
             kind, result = ERROR, self.pack_error(CallCancelled("the call was cancelled while it ran"))
         except FrameRejected as exc:
             if self._slots.give_back(running):
@@ -99,6 +102,7 @@ class OrdinaryRuns:
             if not isinstance(error, Exception) or (call.kind == HTTP and not isinstance(error, QServeError)):
                 place = (call.deployment, running.info.request_id)
                 logger.error("Exception in deployment %r, request %s", *place, exc_info=error)
+            self._slots.counts.note_failed(running, error)
             kind, result = ERROR, self.pack_error(error)
         if not self._answer(running, kind, result):
             self._slots.end_background(running)
@@ -160,6 +164,8 @@ class OrdinaryRuns:
 
     def _reply(self, running: RunningCall, response: HttpResponse | None) -> tuple[int, bytes]:
         if response is not None:
+            if response.status >= 500:
+                self._slots.counts.note_failed(running, f"HTTP status {response.status}")
             return HTTP_RESPONSE, self._pack_response(response)
         return VALUE, b"%d" % (0 if running.channel is None else running.channel.sent)
 
@@ -187,7 +193,9 @@ class OrdinaryRuns:
 
     def _time_left(self, entry: Entry, call: Call) -> float:
         """Seconds until a call's deadline; raises where it is over."""
-        left_ms = call.ttl_ms - self._clock.age_ms(entry.time_ms)
+        waited_ms = self._clock.age_ms(entry.time_ms)
+        self._slots.counts.waits[bisect(BOUNDS_MS, waited_ms)] += 1
+        left_ms = call.ttl_ms - waited_ms
         if left_ms < 0:
             raise GetTimeoutError("the deadline passed before a replica was free; the call was not run")
         return left_ms / 1000

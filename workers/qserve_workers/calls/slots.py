@@ -2,11 +2,14 @@
 
 import asyncio
 import time
+from bisect import bisect
 from collections import deque
 from collections.abc import Callable
 
+from qserve.broker.history.buckets import BOUNDS_MS
 from qserve.wire.messages import Call
 from qserve.wire.spec import DeploymentSpec
+from qserve_workers.calls.call_counts import CallCounts
 from qserve_workers.calls.running import Conversations, RunningCall
 from qserve_workers.user.user_code import UserCode
 
@@ -21,6 +24,7 @@ class Slots:
     Args:
         changed: Set whenever a slot comes back.
         on_free: Called with every call whose slot came back.
+        counts: Counts the calls that ran.
 
     Attributes:
         spec: The deployment as it is now.
@@ -34,8 +38,10 @@ class Slots:
         conversations: Conversations,
         changed: asyncio.Event,
         on_free: Callable[[RunningCall], None],
+        counts: CallCounts,
     ) -> None:
         self.spec = spec
+        self.counts = counts
         self.handled = 0
         self.run_times_ms: deque[float] = deque(maxlen=_TIMES_KEPT)
         self._conversations = conversations
@@ -67,7 +73,12 @@ class Slots:
             self._on_thread -= running.needs_thread
         if ran:
             self.handled += 1
-            self.run_times_ms.append((time.monotonic() - running.started_at) * 1000)
+            ran_ms = (time.monotonic() - running.started_at) * 1000
+            self.run_times_ms.append(ran_ms)
+            counts = self.counts
+            counts.runs[bisect(BOUNDS_MS, ran_ms)] += 1
+            if ran_ms > counts.slow_ms:
+                counts.note_slow(running, ran_ms)
         self._changed.set()
         self._on_free(running)
         return True

@@ -91,7 +91,7 @@ class Service:
             entries=lambda: consumer.entries,
             on_lost=consumer.lost,
             on_tick=self._tick,
-            on_beat=self._about.measure,
+            on_beat=self._beaten,
             on_look=stalls.look,
         )
         client.on_control = self._on_control
@@ -221,7 +221,12 @@ class Service:
         if self._health.is_ill:
             self._events.tell(HealthLost(error=self._health.problem))
 
+    def _beaten(self, client: redis_clients.Client) -> None:
+        self._about.measure(client)
+        self._consumer.slots.counts.write(client)
+
     def _tick(self) -> None:
+        self._consumer.slots.counts.take()
         self._consumer.absence.noticed()
         self._consumer.look_for_self_calls(is_only=self._takeover.is_alone)
         self._about.refresh(self._deployed)
@@ -253,6 +258,7 @@ class Service:
                 async with asyncio.timeout(_QUICK_TIMEOUT_S):
                     await self._code.close()
         self._heartbeat.stop()
+        self._consumer.slots.counts.take(at_once=True)
         await asyncio.to_thread(self._say_goodbye, all_answered)
         set_current_client(None)
         await self._client.stop()
@@ -263,6 +269,7 @@ class Service:
         keys, replica = self._settings.keys, self._client.id
         client = redis_clients.client(self._settings.redis_url, _QUICK_TIMEOUT_S)
         try:
+            self._consumer.slots.counts.write(client)
             if not leave(client, keys, self._name, replica, all_answered=all_answered):
                 call_neighbours(client, keys, self._name, replica, self._client.signer)
         except (QServeError, CommandRefused) as exc:

@@ -1,0 +1,132 @@
+"""Which durable calls there are, by deployment and state, and what their records say in short.
+
+The scripts that change a record keep the index. All of this goes over redis-py, takes time only for what it returns,
+and raises `BrokerUnavailable`, `ConfigurationError` or `CommandRefused`.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple, cast
+
+import redis
+
+from qserve.broker.keys import Keys
+from qserve.broker.redis_errors import our_errors
+from qserve.broker.scripts import RUN_AGAIN
+from qserve.wire.call_record import CANCELLED, DEAD, DONE, EXPIRED, FAILED, QUEUED, RUNNING, SCHEDULED
+
+STATES: Final = (QUEUED, SCHEDULED, RUNNING, DONE, FAILED, CANCELLED, DEAD, EXPIRED)
+"""Every state of a durable call, in the order in which they are shown."""
+
+_FIELDS: Final = (
+    *("state", "deployment", "kind", "method", "attempts", "submitted", "started", "ended", "due", "expires"),
+    *("error", "replica"),
+)
+
+
+class CallSummary(NamedTuple):
+    """What a list of durable calls says of each.
+
+    Attributes:
+        submitted, started, ended, due, expires: Unix times on Redis' clock.
+        error: Text of the last error.
+        replica: Id of the replica that runs it.
+    """
+
+    id: str
+    state: str
+    deployment: str
+    kind: int
+    method: str
+    attempts: int
+    submitted: float
+    started: float | None
+    ended: float | None
+    due: float | None
+    expires: float | None
+    error: str
+    replica: str
+
+
+def count_states(client: redis.Redis, keys: Keys, deployments: Sequence[str]) -> list[dict[str, int]]:
+    """How many durable calls of each deployment are in each state."""
+    pipeline = client.pipeline(transaction=False)
+    for deployment in deployments:
+        for state in STATES:
+            pipeline.zcard(keys.index(deployment, state))
+    with our_errors(client):
+        found = iter(cast("list[int]", pipeline.execute()))
+    return [{state: next(found) for state in STATES} for _ in deployments]
+
+
+def newest_ids(
+    client: redis.Redis, keys: Keys, places: Iterable[tuple[str, str]], before: float, since: float, most: int
+) -> list[tuple[float, str]]:
+    """(when it entered the state, id) of calls in any of the places (deployment, state), the newest first.
+
+    Args:
+        before: Only those that entered before; Unix time.
+        since: Only those that did not enter before that.
+    """
+    pipeline = client.pipeline(transaction=False)
+    for deployment, state in places:
+        key = keys.index(deployment, state)
+        highest = "+inf" if before == float("inf") else f"({before * 1000:.0f}"
+        pipeline.zrevrangebyscore(key, highest, f"{since * 1000:.0f}", 0, most, withscores=True)
+    with our_errors(client):
+        found = cast("Any", pipeline.execute())
+    merged = sorted(((score / 1000, each.decode()) for part in found for each, score in part), reverse=True)
+    return merged[:most]
+
+
+def summaries(client: redis.Redis, keys: Keys, ids: Sequence[str]) -> dict[str, CallSummary]:
+    """What the records of these calls say; those whose records are gone are left out."""
+    pipeline = client.pipeline(transaction=False)
+    for call_id in ids:
+        pipeline.hmget(keys.call(call_id), _FIELDS)
+    with our_errors(client):
+        found = cast("list[list[bytes | None]]", pipeline.execute() if ids else [])
+    return {
+        call_id: _summary(call_id, dict(zip(_FIELDS, fields, strict=True)))
+        for call_id, fields in zip(ids, found, strict=True)
+        if fields[0] is not None and fields[1] is not None
+    }
+
+
+def frame_of(client: redis.Redis, keys: Keys, call_id: str) -> bytes | None:
+    """The sealed call as it will be run, or was where it can run again; None where it is not kept any more."""
+    with our_errors(client):
+        deployment, waits, again, entry = cast(
+            "list[bytes | None]", client.hmget(keys.call(call_id), "deployment", "frame", "again", "entry")
+        )
+        if waits or again or not deployment or not entry:
+            return waits or again
+        found = cast("Any", client.xrange(keys.calls(deployment.decode()), entry, entry))
+    return found[0][1].get(b"d") if found else None
+
+
+def result_frame(client: redis.Redis, keys: Keys, call_id: str) -> bytes | None:
+    """The sealed reply of a call that has ended."""
+    with our_errors(client):
+        return cast("bytes | None", client.hget(keys.call(call_id), "result"))
+
+
+def run_again(client: redis.Redis, keys: Keys, deployment: str, call_id: str) -> str:
+    """Put a call that has failed on the queue again; what run_again.lua returns."""
+    names = (keys.calls(deployment), keys.call(call_id), keys.payload(call_id))
+    with our_errors(client):
+        return bytes(RUN_AGAIN.run(client, names, call_id)).decode()
+
+
+def _summary(call_id: str, fields: dict[str, bytes | None]) -> CallSummary:
+    def text(name: str) -> str:
+        return (fields[name] or b"").decode("utf-8", "replace")
+
+    def moment(name: str) -> float | None:
+        found = fields[name]
+        return int(found) / 1000 if found is not None else None
+
+    return CallSummary(
+        *(call_id, text("state"), text("deployment"), int(fields["kind"] or 0), text("method")),
+        *(int(fields["attempts"] or 0), moment("submitted") or 0.0, moment("started"), moment("ended")),
+        *(moment("due"), moment("expires"), text("error"), text("replica")),
+    )

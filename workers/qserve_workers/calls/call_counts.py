@@ -1,0 +1,96 @@
+"""What a replica counts of its calls, and notes of those that went wrong, until both are written in one go."""
+
+import os
+import socket
+import time
+import traceback
+from collections import Counter
+from typing import Final
+
+from qserve.broker.history.buckets import BOUNDS_MS, BUCKET_S, add_counts
+from qserve.broker.history.troubles import LONGEST_TEXT, Trouble, note_troubles
+from qserve.broker.keys import Keys
+from qserve.broker.server import redis_clients
+from qserve_workers.calls.running import RunningCall
+from qserve_workers.user.user_entry import text_of
+
+_MOST_NOTES: Final = 20
+"""How many calls are noted between two beats; more are only counted."""
+
+
+class CallCounts:
+    """Counts since the last time that they were written. Belongs to the replica's event loop, except for `write`.
+
+    Attributes:
+        waits, runs: How many calls waited, and ran, for how long; `Bucket` says what the places mean.
+        others: Outcome -> calls that did not end well; all others that ran have done so.
+        slow_ms: Calls that ran for longer are noted.
+    """
+
+    def __init__(self, keys: Keys, deployment: str, slow_s: float) -> None:
+        self.waits = [0] * (len(BOUNDS_MS) + 1)
+        self.runs = [0] * (len(BOUNDS_MS) + 1)
+        self.others: Counter[str] = Counter()
+        self.slow_ms = slow_s * 1000
+        self._keys = keys
+        self._deployment = deployment
+        self._who = f"pid {os.getpid()} on {socket.gethostname()}"
+        self._notes: list[Trouble] = []
+        self._taken: tuple[dict[str, int], list[int], list[int]] | None = None
+        self._taken_notes: list[Trouble] = []
+        self._take_at = 0.0
+
+    def note_slow(self, running: RunningCall, ran_ms: float) -> None:
+        """Note a call that took long."""
+        if len(self._notes) < _MOST_NOTES:
+            self._note("slow", running, ran_ms, "", "")
+
+    def note_failed(self, running: RunningCall, error: BaseException | str) -> None:
+        """Count a call that failed, and note it."""
+        self.others["failed"] += 1
+        if len(self._notes) >= _MOST_NOTES:
+            return
+        ran_ms = (time.monotonic() - running.started_at) * 1000
+        if isinstance(error, str):
+            self._note("failed", running, ran_ms, error, "")
+        else:
+            said = f"{type(error).__name__}: {text_of(error)}"
+            self._note("failed", running, ran_ms, said, "".join(traceback.format_exception(error)))
+
+    def _note(self, what: str, running: RunningCall, ran_ms: float, error: str, trace: str) -> None:
+        call, request = running.call, running.info.request_id
+        trouble = Trouble(
+            *(what, call.id, request if request != call.id else "", call.method),
+            error=error[:LONGEST_TEXT],
+            traceback=trace[-LONGEST_TEXT:],
+            replica=self._who,
+            ran_ms=round(ran_ms, 3),
+        )
+        self._notes.append(trouble)
+
+    def take(self, *, at_once: bool = False) -> None:
+        """Make ready what `write` is to write: notes always, counts every ten seconds."""
+        if not self._taken_notes:
+            self._taken_notes, self._notes = self._notes, []
+        if self._taken is not None or (time.monotonic() < self._take_at and not at_once):
+            return
+        self._take_at = time.monotonic() + BUCKET_S
+        ran = sum(self.runs)
+        if not ran and not self.others:
+            return
+        ends = {"done": max(0, ran - sum(self.others.values())), **self.others}
+        self._taken = (ends, self.waits, self.runs)
+        self.waits, self.runs, self.others = [0] * len(self.waits), [0] * len(self.runs), Counter()
+
+    def write(self, client: redis_clients.Client) -> None:
+        """Write what is ready, from another thread; what cannot be written stays ready.
+
+        Raises:
+            QServeError, CommandRefused: Redis cannot be told.
+        """
+        if self._taken_notes:
+            note_troubles(client, self._keys, self._deployment, self._taken_notes)
+            self._taken_notes = []
+        if self._taken is not None:
+            add_counts(client, self._keys, self._deployment, *self._taken)
+            self._taken = None
