@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 
 from qserve.background import end, spawn
 from qserve.broker.connection import Answer
@@ -69,7 +69,7 @@ class Consumer:
         spec: DeploymentSpec,
         replica: str,
         *,
-        hooks: Sequence[ReplicaHook] = (),
+        hooks: HookChain[ReplicaHook] | None = None,
         may_go_on: Callable[[], Awaitable[bool]] = _always,
     ) -> None:
         self._strict = settings.strict
@@ -95,13 +95,12 @@ class Consumer:
         self.slots = slots = Slots(spec, conversations, self._changed, self._freed, counts)
         self.withdrawn = WithdrawnCalls(slots)
         self._suspects = Suspects(settings.max_deliveries)
-        chain = HookChain(hooks) if hooks else None
         common = (link, slots, self._answers)
         self._ordinary = OrdinaryRuns(
-            *(settings, signer, codec, *common), clock=self._clock, conversations=conversations, hooks=chain
+            *(settings, signer, codec, *common), clock=self._clock, conversations=conversations, hooks=hooks
         )
         self._durable = DurableRuns(
-            *(settings, signer, codec, replica, *common), hooks=chain, on_retry=self._mover.look_in
+            *(settings, signer, codec, replica, *common), hooks=hooks, on_retry=self._mover.look_in
         )
         self._triage = Triage(
             *(settings, link, slots, Arrivals(settings, signer, spec.name, link), self._answers),

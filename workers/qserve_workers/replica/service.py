@@ -16,7 +16,7 @@ from qserve.calls.handle import codec_of
 from qserve.calls.process_client import set_current_client
 from qserve.errors import BrokerUnavailable, QServeError
 from qserve.failpoints import reach
-from qserve.hooks import ReplicaHook
+from qserve.hooks import HookChain, ReplicaHook
 from qserve.settings import Settings
 from qserve.wire.messages import Control
 from qserve.wire.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed
@@ -76,7 +76,7 @@ class Service:
         """None until it is constructed."""
         self._consumer = consumer = Consumer(
             *(settings, client.signer, self._codec, deployed.spec, client.id),
-            hooks=hooks,
+            hooks=HookChain(hooks) if hooks else None,
             may_go_on=self._is_current,
         )
         self._about = SelfDescription(
