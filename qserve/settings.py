@@ -123,9 +123,12 @@ class Settings(BaseSettings):
         default="",
         description="Further origins whose pages may open WebSockets, separated by commas. `*` means all.",
     )
-    access_log: Literal["off", "text", "json"] = Field(
+    access_log: Annotated[Literal["off", "short", "text", "json"], Shown("`off`; `short` in `qserve run`")] = Field(
         default="off",
-        description="`text` or `json` writes a line for each response to the gateway's standard output.",
+        description=(
+            "`short`, `text` or `json` writes a line for each response to the gateway's standard output. `qserve run` "
+            "writes short ones if it runs in a terminal."
+        ),
     )
     api_keys: Annotated[str, Shown("unset: HTTP is open")] = Field(
         default="",
@@ -223,6 +226,13 @@ class Settings(BaseSettings):
     log_level: str = Field(
         default="INFO",
         description="Level of qserve's own logs.",
+    )
+    names_output: bool = Field(
+        default=False,
+        description=(
+            "Puts the name of its deployment before each line that user code prints; `qserve run` sets it, because "
+            "all deployments share its terminal."
+        ),
     )
     debug: bool = Field(
         default=False,

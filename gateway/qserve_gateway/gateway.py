@@ -18,6 +18,7 @@ from qserve_gateway.door.limits import request_ids
 from qserve_gateway.durable.durable_events import EventStream
 from qserve_gateway.durable.durable_pages import DurablePages
 from qserve_gateway.durable.durable_requests import PATH, DurableRequests, Preference, preference_of
+from qserve_gateway.front_page import front_page
 from qserve_gateway.headers import SPOOFED, UNUSUAL, Headers, end_to_end
 from qserve_gateway.http_calls import HttpCalls, StreamedResponse
 from qserve_gateway.request_hooks import RequestHooks
@@ -148,7 +149,7 @@ class Gateway:
         if self._keys is not None:
             headers = self._keys.check(headers, named, route.deployment if route is not None else "")
         if route is None:
-            return _not_found(path)
+            return self._page_without_deployment(path, named)
         scope["state"]["deployment"] = route.deployment
         if _TIMEOUT in named:
             route = _with_deadline(route, named[_TIMEOUT])
@@ -256,6 +257,11 @@ class Gateway:
             return json_response(self.routes)
         if name.startswith(PATH) and self._pages is not None:
             return await self._pages.page(scope, name, request_id)
+        return _not_found(path)
+
+    def _page_without_deployment(self, path: str, named: Named) -> HttpResponse:
+        if path in (self._root_path, f"{self._root_path}/"):
+            return front_page(self.routes, self._root_path, named.get(b"accept", b""))
         return _not_found(path)
 
     def _request_id(self, asked: bytes | None) -> str:

@@ -13,8 +13,7 @@ import msgspec
 
 from qserve.broker.instance.state import State
 from qserve.broker.server.redis_checks import connect, require_usable
-from qserve.cli.output import Failure, note, users_part
-from qserve.cli.progress import show_progress
+from qserve.cli.output import Failure, note
 from qserve.cli.source import content_version, project_files
 from qserve.deployments import deploying
 from qserve.deployments.app_import import import_app
@@ -22,6 +21,8 @@ from qserve.deployments.deployment import Deployment
 from qserve.deployments.driver import make_codec
 from qserve.durable.schedules import Declared, Schedules
 from qserve.errors import BrokerUnavailable, ConfigurationError
+from qserve.screen.progress import show_progress
+from qserve.screen.tracebacks import users_part
 from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.spec import DeploymentSpec

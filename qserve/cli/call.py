@@ -10,9 +10,10 @@ import click
 from qserve.calls.handle import get_handle
 from qserve.calls.process_client import set_settings_finder
 from qserve.cli.instance import connected
-from qserve.cli.output import Failure, redis_url_option, users_part
+from qserve.cli.output import Failure, redis_url_option
 from qserve.deployments.local_instance import find_settings
 from qserve.errors import MethodNotFound, TaskError, failure_of
+from qserve.screen.tracebacks import users_part
 
 _FRAME = '  File "'
 

@@ -2,14 +2,10 @@
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
-
-_TRACEBACK = "Traceback (most recent call last):"
-_OWN_FRAME = re.compile(r'  File "[^"]*/(qserve_workers|concurrent/futures|asyncio)/[^"]+", line')
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -36,24 +32,6 @@ def redis_url_option(command: Command) -> Command:
         help="redis://, rediss:// or unix:// URL of the instance's server. Default: QSERVE_REDIS_URL, "
         "else the instance running on this machine.",
     )(command)
-
-
-def users_part(text: str) -> str:
-    """Return a text without the frames of its tracebacks that only lead from a replica to the user's code."""
-    kept: list[str] = []
-    leading = skipping = False
-    for line in text.strip().splitlines():
-        if line == _TRACEBACK:
-            leading, skipping = True, False
-        elif leading and line.startswith('  File "'):
-            leading = skipping = _OWN_FRAME.match(line) is not None
-        elif not line.startswith("    "):
-            if kept[-1:] == [_TRACEBACK]:  # nothing of the user's was on the way
-                kept.pop()
-            leading = skipping = False
-        if not skipping:
-            kept.append(line)
-    return "\n".join(kept)
 
 
 def note(text: str) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from qserve.cli.gateway_options import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.source import Watcher
-from qserve.cli.terminal import logs_above_display
 from qserve.deployments.local_instance import (
     InstanceRecord,
     LaunchOptions,
@@ -30,8 +28,9 @@ from qserve.deployments.local_instance import (
     start_lock,
 )
 from qserve.errors import ConfigurationError
+from qserve.screen.introduction import curl_command, introduction
+from qserve.screen.terminal import output_relayed
 from qserve.settings import Settings
-from qserve.wire.spec import DeploymentSpec
 
 _LOOK_S = 1.0
 """How often we look whether the instance still runs and, with --reload, for edits."""
@@ -50,6 +49,7 @@ _FORCED = 130
 )
 @click.option("--reload", is_flag=True, help="Deploy again when a source file of the application changes.")
 @click.option("--debug", is_flag=True, help="Put tracebacks into the bodies of HTTP errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Show all that the processes of the instance log.")
 @gateway_options
 @click.argument("app", metavar="MODULE|FILE[:NAME]", envvar="QSERVE_APP")
 def run(
@@ -59,6 +59,7 @@ def run(
     replicas: int | None,
     reload: bool,
     debug: bool,
+    verbose: bool,
     gateway_workers: int,
     **tls: str | None,
 ) -> None:
@@ -67,17 +68,22 @@ def run(
     Without --redis-url a server of its own is started along. Ctrl-C lets calls in flight finish; a second one does not.
     """
     log_to_stderr()
+    # For gateway and replicas, which inherit it.
     if debug:
-        os.environ["QSERVE_DEBUG"] = "1"  # for gateway and replicas, which inherit it
+        os.environ["QSERVE_DEBUG"] = "1"
+    os.environ["QSERVE_NAMES_OUTPUT"] = "1"
+    if sys.stderr.isatty():
+        os.environ.setdefault("QSERVE_ACCESS_LOG", "short")
     application = import_application(app, replicas)
     settings = Settings()
     if settings.redis_url:
         require_usable_at(settings.redis_url)
-    instance = start_instance(settings, host, port, gateway_workers, gateway_arguments(**tls))
+    with output_relayed(everything=verbose):
+        instance = start_instance(settings, host, port, gateway_workers, gateway_arguments(**tls))
     try:
         with termination_as_interrupt():
-            record, specs = bring_up(instance, application, stay_anyway=reload)
-            introduce(specs, record.gateway_url)
+            record = bring_up(instance, application, stay_anyway=reload)
+            introduce(application, record.gateway_url, tls.get("ssl_certfile"), tls.get("ssl_keyfile"))
             redeploy = Reloader(app, replicas, application.files, instance.settings) if reload else None
             stay(settings.namespace, redeploy)
     except KeyboardInterrupt:
@@ -102,50 +108,43 @@ def start_instance(
                 "into it with `qserve deploy`, end it with `qserve shutdown`, or set QSERVE_NAMESPACE to run another."
             )
         check_port(host, port)
-        with logs_above_display():
-            options = LaunchOptions(
-                host,
-                port,
-                {"host": host, "port": port},
-                log_to_stderr=True,
-                gateway_workers=gateway_workers,
-                gateway_arguments=gateway_arguments,
-            )
-            return launch(settings, options)
+        options = LaunchOptions(
+            host,
+            port,
+            {"host": host, "port": port},
+            log_to_stderr=True,
+            gateway_workers=gateway_workers,
+            gateway_arguments=gateway_arguments,
+        )
+        return launch(settings, options)
 
 
-def bring_up(
-    instance: LocalInstance, application: Application, *, stay_anyway: bool
-) -> tuple[InstanceRecord, Sequence[DeploymentSpec]]:
+def bring_up(instance: LocalInstance, application: Application, *, stay_anyway: bool) -> InstanceRecord:
     """Deploy while the gateway starts.
 
     Args:
         stay_anyway: Only tell that a deployment failed; an edit may mend it.
     """
-    settings, specs = instance.settings, list[DeploymentSpec]()
+    settings = instance.settings
     instance.wait_for_redis()
     with state_of(settings) as state:
         try:
-            specs = deploy_application(application, state, settings)
+            deploy_application(application, state, settings)
         except Failure as exc:
             if not stay_anyway:
                 raise
             exc.show()
-    return instance.wait_until_ready(), specs
+    return instance.wait_until_ready()
 
 
-def introduce(specs: Sequence[DeploymentSpec], gateway_url: str) -> None:
-    """Print the URL of each deployment, with a command to try it."""
-    for spec in specs:
-        if spec.route_prefix is None:
-            click.echo(f"{spec.name}: no route; qserve call {spec.name}")
-            continue
-        # applications answer under "/"; without it curl would only be shown the redirect there
-        url = (
-            gateway_url.rstrip("/") + spec.route_prefix + ("/" if spec.is_ingress and spec.route_prefix != "/" else "")
-        )
-        click.echo(f"{click.style(spec.name, bold=True)}: {url}\n    curl {shlex.quote(url)}")
-    click.echo("Ctrl-C stops it.")
+def introduce(application: Application, gateway_url: str, certfile: str | None, keyfile: str | None) -> None:
+    """Print a command to try each deployment, and how to stop."""
+    lines = introduction(
+        application.deployments,
+        lambda prefix: gateway_url.rstrip("/") + prefix,
+        curl=curl_command(gateway_url, certfile, keyfile),
+    )
+    click.echo("\n".join([*lines, "Ctrl-C stops it; -v shows the whole log."]))
 
 
 def stay(namespace: str, reloader: "Reloader | None") -> None:

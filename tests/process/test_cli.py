@@ -22,9 +22,9 @@ from qserve.broker.server import embedded
 from qserve.cli import COMMANDS, main
 from qserve.cli.application import did_you_mean
 from qserve.cli.call import parse_call, show, unknown_deployment
-from qserve.cli.output import users_part
 from qserve.cli.source import Watcher, content_version, project_files
 from qserve.cli.status import InstanceStatus, ReplicaStatus, render
+from qserve.screen.tracebacks import users_part
 from qserve.settings import Settings
 from qserve.wire.spec import DeploymentSpec, Target
 from tests.support.serving import free_port, runtime_folder

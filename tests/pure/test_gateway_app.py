@@ -194,6 +194,23 @@ async def test_routes_shows_exactly_the_live_set(gateway: Gateway, http: httpx.A
     assert response.json() == {"/hello": "hello", "/": "root"}
 
 
+async def test_the_root_has_a_page_unless_a_deployment_owns_it(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    page = await http.get("/", headers={"accept": "text/html,*/*"})
+    assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert '<a href="/hello">/hello</a> hello' in page.text
+    assert "/hello  hello" in (await http.get("/")).text
+    gateway.use_http_options("/serve", [])
+    assert "/serve/hello" in (await http.get("/serve/")).text
+    gateway.use_deployments([])
+    assert "Nothing is deployed" in (await http.get("/")).text
+
+
+async def test_names_on_the_page_of_the_root_are_text(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    gateway.use_deployments([spec("x", '/"><script>')])
+    page = (await http.get("/", headers={"accept": "text/html"})).text
+    assert "<script>" not in page
+
+
 async def test_healthz_answers_without_any_deployment(gateway: Gateway, http: httpx.AsyncClient) -> None:
     gateway.use_deployments([])
     assert (await http.get("/-/healthz")).status_code == 200

@@ -23,7 +23,7 @@ HOME_OF = {
     "uvicorn": {"qserve_gateway"},
     "httptools": {"qserve_gateway"},
     "click": {"qserve.cli", "qserve_gateway.__main__", "qserve_workers"},
-    "rich": {"qserve.cli"},
+    "rich": {"qserve.cli", "qserve.screen"},
 }
 """Foreign libraries that have one home; elsewhere their names do not appear."""
 

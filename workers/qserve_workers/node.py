@@ -362,6 +362,8 @@ def main() -> int:
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
+    if os.geteuid() == 0:
+        logger.warning("This node runs as root, and so does the code of every deployment.")
     try:
         node = Node(options, settings)
     except ConfigurationError as exc:

@@ -34,12 +34,12 @@ class AccessLog:
     """Collects lines and writes them four times a second, on a thread.
 
     Args:
-        style: "text" or "json".
+        style: "short", "text" or "json".
         descriptor: The file descriptor to write to.
     """
 
     def __init__(self, style: str, descriptor: int = 1) -> None:
-        self._put_into_words = as_json if style == "json" else as_text
+        self._put_into_words = _STYLES[style]
         self._descriptor = descriptor
         self._lines: list[Line] = []
         self._dropped = 0
@@ -103,6 +103,15 @@ def as_text(line: Line) -> bytes:
     ).encode()
 
 
+def as_short(line: Line) -> bytes:
+    """A line for somebody who looks on: time of day, status, request, time, deployment."""
+    time_of_day = datetime.fromtimestamp(line.at).astimezone().strftime("%H:%M:%S")
+    return (
+        f"{time_of_day} {line.status} {line.method} {_target_of(line)} {line.seconds * 1000:.1f} ms "
+        f"{line.deployment or '-'}\n"
+    ).encode()
+
+
 def as_json(line: Line) -> bytes:
     """A line for programs."""
     return (
@@ -131,3 +140,6 @@ def _target_of(line: Line) -> str:
 
 def _time_of(line: Line) -> str:
     return datetime.fromtimestamp(line.at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+_STYLES = {"short": as_short, "text": as_text, "json": as_json}

@@ -57,7 +57,7 @@ def test_run_serves_https(tmp_path: Path, certificate: Path) -> None:
         files = ["--ssl-certfile", str(certificate / "cert.pem"), "--ssl-keyfile", str(certificate / "key.pem")]
         with background(shell, "run", "app", "--port", "0", *files) as running:
             running.wait_for("Ctrl-C stops it")
-            found = re.search(r"curl (https://\S+)", running.output)
+            found = re.search(r"curl -k (https://\S+)", running.output)
             assert found
             context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
             with urllib.request.urlopen(found[1], timeout=patience(5), context=context) as answer:

@@ -61,7 +61,7 @@ class DeploymentWorker(celery_worker.Worker):  # type: ignore[misc]
             "Worker %s: deployment %s, %d replica(s), Redis %s",
             *(self.hostname, self.deployment, self.min_concurrency, parse(self.app.settings.redis_url).place),
         )
-        if os.geteuid() == 0:
+        if os.geteuid() == 0 and "QSERVE_NODE" not in os.environ:  # else the node has said so, once for all workers
             logger.warning("This worker runs as root, and so does the code of the deployment")
 
 

@@ -12,6 +12,7 @@ from qserve.calls.process_client import new_event_loop
 from qserve.settings import Settings
 from qserve_workers.replica.birth import Birth, Wishes
 from qserve_workers.replica.lifecycle import Replica
+from qserve_workers.user.user_output import show_output
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class ReplicaProcess:
 
     def start(self) -> None:
         """Start the replica's thread and return at once."""
+        show_output(self._birth.deployment if self._settings.names_output else None)
         self._thread.start()
 
     def serve(self) -> None:

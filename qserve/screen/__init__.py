@@ -1,0 +1,1 @@
+"""What a terminal shows of an instance that runs from it."""

@@ -1,0 +1,93 @@
+"""One terminal for the moving display and for what the processes of an instance write."""
+
+import atexit
+import contextlib
+import functools
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from qserve.screen.tracebacks import UsersLines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LAST_LINES_S = 2.0
+_HIDDEN: Final = frozenset({"DEBUG", "INFO"})
+_RECORD: Final = re.compile(
+    r"(?:[\d-]{10} )?(?P<time>\d\d:\d\d:\d\d)(?:,\d+)? (?P<level>[A-Z]+) +"
+    r"(?:\w+\[\d+\] )?(?P<about>\[[^\]]*\] )?(?:[\w.]+: )?(?P<message>.*)"
+)
+"""A record of the log: when, how bad, from which process and about which call, from which module, and what."""
+_COLOURS: Final = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
+
+
+@functools.cache
+def terminal() -> "Console":
+    """The console on stderr; whoever writes through it stays clear of the display."""
+    from rich.console import Console  # noqa: PLC0415 (takes longer to import than all of qserve)
+
+    return Console(stderr=True)
+
+
+@contextlib.contextmanager
+def output_relayed(*, everything: bool) -> Iterator[None]:
+    """What processes that are started in this block write to stderr is shown line by line, above the display.
+
+    Args:
+        everything: Show records below WARNING, too, and all of each record.
+    """
+    read, write = os.pipe()
+    relay = threading.Thread(target=_relay, args=(read, everything), name="qserve-output", daemon=True)
+    relay.start()
+    atexit.register(relay.join, _LAST_LINES_S)  # it ends with the last process that writes
+    stderr = os.dup(2)
+    os.dup2(write, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(write)
+
+
+def _relay(read: int, everything: bool) -> None:
+    users = UsersLines()
+    with os.fdopen(read, errors="replace") as lines:
+        for line in lines:
+            text = line.rstrip("\n")
+            for each in [text] if everything else users.feed(text):
+                shown = each if everything else as_shown(each)
+                if shown is not None:
+                    _print(shown)
+
+
+def _print(text: str) -> None:
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError, ValueError):  # nobody looks any more
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+        return
+    words = text.split(maxsplit=2)
+    style = _COLOURS.get(words[1]) if len(words) > 1 else None
+    terminal().print(text, markup=False, highlight=False, soft_wrap=True, style=style)
+
+
+def as_shown(line: str) -> str | None:
+    """A line as somebody sees it who only wants to know what happens to the application; None if it is left out.
+
+    Records below WARNING are, and the others lose their date and origin. What user code and the access log have
+    written stays.
+    """
+    name, bar, rest = line.partition(" | ")
+    by_user = bar and " " not in name
+    record = _RECORD.fullmatch(rest if by_user else line)
+    if record is None:
+        return line
+    if by_user:
+        return f"{name} | {record['level']} {record['message']}"
+    about = record["about"] or ""
+    return None if record["level"] in _HIDDEN else f"{record['time']} {record['level']} {about}{record['message']}"
