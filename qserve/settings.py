@@ -227,6 +227,10 @@ class Settings(BaseSettings):
         default="INFO",
         description="Level of qserve's own logs.",
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text",
+        description="How each record of the log is written, in every process: see [Logs](telemetry.md#logs).",
+    )
     names_output: bool = Field(
         default=False,
         description=(

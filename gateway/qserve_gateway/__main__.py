@@ -11,6 +11,7 @@ import click
 from qserve.calls.process_client import new_event_loop
 from qserve.deployments.local_instance import find_settings
 from qserve.errors import ConfigurationError, NoInstanceError
+from qserve.telemetry.log_records import log_to_stderr
 from qserve_gateway.listener import ListenAddress, TlsFiles
 from qserve_gateway.server import GatewayOptions, GatewayProcess, Ready, report
 
@@ -52,7 +53,9 @@ def main(
     options = GatewayOptions(address, ready_file, trusted_proxies, graceful_shutdown_timeout_s, tls)
     try:
         settings = find_settings()
-        _log_to_stderr(settings.log_level)
+        log_to_stderr("gateway", settings.log_level, settings.log_format)
+        # Our own lines tell when the server starts and stops.
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         try:
             gateway = GatewayProcess(options, settings)
         except ConfigurationError as exc:
@@ -64,14 +67,6 @@ def main(
         sys.exit(str(exc))
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s gateway[%(process)d] %(message)s", stream=sys.stderr
-    )
-    # Our own lines tell when the server starts and stops.
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

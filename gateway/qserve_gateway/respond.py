@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from typing import Any
 
 import msgspec
@@ -101,10 +102,16 @@ def remote_error_response(error: ErrorInfo, request_id: str, *, debug: bool) -> 
     cls = _BY_CODE.get(error.code, TaskError)
     if cls is not TaskError:
         return _error_response(cls, error.message, 1.0)
-    text = f"Task Error. {error.type_name}. Request {request_id}; the traceback is in the log."
+    text = f"Task Error. {error.type_name}. Request {request_id}; the traceback is in {the_log()}."
     if debug:
         text = f"Task Error. {error.type_name}. Request {request_id}\n\n{error.traceback_text or error.message}"
     return text_response(500, text)
+
+
+def the_log() -> str:
+    """What messages call the log: its file, where the node says that whoever reads them may know."""
+    file = os.environ.get("QSERVE_LOG_FILE")
+    return f"the log, {file}" if file else "the log"
 
 
 def _error_response(cls: type[QServeError], message: str, retry_after: float) -> HttpResponse:
@@ -120,7 +127,8 @@ async def send_response(send: Send, response: HttpResponse, method: str, request
         start = start_message(response, method, request_id)
     except Unsendable as exc:
         logger.error("response to request %s not sent: %s", request_id, exc)
-        response = text_response(500, f"The response of request {request_id} cannot be sent; the reason is in the log.")
+        text = f"The response of request {request_id} cannot be sent; the reason is in {the_log()}."
+        response = text_response(500, text)
         start = start_message(response, method, request_id)
     await send(start)
     empty = method == "HEAD" or response.status in {204, 304}

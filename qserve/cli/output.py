@@ -1,11 +1,12 @@
 """What all commands share: errors in one paragraph on stderr, options, the log."""
 
-import logging
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+
+from qserve.telemetry import log_records
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -41,8 +42,6 @@ def note(text: str) -> None:
 
 def log_to_stderr() -> None:
     """Show the warnings of the library; commands say by themselves what goes well."""
-    logging.basicConfig(
-        level=os.environ.get("QSERVE_LOG_LEVEL", "WARNING").upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
+    log_records.log_to_stderr(
+        "command", os.environ.get("QSERVE_LOG_LEVEL", "WARNING"), os.environ.get("QSERVE_LOG_FORMAT", "text")
     )

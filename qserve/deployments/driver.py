@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Final
@@ -172,6 +173,7 @@ class Driver:
             detached=detached,
         )
         self._local = started = local_instance.launch(settings, launch)
+        _tell_of(started)
         if not detached:
             atexit.register(self._stop_at_exit, started)
         started.wait_for_redis()
@@ -194,6 +196,13 @@ process_client.set_settings_finder(local_instance.find_settings)
 def make_codec(settings: Settings, *, signs: bool) -> Codec:
     """The codec of specs and HTTP settings."""
     return Codec(allow_pickle=signs, max_bytes=settings.max_value_bytes, make_handle=handle_from_wire)
+
+
+def _tell_of(started: local_instance.LocalInstance) -> None:
+    """Say on standard error where the log of an instance is, which few scripts have a handler for."""
+    if logging.getLevelNamesMapping().get(started.settings.log_level.upper(), logging.INFO) <= logging.INFO:
+        sys.stderr.write(f"qserve: an instance starts (pid {started.pid}). Its log: {started.log_file}\n")
+        sys.stderr.flush()
 
 
 def _is_embedded(record: local_instance.InstanceRecord) -> bool:

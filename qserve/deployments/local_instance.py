@@ -25,6 +25,7 @@ import msgspec
 
 from qserve.broker.instance.state import State
 from qserve.broker.server import embedded
+from qserve.deployments.log_files import log_tail, new_log_file
 from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.settings import Settings
 from qserve.wire.messages import Signer
@@ -37,7 +38,6 @@ START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 40.0
 _EXIT_S = 2.0
 _POLL_S = 0.005
-_LOG_TAIL = 2_000
 
 Found = TypeVar("Found")
 
@@ -52,6 +52,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
         gateway_url: The URL of its gateway, "" where it has none.
         http: The address among the http_options that it was started with.
         detached: Whether it outlives the process that started it.
+        log_file: The file to which its processes log; "" where that is the standard error of `qserve run`.
     """
 
     namespace: str
@@ -63,6 +64,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     gateway_url: str = ""
     http: dict[str, str | int | None] = {}
     detached: bool = False
+    log_file: str = ""
 
 
 # Finding
@@ -154,12 +156,25 @@ class LaunchOptions:
 
 
 class LocalInstance:
-    """An instance that this process has started."""
+    """An instance that this process has started.
 
-    def __init__(self, settings: Settings, process: "subprocess.Popen[bytes]", folder: Path, detached: bool) -> None:
+    Attributes:
+        log_file: The file to which its processes log; None where that is the standard error of this process.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        process: "subprocess.Popen[bytes]",
+        folder: Path,
+        *,
+        log_file: Path | None,
+        detached: bool,
+    ) -> None:
         self.settings = settings
         self.detached = detached
         self.pid = process.pid
+        self.log_file = log_file
         self._process = process
         self._folder = folder
         self._driver = os.getpid()
@@ -192,11 +207,6 @@ class LocalInstance:
         if os.getpid() == self._driver:  # a process that was forked off must not stop it
             _stop(self.pid, lambda: self._process.poll() is not None)
 
-    @property
-    def log_file(self) -> Path:
-        """The file to which its processes log, unless they log to standard error."""
-        return self._folder / "qserve.log"
-
     def _own_record(self) -> InstanceRecord | None:
         record = find_record(self.settings.namespace)
         return record if record is not None and record.pid == self.pid and record.ready else None
@@ -217,9 +227,11 @@ class LocalInstance:
         )
 
     def _log_tail(self) -> str:
+        if self.log_file is None:
+            return " Its messages are above."
         with contextlib.suppress(OSError):
-            return "\n" + self.log_file.read_text(errors="replace")[-_LOG_TAIL:].strip()
-        return " Its messages are above."
+            return f" Its log, {self.log_file}, ends with:\n{log_tail(self.log_file)}"
+        return f" Its log was {self.log_file}, which cannot be read."
 
 
 def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
@@ -244,8 +256,10 @@ def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
     if not options.detached:
         flags += ["--owner", str(os.getpid())]
     flags += ["--http", msgspec.json.encode(options.http).decode()]
-    process = _spawn(settings, flags, None if options.log_to_stderr else folder / "qserve.log")
-    return LocalInstance(settings, process, folder, options.detached)
+    log = None if options.log_to_stderr else new_log_file(runtime_folder(), settings.namespace)
+    flags += ["--log-file", str(log)] if log is not None else []
+    process = _spawn(settings, flags, log)
+    return LocalInstance(settings, process, folder, log_file=log, detached=options.detached)
 
 
 def wait_until_ready(namespace: str) -> InstanceRecord | None:

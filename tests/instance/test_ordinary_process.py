@@ -1,6 +1,7 @@
 """A replica is an ordinary process: what Celery sets up in its children does not show in user code."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from qserve import QServeError, serve
+from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
 from tests.support import ordinary_code
 from tests.support.waiting import LIMIT_S, wait_until
@@ -115,7 +117,9 @@ class TestLogging:
 
     @pytest.fixture
     def log(self) -> Path:
-        return next(Path(os.environ["QSERVE_RUNTIME_DIR"]).rglob("qserve.log"))
+        record = find_record("default")
+        assert record is not None
+        return Path(record.log_file)
 
     def lines(self, http: httpx.Client, log: Path, how: str) -> list[str]:
         """What a replica has written, with logging set up in that way."""
@@ -149,6 +153,12 @@ class TestLogging:
 
     def test_unconfigured_records_look_like_all_others(self, http: httpx.Client, log: Path) -> None:
         lines = self.lines(http, log, "nothing")
-        assert [line.split()[-2:] for line in lines if "info-" in line] == [["INFO", "info-nothing"]]
-        assert any(line.endswith("WARNING warning-nothing") for line in lines)
+        own = r"[-0-9]+ [:,0-9]+ {} +replica\[\d+\] \[logs_nothing#\w+ [-\w]+\] shop.orders: {}"
+        (info,) = [line for line in lines if "info-" in line]
+        assert re.fullmatch(own.format("INFO", "info-nothing"), info)
+        assert any(re.fullmatch(own.format("WARNING", "warning-nothing"), line) for line in lines)
         assert not any("debug-" in line for line in lines)
+
+    def test_formats_of_users_may_name_replica_and_call(self, http: httpx.Client, log: Path) -> None:
+        lines = self.lines(http, log, "ids")
+        assert [line for line in lines if re.fullmatch(r"logs_ids logs_ids#\w+ [-\w]+ info-ids", line)]

@@ -97,6 +97,7 @@ class TestEnding:
         wait_until(lambda: not processes_of(runtime))
         with pytest.raises(NoInstanceError):
             local_instance.find_settings()
+        assert "Deployment Pid: replica Pid#" in Path(record.log_file).read_text()
 
     def test_a_detached_instance_serves_the_next_driver_until_shutdown(self, runtime: Path) -> None:
         driver(RUN.format(detached=True, then="")).communicate()
@@ -111,15 +112,19 @@ class TestEnding:
         with pytest.raises(NoInstanceError):
             serve.list_deployments()
 
-    def test_shutdown_is_complete_and_start_afterwards_is_clean(self, runtime: Path) -> None:
+    def test_shutdown_is_complete_and_start_afterwards_is_clean(
+        self, runtime: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         serve.run(Pid, http_options={"port": 0})
         serve.shutdown()
+        log = Path(capfd.readouterr().err.rpartition("Its log: ")[2].strip())
         assert not processes_of(runtime)
         serve.shutdown()
 
         serve.start(http_options={"port": 0})
         assert serve.list_deployments() == {}
         serve.shutdown()
+        assert "Deployment Pid: replica Pid#" in log.read_text()  # also after the next instance
 
 
 class TestStarting:

@@ -152,6 +152,9 @@ class Logs:
             logging.basicConfig(format="MINE %(levelname)s %(message)s", level=logging.DEBUG, stream=sys.stdout)
         elif how == "without a level":
             logging.basicConfig(format="MINE %(levelname)s %(message)s")
+        elif how == "ids":
+            form = "%(qserve_deployment)s %(qserve_replica)s %(qserve_call_id)s %(message)s"
+            logging.basicConfig(format=form, level=logging.INFO)
         elif how == "dict":
             logging.config.dictConfig(
                 {

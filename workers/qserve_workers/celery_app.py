@@ -1,16 +1,18 @@
 """The Celery app: what makes Celery a keeper of replicas and nothing else."""
 
+import logging
 from functools import cached_property
 from typing import Any
 from urllib.parse import quote
 
 import click
-from celery import Celery
+from celery import Celery, signals
 
 from qserve.broker.server.address import Broker, host_and_port, parse
 from qserve.deployments.local_instance import NO_INSTANCE, find_settings
 from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.settings import Settings
+from qserve.telemetry.log_records import formatter, log_as
 from qserve_workers.celery_calls.celery_queue import QUEUE
 from qserve_workers.pool import control  # noqa: F401  registers the commands, for workers and for the command line
 
@@ -52,7 +54,6 @@ class App(Celery):  # type: ignore[misc]
             worker_cancel_long_running_tasks_on_connection_loss=True,
             worker_hijack_root_logger=False,
             worker_redirect_stdouts=False,
-            worker_log_format="%(asctime)s %(levelname)s %(message)s",
             qserve_replica="qserve_workers.replica.replica_process:ReplicaProcess",
         )
 
@@ -127,3 +128,14 @@ def _settings() -> Settings:
 
 
 celery = App(_settings())
+
+
+@signals.beat_init.connect
+def _log_as_beat(**_facts: Any) -> None:
+    log_as("beat")
+
+
+@signals.after_setup_logger.connect
+def _log_as_others_do(logger: logging.Logger, **_facts: Any) -> None:
+    for handler in logger.handlers:
+        handler.setFormatter(formatter(celery.settings.log_format))

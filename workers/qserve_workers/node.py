@@ -31,6 +31,7 @@ from qserve.deployments import deploying
 from qserve.deployments.local_instance import InstanceRecord
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 from qserve.settings import Settings
+from qserve.telemetry.log_records import log_to_stderr
 from qserve.wire.messages import Signer
 from qserve.wire.spec import EVERY_NODE, HEALTHY, NodeInfo
 from qserve_workers.node_gateways import NodeGateways
@@ -201,6 +202,7 @@ class Node:
             gateway_url=gateway_url,
             http=msgspec.json.decode(self._options.http),
             detached=self._options.owner is None,
+            log_file=str(self._options.log_file or ""),
         )
         draft = path.with_suffix(f".{os.getpid()}")
         draft.touch(mode=0o600)
@@ -357,11 +359,7 @@ def _accepts(path: Path) -> bool:
 def main() -> int:
     """Run the node of this command line and environment."""
     options, settings = parse(sys.argv[1:], __doc__), Settings()
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    log_to_stderr("node", settings.log_level, settings.log_format)
     if os.geteuid() == 0:
         logger.warning("This node runs as root, and so does the code of every deployment.")
     try:

@@ -17,6 +17,7 @@ from qserve_workers.supervise import KeptProcess
 logger = logging.getLogger("qserve.node")
 
 _POLL_S = 0.02
+_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class GatewayReady(msgspec.Struct):
@@ -74,6 +75,8 @@ class NodeGateways:
         if self._settings.admin_port:
             # An admin listener each: what they count is their own.
             environment["QSERVE_ADMIN_PORT"] = str(self._settings.admin_port + number)
+        if self._options.log_file is not None and self._options.host in _LOCAL:  # strangers need not know its path
+            environment["QSERVE_LOG_FILE"] = str(self._options.log_file)
         name = f"gateway {number}" if self._options.gateway_workers > 1 else "gateway"
         gateway = KeptProcess(name, lambda: self._command(ready_file), environment)
         self._running.append(gateway)

@@ -20,6 +20,7 @@ class NodeOptions:
         owner: Pid of the process to end with.
         instance_file: Where to tell other processes of the user how to reach us.
         http: JSON of the http_options, for the instance file.
+        log_file: Where the standard error of this process goes, for the instance file; None: nowhere that has a name.
     """
 
     replicas_per_node: int | None = 1
@@ -34,6 +35,7 @@ class NodeOptions:
     owner: int | None = None
     instance_file: Path | None = None
     http: str = "{}"
+    log_file: Path | None = None
 
 
 def parse(arguments: list[str], description: str | None = None) -> NodeOptions:
@@ -52,6 +54,7 @@ def parse(arguments: list[str], description: str | None = None) -> NodeOptions:
     parser.add_argument("--owner", type=int)
     parser.add_argument("--instance-file", type=Path)
     parser.add_argument("--http", default="{}")
+    parser.add_argument("--log-file", type=Path)
     found = vars(parser.parse_args(arguments))
     if found.pop("exact"):
         found["replicas_per_node"] = None

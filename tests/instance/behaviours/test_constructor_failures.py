@@ -155,7 +155,7 @@ def test_the_traceback_is_in_the_log_under_the_deployments_name(qserve_instance:
 
     record = find_record(qserve_instance.settings.namespace)
     assert record is not None
-    log = (Path(record.folder) / "qserve.log").read_text()
+    log = Path(record.log_file).read_text()
     assert "Exception in deployment 'Logged'" in log
     assert "RuntimeError: look for me" in log
 

@@ -122,7 +122,7 @@ def test_a_destructor_that_raises_is_logged_and_the_replica_goes(qserve_instance
     wait_until(lambda: not is_alive(int(notes.read()[0])))
     record = find_record(qserve_instance.settings.namespace)
     assert record is not None
-    assert "I do not want to go" in (Path(record.folder) / "qserve.log").read_text()
+    assert "I do not want to go" in Path(record.log_file).read_text()
 
 
 @pytest.mark.usefixtures("qserve_instance")

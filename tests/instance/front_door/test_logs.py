@@ -88,4 +88,4 @@ def test_nobody_who_does_not_read_the_log_stops_the_gateway(impatient: TestInsta
 def log_of_instance(impatient: TestInstance) -> Path:
     """Where the instance's processes log."""
     record_folder = Path(impatient.settings.redis_url.removeprefix("unix://").partition("?")[0]).parent
-    return record_folder / "qserve.log"
+    return next((record_folder.parent / "logs").iterdir())

@@ -15,6 +15,7 @@ from celery.worker.consumer.tasks import Tasks
 from celery.worker.state import maybe_shutdown
 
 from qserve.broker.server.address import parse
+from qserve.telemetry.log_records import log_as
 from qserve.wire.names import is_name
 from qserve_workers.celery_calls.celery_queue import QUEUE, CeleryQueue
 from qserve_workers.pool.keeper import Keeper
@@ -28,6 +29,7 @@ class DeploymentWorker(celery_worker.Worker):  # type: ignore[misc]
 
     def __init__(self, app: Any = None, hostname: str | None = None, **options: Any) -> None:
         self.deployment = _one_deployment(options.get("queues"))
+        log_as("worker", self.deployment)
         self.bounds = _bounds(options.get("autoscale"))
         concurrency = options.get("concurrency") or self.app.conf.worker_concurrency
         options["autoscale"] = self.bounds[::-1] if self.bounds else (concurrency, concurrency)

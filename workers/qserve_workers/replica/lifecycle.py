@@ -6,6 +6,7 @@ from qserve.calls.client import Client
 from qserve.errors import ConfigurationError
 from qserve.hooks import ReplicaHook, load_hooks
 from qserve.settings import Settings
+from qserve.telemetry.log_records import log_as
 from qserve.wire.spec import Deployed
 from qserve_workers.replica.birth import Birth, Wishes, first_of
 from qserve_workers.replica.deployment_watch import DeploymentWatch
@@ -59,9 +60,11 @@ class Replica:
             generation, revision = deployed.generation, deployed.spec.revision
             self._events.tell(ConstructionFailed(generation=generation, revision=revision, error=str(exc)))
             return 0.0
+        tag = f"{self._birth.deployment}#{secrets.token_hex(4)}"
+        log_as("replica", self._birth.deployment, tag)
         return await Service(
             self._birth,
-            f"{self._birth.deployment}#{secrets.token_hex(4)}",
+            tag,
             self._settings,
             deployed,
             client=self._client,

@@ -120,6 +120,10 @@ class _OwnLogger(logging.Logger):
         """Stay as it is."""
 
 
+class _Unasked(int):
+    """A level that user code has not set: it may set the same number, and then means it."""
+
+
 def _leave_logging_to_user_code() -> None:
     """Nothing is configured, as in a new interpreter; qserve's own records go where they went before."""
     root = logging.getLogger()
@@ -136,6 +140,7 @@ def _leave_logging_to_user_code() -> None:
             vars(logger).pop("disabled", None)
             logger.__class__ = _OwnLogger
     root.handlers = []
+    root.setLevel(_Unasked(level))
     if handlers and handlers[0].formatter is not None:
         # Where user code configures nothing, its records look like all others. Python's default would drop INFO.
         default = logging.StreamHandler()
@@ -150,7 +155,7 @@ def _leave_logging_to_user_code() -> None:
 def settle_log_level() -> None:
     """Once user code is imported and constructed: where it has configured logging without a level, Python's holds."""
     root = logging.getLogger()
-    if root.handlers and root.level == logging.getLogger(_OWN_LOGGERS[0]).level:
+    if root.handlers and isinstance(root.level, _Unasked):
         root.setLevel(logging.WARNING)
 
 

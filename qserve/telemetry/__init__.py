@@ -1,0 +1,1 @@
+"""What qserve tells about itself: log records, and traces."""

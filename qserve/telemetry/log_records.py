@@ -1,0 +1,145 @@
+"""The log of qserve's processes: one format for all of them, as text or as JSON, with the ids of the call.
+
+In replicas every record, also one of user code, has these attributes, which formats of users may name:
+`qserve_deployment`, `qserve_replica`, `qserve_request_id`, `qserve_call_id` and `qserve_attempt`. They are empty (0)
+where there is nothing to say.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from qserve.context import current_call
+
+Process = Literal["gateway", "node", "worker", "beat", "replica", "command"]
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_OWN_PREFIX = "qserve_"
+_UTC = "%Y-%m-%dT%H:%M:%S"
+
+
+@dataclass
+class _Here:
+    """What this process is."""
+
+    process: Process = "command"
+    deployment: str = ""
+    replica: str = ""
+
+
+_HERE: Final = _Here()
+
+
+def log_as(process: Process, deployment: str = "", replica: str = "") -> None:
+    """Say in each record from now on what process it comes from.
+
+    Args:
+        replica: The tag of a replica; then every record also says which call it belongs to.
+    """
+    _HERE.process, _HERE.deployment, _HERE.replica = process, deployment, replica
+    if replica and not isinstance(logging.getLogRecordFactory(), _Tagging):
+        logging.setLogRecordFactory(_Tagging(logging.getLogRecordFactory()))
+
+
+def log_to_stderr(process: Process, level: str, log_format: str) -> None:
+    """Configure the logging of a process of ours, unless somebody has."""
+    log_as(process)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(log_format))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def formatter(log_format: str) -> logging.Formatter:
+    """The formatter of every process: `text` or `json`."""
+    return _JsonLines() if log_format == "json" else _Text()
+
+
+class _Tagging:
+    """Makes records that say which replica and which call they belong to."""
+
+    def __init__(self, make: Callable[..., logging.LogRecord]) -> None:
+        self._make = make
+
+    def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = self._make(*args, **kwargs)
+        call = current_call.get()
+        record.qserve_deployment, record.qserve_replica = _HERE.deployment, _HERE.replica
+        if call is None:
+            record.qserve_request_id = record.qserve_call_id = ""
+            record.qserve_attempt = 0
+        else:
+            record.qserve_request_id = call.request_id
+            record.qserve_call_id = call.lineage.rpartition(" ")[2] or call.request_id
+            record.qserve_attempt = call.attempt
+        return record
+
+
+class _Text(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(place)s%(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        record.place = f"{_HERE.process}[{record.process}] {_about(record)}"
+        try:
+            return super().formatMessage(record)
+        finally:
+            del record.place
+
+
+def _about(record: logging.LogRecord) -> str:
+    request, call = getattr(record, "qserve_request_id", ""), getattr(record, "qserve_call_id", "")
+    attempt = getattr(record, "qserve_attempt", 0)
+    words = [_HERE.replica or _HERE.deployment, request, call if call != request else ""]
+    words += [f"attempt {attempt}"] if attempt > 1 else []
+    said = " ".join(filter(None, words))
+    return f"[{said}] " if said else ""
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object for each record. What user code gives as `extra` is in it, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        seconds = time.strftime(_UTC, time.gmtime(record.created))
+        line: dict[str, Any] = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "process": _HERE.process,
+            "pid": record.process,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "deployment": _HERE.deployment,
+            "replica": _HERE.replica,
+            "request_id": getattr(record, "qserve_request_id", ""),
+            "call_id": getattr(record, "qserve_call_id", ""),
+            "attempt": getattr(record, "qserve_attempt", 0),
+            **_trace(),
+        }
+        for name, value in vars(record).items():
+            if name not in _STANDARD and not name.startswith(_OWN_PREFIX):
+                line.setdefault(name, value)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            line["stack"] = record.stack_info
+        told = {name: value for name, value in line.items() if value not in ("", 0, None)}
+        return json.dumps(told, default=_text_of, ensure_ascii=False, skipkeys=True)
+
+
+def _text_of(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+
+
+def _trace() -> dict[str, str]:
+    """The ids of the span that is current, where the process has anything to do with traces."""
+    api = sys.modules.get("opentelemetry.trace")
+    context = api.get_current_span().get_span_context() if api is not None else None
+    if context is None or not context.is_valid:
+        return {}
+    return {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}

@@ -1,0 +1,93 @@
+"""The log: one format for all processes, with the ids of replica and call, as text or as JSON."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qserve.context import CallInfo, current_call
+from qserve.deployments.log_files import KEPT, log_tail, new_log_file
+from qserve.telemetry import log_records
+
+
+@pytest.fixture
+def logger(request: pytest.FixtureRequest) -> Iterator[logging.Logger]:
+    """A logger of its own in a process that says it is a replica."""
+    factory = logging.getLogRecordFactory()
+    log_records.log_as("replica", "Counter", "Counter#1a2b3c4d")
+    made = logging.Logger("shop.orders")
+    yield made
+    logging.setLogRecordFactory(factory)
+    log_records.log_as("command")
+
+
+def written(logger: logging.Logger, log_format: str, **extra: Any) -> str:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(log_records.formatter(log_format))
+    logger.handlers = [handler]
+    try:
+        raise ValueError("too few")
+    except ValueError:
+        logger.warning("stock is %s", "low", extra=extra, exc_info=extra.pop("with_error", None))
+    return stream.getvalue().rstrip("\n")
+
+
+@pytest.fixture
+def call() -> Iterator[CallInfo]:
+    info = CallInfo("r-1", attempt=2, lineage="0-1 8f3e-17")
+    token = current_call.set(info)
+    yield info
+    current_call.reset(token)
+
+
+@pytest.mark.usefixtures("call")
+def test_a_line_of_text_says_where_it_comes_from(logger: logging.Logger) -> None:
+    line = written(logger, "text")
+    assert " WARNING replica[" in line
+    assert line.endswith("] [Counter#1a2b3c4d r-1 8f3e-17 attempt 2] shop.orders: stock is low")
+
+
+def test_outside_of_calls_there_is_no_id(logger: logging.Logger) -> None:
+    assert written(logger, "text").endswith("] [Counter#1a2b3c4d] shop.orders: stock is low")
+    assert "call_id" not in json.loads(written(logger, "json"))
+
+
+@pytest.mark.usefixtures("call")
+def test_a_line_of_json_has_the_ids_what_users_add_and_the_traceback(logger: logging.Logger) -> None:
+    line = json.loads(written(logger, "json", item=object, count=3, with_error=True))
+    assert line.pop("time").endswith("Z")
+    assert line.pop("pid") > 0
+    assert "ValueError: too few" in line.pop("exception")
+    assert line == {
+        "level": "WARNING",
+        "process": "replica",
+        "logger": "shop.orders",
+        "message": "stock is low",
+        "deployment": "Counter",
+        "replica": "Counter#1a2b3c4d",
+        "request_id": "r-1",
+        "call_id": "8f3e-17",
+        "attempt": 2,
+        "item": str(object),
+        "count": 3,
+    }
+
+
+def test_what_a_user_adds_under_our_names_is_no_error(logger: logging.Logger) -> None:
+    line = json.loads(written(logger, "json", request_id="mine", deployment="theirs"))
+    assert (line["deployment"], line["replica"]) == ("Counter", "Counter#1a2b3c4d")
+
+
+def test_log_files_are_kept_but_not_all(tmp_path: Path) -> None:
+    made = [new_log_file(tmp_path, "default") for _ in range(KEPT + 2)]
+    other = new_log_file(tmp_path, "default2")
+    made[-1].write_text("x" * 10_000 + "the end\n")
+    assert [path.exists() for path in made] == [False] * 2 + [True] * KEPT
+    assert other.exists()
+    assert len({*made, other}) == KEPT + 3
+    assert log_tail(made[-1]).endswith("the end")
