@@ -80,14 +80,11 @@ class _Tagging:
 
 class _Text(logging.Formatter):
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(place)s%(name)s: %(message)s")
+        super().__init__("%(asctime)s")  # so that there is an asctime
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        record.place = f"{_HERE.process}[{record.process}] {_about(record)}"
-        try:
-            return super().formatMessage(record)
-        finally:
-            del record.place
+        place = f"{_HERE.process}[{record.process}] {_about(record)}"
+        return f"{record.asctime} {record.levelname:<7} {place}{record.name}: {record.message}"
 
 
 def _about(record: logging.LogRecord) -> str:

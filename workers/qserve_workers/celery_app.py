@@ -130,12 +130,12 @@ def _settings() -> Settings:
 celery = App(_settings())
 
 
-@signals.beat_init.connect
+@signals.beat_init.connect  # type: ignore[untyped-decorator]
 def _log_as_beat(**_facts: Any) -> None:
     log_as("beat")
 
 
-@signals.after_setup_logger.connect
+@signals.after_setup_logger.connect  # type: ignore[untyped-decorator]
 def _log_as_others_do(logger: logging.Logger, **_facts: Any) -> None:
     for handler in logger.handlers:
         handler.setFormatter(formatter(celery.settings.log_format))
