@@ -23,6 +23,16 @@ def letters(client: redis.Redis, keys: Keys, deployment: str) -> list[tuple[byte
     return list(found)
 
 
+def newest_letters(
+    client: redis.Redis, keys: Keys, deployment: str, most: int, before: str = "+"
+) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    """The (id, fields) of the newest letters of a deployment with ids below `before`, the newest first."""
+    highest = before if before == "+" else f"({before}"
+    with our_errors(client):
+        found: Any = client.xrevrange(keys.dead_letters(deployment), highest, "-", count=most)
+    return list(found)
+
+
 def deployment_names(client: redis.Redis, keys: Keys) -> list[str]:
     """The names of all deployments, in order."""
     with our_errors(client):

@@ -8,7 +8,7 @@ import redis
 
 from qserve.broker.connection import Answer, Connection, ignore_answer
 from qserve.broker.dead_letter_streams import DEAD_LETTERS_KEPT
-from qserve.broker.inboxes import INBOX_TTL_MS
+from qserve.broker.inboxes import INBOX_TTL_MS, control_frame, tell_now
 from qserve.broker.instance.remains import remaining
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.payloads import Payloads
@@ -30,6 +30,7 @@ from qserve.broker.scripts import (
 )
 from qserve.wire.call_record import (
     ANYONE,
+    CANCELLED,
     DEAD_TTL_S,
     FAILED,
     IDEMPOTENCY_TTL_S,
@@ -39,7 +40,7 @@ from qserve.wire.call_record import (
     DurableOptions,
     parse_record,
 )
-from qserve.wire.messages import DURABLE, ERROR, Reply, Signer, encode, encode_bare
+from qserve.wire.messages import DURABLE, ERROR, Control, Reply, Signer, encode, encode_bare
 
 POSITIONS_COUNTED = 100
 """Beyond this a call's place in its queue is not counted: that would mean to read what is before it."""
@@ -175,6 +176,27 @@ def fail_remaining_records(client: redis.Redis, keys: Keys, deployment: str, sig
         frame = durable_reply(signer, call_id, ERROR, error)
         arguments = (keys.base, call_id, GROUP, FAILED, frame, int(RESULT_TTL_S * 1000), INBOX_TTL_MS)
         END_CALL.run(client, (keys.call(call_id),), *arguments)
+
+
+def end_now(client: redis.Redis, keys: Keys, signer: Signer, call_id: str, error: bytes) -> str:
+    """Cancel a durable call: "unknown", "ended" before, "cancelled", or "cancelling" where it runs.
+
+    Args:
+        error: Encoded ErrorInfo for those who wait.
+
+    Raises:
+        BrokerUnavailable, ConfigurationError, CommandRefused: Redis cannot be told.
+    """
+    frame = durable_reply(signer, call_id, ERROR, error)
+    arguments = (keys.base, call_id, GROUP, CANCELLED, frame, int(RESULT_TTL_S * 1000), INBOX_TTL_MS)
+    with our_errors(client):
+        answer = END_CALL.run(client, (keys.call(call_id),), *arguments)
+        if isinstance(answer, list):
+            replica, entry, _ = (part.decode() for part in answer)
+            tell_now(client, keys, replica, control_frame(signer, replica, Control("cancel", entry), call_id))
+            return "cancelling"
+    said = bytes(answer).decode()
+    return {"done": "cancelled", "later": "cancelling"}.get(said, said)
 
 
 def submit_now(

@@ -129,6 +129,7 @@ RELEASE: Final = _read("release")
 # The desired state
 DELETE: Final = _read("delete")
 DEPLOY: Final = _read("deploy", _DEPLOYMENTS)
+PAUSE: Final = _read("pause")
 RESTORE: Final = _read("restore", _DEPLOYMENTS)
 SET_STATE: Final = _read("set_state")
 SIGN: Final = _read("sign")

@@ -30,7 +30,8 @@ def dead() -> None:
 def ls(name: str | None, as_json: bool) -> None:
     """List the dead letters, of the deployment NAME or of all."""
     with _dead_letters() as letters:
-        for letter in letters.all() if name is None else letters.of(name):
+        found = list(letters.all() if name is None else letters.of(name))
+        for letter in found:
             if as_json:
                 click.echo(json.dumps(letter.facts()))
                 continue
@@ -38,6 +39,8 @@ def ls(name: str | None, as_json: bool) -> None:
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.at / 1000))
             tries = "" if letter.attempts is None else f"  {letter.attempts} attempts"
             click.echo(f"{letter.deployment}  {letter.id}  {call_id}  {when}{tries}  {letter.reason[:120]}")
+        if not found:
+            note(f"There are no dead letters{f' of {name}' if name else ''}.")
 
 
 @dead.command()

@@ -26,9 +26,12 @@ def ls() -> None:
     """List the schedules, with their last call and when the next one is due."""
     with connected() as state:
         schedules = Schedules(state)
-        for each, fired in schedules.all():
+        found = list(schedules.all())
+        for each, fired in found:
             called = f"{each.deployment}.{each.method}" if each.method else each.deployment
             click.echo(f"{each.name}  {each.when}  {called}  next {_when(_due(schedules, each))}{_last(fired)}")
+    if not found:
+        note("There are no schedules.")
 
 
 @schedule.command()

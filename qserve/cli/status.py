@@ -19,7 +19,7 @@ from qserve.cli.output import redis_url_option
 from qserve.deployments.deploying import wanted
 from qserve.wire.spec import WAITING, Deployed, GatewayInfo, NodeInfo, ReplicaInfo
 
-_COLORS = {"HEALTHY": "green", "SERVING": "green", "DEPLOY_FAILED": "red", "WAITING": "yellow", "DEPLOYING": "yellow"}
+COLORS = {"HEALTHY": "green", "SERVING": "green", "DEPLOY_FAILED": "red", "WAITING": "yellow", "DEPLOYING": "yellow"}
 _WATCH_S = 1.0
 _PLAIN_WIDTH = 160
 """Columns of the table where the output is no terminal; it takes only as many as it needs."""
@@ -183,12 +183,12 @@ def render(found: InstanceStatus) -> RenderableType:
         table.add_row(
             Text(row["name"], style="bold"),
             row["route"] or "-",
-            Text(row["state"], style=_COLORS.get(row["state"], "")),
+            Text(row["state"], style=COLORS.get(row["state"], "")),
             _replicas(row),
             str(row["queued"]),
             str(row["running"]),
-            _milliseconds(row["p50_ms"]),
-            _milliseconds(row["p99_ms"]),
+            milliseconds(row["p50_ms"]),
+            milliseconds(row["p99_ms"]),
         )
     urls = ", ".join(gateway["url"] for gateway in found["gateways"]) or "no gateway"
     hosts = ", ".join(f"{node['host']} (pid {node['pid']})" for node in found["nodes"]) or "no node: nothing can run"
@@ -224,7 +224,7 @@ def _replica_line(replica: ReplicaStatus) -> Text:
     return line
 
 
-def _milliseconds(value: float | None) -> str:
+def milliseconds(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.1f} ms" if value < 100 else f"{value / 1000:.2f} s"

@@ -106,7 +106,8 @@ def deploy(state: State, wanted: DeploymentSpec) -> "Goal":
             state.sign_again(current)
             return Goal(state, current, current)
         try:
-            return Goal(state, state.deploy(spec, expected=generation), current)
+            former = current if current is not None and current.spec.revision != spec.revision else None
+            return Goal(state, state.deploy(spec, expected=generation, former=former), current)
         except GenerationChanged:
             continue
 

@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from qserve.broker.dead_letter_streams import attempts_of, deployment_names, drop_letter, letters, revive
+from qserve.broker.dead_letter_streams import (
+    attempts_of,
+    deployment_names,
+    drop_letter,
+    letters,
+    newest_letters,
+    revive,
+)
 from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
 from qserve.broker.payloads import Payloads
@@ -104,6 +111,11 @@ class DeadLetters:
                 return letter
         raise CallNotFound(f"there is no dead letter {letter_id!r} of {deployment!r}")
 
+    def newest(self, deployment: str, most: int, before: str = "+") -> list[Letter]:
+        """The newest letters of a deployment, the newest first: those with ids below `before`."""
+        found = newest_letters(self._redis, self._keys, deployment, most, before)
+        return [self._letter(deployment, letter_id, fields) for letter_id, fields in found]
+
     def all(self) -> Iterator[Letter]:
         """The letters of all deployments."""
         for name in deployment_names(self._redis, self._keys):
@@ -114,20 +126,11 @@ class DeadLetters:
         if letter.call is None:
             return {}
         try:
-            payload = self.payload(letter)
-            if letter.call.kind != HTTP:
-                args, kwargs = _codec.unpack_call(payload)
-                return {"args": _shown(args), "kwargs": _shown(kwargs)}
-            request = decode_http_request(payload)
+            return shown_contents(letter.call.kind, self.payload(letter))
         except (BrokerUnavailable, ConfigurationError):
             raise
-        except QServeError as exc:  # a pickle, or a payload that has expired
+        except QServeError as exc:  # a payload that has expired
             return {"contents": str(exc)}
-        query = b"?" + request.query_string if request.query_string else b""
-        shown: dict[str, Any] = {"request": f"{request.method} {request.path}{query.decode('latin-1')}"}
-        with contextlib.suppress(UnicodeDecodeError):
-            shown["body"] = request.body[:_LONGEST_SHOWN].decode()
-        return shown
 
     def payload(self, letter: Letter) -> bytes:
         """What the call carries: packed arguments, or an encoded HttpRequest.
@@ -199,6 +202,22 @@ class DeadLetters:
         reason = fields.get(b"err", b"").decode("utf-8", "replace")
         at = int(letter_id.partition("-")[0])
         return Letter(letter_id, deployment, call, durable, attempts, reason, at)
+
+
+def shown_contents(kind: int, payload: bytes) -> dict[str, Any]:
+    """The arguments or the request of a call of that kind, in JSON types; runs no code of users."""
+    try:
+        if kind != HTTP:
+            args, kwargs = _codec.unpack_call(payload)
+            return {"args": _shown(args), "kwargs": _shown(kwargs)}
+        request = decode_http_request(payload)
+    except QServeError as exc:  # a pickle
+        return {"contents": str(exc)}
+    query = b"?" + request.query_string if request.query_string else b""
+    shown: dict[str, Any] = {"request": f"{request.method} {request.path}{query.decode('latin-1')}"}
+    with contextlib.suppress(UnicodeDecodeError):
+        shown["body"] = request.body[:_LONGEST_SHOWN].decode()
+    return shown
 
 
 def _shown(value: Any) -> Any:

@@ -122,12 +122,13 @@ class Control(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A message to a replica that is no call.
 
     Attributes:
-        verb: `cancel` a call, or `sweep` after a neighbour's death.
+        verb: `cancel` a call; `sweep` after a neighbour's death; `leave`, and let another replica take the place; note
+            where the threads stand (`stacks`).
         entry: The call to cancel.
         inherited: Cancel it even if it is not safe: it is part of a call that is.
     """
 
-    verb: Literal["cancel", "sweep"]
+    verb: Literal["cancel", "sweep", "leave", "stacks"]
     entry: str = ""
     inherited: bool = False
 

@@ -66,6 +66,7 @@ class Deployed(msgspec.Struct, frozen=True):
     Attributes:
         generation: The number of deploys under this name.
         log_id: The id of the entry in the state log that says so.
+        paused: Its calls are accepted, but not run.
     """
 
     spec: DeploymentSpec
@@ -73,6 +74,7 @@ class Deployed(msgspec.Struct, frozen=True):
     state: str = WAITING
     error: str = ""
     log_id: str = "0-0"
+    paused: bool = False
 
 
 class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from qserve.broker.instance.observed import Observed
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.redis_errors import our_errors
-from qserve.broker.scripts import DELETE, DEPLOY, SET_STATE, SIGN, Script
+from qserve.broker.scripts import DELETE, DEPLOY, PAUSE, SET_STATE, SIGN, Script
 from qserve.broker.server import redis_clients
 from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.failpoints import reach
@@ -62,12 +62,13 @@ class State:
         except BrokerUnavailable:
             return False
 
-    def deploy(self, spec: DeploymentSpec, *, expected: int) -> Deployed:
+    def deploy(self, spec: DeploymentSpec, *, expected: int, former: Deployed | None = None) -> Deployed:
         """Make `spec` the desired state of its name.
 
         Args:
             spec: What should run.
             expected: Generation that `get` or `generation` showed; 0 where the name was never used.
+            former: What `former` gives from now on; None leaves that as it is.
 
         Raises:
             GenerationChanged: The deployment has moved on since.
@@ -78,8 +79,11 @@ class State:
         route = spec.route_prefix or ""
         frame = self.signer.seal(encode(SignedSpec(expected + 1, spec)))
         arguments = (spec.name, expected, frame, GROUP, route, names.meta(""), secrets.token_hex(16))
+        fields: list[str | bytes | int] = [*script_fields(spec)]
+        if former is not None:
+            fields += ["former", self.signer.seal(encode(SignedSpec(former.generation, former.spec)))]
         reach("deploy")
-        verdict, *facts = self._run(DEPLOY, keys, *arguments, *script_fields(spec))
+        verdict, *facts = self._run(DEPLOY, keys, *arguments, *fields)
         reach("deployed")
         if verdict == b"route":
             raise ValueError(f"route_prefix '{route}' is already registered.")
@@ -110,6 +114,24 @@ class State:
             refuse: Why calls are turned away at once; "" lets them in.
         """
         return bool(self._run(SET_STATE, (self.keys.meta(name),), generation, state, error, refuse))
+
+    def pause(self, name: str, *, paused: bool) -> bool:
+        """Let calls be accepted but not run, or run again; False where there is no such deployment."""
+        return bool(self._run(PAUSE, (self.keys.meta(name), self.keys.log), name, "1" if paused else ""))
+
+    def former(self, name: str) -> DeploymentSpec | None:
+        """What was served before the present revision; None if that is not known.
+
+        Raises:
+            FrameRejected: It was not signed with a key of ours.
+        """
+        frame = self._do("HGET", self.keys.meta(name), "former")
+        signed = _decode_spec(self.signer.open(frame)) if frame else None
+        return signed.spec if signed is not None and signed.spec.name == name else None
+
+    def names(self) -> list[str]:
+        """The names of all deployments, in order."""
+        return names_of(self._do("SMEMBERS", self.keys.deployments))
 
     def sign_again(self, deployed: Deployed) -> None:
         """Sign a spec with the first key where another one has signed it, so that the other can be dropped."""
@@ -187,7 +209,7 @@ def names_of(members: Iterable[bytes]) -> list[str]:
 
 # From bytes to data
 
-META_FIELDS = ("gen", "spec", "state", "error", "log_id")
+META_FIELDS = ("gen", "spec", "state", "error", "log_id", "paused")
 _decode_spec = decoder_of(SignedSpec)
 _decode_http = decoder_of(HttpSettings)
 
@@ -198,7 +220,7 @@ def decode_deployed(signer: Signer, name: str, fields: list[bytes | None]) -> De
     Raises:
         FrameRejected: No key of ours signed it as the spec of this name and generation.
     """
-    generation, frame, state, error, log_id = fields
+    generation, frame, state, error, log_id, paused = fields
     if generation is None or frame is None:
         return None
     signed = _decode_spec(signer.open(frame))
@@ -210,6 +232,7 @@ def decode_deployed(signer: Signer, name: str, fields: list[bytes | None]) -> De
         (state or WAITING.encode()).decode(errors="replace"),
         (error or b"").decode(errors="replace"),
         (log_id or b"0-0").decode(errors="replace"),
+        bool(paused),
     )
 
 

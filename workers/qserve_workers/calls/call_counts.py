@@ -2,6 +2,8 @@
 
 import os
 import socket
+import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -14,6 +16,7 @@ from qserve.broker.server import redis_clients
 from qserve_workers.calls.running import RunningCall
 from qserve_workers.user.user_entry import text_of
 
+_FRAMES_SHOWN: Final = 12
 _MOST_NOTES: Final = 20
 """How many calls are noted between two beats; more are only counted."""
 
@@ -56,6 +59,15 @@ class CallCounts:
         else:
             said = f"{type(error).__name__}: {text_of(error)}"
             self._note("failed", running, ran_ms, said, "".join(traceback.format_exception(error)))
+
+    def note_stacks(self) -> None:
+        """Note where every thread of this process stands."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        text = "".join(
+            f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame)[-_FRAMES_SHOWN:])}\n"
+            for ident, frame in sys._current_frames().items()
+        )
+        self._notes.append(Trouble("stacks", error="where its threads stand", traceback=text, replica=self._who))
 
     def _note(self, what: str, running: RunningCall, ran_ms: float, error: str, trace: str) -> None:
         call, request = running.call, running.info.request_id

@@ -7,6 +7,8 @@ import time
 import traceback
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from qserve.background import end, spawn
 from qserve.broker.instance.heartbeats import call_neighbours, leave
 from qserve.broker.redis_errors import CommandRefused
@@ -142,7 +144,7 @@ class Service:
             await first_of(wishes.may_serve, wishes.shall_leave)
         if wishes.shall_leave.is_set():
             return
-        self._consumer.start(code)
+        self._start_taking(code)
         self._takeover.sweep()
         self._heartbeat.serve()
         self._about.enter(SERVING, self._deployed)
@@ -163,12 +165,24 @@ class Service:
             deployed = await self._watch.read()
         except BrokerUnavailable:
             return  # the watch brings a change once Redis is back
+        if deployed is not None and deployed.paused != self._deployed.paused:
+            self._deployed = self._watch.served = replace(self._deployed, paused=deployed.paused)
+            if deployed.paused:
+                await self._consumer.pause()
+            else:
+                self._consumer.start(code)
+            logger.info("Deployment %s: %s", self._name, "paused" if deployed.paused else "resumed")
         spec = self._deployed.spec
         if deployed is None:
-            await self._consumer.finish_queue(spec.graceful_shutdown_timeout_s)
+            if not self._deployed.paused:
+                await self._consumer.finish_queue(spec.graceful_shutdown_timeout_s)
             self._wishes.shall_leave.set()
         elif deployed.spec.revision == spec.revision and deployed.generation != self._deployed.generation:
             await self._apply(deployed, code)
+
+    def _start_taking(self, code: UserCode) -> None:
+        if not self._deployed.paused:
+            self._consumer.start(code)
 
     async def _apply(self, deployed: Deployed, code: UserCode) -> None:
         """Take up a change that needs no new process."""
@@ -190,7 +204,7 @@ class Service:
                 self._events.tell(ReconfigureFailed(generation=deployed.generation, error=_traceback_of(exc)))
                 return
             finally:
-                self._consumer.start(code)
+                self._start_taking(code)
         self._about.applied(deployed)
 
     async def _has_turn(self, generation: int) -> bool:
@@ -212,6 +226,10 @@ class Service:
     def _on_control(self, _about: str, control: Control) -> None:
         if control.verb == "cancel":
             self._consumer.withdrawn.withdraw(control.entry.encode(), inherited=control.inherited)
+        elif control.verb == "leave":
+            self._wishes.shall_leave.set()
+        elif control.verb == "stacks":
+            self._consumer.slots.counts.note_stacks()
         else:
             self._takeover.sweep()
 
@@ -240,7 +258,7 @@ class Service:
             if not self._consumer.entries:  # else a call came before the pause
                 self._wishes.shall_leave.set()
                 return
-            self._consumer.start(code)
+            self._start_taking(code)
         self._events.tell(StillBusy(running=len(self._consumer.slots)))
 
     async def _leave(self) -> None:

@@ -1,0 +1,197 @@
+"""`qserve calls`: durable calls, found by what is known of them."""
+
+import json
+import time
+from typing import Any
+
+import click
+
+from qserve.broker.history.call_index import STATES, CallSummary
+from qserve.broker.history.troubles import Trouble, read_troubles
+from qserve.broker.instance.state import State
+from qserve.cli.instance import connected
+from qserve.cli.output import Failure, note, redis_url_option
+from qserve.deployments.local_instance import find_settings
+from qserve.errors import QServeError
+from qserve.operating import controls
+from qserve.operating.call_search import CallFilter, contents_of, find_call, find_calls
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+@click.group()
+def calls() -> None:
+    """List, show, cancel or run again durable calls; list ordinary calls that had trouble.
+
+    A durable call is found while it waits or runs, and after its end for as long as its record is kept.
+    """
+
+
+@calls.command()
+@redis_url_option
+@click.option(
+    "--state", "states", multiple=True, type=click.Choice(STATES), help="Only calls in this state; repeatable."
+)
+@click.option("--method", default="", help="Only calls of this method.")
+@click.option("--error", default="", metavar="TEXT", help="Only calls whose last error contains this.")
+@click.option(
+    "--since", default="", metavar="AGE", help="Only calls that entered their state within 30s, 5m, 2h or 3d."
+)
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
+@click.option("--troubled", is_flag=True, help="Ordinary calls that failed, were refused or took long, instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each, a line each.")
+@click.argument("name", required=False)
+def ls(
+    name: str | None,
+    states: tuple[str, ...],
+    method: str,
+    error: str,
+    since: str,
+    limit: int,
+    troubled: bool,
+    as_json: bool,
+) -> None:
+    """List calls of the deployment NAME, or of all, the newest first."""
+    earliest = time.time() - age_of(since) if since else 0.0
+    with connected() as state:
+        if troubled:
+            _list_troubles(state, name, error, earliest, limit, as_json)
+            return
+        found = find_calls(state, CallFilter(states, name or "", method, error, earliest), limit)
+    for _, call in found.calls:
+        click.echo(json.dumps(facts_of(call)) if as_json else _line(call))
+    if not found.calls:
+        note("There are no such calls." if not found.is_cut else "None among the last 2,000 calls: narrow the search.")
+    elif found.next_before is not None:
+        note(f"There are more: --limit {limit * 2}, or narrow the search.")
+
+
+@calls.command()
+@redis_url_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.argument("call")
+def show(call: str, as_json: bool) -> None:
+    """Show one call, with its arguments and its result as far as they are kept."""
+    with connected() as state:
+        found = find_call(state, call)
+        contents = contents_of(state, found)
+    facts = facts_of(found) | {"arguments": contents.arguments, "result": contents.result}
+    if as_json:
+        click.echo(json.dumps(facts | {"traceback": contents.error or None}, ensure_ascii=False))
+        return
+    for key, value in facts.items():
+        if value not in (None, "", []):
+            click.echo(f"{key:<11}{_moment(value) if key in _MOMENTS else _shown(value)}")
+    if contents.error:
+        click.echo(f"\n{contents.error.strip()}")
+
+
+@calls.command()
+@redis_url_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each, a line each.")
+@click.argument("ids", nargs=-1, required=True, metavar="CALL...")
+def cancel(ids: tuple[str, ...], as_json: bool) -> None:
+    """Cancel calls. One that waits never runs; one that runs is stopped if it is asynchronous."""
+    with connected() as state:
+        _each(state, ids, as_json, controls.cancel)
+
+
+@calls.command()
+@redis_url_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each, a line each.")
+@click.option("--all", "every", is_flag=True, help="All failed and dead calls of the deployment that is named instead.")
+@click.argument("ids", nargs=-1, required=True, metavar="CALL... | NAME")
+def retry(ids: tuple[str, ...], as_json: bool, every: bool) -> None:
+    """Run calls again that have failed or are dead letters, under their own ids."""
+    limit = find_settings().out_of_line_bytes
+    with connected() as state:
+        if every:
+            ids = tuple(call.id for name in ids for call in controls.failed_calls(state, name))
+            if not ids:
+                note("There are no such calls.")
+                return
+        _each(state, ids, as_json, lambda state, call: controls.send_again(state, call, limit) and "queued")
+
+
+def facts_of(call: CallSummary) -> dict[str, Any]:
+    """What a list says of a call, in JSON types; times are Unix times."""
+    return {
+        "id": call.id,
+        "state": call.state,
+        "deployment": call.deployment,
+        "method": call.method or "__call__",
+        "attempts": call.attempts,
+        "submitted": call.submitted,
+        "started": call.started,
+        "ended": call.ended,
+        "due": call.due,
+        "error": call.error or None,
+    }
+
+
+def age_of(text: str) -> float:
+    """Seconds of an age such as 30s, 5m, 2h or 3d; raises a usage error for anything else."""
+    number, unit = text[:-1], text[-1:]
+    try:
+        return float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        raise click.UsageError(f"{text!r} is no age: write 30s, 5m, 2h or 3d.") from None
+
+
+_MOMENTS = {"submitted", "started", "ended", "due"}
+
+
+def _each(state: State, ids: tuple[str, ...], as_json: bool, act: Any) -> None:
+    failed = 0
+    for call_id in ids:
+        try:
+            said = act(state, find_call(state, call_id))
+        except QServeError as exc:
+            if len(ids) == 1:
+                raise
+            said, failed = str(exc), failed + 1
+        click.echo(json.dumps({"id": call_id, "outcome": said}) if as_json else f"{call_id}: {said}")
+    if failed:
+        raise Failure(f"{failed} of {len(ids)} calls were left as they are.")
+
+
+def _line(call: CallSummary) -> str:
+    at = call.ended or call.started or call.due or call.submitted
+    error = call.error.strip().splitlines()[0][:100] if call.error.strip() else ""
+    return f"{call.id}  {call.state:<9}  {_moment(at)}  {call.deployment}.{call.method or '__call__'}  {error}".rstrip()
+
+
+def _list_troubles(state: State, name: str | None, error: str, earliest: float, limit: int, as_json: bool) -> None:
+    names = [name] if name else state.names()
+    shown = 0
+    for entry, deployment, trouble in read_troubles(state.redis, state.keys, names, most=1000):
+        at = int(entry.split("-")[0]) / 1000
+        if at < earliest or error.lower() not in trouble.error.lower() or shown == limit:
+            continue
+        shown += 1
+        click.echo(_trouble_json(at, deployment, trouble) if as_json else _trouble_line(at, deployment, trouble))
+    if not shown:
+        note("There are no such calls.")
+
+
+def _trouble_json(at: float, deployment: str, trouble: Trouble) -> str:
+    names = trouble.__struct_fields__
+    return json.dumps({"at": at, "deployment": deployment} | {name: getattr(trouble, name) for name in names})
+
+
+def _trouble_line(at: float, deployment: str, trouble: Trouble) -> str:
+    many = f" x{trouble.times}" if trouble.times > 1 else ""
+    ran = f"  {trouble.ran_ms:.0f} ms" if trouble.ran_ms else ""
+    first = trouble.error.strip().splitlines()[0][:100] if trouble.error.strip() else ""
+    method = trouble.method or "__call__"
+    return (
+        f"{_moment(at)}  {trouble.what}{many}{ran}  {deployment}.{method}  {trouble.request or trouble.call}  {first}"
+    )
+
+
+def _moment(at: Any) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

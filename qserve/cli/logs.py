@@ -1,0 +1,84 @@
+"""`qserve logs`: the log of the instance on this machine."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import click
+
+from qserve.cli.output import Failure
+from qserve.deployments.local_instance import NO_INSTANCE, find_record
+from qserve.settings import Settings
+
+_POLL_S = 0.2
+_BEGINS = re.compile(r"\{|\[?\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d|\[")
+"""How the first line of a record begins: the others are tracebacks and the like."""
+
+
+@click.command()
+@click.option("-f", "--follow", is_flag=True, help="Show what is logged from now on, too, until Ctrl-C.")
+@click.option("--call", "call_id", default="", metavar="ID", help="Only what names this call or request.")
+@click.option("-n", "--lines", type=click.IntRange(min=0), help="Only the last so many records.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each record, a line each.")
+@click.argument("name", required=False)
+def logs(name: str | None, follow: bool, call_id: str, lines: int | None, as_json: bool) -> None:
+    """Show the log of the instance on this machine: all of it, or what is about the deployment NAME or one call."""
+    path = log_path()
+    wanted = [word for word in (name, call_id) if word]
+    try:
+        with path.open(errors="replace") as file:
+            found = [each for each in records(file) if _is_about(each, wanted)]
+            for record in found if lines is None else found[len(found) - min(lines, len(found)) :]:
+                _print(record, as_json)
+            while follow and path.exists():
+                time.sleep(_POLL_S)
+                for record in records(file):
+                    if _is_about(record, wanted):
+                        _print(record, as_json)
+    except KeyboardInterrupt:
+        pass
+
+
+def log_path() -> Path:
+    """The log file of the instance on this machine.
+
+    Raises:
+        Failure: There is no instance, or it logs to a terminal.
+    """
+    record = find_record(Settings().namespace)
+    if record is None:
+        raise Failure(f"{NO_INSTANCE} Nodes that `qserve start` runs log to their own output.")
+    path = Path(record.folder) / "qserve.log"
+    if not path.exists():
+        raise Failure(
+            f"The instance (pid {record.pid}) has no log file: `qserve run` and `qserve start` log to the terminal or "
+            "service that started them, such as `journalctl -u UNIT` or `docker logs CONTAINER`."
+        )
+    return path
+
+
+def records(file: TextIO) -> Iterator[str]:
+    """The records that are left in a file, each with the lines that belong to it."""
+    lines: list[str] = []
+    for line in file:
+        if lines and _BEGINS.match(line):
+            yield "".join(lines)
+            lines = []
+        lines.append(line)
+    if lines:
+        yield "".join(lines)
+
+
+def _is_about(record: str, words: list[str]) -> bool:
+    return all(re.search(rf"(?<![\w.-]){re.escape(word)}(?![\w-])", record) for word in words)
+
+
+def _print(record: str, as_json: bool) -> None:
+    text = record.rstrip("\n")
+    if not as_json or text.startswith("{"):
+        click.echo(text)
+    else:
+        click.echo(json.dumps({"record": text}))

@@ -1,0 +1,92 @@
+"""`qserve pause`, `resume`, `scale` and `rollback`: changes of a deployment that need no code."""
+
+import json
+
+import click
+
+from qserve.broker.history.audit import note_deed
+from qserve.broker.instance.state import State
+from qserve.cli.instance import connected
+from qserve.cli.output import Failure, note, redis_url_option
+from qserve.operating import controls
+from qserve.operating.operators import user_of_this_machine
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.command()
+@redis_url_option
+@_json_option
+@click.argument("name")
+def pause(name: str, as_json: bool) -> None:
+    """Let calls of the deployment NAME be accepted, but not run, until `qserve resume NAME`.
+
+    Calls that run already end as they would. Those that wait do so up to their deadlines; durable calls wait on.
+    """
+    with connected() as state:
+        controls.pause(state, name, paused=True)
+        _done(state, name, "pause", as_json, paused=True)
+    note(f"{name} is paused: calls are accepted and wait. `qserve resume {name}` lets them run.")
+
+
+@click.command()
+@redis_url_option
+@_json_option
+@click.argument("name")
+def resume(name: str, as_json: bool) -> None:
+    """Let calls of the deployment NAME run again."""
+    with connected() as state:
+        controls.pause(state, name, paused=False)
+        _done(state, name, "resume", as_json, paused=False)
+    note(f"{name} runs its calls.")
+
+
+@click.command()
+@redis_url_option
+@_json_option
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds to wait for it."
+)
+@click.argument("name")
+@click.argument("replicas", type=click.IntRange(min=1))
+def scale(name: str, replicas: int, timeout: float, as_json: bool) -> None:
+    """Give the deployment NAME another number of REPLICAS, until it is deployed again.
+
+    Nodes that were started with --replicas-per-node keep to that number.
+    """
+    with connected() as state:
+        try:
+            goal = controls.scale(state, name, replicas)
+        except ValueError as exc:
+            raise Failure(f"{exc}.") from exc
+        if goal is not None and not goal.wait(timeout):
+            raise Failure(
+                f"{name} does not have {replicas} replicas after {timeout:g} s: `qserve status` shows how far."
+            )
+        _done(state, name, f"scale to {replicas}", as_json, replicas=replicas)
+    note(f"{name} has {replicas} replicas." if goal is not None else f"{name} has {replicas} replicas already.")
+
+
+@click.command()
+@redis_url_option
+@_json_option
+@click.option("--timeout", type=click.FloatRange(min=0), default=120.0, show_default=True, help="Seconds to wait.")
+@click.argument("name")
+def rollback(name: str, timeout: float, as_json: bool) -> None:
+    """Deploy the version of NAME again that was served before the present one; done twice, it leads back."""
+    with connected() as state:
+        try:
+            goal = controls.roll_back(state, name)
+        except ValueError as exc:
+            raise Failure(f"{exc}.") from exc
+        if not goal.wait(timeout):
+            raise Failure(f"The former version of {name} is not up after {timeout:g} s: `qserve status` shows how far.")
+        version = goal.deployed.spec.version
+        _done(state, name, "roll back", as_json, version=version, generation=goal.deployed.generation)
+    note(f"{name} serves {f'version {version}' if version else 'its former version'} again.")
+
+
+def _done(state: State, name: str, action: str, as_json: bool, **facts: object) -> None:
+    note_deed(state.redis, state.keys, user_of_this_machine(), action, name, "done")
+    if as_json:
+        click.echo(json.dumps({"deployment": name} | facts))

@@ -1,0 +1,1 @@
+"""What operators see of an instance, and what they do to it."""

@@ -1,0 +1,140 @@
+"""What operators do to deployments and to durable calls. All of it is synchronous and takes effect within seconds.
+
+Every function raises `BrokerUnavailable`, `ConfigurationError` or `CommandRefused` where Redis does not do what it is
+told.
+"""
+
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from qserve.broker.history.call_index import CallSummary, run_again
+from qserve.broker.inboxes import control_frame, tell_now
+from qserve.broker.instance.state import GenerationChanged, State
+from qserve.broker.records import end_now
+from qserve.deployments.deploying import Goal
+from qserve.durable.dead_letters import DeadLetters
+from qserve.errors import CallCancelled, CallNotFound, DeploymentNotFound
+from qserve.operating.call_search import CallFilter, find_calls
+from qserve.wire.call_record import DEAD, FAILED
+from qserve.wire.messages import Control, ErrorInfo, encode
+from qserve.wire.spec import Deployed, DeploymentSpec
+
+
+def pause(state: State, name: str, *, paused: bool) -> None:
+    """Let calls of a deployment be accepted but not run, or run again.
+
+    Raises:
+        DeploymentNotFound: There is none of this name.
+    """
+    if not state.pause(name, paused=paused):
+        raise _unknown(name)
+
+
+def scale(state: State, name: str, replicas: int) -> Goal | None:
+    """Give a deployment another number of replicas; None if it has that already.
+
+    Raises:
+        DeploymentNotFound: There is none of this name.
+        ValueError: Its number follows the load.
+    """
+    deployed = _deployed(state, name)
+    if deployed.spec.autoscaling is not None:
+        bounds = deployed.spec.autoscaling
+        raise ValueError(
+            f"the number of replicas of {name!r} follows the load, from {bounds.min_replicas} to "
+            f"{bounds.max_replicas}: deploy it with another autoscaling_config, or without one"
+        )
+    if deployed.spec.num_replicas == replicas:
+        return None
+    return _change(state, name, lambda spec: replace(spec, num_replicas=replicas))
+
+
+def set_bound(state: State, name: str, bound: int) -> Goal | None:
+    """Give the queue of a deployment another bound; None if it has that already. Raises `DeploymentNotFound`."""
+    if _deployed(state, name).spec.max_queued_requests == bound:
+        return None
+    return _change(state, name, lambda spec: replace(spec, max_queued_requests=bound))
+
+
+def roll_back(state: State, name: str) -> Goal:
+    """Deploy again what was served before the present version. Done twice, it leads back.
+
+    Raises:
+        DeploymentNotFound: There is none of this name.
+        ValueError: There was no other version before.
+    """
+    while True:
+        current, former = _deployed(state, name), state.former(name)
+        if former is None:
+            raise ValueError(f"there is no version of {name!r} before the present one")
+        try:
+            return Goal(state, state.deploy(former, expected=current.generation, former=current), current)
+        except GenerationChanged:
+            continue
+
+
+def send_again(state: State, call: CallSummary, out_of_line_bytes: int) -> str:
+    """Run a durable call again that has failed or is a dead letter; returns its id.
+
+    Raises:
+        CallNotFound: It has not ended so, or its arguments are gone.
+        DeploymentNotFound: Its deployment is gone.
+    """
+    if call.state == DEAD:
+        letters = DeadLetters(state, out_of_line_bytes)
+        return letters.retry(letters.get(call.deployment, call.id))
+    said = run_again(state.redis, state.keys, call.deployment, call.id)
+    if said == "deleted":
+        raise _unknown(call.deployment)
+    if said != "queued":
+        raise CallNotFound(f"call {call.id} cannot run again, it is {call.state}: only failed and dead calls can")
+    return call.id
+
+
+def cancel(state: State, call: CallSummary) -> str:
+    """Cancel a durable call; returns "cancelled", "cancelling" where it runs, or "ended" where it has ended before."""
+    info = ErrorInfo(CallCancelled.__name__, CallCancelled.__name__, CallCancelled.__module__, "the call was cancelled")
+    return end_now(state.redis, state.keys, state.signer, call.id, encode(info))
+
+
+def failed_calls(state: State, name: str, most: int = 1000) -> list[CallSummary]:
+    """The newest calls of a deployment that can run again."""
+    return [call for _, call in find_calls(state, CallFilter((FAILED, DEAD), name), most).calls]
+
+
+def stop_replica(state: State, replica: str) -> bool:
+    """Let a replica finish its calls and leave; another takes its place. False if it is gone."""
+    return _tell(state, replica, Control("leave"))
+
+
+def dump_stacks(state: State, replica: str) -> bool:
+    """Let a replica note where its threads stand, among the calls that had trouble. False if it is gone."""
+    return _tell(state, replica, Control("stacks"))
+
+
+def _tell(state: State, replica: str, control: Control) -> bool:
+    if not state.observed.is_alive(replica):
+        return False
+    tell_now(state.redis, state.keys, replica, control_frame(state.signer, replica, control))
+    return True
+
+
+def _change(state: State, name: str, change: Callable[[DeploymentSpec], DeploymentSpec]) -> Goal:
+    while True:
+        current = _deployed(state, name)
+        try:
+            return Goal(state, state.deploy(change(current.spec), expected=current.generation), current)
+        except GenerationChanged:
+            continue
+
+
+def _deployed(state: State, name: str) -> Deployed:
+    deployed = state.get(name)
+    if deployed is None:
+        raise _unknown(name)
+    return deployed
+
+
+def _unknown(name: str) -> DeploymentNotFound:
+    return DeploymentNotFound(f"there is no deployment {name!r}: `qserve status` lists those that exist")

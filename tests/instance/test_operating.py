@@ -1,0 +1,151 @@
+"""What operators do from the shell: finding calls, pausing, scaling, going back to the former version."""
+
+import json
+import time
+from contextlib import closing
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from qserve import serve
+from qserve.broker.history.audit import read_deeds
+from qserve.broker.instance.state import State
+from qserve.cli import main
+from qserve.testing import TestInstance
+from qserve.wire.messages import Signer
+from tests.support.gates import Gate
+from tests.support.slowness import patience
+from tests.support.waiting import LIMIT_S, wait_until
+
+pytestmark = pytest.mark.usefixtures("qserve_instance")
+
+
+def qs(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def rows(*arguments: str) -> list[dict[str, Any]]:
+    done = CliRunner().invoke(main, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def picky(gate: Gate) -> Any:
+    """Fails for words that are short, until the gate is open."""
+    path = str(gate._path)
+
+    @serve.deployment(name="picky")
+    def picky(word: str, token: str = "") -> str:
+        import pathlib
+
+        if len(word) < 3 and not pathlib.Path(path).exists():
+            raise ValueError(f"too short: {word}")
+        return word.upper()
+
+    picky.deploy()
+    return picky.get_handle().options(durable=True)
+
+
+def test_calls_are_found_shown_and_run_again(picky: Any, gate: Gate) -> None:
+    good, bad = picky.remote("long enough"), picky.remote("x", token="t")
+    assert good.result(patience(LIMIT_S)) == "LONG ENOUGH"
+    with pytest.raises(ValueError, match="too short"):
+        bad.result(patience(LIMIT_S))
+
+    assert [row["id"] for row in rows("calls", "ls", "picky", "--state", "failed", "--since", "5m")][:1] == [bad.id]
+    assert good.id in [row["id"] for row in rows("calls", "ls", "picky", "--state", "done")]
+    assert [row["id"] for row in rows("calls", "ls", "picky", "--error", "TOO SHORT", "--limit", "1")] == [bad.id]
+    assert good.id in qs("calls", "ls").stdout
+    assert "There are no such calls." in qs("calls", "ls", "picky", "--method", "other").output
+    assert qs("calls", "ls", "--since", "soon").exit_code == 2
+    [shown] = rows("calls", "show", bad.id)
+    assert shown["arguments"] == {"args": ["x"], "kwargs": {"token": "t"}}
+    assert "raise ValueError" in shown["traceback"]
+    [shown] = rows("calls", "show", good.id)
+    assert (shown["state"], shown["result"], shown["arguments"]) == ("done", "LONG ENOUGH", None)
+    assert "LONG ENOUGH" in qs("calls", "show", good.id).stdout
+
+    gate.open()
+    assert rows("calls", "retry", bad.id) == [{"id": bad.id, "outcome": "queued"}]
+    assert serve.get_ref(bad.id).result(patience(LIMIT_S)) == "X"
+    refused = qs("calls", "retry", good.id)
+    assert refused.exit_code == 1
+    assert "only failed and dead calls can" in refused.output
+    assert qs("calls", "show", "nonsense").exit_code == 1
+
+
+def test_a_call_is_cancelled(picky: Any) -> None:
+    serve.get_deployment("picky")
+    waiting = serve.get_deployment("picky").get_handle().options(durable=True, delay=3600).remote("later")
+    wait_until(lambda: rows("calls", "ls", "picky", "--state", "scheduled"))
+
+    assert rows("calls", "cancel", waiting.id) == [{"id": waiting.id, "outcome": "cancelled"}]
+    assert rows("calls", "cancel", waiting.id) == [{"id": waiting.id, "outcome": "ended"}]
+
+
+def test_a_paused_deployment_accepts_calls_and_does_not_run_them(qserve_instance: TestInstance) -> None:
+    @serve.deployment(name="steady", num_replicas=2)
+    def steady(word: str) -> str:
+        return word
+
+    steady.deploy()
+    handle = steady.get_handle()
+    assert qs("pause", "steady").exit_code == 0
+    # Both replicas have stopped reading once calls stay in the queue.
+    settled: list[Any] = []
+
+    def stays() -> bool:
+        settled.append(handle.options(durable=True).remote("wait"))
+        time.sleep(0.3)
+        return all(ref.status().state == "queued" for ref in settled[-2:]) and len(settled) > 2
+
+    wait_until(stays)
+    assert "PAUSED" in qs("top").output
+    steady.deploy()  # still so for new replicas
+    last = handle.options(durable=True).remote("wait")
+    ordinary = handle.remote("now")
+    time.sleep(0.5)
+    assert last.status().state == "queued"
+
+    assert qs("resume", "steady").exit_code == 0
+
+    assert ordinary.result(patience(LIMIT_S)) == "now"
+    assert last.result(patience(LIMIT_S)) == "wait"
+    settings = qserve_instance.settings
+    with closing(State(settings.redis_url, settings.keys, Signer(settings.secrets))) as state:
+        deeds = [(deed.action, deed.about) for _, deed in read_deeds(state.redis, state.keys, 2)]
+    assert deeds == [("resume", "steady"), ("pause", "steady")]
+    assert qs("pause", "nobody").exit_code == 1
+
+
+def test_replicas_are_added_and_the_former_version_comes_back() -> None:
+    def deploy(said: str) -> None:
+        @serve.deployment(name="versioned", version=said)
+        def versioned() -> str:
+            return said
+
+        versioned.deploy()
+
+    deploy("one")
+    assert qs("rollback", "versioned").exit_code == 1
+    deploy("two")
+    handle = serve.get_deployment("versioned").get_handle()
+    assert handle.remote().result(patience(LIMIT_S)) == "two"
+
+    assert rows("rollback", "versioned")[0]["version"] == "one"
+    assert handle.remote().result(patience(LIMIT_S)) == "one"
+    assert rows("rollback", "versioned")[0]["version"] == "two"
+    assert handle.remote().result(patience(LIMIT_S)) == "two"
+
+    assert qs("scale", "versioned", "2").exit_code == 0
+    [row] = json.loads(qs("top", "--json").stdout)
+    assert (row["name"], row["serving"], row["wanted"]) == ("versioned", 2, 2)
+    assert "has 2 replicas already" in qs("scale", "versioned", "2").output
+
+
+def test_lists_that_are_empty_say_so() -> None:
+    assert "There are no dead letters" in qs("dead", "ls", "nobody").output
+    assert "There are no schedules" in qs("schedule", "ls").output
+    assert "Nothing is deployed" in qs("top").output
