@@ -4,7 +4,6 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from qserve import QServeError, serve
 from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
 from tests.support import ordinary_code
+from tests.support.gates import is_alive
 from tests.support.waiting import LIMIT_S, wait_until
 
 
@@ -25,12 +25,6 @@ def processes(qserve_instance: TestInstance) -> Iterator[Any]:
     deployment.deploy()
     yield deployment.get_handle()
     deployment.delete()
-
-
-def is_alive(pid: int) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -129,12 +123,10 @@ class TestLogging:
         handle: Any = deployment.get_handle()
         handle.write.remote(mark).result(LIMIT_S)
         assert http.get(f"/logs_{mark}", params={"mark": mark}).status_code == 500
-        wait_until(lambda: f"ValueError: fail-{mark}" in log.read_text())  # qserve's own record
-        wait_until(lambda: f"print-{mark}" in log.read_text())
+        awaited = (f"ValueError: fail-{mark}", f"print-{mark}", f"UserWarning: warn-{mark}", f"warning-{mark}")
+        wait_until(lambda: all(each in log.read_text() for each in awaited), shows=log.read_text)
         deployment.delete()
-        text = log.read_text()
-        assert f"UserWarning: warn-{mark}" in text
-        return [line for line in text.splitlines() if line.endswith(f"-{mark}")]
+        return [line for line in log.read_text().splitlines() if line.endswith(f"-{mark}")]
 
     def test_basic_config_takes_effect(self, http: httpx.Client, log: Path) -> None:
         lines = self.lines(http, log, "basic")

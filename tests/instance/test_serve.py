@@ -14,6 +14,7 @@ from qserve.deployments.loading import importing
 from qserve.errors import DeploymentNotFound, NoInstanceError
 from qserve.testing import TestInstance
 from tests.support.deployed import Broken, Deployer, LastWords, OtherPid, Pid, Slow
+from tests.support.gates import is_alive
 from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
@@ -190,13 +191,15 @@ class TestDeleting:
 
         with pytest.raises(qserve.QServeError):
             ref.result(patience(20))
-        assert not any(Path(f"/proc/{pid}").exists() for pid in running)
+        wait_until(lambda: not any(map(is_alive, running)))
 
     def test_destructors_run_once(self, qserve_instance: TestInstance, tmp_path: Path) -> None:
         LastWords.deploy(str(tmp_path / "words"))
         LastWords.delete()
 
-        assert (tmp_path / "words").read_text() == "gone\n"
+        words = tmp_path / "words"
+        wait_until(words.exists)
+        assert words.read_text() == "gone\n"
 
     def test_the_name_can_be_used_again_for_other_code(self, qserve_instance: TestInstance) -> None:
         Pid.options(version="1").deploy()

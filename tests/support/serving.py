@@ -1,6 +1,7 @@
 """`qserve run` as a user starts it: in a folder, with a runtime folder and port of its own, ended by Ctrl-C."""
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -20,22 +21,25 @@ from tests.support.waiting import wait_until
 ROOT = Path(__file__).parents[2]
 
 
+_LOWEST_PORT = 10_000
+_FIRST_OF_THE_SYSTEM = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+"""From here on are the ports that the system gives to those who ask for any, such as all clients."""
+
+
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on now, and that no client is given before it is used."""
+    return free_ports(1)
 
 
 def free_ports(count: int) -> int:
     """The first of so many ports in a row that nothing listens on now."""
     while True:
-        first = free_port()
+        first = random.randrange(_LOWEST_PORT, max(_FIRST_OF_THE_SYSTEM, _LOWEST_PORT + 1000) - count)
         with ExitStack() as probes:
             try:
                 for port in range(first, first + count):
                     probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except (OSError, OverflowError):
+            except OSError:
                 continue
             return first
 

@@ -94,7 +94,7 @@ class TestReplica:
             await until(lambda: redis_client.xlen(keys.calls("Echo")) == 0)
             put = len(frames) * (2 if place == "odd_queue" else 1)
             assert redis_client.xlen(keys.dead_letters("Echo")) == put
-            assert rejected(redis_client, keys) == put
+            await until(lambda: rejected(redis_client, keys) == put)
             assert await caller.ask("still here") == "still here"
             assert code.started == ["still here"]
 

@@ -101,7 +101,7 @@ def test_the_destructor_runs_once_and_calls_it_makes_get_out(is_async: bool, not
 
     speaker.delete()
 
-    assert notes.read() == ["goodbye"]
+    assert notes.wait_for(1) == ["goodbye"]
 
 
 def test_a_destructor_that_raises_is_logged_and_the_replica_goes(qserve_instance: TestInstance, notes: Notes) -> None:
@@ -122,7 +122,8 @@ def test_a_destructor_that_raises_is_logged_and_the_replica_goes(qserve_instance
     wait_until(lambda: not is_alive(int(notes.read()[0])))
     record = find_record(qserve_instance.settings.namespace)
     assert record is not None
-    assert "I do not want to go" in Path(record.log_file).read_text()
+    log = Path(record.log_file)
+    wait_until(lambda: "I do not want to go" in log.read_text())
 
 
 @pytest.mark.usefixtures("qserve_instance")

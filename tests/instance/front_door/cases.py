@@ -2,6 +2,10 @@
 
 from collections.abc import Iterator
 
+import redis
+
+from qserve.testing import TestInstance
+
 GOOD_HEAD = b"GET /a HTTP/1.1\r\nHost: x\r\n"
 
 
@@ -211,3 +215,9 @@ def handshake(*lines: bytes) -> bytes:
         *(b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", *lines),
         host=b"Host: us.example:8000\r\n",
     )
+
+
+def calls_of(instance: TestInstance, deployment: str) -> int:
+    """How many calls a deployment has, waiting and running."""
+    with redis.Redis.from_url(instance.settings.redis_url, protocol=2) as client:
+        return int(client.xlen(instance.settings.keys.calls(deployment)))

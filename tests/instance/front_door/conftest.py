@@ -17,6 +17,7 @@ from starlette.responses import Response
 from qserve import serve
 from qserve.calls import process_client
 from qserve.testing import TestInstance, instance
+from tests.support.gates import Gate
 from tests.support.raw_http import Address
 
 PATIENCE = {
@@ -45,7 +46,11 @@ async def fail(request: Request) -> None:
 
 
 async def slow(request: Request) -> str:
-    await asyncio.sleep(0.3)
+    """Takes a moment, or until the file that its query names is there."""
+    if gate := request.query_params.get("gate"):
+        await Gate(Path(gate)).passed()
+    else:
+        await asyncio.sleep(0.3)
     return "done"
 
 

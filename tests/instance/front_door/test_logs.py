@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import httpx
 import pytest
 
 from qserve.testing import TestInstance
-from tests.instance.front_door.cases import get
+from tests.instance.front_door.cases import calls_of, get
+from tests.support.gates import Gate
 from tests.support.gateways import gateway
 from tests.support.raw_http import Address, read_response
 from tests.support.slowness import patience
@@ -65,12 +65,12 @@ def test_there_is_no_access_log_unless_asked_for(impatient: TestInstance) -> Non
         assert silent.output() == b""
 
 
-def test_a_client_that_leaves_has_a_line_too(impatient: TestInstance) -> None:
+def test_a_client_that_leaves_has_a_line_too(impatient: TestInstance, gate: Gate, tmp_path: Path) -> None:
     with gateway(impatient.settings, QSERVE_ACCESS_LOG="json") as logged:
         with logged.address.connect() as connection:
-            connection.sendall(get(target=b"/slow"))
-            time.sleep(0.05)
-        time.sleep(0.5)
+            connection.sendall(get(target=b"/slow?gate=%b" % bytes(tmp_path / "gate")))
+            wait_until(lambda: calls_of(impatient, "slow") == 1)
+        wait_until(lambda: calls_of(impatient, "slow") == 0)  # it was safe to cancel
         assert [json.loads(line)["status"] for line in logged.output().splitlines()] == [499]
 
 

@@ -46,10 +46,10 @@ def test_a_burst_brings_replicas_and_quiet_takes_them_away(start_node: StartNode
     with Load("Loaded", notes, urls=urls, http=1, handles=0, durable=0) as calm:
         with Load("Loaded", notes, urls=urls, http=4, handles=6, durable=2, pause_s=0.001) as burst:
             wait_until(lambda: serving(state) == 3)
-            assert serve.status()["Loaded"].wanted == 3
+            wait_until(lambda: serve.status()["Loaded"].wanted == 3)
             burst.more()
         wait_until(lambda: serving(state) == 1)
-        assert serve.status()["Loaded"].wanted == 1
+        wait_until(lambda: serve.status()["Loaded"].wanted == 1)
         calm.more(10)
     burst.check(calm)
 
