@@ -1,6 +1,7 @@
 """The calls that a replica has taken and not answered: how many there may be, and what they took."""
 
 import asyncio
+import math
 import time
 from bisect import bisect
 from collections import deque
@@ -133,6 +134,12 @@ class Slots:
         if code.only_sync:
             return free
         return min(free, 1 + len(self))  # a burst spreads over the replicas instead of filling the first
+
+    @property
+    def longest_s(self) -> float:
+        """How long the oldest call that runs here has taken; for ever, where one streams."""
+        now = time.monotonic()
+        return max((math.inf if each.streams else now - each.started_at for each in self.calls), default=0.0)
 
     @property
     def harm_nobody(self) -> bool:

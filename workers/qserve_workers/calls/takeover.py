@@ -25,12 +25,12 @@ _LOOKS = 3
 _LONGEST_ROUND_S = 1.0
 _SOON_S = 0.2
 """How often to look while calls of a dead replica wait."""
-_SPARE_UNSAFE_S = 0.3
+_SPARE_UNSAFE_S = 0.2
 """So long a replica that runs calls which nobody may run again leaves suspects to others."""
 _SPARE_BUSY_S = 1.0
-"""So long a replica that is not idle leaves last chances to others: the successor of the dead one may be idle."""
-_SPARE_STREAMS_S = 10.0
-"""The same where calls stream, which may take as long as they please: nothing new is read before they have ended."""
+"""So long a replica that is not idle leaves last chances to others: the successor of the dead one will be idle."""
+_SPARE_LONG_S = 10.0
+"""The same where a call streams or has run for a second: nothing new is read here before such calls have ended."""
 
 
 class Takeover:
@@ -173,7 +173,6 @@ class Takeover:
         """
         slots, last = self._consumer.slots, self._settings.max_deliveries
         waited = time.monotonic() - self._gone_since.get(replica, 0.0)
-        streams = any(running.streams for running in slots.calls)
-        if not slots or waited >= (_SPARE_STREAMS_S if streams else _SPARE_BUSY_S):
+        if not slots or waited >= (_SPARE_LONG_S if slots.longest_s > _SPARE_BUSY_S else _SPARE_BUSY_S):
             return last + 1  # those who come after the last are only answered
         return last - 1 if slots.harm_nobody or waited >= _SPARE_UNSAFE_S else 1

@@ -144,6 +144,8 @@ class Service:
             await first_of(wishes.may_serve, wishes.shall_leave)
         if wishes.shall_leave.is_set():
             return
+        # Nothing runs here yet: the best moment for calls that have to be alone.
+        self._consumer.mind_the_dead(True)
         self._start_taking(code)
         self._takeover.sweep()
         self._heartbeat.serve()
