@@ -196,6 +196,18 @@ def test_a_replica_that_dies_while_constructing_counts_as_a_failure() -> None:
     assert "signal SIGSEGV" in pool.status.error
 
 
+def test_a_replica_that_is_told_to_leave_by_its_own_constructor_counts_as_a_failure() -> None:
+    pool = Pool(1)
+    pool.deploy(1, "a", by=1)
+    for pid in (1, 2, 3):
+        pool.state(pid, "STARTING", "a")
+        pool.state(pid, "DRAINING", "a")
+        pool.die(pid, "exit code 0")
+    assert pool.status is not None
+    assert pool.status.state == DEPLOY_FAILED
+    assert "SIGTERM while it constructed" in pool.status.error
+
+
 def test_a_dead_replica_is_replaced() -> None:
     pool = serving(2)
     pool.die(1, "signal SIGKILL")

@@ -50,6 +50,10 @@ def _panic() -> None:
     raise BaseException("weights are not readable")
 
 
+def _terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _segfault() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
@@ -63,8 +67,9 @@ def _segfault() -> None:
         (lambda: os._exit(0), "exit code 0"),
         (os.abort, "signal SIGABRT"),
         (_segfault, "signal SIGSEGV"),
+        (_terminate, "SIGTERM"),
     ],
-    ids=["sys.exit", "BaseException", "os._exit", "os._exit(0)", "os.abort", "segfault"],
+    ids=["sys.exit", "BaseException", "os._exit", "os._exit(0)", "os.abort", "segfault", "SIGTERM"],
 )
 @pytest.mark.usefixtures("qserve_instance")
 def test_a_constructor_that_ends_its_process_is_given_up_with_the_reason(

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import assert_never
 
-from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, SERVING, STANDBY, STARTING
+from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, DRAINING, HEALTHY, SERVING, STANDBY, STARTING
 from qserve_workers.pool.crew import Crew, Desired, TrackedReplica
 from qserve_workers.pool.orders import Action, Kill, Publish, Release, Resize, Serve, Status, Stop
 from qserve_workers.pool.succession import batch_of, excess, leave_after, leave_first, next_to_apply, releases
@@ -200,6 +200,8 @@ class Rollout:
             # It has seen a change before anyone told of it.
             before = self.crew.desired or Desired(0, "")
             self._deployed(replace(before, generation=entered.generation, revision=entered.revision), None)
+        if entered.state == DRAINING and replica.state == STARTING and not replica.leaving and not self._closing:
+            self._count_failure(replica.revision, "The process got SIGTERM while it constructed the deployment.")
         replica.enter(entered, now)
         desired = self.crew.desired
         if desired and replica.revision == desired.revision and replica.state in (STANDBY, SERVING):
