@@ -73,16 +73,16 @@ def load_scripts(connection: Connection, scripts: Iterable[Script]) -> None:
         connection.send(ignore_answer, "SCRIPT", "LOAD", script.source)
 
 
-def _read(name: str, shared: str = "") -> Script:
+def _read(name: str, *shared: str) -> Script:
     """The script of a file, preceded by what it shares with others."""
     source = (_FOLDER / f"{name}.lua").read_text()
-    if shared:
-        head = _SHEBANG if source.startswith(_SHEBANG) else ""  # this line has to be the first one
-        source = head + (_FOLDER / f"{shared}.lua").read_text() + source.removeprefix(_SHEBANG)
-    return Script(source)
+    head = _SHEBANG if source.startswith(_SHEBANG) else ""  # this line has to be the first one
+    parts = [(_FOLDER / f"{each}.lua").read_text() for each in shared]
+    return Script("".join([head, *parts, source.removeprefix(head)]))
 
 
 _RECORDS: Final = "shared_records"
+_DEAD_LETTERS: Final = "shared_dead_letters"
 _DEPLOYMENTS: Final = "shared_deployments"
 _QUEUES: Final = "shared_queues"
 
@@ -91,7 +91,7 @@ ADMIT: Final = _read("admit")
 CANCEL: Final = _read("cancel")
 CLAIM: Final = _read("claim")
 FIND: Final = _read("find")
-GIVE_UP: Final = _read("give_up")
+GIVE_UP: Final = _read("give_up", _DEAD_LETTERS)
 REPLY: Final = _read("reply")
 START_AGAIN: Final = _read("start_again")
 TAKE: Final = _read("take")
@@ -112,11 +112,11 @@ DUE: Final = _read("due", _RECORDS)
 END_CALL: Final = _read("end_call", _RECORDS)
 NOTE_PART: Final = _read("note_part", _RECORDS)
 NOTE_PROGRESS: Final = _read("note_progress", _RECORDS)
-REJECT_CALL: Final = _read("reject_call", _RECORDS)
+REJECT_CALL: Final = _read("reject_call", _RECORDS, _DEAD_LETTERS)
 REVIVE: Final = _read("revive", _RECORDS)
 RUN_AGAIN: Final = _read("run_again", _RECORDS)
 RUN_CALL: Final = _read("run_call", _RECORDS)
-SETTLE_CALL: Final = _read("settle_call", _RECORDS)
+SETTLE_CALL: Final = _read("settle_call", _RECORDS, _DEAD_LETTERS)
 SUBMIT: Final = _read("submit", _RECORDS)
 
 # What is counted

@@ -5,16 +5,7 @@
 -- ARGV[6] ms an unread inbox is kept
 -- returns 1 if the entry was still ours to give up
 if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
-local entry = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])
-if entry[1] then
-  local fields = entry[1][2]
-  fields[#fields + 1] = 'err'
-  fields[#fields + 1] = ARGV[3]
-  fields[#fields + 1] = 'src'
-  fields[#fields + 1] = ARGV[2]
-  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', unpack(fields))
-  redis.call('XDEL', KEYS[1], ARGV[2])
-end
+bury(KEYS[1], KEYS[2], ARGV[2], nil, ARGV[3], ARGV[4])
 if ARGV[5] ~= '' and redis.call('EXISTS', KEYS[4]) == 1 then
   redis.call('XADD', KEYS[3], '*', 'd', ARGV[5])
   redis.call('PEXPIRE', KEYS[3], ARGV[6])

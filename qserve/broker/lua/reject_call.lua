@@ -6,13 +6,7 @@
 -- returns 1 if the entry was still ours to give up
 local base, entry, id = ARGV[1], ARGV[3], ARGV[4]
 if redis.call('XACK', KEYS[1], ARGV[2], entry) == 0 then return 0 end
-local put = redis.call('XRANGE', KEYS[1], entry, entry)
-if put[1] then
-  local fields = put[1][2]
-  for _, field in ipairs({'err', ARGV[8], 'src', entry}) do fields[#fields + 1] = field end
-  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[9], '*', unpack(fields))
-  redis.call('XDEL', KEYS[1], entry)
-end
+bury(KEYS[1], KEYS[2], entry, nil, ARGV[8], ARGV[9])
 local found = redis.call('HMGET', KEYS[3], 'state', 'entry')
 -- Anybody may have put an entry with this id; only the call's own one ends it.
 if found[1] and not ENDED[found[1]] and found[2] == entry then
