@@ -240,7 +240,7 @@ class Gateway:
         except QServeError:  # before anything was accepted: the call's outcome says why
             answer = outcome.result() if outcome.done() else None
             if answer is None or isinstance(answer, StreamedResponse):
-                answer = StreamBroken("the replica is gone")
+                answer = StreamBroken("the replica that had the WebSocket is gone: connect again")
             await deny(send, outcome_response(answer, request_id, debug=self._settings.debug), request_id)
         finally:
             self._client.cancel(pending)

@@ -82,7 +82,9 @@ def outcome_response(
     if outcome.kind == ERROR:
         return remote_error_response(decode_error(outcome.payload), request_id, debug=debug)
     # How a streamed response ends: its parts have not arrived, and will not.
-    return local_error_response(StreamBroken("the replica streamed its response, but the beginning was lost"))
+    return local_error_response(
+        StreamBroken("the beginning of the response was lost on its way from the replica: send the request again")
+    )
 
 
 def local_error_response(error: QServeError) -> HttpResponse:

@@ -147,7 +147,7 @@ async def _send_head(send: Send, channel: Channel, method: str, request_id: str)
     """Write the beginning; False if the response is over, because another one was sent in its place."""
     head = await channel.receive()
     if head is None:
-        raise StreamBroken("its beginning did not arrive")
+        raise StreamBroken("its beginning was lost on its way from the replica")
     response = decode_http_response(head)
     try:
         start = start_message(response, method, request_id, streamed=True)

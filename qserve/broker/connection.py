@@ -39,6 +39,9 @@ def ignore_answer(_answer: Answer) -> None:
     """Ignore the answer of a command whose failure shows elsewhere."""
 
 
+_LOST = "the connection to Redis was lost before it answered: it may have done this or not; a new one is being made"
+
+
 class Connection(asyncio.Protocol):
     """A connection that pipelines by itself. Bound to the loop it was opened on; not thread-safe.
 
@@ -99,7 +102,8 @@ class Connection(asyncio.Protocol):
             self.close()
             if problem := tls_problem(exc, server.place):
                 raise ConfigurationError(". ".join(problem)) from exc
-            raise BrokerUnavailable(f"cannot connect to Redis at {server.place}: {exc or type(exc).__name__}") from exc
+            text = f"cannot connect to Redis at {server.place}: {exc or type(exc).__name__}"
+            raise BrokerUnavailable(f"{text}. Check that it runs there, and what QSERVE_REDIS_URL says") from exc
         except BaseException:
             self.close()
             raise
@@ -133,14 +137,16 @@ class Connection(asyncio.Protocol):
             await self.call("PING")
         except CommandRefused as exc:
             if str(exc).startswith("LOADING"):
-                raise BrokerUnavailable(f"Redis at {place} is still loading its data") from exc
+                raise BrokerUnavailable(f"Redis at {place} is still loading its data: try again when it has") from exc
 
     async def _expect_ok(self, *command: Any) -> None:
         try:
             await self.call(*command)
         except CommandRefused as exc:
             kind: type[QServeError] = ConfigurationError if str(exc).startswith(_WRONG) else BrokerUnavailable
-            raise kind(f"Redis refused {command[0]}: {exc}") from exc
+            raise kind(
+                f"Redis refused {command[0]}: {exc}. Check user, password and database in QSERVE_REDIS_URL"
+            ) from exc
 
     @property
     def is_open(self) -> bool:
@@ -150,7 +156,7 @@ class Connection(asyncio.Protocol):
     def send(self, on_answer: Callable[[Answer], None], *command: Any) -> None:
         """Send a command at the end of this tick; its answer or exception goes to `on_answer`, in order."""
         if self._transport is None:
-            lost = BrokerUnavailable("the connection to Redis is lost")
+            lost = BrokerUnavailable("the connection to Redis is lost, and this was not sent: try again in a moment")
             asyncio.get_running_loop().call_soon(on_answer, lost)
             return
         self._waiting.append(on_answer)
@@ -252,7 +258,7 @@ class Connection(asyncio.Protocol):
         self._waiting.clear()
         for on_answer in lost:
             try:
-                on_answer(BrokerUnavailable("the connection to Redis was lost before it answered"))
+                on_answer(BrokerUnavailable(_LOST))
             except Exception:  # the others have to learn of it all the same
                 logger.exception("the receiver of an answer failed on the loss of its connection")
         if self._on_lost is not None:

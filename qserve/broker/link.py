@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from qserve.background import end, spawn
 from qserve.broker.connection import Connection, ignore_answer
-from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.redis_errors import CommandRefused, refused
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
 logger = logging.getLogger(__name__)
@@ -107,11 +107,14 @@ class Link:
                 await self._on_up()
         except TimeoutError as exc:
             self._disconnect()
-            raise BrokerUnavailable("Redis was connected, but did not answer") from exc
+            text = f"Redis has let this process in, but not answered within {_UP_TIMEOUT_S:g} s: see what keeps it busy"
+            raise BrokerUnavailable(text) from exc
         except CommandRefused as exc:
             self._disconnect()
             wrong = str(exc).startswith(("NOAUTH", "NOPERM", "WRONGPASS"))
-            raise (ConfigurationError if wrong else BrokerUnavailable)(f"Redis refuses to work: {exc}") from exc
+            if wrong:
+                raise ConfigurationError(refused(exc)) from exc
+            raise BrokerUnavailable(f"Redis does not take commands now: {exc}. Try again in a moment") from exc
         except BaseException:
             self._disconnect()
             raise

@@ -30,6 +30,14 @@ class CommandRefused(ResponseError):
     """Redis has answered a command with an error, which is the text of this one."""
 
 
+def refused(exc: Exception) -> str:
+    """What to say where Redis does not let this process in, or does not let it do its work."""
+    return (
+        f"Redis refuses this process: {exc}. Check user and password in QSERVE_REDIS_URL; "
+        "`qserve redis-acl` prints what its user has to be allowed"
+    )
+
+
 def broker_of(client: "redis.Redis | redis.asyncio.Redis") -> Broker:
     """What a client of `qserve.broker.server.redis_clients` connects to."""
     broker: Broker = client.connection_pool.connection_kwargs["broker"]
@@ -50,14 +58,16 @@ def our_errors(client: "redis.Redis | redis.asyncio.Redis") -> Iterator[None]:
     except NoScriptError:
         raise
     except (AuthenticationError, NoPermissionError) as exc:
-        raise ConfigurationError(f"Redis refuses us: {exc}") from exc
+        raise ConfigurationError(refused(exc)) from exc
     except OutOfMemoryError as exc:
-        raise BrokerUnavailable(f"Redis has no memory left and refused the change: {exc}") from exc
+        text = f"Redis has no memory left and refused the change: {exc}. Raise its maxmemory, or delete what may go"
+        raise BrokerUnavailable(text) from exc
     except (ConnectionError, TimeoutError, OSError) as exc:
         if problem := tls_problem(exc, broker_of(client).place):
             raise ConfigurationError(". ".join(problem)) from exc
-        raise BrokerUnavailable(f"Redis cannot be reached: {exc}") from exc
+        text = f"Redis cannot be reached: {exc}. Check that it runs, and what QSERVE_REDIS_URL says"
+        raise BrokerUnavailable(text) from exc
     except RedisError as exc:
         if str(exc).startswith(_PASSING):
-            raise BrokerUnavailable(f"Redis does not take this now: {exc}") from exc
+            raise BrokerUnavailable(f"Redis does not take this now: {exc}. Try again in a moment") from exc
         raise CommandRefused(str(exc)) from exc

@@ -59,9 +59,9 @@ class CallChannels:
         def check(answer: Answer) -> None:
             channel = call.channel if call is not None else None
             if channel is not None and channel.peer_has_left(answer):
-                channel.close(StreamBroken("the stream broke off, because its replica is gone"))
+                channel.close(StreamBroken("the stream broke off, its replica is gone: call again for all of it"))
 
         if self._link.sender.is_open:
             send_chunk(self._link.sender, self._keys, self._signer, to, call_id, chunk, check)
         elif call is not None and call.channel is not None:
-            call.channel.close(StreamBroken("the stream broke off, because Redis cannot be reached"))
+            call.channel.close(StreamBroken("the stream broke off, Redis cannot be reached: call again when it can"))

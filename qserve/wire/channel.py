@@ -221,7 +221,7 @@ class Channel:
             self._allowed = WINDOW
             self._writable.set()
         elif chunk.sender != self.peer:
-            self.close(StreamBroken("the replica that streamed has died"))
+            self.close(StreamBroken("the replica that streamed has died: call again for all of it"))
             return
         if chunk.kind == CREDIT:
             self._allowed = max(self._allowed, chunk.number)
@@ -233,7 +233,7 @@ class Channel:
 
     def _take_in(self, chunk: Chunk) -> None:
         if chunk.number != self._next_in:
-            self.abort(f"part {self._next_in} of the stream is missing")
+            self.abort(f"part {self._next_in} of the stream was lost on its way: call again for all of it")
             return
         self._next_in += 1
         self._arrived.append((chunk.kind, chunk.data))
@@ -250,7 +250,7 @@ class Channel:
         """
         self._is_finished = True
         if self._next_in != parts:
-            self.close(StreamBroken("the end of the stream is missing"))
+            self.close(StreamBroken("the end of the stream was lost on its way: call again for all of it"))
         elif not self.peer_has_ended:
             self._arrived.append((END, b""))
             self._readable.set()

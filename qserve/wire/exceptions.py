@@ -65,7 +65,7 @@ def _describe(exc: BaseException, pack: Pack, room: int) -> ErrorInfo:
         code=code,
         type_name=_clean(type_name),
         module=_clean(module),
-        message=_clean(message or _text_of(exc))[:_LONGEST_TEXT],
+        message=_clean(message or text_of(exc))[:_LONGEST_TEXT],
         args=packed_content(origin, pack),
         cause=None if cause is None else _describe(cause, pack, room - 1),
         members=tuple(_describe(member, pack, room - 1) for member in members),
@@ -148,7 +148,8 @@ def _task_error_and(cls: Any) -> type[TaskError] | None:
         return None
 
 
-def _text_of(exc: BaseException) -> str:
+def text_of(exc: BaseException) -> str:
+    """Its text; never raises."""
     try:
         return str(exc)
     except BaseException:  # a user's __str__

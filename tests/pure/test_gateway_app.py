@@ -478,7 +478,7 @@ async def test_a_stream_whose_parts_never_came_is_502(http: httpx.AsyncClient, c
     calls.answer = lambda request: b"5"  # there were five, and nothing of them has arrived
     response = await http.get("/hello")
     assert response.status_code == 502
-    assert "the beginning was lost" in response.text
+    assert "the beginning of the response was lost" in response.text
 
 
 async def test_a_full_queue_says_when_to_try_again(http: httpx.AsyncClient, calls: FakeCalls) -> None:

@@ -42,6 +42,7 @@ from qserve.wire.call_record import (
 )
 from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
+from qserve.wire.exceptions import text_of
 from qserve.wire.messages import (
     ERROR,
     HTTP,
@@ -61,7 +62,7 @@ from qserve_workers.calls.running import RunningCall
 from qserve_workers.calls.slots import Slots
 from qserve_workers.celery_calls.celery_results import celery_error, celery_result
 from qserve_workers.user.user_code import UserCode
-from qserve_workers.user.user_entry import text_of, what_was_raised
+from qserve_workers.user.user_entry import what_was_raised
 
 logger = logging.getLogger(__name__)
 

@@ -87,7 +87,7 @@ class Conversations:
 
         def check(answer: Answer) -> None:
             if channel.peer_has_left(answer):
-                channel.close(StreamBroken("the caller is gone"))
+                channel.close(StreamBroken("the caller's process has ended, so nobody reads what this call sends"))
 
         def transmit(to: str, chunk: Chunk) -> None:
             if chunk.kind not in (CREDIT, ABORT) and not running.streams:
@@ -99,7 +99,7 @@ class Conversations:
                 send_chunk(self._link.sender, self._keys, self._signer, to, call.id, chunk, check)
                 reach("chunk-sent")
             else:
-                channel.close(StreamBroken("Redis cannot be reached"))
+                channel.close(StreamBroken("the stream broke off, because Redis cannot be reached from its replica"))
 
         channel = running.channel = Channel(self._replica, transmit, call.reply_to)
         self._talking[call.id] = running
@@ -119,7 +119,7 @@ class Conversations:
         """End the channel of a call, if it has one; one opened later is closed at once."""
         running.unwanted = True
         if running.channel is not None:
-            running.channel.close(StreamBroken("the call has ended"))
+            running.channel.close(StreamBroken("the call has ended and can send nothing more"))
             self._talking.pop(running.call.id, None)
 
     async def watch_callers(self) -> None:

@@ -34,7 +34,7 @@ class WithdrawnCalls:
             return
         running.unwanted = True
         if running.channel is not None:
-            running.channel.close(StreamBroken("the caller left"))
+            running.channel.close(StreamBroken("the caller has left, so nobody reads what this call still sends"))
         if inherited or running.call.kind == STREAM or self._slots.may_run_again(running.call):
             running.info.cancel_nested()
             if running.began and not running.needs_thread:  # a task cancelled before its first step never takes it

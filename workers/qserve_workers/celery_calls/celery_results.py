@@ -11,6 +11,7 @@ import msgspec
 
 from qserve.errors import ResultNotSerializable, TaskError, failure_of
 from qserve.wire.call_record import DurableCall
+from qserve.wire.exceptions import text_of
 
 
 def celery_result(value: object) -> bytes:
@@ -40,7 +41,7 @@ def _failure(error: BaseException) -> bytes:
     name, module = type(error).__qualname__, type(error).__module__
     if isinstance(error, TaskError) and (failure := failure_of(error)).type_name:
         name, module = failure.type_name, failure.module
-    said = list(error.args) if all(isinstance(each, str | int | float) for each in error.args) else [str(error)]
+    said = list(error.args) if all(isinstance(each, str | int | float) for each in error.args) else [text_of(error)]
     facts = {"exc_type": name, "exc_message": said, "exc_module": module}
     return _outcome(facts, "".join(traceback.format_exception(error)))
 

@@ -52,7 +52,7 @@ class Autoscaler(autoscale.Autoscaler):  # type: ignore[misc]
         most = max if max is not None else self.max_concurrency
         fewest = min if min is not None else self.min_concurrency
         if not 1 <= fewest <= most:
-            raise ValueError(f"{fewest} to {most} replicas are no bounds: at least one, and no more than at most")
+            raise ValueError(f"autoscale {most} {fewest} is refused: MIN has to be at least 1, and no more than MAX")
         self.max_concurrency, self.min_concurrency = most, fewest
         keeper.scaler.bounds = (fewest, most)
         self.maybe_scale()

@@ -5,9 +5,10 @@ import logging
 import time
 from collections.abc import Callable
 
+from qserve.wire.exceptions import text_of
 from qserve_workers.calls.slots import Slots
 from qserve_workers.user.user_code import UserCode
-from qserve_workers.user.user_entry import text_of, what_was_raised
+from qserve_workers.user.user_entry import what_was_raised
 
 logger = logging.getLogger(__name__)
 

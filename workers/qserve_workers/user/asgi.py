@@ -228,13 +228,13 @@ async def run_asgi(
         # Starlette raises again what it has answered already.
         if not exchange.complete:
             if exchange.streamed:
-                raise StreamBroken("the application failed in the middle of its response") from exc
+                raise StreamBroken("the application failed in its response; the log of its replica says how") from exc
             return _INTERNAL_SERVER_ERROR
     if exchange.complete:
         return exchange.response()
     await exchange.settle()
     if exchange.streamed or exchange.client_has_left:
-        raise StreamBroken("the application returned in the middle of its response")
+        raise StreamBroken("the application returned before the last part of its response, with more_body=False")
     logger.error("ASGI application returned without a response, request %s", request.request_id)
     return _INTERNAL_SERVER_ERROR
 
@@ -278,7 +278,7 @@ class Socket:
                 logger.exception("Exception in ASGI application, WebSocket %s", self._request.request_id)
                 _note_error(exc)
                 await self._deny_unanswered()
-            raise StreamBroken("the application failed") from exc
+            raise StreamBroken("the application failed; the log of its replica says how") from exc
         await self._deny_unanswered()
 
     async def close(self, code: int, reason: str) -> None:
@@ -315,7 +315,7 @@ class Socket:
     async def _send(self, message: Message) -> None:
         try:
             if self._closed or self._channel.peer_has_ended:
-                raise StreamBroken("the WebSocket is closed")
+                raise StreamBroken("the WebSocket is closed: the application can send nothing more")
             self._answered = True
             await self._channel.send(encode(_websocket_event(message)))
         except StreamBroken as exc:

@@ -15,6 +15,7 @@ from types import AsyncGeneratorType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 from qserve.background import spawn
+from qserve.wire.exceptions import text_of
 
 Result = TypeVar("Result")
 
@@ -140,11 +141,3 @@ def _is_cancellation(exc: BaseException) -> bool:
     except RuntimeError:
         return True
     return isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling() > 0
-
-
-def text_of(exc: BaseException) -> str:
-    """Its text; never raises."""
-    try:
-        return str(exc)
-    except BaseException:  # a user's __str__
-        return "its text cannot be had"
