@@ -9,9 +9,9 @@ import msgspec
 
 from qserve.background import spawn
 from qserve.broker.connection import Answer
-from qserve.broker.instance.following import Change, Snapshot, connect_asyncio, follow, read_snapshot
+from qserve.broker.instance.change_log import Change, Snapshot, connect_asyncio, follow, read_snapshot
+from qserve.broker.instance.remembered_state import RememberedState
 from qserve.broker.instance.reports import report_gateway, send_gateway_report, withdraw_gateway
-from qserve.broker.instance.restoring import Memory
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.stream_ids import order
 from qserve.calls.client import Client
@@ -41,7 +41,7 @@ class Follower:
         self._apply = apply
         self._redis = connect_asyncio(client.settings.redis_url)
         settings = client.settings
-        self._memory = Memory(settings.keys, client.signer, restores=settings.autorestore)
+        self._remembered = RememberedState(settings.keys, client.signer, restores=settings.autorestore)
 
     async def start(self) -> None:
         """Apply the state as it is now, without reporting it.
@@ -93,7 +93,7 @@ class Follower:
     async def _catch_up(self) -> None:
         # The whole state, whatever changed: it is small, and nothing can be missed.
         found = await read_snapshot(self._redis, self._settings.keys, self._client.signer)
-        snapshot = await self._memory.compare(self._redis, found)
+        snapshot = await self._remembered.compare(self._redis, found)
         self._apply(snapshot)
         self._info = msgspec.structs.replace(self._info, applied=snapshot.log_id)
 

@@ -16,7 +16,7 @@ import msgspec
 
 from qserve.background import end
 from qserve.broker.call_news import CallNews
-from qserve.broker.instance.following import Snapshot
+from qserve.broker.instance.change_log import Snapshot
 from qserve.broker.instance.state import State
 from qserve.broker.server.redis_checks import require_usable_at
 from qserve.calls.client import Client

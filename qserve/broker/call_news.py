@@ -9,7 +9,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from qserve.background import end, spawn
-from qserve.broker.instance.following import connect_asyncio
+from qserve.broker.instance.change_log import connect_asyncio
 from qserve.broker.keys import Keys
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from qserve.broker.instance.following import Change, connect_asyncio, follow, read_snapshot
+from qserve.broker.instance.change_log import Change, connect_asyncio, follow, read_snapshot
 from qserve.broker.instance.state import GenerationChanged, State
 from qserve.broker.keys import Keys
 from qserve.broker.server import embedded

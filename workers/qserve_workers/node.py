@@ -20,9 +20,9 @@ from pathlib import Path
 import msgspec
 
 from qserve.background import end
-from qserve.broker.instance.following import Snapshot, connect_asyncio, follow, has_schedules, read_snapshot
+from qserve.broker.instance.change_log import Snapshot, connect_asyncio, follow, has_schedules, read_snapshot
+from qserve.broker.instance.remembered_state import RememberedState
 from qserve.broker.instance.reports import report_node, withdraw_node
-from qserve.broker.instance.restoring import Memory
 from qserve.broker.instance.state import State
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import embedded
@@ -63,7 +63,7 @@ class Node:
         self._redis = connect_asyncio(settings.redis_url)
         self._state = State(settings.redis_url, settings.keys, self._signer)
         self._snapshot = Snapshot()
-        self._memory = Memory(self._keys, self._signer, restores=settings.autorestore)
+        self._remembered = RememberedState(self._keys, self._signer, restores=settings.autorestore)
         self._valkey: KeptProcess | None = None
         self._gateways: NodeGateways | None = None
         self._beside: asyncio.Task[None] | None = None
@@ -227,7 +227,7 @@ class Node:
         while True:
             try:
                 found = await read_snapshot(self._redis, self._keys, self._signer)
-                return await self._memory.compare(self._redis, found)
+                return await self._remembered.compare(self._redis, found)
             except QServeError as exc:
                 logger.warning("Cannot read the state, trying again: %s", exc)
                 await asyncio.sleep(_TICK_S[0])

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 
 from qserve.background import end, spawn
-from qserve.broker.instance.following import Snapshot
+from qserve.broker.instance.change_log import Snapshot
 from qserve.broker.instance.heartbeats import call_neighbours, mark_dead
 from qserve.broker.instance.reports import forget_worker, read_replicas
 from qserve.broker.redis_errors import CommandRefused

@@ -16,7 +16,7 @@ import trustme
 from kombu.exceptions import OperationalError
 
 from qserve.broker.connection import Connection
-from qserve.broker.instance.following import connect_asyncio, read_snapshot
+from qserve.broker.instance.change_log import connect_asyncio, read_snapshot
 from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
 from qserve.errors import BrokerUnavailable, ConfigurationError

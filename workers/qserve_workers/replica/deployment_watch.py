@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable, Iterator
 
 from qserve.background import end, spawn
-from qserve.broker.instance.following import connect_asyncio, follow, last_log_id, read_meta
+from qserve.broker.instance.change_log import connect_asyncio, follow, last_log_id, read_meta
+from qserve.broker.instance.remembered_state import restore
 from qserve.broker.instance.reports import read_replicas
-from qserve.broker.instance.restoring import restore
 from qserve.broker.instance.state import decode_deployed
 from qserve.broker.redis_errors import CommandRefused
 from qserve.errors import BrokerUnavailable, ConfigurationError, FrameRejected

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from redis.exceptions import ResponseError
 
-from qserve.broker.instance.following import Snapshot, ask, read_snapshot
+from qserve.broker.instance.change_log import Snapshot, ask, read_snapshot
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import RESTORE
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = getLogger(__name__)
 
 
-class Memory:
+class RememberedState:
     """The newest snapshot that a process has followed.
 
     A server that comes back without its data has no history of the state, or another one: that nothing is deployed

@@ -2,8 +2,8 @@
 
 import redis
 
-from qserve.broker.instance.following import connect_asyncio, read_snapshot
-from qserve.broker.instance.restoring import Memory, restore
+from qserve.broker.instance.change_log import connect_asyncio, read_snapshot
+from qserve.broker.instance.remembered_state import RememberedState, restore
 from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
 from qserve.settings import Settings
@@ -23,7 +23,7 @@ async def test_what_is_forgotten_is_put_back_as_it_was(
     deploy(state, "B")
     deploy(state, "B")
     state.set_http(HttpSettings(root_path="/root"))
-    memory, client = Memory(keys, signer, restores=True), connect_asyncio(settings.redis_url)
+    memory, client = RememberedState(keys, signer, restores=True), connect_asyncio(settings.redis_url)
     before = await memory.compare(client, await read_snapshot(client, keys, signer))
 
     redis_client.flushall()
@@ -68,7 +68,7 @@ async def test_without_autorestore_nothing_is_written_and_nothing_is_undeployed(
     settings: Settings, keys: Keys, signer: Signer, state: State, redis_client: "redis.Redis"
 ) -> None:
     deploy(state, "A")
-    memory, client = Memory(keys, signer, restores=False), connect_asyncio(settings.redis_url)
+    memory, client = RememberedState(keys, signer, restores=False), connect_asyncio(settings.redis_url)
     await memory.compare(client, await read_snapshot(client, keys, signer))
 
     redis_client.flushall()
@@ -88,7 +88,7 @@ async def test_whoever_may_not_put_it_back_goes_on_until_somebody_does(
     known = deploy(state, "A")
     redis_client.acl_setuser("reader", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-hset", "-set"])
     client = connect_asyncio(settings.redis_url.replace("unix://", "unix://reader:any@"))
-    memory = Memory(keys, signer, restores=True)
+    memory = RememberedState(keys, signer, restores=True)
     before = await memory.compare(client, await read_snapshot(client, keys, signer))
 
     redis_client.flushall()
