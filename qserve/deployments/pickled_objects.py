@@ -50,6 +50,8 @@ class PackageObjects:
         if package not in self._places:
             self._places[package] = dict(_objects_of(package)) if _is_installed(package) else {}
         place = self._places[package].get(id(value))
+        if place is None and hasattr(type(value), "__getattr__") and _is_installed(package):
+            place = _place_of(value)
         return NotImplemented if place is None else (_find, place)
 
 
@@ -60,6 +62,15 @@ def _objects_of(package: str) -> Iterator[tuple[int, tuple[str, str]]]:
         for key, value in list(getattr(sys.modules.get(name), "__dict__", {}).items()):
             if not isinstance(value, type) and (type(value).__module__ or "").partition(".")[0] == package:
                 yield id(value), (name, key)
+
+
+def _place_of(value: object) -> tuple[str, str] | None:
+    """Where another installed package keeps an object, as Flask does its proxies, which are of a type of Werkzeug's."""
+    for name in sorted(sys.modules, key=len):
+        for key, kept in list(getattr(sys.modules.get(name), "__dict__", {}).items()):
+            if kept is value and _is_installed(name.partition(".")[0]):
+                return name, key
+    return None
 
 
 def _is_installed(package: str) -> bool:

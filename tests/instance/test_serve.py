@@ -278,6 +278,9 @@ class TestWithoutAnInstance:
     def test_shutdown_does_nothing(self) -> None:
         serve.shutdown()
 
+        with pytest.raises(NoInstanceError):
+            serve.status()
+
     def test_while_code_is_imported_nothing_is_started_or_deployed(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.DEBUG)
         with importing():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import flask
 import pytest
 from fastapi import FastAPI, datastructures
 from pydantic import BaseModel, computed_field
@@ -203,6 +204,11 @@ def test_what_installed_packages_tell_apart_by_identity_stays_what_it_is() -> No
     assert all(one is other for one, other in zip(restored[1], parameters, strict=True))
     assert isinstance(restored[2], FastAPI)
     assert restored[2] is not local
+
+
+def test_proxies_that_a_package_keeps_are_found_there() -> None:
+    """They answer for what they stand for, which is not there while they are being unpickled."""
+    assert loads(dumps([flask.request, flask.g]))[0] is flask.request
 
 
 def test_weak_references_and_dictionaries_are_pickled() -> None:

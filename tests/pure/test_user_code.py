@@ -77,6 +77,18 @@ async def test_a_constructor_that_raises_raises_here() -> None:
             pass
 
 
+async def test_a_def_constructor_that_looks_for_the_event_loop_is_told_where_it_is() -> None:
+    class Background:
+        def __init__(self) -> None:
+            self.loop = asyncio.get_running_loop()
+
+    with pytest.raises(RuntimeError, match="no running event loop") as raised:
+        async with running(Background):
+            pass
+    (note,) = raised.value.__notes__
+    assert "`async def __init__` works" in note
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 async def test_user_config_is_applied_after_construction_and_again_when_it_changes(is_async: bool) -> None:
     class Sync:

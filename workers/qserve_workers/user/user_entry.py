@@ -121,13 +121,22 @@ class UserThreads:
         return await result if inspect.isawaitable(result) else result
 
 
+_NO_LOOP = ("no running event loop", "There is no current event loop")
+_WHERE_THE_LOOP_IS = (
+    "`def` methods of a deployment, and a `def __init__`, run on a thread, so that they cannot block the event loop. "
+    "What needs the event loop goes into an `async def`: `async def __init__` works, too."
+)
+
+
 def _run_sync(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     try:
         return function(*args, **kwargs)
     except StopIteration as exc:
         # A future cannot carry it, and whoever awaited that future would wait for ever.
         raise RuntimeError("user code raised StopIteration") from exc
-    except Exception:
+    except Exception as exc:
+        if isinstance(exc, RuntimeError) and str(exc).startswith(_NO_LOOP):
+            exc.add_note(_WHERE_THE_LOOP_IS)
         raise
     except BaseException as exc:
         # A CancelledError in the future of the executor would look like a cancellation of this call.
