@@ -69,7 +69,7 @@ async def test_what_comes_while_it_asks_is_asked_for_too(monkeypatch: pytest.Mon
 
 
 async def test_it_asks_again_when_redis_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [BrokerUnavailable("away"), True]
+    answers: list[Exception | bool] = [BrokerUnavailable("away"), True]
 
     async def is_mine(_: Entry) -> bool:
         answer = answers.pop(0)

@@ -6,7 +6,6 @@ import signal
 
 import pytest
 
-from qserve import failpoints
 from qserve.failpoints import Armed
 
 
@@ -20,7 +19,7 @@ async def test_the_process_gets_its_signal_at_the_nth_time_and_after_sending_in_
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(failpoints.os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr("os.kill", lambda pid, number: sent.append((pid, number)))
     armed = Armed("run:2,reply-sent:1:stop")
 
     armed.reach("run")

@@ -10,10 +10,12 @@ import pytest
 
 from qserve.errors import BrokerUnavailable
 from qserve.wire.spec import STALLED, UNHEALTHY
-from qserve_workers.replica import stalls
 from qserve_workers.replica.health import HealthChecks
 from qserve_workers.replica.stalls import StallWatch
 from tests.support.waiting import until
+
+NOBODY: Any = None
+"""The client of Redis that `Told` does not need."""
 
 
 class Patient:
@@ -103,7 +105,7 @@ class Told:
 async def look(told: Told, blocked_s: float, *calls: Any) -> StallWatch:
     """Look at this event loop from another thread while it stands in a call of `time.sleep` of this module."""
     watch = StallWatch("Code#1", slots_of(*calls), lambda: None, told)
-    looking = asyncio.get_running_loop().run_in_executor(None, watch.look, None, blocked_s)
+    looking = asyncio.get_running_loop().run_in_executor(None, lambda: watch.look(NOBODY, blocked_s))
     time.sleep(0.05)  # noqa: ASYNC251 this is the stall
     await looking
     return watch
@@ -113,15 +115,15 @@ async def test_a_blocked_loop_is_told_with_the_method_and_the_line_once_until_it
     told, call = Told(), SimpleNamespace(task=asyncio.current_task(), call=SimpleNamespace(method="predict"))
 
     watch = await look(told, 1.5, call)
-    watch.look(None, 1.6)  # type: ignore[arg-type]
+    watch.look(NOBODY, 1.6)
 
     ((state, problem),) = told.states
     assert state == STALLED
     assert "method predict has blocked the event loop for more than 1 s, at " in problem
     assert f"{__file__}, line " in problem
     assert "make it `def`" in problem
-    watch.look(None, 0.0)  # type: ignore[arg-type]
-    watch.look(None, 1.5)  # type: ignore[arg-type]
+    watch.look(NOBODY, 0.0)
+    watch.look(NOBODY, 1.5)
     assert len(told.states) == 2
 
 
@@ -140,11 +142,11 @@ async def test_a_loop_that_runs_is_not_told() -> None:
 
 async def test_a_check_that_hangs_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[int] = []
-    monkeypatch.setattr(stalls.os, "_exit", ends.append)
-    monkeypatch.setattr(stalls.faulthandler, "dump_traceback", lambda *_args, **_options: None)
+    monkeypatch.setattr("os._exit", ends.append)
+    monkeypatch.setattr("faulthandler.dump_traceback", lambda *_args, **_options: None)
     told = Told()
 
-    StallWatch("Code#1", slots_of(), lambda: 31.0, told).look(None, 0.0)  # type: ignore[arg-type]
+    StallWatch("Code#1", slots_of(), lambda: 31.0, told).look(NOBODY, 0.0)
 
     assert ends == [1]
     assert told.states == [(UNHEALTHY, "its check_health has not returned within 31 s")]

@@ -13,8 +13,8 @@ from qserve.broker.history.buckets import BOUNDS_MS, BUCKET_S, add_counts
 from qserve.broker.history.troubles import LONGEST_TEXT, Trouble, note_troubles
 from qserve.broker.keys import Keys
 from qserve.broker.server import redis_clients
+from qserve.wire.exceptions import text_of
 from qserve_workers.calls.running import RunningCall
-from qserve_workers.user.user_entry import text_of
 
 _FRAMES_SHOWN: Final = 12
 _MOST_NOTES: Final = 20
