@@ -3,13 +3,15 @@
 import asyncio
 import inspect
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import wraps
 from inspect import BoundArguments, Parameter
 from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
-from qserve.context import current_call
+from qserve.context import batch_hooks, current_call, get_replica_context
 from qserve.errors import QServeError
+from qserve.hooks import Batch, BatchHook, HookChain
+from qserve.wire.messages import NO_META
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -19,6 +21,8 @@ R = TypeVar("R")
 class _Waiting(NamedTuple):
     arguments: tuple[Any, ...]
     result: asyncio.Future[Any]
+    meta: Mapping[str, Any]
+    """What the hooks say of the call."""
 
 
 class BatchQueue:
@@ -28,10 +32,15 @@ class BatchQueue:
 
     Args:
         run: Runs a batch, given one list per parameter; gives the results in the same order.
+        name: What hooks are told that the function is called.
     """
 
     def __init__(
-        self, run: Callable[..., Awaitable[Sequence[Any]]], max_batch_size: int, batch_wait_timeout_s: float
+        self,
+        run: Callable[..., Awaitable[Sequence[Any]]],
+        max_batch_size: int,
+        batch_wait_timeout_s: float,
+        name: str = "",
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self._run = run
@@ -39,12 +48,15 @@ class BatchQueue:
         self._wait_s = batch_wait_timeout_s
         self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
+        self._name = name
+        self._hooks = batch_hooks()
         self._runner: asyncio.Task[None] | None = None
 
     def put(self, arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
         """Add one call; the future gets its result."""
         result = self.loop.create_future()
-        self._waiting.append(_Waiting(arguments, result))
+        meta = NO_META if self._hooks is None else self._hooks.joins()
+        self._waiting.append(_Waiting(arguments, result, meta))
         self._arrived.set()
         if self._runner is None or self._runner.done():
             self._runner = self.loop.create_task(self._run_batches())
@@ -75,7 +87,10 @@ class BatchQueue:
     async def _run_batch(self, batch: list[_Waiting]) -> None:
         try:
             columns = map(list, zip(*(call.arguments for call in batch), strict=True))
-            results = await self._run(*columns)
+            if self._hooks is None:
+                results = await self._run(*columns)
+            else:
+                results = await self._run_with_hooks(self._hooks, [call.meta for call in batch], *columns)
             if len(results) != len(batch):
                 raise QServeError(
                     "Batched function doesn't preserve batch size. "
@@ -94,6 +109,19 @@ class BatchQueue:
         for call, result in zip(batch, results, strict=True):
             if not call.result.done():
                 call.result.set_result(result)
+
+    async def _run_with_hooks(
+        self, hooks: HookChain[BatchHook], calls: list[Mapping[str, Any]], *columns: list[Any]
+    ) -> Sequence[Any]:
+        batch = Batch(get_replica_context().deployment, self._name, calls)
+        states = hooks.before(batch)
+        try:
+            results = await self._run(*columns)
+        except BaseException as exc:
+            hooks.error(batch, states, exc)
+            raise
+        hooks.after(batch, states)
+        return results
 
 
 class BatchDecorator(Protocol):
@@ -203,7 +231,9 @@ class _Batched:
         queues = self._queues if instance is None else instance.__dict__
         queue: BatchQueue | None = queues.get(self._key)
         if queue is None or queue.loop is not asyncio.get_running_loop():
-            queue = queues[self._key] = BatchQueue(self._runner(instance), self._size, self._wait_s)
+            queue = queues[self._key] = BatchQueue(
+                *(self._runner(instance), self._size, self._wait_s), name=self._function.__name__
+            )
         return queue
 
     def _runner(self, instance: Any) -> Callable[..., Awaitable[Sequence[Any]]]:

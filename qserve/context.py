@@ -1,11 +1,13 @@
 """What user code can ask about the replica it runs in. This module owns the only per-process state of a replica."""
 
 import time
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from qserve.errors import QServeError
+from qserve.hooks import BatchHook, HookChain
 
 
 class Nested(Protocol):
@@ -93,11 +95,22 @@ class ReplicaContext:
 
 class _ReplicaHere:
     replica: ReplicaContext | None = None
+    batch_hooks: HookChain[BatchHook] | None = None
 
 
 def set_replica_context(context: ReplicaContext | None) -> None:
     """Make this process a replica, or with None no longer one. Only the worker calls this."""
     _ReplicaHere.replica = context
+
+
+def set_batch_hooks(hooks: Sequence[BatchHook]) -> None:
+    """Run these around the batches of this process. Only the worker calls this, before user code is there."""
+    _ReplicaHere.batch_hooks = HookChain(hooks) if hooks else None
+
+
+def batch_hooks() -> HookChain[BatchHook] | None:
+    """What is to be run around the batches of this process, where there is anything."""
+    return _ReplicaHere.batch_hooks
 
 
 def in_replica() -> bool:

@@ -1,6 +1,6 @@
 """Hooks: code of your own around every call, where it is made, where HTTP comes in, and where it is run.
 
-A hook is a class that derives from `ClientHook`, `GatewayHook` or `ReplicaHook`. The setting
+A hook is a class that derives from `ClientHook`, `GatewayHook`, `ReplicaHook` or `BatchHook`. The setting
 QSERVE_HOOKS names hooks by import path, `module:Class`, separated by commas; each process that finds the setting in its
 environment makes one object of each class when it starts and runs the methods around each of its calls. With no hooks
 a call costs nothing more.
@@ -53,6 +53,7 @@ class GatewayRequest:
         request_id: What the response's header `X-Request-Id` says.
         scope: The ASGI scope, with the headers as the client has sent them. Read it, do not change it.
         durable: Whether the client asked for the response later.
+        route_prefix: That route.
         meta: Travels with the call. `before` may add entries; keys and values are text, 8 KiB in all at most.
     """
 
@@ -61,6 +62,7 @@ class GatewayRequest:
     scope: Mapping[str, Any]
     durable: bool = False
     meta: dict[str, str] = field(default_factory=dict)
+    route_prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class ReplicaCall:
         attempt: 1 for the first delivery of the call, 2 for its second, and so on.
         durable: Whether the call has a record, which gets its answer.
         meta: What the caller's hooks have put there. Read it, do not change it.
+        waited_s: How long it has been in the queue.
     """
 
     call_id: str
@@ -84,10 +87,30 @@ class ReplicaCall:
     attempt: int
     durable: bool
     meta: Mapping[str, str]
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Calls of a function of `@serve.batch` that run as one.
+
+    Attributes:
+        deployment: Name of the deployment.
+        function: Name of the function.
+        calls: The meta that `joins` has made for each of them.
+    """
+
+    deployment: str
+    function: str
+    calls: Sequence[Mapping[str, Any]]
 
 
 class ClientHook:
     """What surrounds the calls that a process makes through handles, in scripts, servers and replicas."""
+
+    def wants(self, deployment: str) -> bool:
+        """Whether the hook is to be run around the call that is about to be made. Runs where the call is made."""
+        return True
 
     def before(self, call: ClientCall) -> Any:
         """Runs where the call is made, in the caller's thread and context, before the arguments are packed.
@@ -111,6 +134,10 @@ class ClientHook:
 class GatewayHook:
     """What surrounds the requests that a gateway puts on queues."""
 
+    def wants(self, scope: Mapping[str, Any]) -> bool:
+        """Whether the hook is to be run around a request. One that no hook wants costs next to nothing more."""
+        return True
+
     def before(self, request: GatewayRequest) -> Any:
         """Runs on the gateway's event loop before the request is put on the queue. Must not block.
 
@@ -132,6 +159,10 @@ class GatewayHook:
 class ReplicaHook:
     """What surrounds the calls that a replica runs."""
 
+    def wants(self, meta: Mapping[str, str]) -> bool:
+        """Whether the hook is to be run around a call, given what the caller's hooks have put into its meta."""
+        return True
+
     def before(self, call: ReplicaCall) -> Any:
         """Runs in the context in which the user's code then runs, so that context variables set here are seen there.
 
@@ -148,7 +179,35 @@ class ReplicaHook:
         """Runs once the user's code has raised, was cancelled or timed out. Otherwise like `after`."""
 
 
-Hook = TypeVar("Hook", ClientHook, GatewayHook, ReplicaHook)
+class BatchHook:
+    """What surrounds the batches of `@serve.batch` in a replica."""
+
+    def wants(self) -> bool:
+        """Always."""
+        return True
+
+    def joins(self, meta: dict[str, Any]) -> None:
+        """Runs where a call joins a batch, in the call's context. Must not block.
+
+        Args:
+            meta: What it adds here, the batch has in `calls`.
+        """
+
+    def before(self, batch: Batch) -> Any:
+        """Runs in the context in which the batch then runs. Must not block.
+
+        Returns:
+            Anything: `after` or `error` get it back.
+        """
+
+    def after(self, batch: Batch, state: Any) -> None:
+        """Runs in the context of `before` once the batch has its results. Must not block."""
+
+    def error(self, batch: Batch, state: Any, error: BaseException) -> None:
+        """Runs once the function has raised. Otherwise like `after`."""
+
+
+Hook = TypeVar("Hook", ClientHook, GatewayHook, ReplicaHook, BatchHook)
 
 
 def load_hooks(paths: str, kind: type[Hook]) -> tuple[Hook, ...]:
@@ -173,15 +232,17 @@ def _load(path: str) -> object:
         hook = pkgutil.resolve_name(path)
         if isinstance(hook, type):
             hook = hook()
+    except ConfigurationError:
+        raise
     except Exception as exc:
         raise ConfigurationError(
             f"QSERVE_HOOKS names {path!r}, which cannot be used: {type(exc).__name__}: {exc}. "
             "Write module:Class, where the class takes no arguments and this process can import the module."
         ) from exc
-    if not isinstance(hook, ClientHook | GatewayHook | ReplicaHook):
+    if not isinstance(hook, ClientHook | GatewayHook | ReplicaHook | BatchHook):
         raise ConfigurationError(
             f"QSERVE_HOOKS names {path!r}, which is no hook: derive its class from qserve.hooks.ClientHook, "
-            "GatewayHook or ReplicaHook."
+            "GatewayHook, ReplicaHook or BatchHook."
         )
     return hook
 
@@ -196,6 +257,33 @@ class HookChain(Generic[Hook]):
     def __init__(self, hooks: Sequence[Hook]) -> None:
         self._hooks: tuple[Hook, ...] = tuple(hooks)
         self._reported: set[tuple[Hook, str]] = set()
+        everything = {ClientHook.wants, GatewayHook.wants, ReplicaHook.wants, BatchHook.wants}
+        self._choosy = any(type(hook).wants not in everything for hook in hooks)
+
+    def choose(self, *facts: Any) -> "HookChain[Hook] | None":
+        """Those that want the call, the request or the batch of which these are the facts; None if none does."""
+        if not self._choosy:
+            return self
+        try:
+            chosen = [hook for hook in self._hooks if hook.wants(*facts)]
+        except BaseException as exc:
+            self._report(self._hooks[0], "wants", exc)
+            return self
+        if len(chosen) == len(self._hooks):
+            return self
+        if not chosen:
+            return None
+        chain = HookChain(chosen)
+        chain._reported = self._reported
+        return chain
+
+    def joins(self) -> dict[str, Any]:
+        """Run every `joins`; the meta goes to the batch."""
+        meta: dict[str, Any] = {}
+        for hook in self._hooks:
+            if isinstance(hook, BatchHook):
+                self._guarded(hook, "joins", partial(hook.joins, meta))
+        return meta
 
     def before(self, subject: Any) -> tuple[Any, ...]:
         """Run every `before`; the states go to `after` or `error`."""
@@ -214,14 +302,18 @@ class HookChain(Generic[Hook]):
     def _guarded(self, hook: Hook, method: str, run: Callable[[], Any]) -> Any:
         try:
             return run()
-        except BaseException:
-            if (hook, method) not in self._reported:
-                self._reported.add((hook, method))
-                logger.exception(
-                    "the hook %s.%s raised in %s(); the call goes on, and this is not logged again",
-                    *(type(hook).__module__, type(hook).__qualname__, method),
-                )
+        except BaseException as exc:
+            self._report(hook, method, exc)
             return None
+
+    def _report(self, hook: Hook, method: str, error: BaseException) -> None:
+        if (hook, method) not in self._reported:
+            self._reported.add((hook, method))
+            logger.error(
+                "the hook %s.%s raised in %s(); the call goes on, and this is not logged again",
+                *(type(hook).__module__, type(hook).__qualname__, method),
+                exc_info=error,
+            )
 
 
 _MAX_META_BYTES = 8 * 1024

@@ -12,6 +12,7 @@ from qserve.broker.keys import Keys
 from qserve.wire.names import NAME_PATTERN
 
 MIB = 1024 * 1024
+_SPANS = tuple(f"qserve.telemetry.tracing:{where}Spans" for where in ("Client", "Gateway", "Replica", "Batch"))
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,17 @@ class Settings(BaseSettings):
     hooks: str = Field(
         default="",
         description="Hooks to run around every call, `module:Class`, separated by commas: see [Hooks](hooks.md).",
+    )
+    traces: bool = Field(
+        default=False,
+        description="`1` makes OpenTelemetry spans of calls: see [Traces](telemetry.md#traces). Needs `qserve[otel]`.",
+    )
+    trace_durable: Literal["link", "child"] = Field(
+        default="link",
+        description=(
+            "Whether what a durable call does is a trace of its own, with a `link` to that of its caller, or a `child` "
+            "in that trace."
+        ),
     )
     http_timeout_s: float = Field(
         default=60.0,
@@ -242,6 +254,11 @@ class Settings(BaseSettings):
         default=False,
         description="Puts tracebacks of plain deployments into HTTP bodies; `qserve run --debug` sets it.",
     )
+
+    @property
+    def hook_paths(self) -> str:
+        """The hooks to run around every call: the user's, then those of traces where these are on."""
+        return ",".join(filter(None, (self.hooks, *(_SPANS if self.traces else ()))))
 
     @cached_property
     def keys(self) -> Keys:

@@ -1,6 +1,6 @@
 """The users' hooks around requests."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,8 +29,12 @@ class RequestHooks:
         Returns:
             The route of its call, with the meta that the hooks add.
         """
-        request = GatewayRequest(route.deployment, request_id, scope, durable)
-        scope["state"][_STATE] = request, self._chain.before(request)
+        chain = scope["state"].get(_STATE)
+        if chain is None:
+            return route
+        prefix = route.root_path or "/"
+        request = GatewayRequest(route.deployment, request_id, scope, durable, route_prefix=prefix)
+        scope["state"][_STATE] = chain, request, chain.before(request)
         return route._replace(meta=checked_meta(request.meta))
 
     def around(self, serve: ASGIApp) -> ASGIApp:
@@ -41,23 +45,32 @@ class RequestHooks:
             try:
                 await serve(scope, receive, response.send)
             except BaseException as exc:
-                self._after(scope, response, exc)
+                _after(scope, response, exc)
                 raise
-            self._after(scope, response, None)
+            _after(scope, response, None)
 
-        return serve_with_hooks
+        def serve_as_chosen(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+            # Not async: a request that no hook wants has no frame more.
+            chain = self._chain.choose(scope)
+            if chain is None:
+                return serve(scope, receive, send)
+            scope.setdefault("state", {})[_STATE] = chain
+            return serve_with_hooks(scope, receive, send)
 
-    def _after(self, scope: Scope, response: "_Response", error: BaseException | None) -> None:
-        told = scope.get("state", {}).pop(_STATE, None)
-        if told is None:
-            return  # it belongs to no deployment
-        request, states = told
-        if error is None and not response.is_whole:
-            error = ClientDisconnected("the client left before its response was sent")
-        if error is None:
-            self._chain.after(request, states, response.status)
-        else:
-            self._chain.error(request, states, error)
+        return serve_as_chosen
+
+
+def _after(scope: Scope, response: "_Response", error: BaseException | None) -> None:
+    told = scope["state"].pop(_STATE)
+    if isinstance(told, HookChain):
+        return  # it belongs to no deployment
+    chain, request, states = told
+    if error is None and not response.is_whole:
+        error = ClientDisconnected("the client left before its response was sent")
+    if error is None:
+        chain.after(request, states, response.status)
+    else:
+        chain.error(request, states, error)
 
 
 class _Response:

@@ -106,7 +106,7 @@ class Client:
         Raises:
             BrokerUnavailable, ConfigurationError: Redis, or a hook that QSERVE_HOOKS names, cannot be used from here.
         """
-        hooks = load_hooks(self.settings.hooks, ClientHook)
+        hooks = load_hooks(self.settings.hook_paths, ClientHook)
         self.hooks = HookChain(hooks) if hooks else None
         self._loop = self._handoff.open()
         self._deadlines.open(self._loop)

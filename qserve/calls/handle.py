@@ -54,10 +54,10 @@ class _BaseHandle:
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref[Any]:
         client, options = current_client(), self._options
         ref = CallRef(client, codec_of(client), self._name, options.method_name, options.timeout_s)
-        if client.hooks is None:
+        if client.hooks is None or (hooks := client.hooks.choose(self._name)) is None:
             ref.start(args, kwargs)
         else:
-            with HookedCall(client.hooks, self._name, options.method_name, "call") as hooked:
+            with HookedCall(hooks, self._name, options.method_name, "call") as hooked:
                 ref.start(args, kwargs, hooked.meta)
             ref.add_done_callback(hooked.end_with)
         return ref
@@ -288,9 +288,9 @@ class StreamHandle(_BaseHandle):
         """
         client, method = current_client(), self._options.method_name
         what = (client, codec_of(client), self._name, method, args, kwargs, self._options.timeout_s)
-        if client.hooks is None:
+        if client.hooks is None or (hooks := client.hooks.choose(self._name)) is None:
             return open_stream(*what)
-        with HookedCall(client.hooks, self._name, method, "stream") as hooked:
+        with HookedCall(hooks, self._name, method, "stream") as hooked:
             return open_stream(*what, meta=hooked.meta, on_end=hooked.end)
 
     def __getattr__(self, name: str) -> "StreamHandle":
@@ -312,9 +312,9 @@ class _BaseDurableHandle(_BaseHandle):
 
     def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Submitted:
         client = current_client()
-        if client.hooks is None:
+        if client.hooks is None or (hooks := client.hooks.choose(self._name)) is None:
             return self._put(client, args, kwargs, NO_META)
-        with HookedCall(client.hooks, self._name, self._options.method_name, "call", durable=True) as hooked:
+        with HookedCall(hooks, self._name, self._options.method_name, "call", durable=True) as hooked:
             ref, admitted = self._put(client, args, kwargs, hooked.meta)
         admitted.add_done_callback(hooked.end_with)
         return ref, admitted

@@ -23,7 +23,7 @@ _UTC = "%Y-%m-%dT%H:%M:%S"
 
 
 @dataclass
-class _Here:
+class ProcessFacts:
     """What this process is."""
 
     process: Process = "command"
@@ -31,7 +31,12 @@ class _Here:
     replica: str = ""
 
 
-_HERE: Final = _Here()
+_HERE: Final = ProcessFacts()
+
+
+def this_process() -> ProcessFacts:
+    """What this process is, as its records say."""
+    return _HERE
 
 
 def log_as(process: Process, deployment: str = "", replica: str = "") -> None:

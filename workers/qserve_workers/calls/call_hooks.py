@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from qserve.broker.server.clock import RedisClock
 from qserve.hooks import CallKind, HookChain, ReplicaCall, ReplicaHook
 from qserve.wire.call_record import DurableCall
 from qserve.wire.messages import HTTP, PYTHON, STREAM, WEBSOCKET, WITHIN
@@ -15,13 +16,18 @@ RunsCall = Callable[..., Awaitable[tuple[int, bytes]]]
 _KINDS: Final[dict[int, CallKind]] = {PYTHON: "call", STREAM: "stream", HTTP: "http", WEBSOCKET: "websocket"}
 
 
-def with_hooks(run: RunsCall, chain: HookChain[ReplicaHook] | None) -> RunsCall:
+def with_hooks(run: RunsCall, hooks: HookChain[ReplicaHook] | None, clock: RedisClock) -> RunsCall:
     """The function with hooks around it; without hooks the function itself, so that none cost nothing."""
-    if chain is None:
+    if hooks is None:
         return run
 
-    async def run_with_hooks(running: RunningCall, *arguments: Any) -> tuple[int, bytes]:
-        call = _described(running)
+    def run_as_chosen(running: RunningCall, *arguments: Any) -> Awaitable[tuple[int, bytes]]:
+        # Not async: a call that no hook wants has no frame more.
+        chain = hooks.choose(running.call.meta)
+        return run(running, *arguments) if chain is None else run_with_hooks(chain, running, *arguments)
+
+    async def run_with_hooks(chain: HookChain[ReplicaHook], running: RunningCall, *arguments: Any) -> tuple[int, bytes]:
+        call = _described(running, clock)
         states = chain.before(call)
         try:
             answer = await run(running, *arguments)
@@ -34,10 +40,10 @@ def with_hooks(run: RunsCall, chain: HookChain[ReplicaHook] | None) -> RunsCall:
             chain.after(call, states)
         return answer
 
-    return run_with_hooks
+    return run_as_chosen
 
 
-def _described(running: RunningCall) -> ReplicaCall:
+def _described(running: RunningCall, clock: RedisClock) -> ReplicaCall:
     call = running.call
     return ReplicaCall(
         call_id=call.id,
@@ -47,4 +53,5 @@ def _described(running: RunningCall) -> ReplicaCall:
         attempt=running.info.attempt,
         durable=isinstance(call, DurableCall),
         meta={name: text for name, text in call.meta.items() if name != WITHIN},
+        waited_s=max(0.0, clock.age_ms(running.entry.time_ms) / 1000),
     )

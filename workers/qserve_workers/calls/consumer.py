@@ -100,7 +100,7 @@ class Consumer:
             *(settings, signer, codec, *common), clock=self._clock, conversations=conversations, hooks=hooks
         )
         self._durable = DurableRuns(
-            *(settings, signer, codec, replica, *common), hooks=hooks, on_retry=self._mover.look_in
+            *(settings, signer, codec, replica, *common), clock=self._clock, hooks=hooks, on_retry=self._mover.look_in
         )
         self._triage = Triage(
             *(settings, link, slots, Arrivals(settings, signer, spec.name, link), self._answers),

@@ -13,6 +13,7 @@ from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.records import Records, durable_reply
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry
+from qserve.broker.server.clock import RedisClock
 from qserve.context import CallInfo, current_call
 from qserve.errors import (
     BrokerUnavailable,
@@ -107,6 +108,7 @@ class DurableRuns:
         slots: Slots,
         answers: Answers,
         *,
+        clock: RedisClock,
         hooks: HookChain[ReplicaHook] | None,
         on_retry: Callable[[float], None],
     ) -> None:
@@ -119,7 +121,7 @@ class DurableRuns:
         self._slots = slots
         self._answers = answers
         self._on_retry = on_retry
-        self._result = with_hooks(self._run_user_code, hooks)
+        self._result = with_hooks(self._run_user_code, hooks, clock)
         self._records = Records(settings.keys)
         self._unconfirmed: dict[bytes, _Settlement] = {}
 

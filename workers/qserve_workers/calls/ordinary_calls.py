@@ -75,7 +75,7 @@ class OrdinaryRuns:
         self._answers = answers
         self._clock = clock
         self._conversations = conversations
-        self._result = with_hooks(self._run_user_code, hooks)
+        self._result = with_hooks(self._run_user_code, hooks, clock)
 
     async def run(self, running: RunningCall, code: UserCode) -> None:
         """Run a call that this replica has taken: all of its outcomes."""

@@ -3,8 +3,9 @@
 import secrets
 
 from qserve.calls.client import Client
+from qserve.context import set_batch_hooks
 from qserve.errors import ConfigurationError
-from qserve.hooks import ReplicaHook, load_hooks
+from qserve.hooks import BatchHook, ReplicaHook, load_hooks
 from qserve.settings import Settings
 from qserve.telemetry.log_records import log_as
 from qserve.wire.spec import Deployed
@@ -55,7 +56,8 @@ class Replica:
 
     async def _serve(self, deployed: Deployed) -> float:
         try:
-            hooks = load_hooks(self._settings.hooks, ReplicaHook)
+            hooks = load_hooks(self._settings.hook_paths, ReplicaHook)
+            set_batch_hooks(load_hooks(self._settings.hook_paths, BatchHook))
         except ConfigurationError as exc:
             generation, revision = deployed.generation, deployed.spec.revision
             self._events.tell(ConstructionFailed(generation=generation, revision=revision, error=str(exc)))

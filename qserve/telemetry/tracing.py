@@ -1,0 +1,317 @@
+"""Spans of OpenTelemetry for every call: the hooks that QSERVE_TRACES adds to those of QSERVE_HOOKS.
+
+Nothing else imports this module, and so nothing of OpenTelemetry is imported where traces are off. What decides whether
+a call is traced is decided once, where its trace begins, and travels with it: a call that is not traced carries nothing
+and meets no hook.
+"""
+
+import os
+import random
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points, version
+from typing import Any, NamedTuple
+
+from qserve.context import current_call
+from qserve.errors import ConfigurationError
+from qserve.hooks import (
+    Batch,
+    BatchHook,
+    ClientCall,
+    ClientHook,
+    GatewayHook,
+    GatewayRequest,
+    ReplicaCall,
+    ReplicaHook,
+)
+from qserve.settings import Settings
+from qserve.telemetry.log_records import this_process
+
+try:
+    from opentelemetry import context, trace
+    from opentelemetry.baggage.propagation import W3CBaggagePropagator
+    from opentelemetry.propagators.composite import CompositePropagator
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
+    from opentelemetry.trace import Link, SpanKind, Status, StatusCode
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+except ModuleNotFoundError as exc:
+    raise ConfigurationError(
+        f"QSERVE_TRACES is set, but {exc.name} is not installed here: pip install 'qserve[otel]', or unset it."
+    ) from exc
+
+_W3C = CompositePropagator([TraceContextTextMapPropagator(), W3CBaggagePropagator()])
+_HEADER = b"traceparent"
+_HEADERS = frozenset({b"traceparent", b"tracestate", b"baggage"})
+
+
+class _Source(NamedTuple):
+    """Where spans come from.
+
+    Attributes:
+        tracer: Makes them. Where the provider is ours, it makes all it is asked for.
+        ratio: The share of new traces that are kept; None: the provider of the user decides.
+        links: Durable calls begin a trace of their own, which is linked with that of their caller.
+    """
+
+    tracer: Any
+    ratio: float | None
+    links: bool
+
+    def begins(self) -> bool:
+        """Whether a call that is part of no trace shall begin one."""
+        return self.ratio is None or random.random() < self.ratio  # noqa: S311 (nothing to guess)
+
+
+@cache
+def source() -> _Source:
+    """Made at the first call, and so in the process that makes the spans, after user code has set up what it wants."""
+    links, name = Settings().trace_durable == "link", ("qserve", version("qserve"))
+    provider: Any = trace.get_tracer_provider()
+    if not isinstance(provider, trace.ProxyTracerProvider):
+        return _Source(provider.get_tracer(*name), None, links)
+    here = this_process()
+    about = {"service.name": here.deployment or f"qserve-{here.process}", "service.instance.id": here.replica}
+    standard = Resource.create()  # what OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say wins
+    named = not str(standard.attributes.get("service.name", "")).startswith("unknown_service")
+    resource = Resource(about).merge(standard) if named else standard.merge(Resource(about))
+    provider = TracerProvider(resource=resource)
+    trace.set_tracer_provider(provider)
+    own: Any = TracerProvider(sampler=ParentBased(ALWAYS_ON), resource=resource, shutdown_on_exit=False)
+    for exporter in _exporter_classes():
+        processor = BatchSpanProcessor(exporter())
+        provider.add_span_processor(processor)  # which flushes it when the process ends
+        own.add_span_processor(processor)
+    return _Source(own.get_tracer(*name), _ratio(), links)
+
+
+def check() -> None:
+    """Whether the environment says what can be done.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    _ratio()
+    _exporter_classes()
+
+
+def _ratio() -> float:
+    sampler = os.environ.get("OTEL_TRACES_SAMPLER", "always_on").lower().removeprefix("parentbased_")
+    if sampler == "traceidratio":
+        given = os.environ.get("OTEL_TRACES_SAMPLER_ARG", "1")
+        try:
+            return min(1.0, max(0.0, float(given)))
+        except ValueError:
+            raise ConfigurationError(f"OTEL_TRACES_SAMPLER_ARG={given!r} is not a number from 0 to 1.") from None
+    if sampler in ("always_on", "always_off"):
+        return 1.0 if sampler == "always_on" else 0.0
+    raise ConfigurationError(
+        f"OTEL_TRACES_SAMPLER={sampler!r} is none that qserve knows: always_on, always_off or traceidratio, with or "
+        "without parentbased_ before it."
+    )
+
+
+def _exporter_classes() -> list[Any]:
+    found = []
+    for name in os.environ.get("OTEL_TRACES_EXPORTER", "otlp").split(","):
+        wanted = name.strip().lower()
+        if wanted in ("", "none"):
+            continue
+        if wanted == "otlp":
+            protocol = os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+            protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol)
+            wanted = "otlp_proto_grpc" if protocol == "grpc" else "otlp_proto_http"
+        points = tuple(entry_points(group="opentelemetry_traces_exporter", name=wanted))
+        if not points:
+            raise ConfigurationError(
+                f"OTEL_TRACES_EXPORTER names {name.strip()!r}, and no package installed here has it. `otlp` over HTTP "
+                "comes with qserve[otel]; over gRPC it needs opentelemetry-exporter-otlp-proto-grpc."
+            )
+        found.append(points[0].load())
+    return found
+
+
+class ClientSpans(ClientHook):
+    """A span "send NAME" for each call through a handle, from `remote()` to its result; of a durable call, until it is
+    accepted."""
+
+    def wants(self, deployment: str) -> bool:
+        """Calls of a trace that is kept; where there is none, a new one begins outside of replicas only."""
+        here = trace.get_current_span().get_span_context()
+        if here.is_valid:
+            return bool(here.trace_flags.sampled)
+        return current_call.get() is None and source().begins()
+
+    def before(self, call: ClientCall) -> Any:
+        """Begin the span, and tell the replica of it."""
+        attributes = _messaging(call.deployment, "send") | _what(call.method, call.kind, call.durable)
+        span = source().tracer.start_span(f"send {call.deployment}", kind=SpanKind.PRODUCER, attributes=attributes)
+        _tell(call.meta, span, context.get_current())
+        return span
+
+    def after(self, call: ClientCall, state: Any) -> None:
+        """End it."""
+        _end(state)
+
+    def error(self, call: ClientCall, state: Any, error: BaseException) -> None:
+        """End it with the error."""
+        _end(state, error)
+
+
+class GatewaySpans(GatewayHook):
+    """A span of an HTTP server for each request, and in it "send NAME", both until the response is sent."""
+
+    def wants(self, scope: Mapping[str, Any]) -> bool:
+        """Requests of a trace that is kept; those that bring none may begin one."""
+        for name, value in scope["headers"]:
+            if name == _HEADER:
+                return bool(value[-1:] in b"13579bdf") and value[-3:-2] == b"-"
+        return source().begins()
+
+    def before(self, request: GatewayRequest) -> Any:
+        """Begin both, and tell the replica."""
+        scope, tracer = request.scope, source().tracer
+        headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _HEADERS}
+        parent = _W3C.extract(headers, context=context.Context())
+        is_socket = scope["type"] == "websocket"
+        method = "GET" if is_socket else scope["method"]
+        attributes = {
+            "http.request.method": method,
+            "http.route": request.route_prefix,
+            "url.path": scope["path"],
+            "url.scheme": scope["scheme"],
+            "network.protocol.version": scope["http_version"],
+            "qserve.request_id": request.request_id,
+        }
+        server = tracer.start_span(
+            f"{method} {request.route_prefix}", context=parent, kind=SpanKind.SERVER, attributes=attributes
+        )
+        about = _messaging(request.deployment, "send") | _what(
+            "", "websocket" if is_socket else "http", request.durable
+        )
+        inside = trace.set_span_in_context(server, parent)
+        send = tracer.start_span(f"send {request.deployment}", inside, kind=SpanKind.PRODUCER, attributes=about)
+        _tell(request.meta, send, parent)
+        return server, send
+
+    def after(self, request: GatewayRequest, state: Any, status: int) -> None:
+        """End both; a status of 500 and more is an error."""
+        server, send = state
+        server.set_attribute("http.response.status_code", status)
+        if status >= 500:
+            server.set_attribute("error.type", str(status))
+            server.set_status(Status(StatusCode.ERROR))
+            send.set_attribute("error.type", str(status))
+            send.set_status(Status(StatusCode.ERROR))
+        send.end()
+        server.end()
+
+    def error(self, request: GatewayRequest, state: Any, error: BaseException) -> None:
+        """End both with the error."""
+        for span in reversed(state):
+            _end(span, error)
+
+
+class ReplicaSpans(ReplicaHook):
+    """A span "process NAME" for each attempt of a call, under which those of user code hang."""
+
+    def wants(self, meta: Mapping[str, str]) -> bool:
+        """Calls whose callers have traced them."""
+        return "traceparent" in meta
+
+    def before(self, call: ReplicaCall) -> Any:
+        """Begin it, and make it the current span of user code."""
+        sent = _W3C.extract(call.meta, context=context.Context())
+        sender = trace.get_current_span(sent).get_span_context()
+        is_linked = call.durable and source().links
+        links = [Link(sender)] if is_linked or call.attempt > 1 else []
+        attributes = _messaging(call.deployment, "process") | _what(call.method, call.kind, call.durable)
+        attributes |= {
+            "messaging.message.id": call.call_id,
+            "qserve.attempt": call.attempt,
+            "qserve.queue_time_s": round(call.waited_s, 6),
+            "qserve.replica": this_process().replica,
+        }
+        span = source().tracer.start_span(
+            f"process {call.deployment}",
+            context=context.Context() if is_linked else sent,
+            kind=SpanKind.CONSUMER,
+            attributes=attributes,
+            links=links,
+        )
+        context.attach(trace.set_span_in_context(span, sent))  # for as long as the call's own context
+        return span
+
+    def after(self, call: ReplicaCall, state: Any) -> None:
+        """End it."""
+        _end(state)
+
+    def error(self, call: ReplicaCall, state: Any, error: BaseException) -> None:
+        """End it with the error and its traceback."""
+        state.record_exception(error)
+        _end(state, error)
+
+
+class BatchSpans(BatchHook):
+    """A span "process NAME batch" for each batch of `@serve.batch` with traced calls in it, linked with them."""
+
+    def joins(self, meta: dict[str, Any]) -> None:
+        """Note the span of the call that joins."""
+        meta["span"] = trace.get_current_span().get_span_context()
+
+    def before(self, batch: Batch) -> Any:
+        """Begin it, and make it the current span of the batch."""
+        spans = [meta["span"] for meta in batch.calls]
+        links = [Link(span) for span in spans if span.is_valid and span.trace_flags.sampled]
+        if not links:
+            context.attach(context.Context())  # else it would count as the first call's
+            return None
+        attributes = _messaging(batch.deployment, "process")
+        attributes |= {"qserve.method": batch.function, "messaging.batch.message_count": len(batch.calls)}
+        name = f"process {batch.deployment} batch"
+        span = source().tracer.start_span(
+            name, context=context.Context(), kind=SpanKind.CONSUMER, attributes=attributes, links=links
+        )
+        context.attach(trace.set_span_in_context(span, context.Context()))
+        return span
+
+    def after(self, batch: Batch, state: Any) -> None:
+        """End it."""
+        if state is not None:
+            _end(state)
+
+    def error(self, batch: Batch, state: Any, error: BaseException) -> None:
+        """End it with the error."""
+        if state is not None:
+            state.record_exception(error)
+            _end(state, error)
+
+
+def _messaging(deployment: str, operation: str) -> dict[str, Any]:
+    return {
+        "messaging.system": "qserve",
+        "messaging.operation.name": operation,
+        "messaging.operation.type": operation,
+        "messaging.destination.name": deployment,
+    }
+
+
+def _what(method: str, kind: str, durable: bool) -> dict[str, Any]:
+    return {"qserve.method": method or "__call__", "qserve.kind": kind, "qserve.durable": durable}
+
+
+def _tell(meta: dict[str, str], span: Any, baggage: Any) -> None:
+    if span.is_recording():  # else the sampler of the user does not want it
+        _W3C.inject(meta, context=trace.set_span_in_context(span, baggage))
+
+
+def _end(span: Any, error: BaseException | None = None) -> None:
+    if error is not None:
+        span.set_attribute("error.type", type(error).__qualname__)
+        span.set_status(Status(StatusCode.ERROR, str(error)[:500]))
+    span.end()
+
+
+check()  # whoever names these hooks is told at the start

@@ -1,0 +1,95 @@
+"""Which calls are traced, and what is said where traces cannot be made."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from qserve.errors import ConfigurationError
+from qserve.settings import Settings
+
+pytest.importorskip("opentelemetry.sdk", reason="qserve[otel] is not installed")
+
+from qserve.telemetry import tracing
+
+HEADER = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-"
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    yield
+    tracing.source.cache_clear()
+
+
+def decided_by(monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
+    monkeypatch.setattr(tracing, "source", lambda: tracing._Source(None, ratio, links=True))
+    monkeypatch.setattr(tracing.source, "cache_clear", lambda: None, raising=False)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_a_request_without_a_trace_begins_one_as_the_sampler_says(
+    monkeypatch: pytest.MonkeyPatch, ratio: float
+) -> None:
+    decided_by(monkeypatch, ratio)
+    assert tracing.GatewaySpans().wants({"headers": [(b"host", b"x")]}) == bool(ratio)
+    assert tracing.ClientSpans().wants("Echo") == bool(ratio)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [(b"00", False), (b"01", True), (b"02", False), (b"03", True), (b"0f", True), (b"", False), (b"x", False)],
+)
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_the_flags_of_a_request_decide(
+    monkeypatch: pytest.MonkeyPatch, flags: bytes, wanted: bool, ratio: float
+) -> None:
+    decided_by(monkeypatch, ratio)
+    assert tracing.GatewaySpans().wants({"headers": [(b"traceparent", HEADER + flags)]}) == wanted
+
+
+def test_a_replica_traces_what_its_callers_trace() -> None:
+    spans = tracing.ReplicaSpans()
+    assert spans.wants({"traceparent": HEADER.decode() + "01"})
+    assert not spans.wants({"tenant": "x"})
+
+
+@pytest.mark.parametrize(
+    ("sampler", "ratio"),
+    [
+        ({}, 1.0),
+        ({"OTEL_TRACES_SAMPLER": "always_off"}, 0.0),
+        ({"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.25"}, 0.25),
+        ({"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "7"}, 1.0),
+    ],
+)
+def test_the_samplers_of_opentelemetry(monkeypatch: pytest.MonkeyPatch, sampler: dict[str, str], ratio: float) -> None:
+    for name, value in sampler.items():
+        monkeypatch.setenv(name, value)
+    assert tracing._ratio() == ratio
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("OTEL_TRACES_SAMPLER", "jaeger_remote", "always_on, always_off or traceidratio"),
+        ("OTEL_TRACES_SAMPLER_ARG", "often", "'often' is not a number"),
+        ("OTEL_TRACES_EXPORTER", "zipkin2", "no package installed here has it"),
+    ],
+)
+def test_what_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=says):
+        tracing.check()
+
+
+def test_traces_come_after_the_hooks_of_the_user() -> None:
+    assert Settings(hooks="mine:Hook").hook_paths == "mine:Hook"
+    paths = Settings(hooks="mine:Hook", traces=True).hook_paths.split(",")
+    assert paths[0] == "mine:Hook"
+    assert [path.partition(":")[2] for path in paths[1:]] == [
+        "ClientSpans",
+        "GatewaySpans",
+        "ReplicaSpans",
+        "BatchSpans",
+    ]
