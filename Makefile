@@ -9,7 +9,7 @@
 #   make format   put the code into the form that `make check` asks for
 #   make bench    measure the tables of benchmarks/results.md (ARGS="calls queues" for some of its sections,
 #                 BENCH_PEERS=dir adds the peers)
-#   make chaos    break everything under load, for 80 minutes (ARGS="--part 2/11", "--slice", "--runs K1,K5")
+#   make chaos    break everything under load, for 85 minutes (ARGS="--part 2/11", "--slice", "--runs K1,K5")
 #   make docs     run what README.md and docs/ show
 #   make docs-site  build the documentation site into build/site (VERSION=...); it installs its generator first
 #   make tables   write the tables of docs/configuration.md that follow from the code

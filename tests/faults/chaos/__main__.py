@@ -1,6 +1,6 @@
 """`python -m tests.faults.chaos`: break everything under load, and judge every call from ledgers kept on both sides.
 
-    python -m tests.faults.chaos                      the whole suite (make chaos), 80 minutes
+    python -m tests.faults.chaos                      the whole suite (make chaos), 85 minutes
     python -m tests.faults.chaos --part 2/11          an eleventh; each ends within 9 minutes
     python -m tests.faults.chaos --runs K1,K5         some runs
     python -m tests.faults.chaos --slice              every run, each for seconds; ends within 5 minutes
