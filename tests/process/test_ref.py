@@ -197,7 +197,7 @@ class TestGetAndWait:
         cancelled.cancel()
         refs = [failed(ValueError()), cancelled]
 
-        assert wait(refs, num_returns=2, timeout=1) == (refs, [])
+        assert wait(refs, num_returns=2, timeout=patience(1)) == (refs, [])
 
     def test_wait_wakes_up_when_enough_have_ended(self) -> None:
         refs: list[Ref[int]] = [Ref() for _ in range(3)]

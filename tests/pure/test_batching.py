@@ -9,6 +9,7 @@ import pytest
 from qserve.batching import batch
 from qserve.errors import QServeError
 from tests.support.local_code import running
+from tests.support.slowness import patience
 
 # The decorator
 
@@ -111,7 +112,7 @@ async def test_a_batch_of_one_returns_at_once_however_long_the_wait() -> None:
     async def echo(items: list[int]) -> list[int]:
         return items
 
-    assert await asyncio.wait_for(echo(1), timeout=10) == 1
+    assert await asyncio.wait_for(echo(1), timeout=patience(10)) == 1
 
 
 async def test_a_batch_waits_until_it_is_full() -> None:

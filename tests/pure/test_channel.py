@@ -7,6 +7,7 @@ import pytest
 
 from qserve.errors import Indeterminate, StreamBroken
 from qserve.wire.channel import CREDIT, LARGEST_PART, WINDOW, Channel, Chunk
+from tests.support.slowness import patience
 
 
 class Wire:
@@ -184,4 +185,4 @@ async def test_several_readers_may_wait_for_the_end() -> None:
     waiting = [asyncio.create_task(wire.client.wait_broken()) for _ in range(2)]
     await asyncio.sleep(0)
     wire.server.abort("it is over")
-    await asyncio.wait_for(asyncio.gather(*waiting), 1)
+    await asyncio.wait_for(asyncio.gather(*waiting), patience(1))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qserve.calls.handoff import Handoff
+from tests.support.slowness import patience
 
 
 def in_a_thread(work: Callable[[], Any]) -> None:
@@ -32,7 +33,7 @@ async def test_actions_of_other_threads_run_on_the_loop_in_order() -> None:
 
     in_a_thread(hand_over)
     assert ran == []
-    await asyncio.wait_for(done.wait(), 10)
+    await asyncio.wait_for(done.wait(), patience(10))
 
     assert ran == [(number, threading.get_ident()) for number in range(100)]
 
@@ -66,7 +67,7 @@ async def test_many_actions_cost_one_wake_up(monkeypatch: pytest.MonkeyPatch) ->
 
     in_a_thread(hand_over)
     in_a_thread(lambda: handoff.run(done.set))
-    await asyncio.wait_for(done.wait(), 10)
+    await asyncio.wait_for(done.wait(), patience(10))
 
     assert len(wake_ups) == 1
 

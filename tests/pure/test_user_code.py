@@ -23,6 +23,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from qserve.context import CallInfo, current_call, get_replica_context
 from qserve.errors import MethodNotFound, QServeError, ResultNotSerializable
 from tests.support.local_code import CODEC, running
+from tests.support.slowness import patience
 
 # Construction
 
@@ -373,7 +374,7 @@ async def test_exceptions_that_would_stop_the_loop_fail_their_call_only(error: t
     for function in (sync, coroutine):
         async with running(function) as replica:
             with pytest.raises(RuntimeError, match=error.__name__):
-                await asyncio.wait_for(replica.call(), timeout=10)
+                await asyncio.wait_for(replica.call(), timeout=patience(10))
 
 
 # Requests

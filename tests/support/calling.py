@@ -19,6 +19,7 @@ from qserve.wire.messages import ERROR, PYTHON, Outcome, Reply, Signer, decode_e
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.calls.consumer import Consumer
 from qserve_workers.user.user_code import UserCode
+from tests.support.slowness import patience
 
 LIMIT_S = 20.0
 
@@ -108,7 +109,7 @@ class Caller:
 
 async def within(future: "asyncio.Future[Outcome]", limit_s: float = LIMIT_S) -> Outcome:
     """The future's result, which may not take long."""
-    return await asyncio.wait_for(future, limit_s)
+    return await asyncio.wait_for(future, patience(limit_s))
 
 
 def deploy(

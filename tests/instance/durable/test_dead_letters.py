@@ -29,7 +29,7 @@ def dead(*arguments: str) -> Result:
 def listed(name: str) -> list[dict[str, Any]]:
     done = dead("ls", "--json", name)
     assert done.exit_code == 0, done.output
-    return [json.loads(line) for line in done.output.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture
