@@ -10,8 +10,7 @@ import pytest
 
 from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY
-from qserve_workers.pool.orders import Kill, Serve, Status, Stop
-from qserve_workers.pool.replacing import KILL_MARGIN_S
+from qserve_workers.pool.replacing import KILL_MARGIN_S, Kill, Serve, Status, Stop
 from qserve_workers.replica.replica_events import (
     CallsCounted,
     ChangeApplied,

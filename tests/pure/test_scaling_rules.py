@@ -5,7 +5,7 @@ import pytest
 from qserve import serve
 from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.spec import HEALTHY
-from qserve_workers.pool.orders import Release, Resize, Stop
+from qserve_workers.pool.replacing import Release, Resize, Stop
 from qserve_workers.pool.scaling import Scaler, WorkerDemand
 from tests.support.replacing import Pool
 

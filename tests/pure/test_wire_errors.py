@@ -395,7 +395,7 @@ def test_the_traceback_starts_where_user_code_starts() -> None:
     def user_code() -> None:
         raise ValueError("here")
 
-    machinery: dict[str, Any] = {"__name__": "qserve_workers.replica.lifecycle"}
+    machinery: dict[str, Any] = {"__name__": "qserve_workers.replica.replica_process"}
     exec("def run(call):\n    try:\n        call()\n    except Exception as exc:\n        return exc", machinery)
     text = codec.pack_error(machinery["run"](user_code)).traceback_text
     assert "in user_code" in text

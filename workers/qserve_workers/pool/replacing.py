@@ -7,12 +7,11 @@ nothing.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, DRAINING, HEALTHY, SERVING, STANDBY, STARTING
 from qserve_workers.pool.crew import Crew, Desired, TrackedReplica
-from qserve_workers.pool.orders import Action, Kill, Publish, Release, Resize, Serve, Status, Stop
 from qserve_workers.pool.succession import batch_of, excess, leave_after, leave_first, next_to_apply, releases
 from qserve_workers.replica.replica_events import (
     CallsCounted,
@@ -32,6 +31,67 @@ from qserve_workers.replica.replica_events import (
 KILL_MARGIN_S = 2.0
 """How long after its own grace period a leaving replica is killed."""
 _MOST_FAILURES = 100
+
+
+# What a rollout tells the pool to do, and the world to know
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Keep this many processes, those on their way out included."""
+
+    processes: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Tell a replica to finish its calls and leave."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """Tell a replica to leave as soon as it has no call in hand; if that does not come soon, it says so and stays."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Tell a replica that its turn has come: a standby one reads calls, as what it replaces has gone; one that serves
+    and asked to reconfigure does so."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Kill:
+    """End a process that does not go by itself."""
+
+    pid: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the world is told about this worker; see `qserve.wire.spec.WorkerInfo`."""
+
+    generation: int
+    state: str
+    wanted: int
+    ready: int
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Tell the world; None: there is nothing deployed to tell about."""
+
+    status: Status | None
+
+
+Action = Resize | Stop | Release | Serve | Kill | Publish
 
 
 class Rollout:
