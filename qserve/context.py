@@ -61,14 +61,23 @@ class ReplicaContext:
     """The replica in which this code runs.
 
     Attributes:
-        deployment: Name of the deployment.
+        deployment: Name of the deployment, within its application.
         replica_tag: "<deployment>#<random>".
         servable_object: The user's instance (in its own constructor: not yet complete), or the function.
+        app_name: The application that the deployment belongs to; "" if it was deployed by itself.
+        world_size: How many replicas the deployment is to have, as deployed.
     """
 
     deployment: str
     replica_tag: str
     servable_object: Any
+    app_name: str = ""
+    world_size: int = 1
+
+    @property
+    def replica_id(self) -> str:
+        """What tells this replica from others: its tag."""
+        return self.replica_tag
 
     @property
     def request_id(self) -> str | None:

@@ -1,23 +1,34 @@
 """What applications use: `from qserve import serve`."""
 
+import asyncio
 import contextlib
 import copyreg
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
-import msgspec
-
+from qserve.applications.application_goal import JointGoal, delete_all, deployments_of
+from qserve.applications.application_handles import get_app_handle, get_deployment_handle
+from qserve.applications.graph import DEFAULT_NAME, RunTarget, make_graph
+from qserve.applications.serve_status import ApplicationStatus, DeploymentStatus, ServeStatus, serve_status
 from qserve.batching import batch
 from qserve.calls.durable_ref import DurableRef, attached_ref
-from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle, DurableHandle, codec_of, unpickle_handle
+from qserve.calls.handle import (
+    AsyncDeploymentHandle,
+    DeploymentHandle,
+    DurableHandle,
+    codec_of,
+    unpickle_handle,
+)
 from qserve.calls.hooked import HookedCall
 from qserve.calls.planned_call import plan_call
 from qserve.calls.process_client import current_client
+from qserve.calls.ref import Ref
+from qserve.calls.streams import ResultStream
 from qserve.context import ReplicaContext, get_replica_context
-from qserve.deployments import deploying, local_instance
+from qserve.deployments import local_instance
+from qserve.deployments.binding import Application
 from qserve.deployments.deployment import Deployment, deployment, unpickle_deployment
 from qserve.deployments.driver import THIS_PROCESS
 from qserve.deployments.http_options import HTTPOptions, Location
@@ -25,29 +36,55 @@ from qserve.deployments.ingress import ingress
 from qserve.deployments.loading import is_importing
 from qserve.durable.cron import parse_when
 from qserve.durable.schedules import Declared, Plan, Schedules
+from qserve.errors import (
+    BackPressureError,
+    CallCancelled,
+    DeploymentUnavailable,
+    QServeError,
+    ReplicaDied,
+)
 from qserve.hooks import ClientHook, HookChain, load_hooks
 from qserve.settings import Settings
-from qserve.wire.spec import ReplicaInfo
+from qserve.wire.autoscaling import AutoscalingConfig
+from qserve.wire.options import Default
+from qserve.wire.ray_names import warn_of
 
 __all__ = [
+    "Application",
+    "ApplicationStatus",
     "AsyncDeploymentHandle",
+    "AutoscalingConfig",
+    "BackPressureError",
     "Deployment",
     "DeploymentHandle",
+    "DeploymentResponse",
+    "DeploymentResponseGenerator",
     "DeploymentStatus",
+    "DeploymentUnavailableError",
     "DurableRef",
     "HTTPOptions",
     "Location",
+    "RayServeException",
     "ReplicaContext",
+    "ReplicaUnavailableError",
+    "RequestCancelledError",
+    "RunTarget",
+    "ServeStatus",
     "batch",
+    "delete",
     "deployment",
+    "get_app_handle",
     "get_deployment",
+    "get_deployment_handle",
     "get_ref",
     "get_replica_context",
     "ingress",
     "list_deployments",
     "run",
+    "run_many",
     "schedule",
     "shutdown",
+    "shutdown_async",
     "start",
     "status",
     "unschedule",
@@ -57,8 +94,18 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Names of Ray Serve 2.x for what is called otherwise here.
+DeploymentResponse = Ref
+DeploymentResponseGenerator = ResultStream
+RayServeException = QServeError
+RequestCancelledError = CallCancelled
+DeploymentUnavailableError = DeploymentUnavailable
+ReplicaUnavailableError = ReplicaDied
+
 # Pickles, tracebacks and reprs name these by the path that stays, whatever module they stand in.
 for _public in (
+    *(Application, ApplicationStatus, DeploymentStatus, RunTarget, ServeStatus),
+    *(AutoscalingConfig, get_app_handle, get_deployment_handle),
     *(AsyncDeploymentHandle, Deployment, DeploymentHandle, DurableRef, HTTPOptions, Location, ReplicaContext),
     unpickle_handle,
     unpickle_deployment,
@@ -68,7 +115,13 @@ for _public in (
 _LOOK_S = 0.2
 
 
-def start(detached: bool = False, http_options: HTTPOptions | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+def start(
+    detached: bool = False,
+    http_options: HTTPOptions | Mapping[str, Any] | None = None,
+    *,
+    proxy_location: str | None = None,
+    **kwargs: Any,
+) -> None:
     """Start an instance on this machine unless one is running, and return when it serves HTTP.
 
     If QSERVE_REDIS_URL is set, the instance uses that server; otherwise it starts a server of its own.
@@ -76,8 +129,9 @@ def start(detached: bool = False, http_options: HTTPOptions | Mapping[str, Any] 
     Args:
         detached: Whether the instance outlives this process. Otherwise it ends with it, however the process ends.
         http_options: See `HTTPOptions`. An instance that is running keeps its own, and logs a warning.
-        kwargs: Only `dedicated_cpu`, which Ray Serve 1.x has, and without effect; `http_host`, `http_port` and
-            `http_middlewares`, which it once had, are refused with a hint.
+        proxy_location: `location` of `http_options`, as Ray Serve 2.x has it: "HeadOnly", "EveryNode" or "Disabled".
+        kwargs: Only `dedicated_cpu`, `grpc_options` and `logging_config`, which Ray Serve has, and without effect;
+            `http_host`, `http_port` and `http_middlewares`, which it once had, are refused with a hint.
 
     Raises:
         ValueError: The address cannot be listened on.
@@ -85,17 +139,23 @@ def start(detached: bool = False, http_options: HTTPOptions | Mapping[str, Any] 
     """
     _refuse_old_options(kwargs)
     options = _options(http_options)
+    if proxy_location is not None:
+        options.location = Location("NoServer" if proxy_location == "Disabled" else proxy_location)
     if not _ignored("start"):
         THIS_PROCESS.start(options, detached=detached)
 
 
 @overload
 def run(
-    target: Deployment[T],
+    target: Deployment[T] | Application[T],
     *,
     blocking: bool = False,
     detached: bool = False,
     http_options: HTTPOptions | Mapping[str, Any] | None = None,
+    name: str = DEFAULT_NAME,
+    route_prefix: str | Default | None = Default.VALUE,
+    logging_config: object = None,
+    _local_testing_mode: bool = False,
 ) -> DeploymentHandle[T]: ...
 @overload
 def run(
@@ -106,46 +166,113 @@ def run(
     http_options: HTTPOptions | Mapping[str, Any] | None = None,
 ) -> None: ...
 def run(
-    target: Deployment[Any] | Sequence[Deployment[Any]] | None = None,
+    target: Application[Any] | Deployment[Any] | Sequence[Deployment[Any]] | None = None,
     *,
     blocking: bool = False,
     detached: bool = False,
     http_options: HTTPOptions | Mapping[str, Any] | None = None,
+    name: str = DEFAULT_NAME,
+    route_prefix: str | Default | None = Default.VALUE,
+    logging_config: object = None,
+    _local_testing_mode: bool = False,
 ) -> DeploymentHandle[Any] | None:
     """Start an instance unless one is running, deploy to it, and return when all that is deployed is served.
 
-    Several deployments start side by side.
+    Several deployments start side by side. An application that is deployed again under its name is replaced:
+    deployments that it has no more are deleted in the end.
 
     Args:
-        target: The deployment or deployments.
+        target: An application (`Deployment.bind(...)`), a deployment, or several deployments.
         blocking: Whether to stay until Ctrl-C, or until the instance has ended.
         detached, http_options: As for `start`.
+        name: The name of an application. Deployments of another application than "default" are called
+            "<application>.<deployment>" in the instance.
+        route_prefix: The path of an application; not given: "/", or what its root was given. None: not over HTTP.
+        logging_config, _local_testing_mode: Taken because Ray Serve has them, and without effect.
 
     Returns:
-        The handle of a single deployment; None for several.
+        The handle of an application or of a single deployment; None for several deployments.
 
     Raises:
         RuntimeError: A deployment failed; see `Deployment.deploy`.
-        ValueError, ConfigurationError: As for `start`.
+        ValueError, ConfigurationError: As for `start`; or the route belongs to somebody else.
     """
-    options = _options(http_options)
+    warn_of({"logging_config": logging_config, "local_testing_mode": _local_testing_mode})
+    graph = make_graph(target, name, route_prefix) if isinstance(target, Application) else None
     one = target if isinstance(target, Deployment) else None
-    if not _ignored("run"):
-        several = [one] if one is not None else list(target or ())  # type: ignore[arg-type]
-        instance = THIS_PROCESS.start(options, detached=detached, wait=False)
-        goals = [instance.put(each.to_spec(instance.codec)) for each in several]
-        for goal in goals:
-            goal.wait()
+
+    several = graph.deployments if graph is not None else [one] if one is not None else list(target or ())  # type: ignore[arg-type]
+    _bring_up("run", several, blocking=blocking, detached=detached, http_options=http_options)
+    single = graph.root if graph is not None else one
+    return single.get_handle() if single is not None else None
+
+
+def run_many(
+    targets: Sequence[RunTarget],
+    *,
+    blocking: bool = False,
+    wait_for_ingress_deployment_creation: bool = True,
+    wait_for_applications_running: bool = True,
+    _local_testing_mode: bool = False,
+) -> list[DeploymentHandle[Any]]:
+    """Like `run` for several applications, which start side by side.
+
+    Args:
+        wait_for_ingress_deployment_creation: Without effect.
+        wait_for_applications_running: Whether to return only when all is served.
+    """
+    warn_of({"local_testing_mode": _local_testing_mode})
+    graphs = [make_graph(each.target, each.name, each.route_prefix) for each in targets]
+
+    several = [each for graph in graphs for each in graph.deployments]
+    _bring_up("run_many", several, blocking=blocking, wait=wait_for_applications_running)
+    return [graph.root.get_handle() for graph in graphs]
+
+
+def _bring_up(
+    verb: str,
+    deployments: Sequence[Deployment[Any]],
+    *,
+    blocking: bool,
+    wait: bool = True,
+    detached: bool = False,
+    http_options: HTTPOptions | Mapping[str, Any] | None = None,
+) -> None:
+    options = _options(http_options)
+    if _ignored(verb):
+        return
+    instance = THIS_PROCESS.start(options, detached=detached, wait=False)
+    goal = JointGoal(instance.state, [each.to_spec(instance.codec) for each in deployments])
+    if wait:
+        goal.wait()
         THIS_PROCESS.wait_until_ready()
-        if blocking:
-            _stay(instance.settings.namespace)
-    return one.get_handle() if one is not None else None
+    if blocking:
+        _stay(instance.settings.namespace)
+
+
+def delete(name: str, _blocking: bool = True) -> None:
+    """Delete an application, and return when its deployments are gone. Calls that were sent before are finished.
+
+    Args:
+        name: The name of the application, or of a deployment that belongs to none. Harmless where there is none.
+
+    Raises:
+        NoInstanceError: No instance is running.
+    """
+    if not _ignored("delete"):
+        state = THIS_PROCESS.current().state
+        delete_all(state, list(deployments_of(state, name)) or [name], wait=_blocking)
 
 
 def shutdown() -> None:
     """Delete all deployments and stop the processes of the instance; harmless where there is none."""
     if not _ignored("shutdown"):
         THIS_PROCESS.shutdown()
+
+
+async def shutdown_async() -> None:
+    """`shutdown` for code on an event loop, which goes on meanwhile."""
+    await asyncio.to_thread(shutdown)
 
 
 def get_deployment(name: str) -> Deployment[Any]:
@@ -241,55 +368,13 @@ def list_deployments() -> dict[str, Deployment[Any]]:
     }
 
 
-@dataclass(frozen=True)
-class DeploymentStatus:
-    """How a deployment is doing.
-
-    Attributes:
-        state: WAITING (no node is alive), DEPLOYING, HEALTHY or DEPLOY_FAILED.
-        error: What went wrong last; "" if nothing did.
-        version: The version that is deployed.
-        generation: The number of deploys under this name.
-        route_prefix: The path under which it is served; None if it is not served over HTTP.
-        replicas: Its replicas, as each last described itself.
-        queued: The number of calls that wait or run.
-        wanted: How many replicas there should be now on all nodes, as far as their workers have reported.
-        autoscaling_config: How that number follows the load; None if it is fixed.
-    """
-
-    state: str
-    error: str
-    version: str | None
-    generation: int
-    route_prefix: str | None
-    replicas: tuple[ReplicaInfo, ...]
-    queued: int
-    wanted: int
-    autoscaling_config: dict[str, Any] | None
-
-
-def status() -> dict[str, DeploymentStatus]:
-    """How every deployment is doing.
+def status() -> ServeStatus:
+    """How every deployment is doing, by name; and every application, as `status().applications`.
 
     Raises:
         NoInstanceError: No instance is running.
     """
-    state = THIS_PROCESS.current().state
-    return {
-        name: DeploymentStatus(
-            state=deployed.state,
-            error=deployed.error,
-            version=deployed.spec.version,
-            generation=deployed.generation,
-            route_prefix=deployed.spec.route_prefix,
-            replicas=tuple(state.observed.replicas(name).values()),
-            queued=state.observed.queued(name),
-            wanted=deploying.wanted(state, name),
-            autoscaling_config=None if scaling is None else msgspec.structs.asdict(scaling),
-        )
-        for name, deployed in state.list().items()
-        for scaling in [deployed.spec.autoscaling]
-    }
+    return serve_status(THIS_PROCESS.current().state)
 
 
 def _options(given: HTTPOptions | Mapping[str, Any] | None) -> HTTPOptions:
@@ -301,8 +386,9 @@ def _refuse_old_options(kwargs: Mapping[str, Any]) -> None:
         if name in {"http_host", "http_port", "http_middlewares"}:
             option = name.removeprefix("http_")
             raise ValueError(f"{name} is not an option any more. Use http_options={{'{option}': ...}} instead.")
-        if name != "dedicated_cpu":
+        if name not in {"dedicated_cpu", "grpc_options", "logging_config"}:
             raise TypeError(f"start() got an unexpected keyword argument '{name}'")
+    warn_of(kwargs)
 
 
 def _ignored(verb: str) -> bool:

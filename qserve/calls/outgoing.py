@@ -52,6 +52,10 @@ class CallRef(Ref[Any]):
         """The name of what is called, for messages."""
         return f"{self._deployment}.{self._method}" if self._method else self._deployment
 
+    @property
+    def request_id(self) -> str:
+        return self._pending.id if self._pending is not None else ""
+
     def belong_to(self, caller: CallInfo | None) -> None:
         """Inherit the remaining time and the cancellation of the call that makes this one, if one does."""
         if caller is not None:

@@ -56,11 +56,17 @@ class Ref(LightFuture[T], Generic[T]):
         self.withdraw()
         return True
 
-    def result(self, timeout: float | None = None) -> T:
+    @property
+    def request_id(self) -> str:
+        """The id of the call in logs; "" until it is sent."""
+        return ""
+
+    def result(self, timeout: float | None = None, *, timeout_s: float | None = None) -> T:
         """Wait for the result.
 
         Args:
             timeout: Seconds to wait at most; None: until the call's own deadline.
+            timeout_s: The same, under the name that it has in Ray Serve.
 
         Raises:
             GetTimeoutError: The result did not arrive in time. The call goes on, and `result` may be called again.
@@ -70,6 +76,8 @@ class Ref(LightFuture[T], Generic[T]):
             RuntimeError: Called where waiting would stop the event loop that has to receive the result.
         """
         self.refuse_to_deadlock()
+        if timeout is None:
+            timeout = timeout_s
         if timeout is None:
             self.is_waited_for = True
         try:

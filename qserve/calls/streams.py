@@ -57,6 +57,25 @@ class ResultStream(Generic[T]):
         finally:
             self.close()
 
+    def __next__(self) -> T:
+        chunk: T = self._run(self._next)
+        if chunk is _END:
+            self.close()
+            raise StopIteration
+        return chunk
+
+    async def __anext__(self) -> T:
+        chunk: T = await self._run_async(self._next)
+        if chunk is _END:
+            self.close()
+            raise StopAsyncIteration
+        return chunk
+
+    @property
+    def request_id(self) -> str:
+        """The id of the call in logs."""
+        return self._pending.id
+
     def __await__(self) -> Generator[Any, None, "ResultStream[T]"]:
         yield from ()
         return self
@@ -64,6 +83,8 @@ class ResultStream(Generic[T]):
     def close(self) -> None:
         """End the call; the replica's generator is closed at its next `yield`."""
         self._client.withdraw(self._pending)
+
+    cancel = close
 
     def inherit_cancellation(self) -> None:
         """End it with the call that made it."""

@@ -11,12 +11,12 @@ from typing import Any
 
 import msgspec
 
+from qserve.applications.app_import import import_app
+from qserve.applications.application_goal import JointGoal
 from qserve.broker.instance.state import State
 from qserve.broker.server.redis_checks import connect, require_usable
 from qserve.cli.output import Failure, note
 from qserve.cli.source import content_version, project_files
-from qserve.deployments import deploying
-from qserve.deployments.app_import import import_app
 from qserve.deployments.deployment import Deployment
 from qserve.deployments.driver import make_codec
 from qserve.durable.schedules import Declared, Schedules
@@ -29,7 +29,7 @@ from qserve.wire.spec import DeploymentSpec
 
 
 @dataclass(frozen=True)
-class Application:
+class ImportedApplication:
     """What an import of MODULE[:NAME] gave.
 
     Attributes:
@@ -41,7 +41,7 @@ class Application:
     files: Sequence[Path]
 
 
-def import_application(text: str, replicas: int | None = None) -> Application:
+def import_application(text: str, replicas: int | None = None) -> ImportedApplication:
     """Import MODULE[:NAME] as if from the current folder.
 
     Args:
@@ -60,7 +60,7 @@ def import_application(text: str, replicas: int | None = None) -> Application:
     if replicas is not None:
         deployments = [deployment.options(num_replicas=replicas) for deployment in deployments]
     modules = {deployment.func_or_class.__module__ for deployment in deployments}
-    return Application(deployments, project_files(Path.cwd(), modules))
+    return ImportedApplication(deployments, project_files(Path.cwd(), modules))
 
 
 def did_you_mean(text: str) -> str:
@@ -86,7 +86,7 @@ def _closest(missing: str, before: str, names: Iterable[str], after: str = "") -
     return f" Did you mean {f'{before}{close[0]}{after}'!r}?" if close else ""
 
 
-def deploy_application(application: Application, state: State, settings: Settings) -> list[DeploymentSpec]:
+def deploy_application(application: ImportedApplication, state: State, settings: Settings) -> list[DeploymentSpec]:
     """Deploy, show how replicas start, and return what is served.
 
     Raises:
@@ -95,7 +95,11 @@ def deploy_application(application: Application, state: State, settings: Setting
     """
     codec = make_codec(settings, signs=state.signer.signs)
     specs = [make_spec(deployment, application, codec) for deployment in application.deployments]
-    goals = [_put(state, spec) for spec in specs]
+    try:
+        joint = JointGoal(state, specs)
+    except ValueError as exc:
+        raise Failure(str(exc)) from exc
+    goals = joint.goals
     show_progress(goals)
     failures = []
     for goal in goals:
@@ -105,12 +109,13 @@ def deploy_application(application: Application, state: State, settings: Setting
             failures.append(f"Deployment {goal.name!r}: {users_part(str(exc))}")
     if failures:
         raise Failure("\n".join(failures))
+    joint.clean_up()
     for plan in Declared.plans:
         Schedules(state).put(plan, codec)
     return [goal.deployed.spec for goal in goals]
 
 
-def make_spec(deployment: Deployment[Any], application: Application, codec: Codec) -> DeploymentSpec:
+def make_spec(deployment: Deployment[Any], application: ImportedApplication, codec: Codec) -> DeploymentSpec:
     """The spec of a deployment; without a version of its own, it gets one made of its content."""
     spec = deployment.to_spec(codec)
     if spec.version is not None:
@@ -138,10 +143,3 @@ def wait_for_redis(url: str, timeout_s: float) -> None:
                     note(f"{exc} Waiting up to {timeout_s:.0f} s for it.")
                     told = True
             time.sleep(0.3)
-
-
-def _put(state: State, spec: DeploymentSpec) -> deploying.Goal:
-    try:
-        return deploying.deploy(state, spec)
-    except ValueError as exc:
-        raise Failure(f"Deployment {spec.name!r}: {exc}") from exc

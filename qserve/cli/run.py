@@ -14,7 +14,7 @@ from types import FrameType
 import click
 
 from qserve.broker.server.redis_checks import require_usable_at
-from qserve.cli.application import Application, deploy_application, import_application
+from qserve.cli.application import ImportedApplication, deploy_application, import_application
 from qserve.cli.gateway_options import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
@@ -119,7 +119,7 @@ def start_instance(
         return launch(settings, options)
 
 
-def bring_up(instance: LocalInstance, application: Application, *, stay_anyway: bool) -> InstanceRecord:
+def bring_up(instance: LocalInstance, application: ImportedApplication, *, stay_anyway: bool) -> InstanceRecord:
     """Deploy while the gateway starts.
 
     Args:
@@ -137,7 +137,7 @@ def bring_up(instance: LocalInstance, application: Application, *, stay_anyway: 
     return instance.wait_until_ready()
 
 
-def introduce(application: Application, gateway_url: str, certfile: str | None, keyfile: str | None) -> None:
+def introduce(application: ImportedApplication, gateway_url: str, certfile: str | None, keyfile: str | None) -> None:
     """Print a command to try each deployment, and how to stop."""
     lines = introduction(
         application.deployments,

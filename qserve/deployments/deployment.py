@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, Ty
 import msgspec
 
 from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle, get_handle
+from qserve.deployments.binding import ALONE, Application, Membership
 from qserve.deployments.checked_options import changed_options, complete_options, given_options, known_options
 from qserve.deployments.driver import THIS_PROCESS
 from qserve.deployments.loading import Deployable, importing, is_importing, make_target
@@ -29,6 +30,8 @@ T_co = TypeVar("T_co", covariant=True)
 
 class Deployment(ReadableOptions, Deployable, Generic[T_co]):
     """A class or function and how it is served. Made by `@serve.deployment`; it never changes: `options` copies it."""
+
+    _membership: Membership
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         raise RuntimeError("The Deployment constructor should not be called directly. Use `@serve.deployment` instead.")
@@ -72,6 +75,15 @@ class Deployment(ReadableOptions, Deployable, Generic[T_co]):
         goal.wait()
         return None
 
+    def bind(self, *args: Any, **kwargs: Any) -> Application[T_co]:
+        """An application of this deployment, for `serve.run`.
+
+        Args:
+            args, kwargs: Arguments of the constructor. Applications among them, in lists, tuples and dicts too, are
+                deployed as well, and are handles in the replica.
+        """
+        return Application(self, args, kwargs)
+
     def delete(self) -> None:
         """Delete the deployment, and return when it is gone. Calls that were sent before are finished.
 
@@ -114,7 +126,11 @@ class Deployment(ReadableOptions, Deployable, Generic[T_co]):
         """
         known = known_options(options, "Deployment.options")
         code, target = (self._code, self._target) if func_or_class is None else (func_or_class, None)
-        return _make(code, target, changed_options(self._options, known))
+        return _make(code, target, changed_options(self._options, known), self._membership)
+
+    def as_member(self, membership: Membership) -> "Deployment[T_co]":
+        """A copy that belongs to an application."""
+        return _make(self._code, self._target, self._options, membership)
 
     def to_spec(
         self,
@@ -154,6 +170,7 @@ class Deployment(ReadableOptions, Deployable, Generic[T_co]):
             is_class=inspect.isclass(code),
             is_ingress=hasattr(code, "__qserve_asgi__"),
             deployed_at=time.time(),
+            **self._membership._asdict(),
             **{each.field: options[each.field] for each in DECLARED if each.field not in in_another_form},
             **in_another_form,
         )
@@ -171,7 +188,7 @@ class Deployment(ReadableOptions, Deployable, Generic[T_co]):
             options["ray_actor_options"] = codec.unpack(spec.ray_actor_options) if spec.ray_actor_options else {}
         options["autoscaling_config"] = scaling and msgspec.to_builtins(scaling)
         options["backpressure_config"] = when_full and msgspec.to_builtins(when_full)
-        return _make(None, spec.target, complete_options(options))
+        return _make(None, spec.target, complete_options(options), Membership(spec.application, spec.is_root))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Deployment):
@@ -193,11 +210,15 @@ class Deployment(ReadableOptions, Deployable, Generic[T_co]):
             self._code,
             None if self._target is None else msgspec.structs.astuple(self._target),
             options,
+            tuple(self._membership),
         )
 
 
 def unpickle_deployment(
-    code: Callable[..., Any] | None, target: tuple[Any, ...] | None, options: Mapping[str, Any]
+    code: Callable[..., Any] | None,
+    target: tuple[Any, ...] | None,
+    options: Mapping[str, Any],
+    membership: tuple[str, bool] = ALONE,
 ) -> Deployment[Any]:
     """The deployment that was pickled.
 
@@ -205,7 +226,8 @@ def unpickle_deployment(
     plain data: so a deployment can be read by another version of qserve than the one that has pickled it.
     """
     known = {name: value for name, value in options.items() if name in GivenOptions.__annotations__}
-    return _make(code, None if target is None else Target(*target), complete_options(known))
+    made = complete_options(known)
+    return _make(code, None if target is None else Target(*target), made, Membership(*membership))
 
 
 def _identity(deployment: Deployment[Any]) -> dict[str, Any]:
@@ -215,10 +237,15 @@ def _identity(deployment: Deployment[Any]) -> dict[str, Any]:
     return told_apart
 
 
-def _make(code: Callable[..., Any] | None, target: Target | None, options: Mapping[str, Any]) -> Deployment[Any]:
+def _make(
+    code: Callable[..., Any] | None,
+    target: Target | None,
+    options: Mapping[str, Any],
+    membership: Membership = ALONE,
+) -> Deployment[Any]:
     """A deployment with these options, which are complete and checked."""
     made: Deployment[Any] = object.__new__(Deployment)
-    made._code, made._target, made._options = code, target, options
+    made._code, made._target, made._options, made._membership = code, target, options, membership
     return made
 
 

@@ -68,6 +68,12 @@ class ReadableOptions:
         return f"/{self.name}" if isinstance(prefix, Default) else prefix
 
     @property
+    def given_route_prefix(self) -> str | Default | None:
+        """`route_prefix` as it was given."""
+        prefix: str | Default | None = self._options["route_prefix"]
+        return prefix
+
+    @property
     def ray_actor_options(self) -> dict[str, Any]:
         """GPUs and environment variables of each replica; the rest is recorded, and without effect."""
         return dict(self._options["ray_actor_options"])

@@ -47,6 +47,13 @@ def warn_once(name: str) -> None:
         logger.warning("%s has no effect in qserve: %s.", name, WITHOUT_EFFECT[name])
 
 
+def warn_of(given: Mapping[str, object]) -> None:
+    """Warn of each option that was given."""
+    for name, value in given.items():
+        if value:
+            warn_once(name)
+
+
 def refuse_unavailable(names: Iterable[str]) -> None:
     """Raise for the first name that stands for something qserve does not have.
 

@@ -44,6 +44,8 @@ class DeploymentSpec(DeploymentOptions, frozen=True, kw_only=True):
         is_class: A class is constructed; a function is called as it is.
         is_ingress: An ASGI application answers its HTTP requests.
         deployed_at: Unix time of the first deploy under this name.
+        application: The application that it belongs to; "" if it was deployed by itself.
+        is_root: It is the one that serves its application over HTTP.
     """
 
     target: Target
@@ -51,6 +53,8 @@ class DeploymentSpec(DeploymentOptions, frozen=True, kw_only=True):
     is_class: bool = True
     is_ingress: bool = False
     deployed_at: float = 0.0
+    application: str = ""
+    is_root: bool = False
 
 
 class SignedSpec(msgspec.Struct, frozen=True, array_like=True):

@@ -266,7 +266,7 @@ class TestStarting:
     @pytest.mark.parametrize("name", ["http_host", "http_port", "http_middlewares"])
     def test_old_keywords_point_at_http_options(self, name: str) -> None:
         with pytest.raises(ValueError, match="http_options"):
-            serve.start(False, None, **{name: 1})
+            serve.start(False, None, **{name: 1})  # type: ignore[arg-type]
 
 
 class TestWithoutAnInstance:

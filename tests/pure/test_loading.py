@@ -18,7 +18,7 @@ from fastapi import FastAPI, datastructures
 from pydantic import BaseModel, computed_field
 from starlette.datastructures import State
 
-from qserve.deployments.app_import import import_app
+from qserve.applications.app_import import import_app
 from qserve.deployments.deployment import Deployment, deployment
 from qserve.deployments.loading import importing, is_importing, load_target, make_target
 from qserve.deployments.pickled_code import dumps, loads

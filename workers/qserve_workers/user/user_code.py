@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 import qserve.serve  # noqa: F401  tells deployments that user code may deploy where the instance is
+from qserve.applications.graph import own_name
 from qserve.context import ReplicaContext, current_call, set_replica_context
 from qserve.deployments.ingress import bind_app, contents_of
 from qserve.deployments.loading import importing, load_target
@@ -85,7 +86,7 @@ class UserCode:
             await self._construct_instance()
         else:
             self._instance = self._target
-            set_replica_context(ReplicaContext(self._spec.name, self._tag, self._instance))
+            self._set_context()
             self._methods = {CALL: describe_method(self._target, self._threads.run)}
         if self._spec.user_config is not None:
             await self._reconfigure(self._spec.user_config)
@@ -96,6 +97,11 @@ class UserCode:
         adopt_celery_app()
         await self._threads.run(adopt_celery_app)
         settle_log_level()
+
+    def _set_context(self) -> None:
+        spec = self._spec
+        name = own_name(spec.application, spec.name)
+        set_replica_context(ReplicaContext(name, self._tag, self._instance, spec.application, spec.num_replicas))
 
     async def reconfigure(self, packed: bytes) -> None:
         """Hand the instance a user_config.
@@ -272,7 +278,7 @@ class UserCode:
         # Not cls(*args): the result of __init__ does not matter, and it may be a coroutine.
         allocate = (args, kwargs) if cls.__new__ is not object.__new__ else ((), {})
         self._instance = cls.__new__(cls, *allocate[0], **allocate[1])
-        set_replica_context(ReplicaContext(self._spec.name, self._tag, self._instance))
+        self._set_context()
         if inspect.iscoroutinefunction(cls.__init__):
             await self._instance.__init__(*args, **kwargs)
         else:

@@ -1,10 +1,13 @@
 """Importing an application by its name, MODULE or MODULE:NAME."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
+from qserve.applications.graph import make_graph, parts_of
+from qserve.deployments.binding import Application
 from qserve.deployments.deployment import Deployment
 from qserve.deployments.loading import find_attribute, import_module, importing
 from qserve.errors import ConfigurationError
@@ -14,8 +17,8 @@ def import_app(text: str) -> "list[Deployment[Any]]":
     """Import an application and return its deployments. Nothing is deployed by that.
 
     Args:
-        text: "MODULE" for all deployments of a module, "MODULE:NAME" for one of them or for a list of some. A file
-            stands for the module that it is.
+        text: "MODULE" for the application of a module, or else for all its deployments; "MODULE:NAME" for one of them,
+            or for a list of some. A file stands for the module that it is.
 
     Raises:
         ConfigurationError: The application cannot be imported, or there is no deployment in it.
@@ -29,6 +32,8 @@ def import_app(text: str) -> "list[Deployment[Any]]":
         values = [find_attribute(module, name)] if name else list(vars(module).values())
     if name and isinstance(values[0], list | tuple):
         values = list(values[0])
+    if application := _application_of(values, vars(module), "" if name else text):
+        return [*make_graph(application).deployments]
     found = list({id(value): value for value in values if isinstance(value, Deployment)}.values())
     if not found or (name and len(found) < len(values)):
         wrong = next((value for value in values if not isinstance(value, Deployment)), None) if name else None
@@ -39,6 +44,22 @@ def import_app(text: str) -> "list[Deployment[Any]]":
         )
     _check_names(found, text)
     return found
+
+
+def _application_of(values: list[Any], names: Mapping[str, Any], module: str) -> Application[Any] | None:
+    """The application among the values; of a whole module, the one that is called `app`, or is no part of another."""
+    found = {id(value): value for value in values if isinstance(value, Application)}
+    used = {id(each) for application in found.values() for each in parts_of(application)}
+    roots = [application for id_, application in found.items() if id_ not in used]
+    if len(roots) > 1 and isinstance(names.get("app"), Application):
+        return cast(Application[Any], names["app"])
+    if len(roots) > 1:
+        known = [name for name, value in names.items() if any(value is root for root in roots)]
+        raise ConfigurationError(
+            f"There are several applications in {module!r}: name one, as in {f'{module}:{known[0]}'!r} (of "
+            f"{', '.join(known)})."
+        )
+    return roots[0] if roots else None
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -1,0 +1,1 @@
+"""Applications: graphs of bound deployments that are deployed, shown and deleted together."""

@@ -1,0 +1,84 @@
+"""Deploying applications, and deleting them."""
+
+from collections.abc import Iterable, Sequence
+
+from qserve.broker.instance.state import State
+from qserve.deployments import deploying
+from qserve.wire.spec import Deployed, DeploymentSpec
+
+
+class JointGoal:
+    """Deployments on their way to being served: applications, each as a whole, and deployments that belong to none.
+
+    Args:
+        specs: What is to be deployed, side by side.
+
+    Attributes:
+        goals: One for each deployment, in the same order.
+
+    Raises:
+        ValueError: A route belongs to another deployment, or `prev_version` is not what is deployed.
+    """
+
+    def __init__(self, state: State, specs: Sequence[DeploymentSpec]) -> None:
+        self._state = state
+        names, applications = {spec.name for spec in specs}, {spec.application for spec in specs} - {""}
+        listed = state.list()
+        self._stale = {name for name, each in listed.items() if each.spec.application in applications} - names
+        routes = {each.spec.route_prefix: name for name, each in listed.items()}
+        for spec in specs:
+            if spec.application and spec.route_prefix is not None:
+                self._take_route(spec, routes.get(spec.route_prefix, spec.name))
+        self.goals = [self._deploy(spec) for spec in specs]
+
+    def wait(self) -> None:
+        """Wait until all is served, then delete the deployments that an application had before and has no more.
+
+        Raises:
+            RuntimeError: A deployment failed; see `Deployment.deploy`.
+        """
+        for goal in self.goals:
+            goal.wait()
+        self.clean_up()
+
+    def clean_up(self) -> None:
+        """Delete the deployments that an application has no more."""
+        delete_all(self._state, self._stale)
+
+    def _deploy(self, spec: DeploymentSpec) -> deploying.Goal:
+        try:
+            return deploying.deploy(self._state, spec)
+        except ValueError as exc:
+            raise ValueError(f"Deployment {spec.name!r}: {exc}") from exc
+
+    def _take_route(self, spec: DeploymentSpec, owner: str) -> None:
+        """Delete the deployment that has the route of an application, if it is one that the application has no more."""
+        if owner == spec.name:
+            return
+        if owner not in self._stale:
+            raise ValueError(
+                f"The application {spec.application!r} cannot have the route {spec.route_prefix!r}: it belongs to the "
+                f"deployment {owner!r}. Give it another one: serve.run(app, name=..., route_prefix=...)."
+            )
+        delete_all(self._state, [owner])
+        self._stale -= {owner}
+
+
+def deployments_of(state: State, application: str) -> dict[str, Deployed]:
+    """The deployments of an application, by their names within the instance; none if there is no such application."""
+    return {name: each for name, each in state.list().items() if each.spec.application == application}
+
+
+def root_of(state: State, application: str) -> Deployed | None:
+    """The deployment that serves an application."""
+    return next((each for each in deployments_of(state, application).values() if each.spec.is_root), None)
+
+
+def delete_all(state: State, names: Iterable[str], *, wait: bool = True) -> None:
+    """Delete deployments side by side, and wait until they are gone."""
+    found = [(name, state.find(name)) for name in names]
+    for name, _ in found:
+        state.delete(name)
+    for _, deployed in found:
+        if deployed is not None and wait:
+            deploying.finish_deleting(state, deployed.spec)

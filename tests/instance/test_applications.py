@@ -1,0 +1,95 @@
+"""Applications against a whole instance: graphs, names, routes, handles and responses."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+import qserve
+from qserve import serve
+from qserve.serve import DeploymentHandle, DeploymentResponse
+from qserve.testing import TestInstance
+from tests.support.slowness import patience
+
+
+@serve.deployment(max_ongoing_requests=5, ray_actor_options={"runtime_env": {"env_vars": {"QS_TEST_BIAS": "7"}}})
+class Adder:
+    def __init__(self, n: int) -> None:
+        self.n = n + int(os.environ.get("QS_TEST_BIAS", "0"))
+
+    def __call__(self, x: int) -> int:
+        return x + self.n
+
+    def count(self, limit: int) -> Iterator[int]:
+        yield from range(limit)
+
+
+@serve.deployment
+class Driver:
+    def __init__(self, adders: list[DeploymentHandle[Any]], named: dict[str, DeploymentHandle[Any]]) -> None:
+        self.adders = adders
+        self.named = named
+
+    async def __call__(self, request: Any) -> dict[str, Any]:
+        first: DeploymentResponse[int] = self.adders[0].remote(int(request.query_params["x"]))
+        second = self.adders[1].remote(first)  # the response stands for its value
+        several = await asyncio.gather(*[self.adders[0].remote(n) for n in range(3)])
+        app = serve.get_replica_context().app_name
+        by_name = await serve.get_deployment_handle("Adder").remote(0)
+        return {"sum": await second, "several": several, "app": app, "by name": by_name}
+
+    async def count(self, limit: int) -> AsyncIterator[int]:
+        async for part in self.named["first"].options(method_name="count", stream=True).remote(limit):
+            yield part
+
+
+def graph() -> Any:
+    first = Adder.bind(1)
+    return Driver.bind([first, Adder.bind(10)], {"first": first})
+
+
+def test_a_graph_is_deployed_called_replaced_and_deleted(qserve_instance: TestInstance, http: httpx.Client) -> None:
+    handle = serve.run(graph())
+    assert http.get("/?x=1").json() == {"sum": 26, "several": [8, 9, 10], "app": "default", "by name": 8}
+    stream = handle.options(method_name="count", stream=True).remote(4)
+    assert list(stream) == [0, 1, 2, 3]
+
+    serve.run(graph(), name="two", route_prefix="/two")
+    assert http.get("/two?x=1").json()["app"] == "two"
+    found = serve.status().applications
+    assert {name: (each.status, each.route_prefix) for name, each in found.items()} == {
+        "default": ("RUNNING", "/"),
+        "two": ("RUNNING", "/two"),
+    }
+    assert sorted(found["two"].deployments) == ["Adder", "Adder_1", "Driver"]
+    assert serve.get_deployment_handle("Adder_1", "two").remote(1).result(timeout_s=patience(20)) == 18
+    with pytest.raises(ValueError, match=r"cannot have the route '/': it belongs to the deployment 'Driver'"):
+        serve.run(graph(), name="three")
+    assert "three.Adder" not in serve.status()
+
+    serve.run(Adder.bind(5))  # another application under the same name, and with the same route
+    assert set(serve.status()) == {"Adder", "two.Adder", "two.Adder_1", "two.Driver"}
+    assert serve.get_app_handle("default").remote(1).result(patience(20)) == 13
+    serve.delete("two")
+    assert list(serve.status()) == ["Adder"]
+    with pytest.raises(qserve.QServeError, match="Application 'two' does not exist"):
+        serve.get_app_handle("two")
+
+
+def test_responses(qserve_instance: TestInstance) -> None:
+    handle = serve.run(Adder.bind(0), route_prefix=None)
+
+    async def call() -> Any:
+        response = handle.remote(1)
+        stream = handle.options(method_name="count", stream=True).remote(2)
+        return await response, [await anext(stream), await anext(stream)], response.request_id
+
+    value, parts, request_id = asyncio.run(call())
+    assert (value, parts) == (8, [0, 1])
+    assert request_id
+    stream = handle.options(method_name="count", stream=True).remote(1)
+    assert (next(stream), next(stream, "end")) == (0, "end")
+    assert [each.remote(1).result(patience(20)) for each in serve.run_many([serve.RunTarget(Adder.bind(0))])] == [8]
