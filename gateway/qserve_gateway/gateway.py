@@ -14,6 +14,8 @@ from qserve.settings import Settings
 from qserve.wire.messages import WEBSOCKET, HttpRequest, HttpResponse, encode
 from qserve.wire.spec import DeploymentSpec
 from qserve_gateway.api_keys import ApiKeys
+from qserve_gateway.direct_calls import DirectCall
+from qserve_gateway.door.direct import DirectApp, DirectProtocol, DirectRequest
 from qserve_gateway.door.limits import request_ids
 from qserve_gateway.durable.durable_events import EventStream
 from qserve_gateway.durable.durable_pages import DurablePages
@@ -41,6 +43,9 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 _DURABLE = frozenset({b"prefer", b"idempotency-key"})
 """A request with one of these may ask to be a durable call."""
 
+_NOT_DIRECT = _DURABLE | {b"transfer-encoding"}
+"""Headers of requests that may take more than one step to answer."""
+
 Named = dict[bytes, bytes]
 """Headers by lower-case name, the last of each; for looking, not for handing on."""
 
@@ -52,7 +57,7 @@ _is_request_id = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}").fullmatch
 Response = HttpResponse | StreamedResponse | EventStream
 
 
-class Gateway:
+class Gateway(DirectApp):
     """The ASGI application of the public listener.
 
     Args:
@@ -86,6 +91,8 @@ class Gateway:
         self._hooks = RequestHooks(hooks) if hooks else None
         self._entry: ASGIApp = self._hooks.around(self.serve) if self._hooks is not None else self.serve
         self._stack = self._entry
+        self._is_bare = not hooks
+        """Whether nothing is around `serve`: no hooks, no middlewares."""
         self._ids = request_ids()
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -115,8 +122,30 @@ class Gateway:
             except Exception as exc:
                 raise ConfigurationError(f"{middleware!r} cannot be set up: {type(exc).__name__}: {exc}") from exc
         self._stack = stack
+        self._is_bare = stack == self.serve
         self._root_path = root_path.rstrip("/")
         self.use_deployments(self._specs)
+
+    def begin(self, scope: Scope, connection: DirectProtocol) -> DirectRequest | None:
+        """Put the call of a request that has no body; None for one that is answered in another way than by one call."""
+        if not self._is_bare:
+            return None
+        named = dict(scope["headers"])
+        if not _NOT_DIRECT.isdisjoint(named) or named.get(b"content-length", b"0") != b"0":
+            return None
+        path, raw_path = self._full_path(scope)
+        if path.startswith("/-/", len(self._root_path)):
+            return None
+        try:
+            route, headers = self._find_route(scope, path, named)
+        except Refused:
+            return None
+        request_id = scope["state"]["request_id"] = self._request_id(named.get(b"x-request-id"))
+        method = scope["method"]
+        request = _request(scope, path, raw_path, headers, route, request_id)
+        call = DirectCall(self._client, connection, route, method, request_id, debug=self._settings.debug)
+        call.put(encode(request), safe=method in SAFE_METHODS or route.idempotent)
+        return call
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, inside the middlewares."""
@@ -141,18 +170,10 @@ class Gateway:
             await response.write(send, receive, scope["method"], request_id)
 
     async def _respond(self, scope: Scope, receive: Receive, named: Named, request_id: str) -> Response:
-        headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"])
         path, raw_path = self._full_path(scope)
         if path.startswith("/-/", len(self._root_path)):
-            return await self._own_page(scope, path, headers, named, request_id)
-        route = self._routes.match(path)
-        if self._keys is not None:
-            headers = self._keys.check(headers, named, route.deployment if route is not None else "")
-        if route is None:
-            return self._page_without_deployment(path, named)
-        scope["state"]["deployment"] = route.deployment
-        if _TIMEOUT in named:
-            route = _with_deadline(route, named[_TIMEOUT])
+            return await self._own_page(scope, path, named, request_id)
+        route, headers = self._find_route(scope, path, named)
         preference = None if _DURABLE.isdisjoint(named) or self._durable is None else preference_of(headers)
         if self._hooks is not None:
             route = self._hooks.before(route, scope, request_id, durable=preference is not None)
@@ -164,21 +185,7 @@ class Gateway:
                 most=self._settings.out_of_line_bytes if preference is None else self._settings.max_value_bytes,
                 limit=self._settings.max_body_bytes,
             )
-        request = HttpRequest(
-            scope["method"],
-            path,
-            raw_path,
-            scope["query_string"],
-            headers,
-            route.root_path,
-            scope["scheme"],
-            scope["client"],
-            scope["server"],
-            scope["http_version"],
-            request_id,
-            body,
-            follows,
-        )
+        request = _request(scope, path, raw_path, headers, route, request_id, body, follows)
         if preference is not None:
             return await self._submit(route, request, preference)
         if follows:
@@ -189,6 +196,23 @@ class Gateway:
         if isinstance(answer, StreamedResponse):
             return answer
         return outcome_response(answer, request_id, debug=self._settings.debug, when_full=route.when_full)
+
+    def _find_route(self, scope: Scope, path: str, named: Named) -> tuple[Route, Headers]:
+        """Find where a request goes, and with which headers.
+
+        Raises:
+            Refused: It goes nowhere.
+        """
+        headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"])
+        route = self._routes.match(path)
+        if self._keys is not None:
+            headers = self._keys.check(headers, named, route.deployment if route is not None else "")
+        if route is None:
+            raise Refused(self._page_without_deployment(path, named))
+        scope["state"]["deployment"] = route.deployment
+        if _TIMEOUT in named:
+            route = _with_deadline(route, named[_TIMEOUT])
+        return route, headers
 
     async def _submit(self, route: Route, request: HttpRequest, preference: Preference) -> HttpResponse:
         most = self._settings.max_value_bytes
@@ -245,9 +269,8 @@ class Gateway:
         finally:
             self._client.cancel(pending)
 
-    async def _own_page(
-        self, scope: Scope, path: str, headers: Headers, named: Named, request_id: str
-    ) -> HttpResponse | EventStream:
+    async def _own_page(self, scope: Scope, path: str, named: Named, request_id: str) -> HttpResponse | EventStream:
+        headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"])
         name = path[len(self._root_path) :]
         if name == "/-/healthz":
             return text_response(200, "success")
@@ -268,6 +291,33 @@ class Gateway:
         if asked is not None and _is_request_id(asked):
             return asked.decode("ascii")
         return next(self._ids)
+
+
+def _request(
+    scope: Scope,
+    path: str,
+    raw_path: bytes,
+    headers: Headers,
+    route: Route,
+    request_id: str,
+    body: bytes = b"",
+    follows: bool = False,
+) -> HttpRequest:
+    return HttpRequest(
+        scope["method"],
+        path,
+        raw_path,
+        scope["query_string"],
+        headers,
+        route.root_path,
+        scope["scheme"],
+        scope["client"],
+        scope["server"],
+        scope["http_version"],
+        request_id,
+        body,
+        follows,
+    )
 
 
 def _cleaned(headers: Headers) -> Headers:

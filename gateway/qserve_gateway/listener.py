@@ -202,6 +202,9 @@ class _Server(uvicorn.Server):
                         connection, _ = sock.accept()
                         await loop.connect_accepted_socket(self._new_protocol, connection, ssl=self.config.ssl)
         await super().shutdown(sockets)
+        for protocol in list(self.server_state.connections):
+            if isinstance(protocol, HttpProtocol):
+                protocol.give_up()  # uvicorn has cancelled the tasks of the others
 
     def _new_protocol(self) -> asyncio.Protocol:
         make: Any = self.config.http_protocol_class

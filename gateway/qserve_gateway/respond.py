@@ -125,16 +125,25 @@ def _error_response(cls: type[QServeError], message: str, retry_after: float) ->
 
 async def send_response(send: Send, response: HttpResponse, method: str, request_id: str) -> None:
     """Write a response; one that could be taken for two responses, or for none, becomes a 500."""
+    status, headers, body = checked(response, method, request_id)
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def checked(response: HttpResponse, method: str, request_id: str) -> tuple[int, Headers, bytes]:
+    """The status, the headers and the body to write for a response.
+
+    One that could be taken for two responses, or for none, becomes a 500.
+    """
     try:
-        start = start_message(response, method, request_id)
+        headers = _headers_to_write(response, method, request_id)
     except Unsendable as exc:
         logger.error("response to request %s not sent: %s", request_id, exc)
         text = f"The response of request {request_id} cannot be sent; the reason is in {the_log()}."
         response = text_response(500, text)
-        start = start_message(response, method, request_id)
-    await send(start)
+        headers = _headers_to_write(response, method, request_id)
     empty = method == "HEAD" or response.status in {204, 304}
-    await send({"type": "http.response.body", "body": b"" if empty else response.body})
+    return response.status, headers, b"" if empty else response.body
 
 
 def start_message(response: HttpResponse, method: str, request_id: str, *, streamed: bool = False) -> dict[str, Any]:
@@ -143,6 +152,11 @@ def start_message(response: HttpResponse, method: str, request_id: str, *, strea
     Raises:
         Unsendable: It could be taken for two responses, or for none.
     """
+    headers = _headers_to_write(response, method, request_id, streamed=streamed)
+    return {"type": "http.response.start", "status": response.status, "headers": headers}
+
+
+def _headers_to_write(response: HttpResponse, method: str, request_id: str, *, streamed: bool = False) -> Headers:
     status = response.status
     if not 200 <= status <= 599:
         raise Unsendable(f"status {status}")
@@ -156,7 +170,7 @@ def start_message(response: HttpResponse, method: str, request_id: str, *, strea
             continue
         if name in DROPPED:
             if name == b"connection":
-                return start_message(_without_named(response), method, request_id, streamed=streamed)
+                return _headers_to_write(_without_named(response), method, request_id, streamed=streamed)
             continue
         if is_name(name) is None or has_control(value) is not None:
             raise Unsendable(f"header {name[:100]!r}: {value[:100]!r}")
@@ -170,7 +184,7 @@ def start_message(response: HttpResponse, method: str, request_id: str, *, strea
         length = b"%d" % len(response.body)
     if length is not None and status not in {204, 304}:
         headers.append((b"content-length", length))
-    return {"type": "http.response.start", "status": status, "headers": headers}
+    return headers
 
 
 def _without_named(response: HttpResponse) -> HttpResponse:

@@ -7,9 +7,10 @@ from time import monotonic
 from typing import Any
 
 from httptools import HttpParserError, HttpParserUpgrade
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from qserve_gateway.door.direct import DirectProtocol
 from qserve_gateway.door.gate import (
     CHUNKED,
     LARGEST_HEAD,
@@ -34,7 +35,7 @@ MOST_UNWANTED = 1024 * 1024
 """How much of a body is read after its response; where more may come, the connection is closed instead."""
 
 
-class HttpProtocol(HttpToolsProtocol):
+class HttpProtocol(DirectProtocol):
     """uvicorn's HTTP/1.1 connection behind a gate.
 
     The gate finds out where heads and bodies end by itself, so the parser sees one request after the other, whole heads
@@ -43,8 +44,6 @@ class HttpProtocol(HttpToolsProtocol):
     Args:
         door: Limits and deadlines, shared by all connections.
     """
-
-    transport: TickTransport
 
     def __init__(self, door: Door, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
@@ -62,8 +61,6 @@ class HttpProtocol(HttpToolsProtocol):
         self._since = 0.0
         """When the connection got into its present state: idle, in a head, in a body, refused."""
         self._heard = 0.0
-        self._active: RequestResponseCycle | None = None
-        """The request whose response is being made; `cycle` is the newest one, which may wait behind it."""
         self._deaf = False
         self._refusal: Refusal | None = None
         """What to answer once earlier requests have been answered."""
@@ -223,9 +220,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._began = monotonic()
         if cycle.scope["http_version"] == "1.0":
             app = ended_by_closing(app, cycle, self._reset)
-        task = self.loop.create_task(cycle.run_asgi(app))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        elif self.begin(cycle):
+            return
+        self.run_app(app)
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or wait for one. The door's clock replaces uvicorn's timer per request."""
@@ -296,6 +293,8 @@ class HttpProtocol(HttpToolsProtocol):
             if now - self._since > LINGER_S:
                 self.transport.close()
         elif self.flow.read_paused:
+            if self._direct is not None:
+                self.flow.resume_reading()  # or it would not be noticed that the client leaves
             # Somebody here takes his time, not the client.
             self._since, self._heard = self._since + (now - self._heard), now
         elif self._head or self._body is not None:

@@ -1,0 +1,117 @@
+"""Calls of requests that are answered without a task: what becomes of the call is written to the connection."""
+
+import asyncio
+from functools import partial
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from qserve.calls.client import Client
+from qserve.calls.pending import PendingCall
+from qserve.errors import QServeError
+from qserve.failpoints import reach
+from qserve.wire.channel import Channel
+from qserve.wire.messages import HTTP, HttpResponse, Outcome
+from qserve_gateway.door.direct import DirectProtocol, DirectRequest
+from qserve_gateway.http_calls import StreamedResponse
+from qserve_gateway.respond import checked, local_error_response, outcome_response, send_response
+from qserve_gateway.routes import Route
+
+
+class DirectCall(DirectRequest):
+    """A call and the connection that waits for its outcome.
+
+    Args:
+        connection: Its active request is the one that is to be answered.
+    """
+
+    __slots__ = ("_client", "_connection", "_debug", "_method", "_pending", "_request_id", "_route")
+
+    def __init__(
+        self, client: Client, connection: DirectProtocol, route: Route, method: str, request_id: str, *, debug: bool
+    ) -> None:
+        self._client = client
+        self._connection: DirectProtocol | None = connection
+        self._route = route
+        self._method = method
+        self._request_id = request_id
+        self._debug = debug
+        self._pending: PendingCall
+
+    def put(self, payload: bytes, *, safe: bool) -> None:
+        """Put the call.
+
+        Args:
+            payload: The encoded request.
+            safe: It may be run again after its replica died.
+        """
+        route = self._route
+        self._pending = pending = self._client.prepare(
+            route.deployment,
+            kind=HTTP,
+            method="",
+            payload=payload,
+            timeout_s=route.timeout_s,
+            safe=safe,
+            on_outcome=self._on_outcome,
+        )
+        pending.on_stream = self._on_stream
+        pending.is_strict = route.client_sets_deadline
+        self._client.put(pending)
+
+    def leave(self) -> None:
+        """Withdraw the call, because its client has left; without effect where the call has ended."""
+        if self._connection is not None:
+            self._connection = None
+            self._client.cancel(self._pending)
+
+    def give_up(self) -> None:
+        """Withdraw the call, and end the request as uvicorn ends one whose task it cancels."""
+        connection = self._connection
+        self.leave()
+        if connection is not None:
+            connection.run_app(_raising(asyncio.CancelledError()))
+
+    def _on_outcome(self, outcome: Outcome) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return  # the client has left, or the response is a stream
+        try:
+            response = self._response(outcome)
+            reach("respond")
+            if connection.can_write:
+                connection.respond(*checked(response, self._method, self._request_id))
+                return
+        except Exception as exc:
+            connection.run_app(_raising(exc))
+            return
+        connection.run_app(self._sending(response))
+
+    def _response(self, outcome: Outcome) -> HttpResponse:
+        try:
+            return outcome_response(outcome, self._request_id, debug=self._debug, when_full=self._route.when_full)
+        except QServeError as exc:
+            return local_error_response(exc)
+
+    def _on_stream(self, pending: PendingCall, channel: Channel) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            reach("respond")
+            connection.run_app(self._sending(StreamedResponse(channel, partial(self._client.cancel, pending))))
+
+    def _sending(self, response: HttpResponse | StreamedResponse) -> ASGIApp:
+        async def send_it(scope: Scope, receive: Receive, send: Send) -> None:
+            if isinstance(response, HttpResponse):
+                await send_response(send, response, self._method, self._request_id)
+            else:
+                await response.write(send, receive, self._method, self._request_id)
+
+        return send_it
+
+
+def _raising(error: BaseException) -> ASGIApp:
+    """An application that fails, so that uvicorn logs and answers it as it does every failure."""
+
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        raise error
+
+    return fail

@@ -1,0 +1,284 @@
+"""Requests that are answered without a task: byte for byte as those that are answered over ASGI."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from qserve.errors import BackPressureError, GetTimeoutError, ReplicaDied
+from qserve.settings import Settings
+from qserve.wire.channel import END, HELLO, Chunk
+from qserve.wire.messages import HTTP_RESPONSE, HttpResponse, Reply, encode
+from qserve.wire.spec import DeploymentSpec, Target
+from qserve_gateway.door.limits import Door
+from qserve_gateway.door.protocol import HttpProtocol
+from qserve_gateway.gateway import Gateway
+from tests.pure.test_gateway_app import FakeCalls, outcome, user_error
+from tests.support.waiting import until
+
+GET = b"GET /hello?a=1 HTTP/1.1\r\nhost: x\r\nx-request-id: one\r\n\r\n"
+
+
+class Socket(asyncio.Transport):
+    """What a client would see of a connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = asyncio.Event()
+        self.reads = True
+
+    def write(self, data: Any) -> None:
+        self.written += bytes(data)
+
+    def close(self) -> None:
+        self.closed.set()
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        return self.closed.is_set()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return {"peername": ("127.0.0.1", 5), "sockname": ("127.0.0.1", 80)}.get(name, default)
+
+    def pause_reading(self) -> None:
+        self.reads = False
+
+    def resume_reading(self) -> None:
+        self.reads = True
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self.closed.set()
+
+
+class Connection:
+    """A connection to a gateway, without a network."""
+
+    def __init__(self, calls: FakeCalls, *, direct: bool = True, **settings: Any) -> None:
+        gateway = Gateway(calls, Settings(**settings))
+        gateway.use_deployments(
+            [DeploymentSpec(name="hello", target=Target("module:name"), revision="1", route_prefix="/hello")]
+        )
+
+        async def over_asgi(scope: Scope, receive: Receive, send: Send) -> None:
+            await gateway(scope, receive, send)
+
+        app = gateway if direct else over_asgi
+        config = uvicorn.Config(
+            cast(Any, app), lifespan="off", log_config=None, server_header=False, interface="asgi3", proxy_headers=False
+        )
+        config.load()
+        self.state = ServerState()
+        self.state.default_headers = [(b"server", b"test")]
+        self.door = Door(Settings(), has_log=False)
+        self.protocol = HttpProtocol(self.door, config=config, server_state=self.state, app_state={})
+        self.socket = Socket()
+        self.protocol.connection_made(self.socket)
+
+    async def answered(self, request: bytes, responses: int = 1) -> bytes:
+        """What is written for a request, once so many responses are complete."""
+        self.protocol.data_received(request)
+        await until(lambda: self.state.total_requests >= responses and not self.state.tasks)
+        await asyncio.sleep(0)  # what is written in a tick leaves at its end
+        return self.socket.written
+
+    @property
+    def tasks(self) -> int:
+        return len(self.state.tasks)
+
+
+@pytest.fixture
+def calls() -> FakeCalls:
+    return FakeCalls()
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        GET,
+        GET.replace(b"GET", b"HEAD"),
+        GET.replace(b"GET", b"POST"),
+        GET.replace(b"GET", b"DELETE"),
+        GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"),
+        GET.replace(b"\r\n\r\n", b"\r\nconnection: keep-alive, x-gone\r\nx-gone: 1\r\nx-kept: 1\r\n\r\n"),
+        GET.replace(b"\r\n\r\n", b"\r\nconnection: host\r\n\r\n"),
+        GET.replace(b"\r\n\r\n", b"\r\ncontent-length: 0\r\n\r\n"),
+        GET.replace(b"\r\n\r\n", b"\r\nx-request-timeout-ms: 5\r\n\r\n"),
+        GET.replace(b"\r\n\r\n", b"\r\nx-request-timeout-ms: soon\r\n\r\n"),
+        GET.replace(b"\r\n\r\n", b"\r\nexpect: 100-continue\r\n\r\n"),
+        GET.replace(b"1.1", b"1.0"),
+        GET.replace(b"/hello", b"/nowhere"),
+        GET.replace(b"/hello", b"/-/routes"),
+        GET + GET,
+    ],
+)
+async def test_a_request_gets_the_same_bytes_with_a_task_and_without(request_head: bytes) -> None:
+    seen = []
+    for direct in (True, False):
+        calls = FakeCalls()
+        connection = Connection(calls, direct=direct)
+        written = await connection.answered(request_head, request_head.count(b"HTTP/1."))
+        puts = [(put.deployment, put.timeout_s, put.safe, put.request) for put in calls.puts]
+        seen.append((written, puts, connection.socket.is_closing(), connection.door.counts.latencies().keys()))
+
+    assert seen[0] == seen[1]
+    assert seen[0][0].startswith(b"HTTP/1.1 ")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        HttpResponse(200, [(b"Content-Type", b"text/html"), (b"set-cookie", b"a"), (b"set-cookie", b"b")], b"x" * 5000),
+        HttpResponse(201, [(b"connection", b"x-gone"), (b"x-gone", b"1"), (b"date", b"never")], b"text"),
+        HttpResponse(200, [(b"content-length", b"7")], b"four"),
+        HttpResponse(204, [(b"etag", b"1")], b"not sent"),
+        HttpResponse(304, [(b"content-length", b"9")], b""),
+        HttpResponse(200, [(b"x-request-id", b"of the user")], b""),
+        HttpResponse(200, [(b"x\r\ny", b"1")], b""),
+        HttpResponse(200, [(b"x", b"1\r\n\r\nHTTP/1.1")], b""),
+        HttpResponse(99, [], b""),
+        BackPressureError("full", retry_after=3),
+        GetTimeoutError("late"),
+        ReplicaDied("gone"),
+        user_error("ZeroDivisionError", "division by zero"),
+        b"5",
+    ],
+)
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+@pytest.mark.parametrize("debug", [False, True])
+async def test_an_answer_gets_the_same_bytes_with_a_task_and_without(
+    answer: Any, method: bytes, debug: bool, calls: FakeCalls
+) -> None:
+    calls.answer = lambda request: answer
+    request = GET.replace(b"GET", method)
+
+    direct, over_asgi = [
+        await Connection(calls, direct=direct, debug=debug).answered(request) for direct in (True, False)
+    ]
+
+    assert direct == over_asgi
+
+
+async def test_a_response_takes_no_task(calls: FakeCalls) -> None:
+    calls.answer = lambda request: None
+    connection = Connection(calls)
+
+    connection.protocol.data_received(GET)
+    assert (connection.tasks, len(calls.puts)) == (0, 1)
+    calls.last_put.on_outcome(outcome(HttpResponse(200, [], b"done")))
+    await asyncio.sleep(0)
+
+    assert connection.socket.written.endswith(b"\r\n\r\ndone")
+    assert connection.tasks == 0
+
+
+@pytest.mark.parametrize("reply", [Reply("id", "me", HTTP_RESPONSE, b"\xc1"), Reply("id", "me", 99, b"")])
+async def test_a_reply_that_makes_no_sense_gets_the_same_bytes_with_a_task_and_without(reply: Reply) -> None:
+    seen = []
+    for direct in (True, False):
+        calls = FakeCalls()
+        calls.answer = lambda request: None
+        connection = Connection(calls, direct=direct)
+        connection.protocol.data_received(GET)
+        await calls.arrived.wait()
+        calls.last_put.on_outcome(reply)
+        seen.append(await connection.answered(b""))
+
+    assert seen[0] == seen[1]
+    assert seen[0].startswith(b"HTTP/1.1 50")
+
+
+async def test_a_client_that_leaves_withdraws_its_call_at_once(calls: FakeCalls) -> None:
+    calls.answer = lambda request: None
+    connection = Connection(calls)
+    connection.protocol.data_received(GET)
+
+    connection.protocol.connection_lost(None)
+
+    assert calls.cancelled == ["call0"]
+    assert connection.socket.written == b""
+    assert connection.door.counts.series["hello", 4].count == 1
+
+
+async def test_a_client_that_leaves_behind_a_pipelined_request_is_noticed(calls: FakeCalls) -> None:
+    calls.answer = lambda request: None
+    connection = Connection(calls)
+    connection.protocol.data_received(GET + GET)
+    assert not connection.socket.reads
+
+    connection.protocol.look(connection.door.now)
+
+    assert connection.socket.reads
+
+
+async def test_a_gateway_that_stops_waits_no_longer(calls: FakeCalls) -> None:
+    calls.answer = lambda request: None
+    connection = Connection(calls)
+    connection.protocol.data_received(GET)
+
+    connection.protocol.shutdown()
+    connection.protocol.give_up()
+
+    assert calls.cancelled == ["call0"]
+    assert (await connection.answered(b"")).startswith(b"HTTP/1.1 500 ")
+    assert b"\r\nconnection: close\r\n" in connection.socket.written
+    assert connection.socket.is_closing()
+
+
+async def test_the_response_to_a_request_in_flight_is_the_last_one_of_a_gateway_that_stops(calls: FakeCalls) -> None:
+    calls.answer = lambda request: None
+    connection = Connection(calls)
+    connection.protocol.data_received(GET)
+
+    connection.protocol.shutdown()
+    calls.last_put.on_outcome(outcome(HttpResponse(200, [], b"done")))
+
+    assert b"\r\nconnection: close\r\n" in connection.socket.written
+    assert connection.socket.is_closing()
+
+
+async def test_a_client_that_reads_slowly_gets_its_response_when_it_reads(calls: FakeCalls) -> None:
+    calls.answer = lambda request: None
+    connection = Connection(calls)
+    connection.protocol.data_received(GET)
+    connection.protocol.pause_writing()
+
+    calls.last_put.on_outcome(outcome(HttpResponse(200, [], b"done")))
+    await asyncio.sleep(0)
+    assert (connection.tasks, connection.socket.written) == (1, b"")
+    connection.protocol.resume_writing()
+
+    assert (await connection.answered(b"")).endswith(b"done")
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_stream_goes_on_in_a_task(calls: FakeCalls, leaves: bool) -> None:
+    calls.answer = lambda request: None
+    connection = Connection(calls)
+    connection.protocol.data_received(GET)
+    pending = calls.last_put
+    channel = calls.open_channel(pending)
+    feed: Callable[[Chunk], None] = channel.feed
+    assert pending.on_stream is not None
+
+    feed(Chunk("replica", HELLO, 0, encode(HttpResponse(200, [(b"x-part", b"1")], b""))))
+    pending.on_stream(pending, channel)
+    assert connection.tasks == 1
+    if leaves:
+        connection.protocol.connection_lost(None)
+    else:
+        feed(Chunk("replica", END, 1, b""))
+    await until(lambda: not connection.tasks)
+
+    assert calls.cancelled == ["call0"]  # as every stream's, which has no effect where it has ended
