@@ -36,8 +36,11 @@ TRIM_AFTER = 512 * 1024
 """Bytes, as the receiver has it."""
 
 
-REPLY_TO_LIST = Script(REPLY.source.replace("'XADD', KEYS[2], '*', 'd',", "'RPUSH', KEYS[2],"))
+REPLY_TO_LIST = Script(
+    REPLY.source.replace("'XADD', KEYS[2], '*',", "'RPUSH', KEYS[2],").replace("message[#message + 1] = 'd'\n", "")
+)
 assert "RPUSH" in REPLY_TO_LIST.source
+assert "'d'" not in REPLY_TO_LIST.source
 
 
 class ListReader:

@@ -39,7 +39,7 @@ class Inbox:
             return []
         entries = answer[0][1]
         self._last = entries[-1][0]
-        frames = [fields[1] for _, fields in entries]
+        frames = [frame for _, fields in entries for frame in fields[1::2]]
         self._untrimmed += sum(map(len, frames))
         return frames
 

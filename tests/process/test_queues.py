@@ -151,6 +151,18 @@ class TestAnswering:
         assert queue.reply((first, "late"), (second, "2")) == 1
         assert queue.inbox() == [b"1", b"2"]
 
+    @pytest.mark.parametrize(("count", "size"), [(250, 10), (5, 40_000)])
+    def test_many_or_large_answers_of_a_batch_arrive_in_order(self, queue: Queue, count: int, size: int) -> None:
+        queue.redis.hset(META, "max_queued", count)
+        queue.put(*map(str, range(count)))
+        entries = queue.read("A", most=count)
+        frames = [f"{number:0{size}}" for number in range(count)]
+
+        assert queue.reply(*zip(entries, frames, strict=True)) == count
+
+        assert queue.inbox() == [frame.encode() for frame in frames]
+        assert (queue.depth(), queue.pending("A")) == (0, [])
+
     def test_a_call_nobody_was_given_cannot_be_answered(self, queue: Queue) -> None:
         _, _, entry = queue.put("a")
 

@@ -77,4 +77,6 @@ class Queue:
         return int(self.redis.xlen(STREAM))
 
     def inbox(self) -> list[bytes]:
-        return [fields[b"d"] for _, fields in cast("list[Any]", self.redis.xrange(INBOX))]
+        # From a script, since redis-py makes a dict of the fields of an entry, which may all have the same name.
+        raw = cast("list[Any]", self.redis.eval("return redis.call('XRANGE', KEYS[1], '-', '+')", 1, INBOX))
+        return [frame for _, fields in raw for frame in fields[1::2]]
