@@ -76,21 +76,17 @@ class DirectCall(DirectRequest):
         if connection is None:
             return  # the client has left, or the response is a stream
         try:
-            response = self._response(outcome)
+            try:
+                response = outcome_response(
+                    outcome, self._request_id, debug=self._debug, when_full=self._route.when_full
+                )
+            except QServeError as exc:
+                response = local_error_response(exc)
             reach("respond")
-            if connection.can_write:
-                connection.respond(*checked(response, self._method, self._request_id))
-                return
+            if not connection.respond(*checked(response, self._method, self._request_id)):
+                connection.run_app(self._sending(response))
         except Exception as exc:
             connection.run_app(_raising(exc))
-            return
-        connection.run_app(self._sending(response))
-
-    def _response(self, outcome: Outcome) -> HttpResponse:
-        try:
-            return outcome_response(outcome, self._request_id, debug=self._debug, when_full=self._route.when_full)
-        except QServeError as exc:
-            return local_error_response(exc)
 
     def _on_stream(self, pending: PendingCall, channel: Channel) -> None:
         connection, self._connection = self._connection, None

@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+from enum import Enum, auto
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -163,18 +165,18 @@ def _headers_to_write(response: HttpResponse, method: str, request_id: str, *, s
     headers: Headers = []
     declared = None
     identified = False
-    for name, value in response.headers:
-        name = name.lower()  # noqa: PLW2901
-        if name == b"content-length":
+    for given, value in response.headers:
+        name, fate = _fate_of(given)
+        if fate is _Fate.LENGTH:
             declared = value if value.isdigit() else None
             continue
-        if name in DROPPED:
-            if name == b"connection":
-                return _headers_to_write(_without_named(response), method, request_id, streamed=streamed)
+        if fate is _Fate.DROPPED:
             continue
-        if is_name(name) is None or has_control(value) is not None:
+        if fate is _Fate.CONNECTION:
+            return _headers_to_write(_without_named(response), method, request_id, streamed=streamed)
+        if fate is _Fate.UNSENDABLE or has_control(value) is not None:
             raise Unsendable(f"header {name[:100]!r}: {value[:100]!r}")
-        identified = identified or name == b"x-request-id"
+        identified = identified or fate is _Fate.ID
         headers.append((name, value))
     if not identified:
         headers.append((b"x-request-id", request_id.encode()))
@@ -185,6 +187,33 @@ def _headers_to_write(response: HttpResponse, method: str, request_id: str, *, s
     if length is not None and status not in {204, 304}:
         headers.append((b"content-length", length))
     return headers
+
+
+class _Fate(Enum):
+    """What becomes of a header of a response."""
+
+    KEPT = auto()
+    LENGTH = auto()
+    ID = auto()
+    CONNECTION = auto()
+    DROPPED = auto()
+    UNSENDABLE = auto()
+
+
+@lru_cache(maxsize=1024)
+def _fate_of(name: bytes) -> tuple[bytes, _Fate]:
+    """The name of a header in lower case, and what becomes of it; applications have few names and use them again."""
+    name = name.lower()
+    if name in _FATES:
+        return name, _FATES[name]
+    return name, _Fate.KEPT if is_name(name) is not None else _Fate.UNSENDABLE
+
+
+_FATES = dict.fromkeys(DROPPED, _Fate.DROPPED) | {
+    b"content-length": _Fate.LENGTH,
+    b"x-request-id": _Fate.ID,
+    b"connection": _Fate.CONNECTION,
+}
 
 
 def _without_named(response: HttpResponse) -> HttpResponse:

@@ -19,7 +19,7 @@ class PendingCall:
 
     __slots__ = (
         *("channel", "deadline", "deployment", "entry", "frame", "id", "inherited", "is_unanswered"),
-        *("is_strict", "on_outcome", "on_stream", "payload", "safe", "stateless_since", "timeout_s", "timer"),
+        *("is_strict", "on_outcome", "on_stream", "payload", "row", "safe", "stateless_since", "timeout_s", "timer"),
     )
 
     def __init__(
@@ -44,6 +44,8 @@ class PendingCall:
         self.stateless_since = 0.0
         self.is_unanswered = False
         """The connection was lost before Redis said whether it took the call."""
+        self.row: dict[PendingCall, None] | None = None
+        """Where it waits for its deadline, see `Deadlines`; None where it has a timer of its own, or no deadline."""
         self.timer: asyncio.TimerHandle | None = None
         self.is_strict = False
         """Its deadline is not put off while the replica takes in what it is sent."""
@@ -64,6 +66,15 @@ class PendingCall:
         self.is_unanswered = False
         if not self.safe:
             self.frame = b""
+
+    def stop_clock(self) -> None:
+        """Let no deadline end it any more."""
+        if self.row is not None:
+            del self.row[self]
+            self.row = None
+        elif self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
     def end_channel(self, outcome: Outcome) -> None:
         """End the channel, if there is one, as the call has ended."""
@@ -97,8 +108,7 @@ class PendingCalls(dict[str, PendingCall]):
         """Hand its outcome to whoever waits for a call; returns False if the call has ended already."""
         if self.pop(call.id, None) is None:
             return False
-        if call.timer is not None:
-            call.timer.cancel()
+        call.stop_clock()
         if isinstance(outcome, Reply):
             self.tally["ended error" if outcome.kind == ERROR else "ended result"] += 1
         elif call.entry is not None or call.is_unanswered:

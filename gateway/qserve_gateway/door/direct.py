@@ -47,6 +47,8 @@ class DirectProtocol(HttpToolsProtocol):
         """The request whose response is being made; `cycle` is the newest one, which may wait behind it."""
         self._direct: DirectRequest | None = None
         """The same, where it is answered without a task."""
+        self._defaults: list[tuple[bytes, bytes]] = []
+        self._default_lines = b""
 
     def begin(self, cycle: RequestResponseCycle) -> bool:
         """Begin to answer the active request without a task; False where that cannot be."""
@@ -59,31 +61,33 @@ class DirectProtocol(HttpToolsProtocol):
             self._direct = direct
         return True
 
-    @property
-    def can_write(self) -> bool:
-        """Whether the client reads what it is sent; otherwise a response has to wait, in a task."""
-        return not self.flow.write_paused
-
-    def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
         """Write the response to the active request as a whole.
 
         Args:
             headers: Checked and in lower case; with the length of the body, and without those of the connection.
+
+        Returns:
+            Whether it was written. It was not if the client does not read: then it has to wait, in a task.
         """
         cycle = self._active
         assert cycle is not None
+        if self.flow.write_paused:
+            return False
         self._direct = None
-        parts = [STATUS_LINE[status]]
-        for name, value in cycle.default_headers:
-            parts += (name, b": ", value, b"\r\n")
+        if cycle.default_headers is not self._defaults:  # uvicorn makes new ones each second
+            self._defaults = cycle.default_headers
+            self._default_lines = b"".join(b"%b: %b\r\n" % field for field in self._defaults)
+        parts = [STATUS_LINE[status], self._default_lines]
         for name, value in headers:
             parts += (name, b": ", value, b"\r\n")
         parts += (b"\r\n", body) if cycle.keep_alive else (b"connection: close\r\n\r\n", body)
-        self.transport.write(b"".join(parts))
+        self.transport.write_whole(b"".join(parts))
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
+        return True
 
     def run_app(self, app: ASGIApp) -> None:
         """Let an ASGI application answer the active request, in a task."""

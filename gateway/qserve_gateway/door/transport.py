@@ -39,6 +39,15 @@ class TickTransport(asyncio.Transport):
         if self.head is None and data[9:10] != b"1":  # "HTTP/1.1 100 Continue" is no response yet
             self.head = data
 
+    def write_whole(self, response: bytes) -> None:
+        """Write a response that is complete, so that there is nothing to hold it for."""
+        if self._held:  # what was written before comes first
+            self.write(response)
+            return
+        self.head = response
+        self.sent += len(response)
+        self._transport.write(response)
+
     def _flush(self) -> None:
         if self._held:
             data = self._held[0] if len(self._held) == 1 else b"".join(self._held)
