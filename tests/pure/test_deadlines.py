@@ -1,7 +1,6 @@
 """Deadlines of calls: one timer for all calls that have the same time."""
 
 import asyncio
-from functools import partial
 from typing import Any, cast
 
 import pytest
