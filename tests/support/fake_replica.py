@@ -31,7 +31,7 @@ class FakeReplica:
         self.spec: dict[str, Any] = {}
         self.seen: Any = 0
 
-    def start(self) -> None:
+    def start(self, _hear: object = None) -> None:
         self.note("born", standby=self.birth.standby)
         if "FAKE_REPLICA_CRASHES" in os.environ:
             os._exit(3)

@@ -10,6 +10,7 @@ import select
 import signal
 import stat
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,9 @@ from qserve_workers.user.ordinary_process import become_ordinary, run_exit_hooks
 
 FORK_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 """Blocked while the pool forks, so that none is lost before the child has its handlers."""
+
+_LONGEST_HEARING_S = 1.0
+"""A Celery task on the main thread may take longer than whoever waits for signals to be heard has time."""
 
 
 class Child(asynpool.Worker):  # type: ignore[misc]
@@ -48,7 +52,7 @@ class Child(asynpool.Worker):  # type: ignore[misc]
         # after it. This wakes it at once.
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORK_SIGNALS)
-        self._replica.start()
+        self._replica.start(self._hear_signals)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         match signum:
@@ -60,6 +64,14 @@ class Child(asynpool.Worker):  # type: ignore[misc]
                 self._orders.append(self._replica.serve)
         with contextlib.suppress(BlockingIOError):  # woken often enough
             os.write(self._wake_writer, b"\0")
+
+    def _hear_signals(self) -> None:
+        """Return once the main thread has acted on the signals that came before, or is busy for too long."""
+        heard = threading.Event()
+        self._orders.append(heard.set)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_writer, b"\0")
+        heard.wait(_LONGEST_HEARING_S)
 
     def _make_child_methods(self, *_args: Any) -> None:
         self.wait_for_job = self._wait_for_job
@@ -74,6 +86,8 @@ class Child(asynpool.Worker):  # type: ignore[misc]
         ready = {fd for fd, _ in self._poll.poll()}
         if self._wake_reader in ready:
             os.read(self._wake_reader, 4096)
+        if self._leaving:
+            self._replica.drain()  # before those who wait for this to be heard
         while self._orders:
             self._orders.pop(0)()
         if self._leaving:

@@ -1,6 +1,7 @@
 """What a worker tells a replica when it forks it, and what it wants of it later."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -33,11 +34,13 @@ class Wishes:
         may_serve: A standby replica may take calls; one that asked for its turn may apply a change.
         may_leave: It may leave at the next moment without a call in hand; if none comes soon, it says so and stays.
         shall_leave: It is to finish its calls and end.
+        hear: Returns once what earlier signals ask for is among these. Blocks; for any thread but the main one.
     """
 
     may_serve: asyncio.Event = field(default_factory=asyncio.Event)
     may_leave: asyncio.Event = field(default_factory=asyncio.Event)
     shall_leave: asyncio.Event = field(default_factory=asyncio.Event)
+    hear: Callable[[], None] = lambda: None
 
 
 async def first_of(*events: asyncio.Event, timeout: float | None = None) -> None:  # noqa: ASYNC109

@@ -9,6 +9,7 @@ import secrets
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 from qserve.calls.client import Client
 from qserve.calls.process_client import new_event_loop
@@ -46,8 +47,13 @@ class ReplicaProcess:
         self._ready = threading.Event()
         self._end_by = 0.0
 
-    def start(self) -> None:
-        """Start the replica's thread and return at once."""
+    def start(self, hear: Callable[[], None] = lambda: None) -> None:
+        """Start the replica's thread and return at once.
+
+        Args:
+            hear: Returns once the main thread has acted on the signals that came before; see `Wishes`.
+        """
+        self._wishes = Wishes(hear=hear)
         show_output(self._birth.deployment if self._settings.names_output else None)
         self._thread.start()
 

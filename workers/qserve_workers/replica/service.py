@@ -139,6 +139,9 @@ class Service:
 
     async def _take_calls(self, code: UserCode) -> None:
         wishes = self._wishes
+        await asyncio.to_thread(wishes.hear)  # the constructor may have sent a signal to its own process
+        if wishes.shall_leave.is_set():
+            return
         if not wishes.may_serve.is_set():
             self._about.enter(STANDBY, self._deployed)
             await first_of(wishes.may_serve, wishes.shall_leave)
