@@ -8,7 +8,7 @@ from functools import wraps
 from inspect import BoundArguments, Parameter
 from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
-from qserve.context import batch_hooks, current_call, get_replica_context
+from qserve.context import batch_hooks, batch_sizes, current_call, get_replica_context
 from qserve.errors import QServeError
 from qserve.hooks import Batch, BatchHook, HookChain
 from qserve.wire.messages import NO_META
@@ -50,6 +50,7 @@ class BatchQueue:
         self._arrived = asyncio.Event()
         self._name = name
         self._hooks = batch_hooks()
+        self._sizes = batch_sizes()
         self._runner: asyncio.Task[None] | None = None
 
     def put(self, arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
@@ -85,6 +86,7 @@ class BatchQueue:
             pass
 
     async def _run_batch(self, batch: list[_Waiting]) -> None:
+        self._sizes[len(batch)] += 1
         try:
             columns = map(list, zip(*(call.arguments for call in batch), strict=True))
             if self._hooks is None:

@@ -1,10 +1,11 @@
 """What user code can ask about the replica it runs in. This module owns the only per-process state of a replica."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from qserve.errors import QServeError
 from qserve.hooks import BatchHook, HookChain
@@ -105,11 +106,17 @@ class ReplicaContext:
 class _ReplicaHere:
     replica: ReplicaContext | None = None
     batch_hooks: HookChain[BatchHook] | None = None
+    batch_sizes: ClassVar[Counter[int]] = Counter()
 
 
 def set_replica_context(context: ReplicaContext | None) -> None:
     """Make this process a replica, or with None no longer one. Only the worker calls this."""
     _ReplicaHere.replica = context
+
+
+def batch_sizes() -> Counter[int]:
+    """How many batches of each size have run in this process."""
+    return _ReplicaHere.batch_sizes
 
 
 def set_batch_hooks(hooks: Sequence[BatchHook]) -> None:

@@ -25,7 +25,9 @@ class Shown:
 class Settings(BaseSettings):
     """What a process needs to find its Redis and behave; every field is an environment variable `QSERVE_<NAME>`."""
 
-    model_config = SettingsConfigDict(env_prefix="QSERVE_", extra="ignore", ignored_types=(cached_property,))
+    model_config = SettingsConfigDict(
+        env_prefix="QSERVE_", env_ignore_empty=True, extra="ignore", ignored_types=(cached_property,)
+    )
 
     redis_url: Annotated[str, Shown("unset: the instance on this machine")] = Field(
         default="",

@@ -67,6 +67,9 @@ class Gateway(DirectApp):
         durable: Submits durable calls; None where there are none.
         pages: Shows durable calls.
         hooks: The users' code around requests; empty for none.
+
+    Attributes:
+        is_draining: Set when no further requests are to be sent here.
     """
 
     def __init__(
@@ -87,6 +90,8 @@ class Gateway(DirectApp):
         self._specs: tuple[DeploymentSpec, ...] = ()
         self._root_path = ""
         self._routes = RouteTable()
+        self._knows_routes = False
+        self.is_draining = False
         # Chosen once: a request that no hook sees pays for one comparison.
         self._hooks = RequestHooks(hooks) if hooks else None
         self._entry: ASGIApp = self._hooks.around(self.serve) if self._hooks is not None else self.serve
@@ -107,6 +112,7 @@ class Gateway(DirectApp):
     def use_deployments(self, specs: Iterable[DeploymentSpec]) -> None:
         """Route requests to these deployments from now on."""
         self._specs = tuple(specs)
+        self._knows_routes = True
         self._routes = RouteTable(self._specs, root_path=self._root_path, timeout_s=self._settings.http_timeout_s)
 
     def use_http_options(self, root_path: str, middlewares: Iterable[Middleware]) -> None:
@@ -274,6 +280,8 @@ class Gateway(DirectApp):
         name = path[len(self._root_path) :]
         if name == "/-/healthz":
             return text_response(200, "success")
+        if name == "/-/readyz":
+            return self._readiness()
         if self._keys is not None:
             self._keys.check(headers, named, "")
         if name == "/-/routes":
@@ -286,6 +294,17 @@ class Gateway(DirectApp):
         if path in (self._root_path, f"{self._root_path}/"):
             return front_page(self.routes, self._root_path, named.get(b"accept", b""))
         return _not_found(path)
+
+    def _readiness(self) -> HttpResponse:
+        if self.is_draining:
+            why = "this gateway is leaving"
+        elif not self._knows_routes:
+            why = "what is deployed is not known yet"
+        elif not self._client.sender.is_open:
+            why = "Redis cannot be reached"
+        else:
+            return text_response(200, "ready")
+        return text_response(503, f"not ready: {why}", (b"retry-after", b"1"))
 
     def _request_id(self, asked: bytes | None) -> str:
         if asked is not None and _is_request_id(asked):

@@ -168,6 +168,7 @@ class GatewayProcess:
             _spare_the_collector()
             serving = {listener.serving for listener in self.listeners if listener.serving is not None}
             await asyncio.wait({*serving, following, self._stopping}, return_when=asyncio.FIRST_COMPLETED)
+            self._gateway.is_draining = True
             # No deploy waits for a gateway that is leaving; requests in flight still get their replies.
             await end(following, sampling)
             follower.leave()

@@ -6,6 +6,7 @@ from qserve.broker.connection import Connection, ignore_answer
 from qserve.broker.keys import Keys
 
 Counter = Literal["rejected_frames", "late_results", "dead_letters", "indeterminate", "taken_over"]
+"""Rare events; `calls_of_replicas` and `calls_of_programs` count what was put on queues through handles."""
 
 
 def count(connection: Connection, keys: Keys, counter: str, by: int = 1) -> None:

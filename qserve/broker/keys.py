@@ -46,6 +46,8 @@ class Keys:
     """Hash: metric name -> count (rejected frames, late results, ...)."""
     audit = _Name("audit")
     """Stream of what operators have done."""
+    exporter = _Name("exporter")
+    """String: id of the gateway that shows the metrics of the whole instance to whoever scrapes all gateways."""
     sampler = _Name("sampler")
     """String: which gateway notes how the queues are."""
     celery_prefix = _Name("celery:")
@@ -113,6 +115,10 @@ class Keys:
     def index(self, deployment: str, state: str) -> str:
         """Sorted set: the durable calls of a deployment in a state, by when they entered it in ms."""
         return self._key("index", state, deployment)
+
+    def totals(self, deployment: str) -> str:
+        """Hash: what has happened to its calls and replicas -> how often; see `qserve.broker.history.totals`."""
+        return self._key("totals", deployment)
 
     def buckets(self, deployment: str) -> str:
         """List of packed counts of ten seconds each, the newest first."""

@@ -17,6 +17,7 @@ import msgspec
 
 from qserve.background import end, spawn
 from qserve.broker.connection import Connection
+from qserve.broker.counters import count
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.redis_errors import CommandRefused
@@ -35,6 +36,7 @@ from qserve.errors import BrokerUnavailable, CallCancelled, FrameRejected
 from qserve.failpoints import reach
 from qserve.hooks import ClientHook, HookChain, load_hooks
 from qserve.settings import Settings
+from qserve.telemetry.log_records import this_process
 from qserve.wire.call_record import ANYONE
 from qserve.wire.channel import Channel, Chunk, decode_chunk
 from qserve.wire.messages import (
@@ -52,6 +54,9 @@ from qserve.wire.messages import (
 )
 
 _STOPPED = "the client was stopped before the call ended"
+
+_COUNTED_AS = {"gateway": "", "replica": "calls_of_replicas", "worker": "calls_of_replicas"}
+"""Under which counter calls are counted; what gateways count, they show by themselves."""
 
 
 class Client:
@@ -82,6 +87,8 @@ class Client:
         self._link = link = Link(settings.redis_url, self._link_up, self._link_lost)
         self._clock = RedisClock()
         self._sample_at = 0.0
+        self._counted = 0
+        self._counted_as = _COUNTED_AS.get(this_process().process, "calls_of_programs")
         self._payloads = Payloads(keys, signer, settings.out_of_line_bytes)
         self._pending = pending = PendingCalls()
         self._withdrawals = Withdrawals(keys, signer, link, self._payloads)
@@ -149,6 +156,9 @@ class Client:
         self.durable.tick()
         self._pending.troubles.send(self._link.sender, self.settings.keys)
         self._reconciler.budget.note(self.tally["accepted"], now)
+        if self._counted_as and self.sender.is_open and self.tally["accepted"] > self._counted:
+            count(self.sender, self.settings.keys, self._counted_as, self.tally["accepted"] - self._counted)
+            self._counted = self.tally["accepted"]
         if now >= self._sample_at and self._link.sender.is_open:
             self._sample_at = now + SAMPLE_EVERY_S
             spawn(self._sample_clock())

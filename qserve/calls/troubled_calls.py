@@ -2,6 +2,7 @@
 
 from qserve.broker.connection import Connection
 from qserve.broker.history.buckets import send_ends
+from qserve.broker.history.totals import send_total
 from qserve.broker.history.troubles import LONGEST_TEXT, Trouble, send_trouble
 from qserve.broker.keys import Keys
 from qserve.errors import CallCancelled, DeploymentNotFound, QServeError
@@ -35,3 +36,4 @@ class TroubledCalls:
         for (deployment, what, _), trouble in found.items():
             send_trouble(connection, keys, deployment, trouble)
             send_ends(connection, keys, deployment, {what: trouble.times})
+            send_total(connection, keys, deployment, f"caller {what.replace(' ', '_')}", trouble.times)

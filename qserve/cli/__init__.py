@@ -26,6 +26,7 @@ COMMANDS = {
     "schedule": ("qserve.cli.schedule", "List, show, put or remove calls that are submitted on a schedule."),
     "delete": ("qserve.cli.deploy", "Stop serving a deployment."),
     "shutdown": ("qserve.cli.deploy", "Delete all deployments and stop the local instance."),
+    "healthy": ("qserve.cli.healthy", "Check that the processes of this machine make progress."),
     "doctor": ("qserve.cli.doctor", "Check the Redis server for what would lose or delay calls."),
     "redis-acl": ("qserve.cli.redis_acl", "Print Redis users with the least rights that processes need."),
 }

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -210,6 +211,25 @@ async def test_names_on_the_page_of_the_root_are_text(gateway: Gateway, http: ht
     gateway.use_deployments([spec("x", '/"><script>')])
     page = (await http.get("/", headers={"accept": "text/html"})).text
     assert "<script>" not in page
+
+
+async def test_readyz_says_why_a_gateway_is_not_ready(calls: FakeCalls, monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = Gateway(calls, Settings())
+    transport = httpx.ASGITransport(app=gateway)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+
+        async def told() -> tuple[int, str]:
+            answer = await http.get("/-/readyz")
+            return answer.status_code, answer.text
+
+        assert await told() == (503, "not ready: what is deployed is not known yet")
+        gateway.use_deployments([])
+        assert await told() == (503, "not ready: Redis cannot be reached")
+        monkeypatch.setattr(type(calls), "sender", SimpleNamespace(is_open=True))
+        assert await told() == (200, "ready")
+        gateway.is_draining = True
+        assert await told() == (503, "not ready: this gateway is leaving")
+        assert (await http.get("/-/healthz")).status_code == 200
 
 
 async def test_healthz_answers_without_any_deployment(gateway: Gateway, http: httpx.AsyncClient) -> None:

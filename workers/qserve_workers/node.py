@@ -28,6 +28,7 @@ from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import embedded
 from qserve.broker.server.redis_checks import require_usable_at
 from qserve.deployments import deploying
+from qserve.deployments.alive_files import SAY_EVERY_S, AliveFile
 from qserve.deployments.local_instance import InstanceRecord
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 from qserve.settings import Settings
@@ -80,7 +81,7 @@ class Node:
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT, or until the owner or the embedded Valkey is gone; returns the exit code."""
         self._watch_signals()
-        tasks = [asyncio.create_task(self._watch_owner())]
+        tasks = [asyncio.create_task(self._watch_owner()), asyncio.create_task(self._say_alive())]
         try:
             await (self._start_valkey() if self._options.embedded else self._find_redis())
             self._write_instance_file(ready=False)
@@ -109,6 +110,15 @@ class Node:
         if self._stopping.is_set():
             self._force.set()
         self._stopping.set()
+
+    async def _say_alive(self) -> None:
+        file = AliveFile(self._settings.namespace, "node")
+        try:
+            while True:
+                file.touch()
+                await asyncio.sleep(SAY_EVERY_S)
+        finally:
+            file.remove()
 
     async def _watch_owner(self) -> None:
         owner = self._options.owner

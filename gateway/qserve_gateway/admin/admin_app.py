@@ -8,11 +8,11 @@ import os
 import re
 import secrets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import msgspec
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
 from qserve.broker.instance.state import State
@@ -27,6 +27,8 @@ from qserve_gateway.door.limits import Door, request_ids, same_host
 from qserve_gateway.respond import json_response, local_error_response, send_response, text_response
 
 _is_deployment = re.compile(r"/-/deployments/([^/]+)").fullmatch
+_SCRAPER = b"x-prometheus-scrape-timeout-seconds"
+"""A header of Prometheus and of what scrapes in its place."""
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -62,7 +64,7 @@ class Admin:
         response = self._refusal(named)
         if response is None:
             try:
-                response = await self._respond(scope["method"], scope["path"])
+                response = await self._respond(scope, named)
             except QServeError as exc:
                 response = local_error_response(exc)
         await send_response(send, response, scope["method"], next(self._ids))
@@ -81,7 +83,8 @@ class Admin:
             return text_response(401, "A bearer token is needed.", (b"www-authenticate", b"Bearer"))
         return None
 
-    async def _respond(self, method: str, path: str) -> HttpResponse:
+    async def _respond(self, scope: Scope, named: dict[bytes, bytes]) -> HttpResponse:
+        method, path = scope["method"], scope["path"]
         deployment = _is_deployment(path)
         if deployment is not None:
             return await self._delete(unquote(deployment[1])) if method == "DELETE" else _not_allowed("DELETE")
@@ -92,14 +95,22 @@ class Admin:
             return self._leave() if method == "POST" else _not_allowed("POST")
         if path not in ("/-/metrics", "/-/status"):
             return text_response(404, "There are /-/metrics, /-/status, /-/deployments/NAME, /-/dead and /-/drain.")
-        return await self._tell(path) if method in ("GET", "HEAD") else _not_allowed("GET, HEAD")
+        return await self._tell(path, scope, named) if method in ("GET", "HEAD") else _not_allowed("GET, HEAD")
 
-    async def _tell(self, path: str) -> HttpResponse:
-        if path == "/-/status":
-            found = await asyncio.to_thread(status, self._state, self._settings.namespace, self._client.id)
-            return json_response(found)
-        text = await asyncio.to_thread(metrics, self._state, self._door, self._client)
-        return HttpResponse(200, [(b"content-type", CONTENT_TYPE_LATEST.encode())], text)
+    async def _tell(self, path: str, scope: Scope, named: dict[bytes, bytes]) -> HttpResponse:
+        if path == "/-/metrics":
+            return await self._metrics(parse_qs(scope["query_string"].decode("latin-1")), named)
+        return json_response(await asyncio.to_thread(status, self._state, self._settings.namespace, self._client.id))
+
+    async def _metrics(self, query: dict[str, list[str]], named: dict[bytes, bytes]) -> HttpResponse:
+        share = query.get("share", [""])[-1]
+        if share not in ("", "gateway", "instance"):
+            return text_response(400, "?share= takes gateway or instance.")
+        scraped = _SCRAPER in named
+        accept = named.get(b"accept", b"").decode("latin-1")
+        read = partial(metrics, self._state, self._door, self._client, accept, share, scraped=scraped)
+        text, content_type = await asyncio.to_thread(read)
+        return HttpResponse(200, [(b"content-type", content_type.encode())], text)
 
     def _leave(self) -> HttpResponse:
         asyncio.get_running_loop().call_later(0.05, self._drain)  # the answer leaves first

@@ -1,20 +1,23 @@
 """What the admin pages show: the status of the instance as JSON, and metrics as text for Prometheus."""
 
 import os
-from collections import Counter
+import platform
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 
+from qserve.broker.history.totals import become_exporter
 from qserve.broker.instance.state import State
 from qserve.calls.client import Client
+from qserve_gateway.admin.instance_metrics import InstanceCollector
 from qserve_gateway.door.limits import Door
 from qserve_gateway.door.request_counts import BOUNDS_S
-
-STATES = ("STARTING", "STANDBY", "SERVING", "STALLED", "UNHEALTHY", "DRAINING")
 
 
 def status(state: State, namespace: str, gateway_id: str) -> dict[str, Any]:
@@ -47,28 +50,41 @@ def status(state: State, namespace: str, gateway_id: str) -> dict[str, Any]:
     }
 
 
-def metrics(state: State, door: Door, client: Client) -> bytes:
-    """Write, for Prometheus, the metrics of this gateway and of the queues and replicas that all gateways share."""
+def metrics(state: State, door: Door, client: Client, accept: str, share: str, *, scraped: bool) -> tuple[bytes, str]:
+    """Write metrics, in the format that is asked for; gives the text and its content type.
+
+    Args:
+        accept: The Accept header: OpenMetrics where it names it, else Prometheus' text format.
+        share: "gateway" for its own metrics, "instance" for those of the instance, "" for all that it is to show.
+        scraped: Somebody adds up what all gateways say. Then only one of them shows the metrics of the instance.
+    """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(state, door, client))
-    return generate_latest(registry)
+    if share != "instance":
+        registry.register(_GatewayCollector(door, client))
+    if share == "instance" or (share == "" and (not scraped or _is_exporter(state, client.id))):
+        registry.register(InstanceCollector(state))
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
 
 
-class _Collector(Collector):
-    def __init__(self, state: State, door: Door, client: Client) -> None:
+def _is_exporter(state: State, gateway: str) -> bool:
+    return become_exporter(state.redis, state.keys, gateway, state.observed.gateways())
+
+
+class _GatewayCollector(Collector):
+    """What this process has seen."""
+
+    def __init__(self, door: Door, client: Client) -> None:
         self._client = client
-        self._state = state
         self._door = door
 
     def collect(self) -> Iterator[Metric]:
+        build = GaugeMetricFamily("qserve_build_info", "1 for what runs here.", labels=["version", "python"])
+        build.add_metric([version("qserve"), platform.python_version()], 1)
+        yield build
         yield from self._requests()
         yield from self._connections()
         yield from self._calls()
-        yield from self._deployments()
-        events = CounterMetricFamily("qserve_events", "Rare events anywhere in the instance.", labels=["event"])
-        for name, count in sorted(self._state.observed.counters().items()):
-            events.add_metric([name], count)
-        yield events
 
     def _requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("qserve_http_requests", "Responses.", labels=["deployment", "status"])
@@ -80,7 +96,11 @@ class _Collector(Collector):
         )
         bounds = [*map(str, BOUNDS_S), "+Inf"]
         for deployment, (buckets, seconds) in sorted(self._door.counts.latencies().items()):
-            pairs = list(zip(bounds, map(float, buckets), strict=True))
+            exemplars = self._door.counts.exemplars(deployment)
+            pairs: list[tuple[str, float] | tuple[str, float, Exemplar]] = [
+                (bound, float(count), exemplars[place]) if place in exemplars else (bound, float(count))
+                for place, (bound, count) in enumerate(zip(bounds, buckets, strict=True))
+            ]
             latencies.add_metric([deployment], pairs, sum_value=seconds)
         yield latencies
 
@@ -104,23 +124,3 @@ class _Collector(Collector):
                 (refused if kind == "refused" else ended).add_metric([which], count)
         yield from (refused, ended)
         yield GaugeMetricFamily("qserve_calls_pending", "Calls that wait for their end.", value=self._client.pending)
-
-    def _deployments(self) -> Iterator[Metric]:
-        queued = GaugeMetricFamily("qserve_queue_depth", "Calls queued and running.", labels=["deployment"])
-        waiting = GaugeMetricFamily("qserve_queue_waiting", "Calls that no replica has taken.", labels=["deployment"])
-        oldest = GaugeMetricFamily(
-            "qserve_queue_oldest_waiting_seconds", "For how long the first of them has waited.", labels=["deployment"]
-        )
-        running = GaugeMetricFamily("qserve_running", "Calls running.", labels=["deployment"])
-        replicas = GaugeMetricFamily("qserve_replicas", "Replicas.", labels=["deployment", "state"])
-        for name in sorted(self._state.list()):
-            found = list(self._state.observed.replicas(name).values())
-            queued.add_metric([name], self._state.observed.queued(name))
-            count, seconds = self._state.observed.waiting(name)
-            waiting.add_metric([name], count)
-            oldest.add_metric([name], seconds)
-            running.add_metric([name], sum(replica.running for replica in found))
-            by_state = Counter(replica.state for replica in found)
-            for state in (*STATES, *sorted(by_state.keys() - set(STATES))):
-                replicas.add_metric([name, state], by_state[state])
-        yield from (queued, waiting, oldest, running, replicas)

@@ -115,7 +115,8 @@ class Door:
 
     def note(self, scope: Mapping[str, Any], status: int, size: int, seconds: float) -> None:
         """Count a response and write it to the access log."""
-        self.counts.count(scope["state"].get("deployment", ""), status, seconds)
+        state = scope["state"]
+        self.counts.count(state.get("deployment", ""), status, seconds, state.get("trace_id"))
         if self.log is not None:
             self.log.add(scope, status, size, seconds)
 

@@ -22,9 +22,8 @@ _CALL = (
     "zrangebyscore zremrangebyrank lindex lpush lset ltrim hvals xinfo|stream publish"
 )
 _RESULTS = "celery:celery-task-meta-*"
-_CALL_KEYS = (
-    f"q:* inbox:* alive:* p:* parts:* call:* idem:* due:* low:* counters index:* buckets:* troubles:* {_RESULTS}"
-)
+_HISTORY = "index:* buckets:* totals:* troubles:*"
+_CALL_KEYS = f"q:* inbox:* alive:* p:* parts:* call:* idem:* due:* low:* counters {_HISTORY} {_RESULTS}"
 _STATE_KEYS = "meta:* deployments log http instance schedules fired"
 _REPORTS = "hb:* replicas:* workers:* nodes gateways"
 _ANY_CALL = f"call:* {_RESULTS}"
@@ -63,7 +62,7 @@ ROLES = (
         "gateway",
         "qserve_gateway",
         f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL} subscribe unsubscribe",
-        keys=f"{_CALL_KEYS} dead:* gateways sampler audit",
+        keys=f"{_CALL_KEYS} dead:* gateways sampler exporter audit",
         reads=f"{_STATE_KEYS} {_REPORTS}",
         channels=_ANY_CALL,
     ),
@@ -95,7 +94,7 @@ ROLES = (
         "metrics",
         "qserve status and doctor, and what watches an instance",
         f"{_BASE} {_OBSERVE}",
-        reads=f"q:* due:* low:* dead:* alive:* index:* buckets:* troubles:* audit counters {_STATE_KEYS} {_REPORTS}",
+        reads=f"q:* due:* low:* dead:* alive:* {_HISTORY} audit counters {_STATE_KEYS} {_REPORTS}",
     ),
 )
 

@@ -10,9 +10,11 @@ from collections import Counter
 from typing import Final
 
 from qserve.broker.history.buckets import BOUNDS_MS, BUCKET_S, add_counts
+from qserve.broker.history.totals import add_totals
 from qserve.broker.history.troubles import LONGEST_TEXT, Trouble, note_troubles
 from qserve.broker.keys import Keys
 from qserve.broker.server import redis_clients
+from qserve.context import batch_sizes
 from qserve.wire.exceptions import text_of
 from qserve_workers.calls.running import RunningCall
 
@@ -26,6 +28,8 @@ class CallCounts:
 
     Attributes:
         waits, runs: How many calls waited, and ran, for how long; `Bucket` says what the places mean.
+        waited_ms, ran_ms: For how long in all.
+        retries: Why calls are to run again -> how many.
         others: Outcome -> calls that did not end well; all others that ran have done so.
         slow_ms: Calls that ran for longer are noted.
     """
@@ -33,13 +37,16 @@ class CallCounts:
     def __init__(self, keys: Keys, deployment: str, slow_s: float) -> None:
         self.waits = [0] * (len(BOUNDS_MS) + 1)
         self.runs = [0] * (len(BOUNDS_MS) + 1)
+        self.waited_ms = self.ran_ms = 0.0
         self.others: Counter[str] = Counter()
+        self.retries: Counter[str] = Counter()
         self.slow_ms = slow_s * 1000
         self._keys = keys
         self._deployment = deployment
         self._who = f"pid {os.getpid()} on {socket.gethostname()}"
         self._notes: list[Trouble] = []
         self._taken: tuple[dict[str, int], list[int], list[int]] | None = None
+        self._totals: dict[str, int] = {}
         self._taken_notes: list[Trouble] = []
         self._take_at = 0.0
 
@@ -84,15 +91,30 @@ class CallCounts:
         """Make ready what `write` is to write: notes always, counts every ten seconds."""
         if not self._taken_notes:
             self._taken_notes, self._notes = self._notes, []
-        if self._taken is not None or (time.monotonic() < self._take_at and not at_once):
+        if self._taken is not None or self._totals or (time.monotonic() < self._take_at and not at_once):
             return
         self._take_at = time.monotonic() + BUCKET_S
         ran = sum(self.runs)
-        if not ran and not self.others:
+        if not ran and not self.others and not self.retries:
             return
         ends = {"done": max(0, ran - sum(self.others.values())), **self.others}
+        self._totals = self._add_up(ends)
+        self.waited_ms = self.ran_ms = 0.0
+        self.retries.clear()
         self._taken = (ends, self.waits, self.runs)
         self.waits, self.runs, self.others = [0] * len(self.waits), [0] * len(self.runs), Counter()
+
+    def _add_up(self, ends: dict[str, int]) -> dict[str, int]:
+        totals = {f"ends {outcome.replace(' ', '_')}": count for outcome, count in ends.items()}
+        totals |= {f"wait {place}": count for place, count in enumerate(self.waits) if count}
+        totals |= {f"run {place}": count for place, count in enumerate(self.runs) if count}
+        totals |= {f"retries {why}": count for why, count in self.retries.items()}
+        totals |= {"wait_us all": int(self.waited_ms * 1000), "run_us all": int(self.ran_ms * 1000)}
+        sizes = batch_sizes()
+        while sizes:  # another loop of this process may go on counting
+            size, count = sizes.popitem()
+            totals[f"batch {size}"] = count
+        return totals
 
     def write(self, client: redis_clients.Client) -> None:
         """Write what is ready, from another thread; what cannot be written stays ready.
@@ -106,3 +128,6 @@ class CallCounts:
         if self._taken is not None:
             add_counts(client, self._keys, self._deployment, *self._taken)
             self._taken = None
+        if self._totals:
+            add_totals(client, self._keys, self._deployment, self._totals)
+            self._totals = {}

@@ -223,6 +223,7 @@ class DurableRuns:
         if failures <= call.terms.retries and call.terms.retries_after(error):
             pause_ms = call.terms.pause_ms(failures)
             self._settle(entry, call, SCHEDULED, b"", keep_ms=pause_ms, error=said)
+            self._slots.counts.retries["failed"] += 1
             self._on_retry(pause_ms / 1000)
             return
         exhausted = call.terms.retries > 0 and call.terms.retries_after(error)

@@ -194,7 +194,9 @@ class OrdinaryRuns:
     def _time_left(self, entry: Entry, call: Call) -> float:
         """Seconds until a call's deadline; raises where it is over."""
         waited_ms = self._clock.age_ms(entry.time_ms)
-        self._slots.counts.waits[bisect(BOUNDS_MS, waited_ms)] += 1
+        counts = self._slots.counts
+        counts.waits[bisect(BOUNDS_MS, waited_ms)] += 1
+        counts.waited_ms += waited_ms
         left_ms = call.ttl_ms - waited_ms
         if left_ms < 0:
             raise GetTimeoutError("the deadline passed before a replica was free; the call was not run")

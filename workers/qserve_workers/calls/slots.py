@@ -78,6 +78,7 @@ class Slots:
             self.run_times_ms.append(ran_ms)
             counts = self.counts
             counts.runs[bisect(BOUNDS_MS, ran_ms)] += 1
+            counts.ran_ms += ran_ms
             if ran_ms > counts.slow_ms:
                 counts.note_slow(running, ran_ms)
         self._changed.set()

@@ -132,4 +132,5 @@ class Triage:
             else:
                 spawn(self._answers.bury(entry, call, text, self._ordinary.pack_error(PoisonCall(text))))
         else:
+            self._slots.counts.retries["replica_died"] += 1
             self._suspects.add(entry)

@@ -7,6 +7,7 @@ nothing is retried in place, and while Redis is away the newest state is kept an
 import logging
 from collections.abc import Callable
 
+from qserve.broker.history.totals import add_totals
 from qserve.broker.instance.heartbeats import post_tombstone
 from qserve.broker.instance.presence import say_gone, say_worker_alive
 from qserve.broker.instance.reports import replicas_now, report_worker
@@ -91,6 +92,10 @@ class Announcer:
     def bury(self, replica: str) -> None:
         """Let the neighbours of a dead replica take over its calls."""
         self._write(lambda client: post_tombstone(client, self._keys, self._deployment, replica, self._signer))
+
+    def count(self, what: str) -> None:
+        """Add one to a total of the deployment."""
+        self._write(lambda client: add_totals(client, self._keys, self._deployment, {what: 1}))
 
     def describe(self) -> dict[str, ReplicaInfo]:
         """This worker's deployment's replicas as they describe themselves, by id; empty when Redis is away."""

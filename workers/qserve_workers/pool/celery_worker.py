@@ -82,6 +82,7 @@ class PatientConsumer(consumer.Consumer):  # type: ignore[misc]
             maybe_shutdown()
             self.pool.maintain_pool()
             self.pool.keeper.on_readable()  # a full pipe would stop the replicas
+            self.pool.keeper.say_alive()
 
         conn.ensure_connection(
             on_error, None, interval_start=0.1, interval_step=0.4, interval_max=2.0, callback=meanwhile

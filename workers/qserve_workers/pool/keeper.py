@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from qserve.deployments.alive_files import SAY_EVERY_S, AliveFile
 from qserve.settings import Settings
 from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.messages import Signer
@@ -80,6 +81,7 @@ class Keeper:
         self._reader = self._writer = -1
         self._partial = b""
         self._timer: Any = None
+        self._alive_timer: Any = None
         self._acting = self._again = False
         self._standby = False
 
@@ -88,11 +90,14 @@ class Keeper:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         self._announcer.start()
+        self._alive = AliveFile(self._settings.namespace, f"worker of {self.deployment}")
+        self.say_alive()
 
     def stop(self) -> None:
         """Say goodbye; call when the last replica is gone."""
         self._announcer.publish(None)
         self._announcer.stop()
+        self._alive.remove()
         os.close(self._reader)
         os.close(self._writer)
 
@@ -116,6 +121,7 @@ class Keeper:
     def after_birth(self, pid: int) -> None:
         """A process has been forked."""
         self.rollout.born(pid, time.monotonic(), standby=self._standby)
+        self._announcer.count("replicas started")
 
     def on_death(self, pid: int, exitcode: int | None) -> bool:
         """A process has ended and been reaped; False: by itself, before it had come to anything."""
@@ -124,6 +130,7 @@ class Keeper:
         replica = self.rollout.died(pid, how)
         if replica is None:
             return True
+        self._announcer.count("replicas died" if exitcode else "replicas left")
         logger.log(
             logging.INFO if replica.leaving and not exitcode else logging.WARNING,
             "Deployment %s: replica %s (pid %d) has ended, %s",
@@ -157,9 +164,17 @@ class Keeper:
             self._acting = False
         self._arm()
 
+    def say_alive(self) -> None:
+        """Say, now and every few seconds, that this worker makes progress."""
+        self._alive.touch()
+        if self._alive_timer is not None:
+            self._alive_timer.cancel()
+        self._alive_timer = self._call_later(SAY_EVERY_S, self.say_alive)
+
     def resume(self) -> None:
         """The event loop is (again) connected to the broker; timers set while it was not are void."""
         self._announcer.resume()
+        self.say_alive()
         self.act()
 
     # Called by the autoscaler

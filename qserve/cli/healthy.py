@@ -1,0 +1,21 @@
+"""`qserve healthy`: whether the processes of this machine make progress."""
+
+import click
+
+from qserve.cli.output import Failure
+from qserve.deployments.alive_files import judge
+from qserve.settings import Settings
+
+
+@click.command()
+def healthy() -> None:
+    """Check that the node and the workers of this machine make progress; exit code 1 if not.
+
+    It asks nobody, Redis neither: for the health checks of containers and supervisors. It knows the processes of this
+    user, with the same QSERVE_RUNTIME_DIR and QSERVE_NAMESPACE.
+    """
+    well, ill = judge(Settings().namespace)
+    for line in well:
+        click.echo(line)
+    if ill:
+        raise Failure("\n".join(ill))
