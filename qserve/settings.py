@@ -12,6 +12,7 @@ from qserve.broker.keys import Keys
 from qserve.wire.names import NAME_PATTERN
 
 MIB = 1024 * 1024
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 _SPANS = tuple(f"qserve.telemetry.tracing:{where}Spans" for where in ("Client", "Gateway", "Replica", "Batch"))
 
 
@@ -171,6 +172,41 @@ class Settings(BaseSettings):
     admin_allowed_hosts: str = Field(
         default="",
         description="Host names, besides localhost, under which the admin listener answers; separated by commas.",
+    )
+    console_open: bool = Field(
+        default=False,
+        description=(
+            "Whoever can reach the [console](console.md) from this machine is an operator, without a token, and any "
+            "free port will do where `QSERVE_ADMIN_PORT` is taken; `qserve run` sets it."
+        ),
+    )
+    console_viewer_token: Annotated[str, Shown("unset: there are no viewers")] = Field(
+        default="",
+        repr=False,
+        description="Token with which one may look at the console, but not act and not see arguments and results.",
+    )
+    console_label: str = Field(
+        default="",
+        description="What the console shows beside the namespace, such as `production`.",
+    )
+    console_hidden_names: str = Field(
+        default="password,passwd,secret,token,api_key,authorization,cookie",
+        description="The console shows no argument or field whose name contains one of these, separated by commas.",
+    )
+    console_user_header: str = Field(
+        default="",
+        description=(
+            "Header in which a proxy that signs users in names them, such as `X-Forwarded-User`: see "
+            "[the console](console.md#single-sign-on)."
+        ),
+    )
+    console_proxies: str = Field(
+        default="127.0.0.1,::1",
+        description="Addresses of proxies whose `QSERVE_CONSOLE_USER_HEADER` is believed, separated by commas.",
+    )
+    console_operators: str = Field(
+        default="",
+        description="Users of that header who may act, separated by commas; `*` means all. The others may look.",
     )
     durability: Literal["memory", "fsync", "replica"] = Field(
         default="memory",

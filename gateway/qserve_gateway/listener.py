@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import ssl
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -29,12 +30,14 @@ class ListenAddress:
         port: 0 for any free one.
         fd: An inherited socket, which is bound already; host and port are ignored then.
         reuse_port: Several processes of this machine share the port.
+        or_any_port: If the port is taken, any free one will do.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     fd: int | None = None
     reuse_port: bool = False
+    or_any_port: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,8 @@ def _bound_socket(address: ListenAddress) -> socket.socket:
             sock.listen(BACKLOG)
     except OSError as exc:
         sock.close()
+        if address.or_any_port and exc.errno == errno.EADDRINUSE:
+            return _bound_socket(replace(address, port=0, or_any_port=False))
         raise _cannot_listen(address, exc) from exc
     return sock
 

@@ -180,7 +180,7 @@ class GatewayProcess:
         if settings.admin_port is None:
             return None
         app = Admin(settings, self._state, door, self._client, admin_token(settings), self.leave)
-        address = ListenAddress(settings.admin_host, settings.admin_port)
+        address = ListenAddress(settings.admin_host, settings.admin_port, or_any_port=settings.console_open)
         return Listener(app, address, Door(settings, has_log=False))
 
     def _listen_to_signals(self) -> None:

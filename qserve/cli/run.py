@@ -30,10 +30,12 @@ from qserve.deployments.local_instance import (
 from qserve.errors import ConfigurationError
 from qserve.screen.introduction import curl_command, introduction
 from qserve.screen.terminal import output_relayed
-from qserve.settings import Settings
+from qserve.settings import LOOPBACK_HOSTS, Settings
 
 _LOOK_S = 1.0
 """How often we look whether the instance still runs and, with --reload, for edits."""
+CONSOLE_PORT = 8265
+"""Where the console is, if that port is free."""
 _FORCED = 130
 """Exit code of a command that Ctrl-C ended, as shells have it."""
 
@@ -75,6 +77,7 @@ def run(
     if sys.stderr.isatty():
         os.environ.setdefault("QSERVE_ACCESS_LOG", "short")
     application = import_application(app, replicas)
+    open_console(Settings())
     settings = Settings()
     if settings.redis_url:
         require_usable_at(settings.redis_url)
@@ -83,7 +86,9 @@ def run(
     try:
         with termination_as_interrupt():
             record = bring_up(instance, application, stay_anyway=reload)
-            introduce(application, record.gateway_url, tls.get("ssl_certfile"), tls.get("ssl_keyfile"))
+            introduce(
+                application, record.gateway_url, tls.get("ssl_certfile"), tls.get("ssl_keyfile"), record.console_url
+            )
             redeploy = Reloader(app, replicas, application.files, instance.settings) if reload else None
             stay(settings.namespace, redeploy)
     except KeyboardInterrupt:
@@ -137,11 +142,23 @@ def bring_up(instance: LocalInstance, application: ImportedApplication, *, stay_
     return instance.wait_until_ready()
 
 
-def introduce(application: ImportedApplication, gateway_url: str, certfile: str | None, keyfile: str | None) -> None:
+def open_console(settings: Settings) -> None:
+    """Let the gateway have a console that is open to this machine, unless the user has set something else."""
+    if settings.admin_host not in LOOPBACK_HOSTS:
+        return
+    os.environ.setdefault("QSERVE_CONSOLE_OPEN", "1")
+    if settings.admin_port is None:
+        os.environ["QSERVE_ADMIN_PORT"] = str(CONSOLE_PORT)
+
+
+def introduce(
+    application: ImportedApplication, gateway_url: str, certfile: str | None, keyfile: str | None, console: str
+) -> None:
     """Print a command to try each deployment, and how to stop."""
     lines = introduction(
         application.deployments,
         lambda prefix: gateway_url.rstrip("/") + prefix,
+        console=console,
         curl=curl_command(gateway_url, certfile, keyfile),
     )
     click.echo("\n".join([*lines, "Ctrl-C stops it; -v shows the whole log."]))

@@ -50,6 +50,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
         folder: The folder of its sockets and logs.
         ready: Whether its gateway listens, where it has one. One can deploy to it before.
         gateway_url: The URL of its gateway, "" where it has none.
+        console_url: The URL of its console, "" where it has none.
         http: The address among the http_options that it was started with.
         detached: Whether it outlives the process that started it.
         log_file: The file to which its processes log; "" where that is the standard error of `qserve run`.
@@ -62,6 +63,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     ready: bool = True
     gateway_url: str = ""
+    console_url: str = ""
     http: dict[str, str | int | None] = {}
     detached: bool = False
     log_file: str = ""

@@ -165,11 +165,7 @@ class Schedules:
         at = int(moment * 1000)
         sealed = self._signer.seal(encode(["schedule", schedule.name, schedule.created, at]))
         call_id = "d" + hashlib.sha256(sealed).hexdigest()[:32]
-        head = (call_id, schedule.deployment, ANYONE, NEVER_MS, PYTHON, schedule.method, True, schedule.payload)
-        options = DurableOptions(0.0, schedule.expires_s, schedule.low_priority, schedule.terms)
-        call = DurableCall(*head, terms=schedule.terms)
-        if schedule.meta:
-            call = durable_with_meta(call, schedule.meta)
+        call, options = call_of(schedule, call_id)
         error = ""
         try:
             submit_now(self._redis, self._keys, self._signer, payloads, call, options)
@@ -187,6 +183,23 @@ class Schedules:
         if schedule.name != name:
             raise FrameRejected(f"schedule {schedule.name!r} under another name")
         return schedule
+
+
+def call_of(schedule: ScheduleWithMeta, call_id: str) -> tuple[DurableCall, DurableOptions]:
+    """The call that a schedule submits, under an id, and how."""
+    head = (call_id, schedule.deployment, ANYONE, NEVER_MS, PYTHON, schedule.method, True, schedule.payload)
+    call = DurableCall(*head, terms=schedule.terms)
+    if schedule.meta:
+        call = durable_with_meta(call, schedule.meta)
+    return call, DurableOptions(0.0, schedule.expires_s, schedule.low_priority, schedule.terms)
+
+
+def next_moment(schedules: Schedules, schedule: Schedule) -> float | None:
+    """When a schedule is due next; None where its time zone is not known here."""
+    try:
+        return parse_when(schedule.when).next_after(schedules.now())
+    except ValueError:
+        return None
 
 
 class Declared:

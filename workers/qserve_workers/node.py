@@ -210,6 +210,7 @@ class Node:
             folder=str(self._folder),
             ready=ready,
             gateway_url=gateway_url,
+            console_url=self._gateways.console_url if self._gateways is not None else "",
             http=msgspec.json.decode(self._options.http),
             detached=self._options.owner is None,
             log_file=str(self._options.log_file or ""),

@@ -26,6 +26,7 @@ class GatewayReady(msgspec.Struct):
     pid: int
     port: int = 0
     url: str = ""
+    admin_url: str = ""
     error: str = ""
 
 
@@ -37,6 +38,9 @@ class NodeGateways:
         environment: What they find in their environment beside that of the node.
         shares_port: Gateways of other nodes may listen on the same port.
         on_failure: Called with the reason when they cannot start.
+
+    Attributes:
+        console_url: The URL of the console of the first of them; "" as long as there is none.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class NodeGateways:
         self._on_failure = on_failure
         self._port = options.port
         self._running: list[KeptProcess] = []
+        self.console_url = ""
 
     async def start(self) -> str:
         """Start them; returns the URL on which they listen, "" if they cannot."""
@@ -87,6 +92,7 @@ class NodeGateways:
                 if ready.error:
                     self._on_failure(ready.error)
                     return ""
+                self.console_url = self.console_url or (f"{ready.admin_url}/-/console" if ready.admin_url else "")
                 self._port = ready.port  # the one to take again after a restart
                 return ready.url
             await asyncio.sleep(_POLL_S)

@@ -7,19 +7,19 @@ import ipaddress
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qserve.broker.instance.state import State
 from qserve.calls.client import Client
 from qserve.deployments.local_instance import runtime_folder
 from qserve.errors import ConfigurationError, QServeError
-from qserve.settings import Settings
+from qserve.settings import LOOPBACK_HOSTS, Settings
 from qserve.wire.messages import HttpResponse
 from qserve_gateway.admin import dead_letter_pages
 from qserve_gateway.admin.metrics import metrics, status
@@ -29,7 +29,8 @@ from qserve_gateway.respond import json_response, local_error_response, send_res
 _is_deployment = re.compile(r"/-/deployments/([^/]+)").fullmatch
 _SCRAPER = b"x-prometheus-scrape-timeout-seconds"
 """A header of Prometheus and of what scrapes in its place."""
-_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+_CONSOLE = "/-/console"
+_LOCAL = LOOPBACK_HOSTS
 
 
 class Admin:
@@ -57,11 +58,18 @@ class Admin:
         self._drain = drain
         self._hosts = frozenset(name.strip().lower() for name in settings.admin_allowed_hosts.split(",")) | _LOCAL
         self._ids = request_ids()
+        self._pages: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         named = dict(scope["headers"])
-        response = self._refusal(named)
+        if scope["path"].startswith(_CONSOLE):
+            response = self._refusal_of_page(named, scope["method"])
+            if response is None:
+                await self._console(scope, receive, send)
+                return
+        else:
+            response = self._refusal(named)
         if response is None:
             try:
                 response = await self._respond(scope, named)
@@ -69,7 +77,31 @@ class Admin:
                 response = local_error_response(exc)
         await send_response(send, response, scope["method"], next(self._ids))
 
+    def _console(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        if self._pages is None:
+            # By the first who looks: templates and their library cost time and memory that most gateways never need.
+            from qserve_gateway.console.console_app import Console  # noqa: PLC0415
+
+            self._pages = Console(self._settings, self._state, self._token.decode())
+        return self._pages(scope, receive, send)
+
+    def _refusal_of_page(self, named: dict[bytes, bytes], method: str) -> HttpResponse | None:
+        # A link on a page of another site may lead here: that only shows something, and only to who may see it.
+        follows = named.get(b"sec-fetch-mode") == b"navigate" and named.get(b"sec-fetch-dest") == b"document"
+        if method in ("GET", "HEAD") and follows and b"origin" not in named:
+            named = named | {b"sec-fetch-site": b"none"}
+        return self._refusal_of_origin(named)
+
     def _refusal(self, named: dict[bytes, bytes]) -> HttpResponse | None:
+        refusal = self._refusal_of_origin(named)
+        if refusal is not None:
+            return refusal
+        scheme, _, token = named.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
+            return text_response(401, "A bearer token is needed.", (b"www-authenticate", b"Bearer"))
+        return None
+
+    def _refusal_of_origin(self, named: dict[bytes, bytes]) -> HttpResponse | None:
         host = named.get(b"host", b"").decode("latin-1").lower()
         name = re.sub(r":\d+$", "", host).strip("[]")
         if name not in self._hosts and not (self._settings.admin_host not in _LOCAL and _is_address(name)):
@@ -78,9 +110,6 @@ class Admin:
         foreign = origin is not None and not same_host(origin.decode("latin-1").lower(), host)
         if foreign or named.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):
             return text_response(403, "Pages of other sites may not ask here.")
-        scheme, _, token = named.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
-            return text_response(401, "A bearer token is needed.", (b"www-authenticate", b"Bearer"))
         return None
 
     async def _respond(self, scope: Scope, named: dict[bytes, bytes]) -> HttpResponse:
@@ -94,8 +123,15 @@ class Admin:
         if path == "/-/drain":
             return self._leave() if method == "POST" else _not_allowed("POST")
         if path not in ("/-/metrics", "/-/status"):
+<<<<<<< HEAD
             return text_response(404, "There are /-/metrics, /-/status, /-/deployments/NAME, /-/dead and /-/drain.")
         return await self._tell(path, scope, named) if method in ("GET", "HEAD") else _not_allowed("GET, HEAD")
+=======
+            return text_response(
+                404, "There are /-/console, /-/metrics, /-/status, /-/deployments/NAME, /-/dead and /-/drain."
+            )
+        return await self._tell(path) if method in ("GET", "HEAD") else _not_allowed("GET, HEAD")
+>>>>>>> 33d16af (A console in the browser, on the admin listener; qserve run opens it to its machine and names it)
 
     async def _tell(self, path: str, scope: Scope, named: dict[bytes, bytes]) -> HttpResponse:
         if path == "/-/metrics":

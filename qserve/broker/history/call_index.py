@@ -9,10 +9,21 @@ from typing import Any, Final, NamedTuple, cast
 
 import redis
 
-from qserve.broker.keys import Keys
+from qserve.broker.keys import GROUP, Keys
 from qserve.broker.redis_errors import our_errors
-from qserve.broker.scripts import RUN_AGAIN
-from qserve.wire.call_record import CANCELLED, DEAD, DONE, EXPIRED, FAILED, QUEUED, RUNNING, SCHEDULED
+from qserve.broker.scripts import DESCRIBE, RUN_AGAIN
+from qserve.wire.call_record import (
+    CANCELLED,
+    DEAD,
+    DONE,
+    EXPIRED,
+    FAILED,
+    QUEUED,
+    RUNNING,
+    SCHEDULED,
+    CallRecord,
+    parse_record,
+)
 
 STATES: Final = (QUEUED, SCHEDULED, RUNNING, DONE, FAILED, CANCELLED, DEAD, EXPIRED)
 """Every state of a durable call, in the order in which they are shown."""
@@ -90,6 +101,13 @@ def summaries(client: redis.Redis, keys: Keys, ids: Sequence[str]) -> dict[str, 
         for call_id, fields in zip(ids, found, strict=True)
         if fields[0] is not None and fields[1] is not None
     }
+
+
+def describe_now(client: redis.Redis, keys: Keys, call_id: str) -> CallRecord | None:
+    """The record of a call with its events; None if there is none (any more)."""
+    with our_errors(client):
+        answer = DESCRIBE.run(client, (keys.call(call_id),), keys.base, 0, 0, GROUP)
+    return parse_record(call_id, answer)
 
 
 def frame_of(client: redis.Redis, keys: Keys, call_id: str) -> bytes | None:

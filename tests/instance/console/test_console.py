@@ -1,0 +1,272 @@
+"""The console over HTTP: who may look, who may act, what pages say, and what becomes of nonsense."""
+
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from qserve import serve
+from qserve.testing import TestInstance
+from tests.instance.console.served import EVIL, OPERATOR, VIEWER, act, console_of, visitor
+from tests.support.slowness import patience
+from tests.support.waiting import LIMIT_S, wait_until
+
+PAGES = ("", "/calls", "/troubles", "/dead", "/schedules", "/cluster", "/audit")
+
+
+@pytest.fixture
+def operator(console: str) -> Iterator[httpx.Client]:
+    with visitor(console, OPERATOR) as client:
+        yield client
+
+
+@pytest.fixture
+def viewer(console: str) -> Iterator[httpx.Client]:
+    with visitor(console, VIEWER) as client:
+        yield client
+
+
+def test_strangers_see_the_way_in_and_nothing_else(console: str) -> None:
+    with visitor(console) as stranger:
+        for path in (*PAGES, "/deployments/shop", "/calls/x", "/live?of=/", "/act", "/nothing"):
+            answer = stranger.get(path)
+            assert answer.status_code == 401
+            assert not any(word in answer.text for word in ("Cluster", "replicas", "Set bound"))
+        assert stranger.post("/act", data={"action": "pause", "about": "shop"}).status_code == 401
+
+
+def test_a_wrong_token_opens_nothing(console: str) -> None:
+    with visitor(console) as stranger:
+        answer = stranger.post("/login", data={"token": "wrong"})
+        assert (answer.status_code, stranger.cookies) == (401, httpx.Cookies())
+        stranger.cookies.set("qserve_console", f"operator.{int(time.time()) + 999}.x.{'0' * 64}")
+        assert stranger.get("").status_code == 401
+        for broken in ("x", "a.b.c", "operator.1.x.\u00e9", "...."):
+            assert stranger.get("", headers=[(b"cookie", f"qserve_console={broken}".encode())]).status_code == 401
+
+
+def test_the_cookie_is_for_this_site_and_not_for_scripts(console: str) -> None:
+    with visitor(console) as client:
+        cookie = client.post("/login", data={"token": VIEWER}).headers["set-cookie"].lower()
+    assert {"httponly", "samesite=strict", "path=/-/console"} <= {part.strip() for part in cookie.split(";")}
+    assert VIEWER not in cookie
+
+
+def test_every_page_shows_and_is_safe_to_show(shop: Any, operator: httpx.Client) -> None:
+    for path in (*PAGES, "/deployments/shop"):
+        answer = operator.get(path)
+        assert answer.status_code == 200, answer.text
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'self'")
+        assert "unsafe" not in policy
+        assert answer.headers["cache-control"] == "no-store"
+        assert re.findall(r"<script(?![^>]* src=)|\son\w+=|\sstyle=|javascript:", answer.text) == []
+        assert OPERATOR not in answer.text
+        assert re.findall(r'(?:src|action)="https?://[^"/]+', answer.text) == []
+
+
+def test_a_call_is_found_and_shown(shop: Any, operator: httpx.Client, viewer: httpx.Client) -> None:
+    failed = shop.remote(f"bad {EVIL}", password="hunter2")
+    with pytest.raises(ValueError, match="bad"):
+        failed.result(patience(LIMIT_S))
+    done = shop.remote("good")
+    done.result(patience(LIMIT_S))
+
+    page = operator.get("/calls", params={"deployment": "shop", "state": "failed", "error": "BAD"}).text
+    assert failed.id in page
+    assert done.id not in page
+    page = operator.get(f"/calls/{failed.id}").text
+    assert "raise ValueError" in page
+    assert "runs, attempt 1" in page
+    assert EVIL not in page
+    assert "&lt;script&gt;" in page
+    assert "hunter2" not in page
+    assert "(hidden)" in page
+    assert "&lt;b&gt;good&lt;/b&gt;" in operator.get(f"/calls/{done.id}").text
+    for path in (f"/calls/{failed.id}", f"/calls/{done.id}"):
+        seen = viewer.get(path).text
+        assert "shown to operators only" in seen
+        assert not any(word in seen for word in ("hunter2", "raise ValueError", "good"))
+
+
+def test_operators_act_and_the_audit_says_so(shop: Any, operator: httpx.Client) -> None:
+    for action in ("pause", "resume"):
+        answer = act(operator, action, "shop")
+        assert answer.status_code == 200
+        assert "shop" in answer.text
+    assert "is to have 2 replicas" in act(operator, "scale", "shop", replicas="2").text
+    wait_until(lambda: "2<span" in operator.get("").text)
+    assert "77 calls at most" in act(operator, "bound", "shop", bound="77").text
+    answer = act(operator, "call", "shop", args='["word"]', kwargs='{"password": "x"}')
+    call_id = answer.url.path.rsplit("/", 1)[-1]
+    assert serve.get_ref(call_id).result(patience(LIMIT_S)) == "<b>word</b>"
+    failed = shop.remote("bad")
+    with pytest.raises(ValueError, match="bad"):
+        failed.result(patience(LIMIT_S))
+    assert "1 call sent again." in act(operator, "retry", id=failed.id).text
+    waiting = serve.get_deployment("shop").get_handle().options(durable=True, delay=3600).remote()
+    assert "1 call cancelled." in act(operator, "cancel", id=waiting.id).text
+    audit = operator.get("/audit").text
+    for action in ("pause", "resume", "scale", "bound", "call", "retry", "cancel"):
+        assert f"<b>{action}</b>" in audit
+    assert "operator from 127.0.0.1" in audit
+
+
+def test_dead_letters_are_grouped_sent_again_and_dropped(shop: Any, operator: httpx.Client) -> None:
+    act(operator, "drop-letters", "shop")
+    handle = serve.get_deployment("shop").get_handle().options(durable=True, retries=1, backoff=0.01)
+    refs = [handle.remote(f"bad {number}") for number in range(3)]
+    for ref in refs:
+        with pytest.raises(ValueError, match="bad"):
+            ref.result(patience(LIMIT_S))
+    page = operator.get("/dead", params={"deployment": "shop"}).text
+    assert "ValueError: bad #" in page
+    letters = re.findall(r'name="id" value="([\d-]+)"', page)
+    assert len(letters) >= 3
+    assert "1 dead letter sent again." in act(operator, "retry-letters", "shop", id=letters[0]).text
+    assert "dropped" in act(operator, "drop-letters", "shop", id=letters[1:3]).text
+    assert "Nothing was done" in act(operator, "drop-letters", "shop", id=letters[1]).text
+
+
+def test_a_schedule_is_run_now_and_removed(shop: Any, operator: httpx.Client) -> None:
+    serve.schedule("nightly", "every 1h", serve.get_deployment("shop").get_handle(), "now")
+    assert "nightly" in operator.get("/schedules").text
+    answer = act(operator, "run-schedule", "nightly")
+    ref = serve.get_ref(answer.url.path.rsplit("/", 1)[-1])
+    assert ref.result(patience(LIMIT_S)) == "<b>now</b>"
+    assert "is removed" in act(operator, "remove-schedule", "nightly").text
+    assert act(operator, "run-schedule", "nightly").status_code == 409
+
+
+def test_a_replica_tells_its_stacks_and_leaves(shop: Any, operator: httpx.Client) -> None:
+    shop.remote("x").result(patience(LIMIT_S))
+    page = operator.get("/deployments/shop").text
+    replica = re.findall(r'name="replica" value="(\w+)"', page)[0]
+    assert act(operator, "stacks", "shop", replica=replica).status_code == 200
+    wait_until(lambda: "where its threads stand" in operator.get("/troubles?what=stacks&deployment=shop").text)
+    assert "leaves" in act(operator, "stop-replica", "shop", replica=replica).text
+    wait_until(lambda: replica not in operator.get("/deployments/shop").text)
+    assert act(operator, "stacks", "shop", replica="0" * 32).status_code == 409
+
+
+def test_the_former_version_comes_back(shop: Any, operator: httpx.Client) -> None:
+    @serve.deployment(name="shop", version="second")
+    def other() -> str:
+        return "other"
+
+    other.deploy()
+    assert "being rolled out" in act(operator, "rollback", "shop").text
+    wait_until(lambda: serve.get_deployment("shop").version == "first")
+
+
+def test_whatever_acts_asks_first(shop: Any, operator: httpx.Client) -> None:
+    answer = operator.post("/act", data={"action": "delete", "about": "shop", "back": "/-/console"})
+    assert "Delete shop?" in answer.text
+    assert "shop" in serve.list_deployments()
+    act(operator, "delete", "shop")
+    assert "shop" not in serve.list_deployments()
+    assert operator.get("/deployments/shop").status_code == 404
+
+
+def test_viewers_cannot_act(shop: Any, viewer: httpx.Client) -> None:
+    from qserve_gateway.console.actions import ACTIONS
+
+    for action in ACTIONS:
+        answer = act(viewer, action, "shop", id="x", replicas="3", bound="3", replica="x")
+        assert answer.status_code == 403
+    page = viewer.get("/deployments/shop").text
+    assert 'action="/-/console/act"' not in page
+    assert "shop" in serve.list_deployments()
+
+
+def test_other_sites_can_neither_act_nor_read(shop: Any, console: str, operator: httpx.Client) -> None:
+    form = {"action": "pause", "about": "shop", "confirmed": "yes"}
+    for headers in (
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
+    ):
+        assert operator.post("/act", data=form, headers=headers).status_code == 403
+    assert operator.get("", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+    assert operator.get("", headers={"Host": "evil.example"}).status_code == 403
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert operator.get("", headers=link).status_code == 200
+
+
+NONSENSE = [
+    ("/calls?state=sleeping", 400, "There is no state"),
+    ("/calls?colour=red", 400, "There is no filter"),
+    ("/calls?since=soon", 400, "Since cannot be"),
+    ("/calls?before=x", 400, "Before is a Unix time"),
+    ("/?page=-1", 400, "Page is a number"),
+    ("/?sort=beauty", 400, "Sort cannot be"),
+    ("/troubles?what=joy", 400, "What cannot be"),
+    ("/troubles?before=1", 400, "Before is the id"),
+    ("/audit?before=%3Cb%3E", 400, "Before is the id"),
+    ("/calls/nonsense", 404, "There is no durable call"),
+    ("/calls/d" + "0" * 32, 404, "There is no durable call"),
+    ("/deployments/%3Cb%3E", 404, "There is no deployment"),
+    ("/deployments/shop/series?range=9y", 400, "Range cannot be"),
+    ("/nothing", 404, "There is no such page"),
+    ("/static/../console_app.py", 404, ""),
+    ("/static/console_app.py", 404, "There is no such file"),
+]
+
+
+def test_nonsense_gets_a_clear_page(shop: Any, operator: httpx.Client) -> None:
+    for path, status, said in NONSENSE:
+        answer = operator.get(path)
+        assert (path, answer.status_code) == (path, status)
+        assert said in answer.text
+        assert "<b>" not in answer.text
+
+
+def test_forms_that_make_no_sense_are_refused(shop: Any, operator: httpx.Client) -> None:
+    assert operator.post("/act", content=b"x" * 300_000, headers={"Content-Type": "text/plain"}).status_code == 415
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert operator.post("/act", content=b"a=" + b"x" * 300_000, headers=form).status_code == 413
+    assert operator.post("/act", content=b"a=\xff", headers=form).status_code == 400
+    assert operator.post("/act", data={"action": "dance"}).status_code == 400
+    assert act(operator, "scale", "shop", replicas="many").status_code == 409
+    assert act(operator, "bound", "shop", bound="0").status_code == 409
+    assert act(operator, "pause", "nobody").status_code == 404
+    assert act(operator, "call", "shop", args="[").status_code == 409
+    assert act(operator, "retry", id="nonsense").status_code == 409
+    for method, path, allowed in (("PUT", "/", "GET, HEAD"), ("GET", "/act", "POST"), ("DELETE", "/login", "GET")):
+        answer = operator.request(method, path)
+        assert answer.status_code == 405
+        assert answer.headers["allow"].startswith(allowed)
+    assert act(operator, "pause", "nobody", back="https://evil.example/").status_code == 404
+    answer = operator.post("/login", data={"token": OPERATOR, "back": "//evil.example"})
+    assert answer.headers["location"] == "/-/console"
+
+
+def test_the_stream_brings_what_has_changed(shop: Any, operator: httpx.Client) -> None:
+    with operator.stream("GET", "/live", params={"of": "/-/console/deployments/shop?range=1h"}) as stream:
+        lines = stream.iter_lines()
+        wait_until(lambda: next(lines) == "event: live")
+        with visitor(str(operator.base_url), OPERATOR) as another:
+            act(another, "pause", "shop")
+        wait_until(lambda: "resume" in next(lines))
+
+
+def test_who_comes_through_a_trusted_proxy_is_who_it_says(running: TestInstance, console: str) -> None:
+    variables = {"QSERVE_CONSOLE_USER_HEADER": "X-Forwarded-User", "QSERVE_CONSOLE_OPERATORS": "ada, grace"}
+    with console_of(running.settings, **variables) as url:
+        with visitor(url, **{"X-Forwarded-User": "ada"}) as ada:
+            assert ">operator<" in ada.get("").text
+        with visitor(url, **{"X-Forwarded-User": "bob"}) as bob:
+            assert ">viewer<" in bob.get("").text
+    with visitor(console, **{"X-Forwarded-User": "ada"}) as nobody:
+        assert nobody.get("").status_code == 401
+
+
+def test_it_is_open_only_where_it_is_told_to_be(running: TestInstance) -> None:
+    with console_of(running.settings, QSERVE_CONSOLE_OPEN=1) as url, visitor(url) as somebody:
+        assert ">operator<" in somebody.get("").text
+        assert somebody.post("/act", headers={"Origin": "http://evil.example"}).status_code == 403
