@@ -123,15 +123,9 @@ class Admin:
         if path == "/-/drain":
             return self._leave() if method == "POST" else _not_allowed("POST")
         if path not in ("/-/metrics", "/-/status"):
-<<<<<<< HEAD
-            return text_response(404, "There are /-/metrics, /-/status, /-/deployments/NAME, /-/dead and /-/drain.")
+            text = "There are /-/console, /-/metrics, /-/status, /-/deployments/NAME, /-/dead and /-/drain."
+            return text_response(404, text)
         return await self._tell(path, scope, named) if method in ("GET", "HEAD") else _not_allowed("GET, HEAD")
-=======
-            return text_response(
-                404, "There are /-/console, /-/metrics, /-/status, /-/deployments/NAME, /-/dead and /-/drain."
-            )
-        return await self._tell(path) if method in ("GET", "HEAD") else _not_allowed("GET, HEAD")
->>>>>>> 33d16af (A console in the browser, on the admin listener; qserve run opens it to its machine and names it)
 
     async def _tell(self, path: str, scope: Scope, named: dict[bytes, bytes]) -> HttpResponse:
         if path == "/-/metrics":
