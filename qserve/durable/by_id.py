@@ -13,6 +13,8 @@ from qserve.failpoints import reach
 from qserve.wire.call_record import ANYONE, CANCELLED, EXPIRED, PART, CallRecord, Part, decode_part
 from qserve.wire.messages import ERROR, Control, ErrorInfo, Reply, Signer, decode_reply, encode
 
+_AWAY = "Redis cannot be reached now; the call goes on: ask again in a moment"
+
 PARTS_READ = 64
 """How many parts are read at once at most, so that a reader does not hold much data."""
 
@@ -49,7 +51,7 @@ class CallsById:
         """
         sender = self._link.sender
         if not sender.is_open:
-            raise BrokerUnavailable("Redis cannot be reached")
+            raise BrokerUnavailable(_AWAY)
         record = await self._records.describe(sender, call_id, after_event)
         if record is None or not record.is_late:
             return record
@@ -72,7 +74,7 @@ class CallsById:
         """
         sender = self._link.sender
         if not sender.is_open:
-            raise BrokerUnavailable("Redis cannot be reached")
+            raise BrokerUnavailable(_AWAY)
         found = await self._records.parts(sender, record, after, PARTS_READ) if record.has_parts else []
         return [(number, at, self._open_part(frame, record)) for number, at, frame in found]
 
@@ -97,7 +99,7 @@ class CallsById:
         sender = self._link.sender
         if not sender.is_open:
             if on_answer is not None:
-                on_answer(BrokerUnavailable("Redis cannot be reached"))
+                on_answer(BrokerUnavailable(_AWAY))
             return
 
         def check(answer: Answer) -> None:
