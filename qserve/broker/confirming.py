@@ -15,6 +15,7 @@ PATIENCE_S = 5.0
 _SLACK_S = 2.0
 _AT_ONCE = 512
 _WAITS: dict[Durability, tuple[str, ...]] = {"fsync": ("WAITAOF", "1", "0"), "replica": ("WAIT", "1")}
+_SILENT = "Redis has not answered in time: the call may run all the same, or be lost"
 _MISSING: dict[Durability, str] = {
     "fsync": "Redis has not written it to its disk",
     "replica": "no replica of Redis has it",
@@ -55,7 +56,7 @@ class Confirmed:
                     answers = await self._write([arguments for arguments, _ in batch])
                 except (BrokerUnavailable, ConfigurationError, CommandRefused, TimeoutError) as exc:
                     self.close()
-                    answers = [BrokerUnavailable(str(exc) or "Redis does not answer")] * len(batch)
+                    answers = [BrokerUnavailable(str(exc) or _SILENT)] * len(batch)
                 for (_, future), answer in zip(batch, answers, strict=True):
                     if isinstance(answer, BaseException):
                         future.set_exception(answer)
@@ -73,7 +74,8 @@ class Confirmed:
             answers = await asyncio.gather(*runs, return_exceptions=True)
             reached: Any = await connection.call(*_WAITS[self._durability], int(PATIENCE_S * 1000))
         if (reached[0] if isinstance(reached, list) else reached) < 1:
-            raise BrokerUnavailable(f"after {PATIENCE_S:g} s {_MISSING[self._durability]}")
+            text = f"after {PATIENCE_S:g} s {_MISSING[self._durability]}; the call may run all the same, or be lost"
+            raise BrokerUnavailable(f"{text}. Submit it again if it does no harm to run it twice")
         return answers
 
     def close(self) -> None:

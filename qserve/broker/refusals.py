@@ -22,7 +22,7 @@ def refusal_of_all(deployment: str, answer: Answer) -> QServeError | None:
     if isinstance(answer, QServeError):
         return answer
     if isinstance(answer, Exception):
-        return BrokerUnavailable(f"Redis refused the call, which does not run: {answer}")
+        return BrokerUnavailable(f"Redis refused the call, which does not run: {answer}. `qserve doctor` looks for why")
     if answer[0] == -2:
         why = answer[1].decode()
         return DeploymentUnavailable(f"calls to {deployment!r} are refused until a version of it starts: {why}")

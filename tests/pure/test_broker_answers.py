@@ -18,7 +18,11 @@ from qserve.errors import BrokerUnavailable, DeploymentNotFound, DeploymentUnava
             "calls to 'Echo' are refused until a version of it starts: no model",
         ),
         ([-4], DeploymentNotFound, "there is no deployment 'Echo': `qserve status` lists those that exist"),
-        (ResponseError("OOM"), BrokerUnavailable, "Redis refused the call, which does not run: OOM"),
+        (
+            ResponseError("OOM"),
+            BrokerUnavailable,
+            "Redis refused the call, which does not run: OOM. `qserve doctor` looks for why",
+        ),
         (BrokerUnavailable("gone"), BrokerUnavailable, "gone"),
     ],
 )
