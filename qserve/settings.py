@@ -3,12 +3,13 @@
 import hmac
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from qserve.broker.keys import Keys
+from qserve.errors import ConfigurationError
 from qserve.wire.names import NAME_PATTERN
 
 MIB = 1024 * 1024
@@ -29,6 +30,18 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="QSERVE_", env_ignore_empty=True, extra="ignore", ignored_types=(cached_property,)
     )
+
+    def __init__(self, **values: Any) -> None:
+        """Read the environment.
+
+        Raises:
+            ConfigurationError: A variable has a value that it cannot have.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as exc:
+            wrong = (f"QSERVE_{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in exc.errors())
+            raise ConfigurationError(f"{'; '.join(wrong)}. docs/configuration.md lists what can be set.") from exc
 
     redis_url: Annotated[str, Shown("unset: the instance on this machine")] = Field(
         default="",

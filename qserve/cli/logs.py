@@ -9,8 +9,9 @@ from typing import TextIO
 
 import click
 
-from qserve.cli.output import Failure
-from qserve.deployments.local_instance import NO_INSTANCE, find_record
+from qserve.cli.output import Failure, note
+from qserve.deployments.local_instance import NO_INSTANCE, find_record, runtime_folder
+from qserve.deployments.log_files import newest_log_file
 from qserve.settings import Settings
 
 _POLL_S = 0.2
@@ -43,16 +44,21 @@ def logs(name: str | None, follow: bool, call_id: str, lines: int | None, as_jso
 
 
 def log_path() -> Path:
-    """The log file of the instance on this machine.
+    """The log file of the instance on this machine, or of the last one, which may have crashed.
 
     Raises:
-        Failure: There is no instance, or it logs to a terminal.
+        Failure: There is none, or the instance logs to a terminal.
     """
-    record = find_record(Settings().namespace)
+    namespace = Settings().namespace
+    record = find_record(namespace)
     if record is None:
-        raise Failure(f"{NO_INSTANCE} Nodes that `qserve start` runs log to their own output.")
-    path = Path(record.folder) / "qserve.log"
-    if not path.exists():
+        last = newest_log_file(runtime_folder(), namespace)
+        if last is None:
+            raise Failure(f"{NO_INSTANCE} Nodes that `qserve start` runs log to their own output.")
+        note(f"No instance runs; this is the log of the last one, {last}")
+        return last
+    path = Path(record.log_file)
+    if not record.log_file or not path.exists():
         raise Failure(
             f"The instance (pid {record.pid}) has no log file: `qserve run` and `qserve start` log to the terminal or "
             "service that started them, such as `journalctl -u UNIT` or `docker logs CONTAINER`."

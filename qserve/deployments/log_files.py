@@ -19,13 +19,22 @@ def new_log_file(folder: Path, namespace: str) -> Path:
     """
     logs = folder / "logs"
     logs.mkdir(mode=0o700, exist_ok=True)
-    older = sorted(logs.glob(f"{namespace}~*.log"), key=lambda path: path.stat().st_mtime_ns)
+    older = _files(folder, namespace)
     for path in older[: max(0, len(older) - KEPT + 1)]:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
     descriptor, made = tempfile.mkstemp(".log", f"{namespace}~{time.strftime('%Y%m%d-%H%M%S')}-", logs)
     os.close(descriptor)
     return Path(made)
+
+
+def newest_log_file(folder: Path, namespace: str) -> Path | None:
+    """The log file that was written last; None where there is none."""
+    return next(reversed(_files(folder, namespace)), None)
+
+
+def _files(folder: Path, namespace: str) -> list[Path]:
+    return sorted((folder / "logs").glob(f"{namespace}~*.log"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def log_tail(path: Path) -> str:

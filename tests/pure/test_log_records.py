@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from qserve.context import CallInfo, current_call
-from qserve.deployments.log_files import KEPT, log_tail, new_log_file
+from qserve.deployments.log_files import KEPT, log_tail, new_log_file, newest_log_file
+from qserve.errors import ConfigurationError
+from qserve.settings import Settings
 from qserve.telemetry import log_records
 
 
@@ -91,3 +93,13 @@ def test_log_files_are_kept_but_not_all(tmp_path: Path) -> None:
     assert other.exists()
     assert len({*made, other}) == KEPT + 3
     assert log_tail(made[-1]).endswith("the end")
+    assert newest_log_file(tmp_path, "default") == made[-1]
+    assert newest_log_file(tmp_path, "none") is None
+
+
+def test_a_setting_that_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QSERVE_LOG_FORMAT", "xml")
+    with pytest.raises(ConfigurationError, match=r"^QSERVE_LOG_FORMAT: Input should be 'text' or 'json'\. docs/"):
+        Settings()
+    monkeypatch.setenv("QSERVE_LOG_FORMAT", "")
+    assert Settings().log_format == "text"

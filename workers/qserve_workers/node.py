@@ -369,7 +369,11 @@ def _accepts(path: Path) -> bool:
 
 def main() -> int:
     """Run the node of this command line and environment."""
-    options, settings = parse(sys.argv[1:], __doc__), Settings()
+    options = parse(sys.argv[1:], __doc__)
+    try:
+        settings = Settings()
+    except ConfigurationError as exc:
+        sys.exit(str(exc))
     log_to_stderr("node", settings.log_level, settings.log_format)
     if os.geteuid() == 0:
         logger.warning("This node runs as root, and so does the code of every deployment.")
