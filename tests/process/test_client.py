@@ -390,7 +390,6 @@ class TestRestarts:
         async with calling(settings) as caller, serving(settings, deploy(settings)) as (_, code):
             pending, future = caller.call("kept", "wait")
             await until(lambda: code.started and pending.entry)
-            await asyncio.sleep(1.1)  # what Redis was told longer ago than this is on its disk
 
             server.kill()
             code.gate.set()
