@@ -1,0 +1,64 @@
+"""Handles where user code in a replica may use them: its own threads, its own event loops, refs awaited twice."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from qserve import serve
+from tests.support.slowness import patience
+from tests.support.waiting import LIMIT_S
+
+pytestmark = pytest.mark.usefixtures("qserve_instance")
+
+
+class Inner:
+    def __call__(self, number: int) -> int:
+        return number + 1
+
+
+class Outer:
+    def threads(self) -> list[int]:
+        """From threads of its own."""
+        inner: Any = serve.get_deployment("inner").get_handle()
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(lambda number: inner.remote(number).result(30), range(8)))
+
+    def loops(self) -> list[int]:
+        """From event loops of its own, one after the other."""
+
+        async def ask(number: int) -> int:
+            inner: Any = serve.get_deployment("inner").get_handle(sync=False)
+            answer: int = await (await inner.remote(number))
+            return answer
+
+        return [asyncio.run(ask(number)) for number in range(3)]
+
+    async def executor(self) -> list[int]:
+        """From the default executor of the replica's event loop."""
+        inner: Any = serve.get_deployment("inner").get_handle()
+        loop = asyncio.get_running_loop()
+        asked = (loop.run_in_executor(None, inner.remote(number).result, 30) for number in range(5))
+        return list(await asyncio.gather(*asked))
+
+    async def chain(self, last_first: bool) -> list[int]:
+        """Refs that are arguments of other calls, and awaited too, in either order."""
+        inner: Any = serve.get_deployment("inner").get_handle(sync=False)
+        first = await inner.remote(1)
+        second = await inner.remote(first)
+        third = await inner.remote(second)
+        refs = [third, second, first] if last_first else [second, third, first]
+        return [await ref for ref in refs]
+
+
+def test_handles_work_on_threads_and_loops_of_user_code_and_refs_can_be_used_twice() -> None:
+    serve.deployment(name="inner", route_prefix=None)(Inner).deploy()
+    serve.deployment(name="outer", route_prefix=None)(Outer).deploy()
+    outer: Any = serve.get_deployment("outer").get_handle()
+
+    assert outer.threads.remote().result(patience(LIMIT_S)) == list(range(1, 9))
+    assert outer.loops.remote().result(patience(LIMIT_S)) == [1, 2, 3]
+    assert outer.executor.remote().result(patience(LIMIT_S)) == list(range(1, 6))
+    assert outer.chain.remote(True).result(patience(LIMIT_S)) == [4, 3, 2]
+    assert outer.chain.remote(False).result(patience(LIMIT_S)) == [3, 4, 2]
