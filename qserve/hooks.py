@@ -265,6 +265,8 @@ class HookChain(Generic[Hook]):
         if not self._choosy:
             return self
         try:
+            if len(self._hooks) == 1:  # a third of the time that the list takes
+                return self if self._hooks[0].wants(*facts) else None
             chosen = [hook for hook in self._hooks if hook.wants(*facts)]
         except BaseException as exc:
             self._report(self._hooks[0], "wants", exc)

@@ -44,7 +44,7 @@ class Outer:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@serve.deployment(max_concurrent_queries=10)
+@serve.deployment(max_concurrent_queries=10, idempotent=True)
 class Inner:
     def __init__(self) -> None:
         self.failed = False
@@ -58,6 +58,12 @@ class Inner:
 
     async def batched(self, number: int) -> int:
         return await self.double(number)
+
+    async def die_once(self) -> int:
+        attempt = serve.get_replica_context().attempt
+        if attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return attempt
 
     async def once_more(self) -> str:
         if not self.failed:
@@ -179,6 +185,14 @@ def test_a_call_whose_replica_is_killed_has_its_error_in_the_trace(
     span = [each for each in own_spans.get_finished_spans() if each.name == "send Outer"][-1]
     assert span.attributes["error.type"] == "ReplicaDied"
     assert not span.status.is_ok
+
+
+@pytest.mark.usefixtures("traced")
+def test_what_runs_again_is_in_the_trace_of_its_caller(collected: Collector, own_spans: InMemorySpanExporter) -> None:
+    assert Inner.get_handle().die_once.remote().result(patience(LIMIT_S)) == 2
+    sent = own_span(own_spans, "send Inner")
+    again = collected.one(trace=sent[0], name="process Inner")
+    assert (again.parent, again.links, again.facts["qserve.attempt"]) == (sent[1], [sent], 2)
 
 
 @pytest.mark.usefixtures("traced")

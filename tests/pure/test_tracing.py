@@ -1,13 +1,17 @@
 """Which calls are traced, and what is said where traces cannot be made."""
 
 from collections.abc import Iterator
+from contextvars import copy_context
 
 import pytest
 
 from qserve.errors import ConfigurationError
+from qserve.hooks import ReplicaCall
 from qserve.settings import Settings
 
 pytest.importorskip("opentelemetry.sdk", reason="qserve[otel] is not installed")
+
+from opentelemetry.sdk.trace import TracerProvider
 
 from qserve.telemetry import tracing
 
@@ -81,6 +85,23 @@ def test_what_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch, name: str, val
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=says):
         tracing.check()
+
+
+@pytest.mark.parametrize(
+    ("durable", "links", "in_trace"), [(False, True, True), (True, True, False), (True, False, True)]
+)
+def test_durable_calls_are_linked_or_children(
+    monkeypatch: pytest.MonkeyPatch, durable: bool, links: bool, in_trace: bool
+) -> None:
+    tracer = TracerProvider().get_tracer("test")
+    monkeypatch.setattr(tracing, "source", lambda: tracing._Source(tracer, 1.0, links))
+    monkeypatch.setattr(tracing.source, "cache_clear", lambda: None, raising=False)
+    meta = {"traceparent": HEADER.decode() + "01"}
+    call = ReplicaCall("8f-1", "Echo", "", "call", 1, durable, meta, waited_s=0.25)
+    span = copy_context().run(tracing.ReplicaSpans().before, call)
+    assert (f"{span.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c") == in_trace
+    assert [f"{link.context.span_id:016x}" for link in span.links] == ["b7ad6b7169203331"] * (durable and links)
+    assert span.attributes["qserve.queue_time_s"] == 0.25
 
 
 def test_traces_come_after_the_hooks_of_the_user() -> None:

@@ -54,7 +54,8 @@ class ReplicaProcess:
             hear: Returns once the main thread has acted on the signals that came before; see `Wishes`.
         """
         self._wishes = Wishes(hear=hear)
-        show_output(self._birth.deployment if self._settings.names_output else None)
+        name = self._birth.deployment if self._settings.names_output else None
+        show_output(name, names_records=self._settings.log_format == "text")  # a name would break a line of JSON
         self._thread.start()
 
     def serve(self) -> None:

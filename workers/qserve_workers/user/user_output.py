@@ -8,10 +8,13 @@ import threading
 from typing import Any, TextIO
 
 
-def show_output(name: str | None) -> None:
+def show_output(name: str | None, *, names_records: bool = True) -> None:
     """Let what this process prints be seen line by line, with a name before each line unless that is None.
 
     What programs that it starts and extension modules write by themselves has no name.
+
+    Args:
+        names_records: Records of user code that has configured no logging get the name, too.
     """
     if name is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -19,7 +22,7 @@ def show_output(name: str | None) -> None:
         return
     sys.stdout = NamedOutput(sys.stdout, name)
     sys.stderr = NamedOutput(sys.stderr, name)
-    if type(logging.lastResort) is logging.StreamHandler:
+    if names_records and type(logging.lastResort) is logging.StreamHandler:
         logging.lastResort.setStream(sys.stderr)
 
 
