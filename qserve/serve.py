@@ -1,10 +1,9 @@
 """What applications use: `from qserve import serve`."""
 
 import asyncio
-import contextlib
 import copyreg
 import logging
-import time
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, overload
 
@@ -27,15 +26,15 @@ from qserve.calls.process_client import current_client
 from qserve.calls.ref import Ref
 from qserve.calls.streams import ResultStream
 from qserve.context import ReplicaContext, get_replica_context
-from qserve.deployments import local_instance
 from qserve.deployments.binding import Application
 from qserve.deployments.deployment import Deployment, deployment, unpickle_deployment
 from qserve.deployments.driver import THIS_PROCESS
 from qserve.deployments.http_options import HTTPOptions, Location
 from qserve.deployments.ingress import ingress
-from qserve.deployments.loading import is_importing
+from qserve.deployments.loading import is_at_top_level, is_importing
+from qserve.deployments.option_errors import told_in_words
 from qserve.durable.cron import parse_when
-from qserve.durable.schedules import Declared, Plan, Schedules
+from qserve.durable.schedules import Declared, Schedules
 from qserve.errors import (
     BackPressureError,
     CallCancelled,
@@ -44,6 +43,7 @@ from qserve.errors import (
     ReplicaDied,
 )
 from qserve.hooks import ClientHook, HookChain, load_hooks
+from qserve.screen.script import serve_in_foreground
 from qserve.settings import Settings
 from qserve.wire.autoscaling import AutoscalingConfig
 from qserve.wire.options import Default
@@ -111,8 +111,6 @@ for _public in (
     unpickle_deployment,
 ):
     _public.__module__ = __name__
-
-_LOOK_S = 0.2
 
 
 def start(
@@ -201,7 +199,7 @@ def run(
     graph = make_graph(target, name, route_prefix) if isinstance(target, Application) else None
     one = target if isinstance(target, Deployment) else None
 
-    several = graph.deployments if graph is not None else [one] if one is not None else list(target or ())  # type: ignore[arg-type]
+    several = graph.deployments if graph is not None else _deployments_in(target)
     _bring_up("run", several, blocking=blocking, detached=detached, http_options=http_options)
     single = graph.root if graph is not None else one
     return single.get_handle() if single is not None else None
@@ -241,13 +239,15 @@ def _bring_up(
     options = _options(http_options)
     if _ignored(verb):
         return
+    if blocking:
+        serve_in_foreground(deployments, options, detached=detached)
+        return
     instance = THIS_PROCESS.start(options, detached=detached, wait=False)
     goal = JointGoal(instance.state, [each.to_spec(instance.codec) for each in deployments])
     if wait:
         goal.wait()
         THIS_PROCESS.wait_until_ready()
-    if blocking:
-        _stay(instance.settings.namespace)
+    instance.put_declared_schedules(each.name for each in goal.goals)
 
 
 def delete(name: str, _blocking: bool = True) -> None:
@@ -312,9 +312,9 @@ def schedule(
 ) -> None:
     """Make a durable call to a deployment at fixed times; replaces the schedule of that name.
 
-    At the top level of an application it takes effect when the application is deployed (`qserve run`, `qserve
-    deploy`). The schedule stays until `unschedule`, even if its deployment is deleted. If no process could make the
-    calls that were due, one call is made for all of them later.
+    At the top level of a module it takes effect when its target is deployed from there (`qserve run`, `qserve deploy`,
+    `serve.run`, `deploy()`): to import a module does nothing. The schedule stays until `unschedule`, even if its
+    deployment is deleted. If no process could make the calls that were due, one call is made for all of them later.
 
     Args:
         name: The name of the schedule.
@@ -326,23 +326,22 @@ def schedule(
     Raises:
         ValueError: The name or the time is not possible.
         ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
+        DeploymentNotFound: The target is not deployed.
         NoInstanceError: No instance is running.
     """
+    declared = is_importing() or is_at_top_level(sys._getframe(1))
     handle = target.get_handle() if isinstance(target, Deployment) else target
     plan = plan_call(name, when, handle, args, kwargs)
     hooks = HookChain(load_hooks(Settings().hooks, ClientHook))
     with HookedCall(hooks, plan.deployment, plan.method, "call", durable=True) as hooked:
-        _put(plan._replace(meta=hooked.meta))
+        plan = plan._replace(meta=hooked.meta)
+        if declared:
+            parse_when(plan.when)
+            Declared.plans.append(plan)
+        else:
+            instance = THIS_PROCESS.current()
+            Schedules(instance.state).put(plan, instance.codec)
     hooked.end(None)
-
-
-def _put(plan: Plan) -> None:
-    if is_importing():
-        parse_when(plan.when)
-        Declared.plans.append(plan)
-    else:
-        instance = THIS_PROCESS.current()
-        Schedules(instance.state).put(plan, instance.codec)
 
 
 def unschedule(name: str) -> None:
@@ -377,8 +376,21 @@ def status() -> ServeStatus:
     return serve_status(THIS_PROCESS.current().state)
 
 
+def _deployments_in(target: object) -> list[Deployment[Any]]:
+    several: list[Any] = list(target) if isinstance(target, list | tuple) else [] if target is None else [target]
+    for each in several:
+        if not isinstance(each, Deployment):
+            raise TypeError(
+                f"serve.run() takes an application or deployments, not {each!r}. Decorate a class or function with "
+                "@serve.deployment; an ASGI application is served by a class: @serve.deployment, and below it "
+                "@serve.ingress(app)."
+            )
+    return several
+
+
 def _options(given: HTTPOptions | Mapping[str, Any] | None) -> HTTPOptions:
-    return given if isinstance(given, HTTPOptions) else HTTPOptions(**(given or {}))
+    with told_in_words(HTTPOptions.model_fields):
+        return given if isinstance(given, HTTPOptions) else HTTPOptions(**(given or {}))
 
 
 def _refuse_old_options(kwargs: Mapping[str, Any]) -> None:
@@ -387,7 +399,8 @@ def _refuse_old_options(kwargs: Mapping[str, Any]) -> None:
             option = name.removeprefix("http_")
             raise ValueError(f"{name} is not an option any more. Use http_options={{'{option}': ...}} instead.")
         if name not in {"dedicated_cpu", "grpc_options", "logging_config"}:
-            raise TypeError(f"start() got an unexpected keyword argument '{name}'")
+            where = f". Give it in http_options={{'{name}': ...}}" if name in HTTPOptions.model_fields else ""
+            raise TypeError(f"start() got an unexpected keyword argument '{name}'{where}")
     warn_of(kwargs)
 
 
@@ -396,9 +409,3 @@ def _ignored(verb: str) -> bool:
         logger.debug("Importing is not deploying: serve.%s() does nothing.", verb)
         return True
     return False
-
-
-def _stay(namespace: str) -> None:
-    with contextlib.suppress(KeyboardInterrupt):
-        while local_instance.find_record(namespace) is not None:
-            time.sleep(_LOOK_S)

@@ -167,6 +167,13 @@ class Settings(BaseSettings):
         default="",
         description="File with one key on each line, which may be followed by the deployments that it opens.",
     )
+    public_url: Annotated[str, Shown("where the gateway listens")] = Field(
+        default="",
+        description=(
+            "URL under which clients reach the gateway, for status, logs and `Deployment.url`: the published port of a "
+            "container, or a proxy."
+        ),
+    )
     admin_port: Annotated[int | None, Shown("unset: no admin listener")] = Field(
         default=None,
         ge=0,

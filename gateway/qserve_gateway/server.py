@@ -134,7 +134,8 @@ class GatewayProcess:
 
     async def _serve(self) -> None:
         ready = Ready(
-            *(os.getpid(), self._client.id, self._public.host, self._public.port, self._public.url),
+            *(os.getpid(), self._client.id, self._public.host, self._public.port),
+            self._settings.public_url.rstrip("/") or self._public.url,
             admin_url=self._admin.url if self._admin else "",
         )
         info = GatewayInfo(id=ready.id, host=socket.gethostname(), pid=ready.pid, url=ready.url)

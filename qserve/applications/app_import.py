@@ -1,5 +1,6 @@
 """Importing an application by its name, MODULE or MODULE:NAME."""
 
+import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,8 +37,8 @@ def import_app(text: str) -> "list[Deployment[Any]]":
         return [*make_graph(application).deployments]
     found = list({id(value): value for value in values if isinstance(value, Deployment)}.values())
     if not found or (name and len(found) < len(values)):
-        wrong = next((value for value in values if not isinstance(value, Deployment)), None) if name else None
-        seen = f"; it has {type(wrong).__name__} objects" if wrong is not None else ""
+        wrong = [value for value in values if not isinstance(value, Deployment)] if name else []
+        seen = f": it is {_kind_of(wrong[0])}" if wrong else ""
         raise ConfigurationError(
             f"There is nothing to deploy in {text!r}{seen}. Decorate a class or function with @serve.deployment; "
             "an ASGI application becomes one with serve.deployment(serve.ingress(app)(SomeClass))."
@@ -65,7 +66,8 @@ def _application_of(values: list[Any], names: Mapping[str, Any], module: str) ->
 def _import_file(path: Path) -> ModuleType:
     """Import the module that a file is, as part of its package if it is in one."""
     if path.suffix != ".py" or not path.is_file():
-        raise ConfigurationError(f"There is no Python file {str(path)!r}.")
+        inside = f" It is a folder; name a file in it, such as {str(path / 'app.py')!r}." if path.is_dir() else ""
+        raise ConfigurationError(f"There is no Python file {str(path)!r}.{inside}")
     path = path.resolve()
     names, folder = [path.stem] if path.stem != "__init__" else [], path.parent
     while (folder / "__init__.py").is_file():
@@ -80,6 +82,14 @@ def _import_file(path: Path) -> ModuleType:
             f"imported: {module.__file__ or 'a built-in one'}. Rename the file."
         )
     return module
+
+
+def _kind_of(value: object) -> str:
+    if inspect.isclass(value):
+        return "a class that is not decorated"
+    if inspect.isfunction(value):
+        return "a function that is not decorated"
+    return f"an object of the class {type(value).__name__}"
 
 
 def _check_names(deployments: "list[Deployment[Any]]", text: str) -> None:

@@ -1,16 +1,22 @@
 """The `qserve` command: one module per group of commands, imported when one of them is asked for."""
 
+import difflib
 import importlib
 import signal
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
+from qserve.cli.lookup import load_env_file
 from qserve.cli.output import Failure
 from qserve.errors import QServeError
 
 COMMANDS = {
     "run": ("qserve.cli.run", "Serve a module from this machine, until Ctrl-C."),
+    "dev": ("qserve.cli.run", "Serve a module while you work on it: reload, and tracebacks in HTTP bodies."),
+    "init": ("qserve.cli.init", "Write a small project that runs and has a test."),
     "start": ("qserve.cli.start", "Run this machine's share of an instance, until Ctrl-C."),
     "deploy": ("qserve.cli.deploy", "Deploy a module into a running instance."),
     "status": ("qserve.cli.status", "Show deployments, their replicas and queues."),
@@ -33,6 +39,10 @@ COMMANDS = {
 """Command -> (its module, what `--help` says), so that `--help` need not import the whole library."""
 
 
+_INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended, as shells have it."""
+
+
 class Commands(click.Group):
     """Loads a command on demand, and ends it with one paragraph and exit code 1 where the user can do something."""
 
@@ -45,6 +55,22 @@ class Commands(click.Group):
         command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Suggest a command whose name is close to one that there is not."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as exc:
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            if close:
+                hint = f" Did you mean {close[0]!r}?"
+            elif args[0].endswith(".py") or args[0] in ("serve", "up"):
+                hint = " An application is served with `qserve run`."
+            else:
+                raise
+            raise click.UsageError(f"{exc.message}{hint}", ctx) from exc
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
@@ -54,16 +80,39 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except QServeError as exc:
             raise Failure(str(exc)) from exc
+        except ValueError as exc:
+            settings = _settings_in_words(exc)
+            if settings is None:
+                raise
+            raise Failure(settings) from exc
+        except KeyboardInterrupt:
+            sys.exit(_INTERRUPTED)
+
+
+def _settings_in_words(exc: ValueError) -> str | None:
+    """What is wrong with an environment variable; None if it is something else that is wrong."""
+    if getattr(exc, "title", "") != "Settings":
+        return None
+    words = importlib.import_module("qserve.deployments.option_errors")
+    return str(words.in_words(exc, (), lambda name: f"QSERVE_{name.upper()}"))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="qserve")
-def main() -> None:
+@click.option(
+    "--env-file",
+    type=click.Path(path_type=Path),
+    default=".env",
+    show_default=True,
+    help="File with environment variables, for those that are not set.",
+)
+def main(env_file: Path) -> None:
     """Serve Python classes and functions from queues.
 
     `qserve run MODULE` is all it takes on one machine. Everywhere else, `qserve start` runs this machine's share of an
     instance and `qserve deploy` tells the instance what to serve.
     """
+    load_env_file(env_file)
     # A shell that runs scripts lets its background jobs ignore SIGINT; `kill -INT` means this process all the same.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

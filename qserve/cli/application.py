@@ -15,6 +15,7 @@ from qserve.applications.app_import import import_app
 from qserve.applications.application_goal import JointGoal
 from qserve.broker.instance.state import State
 from qserve.broker.server.redis_checks import connect, require_usable
+from qserve.cli.lookup import FoundApp, where_it_was_looked_for
 from qserve.cli.output import Failure, note
 from qserve.cli.source import content_version, project_files
 from qserve.deployments.deployment import Deployment
@@ -22,8 +23,8 @@ from qserve.deployments.driver import make_codec
 from qserve.durable.schedules import Declared, Schedules
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.screen.progress import show_progress
-from qserve.screen.tracebacks import users_part
 from qserve.settings import Settings
+from qserve.tracebacks import users_part
 from qserve.wire.codec import Codec
 from qserve.wire.spec import DeploymentSpec
 
@@ -35,14 +36,16 @@ class ImportedApplication:
     Attributes:
         deployments: What to deploy, in the order of the module.
         files: The project's source files it consists of.
+        folder: Where it was imported from.
     """
 
     deployments: Sequence[Deployment[Any]]
     files: Sequence[Path]
+    folder: Path
 
 
-def import_application(text: str, replicas: int | None = None) -> ImportedApplication:
-    """Import MODULE[:NAME] as if from the current folder.
+def import_application(app: FoundApp, replicas: int | None = None) -> ImportedApplication:
+    """Import what `find_app` has found.
 
     Args:
         replicas: Overrides `num_replicas` of every deployment.
@@ -50,22 +53,23 @@ def import_application(text: str, replicas: int | None = None) -> ImportedApplic
     Raises:
         ConfigurationError: It cannot be imported, or there is nothing to deploy in it.
     """
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
     try:
-        deployments = import_app(text)
+        deployments = import_app(app.name)
     except ConfigurationError as exc:
-        raise ConfigurationError(f"{exc}{did_you_mean(text)}") from exc
+        close = did_you_mean(app.name)
+        missing = isinstance(exc.__cause__, ModuleNotFoundError) and "\n" not in str(exc)
+        raise ConfigurationError(f"{exc}{close or (where_it_was_looked_for(app) if missing else '')}") from exc
     if replicas is not None:
         deployments = [deployment.options(num_replicas=replicas) for deployment in deployments]
     modules = {deployment.func_or_class.__module__ for deployment in deployments}
-    return ImportedApplication(deployments, project_files(Path.cwd(), modules))
+    return ImportedApplication(deployments, project_files(app.folder, modules), app.folder)
 
 
 def did_you_mean(text: str) -> str:
     """A sentence with the closest existing MODULE[:NAME], "" where nothing is close or nothing is missing."""
     module_name, _, name = text.partition(":")
+    if "/" in module_name or module_name.endswith(".py"):
+        return ""
     module = sys.modules.get(module_name)
     if module is not None:
         missing = name if name and not hasattr(module, name) else ""
@@ -74,6 +78,9 @@ def did_you_mean(text: str) -> str:
     for part in module_name.split("."):
         package = sys.modules.get(known + part)
         if package is None:
+            parent = sys.modules.get(known.rstrip("."))
+            if parent is not None and not name and hasattr(parent, part):
+                return f" Did you mean {f'{known[:-1]}:{module_name.removeprefix(known)}'!r}?"
             rest = module_name.removeprefix(known + part)
             names = {found.name for found in pkgutil.iter_modules(paths)}
             return "" if part in names else _closest(part, known, names, rest + (f":{name}" if name else ""))
@@ -93,6 +100,7 @@ def deploy_application(application: ImportedApplication, state: State, settings:
         Failure: A deployment could not be brought up; the others are.
         ConfigurationError: Code that other processes cannot get at.
     """
+    check_schedules(application, set(state.list()))
     codec = make_codec(settings, signs=state.signer.signs)
     specs = [make_spec(deployment, application, codec) for deployment in application.deployments]
     try:
@@ -106,13 +114,34 @@ def deploy_application(application: ImportedApplication, state: State, settings:
         try:
             goal.wait()
         except RuntimeError as exc:
-            failures.append(f"Deployment {goal.name!r}: {users_part(str(exc))}")
+            failures.append(users_part(str(exc)))
     if failures:
         raise Failure("\n".join(failures))
     joint.clean_up()
-    for plan in Declared.plans:
-        Schedules(state).put(plan, codec)
+    Schedules(state).put_declared(frozenset(goal.name for goal in goals), codec)
     return [goal.deployed.spec for goal in goals]
+
+
+def check_schedules(application: ImportedApplication, deployed: set[str]) -> None:
+    """Refuse schedules of the application for what will not be there.
+
+    Raises:
+        Failure: A deployment, or a method of one, is missing.
+    """
+    codes = {each.name: each.func_or_class for each in application.deployments}
+    for plan in Declared.plans:
+        names = deployed | codes.keys()
+        if plan.deployment not in names:
+            raise Failure(
+                f"The schedule {plan.name!r} calls {plan.deployment!r}, and there is no such deployment: "
+                f"{', '.join(sorted(names))}. Nothing was deployed."
+            )
+        code = codes.get(plan.deployment)
+        if plan.method and code is not None and not hasattr(code, plan.method):
+            raise Failure(
+                f"The schedule {plan.name!r} calls {plan.method!r} of {plan.deployment!r}, which has no such method. "
+                "Nothing was deployed."
+            )
 
 
 def make_spec(deployment: Deployment[Any], application: ImportedApplication, codec: Codec) -> DeploymentSpec:
@@ -120,7 +149,7 @@ def make_spec(deployment: Deployment[Any], application: ImportedApplication, cod
     spec = deployment.to_spec(codec)
     if spec.version is not None:
         return spec
-    version = content_version(spec, Path.cwd(), application.files)
+    version = content_version(spec, application.folder, application.files)
     return msgspec.structs.replace(spec, version=version)
 
 

@@ -13,7 +13,7 @@ from qserve.cli.instance import connected
 from qserve.cli.output import Failure, redis_url_option
 from qserve.deployments.local_instance import find_settings
 from qserve.errors import MethodNotFound, TaskError, failure_of
-from qserve.screen.tracebacks import users_part
+from qserve.tracebacks import users_part
 
 _FRAME = '  File "'
 

@@ -1,12 +1,14 @@
 """`qserve deploy`, `delete`, `shutdown`: change what a running instance serves."""
 
 import json
+from pathlib import Path
 
 import click
 
 from qserve.cli.application import deploy_application, import_application, wait_for_redis
 from qserve.cli.call import unknown_deployment
 from qserve.cli.instance import connected, state_of
+from qserve.cli.lookup import app_argument, find_app
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.deployments import deploying
 from qserve.deployments.local_instance import find_record, find_settings, stop_instance
@@ -29,8 +31,8 @@ from qserve.wire.spec import WAITING
     help="Seconds to wait for Redis to answer.",
 )
 @click.option("--print-files", is_flag=True, hidden=True, help="Print the application's source files as JSON.")
-@click.argument("app", metavar="MODULE|FILE[:NAME]", envvar="QSERVE_APP")
-def deploy(app: str, replicas: int | None, timeout: float, print_files: bool) -> None:
+@app_argument
+def deploy(app: str | None, app_dir: Path | None, replicas: int | None, timeout: float, print_files: bool) -> None:
     """Deploy what is defined in a module or file (or one NAME of it) into a running instance.
 
     A deployment without a version gets a hash of its code and arguments as version, so that doing it again changes
@@ -38,7 +40,7 @@ def deploy(app: str, replicas: int | None, timeout: float, print_files: bool) ->
     """
     log_to_stderr()
     settings = find_settings()
-    application = import_application(app, replicas)
+    application = import_application(find_app(app, app_dir), replicas)
     if print_files:
         click.echo(json.dumps([str(path) for path in application.files]))
     wait_for_redis(settings.redis_url, timeout)

@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
 import click
 
@@ -17,6 +18,7 @@ from qserve.broker.server.redis_checks import require_usable_at
 from qserve.cli.application import ImportedApplication, deploy_application, import_application
 from qserve.cli.gateway_options import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port, state_of
+from qserve.cli.lookup import FoundApp, app_argument, find_app
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.source import Watcher
 from qserve.deployments.local_instance import (
@@ -29,8 +31,10 @@ from qserve.deployments.local_instance import (
 )
 from qserve.errors import ConfigurationError
 from qserve.screen.introduction import curl_command, introduction
-from qserve.screen.terminal import output_relayed
+from qserve.screen.terminal import Relay
 from qserve.settings import LOOPBACK_HOSTS, Settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 _LOOK_S = 1.0
 """How often we look whether the instance still runs and, with --reload, for edits."""
@@ -40,22 +44,57 @@ _FORCED = 130
 """Exit code of a command that Ctrl-C ended, as shells have it."""
 
 
+def _serving_options(command: Command) -> Command:
+    """The options that `run` and `dev` share."""
+    for option in reversed(
+        (
+            redis_url_option,
+            click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+            click.option(
+                "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on."
+            ),
+            click.option(
+                "--replicas",
+                type=click.IntRange(min=1),
+                help="Number of replicas of every deployment, instead of what the code says.",
+            ),
+            click.option("-v", "--verbose", is_flag=True, help="Show all that the processes of the instance log."),
+            gateway_options,
+            app_argument,
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @click.command()
-@redis_url_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on.")
-@click.option(
-    "--replicas",
-    type=click.IntRange(min=1),
-    help="Number of replicas of every deployment, instead of what the code says.",
-)
+@_serving_options
 @click.option("--reload", is_flag=True, help="Deploy again when a source file of the application changes.")
 @click.option("--debug", is_flag=True, help="Put tracebacks into the bodies of HTTP errors.")
-@click.option("-v", "--verbose", is_flag=True, help="Show all that the processes of the instance log.")
-@gateway_options
-@click.argument("app", metavar="MODULE|FILE[:NAME]", envvar="QSERVE_APP")
-def run(
-    app: str,
+def run(**options: Any) -> None:
+    """Serve what is defined in a module or file (or one NAME of it) from this machine, until Ctrl-C.
+
+    Without MODULE, it is what pyproject.toml names ([tool.qserve] app = "module:name"), or app.py or main.py.
+
+    Without --redis-url a server of its own is started along. Ctrl-C lets calls in flight finish; a second one does not.
+    """
+    serve_until_ctrl_c(**options)
+
+
+@click.command()
+@_serving_options
+def dev(**options: Any) -> None:
+    """Serve a module while you work on it: like `run --reload --debug`.
+
+    It is deployed again when one of its source files changes, and tracebacks are in the bodies of HTTP errors.
+    """
+    serve_until_ctrl_c(**options, reload=True, debug=True)
+
+
+def serve_until_ctrl_c(
+    *,
+    app: str | None,
+    app_dir: Path | None,
     host: str,
     port: int,
     replicas: int | None,
@@ -65,31 +104,30 @@ def run(
     gateway_workers: int,
     **tls: str | None,
 ) -> None:
-    """Serve what is defined in a module or file (or one NAME of it) from this machine, until Ctrl-C.
-
-    Without --redis-url a server of its own is started along. Ctrl-C lets calls in flight finish; a second one does not.
-    """
+    """What `run` and `dev` do."""
     log_to_stderr()
-    # For gateway and replicas, which inherit it.
     if debug:
-        os.environ["QSERVE_DEBUG"] = "1"
-    os.environ["QSERVE_NAMES_OUTPUT"] = "1"
-    if sys.stderr.isatty():
-        os.environ.setdefault("QSERVE_ACCESS_LOG", "short")
-    application = import_application(app, replicas)
+        os.environ["QSERVE_DEBUG"] = "1"  # for gateway and replicas, which inherit it
+    found = find_app(app, app_dir)
+    application = import_application(found, replicas)
     open_console(Settings())
     settings = Settings()
     if settings.redis_url:
         require_usable_at(settings.redis_url)
-    with output_relayed(everything=verbose):
-        instance = start_instance(settings, host, port, gateway_workers, gateway_arguments(**tls))
+    relay = Relay(everything=verbose)
+    with relay.output_of_new_processes():
+        instance = start_instance(
+            *(settings, host, port, gateway_workers), gateway_arguments(**tls), environment=relay.environment
+        )
     try:
         with termination_as_interrupt():
             record = bring_up(instance, application, stay_anyway=reload)
             introduce(
-                application, record.gateway_url, tls.get("ssl_certfile"), tls.get("ssl_keyfile"), record.console_url
+                *(application, record.gateway_url, record.console_url),
+                shows_certificate=bool(tls.get("ssl_ca_certs")),
             )
-            redeploy = Reloader(app, replicas, application.files, instance.settings) if reload else None
+            relay.deploying = reload
+            redeploy = Reloader(found, replicas, application.files, instance.settings) if reload else None
             stay(settings.namespace, redeploy)
     except KeyboardInterrupt:
         stop(instance, "\nStopping; calls in flight may finish. Ctrl-C again does not wait for them.")
@@ -98,7 +136,13 @@ def run(
 
 
 def start_instance(
-    settings: Settings, host: str, port: int, gateway_workers: int = 1, gateway_arguments: tuple[str, ...] = ()
+    settings: Settings,
+    host: str,
+    port: int,
+    gateway_workers: int,
+    gateway_arguments: tuple[str, ...],
+    *,
+    environment: Mapping[str, str],
 ) -> LocalInstance:
     """Start the processes of this machine.
 
@@ -118,6 +162,7 @@ def start_instance(
             port,
             {"host": host, "port": port},
             log_to_stderr=True,
+            environment=environment,
             gateway_workers=gateway_workers,
             gateway_arguments=gateway_arguments,
         )
@@ -151,15 +196,13 @@ def open_console(settings: Settings) -> None:
         os.environ["QSERVE_ADMIN_PORT"] = str(CONSOLE_PORT)
 
 
-def introduce(
-    application: ImportedApplication, gateway_url: str, certfile: str | None, keyfile: str | None, console: str
-) -> None:
+def introduce(application: ImportedApplication, gateway_url: str, console: str, *, shows_certificate: bool) -> None:
     """Print a command to try each deployment, and how to stop."""
     lines = introduction(
         application.deployments,
         lambda prefix: gateway_url.rstrip("/") + prefix,
         console=console,
-        curl=curl_command(gateway_url, certfile, keyfile),
+        curl=curl_command(gateway_url, shows_certificate=shows_certificate),
     )
     click.echo("\n".join([*lines, "Ctrl-C stops it; -v shows the whole log."]))
 
@@ -180,9 +223,10 @@ def stay(namespace: str, reloader: "Reloader | None") -> None:
 class Reloader:
     """Deploys an application again after an edit, from a process of its own: nothing imported before lingers there."""
 
-    def __init__(self, app: str, replicas: int | None, files: Sequence[Path], settings: Settings) -> None:
+    def __init__(self, app: FoundApp, replicas: int | None, files: Sequence[Path], settings: Settings) -> None:
         self._watcher = Watcher(files)
-        self._command = [sys.executable, "-m", "qserve.cli", "deploy", "--print-files", app]
+        self._command = [sys.executable, "-m", "qserve.cli", "deploy", "--print-files", app.name]
+        self._command += ["--app-dir", str(app.folder)]
         if replicas is not None:
             self._command += ["--replicas", str(replicas)]
         self._environment = os.environ | {"QSERVE_REDIS_URL": settings.redis_url, "QSERVE_SECRET": settings.secret}

@@ -6,7 +6,8 @@ from typing import Any, Final
 
 from pydantic import ConfigDict, create_model
 
-from qserve.wire.autoscaling import AUTO
+from qserve.deployments.option_errors import told_in_words
+from qserve.wire.autoscaling import AUTO, AutoscalingConfig
 from qserve.wire.options import DECLARED, RAY_NAMES, Default
 from qserve.wire.ray_names import WITHOUT_EFFECT, refuse_unavailable, warn_once
 
@@ -57,8 +58,9 @@ def known_options(options: Mapping[str, Any], function: str) -> dict[str, Any]:
         raise TypeError(f"{function}() got unknown options: {', '.join(unknown)}{hint}")
     if known.get("num_replicas") == "auto":
         scaling = known.get("autoscaling_config") or {}
-        scaling = scaling if isinstance(scaling, Mapping) else scaling.model_dump(exclude_unset=True)
-        known |= {"num_replicas": None, "autoscaling_config": {**AUTO, **scaling}}
+        scaling = scaling.model_dump(exclude_unset=True) if isinstance(scaling, AutoscalingConfig) else scaling
+        scaling = {**AUTO, **scaling} if isinstance(scaling, Mapping) else scaling
+        known |= {"num_replicas": None, "autoscaling_config": scaling}
     if known.get("max_queued_requests") == -1:
         known["max_queued_requests"] = _NO_LIMIT
     _warn_of_environment(known.get("ray_actor_options"))
@@ -90,7 +92,7 @@ def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """All options, checked, with the defaults of those that were not given.
 
     Raises:
-        TypeError, ValueError: The value of an option is not possible; pydantic's ValidationError is a ValueError.
+        TypeError, ValueError: The value of an option is not possible.
     """
     options = {**_DEFAULTS, **given}
     for each in DECLARED:
@@ -126,4 +128,5 @@ def changed_options(options: Mapping[str, Any], given: Mapping[str, Any]) -> dic
 
 def config_of(options: Mapping[str, Any]) -> DeploymentConfig:
     """The config that these options make."""
-    return DeploymentConfig(**{name: options[name] for name in DeploymentConfig.model_fields})
+    with told_in_words([*_DEFAULTS, *AutoscalingConfig.model_fields]):
+        return DeploymentConfig(**{name: options[name] for name in DeploymentConfig.model_fields})

@@ -157,7 +157,7 @@ class Goal:
             return True
         if progress.error is not None:
             self._roll_back(progress.error)
-            message = "Failed to reach deployment goal. Check the serve logs for details."
+            message = f"Failed to reach deployment goal. Check the serve logs for details. Deployment '{self.name}':"
             raise RuntimeError(f"{message}\n{progress.error}".rstrip())
         state = HEALTHY if progress.asked else WAITING
         self._state.set_state(self.name, self.deployed.generation, state)
@@ -189,7 +189,7 @@ class Goal:
         return None
 
     def _roll_back(self, error: str) -> None:
-        logger.error("Deployment '%s' failed: %s", self.name, error)
+        logger.info("Deployment '%s' failed, and is rolled back.", self.name)  # why is raised
         previous = self._previous
         try:
             if previous is None or previous.state == DEPLOY_FAILED:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 import msgspec
+from starlette.applications import Starlette
+from starlette.routing import Router
 
 from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle, get_handle
 from qserve.deployments.binding import ALONE, Application, Membership
@@ -73,6 +75,7 @@ class Deployment(ReadableOptions, Deployable, Generic[T_co]):
         if not _blocking:
             return goal
         goal.wait()
+        instance.put_declared_schedules([goal.name])
         return None
 
     def bind(self, *args: Any, **kwargs: Any) -> Application[T_co]:
@@ -122,7 +125,7 @@ class Deployment(ReadableOptions, Deployable, Generic[T_co]):
             options: Those of `serve.deployment`.
 
         Raises:
-            TypeError, ValueError: An option is not what it should be; pydantic's ValidationError is a ValueError.
+            TypeError, ValueError: An option is not what it should be.
         """
         known = known_options(options, "Deployment.options")
         code, target = (self._code, self._target) if func_or_class is None else (func_or_class, None)
@@ -293,7 +296,7 @@ def deployment(func_or_class: Any = None, /, **options: Any) -> Any:
         options: The table "Deployment options" in docs/configuration.md describes them.
 
     Raises:
-        TypeError, ValueError: An option is not what it should be; pydantic's ValidationError is a ValueError.
+        TypeError, ValueError: An option is not what it should be.
     """
     given = given_options(known_options(options, "serve.deployment"))
     if isinstance(func_or_class, str):
@@ -303,7 +306,12 @@ def deployment(func_or_class: Any = None, /, **options: Any) -> Any:
     def decorate(code: Callable[..., Any]) -> Deployment[Any]:
         if isinstance(code, Deployable) or not callable(code):
             raise TypeError(f"@serve.deployment expects a class or a function, not {code!r}.")
+        if isinstance(code, Starlette | Router):
+            raise TypeError(
+                f"{type(code).__name__} is an application, which a class serves: @serve.deployment and below it "
+                "@serve.ingress(app), above a class that may be empty."
+            )
         name = getattr(code, "__name__", type(code).__name__)
         return _make(code, None, complete_options({"name": name, **given}))
 
-    return decorate(func_or_class) if callable(func_or_class) else decorate
+    return decorate if func_or_class is None or isinstance(func_or_class, str) else decorate(func_or_class)

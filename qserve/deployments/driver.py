@@ -1,10 +1,11 @@
 """The instance that this process deploys to: found on this machine or in the environment, or started."""
 
 import atexit
+import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from qserve.broker.instance.state import State
@@ -13,6 +14,7 @@ from qserve.calls import process_client
 from qserve.calls.handle import handle_from_wire
 from qserve.deployments import deploying, local_instance
 from qserve.deployments.http_options import HTTPOptions
+from qserve.durable.schedules import Schedules
 from qserve.errors import NoInstanceError
 from qserve.settings import Settings
 from qserve.wire.codec import Codec
@@ -33,6 +35,10 @@ class ConnectedInstance:
     def put(self, spec: DeploymentSpec) -> deploying.Goal:
         """Make a spec the desired state of its name; wait for the goal to see it served."""
         return deploying.deploy(self.state, spec)
+
+    def put_declared_schedules(self, names: Iterable[str]) -> None:
+        """Put the schedules of these deployments that modules have declared at their top level."""
+        Schedules(self.state).put_declared(frozenset(names), self.codec)
 
     def delete(self, name: str) -> None:
         """Delete a deployment and wait until it is gone."""
@@ -81,13 +87,22 @@ class Driver:
         """
         return self._connect(local_instance.find_settings())
 
-    def start(self, options: HTTPOptions, *, detached: bool, wait: bool = True) -> ConnectedInstance:
+    def start(
+        self,
+        options: HTTPOptions,
+        *,
+        detached: bool,
+        wait: bool = True,
+        shown_with: Mapping[str, str] | None = None,
+    ) -> ConnectedInstance:
         """The instance of this process; one is started if none is running.
 
         Args:
             options: How to serve HTTP, for an instance that is started. A running one keeps its own, with a warning.
             detached: Whether an instance that is started outlives this process.
             wait: Return when HTTP is served; otherwise as soon as deployments can be made.
+            shown_with: The processes of an instance that is started write to the standard error of this process, and
+                find this in their environment; None: they write to a file.
 
         Raises:
             ValueError: The address cannot be listened on.
@@ -107,7 +122,7 @@ class Driver:
                     return running
             except NoInstanceError:
                 pass
-            return self._launch(settings, options, detached=detached, wait=wait)
+            return self._launch(settings, options, detached=detached, wait=wait, shown_with=shown_with)
 
     def wait_until_ready(self) -> None:
         """Wait until the instance serves HTTP, if it is one on this machine."""
@@ -139,6 +154,11 @@ class Driver:
             elif record is not None:
                 local_instance.stop_instance(record)
 
+    def stop_own(self) -> None:
+        """Stop the instance that this process has started, if there is one."""
+        if self._local is not None:
+            self._stop_at_exit(self._local)
+
     def _own(self, running: ConnectedInstance) -> local_instance.LocalInstance | None:
         """The instance in use, if this process started it; the environment may name another one by now."""
         started = self._local
@@ -162,7 +182,15 @@ class Driver:
         """Whether it has nodes or gateways; the Redis that the environment names may be all there is."""
         return not settings.redis_url or bool(running.state.observed.nodes()) or bool(running.state.observed.gateways())
 
-    def _launch(self, settings: Settings, options: HTTPOptions, *, detached: bool, wait: bool) -> ConnectedInstance:
+    def _launch(
+        self,
+        settings: Settings,
+        options: HTTPOptions,
+        *,
+        detached: bool,
+        wait: bool,
+        shown_with: Mapping[str, str] | None,
+    ) -> ConnectedInstance:
         http = options.settings(make_codec(settings, signs=bool(settings.secret) or not settings.redis_url))
         if options.serves:
             local_instance.check_address(str(options.host), options.port)
@@ -171,9 +199,12 @@ class Driver:
             port=options.port,
             http=options.address(),
             detached=detached,
+            log_to_stderr=shown_with is not None,
+            environment=shown_with or {},
         )
         self._local = started = local_instance.launch(settings, launch)
-        _tell_of(started)
+        if started.log_file is not None:
+            _tell_of(started)
         if not detached:
             atexit.register(self._stop_at_exit, started)
         started.wait_for_redis()
@@ -185,8 +216,10 @@ class Driver:
 
     def _stop_at_exit(self, started: local_instance.LocalInstance) -> None:
         if self._local is started:
+            self._local = None
             process_client.close_current_client()
-            started.stop()
+            with contextlib.suppress(KeyboardInterrupt):  # it has been killed then
+                started.stop()
 
 
 THIS_PROCESS: Final = Driver()

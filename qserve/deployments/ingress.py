@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
 from qserve.deployments.app_copy import copy_app, is_documentation, rebuild_route, walk
+from qserve.deployments.loading import Deployable
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ def ingress(app: Any) -> Callable[[C], C]:
     if not callable(app):
         raise TypeError(f"@serve.ingress expects an ASGI application, not {app!r}.")
     takes = _parameters_of(app)
+    if inspect.isclass(app) and takes == 0:
+        raise TypeError(f"@serve.ingress needs the application: @serve.ingress(app) above the class {app.__name__}.")
     if takes == 2:
         raise TypeError(
             f"@serve.ingress expects an ASGI application, and {app!r} takes two arguments, as WSGI applications do. "
@@ -79,7 +82,8 @@ def ingress(app: Any) -> Callable[[C], C]:
 
     def decorate(cls: C) -> C:
         if not inspect.isclass(cls):
-            raise ValueError("@serve.ingress must be used with a class.")
+            order = " It stands below @serve.deployment, not above it." if isinstance(cls, Deployable) else ""
+            raise ValueError(f"@serve.ingress must be used with a class.{order}")
         if any("__call__" in vars(base) for base in cls.__mro__):
             raise ValueError("Class passed to @serve.ingress may not have __call__ method.")
         cls.__qserve_asgi__ = FrozenApp(_freeze(app, cls), app)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qserve.deployments.driver_script import MAIN, is_script, main_folder, run_script, script_import_path
@@ -71,6 +71,11 @@ class Deployable:
 def is_importing() -> bool:
     """Whether qserve is importing user code in this context, so that deploying there does nothing."""
     return _importing.get()
+
+
+def is_at_top_level(frame: FrameType) -> bool:
+    """Whether code runs because its module is imported: at the top level of one that is not the script."""
+    return frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") != MAIN
 
 
 @contextmanager
@@ -191,6 +196,11 @@ def import_module(name: str) -> ModuleType:
         raise ConfigurationError(f"Could not import module {name!r}:\n{user_traceback(exc)}") from exc
     except Exception as exc:
         raise ConfigurationError(f"Could not import module {name!r}:\n{user_traceback(exc)}") from exc
+    except SystemExit as exc:
+        raise ConfigurationError(
+            f"Could not import module {name!r}: it ended the process (exit code {exc.code}). What it does as a script "
+            f"belongs into `if __name__ == {MAIN!r}:`."
+        ) from exc
 
 
 def find_attribute(module: ModuleType, qualname: str) -> object:

@@ -6,6 +6,7 @@ gateway and the Celery workers. It writes a file that tells other processes of t
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import secrets
 import shutil
@@ -16,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -146,6 +147,7 @@ class LaunchOptions:
         gateway_workers: How many gateways share the port.
         gateway_arguments: Further arguments of their command lines.
         log_to_stderr: Whether its processes log to the standard error of this process, and not to a file.
+        environment: What they find in their environment besides that of this process.
     """
 
     host: str | None
@@ -153,6 +155,7 @@ class LaunchOptions:
     http: dict[str, str | int | None]
     detached: bool = False
     log_to_stderr: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
     gateway_workers: int = 1
     gateway_arguments: tuple[str, ...] = ()
 
@@ -242,12 +245,14 @@ def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
     To be called under `start_lock`. It returns once the process runs; the `LocalInstance` tells how far that is.
 
     Raises:
-        ConfigurationError: There is no server to run, or no folder that can be used.
+        ConfigurationError: There is no server to run, no folder that can be used, or something is not installed.
     """
+    _require_extras(options)
+    if not settings.redis_url:
+        embedded.find_server()  # fails here if there is none: easier to read than in the log
     folder = _new_folder(settings.namespace)
     flags = ["--exact", "--instance-file", str(record_path(settings.namespace)), "--folder", str(folder)]
     if not settings.redis_url:
-        embedded.find_server()  # fails here if there is none: easier to read than in the log
         secret = settings.secret or secrets.token_hex(32)
         settings = settings.model_copy(update={"redis_url": embedded.redis_url(folder), "secret": secret})
         flags += ["--embedded"]
@@ -260,7 +265,7 @@ def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
     flags += ["--http", msgspec.json.encode(options.http).decode()]
     log = None if options.log_to_stderr else new_log_file(runtime_folder(), settings.namespace)
     flags += ["--log-file", str(log)] if log is not None else []
-    process = _spawn(settings, flags, log)
+    process = _spawn(settings, flags, options.environment, log)
     return LocalInstance(settings, process, folder, log_file=log, detached=options.detached)
 
 
@@ -309,8 +314,12 @@ def check_address(host: str, port: int) -> None:
         ) from exc
 
 
-def _spawn(settings: Settings, flags: list[str], log: Path | None) -> "subprocess.Popen[bytes]":
-    environment = os.environ | {
+def _spawn(
+    settings: Settings, flags: list[str], more: Mapping[str, str], log: Path | None
+) -> "subprocess.Popen[bytes]":
+    environment = {
+        **os.environ,
+        **more,
         "QSERVE_REDIS_URL": settings.redis_url,
         "QSERVE_SECRET": settings.secret,
         "QSERVE_NAMESPACE": settings.namespace,
@@ -324,6 +333,17 @@ def _spawn(settings: Settings, flags: list[str], log: Path | None) -> "subproces
             stdout=output or 2,
             stderr=output,
             start_new_session=True,  # so that Ctrl-C reaches this process alone, which stops the rest in order
+        )
+
+
+def _require_extras(options: LaunchOptions) -> None:
+    """Fail here, and not in a process whose end would have to be explained."""
+    needed = ["celery", "fastapi", "uvloop", *(["httptools", "uvicorn"] if options.host is not None else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(
+            f"An instance on this machine needs packages that are not installed ({', '.join(missing)}), so nothing was "
+            "started: pip install 'qserve[all]'"
         )
 
 

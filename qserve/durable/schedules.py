@@ -85,15 +85,23 @@ class Schedules:
     """The schedules of an instance. Synchronous; raises redis-py's errors."""
 
     def __init__(self, state: State) -> None:
+        self._state = state
         self._redis: Any = state.redis
         self._keys = state.keys
         self._signer = state.signer
+
+    def put_declared(self, deployments: frozenset[str], codec: Codec) -> None:
+        """Put those declared schedules that call one of these deployments; each takes effect once."""
+        for plan in [plan for plan in Declared.plans if plan.deployment in deployments]:
+            self.put(plan, codec)
+            Declared.plans.remove(plan)
 
     def put(self, plan: Plan, codec: Codec) -> ScheduleWithMeta:
         """Add a schedule, or replace the one of its name. An equal one is left alone, so that it misses no moment.
 
         Raises:
             ValueError: The name or the time is not possible.
+            DeploymentNotFound: There is nothing to call.
             ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
         """
         if not is_name(plan.name):
@@ -103,6 +111,11 @@ class Schedules:
         parse_when(plan.when)
         if plan.options.delay_s or plan.options.durability:
             raise ValueError("a schedule takes neither delay nor durability: leave them out")
+        if self._state.get(plan.deployment) is None:
+            raise DeploymentNotFound(
+                f"The schedule {plan.name!r} calls {plan.deployment!r}, and there is no such deployment: "
+                f"{', '.join(sorted(self._state.list())) or 'nothing is deployed'}. Deploy it first."
+            )
         payload = codec.pack_call(plan.args, plan.kwargs, f"the call of schedule {plan.name}")
         options = plan.options
         made = ScheduleWithMeta(

@@ -53,13 +53,17 @@ def introduction(
     return lines
 
 
-def curl_command(url: str, cert: str | None = None, key: str | None = None) -> str:
-    """`curl` with what every request to this instance needs: keys, and certificates that nobody has signed."""
+def curl_command(url: str, *, shows_certificate: bool = False) -> str:
+    """`curl` with what every request to this instance needs: keys, and certificates.
+
+    Args:
+        shows_certificate: Clients have to show a certificate.
+    """
     words = ["curl"]
     if url.startswith("https:"):
-        words.append("-k")
-        if cert:
-            words += ["--cert", cert, *(["--key", key] if key else [])]
+        words.append("-k")  # the name in the certificate is hardly that of the loopback
+        if shows_certificate:
+            words.append("--cert YOURS.pem")
     if Settings().api_keys or Settings().api_keys_file:
         words.append('-H "X-API-Key: $KEY"')
     return " ".join(words)

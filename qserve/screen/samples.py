@@ -103,6 +103,7 @@ def _wants_of(entry: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]
         for name in [node.func.id]
         for argument in node.args
     }
+    lists = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "split"}
     names = _names_of_json(tree)
     query: dict[str, Any] = {}
     fields: dict[str, Any] = {}
@@ -112,7 +113,7 @@ def _wants_of(entry: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]
         key = node.slice.value
         if not isinstance(key, str):
             continue
-        value = _value_named(key, numbers.get(id(node)))
+        value = "1,2,3" if id(node) in lists else _value_named(key, numbers.get(id(node)))
         if isinstance(node.value, ast.Attribute) and node.value.attr == "query_params":
             query[key] = value
         elif _is_json(node.value) or (isinstance(node.value, ast.Name) and node.value.id in names):

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from qserve.screen.tracebacks import UsersLines
+from qserve.tracebacks import UsersLines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +22,9 @@ _RECORD: Final = re.compile(
     r"(?:\w+\[\d+\] )?(?P<about>\[[^\]]*\] )?(?:[\w.]+: )?(?P<message>.*)"
 )
 """A record of the log: when, how bad, from which process and about which call, from which module, and what."""
+_NOT_CONSTRUCTED: Final = " could not be constructed"
+_OF_CELERY: Final = "worker: "
+"""What begins the one line that Celery prints beside its log."""
 _COLOURS: Final = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 
 
@@ -33,36 +36,63 @@ def terminal() -> "Console":
     return Console(stderr=True)
 
 
-@contextlib.contextmanager
-def output_relayed(*, everything: bool) -> Iterator[None]:
-    """What processes that are started in this block write to stderr is shown line by line, above the display.
+class Relay:
+    """Shows what the processes of an instance write, line by line, above the display.
 
     Args:
         everything: Show records below WARNING, too, and all of each record.
+
+    Attributes:
+        deploying: Somebody waits for a deploy, and will be told why it failed: what each replica says of that is left
+            out.
+        environment: What these processes need to find in their environment.
     """
-    read, write = os.pipe()
-    relay = threading.Thread(target=_relay, args=(read, everything), name="qserve-output", daemon=True)
-    relay.start()
-    atexit.register(relay.join, _LAST_LINES_S)  # it ends with the last process that writes
-    stderr = os.dup(2)
-    os.dup2(write, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(write)
 
+    def __init__(self, *, everything: bool) -> None:
+        self.deploying = True
+        self._everything = everything
+        self._users = UsersLines()
+        self._hiding = False
+        # Asked now: in the block below, stderr is no terminal.
+        self.environment = {"QSERVE_NAMES_OUTPUT": "1"}
+        if sys.stderr.isatty() and "QSERVE_ACCESS_LOG" not in os.environ:
+            self.environment["QSERVE_ACCESS_LOG"] = "short"
 
-def _relay(read: int, everything: bool) -> None:
-    users = UsersLines()
-    with os.fdopen(read, errors="replace") as lines:
-        for line in lines:
-            text = line.rstrip("\n")
-            for each in [text] if everything else users.feed(text):
-                shown = each if everything else as_shown(each)
-                if shown is not None:
+    @contextlib.contextmanager
+    def output_of_new_processes(self) -> Iterator[None]:
+        """What processes that are started in this block write to stderr is shown."""
+        read, write = os.pipe()
+        thread = threading.Thread(target=self._run, args=(read,), name="qserve-output", daemon=True)
+        thread.start()
+        atexit.register(thread.join, _LAST_LINES_S)  # it ends with the last process that writes
+        stderr = os.dup(2)
+        os.dup2(write, 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.close(write)
+
+    def _run(self, read: int) -> None:
+        with os.fdopen(read, errors="replace") as lines:
+            for line in lines:
+                for shown in self.feed(line.rstrip("\n")):
                     _print(shown)
+
+    def feed(self, line: str) -> list[str]:
+        """The lines to show now that this one has come."""
+        if self._everything:
+            return [line]
+        if not line or line.startswith(_OF_CELERY):
+            return []
+        if _RECORD.fullmatch(line):
+            self._hiding = self.deploying and _NOT_CONSTRUCTED in line
+        elif self._hiding and " | " not in line:
+            return []
+        if self._hiding and _NOT_CONSTRUCTED in line:
+            return []
+        return [shown for each in self._users.feed(line) if (shown := as_shown(each)) is not None]
 
 
 def _print(text: str) -> None:

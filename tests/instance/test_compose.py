@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -242,3 +243,56 @@ class TestSecured:
             assert "qserve_queue_depth" in response.read().decode()
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(url, timeout=patience(10))
+
+
+class TestOwnApplication:
+    """examples/own_app, copied elsewhere, with the qserve of this checkout, a secret, and Redis on the loopback."""
+
+    def test_it_serves_clients_outside_and_stops_soon(self, tmp_path: Path) -> None:
+        folder = tmp_path / "own"
+        shutil.copytree(ROOT / "examples/own_app", folder)
+        wheel = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+        subprocess.run([sys.executable, *wheel], check=True)
+        port, redis_port = free_port(), free_port()
+        secret = secrets.token_hex(16)
+        settings = {"QSERVE_PORT": port, "QSERVE_REDIS_PORT": redis_port, "QSERVE_SECRET": secret}
+        (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+        build: dict[str, Any] = {"args": {"QSERVE": f"./{next(folder.glob('*.whl')).name}[all]"}}
+        if network := os.environ.get("QSERVE_TEST_BUILD_NETWORK"):
+            build["network"] = network
+        services = {"services": {name: {"build": build} for name in ("deploy", "gateway", "worker")}}
+        (folder / "test.yml").write_text(json.dumps(services))
+        assert COMMAND is not None
+        files = [
+            part for name in ("docker-compose.yml", "docker-compose.redis.yml", "test.yml") for part in ("-f", name)
+        ]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("QSERVE_")}
+
+        def compose(*arguments: str) -> str:
+            command = [*COMMAND, "--project-name", f"{PROJECT}-own", *files, *arguments]
+            done = subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, text=True)
+            assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+            return done.stdout
+
+        try:
+            compose("up", "--build", "--detach")
+            url = f"http://127.0.0.1:{port}/median?numbers=1,5,2"
+            wait_until(lambda: answer_of(url) == "2.0", 120)
+            reach = {"QSERVE_REDIS_URL": f"redis://127.0.0.1:{redis_port}/0", "QSERVE_SECRET": secret}
+            client = [sys.executable, "client.py"]
+            outside = {**environment, **reach}
+            said = subprocess.run(client, cwd=folder, env=outside, check=True, capture_output=True, text=True).stdout
+            assert said == "2.0\n"
+            assert f"http://localhost:{port}" in compose("exec", "-T", "worker", "qserve", "status")
+            started = time.monotonic()
+            compose("stop")
+            assert time.monotonic() - started < patience(10)
+        finally:
+            compose("down", "--volumes")
+
+
+def answer_of(url: str) -> str | None:
+    """What is there; None while nothing is."""
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=patience(10)) as response:
+        return str(response.read().decode())
+    return None

@@ -24,8 +24,8 @@ from qserve.cli.application import did_you_mean
 from qserve.cli.call import parse_call, show, unknown_deployment
 from qserve.cli.source import Watcher, content_version, project_files
 from qserve.cli.status import InstanceStatus, ReplicaStatus, render
-from qserve.screen.tracebacks import users_part
 from qserve.settings import Settings
+from qserve.tracebacks import users_part
 from qserve.wire.spec import DeploymentSpec, Target
 from tests.support.serving import free_port, runtime_folder
 from tests.support.shell import Shell, background
@@ -392,7 +392,7 @@ def test_code_that_cannot_be_imported_needs_a_key(shared: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("run",), ("run", "app", "--port", "70000"), ("stats",), ("call",), ("deploy", "app", "--nope")]
+    "arguments", [("run", "app", "--port", "70000"), ("stats",), ("call",), ("deploy", "app", "--nope")]
 )
 def test_usage_errors_have_exit_code_2(shell: Shell, arguments: tuple[str, ...]) -> None:
     done = shell.run(*arguments)

@@ -1,6 +1,7 @@
 """Defining deployments: options, their validation, copies, and what becomes of them in the state."""
 
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ class FakeInstance:
         args, kwargs = CODEC.unpack_call(spec.init_args)
         return FakeGoal(self, ("deploy", spec.name, tuple(args), kwargs))
 
+    def put_declared_schedules(self, names: Iterable[str]) -> None:
+        """Nothing is scheduled here."""
+
     def delete(self, name: str) -> None:
         self.done.append(("delete", name))
 
@@ -52,6 +56,7 @@ class FakeGoal:
     def __init__(self, instance: FakeInstance, put: tuple[Any, ...]) -> None:
         self._instance = instance
         self._number = len(instance.done)
+        self.name = put[1]
         instance.done.append((*put, False))
 
     def wait(self) -> None:
@@ -135,11 +140,11 @@ INVALID: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"version": 1}, TypeError, r"version must be a string\."),
     ({"prev_version": 1}, TypeError, r"prev_version must be a string\."),
     ({"name": 1}, TypeError, r"name must be a string\."),
-    ({"num_replicas": "hi"}, pydantic.ValidationError, "num_replicas"),
-    ({"num_replicas": 0}, pydantic.ValidationError, "num_replicas"),
-    ({"num_replicas": -1}, pydantic.ValidationError, "num_replicas"),
-    ({"max_concurrent_queries": "hi"}, pydantic.ValidationError, "max_concurrent_queries"),
-    ({"max_concurrent_queries": [1]}, pydantic.ValidationError, "max_concurrent_queries"),
+    ({"num_replicas": "hi"}, ValueError, "num_replicas"),
+    ({"num_replicas": 0}, ValueError, "num_replicas"),
+    ({"num_replicas": -1}, ValueError, "num_replicas"),
+    ({"max_concurrent_queries": "hi"}, ValueError, "max_concurrent_queries"),
+    ({"max_concurrent_queries": [1]}, ValueError, "max_concurrent_queries"),
     ({"max_concurrent_queries": 0}, ValueError, "max_concurrent_queries"),
     ({"max_concurrent_queries": -1}, ValueError, "max_concurrent_queries"),
     ({"init_args": {1, 2}}, TypeError, r"init_args must be a tuple\."),

@@ -283,7 +283,7 @@ def test_all_deployments_of_a_module_or_one_or_a_list(folder: Path) -> None:
     assert [each.name for each in import_app("application:Second")] == ["Second"]
     assert [each.name for each in import_app("application:some")] == ["first"]
     assert all(isinstance(each, Deployment) for each in import_app("application"))
-    with pytest.raises(ConfigurationError, match=r"nothing to deploy in 'application:number'; it has int"):
+    with pytest.raises(ConfigurationError, match=r"nothing to deploy in 'application:number': it is an .* int"):
         import_app("application:number")
     with pytest.raises(ConfigurationError, match="Attribute 'third' not found"):
         import_app("application:third")

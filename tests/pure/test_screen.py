@@ -11,7 +11,7 @@ from qserve import serve
 from qserve.screen.introduction import introduction
 from qserve.screen.samples import command_for
 from qserve.screen.terminal import as_shown
-from qserve.screen.tracebacks import users_part
+from qserve.tracebacks import users_part
 from qserve_workers.user.user_output import NamedOutput
 
 URL = "http://127.0.0.1:8000/x"
@@ -27,6 +27,10 @@ def greet(request: Request) -> str:
 
 async def square(request: Request) -> str:
     return str(int(request.query_params["n"]) ** 2) + request.query_params.get("unit", "")
+
+
+def total(request: Request) -> int:
+    return sum(map(int, request.query_params["numbers"].split(",")))
 
 
 async def summarize(request: Request) -> int:
@@ -66,6 +70,7 @@ class ForArrays:
         (plain, f"curl {URL}"),
         (greet, f"curl '{URL}?name=Ada'"),
         (square, f"curl '{URL}?n=1'"),
+        (total, f"curl '{URL}?numbers=1,2,3'"),
         (summarize, f"""curl {URL} -H 'content-type: application/json' -d '{{"text": "hello", "n": 1}}'"""),
         (echo, f"curl {URL} -d hello"),
         (upload, None),

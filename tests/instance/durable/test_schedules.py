@@ -149,7 +149,10 @@ def test_a_beat_that_is_killed_starts_again_and_repeats_nothing(
 
 def test_schedules_are_managed_on_the_command_line(told: Any, qserve_instance: TestInstance, notes: Notes) -> None:
     schedule("put", "nightly", "0 3 * * * Europe/Berlin", "told", '"word"', "--retries", "2")
+    gone = told.options(name="nobody", route_prefix="/nobody")
+    gone.deploy(*told.init_args)
     schedule("put", "often", "every 1s", "nobody")
+    gone.delete()
 
     shown = json.loads(schedule("show", "nightly"))
     assert (shown["deployment"], shown["args"], shown["retries"], shown["last"]) == ("told", ["'word'"], 2, None)

@@ -262,7 +262,7 @@ class Keeper:
                 logging.ERROR if status.state == DEPLOY_FAILED else logging.INFO,
                 "Deployment %s, generation %d: %s, %d of %d replicas ready%s",
                 *(self.deployment, status.generation, status.state, status.ready, status.wanted),
-                "" if status.state == HEALTHY else f": {status.error}",
+                "" if status.state == HEALTHY else f": {(status.error.strip().splitlines() or ['?'])[-1]}",
             )
         self._announcer.publish(
             WorkerInfo(

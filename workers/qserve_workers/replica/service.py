@@ -20,6 +20,7 @@ from qserve.errors import BrokerUnavailable, QServeError
 from qserve.failpoints import reach
 from qserve.hooks import HookChain, ReplicaHook
 from qserve.settings import Settings
+from qserve.tracebacks import users_part
 from qserve.wire.messages import Control
 from qserve.wire.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed
 from qserve_workers.calls.consumer import Consumer
@@ -302,4 +303,4 @@ class Service:
 
 
 def _traceback_of(error: Exception) -> str:
-    return "".join(traceback.format_exception(what_was_raised(error)))
+    return users_part("".join(traceback.format_exception(what_was_raised(error))))

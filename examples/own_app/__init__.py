@@ -1,0 +1,1 @@
+"""An application in containers of its own: copy this folder to begin with."""

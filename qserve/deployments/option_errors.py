@@ -1,0 +1,47 @@
+"""What pydantic finds wrong with options, said in words for whoever wrote them."""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import ValidationError
+
+_LONGEST_VALUE = 60
+
+
+@contextmanager
+def told_in_words(names: Iterable[str]) -> Iterator[None]:
+    """A block in which pydantic's ValidationError becomes a plain ValueError.
+
+    Args:
+        names: The options that exist, to suggest one where a name is not among them.
+    """
+    try:
+        yield
+    except ValidationError as exc:
+        raise ValueError(in_words(exc, names)) from None
+
+
+def in_words(exc: ValidationError, names: Iterable[str], shown: Callable[[str], str] = str) -> str:
+    """One sentence for each thing that is wrong.
+
+    Args:
+        shown: Makes of a field's name what users call it.
+    """
+    known = list(names)
+    return " ".join(_sentence(error, known, shown) for error in exc.errors(include_url=False, include_context=False))
+
+
+def _sentence(error: Any, names: list[str], shown: Callable[[str], str]) -> str:
+    place = shown(".".join(map(str, error["loc"])))
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
+        return f"There is no option {place!r}." + (f" Did you mean {close[0]!r}?" if close else "")
+    if error["type"] in ("value_error", "assertion_error"):
+        said = str(error["msg"]).partition(", ")[2]
+        return f"{place}: {said}" if place else said
+    value = repr(error["input"])
+    value = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}..."
+    wanted = str(error["msg"]).partition(", unable")[0].replace("Input should", "it should", 1)
+    return f"{place}={value} is not possible: {wanted}."
