@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from qserve.cli.lookup import load_env_file
 from qserve.cli.output import Failure
+from qserve.cli.project.lookup import load_env_file
 from qserve.errors import QServeError
 
 COMMANDS = {
     "run": ("qserve.cli.run", "Serve a module from this machine, until Ctrl-C."),
     "dev": ("qserve.cli.run", "Serve a module while you work on it: reload, and tracebacks in HTTP bodies."),
-    "init": ("qserve.cli.init", "Write a small project that runs and has a test."),
+    "init": ("qserve.cli.project.init", "Write a small project that runs and has a test."),
     "start": ("qserve.cli.start", "Run this machine's share of an instance, until Ctrl-C."),
     "deploy": ("qserve.cli.deploy", "Deploy a module into a running instance."),
     "status": ("qserve.cli.status", "Show deployments, their replicas and queues."),

@@ -15,9 +15,9 @@ from qserve.applications.app_import import import_app
 from qserve.applications.application_goal import JointGoal
 from qserve.broker.instance.state import State
 from qserve.broker.server.redis_checks import connect, require_usable
-from qserve.cli.lookup import FoundApp, where_it_was_looked_for
 from qserve.cli.output import Failure, note
-from qserve.cli.source import content_version, project_files
+from qserve.cli.project.lookup import FoundApp, where_it_was_looked_for
+from qserve.cli.project.source import content_version, project_files
 from qserve.deployments.deployment import Deployment
 from qserve.deployments.driver import make_codec
 from qserve.durable.schedules import Declared, Schedules

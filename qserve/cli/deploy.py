@@ -8,8 +8,8 @@ import click
 from qserve.cli.application import deploy_application, import_application, wait_for_redis
 from qserve.cli.call import unknown_deployment
 from qserve.cli.instance import connected, state_of
-from qserve.cli.lookup import app_argument, find_app
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
+from qserve.cli.project.lookup import app_argument, find_app
 from qserve.deployments import deploying
 from qserve.deployments.local_instance import find_record, find_settings, stop_instance
 from qserve.settings import Settings

@@ -18,9 +18,9 @@ from qserve.broker.server.redis_checks import require_usable_at
 from qserve.cli.application import ImportedApplication, deploy_application, import_application
 from qserve.cli.gateway_options import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port, state_of
-from qserve.cli.lookup import FoundApp, app_argument, find_app
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
-from qserve.cli.source import Watcher
+from qserve.cli.project.lookup import FoundApp, app_argument, find_app
+from qserve.cli.project.source import Watcher
 from qserve.deployments.local_instance import (
     InstanceRecord,
     LaunchOptions,

@@ -22,7 +22,7 @@ from qserve.broker.server import embedded
 from qserve.cli import COMMANDS, main
 from qserve.cli.application import did_you_mean
 from qserve.cli.call import parse_call, show, unknown_deployment
-from qserve.cli.source import Watcher, content_version, project_files
+from qserve.cli.project.source import Watcher, content_version, project_files
 from qserve.cli.status import InstanceStatus, ReplicaStatus, render
 from qserve.settings import Settings
 from qserve.tracebacks import users_part

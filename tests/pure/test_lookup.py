@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from qserve.cli import main
 from qserve.cli.application import ImportedApplication, import_application
-from qserve.cli.init import _NAMES
-from qserve.cli.lookup import find_app
+from qserve.cli.project.init import _NAMES
+from qserve.cli.project.lookup import find_app
 from qserve.errors import ConfigurationError
 
 APP = """

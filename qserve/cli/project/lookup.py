@@ -106,7 +106,7 @@ def _inside_package(app: str, folder: Path) -> str:
 
 def _refuse_hidden_modules(folder: Path) -> None:
     """Raise if a file of the application would be imported for a module that qserve itself needs."""
-    if (folder / "qserve" / "cli" / "lookup.py").is_file():  # qserve's own checkout
+    if (folder / "qserve" / "cli" / "project" / "lookup.py").is_file():  # qserve's own checkout
         return
     for path in sorted(folder.iterdir()):
         name = path.stem if path.suffix == ".py" or (path / "__init__.py").is_file() else ""
