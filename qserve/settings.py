@@ -169,10 +169,7 @@ class Settings(BaseSettings):
     )
     public_url: Annotated[str, Shown("where the gateway listens")] = Field(
         default="",
-        description=(
-            "URL under which clients reach the gateway, for status, logs and `Deployment.url`: the published port of a "
-            "container, or a proxy."
-        ),
+        description="URL that status, logs and `Deployment.url` name: that of a published port, or of a proxy.",
     )
     admin_port: Annotated[int | None, Shown("unset: no admin listener")] = Field(
         default=None,
@@ -303,10 +300,7 @@ class Settings(BaseSettings):
     )
     names_output: bool = Field(
         default=False,
-        description=(
-            "Puts the name of its deployment before each line that user code prints; `qserve run` sets it, because "
-            "all deployments share its terminal."
-        ),
+        description="Each line that user code prints begins with its deployment; `qserve run` sets it.",
     )
     debug: bool = Field(
         default=False,

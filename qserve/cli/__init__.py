@@ -80,21 +80,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except QServeError as exc:
             raise Failure(str(exc)) from exc
-        except ValueError as exc:
-            settings = _settings_in_words(exc)
-            if settings is None:
-                raise
-            raise Failure(settings) from exc
         except KeyboardInterrupt:
             sys.exit(_INTERRUPTED)
-
-
-def _settings_in_words(exc: ValueError) -> str | None:
-    """What is wrong with an environment variable; None if it is something else that is wrong."""
-    if getattr(exc, "title", "") != "Settings":
-        return None
-    words = importlib.import_module("qserve.deployments.option_errors")
-    return str(words.in_words(exc, (), lambda name: f"QSERVE_{name.upper()}"))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,7 +1,7 @@
 """What pydantic finds wrong with options, said in words for whoever wrote them."""
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,18 +23,14 @@ def told_in_words(names: Iterable[str]) -> Iterator[None]:
         raise ValueError(in_words(exc, names)) from None
 
 
-def in_words(exc: ValidationError, names: Iterable[str], shown: Callable[[str], str] = str) -> str:
-    """One sentence for each thing that is wrong.
-
-    Args:
-        shown: Makes of a field's name what users call it.
-    """
+def in_words(exc: ValidationError, names: Iterable[str]) -> str:
+    """One sentence for each thing that is wrong."""
     known = list(names)
-    return " ".join(_sentence(error, known, shown) for error in exc.errors(include_url=False, include_context=False))
+    return " ".join(_sentence(error, known) for error in exc.errors(include_url=False, include_context=False))
 
 
-def _sentence(error: Any, names: list[str], shown: Callable[[str], str]) -> str:
-    place = shown(".".join(map(str, error["loc"])))
+def _sentence(error: Any, names: list[str]) -> str:
+    place = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
         return f"There is no option {place!r}." + (f" Did you mean {close[0]!r}?" if close else "")
