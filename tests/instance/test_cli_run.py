@@ -1,13 +1,8 @@
 """`qserve run` and `qserve start` with everything they start: what they show, how calls get through, how they end."""
 
 import json
-import os
-import pty
-import re
-import select
 import signal
 import subprocess
-import threading
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
@@ -313,42 +308,6 @@ def test_reload_serves_an_edited_helper_and_survives_a_syntax_error(shell: Shell
         shell.write("words.py", "WORD = 'second'")
         running.wait_for("say: serving, version")
         assert get(url) == "second"
-
-
-def test_a_terminal_gets_a_moving_display(shell: Shell) -> None:
-    """Given a constructor that takes a moment, when run on a terminal, then a line moves until it is up."""
-    shell.write("app.py", APP.replace("self.count = 0", "time.sleep(1)"))
-    ours, theirs = pty.openpty()
-    command = shell.command("run", "app:Counter", "--port", "0")
-    environment = shell.environment | {"TERM": "xterm-256color", "COLUMNS": "100"}
-    process = subprocess.Popen(command, cwd=shell.folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = ""
-
-    def is_ready() -> bool:
-        nonlocal shown
-        if select.select([ours], [], [], 1)[0]:
-            shown += os.read(ours, 65536).decode(errors="replace")
-        return "Ctrl-C stops it" in shown
-
-    wait_until(is_ready, shows=lambda: shown)
-    process.send_signal(signal.SIGINT)
-    drained = threading.Thread(target=_drain, args=(ours,), daemon=True)
-    drained.start()
-    assert process.wait(patience(40)) == 0
-    os.close(ours)
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
-    assert re.search(r"[01] of 2 replicas are up, \d s; waiting for Counter", plain)
-    assert " INFO " not in plain
-    assert "\x1b[" in shown
-
-
-def _drain(terminal: int) -> None:
-    try:
-        while os.read(terminal, 65536):
-            pass
-    except OSError:
-        pass
 
 
 # A node of an instance elsewhere
