@@ -12,7 +12,7 @@
 #   make chaos    break everything under load, for 85 minutes (ARGS="--part 2/11", "--slice", "--runs K1,K5")
 #   make docs     run what README.md and docs/ show
 #   make docs-site  build the documentation site into build/site (VERSION=...); it installs its generator first
-#   make tables   write the tables of docs/configuration.md that follow from the code
+#   make tables   write what follows from the code: tables of docs/configuration.md, and what the Helm chart renders
 #   make clean    remove .venv and caches
 
 PORT ?= 8000
@@ -61,6 +61,7 @@ docs-site: $(READY)
 
 tables: $(READY)
 	@$(VENV)/bin/python -m tests.support.tables
+	@$(VENV)/bin/python -m tests.support.chart
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*

@@ -23,6 +23,7 @@ from qserve_gateway.door.request_counts import BOUNDS_S
 def status(state: State, namespace: str, gateway_id: str) -> dict[str, Any]:
     """Describe the gateways, the nodes, the deployments and their replicas."""
     observed = state.observed
+    deployments = sorted(state.list().items())
     return {
         "namespace": namespace,
         "gateway": gateway_id,
@@ -45,8 +46,9 @@ def status(state: State, namespace: str, gateway_id: str) -> dict[str, Any]:
                     for it in observed.replicas(name).values()
                 ],
             }
-            for name, deployed in sorted(state.list().items())
+            for name, deployed in deployments
         ],
+        "demand": {name: observed.demand(name) for name, _ in deployments},
     }
 
 

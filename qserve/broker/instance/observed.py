@@ -50,6 +50,16 @@ class Observed:
         """How many calls of a deployment wait or run."""
         return int(self._do("XLEN", self._keys.calls(name)))
 
+    def demand(self, name: str) -> int:
+        """How many calls of a deployment there are to run now.
+
+        Those that wait in its queue or run, and the durable calls beside it that could run if a replica were there:
+        those of low priority, and delayed ones whose time has come.
+        """
+        seconds, _ = self._do("TIME")
+        due = self._do("ZCOUNT", self._keys.due(name), "-inf", 1000 * int(seconds))
+        return self.queued(name) + int(due) + int(self._do("ZCARD", self._keys.low(name)))
+
     def waiting(self, name: str) -> tuple[int, float]:
         """How many calls of a deployment no replica has taken, and the seconds for which the first has waited."""
         key = self._keys.calls(name)
