@@ -1,5 +1,6 @@
 """Where `qserve run` looks for an application, and what it says when there is none."""
 
+import importlib.util
 import os
 import sys
 import tomllib
@@ -13,7 +14,9 @@ from qserve.cli import main
 from qserve.cli.application import ImportedApplication, import_application
 from qserve.cli.project.init import _NAMES
 from qserve.cli.project.lookup import find_app
+from qserve.deployments.local_instance import LaunchOptions, launch
 from qserve.errors import ConfigurationError
+from qserve.settings import Settings
 
 APP = """
 from qserve import serve
@@ -147,3 +150,15 @@ def test_init_writes_an_application_that_is_found_again(write: Write, template: 
     assert again.exit_code == 1
     assert "nothing was written" in again.output
     assert Path("app.py").read_text() == before
+
+
+def test_what_is_not_installed_is_told_before_anything_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `pip install qserve`, without its extras."""
+    monkeypatch.setenv("QSERVE_RUNTIME_DIR", str(tmp_path))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("celery", "uvicorn") else find(name))
+    with pytest.raises(ConfigurationError, match=r"\(celery, uvicorn\), so nothing was started: pip install"):
+        launch(Settings(), LaunchOptions("127.0.0.1", 0, {}))
+    assert list(tmp_path.iterdir()) == []
