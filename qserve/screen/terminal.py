@@ -119,5 +119,7 @@ def as_shown(line: str) -> str | None:
         return line
     if by_user:
         return f"{name} | {record['level']} {record['message']}"
-    about = record["about"] or ""
-    return None if record["level"] in _HIDDEN else f"{record['time']} {record['level']} {about}{record['message']}"
+    if record["level"] in _HIDDEN:
+        return None
+    about = f"[{record['about'].strip('[] ').split()[0]}] " if record["about"] else ""  # without the ids of the call
+    return f"{record['time']} {record['level']} {about}{record['message']}"

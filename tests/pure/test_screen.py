@@ -149,7 +149,7 @@ def test_the_introduction_fits_on_a_screen_however_much_is_deployed() -> None:
         ("16:02:11 WARNING qserve.node: worker ended", "16:02:11 WARNING worker ended"),
         (
             "2026-03-01 16:02:11,042 ERROR   replica[12] [Echo#1 abc] qserve_workers.calls.x: no: why",
-            "16:02:11 ERROR [Echo#1 abc] no: why",
+            "16:02:11 ERROR [Echo#1] no: why",
         ),
         ("Echo | printed | so", "Echo | printed | so"),
         ("Echo | 2026-03-01 16:02:11,042 INFO    shop: sold", "Echo | INFO sold"),
