@@ -5,6 +5,7 @@
 #                 nothing else to do
 #   make test     all tests, two files at a time (ARGS="tests/pure/test_codec.py -k numpy" for some)
 #   make coverage make test, and what share of the code ran, in child processes too: the total, and modules under 90 %
+#   make browser install Chromium where that can be done, test the console in it, and take the pictures of its page
 #   make check    ruff, its formatter and mypy
 #   make format   put the code into the form that `make check` asks for
 #   make bench    measure the tables of benchmarks/results.md (ARGS="calls queues" for some of its sections,
@@ -21,7 +22,7 @@ ARGS ?=
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: run fast test coverage check format bench chaos docs docs-site tables clean
+.PHONY: run fast test coverage browser check format bench chaos docs docs-site tables clean
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -38,6 +39,11 @@ coverage: $(READY)
 	$(VENV)/bin/coverage run -m pytest $(or $(ARGS),-n 2 --dist loadfile) || status=$$?; \
 	$(VENV)/bin/coverage combine --quiet && \
 	$(VENV)/bin/coverage report | awk 'NR <= 2 || /^TOTAL/ || $$NF + 0 < 90'; exit $$status
+
+browser: $(READY)
+	@sh .ci/install-chromium >/dev/null || echo "Chromium cannot be installed here"
+	@mkdir -p docs/pictures && QSERVE_TEST_PICTURES=docs/pictures \
+	$(VENV)/bin/python -m pytest -q tests/instance/console/test_browser.py $(ARGS)
 
 check: $(READY)
 	@status=0; $(VENV)/bin/ruff check . || status=$$?; $(VENV)/bin/ruff format --check . || status=$$?; \

@@ -1,12 +1,16 @@
 """Counts of ten seconds each as rates, percentiles and curves."""
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from qserve.broker.history.buckets import BOUNDS_MS, BUCKET_S, Bucket
 
 _MOST_POINTS = 360
+_PLACES = 64
+"""Of a histogram, with room for bounds that a later version may add."""
 _SILENT_S = 600
 """After this long without a bucket nobody has looked: there is always one every five minutes."""
 
@@ -41,16 +45,21 @@ class Load:
 
 def load_of(buckets: Sequence[Bucket], seconds: float) -> Load:
     """What happened in the buckets of the last `seconds`."""
-    load, waits, runs = Load(seconds=seconds), _Histogram(), _Histogram()
+    # 72 hours are 25,920 buckets: there is no call for each of their numbers.
+    ends: Counter[str] = Counter()
+    waits, runs = [0] * _PLACES, [0] * _PLACES
     for bucket in buckets:
-        load.arrivals += bucket.arrivals
-        for outcome, count in zip(bucket.ends[::2], bucket.ends[1::2], strict=False):
-            load.ends[str(outcome)] = load.ends.get(str(outcome), 0) + int(count)
-        waits.add(bucket.waits)
-        runs.add(bucket.runs)
-    load.p50_ms, load.p99_ms = runs.percentile(0.5), runs.percentile(0.99)
-    load.wait_p50_ms, load.wait_p99_ms = waits.percentile(0.5), waits.percentile(0.99)
-    return load
+        for of, pairs in ((waits, bucket.waits), (runs, bucket.runs)):
+            for at in range(0, len(pairs), 2):
+                of[pairs[at]] += pairs[at + 1]
+        for at in range(0, len(bucket.ends), 2):
+            ends[bucket.ends[at]] += bucket.ends[at + 1]  # type: ignore[index,operator]
+    return Load(
+        sum(bucket.arrivals for bucket in buckets),
+        dict(ends),
+        seconds,
+        *(_percentile(runs, 0.5), _percentile(runs, 0.99), _percentile(waits, 0.5), _percentile(waits, 0.99)),
+    )
 
 
 def curves(buckets: Sequence[Bucket], now: float, seconds: float) -> dict[str, list[float | None]]:
@@ -91,25 +100,14 @@ def curves(buckets: Sequence[Bucket], now: float, seconds: float) -> dict[str, l
     return found
 
 
-class _Histogram:
-    def __init__(self) -> None:
-        self._counts = [0] * (len(BOUNDS_MS) + 1)
-
-    def add(self, pairs: Sequence[int]) -> None:
-        for place, count in zip(pairs[::2], pairs[1::2], strict=False):
-            self._counts[min(place, len(BOUNDS_MS))] += count
-
-    def percentile(self, share: float) -> float | None:
-        """An estimate: within its place, a call is taken to be as far on the way as the others let it."""
-        total = sum(self._counts)
-        if not total:
-            return None
-        sums, reached = [], 0
-        for count in self._counts:
-            reached += count
-            sums.append(reached)
-        place = bisect_left(sums, share * total)
-        low = BOUNDS_MS[place - 1] if place else 0.0
-        high = BOUNDS_MS[place] if place < len(BOUNDS_MS) else BOUNDS_MS[-1]
-        before = sums[place - 1] if place else 0
-        return low + (high - low) * (share * total - before) / max(1, self._counts[place])
+def _percentile(counts: Sequence[int], share: float) -> float | None:
+    """An estimate: within its place, a call is taken to be as far on the way as the others let it."""
+    total = sum(counts)
+    if not total:
+        return None
+    sums = list(accumulate(counts))
+    place = bisect_left(sums, share * total)
+    low = BOUNDS_MS[min(place, len(BOUNDS_MS)) - 1] if place else 0.0
+    high = BOUNDS_MS[min(place, len(BOUNDS_MS) - 1)]
+    before = sums[place - 1] if place else 0
+    return low + (high - low) * (share * total - before) / max(1, counts[place])

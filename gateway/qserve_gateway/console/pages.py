@@ -25,6 +25,8 @@ from qserve_gateway.console.sessions import PATH, Visitor
 
 ROWS: Final = 50
 _RANGES: Final = {"10m": 600, "1h": 3600, "6h": 21_600, "24h": 86_400, "72h": 259_200}
+_TILES_S: Final = 3600
+"""What the figures of a deployment are about at most; plots show more."""
 _SINCE: Final = {"": 0, "5m": 300, "1h": 3600, "24h": 86_400, "7d": 604_800}
 
 
@@ -124,7 +126,7 @@ class Pages:
         deployed = deployed_of(self._state, facts)
         if not rows or deployed is None:
             raise DeploymentNotFound(f"there is no deployment {name[:80]!r}")
-        _, [buckets] = read_buckets(self._state.redis, self._state.keys, [name], length)
+        _, [buckets] = read_buckets(self._state.redis, self._state.keys, [name], min(length, _TILES_S))
         spec = deployed.spec
         troubles = read_troubles(self._state.redis, self._state.keys, [name], most=8)
         [counts] = count_states(self._state.redis, self._state.keys, [name])
@@ -139,7 +141,7 @@ class Pages:
             "generation": deployed.generation,
             "range": span,
             "ranges": list(_RANGES),
-            "load": load_of(buckets, length),
+            "load": load_of(buckets, min(length, _TILES_S)),
             "counts": counts,
             "options": options,
             "troubles": _shown(troubles),

@@ -4,7 +4,7 @@ The scripts that change a record keep the index. All of this goes over redis-py,
 and raises `BrokerUnavailable`, `ConfigurationError` or `CommandRefused`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, cast
 
 import redis
@@ -28,6 +28,8 @@ from qserve.wire.call_record import (
 STATES: Final = (QUEUED, SCHEDULED, RUNNING, DONE, FAILED, CANCELLED, DEAD, EXPIRED)
 """Every state of a durable call, in the order in which they are shown."""
 
+_COUNTED: Final = 100
+"""Beyond this a call's place in its queue is not counted."""
 _FIELDS: Final = (
     *("state", "deployment", "kind", "method", "attempts", "submitted", "started", "ended", "due", "expires"),
     *("error", "replica"),
@@ -70,9 +72,11 @@ def count_states(client: redis.Redis, keys: Keys, deployments: Sequence[str]) ->
 
 
 def newest_ids(
-    client: redis.Redis, keys: Keys, places: Iterable[tuple[str, str]], before: float, since: float, most: int
+    client: redis.Redis, keys: Keys, places: list[tuple[str, str]], before: float, since: float, most: int
 ) -> list[tuple[float, str]]:
     """(when it entered the state, id) of calls in any of the places (deployment, state), the newest first.
+
+    Places where there are none (any more) are taken from the list, so that nobody looks there again.
 
     Args:
         before: Only those that entered before; Unix time.
@@ -85,6 +89,7 @@ def newest_ids(
         pipeline.zrevrangebyscore(key, highest, f"{since * 1000:.0f}", 0, most, withscores=True)
     with our_errors(client):
         found = cast("Any", pipeline.execute())
+    places[:] = [place for place, part in zip(places, found, strict=True) if part]
     merged = sorted(((score / 1000, each.decode()) for part in found for each, score in part), reverse=True)
     return merged[:most]
 
@@ -106,7 +111,7 @@ def summaries(client: redis.Redis, keys: Keys, ids: Sequence[str]) -> dict[str, 
 def describe_now(client: redis.Redis, keys: Keys, call_id: str) -> CallRecord | None:
     """The record of a call with its events; None if there is none (any more)."""
     with our_errors(client):
-        answer = DESCRIBE.run(client, (keys.call(call_id),), keys.base, 0, 0, GROUP)
+        answer = DESCRIBE.run(client, (keys.call(call_id),), keys.base, _COUNTED, 0, GROUP)
     return parse_record(call_id, answer)
 
 

@@ -107,6 +107,10 @@ def test_operators_act_and_the_audit_says_so(shop: Any, operator: httpx.Client) 
     with pytest.raises(ValueError, match="bad"):
         failed.result(patience(LIMIT_S))
     assert "1 call sent again." in act(operator, "retry", id=failed.id).text
+    act(operator, "pause", "shop")
+    queued = shop.remote("waits")
+    wait_until(lambda: "waits in the queue" in operator.get(f"/calls/{queued.id}").text)
+    act(operator, "resume", "shop")
     waiting = serve.get_deployment("shop").get_handle().options(durable=True, delay=3600).remote()
     assert "1 call cancelled." in act(operator, "cancel", id=waiting.id).text
     audit = operator.get("/audit").text

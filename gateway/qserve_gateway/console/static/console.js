@@ -141,7 +141,7 @@ document.addEventListener("keydown", (event) => {
     row = Math.max(0, Math.min(all.length - 1, row + (event.key === "j" ? 1 : -1)));
     mark();
     all[row].scrollIntoView({block: "nearest"});
-  } else if (event.key === "Enter" && row >= 0 && document.activeElement === document.body) {
+  } else if (event.key === "Enter" && row >= 0 && !event.target.matches("a, button, summary")) {
     const link = all[row].querySelector("a, summary");
     if (link) link.click();
   } else if (event.key === "x" && row >= 0) {
@@ -186,4 +186,6 @@ addEventListener("resize", () => drawn.forEach((each) => each.plot.setSize({widt
 
 connect();
 plotAll();
-setInterval(plotAll, 10000);
+// As often as a plot can have another point.
+const spans = {"6h": 60, "24h": 240, "72h": 720};
+setInterval(plotAll, 1000 * (spans[new URLSearchParams(location.search).get("range")] || 10));
