@@ -201,9 +201,8 @@ def test_pictures_of_the_documentation(running: TestInstance, console: str, tab:
         wait_until(lambda: len(serve.list_deployments()) == len(names))
         tab.open(console)
         # Counts of ten seconds each appear by themselves.
-        tab.wait(
-            "[...document.querySelectorAll('td[data-label=p50]')].filter((each) => each.innerText.includes('ms')).length >= 3"
-        )
+        times = "[...document.querySelectorAll('td[data-label=p50]')].map((each) => each.innerText)"
+        tab.wait(f"{times}.filter((each) => each.includes('ms')).length >= 3")
         picture(tab, "overview")
         tab.open(f"{console}/deployments/Summarize?range=10m")
         tab.wait("document.querySelector('.uplot canvas')")
