@@ -14,7 +14,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "`qserve run` and node"
-_PARTS = {"qserve_gateway": "gateway", "celery": "worker and replica", "valkey-server": "Valkey"}
+_PARTS = {
+    "qserve_gateway": "gateway",
+    "qserve_workers.template": "template",
+    "qserve: worker": "worker and replica",
+    "qserve: replica": "worker and replica",
+    "valkey-server": "Valkey",
+}
 """What the command line of a process has in it -> what the tables call it."""
 
 

@@ -6,18 +6,18 @@ import signal
 import urllib.request
 from pathlib import Path
 
-import psutil
 import pytest
 import redis
 
 from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
 from qserve.deployments import deploying
+from qserve_workers.children import program
 from qserve_workers.node_options import parse
 from qserve_workers.supervise import KeptProcess
 from tests.support.deployed import Broken, OtherPid, Pid
 from tests.support.gates import is_alive
-from tests.support.nodes import StartNode, spec, start_node
+from tests.support.nodes import StartNode, spec, start_node, workers_of
 from tests.support.slowness import patience
 from tests.support.waiting import until, wait_until
 
@@ -31,20 +31,20 @@ class TestWorkers:
         node = start_node()
         for deployment in (Pid, OtherPid):
             deploying.deploy(state, spec(deployment)).wait()
-        workers = {child.pid for child in psutil.Process(node.pid).children()}
+        workers = {worker.pid for worker in workers_of(node)}
         replicas = {name: {info.pid for info in state.observed.replicas(name).values()} for name in ("Pid", "OtherPid")}
 
         deploying.deploy(state, spec(Pid)).wait()
 
         assert len(workers) == 2
-        assert {child.pid for child in psutil.Process(node.pid).children()} == workers
+        assert {worker.pid for worker in workers_of(node)} == workers
         assert {info.pid for info in state.observed.replicas("OtherPid").values()} == replicas["OtherPid"]
         assert not {info.pid for info in state.observed.replicas("Pid").values()} & replicas["Pid"]
 
     def test_a_worker_that_was_killed_is_started_again(self, start_node: StartNode, state: State) -> None:
         node = start_node()
         deploying.deploy(state, spec(Pid)).wait()
-        (worker,) = psutil.Process(node.pid).children()
+        (worker,) = workers_of(node)
         old = {info.pid for info in state.observed.replicas("Pid").values()}
 
         worker.kill()
@@ -66,7 +66,7 @@ class TestWorkers:
         node = start_node()
         deploying.deploy(state, spec(Pid)).wait()
         (old,) = state.observed.replicas("Pid")
-        (worker,) = psutil.Process(node.pid).children()
+        (worker,) = workers_of(node)
 
         worker.kill()
 
@@ -88,7 +88,7 @@ class TestWorkers:
         deploying.deploy(state, spec(Pid)).wait()
         deploying.deploy(state, spec(OtherPid)).wait()
 
-        assert len(psutil.Process(node.pid).children()) == 1
+        assert len(workers_of(node)) == 1
         assert state.list()["Pid"].state == "WAITING"
         assert state.list()["OtherPid"].state == "HEALTHY"
 
@@ -155,7 +155,7 @@ class TestStopping:
 class TestKeepingAProcess:
     async def test_it_is_started_again_when_it_ends(self, tmp_path: Path) -> None:
         log = tmp_path / "runs"
-        kept = KeptProcess("script", lambda: ["sh", "-c", f"echo run >> {log}"], os.environ)
+        kept = KeptProcess("script", program(lambda: ["sh", "-c", f"echo run >> {log}"], os.environ))
 
         kept.start()
         await until(lambda: log.exists() and len(log.read_text().splitlines()) >= 3)
@@ -167,7 +167,7 @@ class TestKeepingAProcess:
     async def test_one_that_ignores_sigterm_is_killed_when_its_time_is_up(self, tmp_path: Path) -> None:
         ready = tmp_path / "ready"
         script = f"trap '' TERM; touch {ready}; while :; do sleep 0.05; done"
-        kept = KeptProcess("script", lambda: ["sh", "-c", script], os.environ)
+        kept = KeptProcess("script", program(lambda: ["sh", "-c", script], os.environ))
         kept.start()
         pid = await until(lambda: kept.pid)
         await until(ready.exists)

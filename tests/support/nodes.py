@@ -26,6 +26,12 @@ def spec(deployment: "Deployment[Any]") -> DeploymentSpec:
     return deployment.to_spec(Codec(allow_pickle=True, max_bytes=1_000_000))
 
 
+def workers_of(node: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """The workers of a node."""
+    children = psutil.Process(node.pid).children()
+    return [child for child in children if child.cmdline()[0].startswith("qserve: worker of")]
+
+
 @pytest.fixture
 def start_node(settings: Settings, state: State) -> Iterator[StartNode]:
     """Starts nodes on the session's Valkey; at the end they get SIGTERM and must leave nothing running."""

@@ -35,8 +35,10 @@ from qserve.settings import Settings
 from qserve.telemetry.log_records import log_to_stderr
 from qserve.wire.messages import Signer
 from qserve.wire.spec import EVERY_NODE, HEALTHY, NodeInfo
+from qserve_workers.children import Orphans, can_adopt, program
 from qserve_workers.node_gateways import NodeGateways
 from qserve_workers.node_options import NodeOptions, parse
+from qserve_workers.node_template import Template
 from qserve_workers.node_workers import STOP_MARGIN_S, NodeWorkers
 from qserve_workers.supervise import KeptProcess
 
@@ -73,14 +75,20 @@ class Node:
         self._stopping = asyncio.Event()
         self._force = asyncio.Event()
         self._environment = self._child_environment()
+        self._template = Template(os.environ | self._environment) if can_adopt() else None
+        self._orphans = Orphans()
         self._workers = NodeWorkers(
-            *(self.id, options, settings, self._environment, self._redis), changed=self._changed, force=self._force
+            *(self.id, options, settings, self._environment, self._redis, self._template),
+            changed=self._changed,
+            force=self._force,
         )
         self._exit_code = 0
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT, or until the owner or the embedded Valkey is gone; returns the exit code."""
         self._watch_signals()
+        if self._template is not None:
+            self._template.start()
         tasks = [asyncio.create_task(self._watch_owner()), asyncio.create_task(self._say_alive())]
         try:
             await (self._start_valkey() if self._options.embedded else self._find_redis())
@@ -148,9 +156,8 @@ class Node:
 
     async def _start_valkey(self) -> None:
         folder = self._folder
-        self._valkey = KeptProcess(
-            "valkey", lambda: embedded.command(folder), os.environ, death_signal=signal.SIGKILL, once=True
-        )
+        start = program(lambda: embedded.command(folder), os.environ, death_signal=signal.SIGKILL)
+        self._valkey = KeptProcess("valkey", start, once=True)
         self._valkey.start()
         while not _accepts(embedded.socket_path(folder)):
             if self._valkey.ended.is_set():
@@ -247,6 +254,7 @@ class Node:
         """Announce this node, and start and stop workers after every change; now and then without one, too."""
         while True:
             self._changed.clear()
+            self._orphans.reap()
             await self._announce()
             self._snapshot = await self._read_state()
             self._workers.match(self._snapshot)
@@ -267,7 +275,7 @@ class Node:
         if wanted and self._beat is None:
             command = [sys.executable, "-m", "celery", "-A", "qserve_workers", "-q", "beat", "-S", _SCHEDULER]
             command += ["--loglevel", self._settings.log_level]
-            self._beat = KeptProcess("beat", lambda: command, os.environ | self._environment)
+            self._beat = KeptProcess("beat", program(lambda: command, os.environ | self._environment))
             self._beat.start()
         elif not wanted and self._beat is not None:
             beat, self._beat = self._beat, None
@@ -324,6 +332,8 @@ class Node:
         if self._gateways is not None:
             await self._gateways.stop(self._workers.longest_grace_s + STOP_MARGIN_S, self._force)
         await self._workers.stop()
+        if self._template is not None:
+            await self._template.stop(self._force)
         self._state.close()
         await self._redis.aclose()
         if self._valkey is not None:

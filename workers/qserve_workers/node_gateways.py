@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from qserve.settings import Settings
+from qserve_workers.children import program
 from qserve_workers.node_options import NodeOptions
 from qserve_workers.supervise import KeptProcess
 
@@ -83,7 +84,7 @@ class NodeGateways:
         if self._options.log_file is not None and self._options.host in _LOCAL:  # strangers need not know its path
             environment["QSERVE_LOG_FILE"] = str(self._options.log_file)
         name = f"gateway {number}" if self._options.gateway_workers > 1 else "gateway"
-        gateway = KeptProcess(name, lambda: self._command(ready_file), environment)
+        gateway = KeptProcess(name, program(lambda: self._command(ready_file), environment))
         self._running.append(gateway)
         gateway.start()
         while True:

@@ -16,10 +16,13 @@ from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import redis_clients
 from qserve.deployments.local_instance import is_running
 from qserve.errors import QServeError
+from qserve.failpoints import reach
 from qserve.settings import Settings
 from qserve.wire.messages import Signer
 from qserve.wire.spec import DeploymentSpec, ReplicaInfo
+from qserve_workers.children import Process, program
 from qserve_workers.node_options import NodeOptions
+from qserve_workers.node_template import Template
 from qserve_workers.supervise import KeptProcess
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ class NodeWorkers:
         node: Id of the node.
         environment: What its processes find in their environment beside that of the node.
         redis: Whom to ask how far the replicas of a deleted deployment are.
+        template: What workers are forked from; None: each is started from nothing.
         changed: Set when a deployment is to be looked at again.
         force: Set when nothing is to be waited for any more.
     """
@@ -50,6 +54,7 @@ class NodeWorkers:
         settings: Settings,
         environment: Mapping[str, str],
         redis: redis_clients.AsyncClient,
+        template: Template | None,
         *,
         changed: asyncio.Event,
         force: asyncio.Event,
@@ -59,6 +64,7 @@ class NodeWorkers:
         self._settings = settings
         self._environment = environment
         self._redis = redis
+        self._template = template
         self._changed = changed
         self._force = force
         self._snapshot = Snapshot()
@@ -76,10 +82,7 @@ class NodeWorkers:
         for name in serve - self._running.keys() - self._retiring.keys():
             self._running[name] = KeptProcess(
                 f"worker of '{name}'",
-                lambda name=name: self._command(name),  # type: ignore[misc]
-                os.environ | self._environment,
-                # With the embedded Valkey gone nothing is left to drain to.
-                death_signal=signal.SIGKILL if self._options.embedded else signal.SIGTERM,
+                lambda name=name: self._start(name),  # type: ignore[misc]
                 on_crash=lambda name=name: self._bury_replicas_of(name),  # type: ignore[misc]
             )
             self._running[name].start()
@@ -100,11 +103,25 @@ class NodeWorkers:
     def _serves(self, name: str) -> bool:
         return name in self._snapshot.deployments and (not self._options.only or name in self._options.only)
 
-    def _command(self, name: str) -> list[str]:
+    async def _start(self, name: str) -> Process:
+        reach("spawn")
+        arguments = self._arguments(name)
+        # With the embedded Valkey gone nothing is left to drain to.
+        death_signal = signal.SIGKILL if self._options.embedded else signal.SIGTERM
+        if self._template is not None:
+            start = self._template.worker(arguments, death_signal)
+        else:
+            command = [sys.executable, "-m", "celery", "-A", "qserve_workers", "worker", *arguments]
+            start = program(lambda: command, os.environ | self._environment, death_signal=death_signal)
+        process = await start()
+        reach("spawned")
+        return process
+
+    def _arguments(self, name: str) -> list[str]:
         spec = self._specs[name]
         count = 1 if spec.autoscaling else self._options.replicas_per_node or spec.num_replicas
         return [
-            *(sys.executable, "-m", "celery", "-A", "qserve_workers", "worker", "-Q", name, "-c", str(count)),
+            *("-Q", name, "-c", str(count)),
             *("-n", f"{name}-{self._node[:8]}@%h", "--loglevel", self._settings.log_level),
             *("--without-gossip", "--without-mingle", "--without-heartbeat"),
         ]

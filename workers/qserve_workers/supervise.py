@@ -2,23 +2,20 @@
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from qserve.failpoints import reach
+from qserve_workers.children import Process, Start
 
 logger = logging.getLogger("qserve.node")
 
 BACKOFF_S = (0.1, 10.0)
 _GOOD_RUN_S = 10.0
 """A process that ran this long starts again without delay."""
-_PR_SET_PDEATHSIG = 1
 
 
 class KeptProcess:
@@ -29,9 +26,7 @@ class KeptProcess:
 
     Args:
         what: What the log calls it.
-        command: Asked before each start.
-        environment: Its environment.
-        death_signal: What it gets when this process dies.
+        start: Starts it, for the first time and again.
         on_crash: Called when it has ended and is about to be started again.
         once: Started only once; `ended` says when it is gone.
     """
@@ -39,20 +34,16 @@ class KeptProcess:
     def __init__(
         self,
         what: str,
-        command: Callable[[], Sequence[str]],
-        environment: Mapping[str, str],
+        start: Start,
         *,
-        death_signal: signal.Signals = signal.SIGTERM,
         on_crash: Callable[[], None] = lambda: None,
         once: bool = False,
     ) -> None:
         self._what = what
-        self._command = command
-        self._environment = environment
-        self._death_signal = death_signal
+        self._start = start
         self._on_crash = on_crash
         self._once = once
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Process | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._stopping = False
         self.ended = asyncio.Event()
@@ -94,31 +85,30 @@ class KeptProcess:
             await self._keeping
         self.ended.set()
 
+    def kill(self) -> None:
+        """End it now; it is started again."""
+        self._signal(signal.SIGKILL)
+
     async def _keep_running(self) -> None:
         delay = BACKOFF_S[0]
         while True:
             started = time.monotonic()
-            code = await self._run_once()
+            try:
+                how = _reason(await self._run_once())
+            except OSError as exc:
+                how = f"could not be started: {exc}"
             if self._stopping or self._once:
                 self.ended.set()
                 return
             self._on_crash()
             if time.monotonic() - started > _GOOD_RUN_S:
                 delay = BACKOFF_S[0]
-            logger.warning("%s ended (%s), starting it again in %.1f s.", self._what, _reason(code), delay)
+            logger.warning("%s ended (%s), starting it again in %.1f s.", self._what, how, delay)
             await asyncio.sleep(delay)
             delay = min(2 * delay, BACKOFF_S[1])
 
     async def _run_once(self) -> int:
-        reach("spawn")
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command(),
-            env=self._environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=_dies_with_parent(self._death_signal),
-        )
-        reach("spawned")
+        self._process = await self._start()
         logger.info("%s: pid %d.", self._what, self._process.pid)
         if self._stopping:  # asked to stop while it was being started
             self._signal(signal.SIGTERM)
@@ -158,17 +148,3 @@ def processes_of_session(session: int) -> list[int]:
 
 def _reason(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _dies_with_parent(signum: signal.Signals) -> Callable[[], None] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: nothing may take a lock after it
-    parent = os.getpid()
-
-    def ask_for_signal() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(signum))
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
-
-    return ask_for_signal

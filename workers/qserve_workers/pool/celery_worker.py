@@ -20,6 +20,7 @@ from qserve.wire.names import is_name
 from qserve_workers.celery_calls.celery_queue import QUEUE, CeleryQueue
 from qserve_workers.pool.keeper import Keeper
 from qserve_workers.pool.prefork import ReplicaPool
+from qserve_workers.titles import set_title
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,10 @@ class DeploymentWorker(celery_worker.Worker):  # type: ignore[misc]
         super().on_init_blueprint()
         if not issubclass(self.pool_cls, ReplicaPool):
             raise click.UsageError("Replicas are processes of the prefork pool; leave out --pool.")
+
+    def set_process_status(self, _info: Any) -> None:
+        """Let `ps` show the deployment instead of Celery's words."""
+        set_title(f"qserve: worker of {self.deployment}")
 
     def emit_banner(self) -> None:
         """One line instead of Celery's banner."""

@@ -27,6 +27,7 @@ from qserve_workers.pool.scaling import Scaler, WorkerDemand
 from qserve_workers.replica.birth import Birth
 from qserve_workers.replica.replica_events import DemandMeasured, decode_event
 from qserve_workers.replica.replica_process import ReplicaProcess
+from qserve_workers.titles import set_title
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ class Keeper:
 
     def _in_child(self, birth: Birth) -> ReplicaProcess:
         os.close(self._reader)
+        set_title(f"qserve: replica of {birth.deployment}")
         return self._make_replica(birth, self._settings)
 
     def after_birth(self, pid: int) -> None:

@@ -1,0 +1,152 @@
+"""Processes that a node starts, or takes over from its template, and is the parent of."""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+class Process(Protocol):
+    """A running process, as `asyncio.subprocess` has it."""
+
+    @property
+    def pid(self) -> int:
+        """Its pid."""
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+
+    async def wait(self) -> int:
+        """Wait until it has ended; returns its exit code."""
+
+    def send_signal(self, signum: int) -> None:
+        """Send it a signal."""
+
+
+Start = Callable[[], Awaitable[Process]]
+"""Starts a process."""
+
+
+def program(
+    command: Callable[[], Sequence[str]],
+    environment: Mapping[str, str],
+    *,
+    death_signal: signal.Signals = signal.SIGTERM,
+    stdin: int = subprocess.DEVNULL,
+) -> Start:
+    """A process that runs a program, in a session of its own.
+
+    Args:
+        command: Asked before each start.
+        environment: Its environment.
+        death_signal: What it gets when this process dies.
+        stdin: Descriptor of what it reads from.
+    """
+
+    async def start() -> Process:
+        return await asyncio.create_subprocess_exec(
+            *command(),
+            env=environment,
+            stdin=stdin,
+            start_new_session=True,
+            preexec_fn=_dies_with_parent(death_signal),
+        )
+
+    return start
+
+
+def _dies_with_parent(signum: signal.Signals) -> Callable[[], None] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: nothing may take a lock after it
+    parent = os.getpid()
+
+    def ask_for_signal() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signum))
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+    return ask_for_signal
+
+
+def die_with_parent(parent: int, signum: int) -> None:
+    """Get a signal when the parent of this process dies, and end now if it has died already."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def can_adopt() -> bool:
+    """Whether this system lets a process be the parent of what its children have forked."""
+    return sys.platform.startswith("linux") and hasattr(os, "pidfd_open")
+
+
+def adopt_orphans() -> None:
+    """From now on processes below this one whose parent ends become its children."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+class AdoptedProcess:
+    """A child of this process that another process has forked."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._ended = asyncio.Event()
+        self._descriptor = os.pidfd_open(pid)
+        asyncio.get_running_loop().add_reader(self._descriptor, self._reap)
+
+    async def wait(self) -> int:
+        """Wait until it has ended; returns its exit code."""
+        await self._ended.wait()
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, signum: int) -> None:
+        """Send it a signal."""
+        if self.returncode is None:
+            os.kill(self.pid, signum)
+
+    def _reap(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._descriptor)
+        os.close(self._descriptor)
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self._ended.set()
+
+
+class Orphans:
+    """Reaps adopted processes that nobody waits for: what user code has left running, and what ended with it."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def reap(self) -> None:
+        """To be called now and then. What has ended and is still there at the next call has nobody who waits for it."""
+        ended = self._ended()
+        for pid in ended & self._seen:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        self._seen = ended
+
+    def _ended(self) -> set[int]:
+        try:
+            if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                return set()
+        except ChildProcessError:
+            return set()
+        found = set()
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                state, parent = entry.read_text().rpartition(")")[2].split()[:2]
+                if state == "Z" and int(parent) == os.getpid():
+                    found.add(int(entry.parent.name))
+        return found

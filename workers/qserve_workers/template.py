@@ -1,0 +1,147 @@
+"""`python -m qserve_workers.template`: the process of a node that its workers are forked from.
+
+It has one thread, no event loop and no connection, and imports no code of users. On its standard input a node says
+what to fork; see `qserve_workers.node_template`.
+"""
+
+import gc
+import importlib
+import os
+import signal
+import socket
+import sys
+from types import ModuleType
+
+import msgspec
+from billiard.util import get_pdeathsig
+from celery.bin.base import CLIContext
+from celery.bin.worker import worker
+
+from qserve_workers.celery_app import celery
+from qserve_workers.children import die_with_parent
+from qserve_workers.node_template import Forked, ForkOrder
+
+_IMPORTED = (
+    "billiard.heap",
+    "billiard.popen_fork",
+    "billiard.sharedctypes",
+    "billiard.synchronize",
+    "celery.app.amqp",
+    "celery.app.control",
+    "celery.app.events",
+    "celery.app.log",
+    "celery.events",
+    "celery.events.receiver",
+    "celery.worker.consumer.delayed_delivery",
+    "fastapi",
+    "kombu.mixins",
+    "kombu.transport.redis",
+    "qserve_workers.pool.autoscaler",
+    "qserve_workers.pool.celery_worker",
+    "qserve_workers.pool.prefork",
+    "qserve_workers.replica.replica_process",
+    "uvloop",
+)
+"""What a worker or a replica would import by itself, when it is there."""
+
+
+def import_everything() -> None:
+    """Import what workers and replicas need, and let the garbage collector never look at it again.
+
+    Looking writes to the memory of every object, which then is shared no more.
+    """
+    gc.disable()
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    celery.finalize()
+    get_pdeathsig()  # which imports a parser of C where there is one
+    gc.collect()
+    gc.freeze()
+
+
+def wait_for_birth(node: socket.socket) -> ForkOrder | None:
+    """Fork what the node asks for, until it is gone; then None. In a forked worker: what it is to be."""
+    with node.makefile("rb") as orders:
+        for line in orders:
+            order = msgspec.json.decode(line, type=ForkOrder)
+            try:
+                born = _fork(node)
+            except OSError as exc:
+                node.sendall(msgspec.json.encode(Forked(error=str(exc))) + b"\n")
+                continue
+            if born is None:
+                return order
+            pid, permission = born
+            node.sendall(msgspec.json.encode(Forked(pid)) + b"\n")
+            os.write(permission, b"\n")
+            os.close(permission)
+    return None
+
+
+def _fork(node: socket.socket) -> tuple[int, int] | None:
+    """Fork a process whose parent is ours.
+
+    Returns:
+        Its pid, and a pipe: it begins when something is written, and ends if this process dies before. In the new
+        process None, once it may begin.
+
+    Raises:
+        OSError: There cannot be another process.
+    """
+    pid_reader, pid_writer = os.pipe()
+    may_begin, permission = os.pipe()
+    between = os.fork()
+    if between == 0:  # ends at once, so that the node becomes the parent of what it forks
+        try:
+            pid = os.fork()
+        except OSError:
+            os._exit(1)
+        if pid:
+            os.write(pid_writer, b"%d" % pid)
+            os._exit(0)
+        node.close()
+        for descriptor in (pid_reader, pid_writer, permission):
+            os.close(descriptor)
+        if not os.read(may_begin, 1):
+            os._exit(1)
+        os.close(may_begin)
+        return None
+    os.close(pid_writer)
+    os.close(may_begin)
+    with open(pid_reader, "rb") as told:  # noqa: PTH123 (a descriptor)
+        pid = int(told.read() or 0)
+    os.waitpid(between, 0)
+    if not pid:
+        os.close(permission)
+        raise OSError("there cannot be another process")
+    return pid, permission
+
+
+def run_worker(order: ForkOrder) -> None:
+    """Be the worker that was asked for."""
+    os.setsid()
+    die_with_parent(order.node, order.death_signal)
+    gc.enable()
+    # User code is not to find this module under that name; `multiprocessing` would import it in processes it spawns.
+    sys.modules["__main__"] = ModuleType("__main__")
+    sys.argv = ["celery", "-A", "qserve_workers", "worker", *order.arguments]
+    context = CLIContext(app=celery, no_color=True, workdir=None, quiet=False)
+    worker.main(order.arguments, prog_name="celery worker", obj=context)
+
+
+def main() -> None:
+    """Import, and fork what the node asks for."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    node = socket.socket(fileno=os.dup(0))
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    import_everything()
+    order = wait_for_birth(node)
+    if order is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run_worker(order)
+
+
+if __name__ == "__main__":
+    main()

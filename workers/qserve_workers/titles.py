@@ -1,0 +1,21 @@
+"""What `ps` and `top` show for processes that were forked, and would all show the same command line."""
+
+import os
+
+try:
+    from setproctitle import setproctitle
+except ImportError:  # they work as well without
+
+    def setproctitle(title: str) -> None:
+        """Leave the title as it is."""
+
+
+_KEEPS_ENVIRONMENT = "SPT_NOENV"
+"""Tells setproctitle to write over the command line only: /proc/PID/environ stays what it is."""
+
+
+def set_title(title: str) -> None:
+    """Set the title of this process; what the command line that it was started with has no room for is cut off."""
+    os.environ[_KEEPS_ENVIRONMENT] = "1"
+    setproctitle(title)
+    del os.environ[_KEEPS_ENVIRONMENT]
