@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from qserve.broker.history.call_index import STATES, CallSummary, frame_of, newest_ids, result_frame, summaries
+from qserve.broker.history.call_index import (
+    STATES,
+    CallSummary,
+    frame_of,
+    newest_ids,
+    progress_frame,
+    result_frame,
+    summaries,
+)
 from qserve.broker.instance.state import State
 from qserve.broker.payloads import Payloads, result_id
 from qserve.durable.dead_letters import DeadLetters, shown_contents
@@ -107,11 +115,13 @@ class CallContents(NamedTuple):
         arguments: JSON types; None if they are not kept any more.
         result: JSON types; None if there is none.
         error: The traceback, or the text of the error.
+        progress: What its code reported last, in JSON types.
     """
 
     arguments: dict[str, Any] | None
     result: Any
     error: str
+    progress: Any = None
 
 
 def find_call(state: State, call_id: str) -> CallSummary:
@@ -147,7 +157,21 @@ def contents_of(state: State, call: CallSummary, hidden: Sequence[str] = ()) -> 
         with contextlib.suppress(CallNotFound):  # dropped
             arguments = letters.contents(letters.get(call.deployment, call.id))
     result, error = _outcome(state, call)
-    return CallContents(_without(arguments, hidden), _without(result, hidden), error or call.error)
+    progress = _progress(state, call.id)
+    return CallContents(
+        *(_without(arguments, hidden), _without(result, hidden)), error or call.error, _without(progress, hidden)
+    )
+
+
+def _progress(state: State, call_id: str) -> Any:
+    frame = progress_frame(state.redis, state.keys, call_id)
+    if frame is None:
+        return None
+    try:
+        payload = decode_reply(state.signer.open(frame)).payload
+        return msgspec.to_builtins(_codec.unpack(payload), enc_hook=repr, str_keys=True)
+    except Exception as exc:  # a pickle, or a class that is not here
+        return f"cannot be shown: {exc}"
 
 
 def _outcome(state: State, call: CallSummary) -> tuple[Any, str]:

@@ -133,6 +133,12 @@ def result_frame(client: redis.Redis, keys: Keys, call_id: str) -> bytes | None:
         return cast("bytes | None", client.hget(keys.call(call_id), "result"))
 
 
+def progress_frame(client: redis.Redis, keys: Keys, call_id: str) -> bytes | None:
+    """The sealed reply with what user code reported last."""
+    with our_errors(client):
+        return cast("bytes | None", client.hget(keys.call(call_id), "progress"))
+
+
 def run_again(client: redis.Redis, keys: Keys, deployment: str, call_id: str) -> str:
     """Put a call that has failed on the queue again; what run_again.lua returns."""
     names = (keys.calls(deployment), keys.call(call_id), keys.payload(call_id))

@@ -45,6 +45,8 @@ def deploy_shop() -> None:
 
     @serve.deployment(name="shop", version="first")
     def shop(word: str = "", password: str = "") -> str:
+        if word == "far":
+            serve.get_replica_context().report_progress({"done": 41, "of": 42})
         if word.startswith("bad"):
             raise ValueError(word)
         return f"<b>{word}</b>"

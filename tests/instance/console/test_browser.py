@@ -132,8 +132,8 @@ def test_an_operator_acts_by_mouse_and_by_keys(shop: Any, console: str, tab: Bro
     tab.wait("document.querySelector('#keys[open]')")
     tab.press("Enter")
     tab.wait("!document.querySelector('#keys[open]')")
-    tab.press("j")
-    tab.wait("document.querySelector('tr.at')")
+    tab.press("j", "Enter")
+    tab.wait("location.pathname.includes('/calls/d')")
 
 
 def test_a_page_shows_what_changes_while_one_looks(shop: Any, console: str, tab: Browser) -> None:

@@ -92,6 +92,13 @@ def test_a_call_is_found_and_shown(shop: Any, operator: httpx.Client, viewer: ht
         assert not any(word in seen for word in ("hunter2", "raise ValueError", "good"))
 
 
+def test_progress_is_shown_to_operators(shop: Any, operator: httpx.Client, viewer: httpx.Client) -> None:
+    ref = shop.remote("far")
+    ref.result(patience(LIMIT_S))
+    assert "&#34;done&#34;: 41" in operator.get(f"/calls/{ref.id}").text
+    assert "Progress" not in viewer.get(f"/calls/{ref.id}").text
+
+
 def test_operators_act_and_the_audit_says_so(shop: Any, operator: httpx.Client) -> None:
     for action in ("pause", "resume"):
         answer = act(operator, action, "shop")

@@ -109,6 +109,8 @@ document.addEventListener("click", (event) => {
 
 // Keys
 let row = -1;
+// A button of a dialog that is closed keeps the focus, and with it the keys.
+for (const each of document.querySelectorAll("dialog")) each.addEventListener("close", () => document.activeElement.blur());
 let went = 0;
 function rows() { return [...document.querySelectorAll("tr.rowlink")]; }
 function mark() {
