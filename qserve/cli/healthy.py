@@ -1,10 +1,11 @@
 """`qserve healthy`: whether the processes of this machine make progress."""
 
+import os
+
 import click
 
 from qserve.cli.output import Failure
 from qserve.deployments.alive_files import judge
-from qserve.settings import Settings
 
 
 @click.command()
@@ -14,7 +15,7 @@ def healthy() -> None:
     It asks nobody, Redis neither: for the health checks of containers and supervisors. It knows the processes of this
     user, with the same QSERVE_RUNTIME_DIR and QSERVE_NAMESPACE.
     """
-    well, ill = judge(Settings().namespace)
+    well, ill = judge(os.environ.get("QSERVE_NAMESPACE") or "default")  # the settings take longer to import
     for line in well:
         click.echo(line)
     if ill:

@@ -10,8 +10,9 @@ from typing import TextIO
 import click
 
 from qserve.cli.output import Failure, note
-from qserve.deployments.local_instance import NO_INSTANCE, find_record, runtime_folder
+from qserve.deployments.local_instance import NO_INSTANCE, find_record
 from qserve.deployments.log_files import newest_log_file
+from qserve.deployments.this_machine import runtime_folder
 from qserve.settings import Settings
 
 _POLL_S = 0.2

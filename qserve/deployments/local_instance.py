@@ -12,7 +12,6 @@ import secrets
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import msgspec
 from qserve.broker.instance.state import State
 from qserve.broker.server import embedded
 from qserve.deployments.log_files import log_tail, new_log_file
+from qserve.deployments.this_machine import is_running, runtime_folder
 from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.settings import Settings
 from qserve.wire.messages import Signer
@@ -100,37 +100,6 @@ def find_record(namespace: str) -> InstanceRecord | None:
 def record_path(namespace: str) -> Path:
     """The path of the instance file of a namespace."""
     return runtime_folder() / f"{namespace}.json"
-
-
-def runtime_folder() -> Path:
-    """This user's private folder for instance files, sockets and logs.
-
-    Raises:
-        ConfigurationError: It belongs to another user, or others may enter it.
-    """
-    base = os.environ.get("QSERVE_RUNTIME_DIR") or os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(base) / "qserve" if base else Path(tempfile.gettempdir()) / f"qserve-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
-        raise ConfigurationError(
-            f"The folder {folder} is for keys, but it belongs to another user, or other users may enter it. Run "
-            f"`chmod 700 {folder}` if it is yours, or name another folder in QSERVE_RUNTIME_DIR."
-        )
-    return folder
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process of this machine is running."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    with contextlib.suppress(OSError):  # Linux: a zombie, whose parent has not looked yet, has ended too
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return True
 
 
 # Starting and stopping

@@ -18,6 +18,7 @@ import pytest
 from qserve import serve
 from qserve.broker.server import embedded
 from qserve.deployments import local_instance
+from qserve.deployments.this_machine import runtime_folder
 from qserve.errors import ConfigurationError, NoInstanceError
 from tests.support.deployed import Pid
 from tests.support.serving import ROOT
@@ -193,7 +194,7 @@ class TestFinding:
         (runtime / "qserve").chmod(0o755)
 
         with pytest.raises(ConfigurationError, match="chmod 700"):
-            local_instance.runtime_folder()
+            runtime_folder()
 
     def test_a_machine_without_a_server_is_told_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)

@@ -14,7 +14,7 @@ from qserve.broker.instance.heartbeats import call_neighbours, mark_dead
 from qserve.broker.instance.reports import forget_worker, read_replicas
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import redis_clients
-from qserve.deployments.local_instance import is_running
+from qserve.deployments.this_machine import is_running
 from qserve.errors import QServeError
 from qserve.failpoints import reach
 from qserve.settings import Settings

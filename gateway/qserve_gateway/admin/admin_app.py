@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qserve.broker.instance.state import State
 from qserve.calls.client import Client
-from qserve.deployments.local_instance import runtime_folder
+from qserve.deployments.this_machine import runtime_folder
 from qserve.errors import ConfigurationError, QServeError
 from qserve.settings import LOOPBACK_HOSTS, Settings
 from qserve.wire.messages import HttpResponse

@@ -1,0 +1,40 @@
+"""This user's folder on this machine, and which processes run: known without importing anything else of qserve."""
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from qserve.errors import ConfigurationError
+
+
+def runtime_folder() -> Path:
+    """This user's private folder for instance files, sockets and logs.
+
+    Raises:
+        ConfigurationError: It belongs to another user, or others may enter it.
+    """
+    base = os.environ.get("QSERVE_RUNTIME_DIR") or os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(base) / "qserve" if base else Path(tempfile.gettempdir()) / f"qserve-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise ConfigurationError(
+            f"The folder {folder} is for keys, but it belongs to another user, or other users may enter it. Run "
+            f"`chmod 700 {folder}` if it is yours, or name another folder in QSERVE_RUNTIME_DIR."
+        )
+    return folder
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine is running."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with contextlib.suppress(OSError):  # Linux: a zombie, whose parent has not looked yet, has ended too
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return True
