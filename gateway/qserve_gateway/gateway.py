@@ -96,8 +96,8 @@ class Gateway(DirectApp):
         self._hooks = RequestHooks(hooks) if hooks else None
         self._entry: ASGIApp = self._hooks.around(self.serve) if self._hooks is not None else self.serve
         self._stack = self._entry
-        self._is_bare = not hooks
-        """Whether nothing is around `serve`: no hooks, no middlewares."""
+        self._is_bare = True
+        """Whether there are no middlewares around `serve`."""
         self._ids = request_ids()
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -128,7 +128,7 @@ class Gateway(DirectApp):
             except Exception as exc:
                 raise ConfigurationError(f"{middleware!r} cannot be set up: {type(exc).__name__}: {exc}") from exc
         self._stack = stack
-        self._is_bare = stack == self.serve
+        self._is_bare = stack is self._entry
         self._root_path = root_path.rstrip("/")
         self.use_deployments(self._specs)
 
@@ -145,6 +145,8 @@ class Gateway(DirectApp):
         try:
             route, headers = self._find_route(scope, path, named)
         except Refused:
+            return None
+        if self._hooks is not None and self._hooks.are_wanted(scope):
             return None
         request_id = scope["state"]["request_id"] = self._request_id(named.get(b"x-request-id"))
         method = scope["method"]

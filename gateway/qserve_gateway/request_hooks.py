@@ -23,6 +23,14 @@ class RequestHooks:
     def __init__(self, hooks: Sequence[GatewayHook]) -> None:
         self._chain = HookChain(hooks)
 
+    def are_wanted(self, scope: Scope) -> bool:
+        """Decide, once for each request, whether hooks are run around it."""
+        chain = self._chain.choose(scope)
+        if chain is None:
+            return False
+        scope["state"][_STATE] = chain
+        return True
+
     def before(self, route: Route, scope: Scope, request_id: str, *, durable: bool = False) -> Route:
         """Tell the hooks that a request is about to be put on a queue.
 
@@ -51,11 +59,9 @@ class RequestHooks:
 
         def serve_as_chosen(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
             # Not async: a request that no hook wants has no frame more.
-            chain = self._chain.choose(scope)
-            if chain is None:
-                return serve(scope, receive, send)
-            scope.setdefault("state", {})[_STATE] = chain
-            return serve_with_hooks(scope, receive, send)
+            if _STATE in scope.setdefault("state", {}) or self.are_wanted(scope):
+                return serve_with_hooks(scope, receive, send)
+            return serve(scope, receive, send)
 
         return serve_as_chosen
 

@@ -1,7 +1,7 @@
 """Requests that are answered without a task: byte for byte as those that are answered over ASGI."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import pytest
@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from qserve.errors import BackPressureError, GetTimeoutError, ReplicaDied
+from qserve.hooks import GatewayHook, GatewayRequest
 from qserve.settings import Settings
 from qserve.wire.channel import END, HELLO, Chunk
 from qserve.wire.messages import HTTP_RESPONSE, HttpResponse, Reply, encode
@@ -65,8 +66,10 @@ class Socket(asyncio.Transport):
 class Connection:
     """A connection to a gateway, without a network."""
 
-    def __init__(self, calls: FakeCalls, *, direct: bool = True, **settings: Any) -> None:
-        gateway = Gateway(calls, Settings(**settings))
+    def __init__(
+        self, calls: FakeCalls, *, direct: bool = True, hooks: Sequence[GatewayHook] = (), **settings: Any
+    ) -> None:
+        gateway = Gateway(calls, Settings(**settings), hooks=hooks)
         gateway.use_deployments(
             [DeploymentSpec(name="hello", target=Target("module:name"), revision="1", route_prefix="/hello")]
         )
@@ -168,6 +171,32 @@ async def test_an_answer_gets_the_same_bytes_with_a_task_and_without(
     ]
 
     assert direct == over_asgi
+
+
+class Choosy(GatewayHook):
+    """Wants requests with a query, and counts how often it is asked and told."""
+
+    def __init__(self) -> None:
+        self.asked = self.told = 0
+
+    def wants(self, scope: Mapping[str, Any]) -> bool:
+        self.asked += 1
+        return bool(scope["query_string"])
+
+    def after(self, request: GatewayRequest, state: Any, status: int) -> None:
+        self.told += 1
+
+
+@pytest.mark.parametrize(("request_head", "told"), [(GET, 1), (GET.replace(b"?a=1", b""), 0)])
+async def test_a_request_that_no_hook_wants_takes_no_task(calls: FakeCalls, request_head: bytes, told: int) -> None:
+    hook = Choosy()
+    connection = Connection(calls, hooks=[hook])
+
+    connection.protocol.data_received(request_head)
+
+    assert connection.tasks == told
+    await until(lambda: b"HTTP/1.1 200" in connection.socket.written and not connection.tasks)
+    assert (hook.asked, hook.told) == (1, told)
 
 
 async def test_a_response_takes_no_task(calls: FakeCalls) -> None:
