@@ -32,6 +32,7 @@ class CallInfo:
         deadline: When it has to end, on `time.monotonic`; None once it streams, which may take as long as it takes.
         nested: The calls it has made that have not ended.
         lineage: The ids of the calls that it is a part of, and its own.
+        model_id: The model that it is for; "" if its caller named none.
         app_error: What an ASGI application raised, although its response may be whole.
     """
 
@@ -40,6 +41,7 @@ class CallInfo:
     deadline: float | None = None
     nested: set[Nested] = field(default_factory=set)
     lineage: str = ""
+    model_id: str = ""
     app_error: BaseException | None = None
 
     def limit(self, timeout_s: float) -> float:
@@ -55,6 +57,10 @@ class CallInfo:
 
 current_call: ContextVar[CallInfo | None] = ContextVar("qserve_current_call", default=None)
 """Set by the replica around each call; threads of the replica see it too."""
+
+
+batch_model: ContextVar[str] = ContextVar("qserve_batch_model", default="")
+"""The model that the calls of a running batch are for."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from qserve.errors import (
     ReplicaDied,
 )
 from qserve.hooks import ClientHook, HookChain, load_hooks
+from qserve.multiplexing import get_multiplexed_model_id, multiplexed
 from qserve.screen.script import serve_in_foreground
 from qserve.settings import Settings
 from qserve.wire.autoscaling import AutoscalingConfig
@@ -76,10 +77,12 @@ __all__ = [
     "get_app_handle",
     "get_deployment",
     "get_deployment_handle",
+    "get_multiplexed_model_id",
     "get_ref",
     "get_replica_context",
     "ingress",
     "list_deployments",
+    "multiplexed",
     "run",
     "run_many",
     "schedule",

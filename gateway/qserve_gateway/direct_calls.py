@@ -53,6 +53,7 @@ class DirectCall(DirectRequest):
             timeout_s=route.timeout_s,
             safe=safe,
             on_outcome=self._on_outcome,
+            meta=route.meta,
         )
         pending.on_stream = self._on_stream
         pending.is_strict = route.client_sets_deadline

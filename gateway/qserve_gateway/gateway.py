@@ -11,7 +11,7 @@ from qserve.errors import ConfigurationError, PayloadTooLarge, QServeError, Stre
 from qserve.failpoints import reach
 from qserve.hooks import GatewayHook
 from qserve.settings import Settings
-from qserve.wire.messages import WEBSOCKET, HttpRequest, HttpResponse, encode
+from qserve.wire.messages import MODEL, WEBSOCKET, HttpRequest, HttpResponse, encode
 from qserve.wire.spec import DeploymentSpec
 from qserve_gateway.api_keys import ApiKeys
 from qserve_gateway.direct_calls import DirectCall
@@ -50,7 +50,12 @@ Named = dict[bytes, bytes]
 """Headers by lower-case name, the last of each; for looking, not for handing on."""
 
 _TIMEOUT = b"x-request-timeout-ms"
+_TIMEOUT_S = b"x-request-timeout-seconds"
+_MODEL = b"serve_multiplexed_model_id"
+_MEANT_FOR_US = frozenset({_TIMEOUT, _TIMEOUT_S, _MODEL})
+"""Headers that change how a request is served; the last two are Ray Serve's."""
 _is_milliseconds = re.compile(rb"[0-9]{1,9}").fullmatch
+_is_seconds = re.compile(rb"[0-9]{1,6}(\.[0-9]{1,6})?").fullmatch
 _is_request_id = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}").fullmatch
 
 
@@ -218,8 +223,8 @@ class Gateway(DirectApp):
         if route is None:
             raise Refused(self._page_without_deployment(path, named))
         scope["state"]["deployment"] = route.deployment
-        if _TIMEOUT in named:
-            route = _with_deadline(route, named[_TIMEOUT])
+        if not _MEANT_FOR_US.isdisjoint(named):
+            route = _as_asked(route, named)
         return route, headers
 
     async def _submit(self, route: Route, request: HttpRequest, preference: Preference) -> HttpResponse:
@@ -346,6 +351,23 @@ def _cleaned(headers: Headers) -> Headers:
         return end_to_end(headers)
     except ValueError as exc:
         raise bad_request(exc) from exc
+
+
+def _as_asked(route: Route, named: Named) -> Route:
+    """The route as the headers of the request want it."""
+    if _TIMEOUT in named:
+        route = _with_deadline(route, named[_TIMEOUT])
+    elif _TIMEOUT_S in named:
+        route = _with_deadline(route, _milliseconds(named[_TIMEOUT_S]))
+    if _MODEL in named:
+        route = route._replace(meta={**route.meta, MODEL: named[_MODEL].decode("latin-1")})
+    return route
+
+
+def _milliseconds(seconds: bytes) -> bytes:
+    if _is_seconds(seconds) is None:
+        raise bad_request("X-Request-Timeout-Seconds is not a number of seconds")
+    return b"%d" % (float(seconds) * 1000)
 
 
 def _with_deadline(route: Route, asked: bytes) -> Route:

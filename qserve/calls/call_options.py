@@ -4,18 +4,26 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypedDict
 
 from qserve.wire.call_record import Durability, DurableOptions, Priority, make_durable_options
+from qserve.wire.messages import MODEL, NO_META
 
 RetryOn = str | type[BaseException] | Iterable[str | type[BaseException]]
 
 
 class CallOptions(NamedTuple):
-    """The options of a handle. `http_method`, `http_headers` and `shard_key` are accepted for compatibility only."""
+    """The options of a handle. `http_method`, `http_headers`, `shard_key` and `session_id` have no effect."""
 
     method_name: str = ""
     timeout_s: float | None = None
     http_method: str = "GET"
     http_headers: tuple[tuple[str, str], ...] = ()
     shard_key: str | None = None
+    multiplexed_model_id: str = ""
+    session_id: str | None = None
+
+    @property
+    def meta(self) -> Mapping[str, str]:
+        """What goes beside each call."""
+        return {MODEL: self.multiplexed_model_id} if self.multiplexed_model_id else NO_META
 
 
 class Changes(TypedDict, total=False):
@@ -25,6 +33,8 @@ class Changes(TypedDict, total=False):
     http_method: str | None
     http_headers: Mapping[str, str] | None
     shard_key: str | None
+    multiplexed_model_id: str
+    session_id: str | None
 
 
 class DurableTerms(TypedDict, total=False):
@@ -41,6 +51,10 @@ class DurableTerms(TypedDict, total=False):
     durability: Durability | None
 
 
+_WITHOUT_EFFECT = frozenset({"use_new_handle_api", "_prefer_local_routing", "_by_reference", "serialization"})
+"""What handles of Ray Serve take besides."""
+
+
 def changed_options(
     options: CallOptions, method_name: str | None, changes: dict[str, Any], *, stream: bool, durable: bool
 ) -> tuple[CallOptions, DurableOptions | None]:
@@ -53,6 +67,8 @@ def changed_options(
         raise ValueError(
             "stream=True and durable=True exclude each other; iterate the ref of a durable call to get its parts"
         )
+    for name in _WITHOUT_EFFECT.intersection(changes):
+        del changes[name]
     terms = {key: value for key, value in changes.items() if key not in CallOptions._fields}
     given = {key: value for key, value in changes.items() if key not in terms and value is not None}
     if method_name is not None:

@@ -17,7 +17,6 @@ from qserve.calls.streams import ResultStream, open_stream
 from qserve.errors import ValueNotSerializable
 from qserve.wire.call_record import DurableOptions, Terms
 from qserve.wire.codec import Codec, collect_refs, substitute
-from qserve.wire.messages import NO_META
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,10 +54,10 @@ class _BaseHandle:
         client, options = current_client(), self._options
         ref = CallRef(client, codec_of(client), self._name, options.method_name, options.timeout_s)
         if client.hooks is None or (hooks := client.hooks.choose(self._name)) is None:
-            ref.start(args, kwargs)
+            ref.start(args, kwargs, options.meta)
         else:
             with HookedCall(hooks, self._name, options.method_name, "call") as hooked:
-                ref.start(args, kwargs, hooked.meta)
+                ref.start(args, kwargs, {**hooked.meta, **options.meta})
             ref.add_done_callback(hooked.end_with)
         return ref
 
@@ -153,7 +152,8 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
         Args:
             method_name: Method to call instead of `__call__`.
             timeout_s: Seconds until a call ends in GetTimeoutError.
-            http_method, http_headers, shard_key: Accepted, without effect on plain calls.
+            http_method, http_headers, shard_key, session_id: Accepted, without effect on plain calls.
+            multiplexed_model_id: The model that the calls are for; see `serve.multiplexed`.
             stream: Give what a generator method yields, as it yields it.
             durable: The call outlives this process: `remote()` returns once Redis has it, and any process can ask for
                 its result by the ref's `id`. It runs at least once. The options below are for durable calls:
@@ -289,9 +289,9 @@ class StreamHandle(_BaseHandle):
         client, method = current_client(), self._options.method_name
         what = (client, codec_of(client), self._name, method, args, kwargs, self._options.timeout_s)
         if client.hooks is None or (hooks := client.hooks.choose(self._name)) is None:
-            return open_stream(*what)
+            return open_stream(*what, meta=self._options.meta)
         with HookedCall(hooks, self._name, method, "stream") as hooked:
-            return open_stream(*what, meta=hooked.meta, on_end=hooked.end)
+            return open_stream(*what, meta={**hooked.meta, **self._options.meta}, on_end=hooked.end)
 
     def __getattr__(self, name: str) -> "StreamHandle":
         _refuse_private(self, name)
@@ -313,9 +313,9 @@ class _BaseDurableHandle(_BaseHandle):
     def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Submitted:
         client = current_client()
         if client.hooks is None or (hooks := client.hooks.choose(self._name)) is None:
-            return self._put(client, args, kwargs, NO_META)
+            return self._put(client, args, kwargs, self._options.meta)
         with HookedCall(hooks, self._name, self._options.method_name, "call", durable=True) as hooked:
-            ref, admitted = self._put(client, args, kwargs, hooked.meta)
+            ref, admitted = self._put(client, args, kwargs, {**hooked.meta, **self._options.meta})
         admitted.add_done_callback(hooked.end_with)
         return ref, admitted
 
@@ -430,8 +430,8 @@ def _handle(name: str, options: CallOptions, *, sync: bool) -> "DeploymentHandle
 
 
 def _restored(options: dict[str, Any]) -> CallOptions:
-    headers = tuple((key, value) for key, value in options["http_headers"])
-    return CallOptions(**options | {"http_headers": headers})
+    known = {key: options[key] for key in CallOptions._fields if key in options}
+    return CallOptions(**known | {"http_headers": tuple((key, value) for key, value in options["http_headers"])})
 
 
 @overload

@@ -28,6 +28,8 @@ DURABLE = "d"
 
 WITHIN = "qserve-within"
 """In the meta of a call that was made by a call: the lineage of that one."""
+MODEL = "qserve-model"
+"""In the meta of a call that is for one of the models of a multiplexed deployment: the model's id."""
 NO_META: Mapping[str, str] = MappingProxyType({})
 
 

@@ -93,3 +93,25 @@ def test_responses(qserve_instance: TestInstance) -> None:
     stream = handle.options(method_name="count", stream=True).remote(1)
     assert (next(stream), next(stream, "end")) == (0, "end")
     assert [each.remote(1).result(patience(20)) for each in serve.run_many([serve.RunTarget(Adder.bind(0))])] == [8]
+
+
+@serve.deployment
+class Zoo:
+    @serve.multiplexed(max_num_models_per_replica=2)
+    async def load(self, model_id: str) -> str:
+        return model_id.upper()
+
+    async def __call__(self, request: Any = None) -> str:
+        return await self.load(serve.get_multiplexed_model_id())
+
+    async def parts(self) -> AsyncIterator[str]:
+        yield await self.load(serve.get_multiplexed_model_id())
+
+
+def test_a_call_says_which_model_it_is_for(qserve_instance: TestInstance, http: httpx.Client) -> None:
+    handle = serve.run(Zoo.bind()).options(multiplexed_model_id="a")
+    assert handle.remote().result(patience(20)) == "A"
+    assert list(handle.options(method_name="parts", stream=True).remote()) == ["A"]
+    assert http.get("/", headers={"serve_multiplexed_model_id": "b"}).text == "B"
+    assert http.get("/").status_code == 500
+    assert http.get("/", headers={"x-request-timeout-seconds": "soon"}).status_code == 400

@@ -264,3 +264,37 @@ async def test_concurrent_calls_of_a_replica_are_batched() -> None:
         results = await asyncio.gather(*(replica.call("", number) for number in range(20)))
         assert results == [number * 2 for number in range(20)]
         assert await replica.call("count") == 2
+
+
+async def test_batches_run_at_the_same_time_where_they_may_and_are_as_large_as_a_function_says() -> None:
+    running, most, sizes = 0, 0, []
+
+    @batch(max_batch_size=10, max_concurrent_batches=2, batch_size_fn=sum)
+    async def double(numbers: list[int]) -> list[int]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        sizes.append(sum(numbers))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        running -= 1
+        return [2 * each for each in numbers]
+
+    assert await asyncio.gather(*(double(each) for each in (6, 4, 5, 5, 20, 1))) == [12, 8, 10, 10, 40, 2]
+    assert sizes == [10, 10, 20, 1]
+    assert most == 2
+
+
+async def test_the_size_of_batches_can_be_set() -> None:
+    sizes = []
+
+    @batch(max_batch_size=10)
+    async def same(numbers: list[int]) -> list[int]:
+        sizes.append(len(numbers))
+        return numbers
+
+    settable: Any = same
+    settable.set_max_batch_size(2)
+    settable.set_batch_wait_timeout_s(0)
+    await asyncio.gather(*(same(each) for each in range(4)))
+    assert sizes == [2, 2]

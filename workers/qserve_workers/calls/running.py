@@ -19,6 +19,7 @@ from qserve.failpoints import reach
 from qserve.settings import Settings
 from qserve.wire.channel import ABORT, CREDIT, DOUBT_S, Channel, Chunk
 from qserve.wire.messages import (
+    MODEL,
     Call,
     Signer,
     lineage_of,
@@ -47,7 +48,9 @@ class RunningCall:
         self.task: asyncio.Task[None] | None = None
         self.channel: Channel | None = None
         self.info = info = CallInfo(call.id, entry.deliveries)
-        info.lineage = lineage_of(call) if call.meta else call.id
+        info.lineage = call.id
+        if call.meta:
+            info.lineage, info.model_id = lineage_of(call), call.meta.get(MODEL, "")
         self.unwanted = False
         self.began = False
         self.streams = False
