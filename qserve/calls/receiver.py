@@ -15,7 +15,8 @@ from qserve.wire.messages import UNREADABLE, Reply, Signer, decode_reply
 
 logger = logging.getLogger(__name__)
 
-_FRAMES_PER_READ = 512
+_ENTRIES_PER_READ = 128
+"""Each may hold a hundred replies, and all of a read are dealt with before the event loop goes on."""
 _TRIM_EVERY = 512 * 1024
 """Bytes: what is streamed to this process must not pile up behind it."""
 
@@ -64,7 +65,7 @@ class Receiver:
 
     def _read(self) -> None:
         if self._link.waiter.is_open:
-            self._inbox.read(self._link.waiter, self._received, block_ms=BLOCK_MS, most=_FRAMES_PER_READ)
+            self._inbox.read(self._link.waiter, self._received, block_ms=BLOCK_MS, most=_ENTRIES_PER_READ)
 
     def _received(self, answer: Answer) -> None:
         if isinstance(answer, Exception):
