@@ -75,7 +75,7 @@ class ReadableOptions:
 
     @property
     def ray_actor_options(self) -> dict[str, Any]:
-        """GPUs and environment variables of each replica; the rest is recorded, and without effect."""
+        """Environment variables of each replica; the rest is recorded, and without effect."""
         return dict(self._options["ray_actor_options"])
 
     @property

@@ -289,7 +289,6 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
     ray_actor_options: Annotated[
         bytes,
         Option(
-            '`{"num_gpus": n}` gives each replica so many GPUs of its node (a fraction: a part of one), and '
             '`{"runtime_env": {"env_vars": {...}}}` sets variables before the code is imported. The rest is recorded, '
             "and without effect.",
             given=Mapping[str, Any],

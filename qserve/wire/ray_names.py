@@ -12,6 +12,7 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "rolling_update_percentage": "at most max(1, 20 %) of the replicas are replaced at a time",
     "max_constructor_retry_count": "a deploy gives up after min(100, 3 x replicas) constructors that failed",
     "max_replicas_per_node": "each node runs as many replicas as its --replicas-per-node says",
+    "num_gpus": "GPUs are not assigned to replicas; choose them with CUDA_VISIBLE_DEVICES in env_vars",
     "runtime_env": "only its env_vars are set; packages belong into the environment in which nodes are started",
     "policy": "the number of replicas follows what is queued and running",
     "min_replicas=0": "qserve keeps one replica, so that no call waits for a first one",

@@ -5,12 +5,14 @@ from typing import Any
 
 import cloudpickle
 import pytest
+from starlette.datastructures import QueryParams
 
 from qserve import serve
 from qserve.deployments.deployment import Deployment
 from qserve.deployments.http_options import HTTPOptions
 from qserve.wire.options import Backpressure
 from qserve.wire.ray_names import REFUSED
+from qserve_workers.user.plain_responses import to_json
 from tests.support.local_code import CODEC
 
 
@@ -94,9 +96,9 @@ def test_what_has_no_effect_is_said_once(caplog: pytest.LogCaptureFixture, monke
     monkeypatch.setattr("qserve.wire.ray_names._told", set())
     options: dict[str, Any] = {"max_surge_percent": 10, "logging_config": {"log_level": "DEBUG"}}
     for _ in range(2):
-        serve.deployment(**options, ray_actor_options={"runtime_env": {"pip": ["x"]}})
+        serve.deployment(**options, ray_actor_options={"num_gpus": 1, "runtime_env": {"pip": ["x"]}})
     said = [record.getMessage().split()[0] for record in caplog.records]
-    assert sorted(said) == ["logging_config", "max_surge_percent", "runtime_env"]
+    assert sorted(said) == ["logging_config", "max_surge_percent", "num_gpus", "runtime_env"]
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -120,6 +122,10 @@ def test_an_impossible_number_of_gpus(value: object) -> None:
 def test_environment_variables_are_strings() -> None:
     with pytest.raises(TypeError, match="env_vars"):
         serve.deployment(ray_actor_options={"runtime_env": {"env_vars": {"A": 1}}})
+
+
+def test_mappings_are_json_objects() -> None:
+    assert to_json(QueryParams("a=b&c=d")) == b'{\n  "a": "b",\n  "c": "d"\n}'
 
 
 def test_where_http_is_served() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -131,6 +131,8 @@ def _jsonable(value: Any) -> Any:
 def _jsonable_inside(value: Any) -> Any:
     if isinstance(value, BaseException) or hasattr(value, "tolist"):
         return _jsonable(value)
+    if isinstance(value, Mapping):  # Starlette's query parameters and headers, for example
+        return dict(value)
     raise TypeError(
         what_to_await(value) or f"{type(value).__module__}.{type(value).__qualname__} is not JSON serializable"
     )
