@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks import backlog, deployments, load, processes, reply_queue, rows, sockets
+from benchmarks import backlog, deployments, load, processes, reply_queue, rows, sockets, values
 from benchmarks.rows import Row
 from tests.support.serving import free_port
 
@@ -273,6 +273,7 @@ def peer_row(line: str) -> Row:
 SECTIONS = {
     "calls": Section("Calls", http_and_handles),
     "streaming": Section("Streams, bodies and typed applications", streaming),
+    "values": Section("Large values", values.measure),
     "concurrency": Section("Calls that wait and calls that compute", sleepers_and_burners),
     "deployments": Section("Many small deployments", deployments.measure),
     "replies": Section("Replies by list and by stream", reply_list_or_stream),

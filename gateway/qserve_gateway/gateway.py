@@ -49,6 +49,8 @@ _NOT_DIRECT = _DURABLE | {b"transfer-encoding"}
 Named = dict[bytes, bytes]
 """Headers by lower-case name, the last of each; for looking, not for handing on."""
 
+_LARGEST_DURABLE = 64 * 1024 * 1024
+"""Bytes of the body of a request that becomes a durable call; the gateway has it in memory as a whole."""
 _TIMEOUT = b"x-request-timeout-ms"
 _TIMEOUT_S = b"x-request-timeout-seconds"
 _MODEL = b"serve_multiplexed_model_id"
@@ -89,6 +91,7 @@ class Gateway(DirectApp):
         self._client = client
         self._calls = HttpCalls(client, settings.max_body_bytes)
         self._settings = settings
+        self._largest_durable = min(settings.max_value_bytes, _LARGEST_DURABLE)
         self._keys = keys
         self._durable = durable
         self._pages = pages
@@ -195,7 +198,7 @@ class Gateway(DirectApp):
             body, follows = await read_beginning(
                 receive,
                 declared=int(named.get(b"content-length", b"0")),
-                most=self._settings.out_of_line_bytes if preference is None else self._settings.max_value_bytes,
+                most=self._settings.out_of_line_bytes if preference is None else self._largest_durable,
                 limit=self._settings.max_body_bytes,
             )
         request = _request(scope, path, raw_path, headers, route, request_id, body, follows)
@@ -206,7 +209,7 @@ class Gateway(DirectApp):
         else:
             safe = request.method in SAFE_METHODS or route.idempotent or b"idempotency-key" in named
             answer = await self._calls.answer(route, encode(request), safe, receive)
-        if isinstance(answer, StreamedResponse):
+        if isinstance(answer, StreamedResponse | HttpResponse):
             return answer
         return outcome_response(answer, request_id, debug=self._settings.debug, when_full=route.when_full)
 
@@ -228,7 +231,7 @@ class Gateway(DirectApp):
         return route, headers
 
     async def _submit(self, route: Route, request: HttpRequest, preference: Preference) -> HttpResponse:
-        most = self._settings.max_value_bytes
+        most = self._largest_durable
         if request.body_follows or len(request.body) > most:
             raise PayloadTooLarge(
                 f"the body of a request that becomes a durable call may have {most} bytes (QSERVE_MAX_VALUE_BYTES)"

@@ -8,9 +8,20 @@ from starlette.types import Receive, Send
 
 from qserve.calls.client import Client
 from qserve.calls.pending import PendingCall
-from qserve.errors import QServeError
+from qserve.errors import Indeterminate, QServeError
+from qserve.values.borrowing import ValueGone
 from qserve.wire.channel import Channel
-from qserve.wire.messages import HTTP, HttpRequest, Outcome, encode
+from qserve.wire.messages import (
+    HTTP,
+    HTTP_RESPONSE,
+    HttpRequest,
+    HttpResponse,
+    LargeReply,
+    Outcome,
+    decode_http_response,
+    encode,
+    unpack_http,
+)
 from qserve_gateway.routes import Route
 from qserve_gateway.streaming import ClientDisconnected, Upload, stream_response
 
@@ -50,6 +61,8 @@ class StreamedResponse:
 
 Answer = Outcome | StreamedResponse | None
 """What a request's call comes to; None when the client has left."""
+Answered = Outcome | StreamedResponse | HttpResponse
+"""What a request is answered with; a large response has been taken out of its reply."""
 
 
 class HttpCalls:
@@ -66,7 +79,7 @@ class HttpCalls:
         self._departures = _Departures()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def answer(self, route: Route, payload: bytes, safe: bool, receive: Receive) -> Outcome | StreamedResponse:
+    async def answer(self, route: Route, payload: bytes, safe: bool, receive: Receive) -> Answered:
         """Put a call and wait for its reply, or for the beginning of a streamed one.
 
         Args:
@@ -88,9 +101,11 @@ class HttpCalls:
                 self._client.cancel(pending)
         if answer is None:
             raise ClientDisconnected("the client left")
+        if type(answer) is LargeReply and answer.kind == HTTP_RESPONSE:
+            return await self._large_response(answer)
         return answer
 
-    async def answer_upload(self, route: Route, request: HttpRequest, receive: Receive) -> Outcome | StreamedResponse:
+    async def answer_upload(self, route: Route, request: HttpRequest, receive: Receive) -> Answered:
         """Do as `answer`, and send the rest of the body on as it comes in; a half-read body cannot be run again."""
         pending, future = self.prepare(route, encode(request), safe=False)
 
@@ -118,7 +133,21 @@ class HttpCalls:
                 self._client.cancel(pending)  # without effect where there is an outcome
         if answer is None:
             raise ClientDisconnected("the client left")
+        if type(answer) is LargeReply and answer.kind == HTTP_RESPONSE:
+            return await self._large_response(answer)
         return answer
+
+    async def _large_response(self, reply: LargeReply) -> HttpResponse:
+        """The response that a large reply is, copied out without holding up the event loop.
+
+        Raises:
+            Indeterminate: It was lost meanwhile.
+        """
+        unpack = partial(unpack_http, decode_http_response, reply.payload)
+        try:
+            return await self._client.lending.aside(unpack, len(reply.payload))
+        except ValueGone as exc:
+            raise Indeterminate(f"the request was answered, but its large response is lost: {exc}") from exc
 
     def prepare(
         self, route: Route, payload: bytes, safe: bool, kind: int = HTTP

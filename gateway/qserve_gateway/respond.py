@@ -17,11 +17,13 @@ from qserve.wire.messages import (
     HTTP_RESPONSE,
     ErrorInfo,
     HttpResponse,
-    Reply,
+    Outcome,
     decode_error,
     decode_http_response,
+    unpack_http,
 )
 from qserve.wire.options import Backpressure
+from qserve.wire.parts import flat
 from qserve_gateway.headers import HOP_BY_HOP, Headers, connection_tokens, has_control, is_name
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ def json_response(value: object) -> HttpResponse:
 
 
 def outcome_response(
-    outcome: Reply | QServeError, request_id: str, *, debug: bool, when_full: Backpressure | None = None
+    outcome: Outcome, request_id: str, *, debug: bool, when_full: Backpressure | None = None
 ) -> HttpResponse:
     """Make the response for whatever became of a call."""
     if isinstance(outcome, QServeError):
@@ -80,9 +82,9 @@ def outcome_response(
             return _full_response(outcome, when_full)
         return local_error_response(outcome)
     if outcome.kind == HTTP_RESPONSE:
-        return decode_http_response(outcome.payload)
+        return unpack_http(decode_http_response, outcome.payload)
     if outcome.kind == ERROR:
-        return remote_error_response(decode_error(outcome.payload), request_id, debug=debug)
+        return remote_error_response(decode_error(flat(outcome.payload)), request_id, debug=debug)
     # How a streamed response ends: its parts have not arrived, and will not.
     return local_error_response(
         StreamBroken("the beginning of the response was lost on its way from the replica: send the request again")

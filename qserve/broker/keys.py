@@ -92,6 +92,10 @@ class Keys:
         """A payload too large to stand in the queue."""
         return self._key("p", call_id)
 
+    def transfer(self, name: str, part: str) -> str:
+        """A large payload that is being sent: chunk `0`, `1`, ..., and two lists: `ready` and `room`."""
+        return self._key("x", name, part)
+
     def claims(self, process: str, part: int) -> str:
         """String of bits: which calls of a process were run; each part holds 32,768 of them."""
         return self._key("claims", process, str(part))

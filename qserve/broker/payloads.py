@@ -10,9 +10,11 @@ import redis
 from qserve.broker.connection import Connection, ignore_answer
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import our_errors
-from qserve.errors import FrameRejected
+from qserve.errors import FrameRejected, PayloadTooLarge
 from qserve.wire.messages import Blob, Signer, decode_blob, encode
 
+LARGEST_STORED = 512 * 2**20 - 1024
+"""What Redis keeps under one key."""
 _UNCONFIRMED_MS = 60_000
 """How long the payload of a durable call is kept until the call is submitted; then it is kept as long as the call."""
 
@@ -41,9 +43,18 @@ class Payloads:
         self.limit = limit
 
     def seal(self, payload_id: str, payload: bytes) -> bytes | None:
-        """The sealed payload if it has to travel out of line; None if it is small enough to travel with its message."""
+        """The sealed payload if it has to travel out of line; None if it is small enough to travel with its message.
+
+        Raises:
+            PayloadTooLarge: It is larger than what Redis keeps under one key.
+        """
         if len(payload) <= self.limit:
             return None
+        if len(payload) > LARGEST_STORED:
+            raise PayloadTooLarge(
+                f"the value takes {len(payload):,} bytes when packed, and Redis keeps no more than {LARGEST_STORED:,} "
+                "under one key: send it without `durable=True`, or put it somewhere else and send where it is"
+            )
         return self._signer.seal(encode(Blob(payload_id, payload)))
 
     def seal_result(self, call_id: str, payload: bytes) -> bytes | None:

@@ -7,10 +7,9 @@ from functools import partial
 
 from qserve.background import spawn
 from qserve.broker.call_queue import CALLS_PER_ADMIT, CallQueue
-from qserve.broker.connection import Answer, Connection
+from qserve.broker.connection import Answer
 from qserve.broker.keys import Keys
 from qserve.broker.link import Link
-from qserve.broker.payloads import Payloads
 from qserve.broker.refusals import FullQueues, refusal_of_all
 from qserve.broker.server.clock import RedisClock
 from qserve.calls.pending import PendingCall, PendingCalls
@@ -18,7 +17,6 @@ from qserve.calls.withdrawing import Withdrawals
 from qserve.errors import BrokerUnavailable, QServeError
 from qserve.failpoints import reach
 
-_PAYLOAD_GRACE_MS = 60_000
 _STATE_PATIENCE_S, _STATE_POLL_S = 3.0, 0.1
 
 
@@ -36,7 +34,6 @@ class Admission:
         self,
         keys: Keys,
         link: Link,
-        payloads: Payloads,
         pending: PendingCalls,
         withdrawals: Withdrawals,
         *,
@@ -46,7 +43,6 @@ class Admission:
     ) -> None:
         self._keys = keys
         self._link = link
-        self._payloads = payloads
         self._pending = pending
         self._withdrawals = withdrawals
         self._clock = clock
@@ -84,19 +80,11 @@ class Admission:
                 calls = [call for call in batch[start : start + CALLS_PER_ADMIT] if call.id in self._pending]
                 if not calls:
                     continue
-                for call in calls:
-                    if call.payload is not None:
-                        self._send_payload(sender, call, call.payload)
                 latest = self._clock.at_ms(min([c.deadline for c in calls]))
                 frames = [(c.id, c.safe, c.frame) for c in calls]
                 queue.put(sender, frames, partial(self._admitted, calls), latest_ms=latest)
         sender.flush()
         reach("admit-sent")
-
-    def _send_payload(self, sender: Connection, call: PendingCall, payload: bytes) -> None:
-        ttl_ms = int((call.deadline - time.monotonic()) * 1000) + _PAYLOAD_GRACE_MS
-        self._payloads.put(sender, call.id, payload, ttl_ms)
-        call.payload = b""
 
     def give_back(self) -> list[PendingCall]:
         """Return the calls that were put but not sent, and forget them."""
@@ -162,5 +150,4 @@ class Admission:
             self.put(call)
 
     def _refuse(self, call: PendingCall, error: QServeError) -> None:
-        self._withdrawals.drop_payload(call)
         self._pending.refuse(call, error)

@@ -13,13 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import msgspec
-
 from qserve.background import end, spawn
 from qserve.broker.connection import Connection
 from qserve.broker.counters import count
+from qserve.broker.large.lending import Lending, Loan
 from qserve.broker.link import Link
-from qserve.broker.payloads import Payloads, result_id
+from qserve.broker.payloads import Payloads
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.refusals import FullQueues
 from qserve.broker.server.clock import SAMPLE_EVERY_S, RedisClock
@@ -32,11 +31,12 @@ from qserve.calls.receiver import Receiver
 from qserve.calls.reconcile import Reconciler
 from qserve.calls.withdrawing import Withdrawals
 from qserve.durable.durable_client import DurableCalls
-from qserve.errors import BrokerUnavailable, CallCancelled, FrameRejected
+from qserve.errors import BrokerUnavailable, CallCancelled, FrameRejected, Indeterminate
 from qserve.failpoints import reach
 from qserve.hooks import ClientHook, HookChain, load_hooks
 from qserve.settings import Settings
 from qserve.telemetry.log_records import this_process
+from qserve.values.borrowing import ValueGone
 from qserve.wire.call_record import ANYONE
 from qserve.wire.channel import Channel, Chunk, decode_chunk
 from qserve.wire.messages import (
@@ -45,6 +45,7 @@ from qserve.wire.messages import (
     NO_META,
     Call,
     Control,
+    LargeReply,
     Outcome,
     Reply,
     Signer,
@@ -52,6 +53,7 @@ from qserve.wire.messages import (
     encode,
     with_meta,
 )
+from qserve.wire.parts import Payload
 
 _STOPPED = "the client was stopped before the call ended"
 
@@ -89,21 +91,23 @@ class Client:
         self._sample_at = 0.0
         self._counted = 0
         self._counted_as = _COUNTED_AS.get(this_process().process, "calls_of_programs")
-        self._payloads = Payloads(keys, signer, settings.out_of_line_bytes)
-        self._pending = pending = PendingCalls()
-        self._withdrawals = Withdrawals(keys, signer, link, self._payloads)
+        self.lending = Lending(self.id, settings.redis_url, keys, signer, views=settings.value_views)
+        self._largest_frame = settings.out_of_line_bytes
+        self._pending = pending = PendingCalls(self.lending)
+        self._withdrawals = Withdrawals(keys, signer, link)
         self._deadlines = Deadlines(keys, link, pending, self._withdrawals, settings.dead_after_s)
         self._channels = CallChannels(self.id, keys, signer, link, pending, self._deadlines)
         full_queues = FullQueues(keys, link)
         self._admission = Admission(
-            *(keys, link, self._payloads, pending, self._withdrawals),
+            *(keys, link, pending, self._withdrawals),
             clock=self._clock,
             full_queues=full_queues,
             sample_clock=self._sample_clock,
         )
         self._receiver = Receiver(keys, self.id, signer, link, self._accept)
         self._reconciler = Reconciler(keys, signer, link, self._receiver, pending, self._admission, new_id=self._new_id)
-        self.durable = DurableCalls(settings, signer, self._payloads, self.id, link, full_queues)
+        payloads = Payloads(keys, signer, settings.out_of_line_bytes)
+        self.durable = DurableCalls(settings, signer, payloads, self.id, link, full_queues)
 
     # Life cycle
 
@@ -137,6 +141,7 @@ class Client:
                 async with asyncio.timeout(1):
                     await sender.settle_all()
         await self._link.stop()
+        self.lending.stop()
 
     async def _link_up(self) -> None:
         await self._receiver.open()
@@ -155,6 +160,7 @@ class Client:
         now = time.monotonic()
         self.durable.tick()
         self._pending.troubles.send(self._link.sender, self.settings.keys)
+        self.lending.tick()
         self._reconciler.budget.note(self.tally["accepted"], now)
         if self._counted_as and self.sender.is_open and self.tally["accepted"] > self._counted:
             count(self.sender, self.settings.keys, self._counted_as, self.tally["accepted"] - self._counted)
@@ -204,7 +210,7 @@ class Client:
         *,
         kind: int,
         method: str,
-        payload: bytes,
+        payload: Payload | Loan,
         timeout_s: float,
         safe: bool,
         on_outcome: Callable[[Outcome], None],
@@ -213,20 +219,25 @@ class Client:
         """Make a call ready to be put. From any thread.
 
         Args:
-            payload: Packed arguments or an encoded HttpRequest.
+            payload: Packed arguments or an encoded HttpRequest, which is copied if it is large; or what was lent
+                already, for this call alone.
             timeout_s: Seconds from now to its deadline.
             on_outcome: Called exactly once, on the loop.
             meta: What the hooks of this process tell the hooks of the replica.
+
+        Raises:
+            PayloadTooLarge: There is not so much memory.
         """
         call_id = self._new_id()
-        sealed = None
-        if len(payload) > self._payloads.limit:
-            sealed, payload = self._payloads.seal(call_id, payload), b""
+        loan: Loan | None = None
+        if len(payload) > self._largest_frame:
+            loan = payload if isinstance(payload, Loan) else self.lending.lend(payload)
+            payload = loan.frame
         ttl_ms = int(timeout_s * 1000)
-        call = Call(call_id, deployment, self.id, ttl_ms, kind, method, safe, payload, sealed is not None)
+        call = Call(call_id, deployment, self.id, ttl_ms, kind, method, safe, payload, loan is not None)  # type: ignore[arg-type]
         if meta:
             call = with_meta(call, meta)
-        return PendingCall(call_id, deployment, safe, self.signer.seal(encode(call)), sealed, timeout_s, on_outcome)
+        return PendingCall(call_id, deployment, safe, self.signer.seal(encode(call)), loan, timeout_s, on_outcome)
 
     def open_channel(self, call: PendingCall) -> Channel:
         """Prepare a call for traffic beside its reply, before it is put.
@@ -284,8 +295,7 @@ class Client:
 
     def _dispatch(self, reply: Reply) -> None:
         if reply.kind == CONTROL:
-            if self.on_control is not None:
-                self.on_control(reply.id, decode_control(reply.payload))
+            self._take_control(reply.id, decode_control(reply.payload))
             return
         if reply.kind == CHUNK:
             self._channels.take(reply.id, decode_chunk(reply.payload))
@@ -293,22 +303,31 @@ class Client:
         call = self._pending.get(reply.id)
         if call is None:  # timed out or cancelled: the answer is late
             if reply.out_of_line:
-                self._payloads.drop(self._link.sender, result_id(reply.id))
+                self.lending.give_up(reply.payload)
         elif reply.out_of_line:
             call.entry = None  # answered: no more to be withdrawn or missed
             spawn(self._fetch(call, reply))
         else:
             self._pending.settle(call, reply)
 
+    def _take_control(self, about: str, control: Control) -> None:
+        if control.verb == "send":
+            name, _, wanted = control.entry.partition(" ")
+            self.lending.send(name, wanted)
+        elif self.on_control is not None:
+            self.on_control(about, control)
+
     async def _fetch(self, call: PendingCall, reply: Reply) -> None:
-        outcome: Outcome = BrokerUnavailable(
-            "the call has run, but its large result has expired in Redis before it was fetched"
-        )
+        outcome: Outcome
         try:
             reach("result-announced")
-            result = await self._payloads.take(self._link.sender, result_id(reply.id))
-            if result is not None:
-                outcome = Reply(reply.id, reply.to, reply.kind, result)
-        except (BrokerUnavailable, FrameRejected, msgspec.DecodeError) as exc:
+            result = await self.lending.borrow(self._link.sender, reply.payload, returns=True)
+            outcome = LargeReply(reply.id, reply.kind, result)
+        except ValueGone as exc:
+            if call.safe and call.frame and call.channel is None:
+                self._reconciler.send_again(call)
+                return
+            outcome = Indeterminate(f"the call has run, but its large result is lost: {exc}")
+        except (BrokerUnavailable, FrameRejected) as exc:
             outcome = BrokerUnavailable(f"the call has run, but its large result could not be fetched: {exc}")
         self._pending.settle(call, outcome)

@@ -19,11 +19,14 @@ from qserve.wire.messages import (
     HTTP_RESPONSE,
     PYTHON,
     HttpResponse,
+    LargeReply,
     Outcome,
     Reply,
     decode_error,
     decode_http_response,
+    unpack_http,
 )
+from qserve.wire.parts import flat
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -223,15 +226,15 @@ class DurableRef(Ref[T]):
             if isinstance(outcome, QServeError):
                 self.set_exception(outcome)
             elif outcome.kind == ERROR:
-                self.set_exception(self._codec.rebuild_error(decode_error(outcome.payload)))
+                self.set_exception(self._codec.rebuild_error(decode_error(flat(outcome.payload))))
             else:
                 self.set_result(self._value(outcome))
         except Exception as exc:
             self._fail(exc)
 
-    def _value(self, reply: Reply) -> Any:
+    def _value(self, reply: Reply | LargeReply) -> Any:
         if reply.kind == HTTP_RESPONSE:
-            return make_response(decode_http_response(reply.payload))
+            return make_response(unpack_http(decode_http_response, reply.payload))
         return self._codec.unpack(reply.payload)
 
 

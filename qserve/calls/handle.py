@@ -393,12 +393,12 @@ def _refuse_private(handle: _BaseHandle, name: str) -> None:
 
 def codec_of(client: Client) -> Codec:
     """The codec for the calls of a client, which may use pickle only if the frames are signed."""
-    return _codec(client.signer.signs, client.settings.max_value_bytes)
+    return _codec(client.signer.signs, client.settings.max_value_bytes, client.settings.out_of_line_bytes)
 
 
 @lru_cache(maxsize=8)
-def _codec(signs: bool, max_bytes: int) -> Codec:
-    return Codec(allow_pickle=signs, max_bytes=max_bytes, make_handle=handle_from_wire)
+def _codec(signs: bool, max_bytes: int, large: int) -> Codec:
+    return Codec(allow_pickle=signs, max_bytes=max_bytes, make_handle=handle_from_wire, large=large + 1)
 
 
 def handle_from_wire(data: dict[str, Any]) -> "DeploymentHandle[Any] | AsyncDeploymentHandle[Any]":

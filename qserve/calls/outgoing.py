@@ -4,15 +4,18 @@ import contextlib
 import threading
 from collections.abc import Mapping
 from concurrent.futures import InvalidStateError
+from functools import partial
 from typing import Any
 
+from qserve.broker.large.lending import ON_THE_LOOP
 from qserve.calls.client import Client
 from qserve.calls.pending import PendingCall
 from qserve.calls.ref import Ref
 from qserve.context import CallInfo, current_call
 from qserve.errors import QServeError
 from qserve.wire.codec import Codec, collect_refs, substitute
-from qserve.wire.messages import ERROR, NO_META, PYTHON, WITHIN, Outcome, decode_error
+from qserve.wire.messages import ERROR, NO_META, PYTHON, WITHIN, LargeReply, Outcome, decode_error
+from qserve.wire.parts import Payload, flat
 
 
 class CallRef(Ref[Any]):
@@ -45,7 +48,7 @@ class CallRef(Ref[Any]):
         elif refs := collect_refs(args, kwargs):
             _WaitForArguments(self, self._codec, args, kwargs, refs).start()
         else:
-            self.send(self._codec.pack_call(args, kwargs, f"the call to {self.label}"))
+            self.send(self._codec.pack_arguments(args, kwargs, f"the call to {self.label}"))
 
     @property
     def label(self) -> str:
@@ -71,8 +74,8 @@ class CallRef(Ref[Any]):
     def awaited(self) -> str:
         return self._pending.id if self.is_waited_for and self._pending is not None and not self.done() else ""
 
-    def send(self, payload: bytes) -> None:
-        """Put the call with its packed arguments."""
+    def send(self, payload: Payload) -> None:
+        """Put the call with its packed arguments, which are copied if they are large."""
         timeout_s = self._client.settings.handle_timeout_s if self._timeout_s is None else self._timeout_s
         meta, caller = self._meta, self._caller
         if caller is not None:
@@ -106,13 +109,19 @@ class CallRef(Ref[Any]):
     def _settle(self, outcome: Outcome) -> None:
         if self._caller is not None:
             self._caller.nested.discard(self)
+        if type(outcome) is LargeReply and len(outcome.payload) > ON_THE_LOOP:
+            self._client.lending.run(partial(self._take, outcome))
+        else:
+            self._take(outcome)
+
+    def _take(self, outcome: Outcome) -> None:
         if self.done():
             return  # cancelled
         try:
             if isinstance(outcome, QServeError):
                 self.set_exception(outcome)
             elif outcome.kind == ERROR:
-                self.set_exception(self._codec.rebuild_error(decode_error(outcome.payload)))
+                self.set_exception(self._codec.rebuild_error(decode_error(flat(outcome.payload))))
             else:
                 self.set_result(self._codec.unpack(outcome.payload))
         except Exception as exc:
@@ -147,7 +156,7 @@ class _WaitForArguments:
         try:
             values = {ref: ref.result(0) for ref in self._refs}
             args, kwargs = substitute(self._args, self._kwargs, values)
-            self._call.send(self._codec.pack_call(args, kwargs, f"the call to {self._call.label}"))
+            self._call.send(self._codec.pack_arguments(args, kwargs, f"the call to {self._call.label}"))
         except Exception as exc:
             self._call.fail(exc)
         if self._call.cancelled():  # in this very moment

@@ -6,10 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from qserve.broker.large.lending import Lending, Loan
 from qserve.calls.troubled_calls import GAVE_UP, REFUSED, TroubledCalls
 from qserve.errors import QServeError, StreamBroken
 from qserve.wire.channel import Channel
-from qserve.wire.messages import ERROR, VALUE, Outcome, Reply
+from qserve.wire.messages import ERROR, VALUE, Outcome
+from qserve.wire.parts import flat
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +21,7 @@ class PendingCall:
 
     __slots__ = (
         *("channel", "deadline", "deployment", "entry", "frame", "id", "inherited", "is_unanswered"),
-        *("is_strict", "on_outcome", "on_stream", "payload", "row", "safe", "stateless_since", "timeout_s", "timer"),
+        *("is_strict", "loan", "on_outcome", "on_stream", "row", "safe", "stateless_since", "timeout_s", "timer"),
     )
 
     def __init__(
@@ -28,7 +30,7 @@ class PendingCall:
         deployment: str,
         safe: bool,
         frame: bytes,
-        payload: bytes | None,
+        loan: Loan | None,
         timeout_s: float,
         on_outcome: Callable[[Outcome], None],
     ) -> None:
@@ -36,7 +38,8 @@ class PendingCall:
         self.deployment = deployment
         self.safe = safe
         self.frame = frame
-        self.payload = payload  # travels out of line, or None; b"" once it does
+        self.loan = loan
+        """Its large payload, which replicas read here."""
         self.timeout_s = timeout_s
         self.deadline = time.monotonic() + timeout_s
         self.on_outcome = on_outcome
@@ -85,7 +88,7 @@ class PendingCall:
         elif outcome.kind == ERROR:
             self.channel.close(StreamBroken("the call failed while it streamed"))
         else:
-            self.channel.finish(int(outcome.payload or b"0") if outcome.kind == VALUE else 0)
+            self.channel.finish(int(flat(outcome.payload) or b"0") if outcome.kind == VALUE else 0)
         self.channel = None  # they refer to each other, and the collector comes seldom
 
 
@@ -99,8 +102,9 @@ class PendingCalls(dict[str, PendingCall]):
         troubles: Those that were refused or given up since this was told last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lending: Lending) -> None:
         super().__init__()
+        self._lending = lending
         self.tally: Counter[str] = Counter()
         self.troubles = TroubledCalls()
 
@@ -109,7 +113,10 @@ class PendingCalls(dict[str, PendingCall]):
         if self.pop(call.id, None) is None:
             return False
         call.stop_clock()
-        if isinstance(outcome, Reply):
+        if call.loan is not None:
+            self._lending.end(call.loan, is_read=not isinstance(outcome, QServeError))
+            call.loan = None
+        if not isinstance(outcome, QServeError):
             self.tally["ended error" if outcome.kind == ERROR else "ended result"] += 1
         elif call.entry is not None or call.is_unanswered:
             self.tally[f"ended {outcome.code}"] += 1

@@ -144,7 +144,7 @@ class Reconciler:
             if not call.safe:
                 self._give_up(call, Indeterminate(_UNTAKEN if call.is_unanswered else _LOST))
             elif call.frame and call.channel is None and self.budget.take(time.monotonic()):
-                self._send_again(call)
+                self.send_again(call)
             else:
                 self._give_up(call, BrokerUnavailable(_LATER))
 
@@ -153,7 +153,7 @@ class Reconciler:
             count(self._link.sender, self._keys, "indeterminate")
         self._pending.settle(call, error)
 
-    def _send_again(self, call: PendingCall) -> None:
+    def send_again(self, call: PendingCall) -> None:
         """Put a call once more, under another id: the first copy may still be somewhere, and is answered apart."""
         lost = decode_call(self._signer.open(call.frame))
         del self._pending[call.id]

@@ -12,6 +12,7 @@ from qserve.errors import QServeError, StreamBroken
 from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
 from qserve.wire.messages import ERROR, NO_META, STREAM, Outcome, decode_error
+from qserve.wire.parts import flat
 
 T = TypeVar("T")
 OnOutcome = Callable[[Outcome], None]
@@ -105,7 +106,7 @@ class ResultStream(Generic[T]):
         if isinstance(outcome, QServeError):
             self._error = outcome
         elif outcome.kind == ERROR:
-            self._error = self._codec.rebuild_error(decode_error(outcome.payload))
+            self._error = self._codec.rebuild_error(decode_error(flat(outcome.payload)))
         self._on_end(self._error)
 
     async def _next(self) -> Any:
@@ -154,7 +155,7 @@ def open_stream(
     Raises:
         ValueNotSerializable, PayloadTooLarge: An argument cannot be sent; a ref must be resolved first.
     """
-    payload = codec.pack_call(args, kwargs, f"the call to {deployment}")
+    payload = codec.pack_arguments(args, kwargs, f"the call to {deployment}")
     caller = current_call.get()
     limit_s = client.settings.handle_timeout_s if timeout_s is None else timeout_s
     if caller is not None:

@@ -7,7 +7,6 @@ from qserve.broker.connection import Answer
 from qserve.broker.inboxes import send_control
 from qserve.broker.keys import Keys
 from qserve.broker.link import Link
-from qserve.broker.payloads import Payloads
 from qserve.calls.pending import PendingCall
 from qserve.wire.messages import Control, Signer
 
@@ -15,11 +14,10 @@ from qserve.wire.messages import Control, Signer
 class Withdrawals:
     """Withdraws calls of one process. Belongs to the event loop of its client."""
 
-    def __init__(self, keys: Keys, signer: Signer, link: Link, payloads: Payloads) -> None:
+    def __init__(self, keys: Keys, signer: Signer, link: Link) -> None:
         self._keys = keys
         self._signer = signer
         self._link = link
-        self._payloads = payloads
 
     def withdraw(self, call: PendingCall) -> None:
         """Take a call that has ended off its queue, or have it cancelled where it runs."""
@@ -27,14 +25,7 @@ class Withdrawals:
             queue = CallQueue(self._keys, call.deployment)
             queue.cancel(self._link.sender, call.entry, partial(self._withdrawn, call))
 
-    def drop_payload(self, call: PendingCall) -> None:
-        """Delete the payload of a call that no replica will fetch."""
-        if call.payload is not None:
-            self._payloads.drop(self._link.sender, call.id)
-
     def _withdrawn(self, call: PendingCall, answer: Answer) -> None:
-        if answer == 1:
-            self.drop_payload(call)
-        elif isinstance(answer, bytes) and call.entry is not None:
+        if isinstance(answer, bytes) and call.entry is not None:
             control = Control("cancel", call.entry.decode(), call.inherited)
             send_control(self._link.sender, self._keys, self._signer, answer.decode(), control, call.id)

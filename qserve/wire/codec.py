@@ -22,11 +22,13 @@ from qserve.errors import (
     ResultTooLarge,
     ValueNotSerializable,
 )
+from qserve.wire import arrays
 from qserve.wire import extension_types as kinds
 from qserve.wire import user_classes as classes
 from qserve.wire.exceptions import describe_error, revive_error
 from qserve.wire.messages import ErrorInfo
-from qserve.wire.packing import ALWAYS_PLAIN, MAX_DEPTH, SCALARS, CannotTravelError, ToWire, is_plain
+from qserve.wire.packing import ALWAYS_PLAIN, MAX_DEPTH, PLAIN, SCALARS, CannotTravelError, ToWire, is_plain
+from qserve.wire.parts import LARGE, Parts, Payload, Source, flat
 
 EMPTY_CALL = b"\x92\x90\x80"
 """A call without arguments."""
@@ -43,6 +45,8 @@ _BUILDERS: dict[int, Callable[..., object]] = _COLLECTIONS | {
     kinds.MODEL: classes.rebuild_model,
 }
 _encode = Encoder().encode
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+_decode_large_pickle = Decoder(tuple[memoryview, list[int]]).decode
 
 
 class Codec:
@@ -52,17 +56,24 @@ class Codec:
         allow_pickle: Carry what has no form of its own as a pickle; only where frames are signed.
         max_bytes: Largest packed value, either way.
         make_handle: Makes a handle from the data of its `__qserve_wire__()`; without it handles are rejected.
+        large: Bytes from which on a buffer among arguments or in a result stands beside what is packed.
     """
 
     def __init__(
-        self, *, allow_pickle: bool, max_bytes: int, make_handle: Callable[[dict[str, Any]], object] | None = None
+        self,
+        *,
+        allow_pickle: bool,
+        max_bytes: int,
+        make_handle: Callable[[dict[str, Any]], object] | None = None,
+        large: int = LARGE,
     ) -> None:
         self.allow_pickle = allow_pickle
         self.max_bytes = max_bytes
         self._make_handle = make_handle
+        self._large = large
         self._decoders: dict[int, Callable[[memoryview], Any]] = {}
         self._decode = Decoder(ext_hook=self._reader(1)).decode
-        self._decode_call = Decoder(tuple[tuple[Any, ...], dict[str, Any]], ext_hook=self._reader(1)).decode
+        self._decode_call = Decoder(_Arguments, ext_hook=self._reader(1)).decode
 
     def pack(self, value: object, what: str = "value") -> bytes:
         """The packed value.
@@ -74,31 +85,41 @@ class Codec:
             ValueNotSerializable: It, or something in it, cannot be sent; the text says what and where.
             PayloadTooLarge: It is over the limit.
         """
-        data = _encode_plain((value,), value)
+        return flat(self._pack(value, what, None))
+
+    def _pack(self, value: object, what: str, large: int | None) -> Payload:
+        data: Payload | None = _encode_plain((value,), value)
         if data is None:
-            data = self._encode_any(lambda wire: wire.value(value), what)
+            data = self._encode_any(lambda wire: wire.value(value), what, large)
         if len(data) > self.max_bytes:
             raise self._too_large(len(data), what)
         return data
 
-    def pack_result(self, value: object) -> bytes:
-        """What a call has returned, packed.
+    def pack_result(self, value: object, *, whole: bool = False) -> Payload:
+        """What a call has returned, packed; large buffers in it stay where they are, unless it is packed as a whole.
 
         Raises:
             ResultNotSerializable, ResultTooLarge: It cannot be sent.
         """
         try:
-            return self.pack(value, "the result")
+            return self._pack(value, "the result", None if whole else self._large)
         except PayloadTooLarge as exc:
             raise ResultTooLarge(str(exc)) from exc
         except ValueNotSerializable as exc:
             raise ResultNotSerializable(str(exc)) from exc
 
     def pack_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "the call") -> bytes:
-        """The packed arguments; raises like `pack`."""
-        data = self.pack_plain_call(args, kwargs)
+        """The packed arguments, to be stored; raises like `pack`."""
+        return flat(self._pack_call(args, kwargs, what, None))
+
+    def pack_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "the call") -> Payload:
+        """Like `pack_call`, to be sent; large buffers among them stay where they are."""
+        return self._pack_call(args, kwargs, what, self._large)
+
+    def _pack_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], what: str, large: int | None) -> Payload:
+        data: Payload | None = self.pack_plain_call(args, kwargs)
         if data is None:
-            data = self._encode_any(lambda wire: wire.call(args, kwargs), what)
+            data = self._encode_any(lambda wire: wire.call(args, kwargs), what, large)
         if len(data) > self.max_bytes:
             raise self._too_large(len(data), f"the argument list of {what}")
         return data
@@ -113,7 +134,7 @@ class Codec:
         data = _encode_plain((*args, *kwargs.values()), (args, kwargs))
         return data if data is None or len(data) <= self.max_bytes else None
 
-    def unpack(self, data: bytes) -> object:
+    def unpack(self, data: bytes | Source) -> object:
         """The value.
 
         Raises:
@@ -122,23 +143,30 @@ class Codec:
         """
         self._check_size(data)
         try:
-            return self._decode(data)
+            return self._decode(data) if type(data) is bytes else self._decode_large(Any, data)
         except QServeError:
             raise
         except Exception as exc:
             raise _rejected(exc) from exc
 
-    def unpack_call(self, data: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def unpack_call(self, data: bytes | Source) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of a packed call; raises like `unpack`."""
         if data == EMPTY_CALL or not data:
             return (), {}
         self._check_size(data)
         try:
-            return self._decode_call(data)
+            found: _Arguments = self._decode_call(data) if type(data) is bytes else self._decode_large(_Arguments, data)
+            return found
         except QServeError:
             raise
         except Exception as exc:
             raise _rejected(exc) from exc
+
+    def _decode_large(self, kind: Any, data: Any) -> Any:
+        """What a source holds; nothing of it is used unless the source says that it is whole."""
+        value = Decoder(kind, ext_hook=self._reader(1, data)).decode(data.head)
+        data.finish()
+        return value
 
     def pack_error(self, exc: BaseException) -> ErrorInfo:
         """An exception as data; never raises, whatever the exception."""
@@ -148,12 +176,12 @@ class Codec:
         """A `TaskError` that is also an instance of the original class where that is known here; qserve's own as is."""
         return revive_error(info, _error_codec.unpack)
 
-    def _encode_any(self, to_wire: Callable[[ToWire], object], what: str) -> bytes:
+    def _encode_any(self, to_wire: Callable[[ToWire], object], what: str, large: int | None) -> Payload:
         try:
             try:
-                return _encode(to_wire(ToWire(SCALARS, self.allow_pickle, self.max_bytes)))
+                return self._encode_with(ToWire(PLAIN, self.allow_pickle, self.max_bytes, large), to_wire)
             except (OverflowError, UnicodeEncodeError):
-                return _encode(to_wire(ToWire(ALWAYS_PLAIN, self.allow_pickle, self.max_bytes)))
+                return self._encode_with(ToWire(ALWAYS_PLAIN, self.allow_pickle, self.max_bytes, large), to_wire)
         except CannotTravelError as exc:
             raise ValueNotSerializable(exc.text(what)) from exc.__cause__
         except PayloadTooLarge:
@@ -161,48 +189,63 @@ class Codec:
         except Exception as exc:
             raise ValueNotSerializable(f"{what} cannot be packed ({type(exc).__name__}: {exc})") from exc
 
+    @staticmethod
+    def _encode_with(wire: ToWire, to_wire: Callable[[ToWire], object]) -> Payload:
+        head = _encode(to_wire(wire))
+        return Parts(head, *wire.beside) if wire.beside else head
+
     def _too_large(self, size: int, what: str) -> PayloadTooLarge:
         return PayloadTooLarge(
             f"{what} takes {size:,} bytes when packed, and the limit is {self.max_bytes:,}: "
             "send less at a time, or raise QSERVE_MAX_VALUE_BYTES"
         )
 
-    def _check_size(self, data: bytes) -> None:
+    def _check_size(self, data: bytes | Source) -> None:
         if len(data) > self.max_bytes:
             raise FrameRejected(f"a value of {len(data):,} bytes, the limit is {self.max_bytes:,}")
 
-    def _reader(self, level: int) -> Callable[[int, memoryview], object]:
+    def _reader(self, level: int, source: Source | None = None) -> Callable[[int, memoryview], object]:
         def read(code: int, data: memoryview) -> object:
             leaf = kinds.READERS.get(code)
-            return self._rebuild(code, data, level) if leaf is None else leaf(data)
+            if leaf is not None:
+                return leaf(data)
+            reader = arrays.READERS.get(code)
+            return self._rebuild(code, data, level, source) if reader is None else reader(data, source)
 
         return read
 
-    def _inner(self, data: memoryview, level: int) -> Any:
+    def _inner(self, data: memoryview, level: int, source: Source | None) -> Any:
         """What stands inside an extension; each level has a decoder of its own, and there is an end to them."""
+        if level > MAX_DEPTH:
+            raise FrameRejected("a value nested too deeply")
+        if source is not None:
+            return Decoder(ext_hook=self._reader(level + 1, source)).decode(data)
         decode = self._decoders.get(level)
         if decode is None:
-            if level > MAX_DEPTH:
-                raise FrameRejected("a value nested too deeply")
             decode = self._decoders[level] = Decoder(ext_hook=self._reader(level + 1)).decode
         return decode(data)
 
-    def _rebuild(self, code: int, data: memoryview, level: int) -> object:
+    def _rebuild(self, code: int, data: memoryview, level: int, source: Source | None) -> object:
         if code == kinds.PICKLED:
-            return self._unpickle(data)
+            return self._unpickle(data, ())
+        if code == kinds.LARGE_PICKLED and source is not None:
+            pickled, numbers = _decode_large_pickle(data)
+            return self._unpickle(pickled, map(source.take, numbers))
         build: Callable[..., object] | None = self._make_handle if code == kinds.HANDLE else _BUILDERS.get(code)
         if build is None:
             raise FrameRejected(f"an extension of kind {code}, which means nothing here")
-        parts = self._inner(data, level)
+        parts = self._inner(data, level, source)
         if not isinstance(parts, list):
             raise FrameRejected(f"an extension of kind {code} without its parts")
         return build(parts) if code in _COLLECTIONS else build(*parts)
 
-    def _unpickle(self, data: memoryview) -> object:
+    def _unpickle(self, data: memoryview, buffers: Iterable[memoryview]) -> object:
         if not self.allow_pickle:
             raise FrameRejected("a pickled value in a frame that is not signed")
         try:
-            return pickle.loads(data)  # noqa: S301  only from frames signed with our key
+            return pickle.loads(data, buffers=buffers)  # noqa: S301  only from frames signed with our key
+        except QServeError:
+            raise
         except Exception as exc:
             raise ValueNotSerializable(
                 f"a value that came pickled cannot be rebuilt here ({type(exc).__name__}: {exc})"

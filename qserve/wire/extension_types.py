@@ -5,7 +5,6 @@ extension becomes the value again; whatever a reader raises, the codec takes for
 """
 
 import struct
-import sys
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
@@ -16,19 +15,20 @@ from zoneinfo import ZoneInfo
 import msgspec
 from msgspec.msgpack import Ext
 
-from qserve.errors import FrameRejected, ValueNotSerializable
+from qserve.errors import ValueNotSerializable
 from qserve.wire.messages import HttpRequest, decode_http_request
 from qserve.wire.messages import encode as encode_message
 
 if TYPE_CHECKING:
-    import numpy
     from starlette.requests import Request
 
 TUPLE, SET, FROZENSET, PAIRS, ENUM, DATACLASS, MODEL, HANDLE = range(1, 9)
 """Kinds with values inside; the codec takes them apart."""
 PICKLED = 9
 TEXT, BIG_INT, COMPLEX, BYTEARRAY, DATETIME, DATE, TIME, TIMEDELTA, UUID_, DECIMAL = range(16, 26)
-ARRAY, NUMPY_SCALAR, REQUEST = 32, 33, 34
+REQUEST = 34
+"""The others of these are in `qserve.wire.arrays`: 32, 33 and 35 to 38."""
+LARGE_PICKLED = 39
 
 _encode = msgspec.msgpack.Encoder().encode
 _COMPLEX = struct.Struct("<dd")
@@ -38,7 +38,6 @@ Moment = tuple[str, int, str, int | None]
 """ISO text without zone, fold, zone name or "", offset from UTC in microseconds."""
 _decode_moment = msgspec.msgpack.Decoder(Moment).decode
 _decode_timedelta = msgspec.msgpack.Decoder(tuple[int, int, int]).decode
-_decode_array = msgspec.msgpack.Decoder(tuple[str | list[Any], tuple[int, ...], bool, memoryview]).decode
 
 
 def int_to_wire(value: int) -> object:
@@ -93,7 +92,6 @@ LEAVES: dict[type, Callable[[Any], object]] = {
     int: int_to_wire,
     str: str_to_wire,
     complex: lambda value: Ext(COMPLEX, _COMPLEX.pack(value.real, value.imag)),
-    bytearray: lambda value: Ext(BYTEARRAY, bytes(value)),
     datetime: lambda value: Ext(DATETIME, _moment(value)),
     date: lambda value: Ext(DATE, value.isoformat().encode()),
     time: lambda value: Ext(TIME, _moment(value)),
@@ -101,63 +99,6 @@ LEAVES: dict[type, Callable[[Any], object]] = {
     UUID: lambda value: Ext(UUID_, value.bytes),
     Decimal: lambda value: Ext(DECIMAL, str(value).encode()),
 }
-
-
-# --- numpy, which is never imported before the first array is there -------------------------------------------------
-
-
-def array_to_wire(value: "numpy.ndarray[Any, Any] | numpy.generic") -> object:
-    """An extension with dtype, shape, order and raw bytes; None where the dtype cannot be written down."""
-    described = _describe(value.dtype)
-    if described is None:
-        return None
-    kind = NUMPY_SCALAR if isinstance(value, sys.modules["numpy"].generic) else ARRAY
-    fortran = value.flags.fnc
-    return Ext(kind, _encode((described, value.shape, fortran, value.tobytes("F" if fortran else "C"))))
-
-
-def _describe(dtype: "numpy.dtype[Any]") -> object:
-    if dtype.hasobject:
-        return None
-    numpy = sys.modules["numpy"]
-    if dtype.names is not None:
-        return numpy.lib.format.dtype_to_descr(dtype)
-    try:
-        return dtype.str if numpy.dtype(dtype.str) == dtype else None
-    except TypeError:
-        return None  # a dtype of another library, or numpy's variable-width strings
-
-
-def _read_array(data: memoryview) -> "numpy.ndarray[Any, Any]":
-    try:
-        import numpy  # noqa: PLC0415  optional and heavy
-        from numpy.lib.format import descr_to_dtype  # noqa: PLC0415
-    except ImportError as exc:
-        raise ValueNotSerializable(
-            "a numpy array was received, but numpy is not installed here: install it, or send a list"
-        ) from exc
-    described, shape, fortran, raw = _decode_array(data)
-    dtype = descr_to_dtype(_with_tuples(described))
-    view: numpy.ndarray[Any, Any] = numpy.ndarray(shape, _without_objects(dtype), raw, order="F" if fortran else "C")
-    if view.nbytes != len(raw) or any(length < 0 for length in shape):  # numpy takes -1 for "as many as there are"
-        raise FrameRejected("an array whose bytes do not fill its shape")
-    return view.copy("K")
-
-
-def _without_objects(dtype: "numpy.dtype[Any]") -> "numpy.dtype[Any]":
-    if dtype.hasobject:  # its bytes would be taken for addresses
-        raise FrameRejected("an array of Python objects")
-    return dtype
-
-
-def _with_tuples(described: Any) -> Any:
-    """The description of a dtype as numpy wrote it: msgpack turned its tuples into lists."""
-    if isinstance(described, str):
-        return described
-    return [
-        (tuple(name) if isinstance(name, list) else name, _with_tuples(of), *map(tuple, shape))
-        for name, of, *shape in described
-    ]
 
 
 # --- Starlette requests -----------------------------------------------------------------------------------------------
@@ -227,7 +168,5 @@ READERS: dict[int, Callable[[memoryview], object]] = {
     TIMEDELTA: _read_timedelta,
     UUID_: lambda data: UUID(bytes=bytes(data)),
     DECIMAL: lambda data: Decimal(bytes(data).decode()),
-    ARRAY: _read_array,
-    NUMPY_SCALAR: lambda data: _read_array(data)[()],
     REQUEST: lambda data: make_request(decode_http_request(data)),
 }

@@ -9,11 +9,12 @@ import hashlib
 import hmac
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
 from qserve.errors import FrameRejected, QServeError
+from qserve.wire.parts import Parts, Payload, Source
 
 PYTHON, HTTP, STREAM, WEBSOCKET = 0, 1, 2, 3
 """What a call is: packed (args, kwargs) for a value; an HttpRequest; packed (args, kwargs) for a stream of values; an
@@ -99,7 +100,37 @@ class Blob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     data: bytes
 
 
-Outcome = Reply | QServeError
+class Lent(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where a large payload of an ordinary call is: in the memory of the process that sends it.
+
+    Attributes:
+        owner: Process id of the sender, whose inbox can be asked to send it.
+        host: The machine, and the process ids that hold there.
+        pid, fd, inode: The memory file, as the sender has it open.
+        cookie: With what it begins.
+        generation: Which of the contents that it has had.
+        sizes: Bytes of the parts: the packed value, and the buffers it refers to.
+    """
+
+    owner: str
+    host: str
+    pid: int
+    fd: int
+    inode: int
+    cookie: bytes
+    generation: int
+    sizes: tuple[int, ...]
+
+
+class LargeReply(NamedTuple):
+    """A reply whose large payload has arrived; else like `Reply`."""
+
+    id: str
+    kind: int
+    payload: Source
+
+
+Outcome = Reply | LargeReply | QServeError
 """What becomes of a call: the reply of a replica, or the reason why there is none."""
 
 
@@ -121,16 +152,16 @@ class WebSocketEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Control(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A message to a replica that is no call.
+    """A message to a process that is no reply.
 
     Attributes:
         verb: `cancel` a call; `sweep` after a neighbour's death; `leave`, and let another replica take the place; note
-            where the threads stand (`stacks`).
-        entry: The call to cancel.
+            where the threads stand (`stacks`); or `send` what was lent.
+        entry: The call to cancel; or which content of which segment to send, and under which name.
         inherited: Cancel it even if it is not safe: it is part of a call that is.
     """
 
-    verb: Literal["cancel", "sweep", "leave", "stacks"]
+    verb: Literal["cancel", "sweep", "leave", "stacks", "send"]
     entry: str = ""
     inherited: bool = False
 
@@ -190,8 +221,10 @@ class HttpResponse(msgspec.Struct, frozen=True, array_like=True, gc=False):
     body: bytes
 
 
+HttpMessage = TypeVar("HttpMessage", HttpRequest, HttpResponse)
+
 _MAC_AT = 5
-_BODY_AT = 37
+_BODY_AT = TAG_BYTES = 37
 _BLOCK = 64
 
 
@@ -211,9 +244,10 @@ class _Mac:
         self._inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in block))
         self._outer = hashlib.sha256(bytes(byte ^ 0x5C for byte in block))
 
-    def __call__(self, body: bytes) -> bytes:
+    def __call__(self, *body: bytes | memoryview) -> bytes:
         inner = self._inner.copy()
-        inner.update(body)
+        for part in body:
+            inner.update(part)
         outer = self._outer.copy()
         outer.update(inner.digest())
         return outer.digest()
@@ -241,6 +275,17 @@ class Signer:
         if self._mac is None:
             return b"\x00" + body
         return b"%b%b%b" % (self._head, self._mac(body), body)
+
+    def tag(self, *body: bytes | memoryview) -> bytes:
+        """What proves that a body comes from one of us and stands beside it; `TAG_BYTES` long, zeros without keys."""
+        return bytes(TAG_BYTES) if self._mac is None else self._head + self._mac(*body)
+
+    def holds(self, tag: bytes, *body: bytes | memoryview) -> bool:
+        """Whether `tag` is what an accepted key makes of the body."""
+        if self._mac is None:
+            return tag == bytes(TAG_BYTES)
+        mac = self._by_id.get(tag[1:_MAC_AT]) if tag[:1] == b"\x01" else None
+        return mac is not None and hmac.compare_digest(mac(*body), tag[_MAC_AT:])
 
     def is_own(self, frame: bytes) -> bool:
         """Whether a frame that `open` accepts is signed with the key that `seal` uses, not with another one."""
@@ -307,10 +352,30 @@ def encode_bare(message: msgspec.Struct) -> bytes:
     return encode(message)
 
 
+def pack_http(message: HttpRequest | HttpResponse, largest_frame: int) -> Payload:
+    """The encoded message; a body of more than `largest_frame` bytes stands beside it."""
+    if len(message.body) <= largest_frame:
+        return encode(message)
+    return Parts(encode(msgspec.structs.replace(message, body=b"")), message.body)
+
+
+def unpack_http(decode: Callable[[bytes], HttpMessage], payload: bytes | Source) -> HttpMessage:
+    """The message that `pack_http` has packed; raises like `decode`."""
+    if isinstance(payload, bytes):
+        return decode(payload)
+    head = payload.head
+    message = decode(head)
+    if len(payload) > len(head):
+        message = msgspec.structs.replace(message, body=payload.take_bytes(1))
+    payload.finish()
+    return message
+
+
 decode_call = decoder_of(CallWithMeta)
 decode_reply = decoder_of(Reply)
 decode_control = decoder_of(Control)
 decode_blob = decoder_of(Blob)
+decode_lent = decoder_of(Lent)
 decode_websocket_event = decoder_of(WebSocketEvent)
 decode_error = decoder_of(ErrorInfo)
 decode_http_request = decoder_of(HttpRequest)

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import pickle
 import sys
 from collections.abc import Iterable
 from enum import Enum
@@ -10,13 +11,17 @@ from typing import Any
 from msgspec.msgpack import Encoder, Ext
 
 from qserve.errors import PayloadTooLarge, ValueNotSerializable
+from qserve.wire import arrays
 from qserve.wire import extension_types as kinds
 from qserve.wire import user_classes as classes
+from qserve.wire.parts import LARGE, Part
 
 MAX_DEPTH = 100
 """Containers and user classes may be nested this deep; what a message nests deeper is rejected."""
 SCALARS = frozenset({type(None), bool, int, float, str, bytes})
-ALWAYS_PLAIN = SCALARS - {int, str}
+PLAIN = SCALARS - {bytes}
+"""What needs no look at its size: large bytes stand beside what is packed."""
+ALWAYS_PLAIN = PLAIN - {int, str}
 """What msgpack can write whatever its value; ints may be too large and strings hold lone surrogates."""
 
 _encode = Encoder().encode
@@ -29,15 +34,17 @@ def is_plain(items: Iterable[Any], room: int = MAX_DEPTH) -> bool:
     """
     for item in items:
         kind = type(item)
-        if kind in SCALARS:
+        if kind in PLAIN:
             continue
         if kind is list:
             inside = item
         elif kind is dict and SCALARS.issuperset(map(type, item)):
             inside = item.values()
+        elif kind is bytes and len(item) < LARGE:
+            continue
         else:
             return False
-        if not SCALARS.issuperset(map(type, inside)) and not (room and is_plain(inside, room - 1)):
+        if not PLAIN.issuperset(map(type, inside)) and not (room and is_plain(inside, room - 1)):
             return False
     return True
 
@@ -63,13 +70,30 @@ class ToWire:
     Args:
         plain: Types that need no look at their values.
         allow_pickle: Pickle what has no form of its own.
-        max_bytes: Largest array that is worth starting with.
+        max_bytes: Largest buffer that is worth starting with.
+        least: Bytes from which on a buffer stands beside what is packed; None: none does.
+
+    Attributes:
+        beside: These buffers.
     """
 
-    def __init__(self, plain: frozenset[type], allow_pickle: bool, max_bytes: int) -> None:
+    def __init__(self, plain: frozenset[type], allow_pickle: bool, max_bytes: int, least: int | None) -> None:
         self._plain = plain
         self._allow_pickle = allow_pickle
         self._max_bytes = max_bytes
+        self._least = least
+        self.beside: list[Part] = []
+
+    def _put_beside(self, part: Part, size: int) -> int | None:
+        if size > self._max_bytes:
+            raise PayloadTooLarge(
+                f"a buffer in it has {size:,} bytes, and the limit is {self._max_bytes:,}: "
+                "send less at a time, or raise QSERVE_MAX_VALUE_BYTES"
+            )
+        if self._least is None or size < self._least:
+            return None
+        self.beside.append(part)
+        return len(self.beside)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         """The pair of lists that is a call; errors name the argument."""
@@ -111,6 +135,8 @@ class ToWire:
             raise CannotTravelError(f"{_name(kind)} cannot be packed ({type(exc).__name__}: {exc})") from exc
 
     def _rare(self, value: Any, kind: type, room: int) -> object:
+        if kind is bytes:
+            return arrays.bytes_to_wire(value, self._put_beside)
         if hasattr(kind, "__qserve_wire__"):
             return self._handle(value, room)
         if kind is set or kind is frozenset:
@@ -119,10 +145,7 @@ class ToWire:
             return self._instance(value, kind, room)
         if _is_a(value, "starlette.requests", "Request"):
             return self._request(value)
-        numpy = sys.modules.get("numpy")
-        if numpy is not None and (kind is numpy.ndarray or isinstance(value, numpy.generic)):
-            return self._array(value)
-        return self._pickled(value)
+        return self._buffer(value, kind)
 
     def _ext(self, code: int, parts: list[Any]) -> Ext:
         return Ext(code, _encode(parts))
@@ -177,14 +200,20 @@ class ToWire:
         except ValueNotSerializable as exc:
             raise CannotTravelError(str(exc)) from exc
 
-    def _array(self, array: Any) -> object:
-        if array.nbytes > self._max_bytes:
-            raise PayloadTooLarge(
-                f"a numpy array has {array.nbytes:,} bytes, and the limit is {self._max_bytes:,}: "
-                "send less at a time, or raise QSERVE_MAX_VALUE_BYTES"
-            )
-        wire = kinds.array_to_wire(array)
-        return self._pickled(array, f"a numpy array of dtype {array.dtype}") if wire is None else wire
+    def _buffer(self, value: Any, kind: type) -> object:
+        wire: object = None
+        name = ""
+        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+        if kind is bytearray:
+            wire = arrays.bytearray_to_wire(value, self._put_beside)
+        elif kind is memoryview:
+            wire = arrays.memoryview_to_wire(value, self._put_beside)
+        elif numpy is not None and (kind is numpy.ndarray or isinstance(value, numpy.generic)):
+            wire = arrays.array_to_wire(value, self._put_beside)
+            name = f"a numpy array of dtype {value.dtype}"
+        elif torch is not None and kind is getattr(torch, "Tensor", None):
+            wire = arrays.tensor_to_wire(value, self._put_beside)
+        return self._pickled(value, name) if wire is None else wire
 
     def _pickled(self, value: object, name: str = "") -> object:
         if unawaited := what_to_await(value):
@@ -197,8 +226,24 @@ class ToWire:
             )
         import cloudpickle  # noqa: PLC0415  most processes never pickle
 
+        numbers: list[int] = []
+
+        def put_beside(buffer: pickle.PickleBuffer) -> bool:
+            # Whatever is false keeps a buffer out of the pickle.
+            try:
+                raw = buffer.raw()
+            except BufferError:  # not contiguous
+                return True
+            number = self._put_beside(raw, raw.nbytes)
+            if number is not None:
+                numbers.append(number)
+            return number is None
+
         try:
-            return Ext(kinds.PICKLED, cloudpickle.dumps(value, protocol=5))
+            pickled = cloudpickle.dumps(value, protocol=5, buffer_callback=put_beside)
+            return Ext(kinds.LARGE_PICKLED, _encode((pickled, numbers))) if numbers else Ext(kinds.PICKLED, pickled)
+        except PayloadTooLarge:
+            raise
         except Exception as exc:
             raise CannotTravelError(
                 f"{name} cannot be sent, not even pickled ({type(exc).__name__}: {exc}): "

@@ -95,11 +95,12 @@ def test_of_a_dead_letter_that_is_sent_again(queue: State, payloads: Payloads) -
     assert argument(queue, payloads, again) == WORD
 
 
-async def test_of_a_call_and_its_result(small: Settings, state: State) -> None:
+async def test_of_a_call_and_its_result_it_is_not_in_redis_at_all(small: Settings, state: State) -> None:
     spec = deploy(small)
     async with calling(small) as caller:
         pending, outcome = caller.call(WORD)
-        await until(lambda: state.redis.exists(state.keys.payload(pending.id)))
+        await until(lambda: pending.entry is not None)
+        assert list(state.redis.scan_iter(state.keys.payload("*"))) == []
         async with serving(small, spec):
             assert caller.value(await within(outcome)) == WORD
     assert list(state.redis.scan_iter(state.keys.payload("*"))) == []

@@ -31,7 +31,7 @@ from qserve.errors import (
     PayloadTooLarge,
     ValueNotSerializable,
 )
-from qserve.wire import extension_types
+from qserve.wire import arrays, extension_types
 from qserve.wire.codec import EMPTY_CALL, Codec, collect_refs, substitute
 from qserve.wire.messages import encode
 from qserve.wire.packing import MAX_DEPTH
@@ -558,13 +558,13 @@ def ext_bomb(code: int, depth: int) -> bytes:
         encode(Ext(extension_types.DATETIME, b"\x90")),
         encode(Ext(extension_types.DATETIME, encode(("2024-01-01", 0, "../../etc/passwd", 2**62)))),
         encode(Ext(extension_types.DECIMAL, b"x")),
-        encode(Ext(extension_types.ARRAY, encode(("|O", (1,), False, b"12345678")))),
-        encode(Ext(extension_types.ARRAY, encode(([["a", "|O"]], (1,), False, b"12345678")))),
-        encode(Ext(extension_types.ARRAY, encode(("<f8", (2,), False, b"12345678")))),
-        encode(Ext(extension_types.ARRAY, encode(("<f8", (1,), False, b"123456789")))),
-        encode(Ext(extension_types.ARRAY, encode(("<f8", (-1,), False, b"12345678")))),
-        encode(Ext(extension_types.ARRAY, encode(("<f8", (2**40, 2**40), False, b"")))),
-        encode(Ext(extension_types.ARRAY, encode(("rubbish", (1,), False, b"")))),
+        encode(Ext(arrays.ARRAY, encode(("|O", (1,), False, b"12345678")))),
+        encode(Ext(arrays.ARRAY, encode(([["a", "|O"]], (1,), False, b"12345678")))),
+        encode(Ext(arrays.ARRAY, encode(("<f8", (2,), False, b"12345678")))),
+        encode(Ext(arrays.ARRAY, encode(("<f8", (1,), False, b"123456789")))),
+        encode(Ext(arrays.ARRAY, encode(("<f8", (-1,), False, b"12345678")))),
+        encode(Ext(arrays.ARRAY, encode(("<f8", (2**40, 2**40), False, b"")))),
+        encode(Ext(arrays.ARRAY, encode(("rubbish", (1,), False, b"")))),
         encode(Ext(extension_types.REQUEST, b"\x90")),
         encode(Ext(extension_types.HANDLE, encode([1, 2]))),
     ],

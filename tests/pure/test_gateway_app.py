@@ -78,7 +78,7 @@ class FakeCalls(Client):
         *,
         kind: int,
         method: str,
-        payload: bytes,
+        payload: Any,
         timeout_s: float,
         safe: bool,
         on_outcome: Callable[[Outcome], None],

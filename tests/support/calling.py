@@ -9,13 +9,16 @@ import msgspec
 from starlette.requests import Request
 
 from qserve.broker.instance.state import State
+from qserve.broker.large.lending import Lending
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
 from qserve.calls.pending import PendingCall
 from qserve.context import set_replica_context
+from qserve.errors import QServeError
 from qserve.settings import Settings
 from qserve.wire.codec import Codec
-from qserve.wire.messages import ERROR, PYTHON, Outcome, Reply, Signer, decode_error
+from qserve.wire.messages import ERROR, PYTHON, Outcome, Signer, decode_error
+from qserve.wire.parts import flat
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.calls.consumer import Consumer
 from qserve_workers.user.user_code import UserCode
@@ -99,10 +102,10 @@ class Caller:
 
     def value(self, outcome: Outcome) -> object:
         """The value of an outcome; raises its error."""
-        if not isinstance(outcome, Reply):
+        if isinstance(outcome, QServeError):
             raise outcome
         if outcome.kind == ERROR:
-            raise self.codec.rebuild_error(decode_error(outcome.payload))
+            raise self.codec.rebuild_error(decode_error(flat(outcome.payload)))
         value: object = self.codec.unpack(outcome.payload)
         return value
 
@@ -146,8 +149,10 @@ async def calling(settings: Settings) -> AsyncIterator[Caller]:
 async def serving(settings: Settings, spec: DeploymentSpec) -> AsyncIterator[tuple[Consumer, Code]]:
     """A consumer of the deployment's queue and its code."""
     signer = Signer(settings.secrets)
-    codec = Codec(allow_pickle=signer.signs, max_bytes=settings.max_value_bytes)
-    consumer = Consumer(settings, signer, codec, spec, secrets.token_hex(16))
+    codec = Codec(allow_pickle=signer.signs, max_bytes=settings.max_value_bytes, large=settings.out_of_line_bytes + 1)
+    replica = secrets.token_hex(16)
+    lending = Lending(replica, settings.redis_url, settings.keys, signer)
+    consumer = Consumer(settings, signer, codec, spec, replica, lending)
     code = Code()
     user_code = UserCode(msgspec.structs.replace(spec, is_class=False), code, f"{spec.name}#1", codec)
     await user_code.construct()
@@ -159,5 +164,6 @@ async def serving(settings: Settings, spec: DeploymentSpec) -> AsyncIterator[tup
         code.gate.set()
         await consumer.pause()
         await consumer.stop()
+        lending.stop()
         await user_code.close()
         set_replica_context(None)

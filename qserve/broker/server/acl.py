@@ -19,11 +19,11 @@ _OBSERVE = (
 )
 _CALL = (
     "xadd xdel xack xtrim xinfo|groups pexpire persist pttl set del getdel hset hdel hincrby zadd zrem zrange "
-    "zrangebyscore zremrangebyrank lindex lpush lset ltrim hvals xinfo|stream publish"
+    "zrangebyscore zremrangebyrank lindex lpush lset ltrim hvals xinfo|stream publish rpush blpop"
 )
 _RESULTS = "celery:celery-task-meta-*"
 _HISTORY = "index:* buckets:* totals:* troubles:*"
-_CALL_KEYS = f"q:* inbox:* alive:* p:* parts:* call:* idem:* due:* low:* counters {_HISTORY} {_RESULTS}"
+_CALL_KEYS = f"q:* inbox:* alive:* p:* x:* parts:* call:* idem:* due:* low:* counters {_HISTORY} {_RESULTS}"
 _STATE_KEYS = "meta:* deployments log http instance schedules fired"
 _REPORTS = "hb:* replicas:* workers:* nodes gateways"
 _ANY_CALL = f"call:* {_RESULTS}"

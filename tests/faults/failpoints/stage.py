@@ -19,6 +19,7 @@ from celery import Celery
 from qserve.broker.instance.heartbeats import DIED, post_tombstone
 from qserve.broker.instance.state import State
 from qserve.broker.keys import GROUP
+from qserve.broker.large.lending import Lending
 from qserve.calls.streams import ResultStream
 from qserve.deployments.loading import load_target
 from qserve.durable.watching import CallWatcher
@@ -180,7 +181,8 @@ class Stage:
         spec = work_spec(str(self.folder))
         code = UserCode(spec, load_target(spec.target), "survivor", _codec)
         await code.construct()
-        consumer = Consumer(self.settings, self.signer, _codec, spec, replica)
+        lending = Lending(replica, self.settings.redis_url, self.keys, self.signer)
+        consumer = Consumer(self.settings, self.signer, _codec, spec, replica, lending)
         await consumer.connect()
         takeover = Takeover(self.settings, consumer, replica)
         takeover.start()
@@ -191,6 +193,7 @@ class Stage:
             await takeover.stop()
             await consumer.pause()
             await consumer.stop()
+            lending.stop()
             await code.close()
 
     # Calls

@@ -3,7 +3,6 @@
 import asyncio
 import random
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ from qserve.durable.watching import CallWatcher
 from qserve.errors import FrameRejected, QServeError
 from qserve.settings import Settings
 from qserve.wire.call_record import DurableOptions
-from qserve.wire.messages import CHUNK, CONTROL, PYTHON, VALUE, Blob, Outcome, Reply, Signer, encode
+from qserve.wire.messages import CHUNK, CONTROL, PYTHON, VALUE, Outcome, Reply, Signer, encode
 from qserve.wire.spec import DeploymentSpec, Target
 from tests.faults.security import bad_frames as table
 from tests.support.calling import Caller, calling, deploy, serving, within
@@ -113,28 +112,6 @@ class TestReplica:
             for frame in frames:
                 redis_client.xadd(keys.inbox(caller.client.id), {"d": frame})
             assert await caller.ask("still here") == "still here"
-
-    async def test_a_payload_of_somebody_else_fails_its_call_only(
-        self, settings: Settings, redis_client: "redis.Redis", keys: Keys, signer: Signer, canary: Path
-    ) -> None:
-        spec = deploy(settings)
-        async with calling(settings) as caller:
-            frames = table.bad_frames(settings, "Echo", canary)
-            frames["the payload of another call"] = signer.seal(encode(Blob("another", table.EMPTY_CALL)))
-            del frames["nothing"]  # is no value in Redis
-            pending = []
-            for frame in frames.values():
-                call, outcome = caller.call("x" * settings.out_of_line_bytes)
-                await until(partial(is_put, call))
-                redis_client.set(keys.payload(call.id), frame)
-                pending.append(outcome)
-            async with serving(settings, spec) as (_, code):
-                for outcome in pending:
-                    with pytest.raises(FrameRejected):
-                        caller.value(await within(outcome))
-                assert await caller.ask("still here") == "still here"
-                assert code.started == ["still here"]
-        assert rejected(redis_client, keys) == len(frames)
 
 
 class TestInbox:

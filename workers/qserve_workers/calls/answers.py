@@ -7,19 +7,19 @@ from typing import NamedTuple
 
 from qserve.broker.connection import Answer
 from qserve.broker.counters import count
+from qserve.broker.large.lending import Lending, Loan
 from qserve.broker.link import Link
-from qserve.broker.payloads import Payloads, result_id
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry, ReplicaQueue
-from qserve.errors import BrokerUnavailable
+from qserve.errors import BrokerUnavailable, PayloadTooLarge, ResultTooLarge
 from qserve.failpoints import reach
 from qserve.settings import Settings
 from qserve.wire.channel import DOUBT_S
 from qserve.wire.messages import ERROR, Call, Reply, Signer, encode
+from qserve.wire.parts import Payload
 
 logger = logging.getLogger(__name__)
 
-_RESULT_TTL_MS = 60_000
 _RETRY_AFTER_S = 1.0
 _ASK_AGAIN_S = (0.2, 2.0)
 """How soon to see whether a caller that seemed dead has spoken, first and later; a server that has lost everything
@@ -40,28 +40,25 @@ class Answers:
     behind it never runs again for want of an answer.
     """
 
-    def __init__(self, settings: Settings, signer: Signer, queue: ReplicaQueue, link: Link) -> None:
+    def __init__(self, settings: Settings, signer: Signer, queue: ReplicaQueue, link: Link, lending: Lending) -> None:
         self._keys = settings.keys
         self._signer = signer
-        self._payloads = Payloads(settings.keys, signer, settings.out_of_line_bytes)
+        self.lending = lending
+        self.largest_frame = settings.out_of_line_bytes
         self._queue = queue
         self._link = link
         self._collected: dict[str, list[tuple[bytes, bytes]]] = {}
         self._sent: dict[int, _Batch] = {}
-        self._results: dict[bytes, tuple[str, bytes]] = {}
-        """By entry: the id and the sealed payload of a result that travels out of line."""
         self._batches = 0
         self._insists = False
 
-    def add(self, entry: bytes, call: Call, kind: int, payload: bytes) -> None:
+    def add(self, entry: bytes, call: Call, kind: int, payload: Payload | Loan) -> None:
         """Answer a call at the end of this tick."""
-        sealed = self._payloads.seal_result(call.id, payload) if len(payload) > self._payloads.limit else None
-        if sealed is not None:
-            self._results[entry] = (result_id(call.id), sealed)
-            payload = b""
-        if call.out_of_line:
-            self._payloads.drop(self._link.sender, call.id)
-        frame = self._signer.seal(encode(Reply(call.id, call.reply_to, kind, payload, sealed is not None)))
+        is_large = len(payload) > self.largest_frame
+        if is_large:
+            loan = payload if isinstance(payload, Loan) else self.lending.lend_result(payload)
+            payload = loan.frame
+        frame = self._signer.seal(encode(Reply(call.id, call.reply_to, kind, payload, is_large)))  # type: ignore[arg-type]
         replies = self._collected.get(call.reply_to)
         if replies is not None:
             replies.append((entry, frame))
@@ -69,6 +66,25 @@ class Answers:
         if not self._collected:
             asyncio.get_running_loop().call_soon(self.flush)
         self._collected[call.reply_to] = [(entry, frame)]
+
+    async def prepared(self, payload: Payload) -> Payload | Loan:
+        """A result that is ready to be sent: a large one is copied to where its caller can read it.
+
+        Raises:
+            ResultTooLarge: There is not so much memory.
+        """
+        if len(payload) <= self.largest_frame:
+            return payload
+        return await self.lending.aside(partial(self.prepared_now, payload), len(payload))
+
+    def prepared_now(self, payload: Payload) -> Payload | Loan:
+        """Like `prepared`, in this thread."""
+        if len(payload) <= self.largest_frame:
+            return payload
+        try:
+            return self.lending.lend_result(payload)
+        except PayloadTooLarge as exc:
+            raise ResultTooLarge(str(exc)) from exc
 
     def flush(self) -> None:
         """Send what was collected; kept while Redis is away."""
@@ -144,10 +160,6 @@ class Answers:
         if not sender.is_open:
             return
         self._sent[number] = batch
-        if self._results:
-            for entry, _ in batch.replies:
-                if entry in self._results:
-                    self._payloads.put(sender, *self._results[entry], _RESULT_TTL_MS)
         on_answer = partial(self._confirmed, number, is_first)
         self._queue.reply(sender, batch.caller, batch.replies, on_answer, insist=insist or self._insists)
 
@@ -165,9 +177,6 @@ class Answers:
         batch = self._sent.pop(number, None)
         if batch is None:
             return
-        if self._results:
-            for entry, _ in batch.replies:
-                self._results.pop(entry, None)
         late = len(batch.replies) - answer
         if late and is_first:  # of those sent again, the first ones may have arrived
             logger.warning("%d late results of %s were dropped: others had answered", late, self._queue.deployment)

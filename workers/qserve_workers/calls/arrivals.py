@@ -1,19 +1,26 @@
 """What a replica makes of what stands in its queue: a call of its deployment that nobody has run, or none of ours."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TypeVar
 
 from qserve.broker.claims import send_claims
 from qserve.broker.connection import Answer
+from qserve.broker.large.lending import Lending
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads
 from qserve.broker.replica_queue import Entry
 from qserve.errors import BrokerUnavailable, FrameRejected, GetTimeoutError
 from qserve.failpoints import reach
 from qserve.settings import Settings
+from qserve.values.borrowing import ValueGone
 from qserve.wire.call_record import decode_durable_call
 from qserve.wire.messages import Call, Signer, decode_call
+from qserve.wire.parts import Source
+
+T = TypeVar("T")
 
 _REMEMBERED = 8192
 """Of how many calls a replica knows at least that it has seen them."""
@@ -93,7 +100,7 @@ class Arrivals:
 
 
 async def fetch_payload(payloads: Payloads, link: Link, call: Call) -> bytes:
-    """The payload of a call that travelled out of line.
+    """The payload of a durable call that travelled out of line.
 
     Raises:
         BrokerUnavailable: Redis cannot be asked for it.
@@ -104,3 +111,32 @@ async def fetch_payload(payloads: Payloads, link: Link, call: Call) -> bytes:
         raise GetTimeoutError("the call's payload has expired; it was not run")
     reach("payload-fetched")
     return payload
+
+
+async def borrow_payload(lending: Lending, link: Link, call: Call) -> Source:
+    """The large payload of an ordinary call, which its caller has.
+
+    Raises:
+        BrokerUnavailable: It has to be sent, and Redis cannot be reached.
+        GetTimeoutError: It is gone.
+        FrameRejected: It is not what the call says.
+    """
+    with payload_is_there():
+        source = await lending.borrow(link.sender, call.payload, returns=False)
+    reach("payload-fetched")
+    return source
+
+
+@contextlib.contextmanager
+def payload_is_there() -> Iterator[None]:
+    """Within the block, what is gone ends the call: nobody waits for it any more."""
+    try:
+        yield
+    except ValueGone as exc:
+        raise GetTimeoutError(f"the call was not run: {exc}") from exc
+
+
+async def unpacked(lending: Lending, unpack: Callable[[Source], T], source: Source) -> T:
+    """What a large payload holds, taken out on a thread if that takes long."""
+    with payload_is_there():
+        return await lending.aside(partial(unpack, source), len(source))

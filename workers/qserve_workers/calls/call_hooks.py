@@ -10,7 +10,7 @@ from qserve.wire.messages import HTTP, PYTHON, STREAM, WEBSOCKET, WITHIN
 from qserve_workers.calls.running import RunningCall
 from qserve_workers.user.user_entry import what_was_raised
 
-RunsCall = Callable[..., Awaitable[tuple[int, bytes]]]
+RunsCall = Callable[..., Awaitable[tuple[int, Any]]]
 """Runs a call, its first argument, and gives kind and payload of the reply."""
 
 _KINDS: Final[dict[int, CallKind]] = {PYTHON: "call", STREAM: "stream", HTTP: "http", WEBSOCKET: "websocket"}
@@ -21,12 +21,12 @@ def with_hooks(run: RunsCall, hooks: HookChain[ReplicaHook] | None, clock: Redis
     if hooks is None:
         return run
 
-    def run_as_chosen(running: RunningCall, *arguments: Any) -> Awaitable[tuple[int, bytes]]:
+    def run_as_chosen(running: RunningCall, *arguments: Any) -> Awaitable[tuple[int, Any]]:
         # Not async: a call that no hook wants has no frame more.
         chain = hooks.choose(running.call.meta)
         return run(running, *arguments) if chain is None else run_with_hooks(chain, running, *arguments)
 
-    async def run_with_hooks(chain: HookChain[ReplicaHook], running: RunningCall, *arguments: Any) -> tuple[int, bytes]:
+    async def run_with_hooks(chain: HookChain[ReplicaHook], running: RunningCall, *arguments: Any) -> tuple[int, Any]:
         call = _described(running, clock)
         states = chain.before(call)
         try:

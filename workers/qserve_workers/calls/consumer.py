@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from qserve.background import end, spawn
 from qserve.broker.connection import Answer
+from qserve.broker.large.lending import Lending
 from qserve.broker.link import CHECK_EVERY_S, Link
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry, ReplicaQueue
@@ -52,6 +53,7 @@ class Consumer:
 
     Args:
         replica: Id of the replica.
+        lending: Its large values.
         hooks: Run around every call.
         may_go_on: Whether a replica that stood still for long may go on to take calls.
 
@@ -68,6 +70,7 @@ class Consumer:
         codec: Codec,
         spec: DeploymentSpec,
         replica: str,
+        lending: Lending,
         *,
         hooks: HookChain[ReplicaHook] | None = None,
         may_go_on: Callable[[], Awaitable[bool]] = _always,
@@ -83,7 +86,7 @@ class Consumer:
         self.link = link = Link(settings.redis_url, self._link_up)
         self.queue = queue = ReplicaQueue(settings.keys, spec.name, replica)
         self._reading = QueueReading(queue, link, self._arrived)
-        self._answers = Answers(settings, signer, queue, link)
+        self._answers = Answers(settings, signer, queue, link, lending)
         self._mover = Mover(settings, spec.name, replica, link)
         self._conversations = conversations = Conversations(
             *(settings, signer, link, replica),
@@ -99,9 +102,8 @@ class Consumer:
         self._ordinary = OrdinaryRuns(
             *(settings, signer, codec, *common), clock=self._clock, conversations=conversations, hooks=hooks
         )
-        self._durable = DurableRuns(
-            *(settings, signer, codec, replica, *common), clock=self._clock, hooks=hooks, on_retry=self._mover.look_in
-        )
+        durable = (settings, signer, codec, replica, *common)
+        self._durable = DurableRuns(*durable, clock=self._clock, hooks=hooks, on_retry=self._mover.look_in)
         self._triage = Triage(
             *(settings, link, slots, Arrivals(settings, signer, spec.name, link), self._answers),
             ordinary=self._ordinary,
@@ -169,6 +171,7 @@ class Consumer:
         with contextlib.suppress(QServeError, TimeoutError):
             async with asyncio.timeout(_LAST_WORD_S):
                 await self.link.sender.settle_all()
+        await self._answers.lending.drained()
         await self.link.stop()
         return not (self._answers.unconfirmed or self._durable.unconfirmed)
 

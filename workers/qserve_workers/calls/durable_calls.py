@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from qserve.broker.connection import Answer
 from qserve.broker.link import Link
-from qserve.broker.payloads import Payloads, result_id
+from qserve.broker.payloads import LARGEST_STORED, Payloads, result_id
 from qserve.broker.records import Records, durable_reply
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry
@@ -55,6 +55,7 @@ from qserve.wire.messages import (
     decode_http_request,
     encode,
 )
+from qserve.wire.parts import flat
 from qserve_workers.calls.answers import Answers
 from qserve_workers.calls.arrivals import fetch_payload
 from qserve_workers.calls.call_hooks import with_hooks
@@ -112,7 +113,7 @@ class DurableRuns:
         hooks: HookChain[ReplicaHook] | None,
         on_retry: Callable[[float], None],
     ) -> None:
-        self._max_bytes = settings.max_value_bytes
+        self._max_bytes = min(settings.max_value_bytes, LARGEST_STORED)
         self._signer = signer
         self._payloads = Payloads(settings.keys, signer, settings.out_of_line_bytes)
         self._codec = codec
@@ -194,7 +195,12 @@ class DurableRuns:
             return HTTP_RESPONSE, await self._run_http(request, code, parts)
         if call.kind == PYTHON:
             args, kwargs = self._codec.unpack_call(payload)
-            return VALUE, self._codec.pack_result(await code.call(call.method, tuple(args), kwargs))
+            result = self._codec.pack_result(await code.call(call.method, tuple(args), kwargs), whole=True)
+            if len(result) > self._max_bytes:
+                raise ResultTooLarge(
+                    f"the result takes {len(result):,} bytes when packed, the limit is {self._max_bytes:,}"
+                )
+            return VALUE, flat(result)
         raise ValueNotSerializable("a stream cannot be a durable call")
 
     async def _run_http(self, request: HttpRequest, code: UserCode, parts: RecordedParts) -> bytes:

@@ -4,11 +4,12 @@ import asyncio
 import logging
 from bisect import bisect
 from functools import partial
+from typing import Any
 
 from qserve.background import spawn
 from qserve.broker.history.buckets import BOUNDS_MS
+from qserve.broker.large.lending import Loan
 from qserve.broker.link import Link
-from qserve.broker.payloads import Payloads
 from qserve.broker.replica_queue import Entry
 from qserve.broker.server.clock import RedisClock
 from qserve.context import current_call
@@ -37,9 +38,12 @@ from qserve.wire.messages import (
     Signer,
     decode_http_request,
     encode,
+    pack_http,
+    unpack_http,
 )
+from qserve.wire.parts import Payload, Source
 from qserve_workers.calls.answers import Answers
-from qserve_workers.calls.arrivals import fetch_payload
+from qserve_workers.calls.arrivals import borrow_payload, unpacked
 from qserve_workers.calls.call_hooks import with_hooks
 from qserve_workers.calls.running import Conversations, RunningCall
 from qserve_workers.calls.slots import Slots
@@ -47,6 +51,9 @@ from qserve_workers.user.user_code import UserCode
 from qserve_workers.user.user_entry import what_was_raised
 
 logger = logging.getLogger(__name__)
+
+Result = tuple[int, Payload | Loan]
+"""Kind and payload of a reply."""
 
 _UNTOLD = "the replica was stopped before the call ended; it may have run in part, so it is not run again"
 
@@ -68,7 +75,7 @@ class OrdinaryRuns:
         hooks: HookChain[ReplicaHook] | None,
     ) -> None:
         self._max_bytes = settings.max_value_bytes
-        self._payloads = Payloads(settings.keys, signer, settings.out_of_line_bytes)
+        self._lending = answers.lending
         self._codec = codec
         self._link = link
         self._slots = slots
@@ -107,7 +114,7 @@ class OrdinaryRuns:
         if not self._answer(running, kind, result):
             self._slots.end_background(running)
 
-    def _answer(self, running: RunningCall, kind: int, result: bytes, *, goes_on: bool = False) -> bool:
+    def _answer(self, running: RunningCall, kind: int, result: Payload | Loan, *, goes_on: bool = False) -> bool:
         """Answer a call that ran; False if it has had its answer, or somebody else gives it."""
         reach("ran")
         if not self._slots.give_back(running, ran=True, goes_on=goes_on):
@@ -128,7 +135,7 @@ class OrdinaryRuns:
         """The error as the caller gets it."""
         return encode(self._codec.pack_error(error))
 
-    async def _run_user_code(self, running: RunningCall, code: UserCode) -> tuple[int, bytes]:
+    async def _run_user_code(self, running: RunningCall, code: UserCode) -> Result:
         """Kind and payload of the reply.
 
         Raises:
@@ -137,32 +144,41 @@ class OrdinaryRuns:
             Exception: What user code raised.
         """
         call = running.call
-        payload = call.payload if not call.out_of_line else await fetch_payload(self._payloads, self._link, call)
+        payload: bytes | Source = call.payload
+        if call.out_of_line:
+            payload = await borrow_payload(self._lending, self._link, call)
         running.info.deadline = running.started_at + self._time_left(running.entry, call)
         if call.kind == PYTHON:
-            args, kwargs = self._codec.unpack_call(payload)
-            return VALUE, self._codec.pack_result(await code.call(call.method, tuple(args), kwargs))
+            args, kwargs = await self._arguments(payload)
+            result = self._codec.pack_result(await code.call(call.method, tuple(args), kwargs))
+            return VALUE, await self._answers.prepared(result)
         return await self._converse(running, code, payload)
 
-    async def _converse(self, running: RunningCall, code: UserCode, payload: bytes) -> tuple[int, bytes]:
+    async def _arguments(self, payload: bytes | Source) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if type(payload) is bytes:
+            return self._codec.unpack_call(payload)
+        return await unpacked(self._lending, self._codec.unpack_call, payload)  # type: ignore[arg-type]
+
+    async def _converse(self, running: RunningCall, code: UserCode, payload: bytes | Source) -> Result:
         """Run a call whose traffic may go over its channel; its reply then says how many parts there were."""
         call = running.call
         if call.kind == HTTP:
-            request = self._decode_request(running, payload)
+            request = await self._decode_request(running, payload)
             response = await code.http(
                 request, partial(self._conversations.open, running), partial(self._complete, running)
             )
-            return self._reply(running, response)
+            kind, packed = self._reply(running, response)
+            return kind, await self._answers.prepared(packed)
         if call.kind == WEBSOCKET:
             channel = self._conversations.open(running)
             channel.greet()
-            await code.websocket(self._decode_request(running, payload), channel)
+            await code.websocket(await self._decode_request(running, payload), channel)
         else:
-            args, kwargs = self._codec.unpack_call(payload)
+            args, kwargs = await self._arguments(payload)
             await code.stream(call.method, tuple(args), kwargs, self._conversations.open(running))
         return self._reply(running, None)
 
-    def _reply(self, running: RunningCall, response: HttpResponse | None) -> tuple[int, bytes]:
+    def _reply(self, running: RunningCall, response: HttpResponse | None) -> tuple[int, Payload]:
         if response is not None:
             if response.status >= 500:
                 self._slots.counts.note_failed(running, f"HTTP status {response.status}")
@@ -178,15 +194,20 @@ class OrdinaryRuns:
         """Answer a call whose code goes on after its response with background tasks, which may outlive its deadline."""
         if running.entry.id not in self._slots:
             return
+        result: Payload | Loan
         try:
-            kind, result = self._reply(running, response)
+            kind, packed = self._reply(running, response)
+            result = self._answers.prepared_now(packed)
         except ResultTooLarge as exc:
             kind, result = ERROR, self.pack_error(exc)
         running.info.deadline = None
         self._answer(running, kind, result, goes_on=True)
 
-    def _decode_request(self, running: RunningCall, payload: bytes) -> HttpRequest:
-        request = decode_http_request(payload)
+    async def _decode_request(self, running: RunningCall, payload: bytes | Source) -> HttpRequest:
+        if isinstance(payload, bytes):
+            request = decode_http_request(payload)
+        else:
+            request = await unpacked(self._lending, partial(unpack_http, decode_http_request), payload)
         # In logs and for the user's code it has the id that its client knows.
         running.info.request_id = request.request_id or running.call.id
         return request
@@ -202,10 +223,10 @@ class OrdinaryRuns:
             raise GetTimeoutError("the deadline passed before a replica was free; the call was not run")
         return left_ms / 1000
 
-    def _pack_response(self, response: HttpResponse) -> bytes:
+    def _pack_response(self, response: HttpResponse) -> Payload:
         if len(response.body) > self._max_bytes:
             raise ResultTooLarge(
                 f"the response has {len(response.body):,} bytes, and the limit is {self._max_bytes:,}: "
                 "stream it, or raise QSERVE_MAX_VALUE_BYTES"
             )
-        return encode(response)
+        return pack_http(response, self._answers.largest_frame)

@@ -78,7 +78,7 @@ class Service:
         self._code: UserCode | None = None
         """None until it is constructed."""
         self._consumer = consumer = Consumer(
-            *(settings, client.signer, self._codec, deployed.spec, client.id),
+            *(settings, client.signer, self._codec, deployed.spec, client.id, client.lending),
             hooks=HookChain(hooks) if hooks else None,
             may_go_on=self._is_current,
         )

@@ -1,0 +1,287 @@
+"""What a process lends to others, and how it gets what they have lent: opened on the same host, else sent."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from qserve.broker.connection import Connection
+from qserve.broker.counters import count
+from qserve.broker.inboxes import send_control
+from qserve.broker.keys import Keys
+from qserve.broker.large.transfers import TransferBroken, Transfers
+from qserve.broker.redis_errors import CommandRefused
+from qserve.errors import BrokerUnavailable, FrameRejected
+from qserve.values.borrowing import Borrowed, Borrowing, NotReachable, ValueGone, this_host
+from qserve.values.segments import COPIED, LENT, Segment, SegmentPool, place_of
+from qserve.wire.messages import Control, Lent, Signer, decode_lent, encode
+from qserve.wire.parts import Part, Parts, Payload, size_of
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RESULT_TTL_S = 60.0
+"""How long a result is kept for a caller that does not fetch it."""
+ON_THE_LOOP = 4 * 2**20
+"""What is larger than so many bytes is copied on a thread, so that no event loop waits for it."""
+_LAST_WORD_S = 5.0
+
+
+class Loan:
+    """A value that this process lends: a segment, and which of its contents."""
+
+    __slots__ = ("frame", "generation", "segment", "since", "sizes")
+
+    def __init__(self, segment: Segment, frame: bytes, sizes: Sequence[int]) -> None:
+        self.segment = segment
+        self.generation = segment.generation
+        self.frame = frame
+        self.sizes = sizes
+        self.since = time.monotonic()
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+
+class Sent:
+    """What another process has sent, as the source of a value; see `qserve.wire.parts.Source`."""
+
+    def __init__(self, parts: list[memoryview]) -> None:
+        self._parts = parts
+        self._size = sum(map(len, parts))
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def head(self) -> bytes:
+        return bytes(self._parts[0])
+
+    def take_bytes(self, number: int) -> bytes:
+        return bytes(self.take(number))
+
+    def take(self, number: int) -> memoryview:
+        if not 0 < number < len(self._parts):
+            raise FrameRejected(f"a value that refers to buffer {number} of {len(self._parts) - 1}")
+        return self._parts[number]
+
+    def piece(self, number: int, start: int, size: int) -> bytes:
+        """A piece of a part."""
+        return bytes(self._parts[number][start : start + size])
+
+    def finish(self) -> None:
+        """Nothing to tell."""
+
+    drop = finish
+
+
+Arrived = Borrowed | Sent
+"""A large payload that has come from another process."""
+
+
+class Lending:
+    """The large values of one process on their way to others, and those of others on their way here.
+
+    Args:
+        process: Id of this process, whose inbox is asked to send what cannot be opened.
+        url: Of the Redis through which they are sent.
+        views: Hand out read-only views of arguments instead of copies, where they can be had.
+    """
+
+    def __init__(self, process: str, url: str, keys: Keys, signer: Signer, *, views: bool = False) -> None:
+        self._process = process
+        self._keys = keys
+        self._signer = signer
+        self._pool = SegmentPool()
+        self._borrowing = Borrowing()
+        self._transfers = Transfers(url, keys, signer)
+        self._lock = threading.Lock()
+        self._lent: dict[bytes, Loan] = {}
+        self._results: deque[Loan] = deque()
+        self._copying = ThreadPoolExecutor(2, thread_name_prefix="qserve-copying")
+        self._sending = ThreadPoolExecutor(8, thread_name_prefix="qserve-sending")
+        self._views = views
+
+    # Lending
+
+    def lend(self, payload: Payload) -> Loan:
+        """Copy a payload to where others can read it. From any thread.
+
+        Raises:
+            PayloadTooLarge: There is not so much memory.
+        """
+        parts: Sequence[Part] = payload.parts if isinstance(payload, Parts) else (payload,)
+        sizes = [size_of(part) for part in parts]
+        segment, places = self.reserve(sizes)
+        for at, part in zip(places, parts, strict=True):
+            segment.write(at, part)
+        return self.publish(segment, sizes)
+
+    def reserve(self, sizes: Sequence[int]) -> tuple[Segment, list[int]]:
+        """A segment for parts of these sizes, and where each of them belongs; raises like `lend`."""
+        self._collect()
+        places, size = place_of(sizes)
+        return self._pool.take(size), places
+
+    def publish(self, segment: Segment, sizes: Sequence[int]) -> Loan:
+        """Lend what has been written into a segment."""
+        loan = Loan(segment, encode(segment.lent(self._process, this_host(), sizes)), sizes)
+        with self._lock:
+            self._lent[segment.cookie] = loan
+        return loan
+
+    def abandon(self, segment: Segment) -> None:
+        """Take back a segment that was never lent."""
+        self._pool.give_back(segment)
+
+    def end(self, loan: Loan, *, is_read: bool) -> None:
+        """End a loan.
+
+        Args:
+            is_read: Nobody reads it any more. Else its memory is given up, because somebody may.
+        """
+        with self._lock:
+            if self._lent.pop(loan.segment.cookie, None) is None:
+                return
+        if is_read:
+            self._pool.give_back(loan.segment)
+        else:
+            loan.segment.close()
+
+    def lend_result(self, payload: Payload) -> Loan:
+        """Like `lend`; the loan ends by itself when it has been copied out, or after RESULT_TTL_S."""
+        loan = self.lend(payload)
+        with self._lock:
+            self._results.append(loan)
+        return loan
+
+    def _collect(self) -> None:
+        """End the loans of results that have been fetched, or will not be."""
+        if not self._results:
+            return
+        before = time.monotonic() - RESULT_TTL_S
+        with self._lock:
+            results, self._results = self._results, deque()
+        kept = []
+        for loan in results:
+            state = loan.segment.state
+            if state == LENT and loan.since > before:
+                kept.append(loan)
+            else:
+                self.end(loan, is_read=state == COPIED)
+        with self._lock:
+            self._results.extend(kept)
+
+    def tick(self) -> None:
+        """Give up memory that is not used; to be called every second."""
+        self._collect()
+        self._pool.trim()
+        self._borrowing.trim()
+
+    async def drained(self) -> None:
+        """Wait until all results have been fetched, for a few seconds at most."""
+        end = time.monotonic() + _LAST_WORD_S
+        self._collect()
+        while self._results and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+            self._collect()
+
+    def stop(self) -> None:
+        """Give up everything."""
+        with self._lock:
+            lent, self._lent = self._lent, {}
+            self._results.clear()
+        for loan in lent.values():
+            loan.segment.close()
+        self._pool.close()
+        self._borrowing.close()
+        for threads in (self._copying, self._sending):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    # What others ask for
+
+    def send(self, name: str, wanted: str) -> None:
+        """Send what was lent to a process that cannot open it, on a thread.
+
+        Args:
+            name: Of the transfer.
+            wanted: Cookie and number of the content.
+        """
+        cookie, _, generation = wanted.partition(":")
+        with self._lock:
+            loan = next((loan for known, loan in self._lent.items() if known.hex() == cookie), None)
+        is_there = loan is not None and str(loan.generation) == generation
+        self._sending.submit(self._send, name, loan if is_there else None)
+
+    def _send(self, name: str, loan: Loan | None) -> None:
+        try:
+            if loan is None:
+                self._transfers.refuse(name)
+                return
+            places, _ = place_of(loan.sizes)
+            parts = [loan.segment.read(at, size) for at, size in zip(places, loan.sizes, strict=True)]
+            self._transfers.send(name, parts, lambda: self._lent.get(loan.segment.cookie) is loan)
+        except (BrokerUnavailable, CommandRefused, TransferBroken, ValueError) as exc:
+            logger.warning("a large value could not be sent: %s", exc)
+
+    # Borrowing
+
+    async def borrow(self, sender: Connection, frame: bytes, *, returns: bool) -> Arrived:
+        """What another process has lent.
+
+        Args:
+            sender: The connection for asking.
+            frame: What its message says of it.
+            returns: Tell the lender when it has been copied out: nobody else reads it.
+
+        Raises:
+            ValueGone: It is there no more.
+            FrameRejected: It is not what it says.
+            BrokerUnavailable: It has to be sent, and Redis cannot be reached.
+        """
+        lent = decode_lent(frame)
+        try:
+            found = self._borrowing.open(lent, returns=returns, views=self._views and not returns)
+            count(sender, self._keys, "values_lent")
+            return found
+        except NotReachable:
+            return await self._receive(sender, lent)
+
+    async def _receive(self, sender: Connection, lent: Lent) -> Sent:
+        name = secrets.token_hex(16)
+        control = Control("send", f"{name} {lent.cookie.hex()}:{lent.generation}")
+        send_control(sender, self._keys, self._signer, lent.owner, control)
+        sender.flush()
+        loop = asyncio.get_running_loop()
+        try:
+            parts = await loop.run_in_executor(self._sending, self._transfers.receive, name, lent.sizes)
+        except TransferBroken as exc:
+            raise ValueGone(str(exc)) from exc
+        except CommandRefused as exc:
+            raise BrokerUnavailable(f"Redis refused to pass a large value on: {exc}") from exc
+        count(sender, self._keys, "values_sent")
+        return Sent(parts)
+
+    def give_up(self, frame: bytes) -> None:
+        """Tell the lender of a result that nobody wants it."""
+        with contextlib.suppress(NotReachable, ValueGone, FrameRejected):  # else it ends by itself
+            self._borrowing.open(decode_lent(frame), returns=True).drop()
+
+    # Threads
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do something that copies a large value on a thread."""
+        self._copying.submit(work)
+
+    async def aside(self, work: Callable[[], T], size: int) -> T:
+        """Do something that copies so many bytes, on a thread if that takes long."""
+        if size <= ON_THE_LOOP:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._copying, work)

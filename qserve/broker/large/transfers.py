@@ -1,0 +1,155 @@
+"""A large payload in chunks through Redis, from one process to another, while both live.
+
+The sender stores chunks under keys of their own and says in a list that they are there; the receiver takes them away
+and says in another list that there is room for more. So Redis holds `WINDOW` chunks at most, and each is sent, stored,
+taken and checked while others are on their way. Each is signed, together with the name of the transfer and its place.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from qserve.broker.keys import Keys
+from qserve.broker.large.bulk_connection import BulkConnection
+from qserve.errors import FrameRejected, QServeError
+from qserve.wire.messages import TAG_BYTES, Signer
+from qserve.wire.parts import fresh
+
+CHUNK = 1024 * 1024
+WINDOW = 16
+_TTL_MS = 30_000
+_PATIENCE_S = 10
+_ON_THEIR_WAY = 8
+_GONE = b"gone"
+
+
+class TransferBroken(QServeError):
+    """A large value did not arrive: its sender is gone, or has taken it back."""
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """Sends and receives, each on a thread of the caller's choice."""
+
+    url: str
+    keys: Keys
+    signer: Signer
+
+    def send(self, name: str, parts: Sequence[memoryview], is_there: Callable[[], bool]) -> None:
+        """Send these parts to whoever receives under that name.
+
+        Args:
+            is_there: Whether they still are what they were; else the receiver is told that they are gone.
+
+        Raises:
+            TransferBroken: The receiver is gone.
+            BrokerUnavailable, CommandRefused: Redis cannot be used.
+        """
+        connection = BulkConnection.open(self.url)
+        try:
+            ready, room = self.keys.transfer(name, "ready"), self.keys.transfer(name, "room")
+            allowed, unread = WINDOW, 0
+            for number, chunk in enumerate(_chunks(parts)):
+                while number >= allowed:
+                    unread = _read(connection, unread)
+                    if connection.call("BLPOP", room, _PATIENCE_S) is None:
+                        raise TransferBroken(f"the receiver of transfer {name} is gone")
+                    allowed += 1
+                tag = self.signer.tag(_about(name, number), chunk)
+                if not is_there():
+                    break
+                connection.send(("SET", self.keys.transfer(name, str(number)), None, "PX", _TTL_MS), (tag, chunk))
+                connection.send(("RPUSH", ready, number))
+                connection.send(("PEXPIRE", ready, _TTL_MS))
+                unread = _read(connection, unread + 3, _ON_THEIR_WAY * 3)
+            else:
+                _read(connection, unread)
+                return
+            _read(connection, unread)
+            self._refuse(connection, name)
+        finally:
+            connection.close()
+
+    def refuse(self, name: str) -> None:
+        """Tell whoever receives under that name that there is nothing."""
+        connection = BulkConnection.open(self.url)
+        try:
+            self._refuse(connection, name)
+        finally:
+            connection.close()
+
+    def _refuse(self, connection: BulkConnection, name: str) -> None:
+        ready = self.keys.transfer(name, "ready")
+        connection.call("RPUSH", ready, _GONE)
+        connection.call("PEXPIRE", ready, _TTL_MS)
+
+    def receive(self, name: str, sizes: Sequence[int]) -> list[memoryview]:
+        """Receive parts of these sizes.
+
+        Raises:
+            TransferBroken: They are gone, or their sender is.
+            FrameRejected: A chunk is missing, cut, or not signed with an accepted key.
+            BrokerUnavailable, CommandRefused: Redis cannot be used.
+        """
+        parts = [fresh(size) for size in sizes]
+        places = list(_chunks(parts))
+        connection = BulkConnection.open(self.url)
+        try:
+            asked = 0
+            for number, place in enumerate(places):
+                while asked < len(places) and asked < number + _ON_THEIR_WAY:
+                    self._ask(connection, name, asked)
+                    asked += 1
+                self._take(connection, name, number, place)
+        except BaseException:
+            self._clean_up(name, len(places))
+            raise
+        finally:
+            connection.close()
+        return parts
+
+    def _ask(self, connection: BulkConnection, name: str, number: int) -> None:
+        room = self.keys.transfer(name, "room")
+        connection.send(("BLPOP", self.keys.transfer(name, "ready"), _PATIENCE_S))
+        connection.send(("GETDEL", self.keys.transfer(name, str(number))))
+        connection.send(("RPUSH", room, "1"))
+        connection.send(("PEXPIRE", room, _TTL_MS))
+
+    def _take(self, connection: BulkConnection, name: str, number: int, place: memoryview) -> None:
+        said = connection.answer()
+        if said is None:
+            raise TransferBroken("the process that had a large value is gone, or did not send it in time")
+        if said[1] == _GONE:
+            raise TransferBroken("a large value is there no more: its sender has taken it back")
+        tag = bytearray(TAG_BYTES)
+        size = connection.answer_into(memoryview(tag), place)
+        if size != TAG_BYTES + len(place):
+            raise FrameRejected(f"chunk {number} of a large value is {'missing' if size is None else 'cut'}")
+        if not self.signer.holds(bytes(tag), _about(name, number), place):
+            raise FrameRejected(f"chunk {number} of a large value that no accepted key signed")
+        _read(connection, 2)
+
+    def _clean_up(self, name: str, count: int) -> None:
+        connection = BulkConnection.open(self.url)
+        try:
+            keys = [self.keys.transfer(name, str(number)) for number in range(count)]
+            connection.call("DEL", *keys, self.keys.transfer(name, "ready"), self.keys.transfer(name, "room"))
+        finally:
+            connection.close()
+
+
+def _about(name: str, number: int) -> bytes:
+    return b"%b %d " % (name.encode(), number)
+
+
+def _chunks(parts: Sequence[memoryview]) -> Iterator[memoryview]:
+    for part in parts:
+        for start in range(0, len(part), CHUNK):
+            yield part[start : start + CHUNK]
+
+
+def _read(connection: BulkConnection, unread: int, keep: int = 0) -> int:
+    """Read answers until only `keep` are missing; returns how many are."""
+    while unread > keep:
+        connection.answer()
+        unread -= 1
+    return unread

@@ -1,0 +1,1 @@
+"""Large values between processes of one host: lent in memory files, and copied out of them."""

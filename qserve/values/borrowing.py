@@ -1,0 +1,223 @@
+"""Large values that other processes of this host have lent: found, checked, and copied out."""
+
+import contextlib
+import fcntl
+import functools
+import mmap
+import os
+import stat
+import threading
+import time
+from pathlib import Path
+
+from qserve.errors import FrameRejected, QServeError
+from qserve.values.segments import COPIED, HEADER, KEPT, SEALS, STATE_AT, place_of
+from qserve.wire.messages import Lent
+from qserve.wire.parts import copy, fresh
+
+_KEPT_BYTES = 512 * 2**20
+_KEPT_S = 3.0
+
+
+class ValueGone(QServeError):
+    """A large value was lost with the process that had it, or has been taken back by it."""
+
+
+class NotReachable(Exception):
+    """This process cannot open what was lent: it has to be sent."""
+
+
+@functools.cache
+def this_host() -> str:
+    """Names this machine and the process ids that this process sees; empty where they cannot be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}:{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+class _Mapped:
+    """A segment of another process, mapped here."""
+
+    def __init__(self, pid: int, fd: int, size: int) -> None:
+        self.pid = pid
+        self.fd = fd
+        self.size = size
+        self.used_at = 0.0
+        self.map = mmap.mmap(fd, size)
+        self.map.madvise(mmap.MADV_DONTFORK)
+
+    def __del__(self) -> None:
+        os.close(self.fd)  # the map goes with the last view of it
+
+
+class Borrowed:
+    """What another process has lent, as the source of a value; see `qserve.wire.parts.Source`.
+
+    Args:
+        returns: Tell the lender when it has been copied out: nobody else reads it.
+        views: Hand out read-only views of the lender's memory instead of copies.
+    """
+
+    __slots__ = ("_lent", "_mapped", "_places", "_returns", "_size", "_views")
+
+    def __init__(self, mapped: _Mapped, lent: Lent, *, returns: bool, views: bool) -> None:
+        self._mapped = mapped
+        self._lent = lent
+        self._returns = returns
+        self._views = views
+        self._places, _ = place_of(lent.sizes)
+        self._size = sum(lent.sizes)
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def head(self) -> bytes:
+        return bytes(self._part(0))
+
+    def take_bytes(self, number: int) -> bytes:
+        self._check(number)
+        return os.pread(self._mapped.fd, self._lent.sizes[number], self._places[number])
+
+    def take(self, number: int) -> memoryview:
+        self._check(number)
+        if self._views:
+            self._tell(KEPT)
+            return self._part(number).toreadonly()
+        made = fresh(self._lent.sizes[number])
+        copy(made, self._part(number))
+        return made
+
+    def piece(self, number: int, start: int, size: int) -> bytes:
+        """A piece of a part."""
+        return bytes(self._part(number)[start : start + size])
+
+    def finish(self) -> None:
+        """Nothing more will be taken.
+
+        Raises:
+            ValueGone: The lender has taken it back meanwhile, so that what was copied may be something else.
+        """
+        header = self._mapped.map[: HEADER.size]
+        if header != HEADER.pack(self._lent.cookie, self._lent.generation):
+            raise ValueGone("a large value was taken back by its sender while it was read")
+        if self._returns:
+            self._returns = False
+            if self._mapped.map[STATE_AT] != KEPT:
+                self._tell(COPIED)
+
+    def drop(self) -> None:
+        """Tell the lender that nobody wants it."""
+        with contextlib.suppress(ValueGone):
+            self.finish()
+
+    def _part(self, number: int) -> memoryview:
+        at = self._places[number]
+        return memoryview(self._mapped.map)[at : at + self._lent.sizes[number]]
+
+    def _check(self, number: int) -> None:
+        if not 0 < number < len(self._lent.sizes):
+            raise FrameRejected(f"a value that refers to buffer {number} of {len(self._lent.sizes) - 1}")
+
+    def _tell(self, state: int) -> None:
+        self._mapped.map[STATE_AT] = state
+
+
+class Borrowing:
+    """The segments of other processes that this one has mapped, a few of them kept for the next value. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._mapped: dict[tuple[int, int, bytes], _Mapped] = {}
+        self._lock = threading.Lock()
+
+    def open(self, lent: Lent, *, returns: bool, views: bool = False) -> Borrowed:
+        """Open what was lent.
+
+        Raises:
+            NotReachable: It cannot be opened from here.
+            ValueGone: It is there no more.
+            FrameRejected: It is not what it says.
+        """
+        _, end = place_of(lent.sizes)
+        if views:  # a map of its own, which goes with the last view
+            mapped = _open(lent, end)
+        else:
+            key = (lent.pid, lent.inode, lent.cookie)
+            with self._lock:
+                found = self._mapped.get(key)
+            mapped = found or _open(lent, end)
+            mapped.used_at = time.monotonic()
+            with self._lock:
+                self._mapped[key] = mapped
+            if found is None:
+                self.trim()
+        if mapped.size < end or mapped.map[: HEADER.size] != HEADER.pack(lent.cookie, lent.generation):
+            raise ValueGone("a large value is there no more: its sender has taken it back")
+        return Borrowed(mapped, lent, returns=returns, views=views)
+
+    def trim(self) -> None:
+        """Give up maps that were not used lately, those of dead processes, and what is more than enough."""
+        if not self._mapped:
+            return
+        now, total = time.monotonic(), 0
+        with self._lock:
+            for key, mapped in sorted(self._mapped.items(), key=lambda item: -item[1].used_at):
+                total += mapped.size
+                if now - mapped.used_at > _KEPT_S or total > _KEPT_BYTES or not _lives(mapped.pid):
+                    del self._mapped[key]  # closed when nobody reads it any more
+
+    def close(self) -> None:
+        """Give up all of them."""
+        with self._lock:
+            self._mapped.clear()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _open(lent: Lent, end: int) -> _Mapped:
+    if not lent.host or lent.host != this_host():
+        raise NotReachable
+    path = f"/proc/{lent.pid}/fd/{lent.fd}"
+    try:
+        # What this is, before it is opened: opening a pipe or a device would do something.
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+            raise ValueGone("a large value is there no more: its sender has closed it")
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError as exc:
+        if not _lives(lent.pid):
+            raise ValueGone("a large value was lost with the process that had it") from exc
+        raise NotReachable from exc
+    except OSError as exc:
+        raise NotReachable from exc
+    try:
+        _check(fd, lent, end)
+        return _Mapped(lent.pid, fd, os.fstat(fd).st_size)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _check(fd: int, lent: Lent, end: int) -> None:
+    found = os.fstat(fd)
+    if found.st_ino != lent.inode or found.st_size < end:
+        raise ValueGone("a large value is there no more: its sender has closed it")
+    if found.st_uid != os.geteuid():
+        raise NotReachable
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as exc:
+        raise FrameRejected("a large value in a file that is no memory file") from exc
+    if seals & SEALS != SEALS:
+        raise FrameRejected("a large value in a memory file that may shrink")
+    if os.pread(fd, 16, 0) != lent.cookie:
+        raise FrameRejected("a large value in a memory file of another")

@@ -1,0 +1,199 @@
+"""Memory files that a process lends: sealed, pooled and used again, because fresh memory costs ten times the copy.
+
+A segment begins with a header: a cookie that nobody can guess, the number of its present content, and a byte that tells
+what has become of it. Then come the parts of the content, each at a multiple of 64. Its size is sealed, so that nobody
+who has it mapped can be hit by SIGBUS.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from qserve.errors import PayloadTooLarge
+from qserve.wire.messages import Lent
+from qserve.wire.parts import Buffer, Part, Strided, copy, size_of
+
+HEADER = struct.Struct("<16sQ")
+STATE_AT = 24
+LENT, COPIED, KEPT = 0, 1, 2
+"""What has become of a content: somebody may still read it; it was copied out; somebody keeps it mapped."""
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_AT, _ALIGN = 64, 64
+_SMALLEST, _STEP = 1 << 20, 1 << 24
+_IDLE_BYTES = 512 * 2**20
+_IDLE_S = 10.0
+_CHECKED_FROM = 64 * 2**20
+"""Bytes from which on it is worth asking how much memory is free."""
+_MARGIN = 32 * 2**20
+
+
+def place_of(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where parts of these sizes stand in a segment, and where the last one ends."""
+    places, at = [], _AT
+    for size in sizes:
+        places.append(at)
+        at += -(-size // _ALIGN) * _ALIGN
+    return places, at
+
+
+class Segment:
+    """One memory file. Whoever holds it may write to it; others map it and only tell what has become of its content.
+
+    Args:
+        room: Bytes it can hold, header included.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.generation = 0
+        self.idle_since = 0.0
+        self._cookie = secrets.token_bytes(16)
+        self._written = 0
+        self._fd = os.memfd_create("qserve", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self._fd, room)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SEALS)
+            self._map = mmap.mmap(self._fd, room)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._map.madvise(mmap.MADV_DONTFORK)
+        self._inode = os.fstat(self._fd).st_ino
+        self._view = memoryview(self._map)
+
+    def begin(self) -> None:
+        """Give the segment another content, of which nothing is there yet."""
+        self.generation += 1
+        self._map[:_AT] = HEADER.pack(self._cookie, self.generation).ljust(_AT, b"\0")
+
+    def write(self, at: int, part: Part) -> None:
+        """Write a part of the content."""
+        end = at + size_of(part)
+        if isinstance(part, Strided):
+            part.write_into(self._view[at:end])
+        elif end <= self._written:
+            copy(self._view[at:end], part)
+        else:
+            self._write_fresh(at, part)
+        self._written = max(self._written, end)
+
+    def _write_fresh(self, at: int, part: Buffer) -> None:
+        # A third cheaper than having the pages faulted in one by one.
+        view, done = memoryview(part), 0
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done:], at + done)
+
+    def lent(self, owner: str, host: str, sizes: Sequence[int]) -> Lent:
+        """What another process needs to read the present content."""
+        return Lent(owner, host, os.getpid(), self._fd, self._inode, self._cookie, self.generation, tuple(sizes))
+
+    def read(self, at: int, size: int) -> memoryview:
+        """A piece of the content."""
+        return self._view[at : at + size]
+
+    @property
+    def cookie(self) -> bytes:
+        """What tells this segment from all others."""
+        return self._cookie
+
+    @property
+    def state(self) -> int:
+        """LENT, COPIED or KEPT."""
+        return self._map[STATE_AT]
+
+    def close(self) -> None:
+        """Give the memory back, as far as nobody else has it mapped."""
+        self._view.release()
+        with contextlib.suppress(BufferError):  # it is being sent; the map goes with the last view of it
+            self._map.close()
+        os.close(self._fd)
+
+
+class SegmentPool:
+    """The segments of a process that are not in use. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._idle: dict[int, list[Segment]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> Segment:
+        """A segment with room for so many bytes, the header included, for a new content.
+
+        Raises:
+            PayloadTooLarge: There is not so much memory.
+        """
+        room = _room_for(size)
+        with self._lock:
+            idle = self._idle.get(room)
+            segment = idle.pop() if idle else None
+        if segment is None:
+            if size > _CHECKED_FROM and (free := free_memory()) < size + _MARGIN:
+                raise PayloadTooLarge(f"a value takes {size:,} bytes, and only {free:,} bytes of memory are free here")
+            try:
+                segment = Segment(room)
+            except OSError as exc:
+                raise PayloadTooLarge(f"there is no memory for a value of {size:,} bytes: {exc}") from exc
+        segment.begin()
+        return segment
+
+    def give_back(self, segment: Segment) -> None:
+        """Keep a segment whose content nobody needs for the next one."""
+        if segment.state == KEPT:
+            segment.close()
+            return
+        segment.idle_since = time.monotonic()
+        with self._lock:
+            self._idle.setdefault(segment.room, []).append(segment)
+        self.trim(0.0)
+
+    def trim(self, idle_s: float = _IDLE_S) -> None:
+        """Close segments that have not been used for `idle_s` seconds (0: however long), until few enough are left."""
+        before = time.monotonic() - idle_s if idle_s else -1.0
+        with self._lock:
+            everything = sorted((s for idle in self._idle.values() for s in idle), key=lambda s: -s.idle_since)
+            kept, total = [], 0
+            for segment in everything:
+                total += segment.room
+                if total <= _IDLE_BYTES and segment.idle_since >= before:
+                    kept.append(segment)
+                else:
+                    segment.close()
+            if len(kept) < len(everything):
+                self._idle = {}
+                for segment in reversed(kept):
+                    self._idle.setdefault(segment.room, []).append(segment)
+
+    def close(self) -> None:
+        """Close all of them."""
+        with self._lock:
+            idle, self._idle = self._idle, {}
+        for segments in idle.values():
+            for segment in segments:
+                segment.close()
+
+
+def _room_for(size: int) -> int:
+    if size <= _STEP:
+        return max(_SMALLEST, 1 << (size - 1).bit_length())
+    return -(-size // _STEP) * _STEP
+
+
+def free_memory() -> int:
+    """How many bytes a process could still use on this host, or in its container."""
+    free = 1 << 62
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
