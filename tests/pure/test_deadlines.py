@@ -5,11 +5,13 @@ from typing import Any, cast
 
 import pytest
 
+from qserve.broker.large.lending import Lending
 from qserve.calls.deadlines import Deadlines
 from qserve.calls.pending import PendingCall, PendingCalls
 from qserve.errors import GetTimeoutError
 from qserve.settings import Settings
 from qserve.wire.channel import CREDIT, DATA, Chunk
+from qserve.wire.messages import Signer
 from tests.support.waiting import until
 
 
@@ -30,11 +32,12 @@ class Calls:
     """The calls of a process, and their deadlines."""
 
     def __init__(self) -> None:
-        self.pending = PendingCalls()
+        settings = Settings()
+        self.pending = PendingCalls(Lending("me", "", settings.keys, Signer(settings.secrets)))
         self.away = Away()
         self.ended: list[tuple[str, object]] = []
         link = cast(Any, self.away)
-        self.deadlines = Deadlines(Settings().keys, link, self.pending, link, 5.0)
+        self.deadlines = Deadlines(settings.keys, link, self.pending, link, 5.0)
         self.deadlines.open(asyncio.get_running_loop())
 
     def start(self, name: str, timeout_s: float) -> PendingCall:
