@@ -17,6 +17,7 @@ from qserve.wire.parts import copy, fresh
 
 _KEPT_BYTES = 512 * 2**20
 _KEPT_S = 3.0
+_MOST_KEPT = 64
 
 
 class ValueGone(QServeError):
@@ -161,11 +162,13 @@ class Borrowing:
         """Give up maps that were not used lately, those of dead processes, and what is more than enough."""
         if not self._mapped:
             return
-        now, total = time.monotonic(), 0
+        now, total, count = time.monotonic(), 0, 0
         with self._lock:
             for key, mapped in sorted(self._mapped.items(), key=lambda item: -item[1].used_at):
                 total += mapped.size
-                if now - mapped.used_at > _KEPT_S or total > _KEPT_BYTES or not _lives(mapped.pid):
+                count += 1
+                is_enough = total > _KEPT_BYTES or count > _MOST_KEPT
+                if is_enough or now - mapped.used_at > _KEPT_S or not _lives(mapped.pid):
                     del self._mapped[key]  # closed when nobody reads it any more
 
     def close(self) -> None:
@@ -185,7 +188,7 @@ def _lives(pid: int) -> bool:
 
 
 def _open(lent: Lent, end: int) -> _Mapped:
-    if not lent.host or lent.host != this_host():
+    if lent.fd < 0 or not lent.host or lent.host != this_host():
         raise NotReachable
     path = f"/proc/{lent.pid}/fd/{lent.fd}"
     try:

@@ -29,6 +29,8 @@ _AT, _ALIGN = 64, 64
 _SMALLEST, _STEP = 1 << 20, 1 << 24
 _IDLE_BYTES = 512 * 2**20
 _IDLE_S = 10.0
+_MOST_IDLE, _MOST_FILES = 64, 256
+"""Each takes a descriptor, of which processes may often have 1,024 only. What is lent beyond that has to be sent."""
 _CHECKED_FROM = 64 * 2**20
 """Bytes from which on it is worth asking how much memory is free."""
 _MARGIN = 32 * 2**20
@@ -48,25 +50,32 @@ class Segment:
 
     Args:
         room: Bytes it can hold, header included.
+        is_file: Others can open it. Else it is memory of this process alone, which takes no descriptor.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, *, is_file: bool = True) -> None:
+        self.is_file = is_file
         self.room = room
         self.generation = 0
         self.idle_since = 0.0
         self._cookie = secrets.token_bytes(16)
         self._written = 0
+        self._fd, self._inode = -1, 0
+        if is_file:
+            self._open()
+        self._map = mmap.mmap(self._fd, room)
+        self._map.madvise(mmap.MADV_DONTFORK)
+        self._view = memoryview(self._map)
+
+    def _open(self) -> None:
         self._fd = os.memfd_create("qserve", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self._fd, room)
+            os.ftruncate(self._fd, self.room)
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SEALS)
-            self._map = mmap.mmap(self._fd, room)
+            self._inode = os.fstat(self._fd).st_ino
         except BaseException:
             os.close(self._fd)
             raise
-        self._map.madvise(mmap.MADV_DONTFORK)
-        self._inode = os.fstat(self._fd).st_ino
-        self._view = memoryview(self._map)
 
     def begin(self) -> None:
         """Give the segment another content, of which nothing is there yet."""
@@ -78,7 +87,7 @@ class Segment:
         end = at + size_of(part)
         if isinstance(part, Strided):
             part.write_into(self._view[at:end])
-        elif end <= self._written:
+        elif end <= self._written or not self.is_file:
             copy(self._view[at:end], part)
         else:
             self._write_fresh(at, part)
@@ -108,12 +117,17 @@ class Segment:
         """LENT, COPIED or KEPT."""
         return self._map[STATE_AT]
 
+    def note_copied(self) -> None:
+        """Note that the content has been sent."""
+        self._map[STATE_AT] = COPIED
+
     def close(self) -> None:
         """Give the memory back, as far as nobody else has it mapped."""
         self._view.release()
         with contextlib.suppress(BufferError):  # it is being sent; the map goes with the last view of it
             self._map.close()
-        os.close(self._fd)
+        if self.is_file:
+            os.close(self._fd)
 
 
 class SegmentPool:
@@ -122,6 +136,7 @@ class SegmentPool:
     def __init__(self) -> None:
         self._idle: dict[int, list[Segment]] = {}
         self._lock = threading.Lock()
+        self._files = 0
 
     def take(self, size: int) -> Segment:
         """A segment with room for so many bytes, the header included, for a new content.
@@ -136,17 +151,32 @@ class SegmentPool:
         if segment is None:
             if size > _CHECKED_FROM and (free := free_memory()) < size + _MARGIN:
                 raise PayloadTooLarge(f"a value takes {size:,} bytes, and only {free:,} bytes of memory are free here")
-            try:
-                segment = Segment(room)
-            except OSError as exc:
-                raise PayloadTooLarge(f"there is no memory for a value of {size:,} bytes: {exc}") from exc
+            segment = self._make(room)
         segment.begin()
         return segment
 
+    def _make(self, room: int) -> Segment:
+        if self._files < _MOST_FILES:
+            with contextlib.suppress(OSError):  # no descriptors left, or a system without memory files
+                made = Segment(room)
+                with self._lock:
+                    self._files += 1
+                return made
+        try:
+            return Segment(room, is_file=False)
+        except OSError as exc:
+            raise PayloadTooLarge(f"there is no memory for a value of {room:,} bytes: {exc}") from exc
+
+    def discard(self, segment: Segment) -> None:
+        """Give up a segment whose content somebody may still read."""
+        segment.close()
+        with self._lock:
+            self._files -= segment.is_file
+
     def give_back(self, segment: Segment) -> None:
         """Keep a segment whose content nobody needs for the next one."""
-        if segment.state == KEPT:
-            segment.close()
+        if segment.state == KEPT or not segment.is_file:
+            self.discard(segment)
             return
         segment.idle_since = time.monotonic()
         with self._lock:
@@ -156,19 +186,23 @@ class SegmentPool:
     def trim(self, idle_s: float = _IDLE_S) -> None:
         """Close segments that have not been used for `idle_s` seconds (0: however long), until few enough are left."""
         before = time.monotonic() - idle_s if idle_s else -1.0
+        closed = []
         with self._lock:
             everything = sorted((s for idle in self._idle.values() for s in idle), key=lambda s: -s.idle_since)
-            kept, total = [], 0
+            kept: list[Segment] = []
+            total = 0
             for segment in everything:
                 total += segment.room
-                if total <= _IDLE_BYTES and segment.idle_since >= before:
+                if total <= _IDLE_BYTES and segment.idle_since >= before and len(kept) < _MOST_IDLE:
                     kept.append(segment)
                 else:
-                    segment.close()
+                    closed.append(segment)
             if len(kept) < len(everything):
                 self._idle = {}
                 for segment in reversed(kept):
                     self._idle.setdefault(segment.room, []).append(segment)
+        for segment in closed:
+            self.discard(segment)
 
     def close(self) -> None:
         """Close all of them."""
@@ -176,7 +210,7 @@ class SegmentPool:
             idle, self._idle = self._idle, {}
         for segments in idle.values():
             for segment in segments:
-                segment.close()
+                self.discard(segment)
 
 
 def _room_for(size: int) -> int:

@@ -169,6 +169,18 @@ class TestLending:
         with pytest.raises(ValueGone, match="taken back"):
             found.finish()
 
+    async def test_more_values_than_there_are_descriptors_can_be_lent(
+        self, lending: Lending, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(segments, "_MOST_FILES", 2)
+        loans = [lending.lend(b"x" * MIB) for _ in range(4)]
+        assert [loan.segment.is_file for loan in loans] == [True, True, False, False]
+        with pytest.raises(NotReachable):
+            Borrowing().open(decode_lent(loans[3].frame), returns=False)
+        for loan in loans:
+            lending.end(loan, is_read=True)
+        assert lending.lend(b"x" * MIB).segment.is_file
+
     async def test_a_value_larger_than_free_memory_is_refused(
         self, lending: Lending, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -153,7 +153,7 @@ class Lending:
         if is_read:
             self._pool.give_back(loan.segment)
         else:
-            loan.segment.close()
+            self._pool.discard(loan.segment)
 
     def lend_result(self, payload: Payload) -> Loan:
         """Like `lend`; the loan ends by itself when it has been copied out, or after RESULT_TTL_S."""
@@ -228,6 +228,9 @@ class Lending:
             places, _ = place_of(loan.sizes)
             parts = [loan.segment.read(at, size) for at, size in zip(places, loan.sizes, strict=True)]
             self._transfers.send(name, parts, lambda: self._lent.get(loan.segment.cookie) is loan)
+            with self._lock:
+                if self._lent.get(loan.segment.cookie) is loan:
+                    loan.segment.note_copied()
         except (BrokerUnavailable, CommandRefused, TransferBroken, ValueError) as exc:
             logger.warning("a large value could not be sent: %s", exc)
 
