@@ -94,10 +94,7 @@ class Settings(BaseSettings):
     max_value_bytes: int = Field(
         default=4096 * MIB,
         gt=0,
-        description=(
-            "Largest argument list, and largest result that is not streamed: a protection. What does not fit into "
-            "free memory is refused in any case. See [Large values](large-values.md)."
-        ),
+        description="Largest argument list, and largest result that is not streamed: [Large values](large-values.md).",
     )
     max_body_bytes: int = Field(
         default=1024 * MIB,
@@ -107,17 +104,7 @@ class Settings(BaseSettings):
     out_of_line_bytes: int = Field(
         default=256 * 1024,
         gt=0,
-        description=(
-            "Larger payloads do not stand in queues: those of ordinary calls stay in the memory of their sender until "
-            "they are fetched, those of durable calls are stored under keys of their own."
-        ),
-    )
-    value_views: bool = Field(
-        default=False,
-        description=(
-            "Replicas get read-only views of large arguments instead of copies, where they are on their caller's host: "
-            "see [Large values](large-values.md#views)."
-        ),
+        description="Larger payloads do not stand in queues: [Large values](large-values.md) says where they are.",
     )
     http_header_timeout_s: float = Field(
         default=10.0,

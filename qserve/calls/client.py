@@ -91,7 +91,7 @@ class Client:
         self._sample_at = 0.0
         self._counted = 0
         self._counted_as = _COUNTED_AS.get(this_process().process, "calls_of_programs")
-        self.lending = Lending(self.id, settings.redis_url, keys, signer, views=settings.value_views)
+        self.lending = Lending(self.id, settings.redis_url, keys, signer)
         self._largest_frame = settings.out_of_line_bytes
         self._pending = pending = PendingCalls(self.lending)
         self._withdrawals = Withdrawals(keys, signer, link)

@@ -92,10 +92,9 @@ class Lending:
     Args:
         process: Id of this process, whose inbox is asked to send what cannot be opened.
         url: Of the Redis through which they are sent.
-        views: Hand out read-only views of arguments instead of copies, where they can be had.
     """
 
-    def __init__(self, process: str, url: str, keys: Keys, signer: Signer, *, views: bool = False) -> None:
+    def __init__(self, process: str, url: str, keys: Keys, signer: Signer) -> None:
         self._process = process
         self._keys = keys
         self._signer = signer
@@ -107,7 +106,6 @@ class Lending:
         self._results: deque[Loan] = deque()
         self._copying = ThreadPoolExecutor(2, thread_name_prefix="qserve-copying")
         self._sending = ThreadPoolExecutor(8, thread_name_prefix="qserve-sending")
-        self._views = views
 
     # Lending
 
@@ -251,7 +249,7 @@ class Lending:
         """
         lent = decode_lent(frame)
         try:
-            found = self._borrowing.open(lent, returns=returns, views=self._views and not returns)
+            found = self._borrowing.open(lent, returns=returns)
             count(sender, self._keys, "values_lent")
             return found
         except NotReachable:
