@@ -109,6 +109,10 @@ class ReplicaContext:
         return call.attempt if call is not None else 1
 
 
+_replica_of_task: ContextVar[ReplicaContext | None] = ContextVar("qserve_replica", default=None)
+"""Tells replicas apart that share a process, in tests of applications; see `qserve.testing.local`."""
+
+
 class _ReplicaHere:
     replica: ReplicaContext | None = None
     batch_hooks: HookChain[BatchHook] | None = None
@@ -118,6 +122,7 @@ class _ReplicaHere:
 def set_replica_context(context: ReplicaContext | None) -> None:
     """Make this process a replica, or with None no longer one. Only the worker calls this."""
     _ReplicaHere.replica = context
+    _replica_of_task.set(context)
 
 
 def batch_sizes() -> Counter[int]:
@@ -137,7 +142,7 @@ def batch_hooks() -> HookChain[BatchHook] | None:
 
 def in_replica() -> bool:
     """Whether this process is a replica."""
-    return _ReplicaHere.replica is not None
+    return _replica_of_task.get() is not None or _ReplicaHere.replica is not None
 
 
 def get_replica_context() -> ReplicaContext:
@@ -146,6 +151,7 @@ def get_replica_context() -> ReplicaContext:
     Raises:
         QServeError: This process is no replica.
     """
-    if _ReplicaHere.replica is None:
+    replica = _replica_of_task.get() or _ReplicaHere.replica
+    if replica is None:
         raise QServeError("`serve.get_replica_context()` may only be called from within a replica of a deployment.")
-    return _ReplicaHere.replica
+    return replica

@@ -1,23 +1,32 @@
-"""Instances for tests of applications, which leave nothing behind.
+"""For tests of applications: deployments in the process of the test, and whole instances that leave nothing behind.
 
-@pytest.fixture(scope="session")
-def served():
-    with qserve.testing.instance() as served:
-        yield served
+`local` takes milliseconds and shows whether the application does what it should; `instance` takes a second or two and
+shows whether it does so in processes of its own.
 """
 
 import contextlib
+import functools
+import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qserve import serve
+from qserve.applications.app_import import import_app
+from qserve.calls.handle import DeploymentHandle
+from qserve.deployments.binding import Application
+from qserve.deployments.deployment import Deployment
 from qserve.deployments.http_options import HTTPOptions
 from qserve.deployments.local_instance import find_record, find_settings
+from qserve.errors import ConfigurationError
 from qserve.settings import Settings
+
+if TYPE_CHECKING:
+    from starlette.testclient import TestClient
 
 _INSTANCE_VARIABLES = ("QSERVE_REDIS_URL", "QSERVE_SECRET", "QSERVE_NAMESPACE", "QSERVE_RUNTIME_DIR")
 
@@ -40,6 +49,58 @@ class TestInstance:
         """Delete every deployment."""
         for deployment in serve.list_deployments().values():
             deployment.delete()
+
+
+@dataclass(frozen=True)
+class LocalServing:
+    """Deployments that run in this process.
+
+    Attributes:
+        app: An ASGI application that serves the deployments that have a route.
+        handle: The handle of what `local` was given; None for several deployments.
+    """
+
+    app: Callable[..., Awaitable[None]]
+    handle: DeploymentHandle[Any] | None
+
+    @functools.cached_property
+    def client(self) -> "TestClient":
+        """An HTTP client for `app`, Starlette's `TestClient`. What user code raises is raised by its methods."""
+        try:
+            with warnings.catch_warnings():  # of httpx, which some versions of Starlette would like to be httpx2
+                warnings.simplefilter("ignore")
+                from starlette.testclient import TestClient  # noqa: PLC0415
+        except RuntimeError as exc:
+            raise ConfigurationError("the HTTP client of qserve.testing.local needs httpx: pip install httpx") from exc
+        return TestClient(self.app)
+
+
+@contextlib.contextmanager
+def local(target: Application[Any] | Deployment[Any] | Sequence[Deployment[Any]] | str) -> Iterator[LocalServing]:
+    """Run deployments in this process until the end of the block, without Redis and without other processes.
+
+    `serve.run`, `deploy`, `serve.get_deployment` and handles of this process mean these deployments meanwhile. Each has
+    one replica. Arguments, results and errors are turned into bytes and back as on their way to a replica, so what
+    cannot be sent fails here, too. Durable calls and schedules need an `instance`.
+
+    Args:
+        target: An application (`Deployment.bind(...)`), a deployment, several deployments, or "MODULE" or "MODULE:NAME"
+            as for `qserve run`.
+
+    Raises:
+        RuntimeError: A constructor raised; its error is the cause.
+        ConfigurationError: `qserve[workers]` is not installed, or the module cannot be imported.
+    """
+    try:
+        serving = importlib.import_module("qserve_workers.local.local_serving")
+    except ModuleNotFoundError as exc:
+        raise ConfigurationError(
+            f"qserve.testing.local needs the package {exc.name!r}, which is not installed: "
+            "pip install 'qserve[workers]'"
+        ) from exc
+    with serving.serving_here() as app:
+        handle = serve.run(import_app(target) if isinstance(target, str) else target)
+        yield LocalServing(app, handle)
 
 
 @contextlib.contextmanager

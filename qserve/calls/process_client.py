@@ -8,7 +8,7 @@ import atexit
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -19,8 +19,8 @@ from qserve.settings import Settings
 class ClientThread:
     """A client with a loop on a daemon thread."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.client = Client(settings)
+    def __init__(self, client: Client) -> None:
+        self.client = client
         self._started: Future[None] = Future()
         self._stop: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -94,7 +94,7 @@ def current_client() -> Client:
 def _start_client() -> Client:
     with _here.lock:
         if _here.client is None:
-            thread = ClientThread(_here.find_settings())
+            thread = ClientThread(Client(_here.find_settings()))
             thread.start()
             _here.thread, _here.client = thread, thread.client
         return _here.client
@@ -104,6 +104,21 @@ def set_current_client(client: Client | None) -> None:
     """Use a client that runs on an event loop of the process itself, as in a replica."""
     with _here.lock:
         _here.client = client
+
+
+@contextlib.contextmanager
+def using_client(client: Client) -> Iterator[None]:
+    """A block in which this process uses a client of its own, on a thread; the one before it is left alone."""
+    thread = ClientThread(client)
+    thread.start()
+    with _here.lock:
+        before, _here.client = _here.client, client
+    try:
+        yield
+    finally:
+        with _here.lock:
+            _here.client = before
+        thread.stop()
 
 
 def close_current_client(*, unless: Settings | None = None) -> None:

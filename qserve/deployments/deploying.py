@@ -12,9 +12,7 @@ from logging import getLogger
 
 import msgspec
 
-from qserve.broker.instance.remains import fail_remaining, forget_remains
 from qserve.broker.instance.state import GenerationChanged, State
-from qserve.broker.records import fail_remaining_records
 from qserve.broker.stream_ids import order
 from qserve.errors import DeploymentNotFound
 from qserve.wire.messages import ErrorInfo, encode
@@ -319,9 +317,7 @@ def finish_deleting(state: State, spec: DeploymentSpec) -> None:
             ", ".join(_left_of(state, name)),
         )
     error = ErrorInfo(DeploymentNotFound.__name__, "", "", f"Deployment '{name}' was deleted.")
-    fail_remaining(state.redis, state.keys, name, state.signer, encode(error))
-    fail_remaining_records(state.redis, state.keys, name, state.signer, encode(error))
-    forget_remains(state.redis, state.keys, name)
+    state.clear_up(name, encode(error))
 
 
 def _left_of(state: State, name: str) -> list[str]:

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from qserve.broker.instance.state import State
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 class ConnectedInstance:
     """A running instance, for a process that deploys to it. Thread-safe."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, state: State | None = None) -> None:
         self.settings = settings
-        self.state = State(settings.redis_url, settings.keys, Signer(settings.secrets))
+        self.state = state or State(settings.redis_url, settings.keys, Signer(settings.secrets))
         self.codec = make_codec(settings, signs=self.state.signer.signs)
 
     def put(self, spec: DeploymentSpec) -> deploying.Goal:
@@ -78,6 +78,16 @@ class Driver:
         self._lock = threading.RLock()
         self._connected: ConnectedInstance | None = None
         self._local: local_instance.LocalInstance | None = None
+        self._given: ConnectedInstance | None = None
+
+    @contextlib.contextmanager
+    def using(self, instance: ConnectedInstance) -> Iterator[None]:
+        """A block in which this instance is the one of this process, and none is looked for or started."""
+        before, self._given = self._given, instance
+        try:
+            yield
+        finally:
+            self._given = before
 
     def current(self) -> ConnectedInstance:
         """The instance of this process.
@@ -85,7 +95,7 @@ class Driver:
         Raises:
             NoInstanceError: No instance is running.
         """
-        return self._connect(local_instance.find_settings())
+        return self._given or self._connect(local_instance.find_settings())
 
     def start(
         self,
@@ -109,6 +119,8 @@ class Driver:
             ConfigurationError: The instance cannot be started, or the Redis of QSERVE_REDIS_URL cannot be used.
             BrokerUnavailable: The Redis of QSERVE_REDIS_URL does not answer.
         """
+        if self._given is not None:
+            return self._given
         settings = Settings()
         if settings.redis_url:
             require_usable_at(settings.redis_url)
@@ -126,6 +138,8 @@ class Driver:
 
     def wait_until_ready(self) -> None:
         """Wait until the instance serves HTTP, if it is one on this machine."""
+        if self._given is not None:
+            return
         own = self._own(self.current())
         if own is not None:
             own.wait_until_ready()
@@ -134,6 +148,9 @@ class Driver:
 
     def shutdown(self) -> None:
         """Delete all deployments and stop the processes of the instance; harmless where there is none."""
+        if self._given is not None:
+            self._given.clear()
+            return
         with self._lock:
             try:
                 running = self.current()

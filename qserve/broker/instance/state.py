@@ -11,7 +11,9 @@ from logging import getLogger
 from typing import Any, TypeVar
 
 from qserve.broker.instance.observed import Observed
+from qserve.broker.instance.remains import fail_remaining, forget_remains
 from qserve.broker.keys import GROUP, Keys
+from qserve.broker.records import fail_remaining_records
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import DELETE, DEPLOY, PAUSE, SET_STATE, SIGN, Script
 from qserve.broker.server import redis_clients
@@ -103,6 +105,12 @@ class State:
         if verdict == b"generation":
             raise GenerationChanged(name)
         return facts[1].decode() if verdict == b"ok" else None
+
+    def clear_up(self, name: str, error: bytes) -> None:
+        """Answer the calls that a deleted deployment leaves with an encoded ErrorInfo, and forget the rest of it."""
+        fail_remaining(self.redis, self.keys, name, self.signer, error)
+        fail_remaining_records(self.redis, self.keys, name, self.signer, error)
+        forget_remains(self.redis, self.keys, name)
 
     def set_state(self, name: str, generation: int, state: str, *, error: str = "", refuse: str = "") -> bool:
         """Note how far a generation has come; False when the deployment has moved on.

@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
 
 import qserve.serve  # noqa: F401  tells deployments that user code may deploy where the instance is
 from qserve.applications.graph import own_name
@@ -254,6 +255,12 @@ class UserCode:
             async with contextlib.aclosing(self._threads.iterate(result)) as chunks:
                 return await make_response(await stream_chunks(chunks), request, open_channel, on_complete)
         return await make_response(result, request, open_channel, on_complete)
+
+    async def asgi(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the application of an ingress answer a request or a WebSocket by itself; raises what it raises."""
+        assert self._app is not None
+        assert self._lifespan is not None
+        await enter(self._app, {**scope, "state": self._lifespan.state.copy()}, receive, send)
 
     async def close(self) -> None:
         """Run the shutdown hooks, then `__del__` once. What they raise is logged: the replica goes all the same."""

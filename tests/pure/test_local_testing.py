@@ -1,0 +1,215 @@
+"""`qserve.testing.local`: deployments in the process of the test, through handles and HTTP."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, WebSocket
+from fastapi.responses import StreamingResponse
+from starlette.requests import Request
+
+import qserve
+from qserve import serve
+from qserve.testing import LocalServing, local
+
+app = FastAPI()
+
+
+class Refused(Exception):
+    pass
+
+
+@serve.deployment(route_prefix=None, max_queued_requests=2)
+class Prices:
+    def __init__(self, cents: int = 30) -> None:
+        self.cents = cents
+        self.thread = threading.get_ident()
+
+    def of(self, fruit: str) -> int:
+        assert threading.get_ident() == self.thread
+        if fruit == "plum":
+            raise Refused(fruit)
+        return self.cents
+
+    async def wait(self) -> None:
+        await asyncio.sleep(60)
+
+    def count(self, most: int) -> Iterator[int]:
+        yield from range(most)
+
+    def reconfigure(self, config: dict[str, int]) -> None:
+        self.cents = config["cents"]
+
+    def where(self) -> str:
+        return serve.get_replica_context().deployment
+
+
+@serve.deployment(route_prefix="/shop")
+@serve.ingress(app)
+class Shop:
+    def __init__(self, prices: Any) -> None:
+        self.prices = prices
+
+    @app.get("/total")
+    async def total(self, fruit: str, n: int) -> dict[str, int]:
+        refs = [self.prices.of.remote(fruit) for _ in range(n)]
+        return {"cents": sum([await ref for ref in refs])}
+
+    @app.get("/where")
+    async def where(self) -> list[str]:
+        return [serve.get_replica_context().deployment, await self.prices.where.remote()]
+
+    @app.get("/slowly")
+    async def slowly(self) -> StreamingResponse:
+        async def parts() -> AsyncIterator[str]:
+            yield "one "
+            yield "two"
+
+        return StreamingResponse(parts())
+
+    @app.websocket("/echo")
+    async def echo(self, socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.send_text((await socket.receive_text()).upper())
+
+
+@serve.deployment
+def plain(request: Request) -> Any:
+    if request.query_params.get("how") == "parts":
+        return (f"{n}\n" for n in range(3))
+    return {"path": request.url.path, "method": request.method}
+
+
+shop = Shop.bind(Prices.bind(cents=45))
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[LocalServing]:
+    with local(shop) as served:
+        yield served
+
+
+def prices() -> Any:
+    return serve.get_deployment("Prices").get_handle()
+
+
+def test_an_application_answers_over_http(served: LocalServing) -> None:
+    assert served.client.get("/shop/total", params={"fruit": "pear", "n": 2}).json() == {"cents": 90}
+    assert served.client.get("/shop/total").status_code == 422
+    assert served.client.get("/elsewhere").status_code == 404
+    assert served.client.get("/shop/slowly").text == "one two"
+
+
+def test_each_deployment_knows_which_one_it_is(served: LocalServing) -> None:
+    assert served.client.get("/shop/where").json() == ["Shop", "Prices"]
+
+
+def test_a_websocket_talks_to_the_application(served: LocalServing) -> None:
+    with served.client.websocket_connect("/shop/echo") as socket:
+        socket.send_text("hello")
+        assert socket.receive_text() == "HELLO"
+
+
+@pytest.mark.usefixtures("served")
+def test_handles_call_and_errors_are_what_was_raised() -> None:
+    assert prices().of.remote("pear").result(timeout=10) == 45
+    with pytest.raises(Refused) as caught:
+        prices().of.remote("plum").result(timeout=10)
+    assert isinstance(caught.value, qserve.TaskError)
+    with pytest.raises(qserve.MethodNotFound):
+        prices().none.remote().result(timeout=10)
+
+
+@pytest.mark.usefixtures("served")
+def test_what_cannot_be_sent_fails_here_too() -> None:
+    with pytest.raises(qserve.ValueNotSerializable):
+        prices().of.remote(threading.Lock())
+
+
+@pytest.mark.usefixtures("served")
+def test_a_stream_comes_in_parts() -> None:
+    assert list(prices().options(stream=True).count.remote(3)) == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("served")
+def test_a_deadline_passes_and_a_full_queue_refuses() -> None:
+    waiting = [prices().options(timeout_s=0.3).wait.remote() for _ in range(2)]
+    with pytest.raises(qserve.BackPressureError):
+        prices().wait.remote().result(timeout=10)
+    for ref in waiting:
+        with pytest.raises(qserve.GetTimeoutError):
+            ref.result(timeout=10)
+        assert ref.done()
+
+
+@pytest.mark.usefixtures("served")
+def test_a_call_that_is_cancelled_makes_room() -> None:
+    ref = prices().wait.remote()
+    assert ref.cancel()
+    with pytest.raises(qserve.CallCancelled):
+        ref.result(timeout=10)
+
+
+def test_a_plain_deployment_gets_a_request_and_may_stream() -> None:
+    with local(plain) as served:
+        assert served.client.post("/plain/x").json() == {"path": "/plain/x", "method": "POST"}
+        assert served.client.get("/plain", params={"how": "parts"}).text == "0\n1\n2\n"
+        assert served.handle is not None
+
+
+async def test_the_application_can_be_called_on_any_event_loop() -> None:
+    with local(plain) as served:
+        transport = httpx.ASGITransport(app=served.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            answers = await asyncio.gather(*(client.get("/plain") for _ in range(5)))
+    assert {answer.status_code for answer in answers} == {200}
+
+
+def test_a_new_config_reaches_the_instance_and_deleting_ends_it() -> None:
+    with local([Prices]) as served:
+        assert served.handle is None
+        serve.get_deployment("Prices").options(user_config={"cents": 7}).deploy()
+        assert prices().of.remote("pear").result(timeout=10) == 7
+        assert [*serve.list_deployments()] == ["Prices"]
+        serve.delete("Prices")
+        assert serve.list_deployments() == {}
+        with pytest.raises(qserve.DeploymentNotFound):
+            Prices.get_handle().of.remote("pear").result(timeout=10)
+
+
+def test_a_constructor_that_raises_says_so() -> None:
+    with (
+        pytest.raises(RuntimeError, match=r"'Prices' could not be constructed: TypeError") as caught,
+        local(Prices.bind(none=1)),
+    ):
+        pass
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+@pytest.mark.usefixtures("served")
+def test_afterwards_everything_is_as_before() -> None:
+    before = set(threading.enumerate())
+    with local(plain):
+        assert [*serve.list_deployments()] == ["plain"]
+    assert {thread for thread in threading.enumerate() if thread.name == "qserve-client"} <= before
+    assert sorted(serve.list_deployments()) == ["Prices", "Shop"]
+    with pytest.raises(qserve.QServeError, match="only be called from within a replica"):
+        serve.get_replica_context()
+
+
+def test_it_takes_milliseconds() -> None:
+    with local(plain):  # what has to be imported is
+        pass
+    began = time.perf_counter()
+    for _ in range(5):
+        with local(plain) as served:
+            assert served.handle is not None
+    assert (time.perf_counter() - began) / 5 < 0.5
+
+
+def test_the_fixture_of_the_plugin_runs_it(qserve_local: Callable[[Any], LocalServing]) -> None:
+    assert qserve_local(plain).client.get("/plain").status_code == 200
