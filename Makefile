@@ -41,7 +41,7 @@ coverage: $(READY)
 	$(VENV)/bin/coverage report | awk 'NR <= 2 || /^TOTAL/ || $$NF + 0 < 90'; exit $$status
 
 browser: $(READY)
-	@sh .ci/install-chromium >/dev/null || echo "Chromium cannot be installed here"
+	@sh .ci/install-programs >/dev/null || echo "Chromium cannot be installed here"
 	@mkdir -p docs/pictures && QSERVE_TEST_PICTURES=docs/pictures \
 	$(VENV)/bin/python -m pytest -q tests/instance/console/test_browser.py $(ARGS)
 
