@@ -215,6 +215,13 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
             "one, they need no locks."
         ),
     ] = 1
+    read_only_arguments: Annotated[
+        bool,
+        Option(
+            "Large arrays among the arguments arrive as read-only views of the caller's memory where both are on one "
+            "host, which spares a copy: see [large values](large-values.md#read-only-views).",
+        ),
+    ] = False
     timeout_s: Annotated[
         PositiveFloat | None,
         Option(
@@ -313,6 +320,7 @@ class GivenOptions(TypedDict, total=False):
     max_queued_requests: int | None
     backpressure_config: BackpressureConfig | Mapping[str, Any] | None
     max_threads: int | None
+    read_only_arguments: bool | None
     timeout_s: float | None
     idempotent: bool | None
     user_config: Any

@@ -95,6 +95,19 @@ class TestCalls:
             await within(outcome)
         assert len(seen) == 1
 
+    @pytest.mark.parametrize("read_only", [False, True])
+    async def test_arguments_are_views_where_the_deployment_wants_them(
+        self, settings: Settings, read_only: bool
+    ) -> None:
+        spec = msgspec.structs.replace(deploy(settings), read_only_arguments=read_only)
+        given = numpy.arange(MIB, dtype=numpy.int64)
+        async with calling(settings) as caller, serving(settings, spec) as (_, code):
+            for number in range(2):
+                given[0] = number
+                assert (caller.value(await within(caller.call(given)[1])) == given).all()
+        assert [array.flags.writeable for array in code.started] == [not read_only] * 2
+        assert [array[0] for array in code.started] == [0, 1], "the memory of a view was used for another value"
+
     async def test_the_memory_of_a_cancelled_call_is_not(self, settings: Settings) -> None:
         deploy(settings)
         async with calling(settings) as caller:

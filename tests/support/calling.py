@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -32,7 +33,7 @@ class Code:
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
-        self.started: list[object] = []
+        self.started: list[Any] = []
         self.ended: list[object] = []
         self.cancelled: list[object] = []
 
@@ -85,7 +86,7 @@ class Caller:
             deployment,
             kind=PYTHON,
             method=method,
-            payload=self.codec.pack_call((value,), {}),
+            payload=self.codec.pack_arguments((value,), {}),
             timeout_s=timeout_s,
             safe=safe,
             on_outcome=on_outcome or future.set_result,

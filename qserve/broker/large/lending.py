@@ -234,13 +234,14 @@ class Lending:
 
     # Borrowing
 
-    async def borrow(self, sender: Connection, frame: bytes, *, returns: bool) -> Arrived:
+    async def borrow(self, sender: Connection, frame: bytes, *, returns: bool, views: bool = False) -> Arrived:
         """What another process has lent.
 
         Args:
             sender: The connection for asking.
             frame: What its message says of it.
             returns: Tell the lender when it has been copied out: nobody else reads it.
+            views: Give read-only views of the lender's memory instead of copies, where it can be opened.
 
         Raises:
             ValueGone: It is there no more.
@@ -249,7 +250,7 @@ class Lending:
         """
         lent = decode_lent(frame)
         try:
-            found = self._borrowing.open(lent, returns=returns)
+            found = self._borrowing.open(lent, returns=returns, views=views)
             count(sender, self._keys, "values_lent")
             return found
         except NotReachable:

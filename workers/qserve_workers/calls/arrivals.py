@@ -113,7 +113,7 @@ async def fetch_payload(payloads: Payloads, link: Link, call: Call) -> bytes:
     return payload
 
 
-async def borrow_payload(lending: Lending, link: Link, call: Call) -> Source:
+async def borrow_payload(lending: Lending, link: Link, call: Call, *, views: bool) -> Source:
     """The large payload of an ordinary call, which its caller has.
 
     Raises:
@@ -122,7 +122,7 @@ async def borrow_payload(lending: Lending, link: Link, call: Call) -> Source:
         FrameRejected: It is not what the call says.
     """
     with payload_is_there():
-        source = await lending.borrow(link.sender, call.payload, returns=False)
+        source = await lending.borrow(link.sender, call.payload, returns=False, views=views)
     reach("payload-fetched")
     return source
 

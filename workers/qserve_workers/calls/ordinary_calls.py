@@ -146,7 +146,8 @@ class OrdinaryRuns:
         call = running.call
         payload: bytes | Source = call.payload
         if call.out_of_line:
-            payload = await borrow_payload(self._lending, self._link, call)
+            views = self._slots.spec.read_only_arguments
+            payload = await borrow_payload(self._lending, self._link, call, views=views)
         running.info.deadline = running.started_at + self._time_left(running.entry, call)
         if call.kind == PYTHON:
             args, kwargs = await self._arguments(payload)
