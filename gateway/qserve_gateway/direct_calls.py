@@ -8,12 +8,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from qserve.calls.client import Client
 from qserve.calls.pending import PendingCall
 from qserve.errors import QServeError
-from qserve.failpoints import reach
 from qserve.wire.channel import Channel
 from qserve.wire.messages import HTTP, HttpResponse, Outcome
 from qserve_gateway.door.direct import DirectProtocol, DirectRequest
 from qserve_gateway.http_calls import StreamedResponse
-from qserve_gateway.respond import checked, local_error_response, outcome_response, send_response
+from qserve_gateway.respond import about_to_respond, checked, local_error_response, outcome_response, send_response
 from qserve_gateway.routes import Route
 
 
@@ -83,7 +82,7 @@ class DirectCall(DirectRequest):
                 )
             except QServeError as exc:
                 response = local_error_response(exc)
-            reach("respond")
+            about_to_respond()
             if not connection.respond(*checked(response, self._method, self._request_id)):
                 connection.run_app(self._sending(response))
         except Exception as exc:
@@ -92,7 +91,7 @@ class DirectCall(DirectRequest):
     def _on_stream(self, pending: PendingCall, channel: Channel) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            reach("respond")
+            about_to_respond()
             connection.run_app(self._sending(StreamedResponse(channel, partial(self._client.cancel, pending))))
 
     def _sending(self, response: HttpResponse | StreamedResponse) -> ASGIApp:

@@ -8,7 +8,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qserve.calls.client import Client
 from qserve.errors import ConfigurationError, PayloadTooLarge, QServeError, StreamBroken
-from qserve.failpoints import reach
 from qserve.hooks import GatewayHook
 from qserve.settings import Settings
 from qserve.wire.messages import MODEL, WEBSOCKET, HttpRequest, HttpResponse, encode
@@ -26,6 +25,7 @@ from qserve_gateway.http_calls import HttpCalls, StreamedResponse
 from qserve_gateway.request_hooks import RequestHooks
 from qserve_gateway.respond import (
     Refused,
+    about_to_respond,
     bad_request,
     json_response,
     local_error_response,
@@ -179,7 +179,7 @@ class Gateway(DirectApp):
             return
         except QServeError as exc:
             response = local_error_response(exc)
-        reach("respond")
+        about_to_respond()
         if isinstance(response, HttpResponse):
             await send_response(send, response, scope["method"], request_id)
         else:

@@ -12,6 +12,7 @@ from starlette.types import Send
 
 from qserve import errors
 from qserve.errors import BackPressureError, PoisonCall, QServeError, StreamBroken, TaskError
+from qserve.failpoints import reach
 from qserve.wire.messages import (
     ERROR,
     HTTP_RESPONSE,
@@ -61,6 +62,11 @@ class Unsendable(Exception):
 def text_response(status: int, text: str, *headers: tuple[bytes, bytes]) -> HttpResponse:
     """Make a short answer of the gateway itself."""
     return HttpResponse(status, [TEXT, *headers], text.encode("utf-8", "replace"))
+
+
+def about_to_respond() -> None:
+    """Say that what became of a request is known, and is not sent yet."""
+    reach("respond")
 
 
 def bad_request(reason: object) -> Refused:

@@ -165,7 +165,7 @@ class Connection(asyncio.Protocol):
         last = command[-1]
         if type(last) is bytes and len(last) > _LARGE:
             self._out += _pack_large(command, -1)
-        elif command[0] == "SET" and len(command[2]) > _LARGE:
+        elif command[0] == "SET" and type(command[2]) is bytes and len(command[2]) > _LARGE:
             self._out += _pack_large(command, 2)
         else:
             self._out.append(hiredis.pack_command(command))

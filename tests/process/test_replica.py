@@ -419,7 +419,7 @@ class TestFrames:
 
 class TestResults:
     async def test_a_result_that_cannot_travel_is_an_error_that_names_it(self, world: World) -> None:
-        world.settings = world.settings.model_copy(update={"secret": ""})
+        world.settings = world.settings.model_copy(update={"secret": "", "max_value_bytes": 16 * 2**20})
         world.settings.__dict__.pop("secrets", None)
         world.signer = Signer()
         world.deploy()

@@ -15,6 +15,7 @@ from qserve.settings import Settings
 from qserve.telemetry.log_records import formatter, log_as
 from qserve_workers.celery_calls.celery_queue import QUEUE
 from qserve_workers.pool import control  # noqa: F401  registers the commands, for workers and for the command line
+from qserve_workers.titles import set_title
 
 _CONNECT_TIMEOUT_S = 1.0
 
@@ -133,6 +134,7 @@ celery = App(_settings())
 @signals.beat_init.connect  # type: ignore[untyped-decorator]
 def _log_as_beat(**_facts: Any) -> None:
     log_as("beat")
+    set_title("qserve: beat")
 
 
 @signals.after_setup_logger.connect  # type: ignore[untyped-decorator]

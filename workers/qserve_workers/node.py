@@ -41,6 +41,7 @@ from qserve_workers.node_options import NodeOptions, parse
 from qserve_workers.node_template import Template
 from qserve_workers.node_workers import STOP_MARGIN_S, NodeWorkers
 from qserve_workers.supervise import KeptProcess
+from qserve_workers.titles import KEEPS_ENVIRONMENT
 
 logger = logging.getLogger("qserve.node")
 
@@ -275,7 +276,9 @@ class Node:
         if wanted and self._beat is None:
             command = [sys.executable, "-m", "celery", "-A", "qserve_workers", "-q", "beat", "-S", _SCHEDULER]
             command += ["--loglevel", self._settings.log_level]
-            self._beat = KeptProcess("beat", program(lambda: command, os.environ | self._environment))
+            self._beat = KeptProcess(
+                "beat", program(lambda: command, os.environ | self._environment | {KEEPS_ENVIRONMENT: "1"})
+            )
             self._beat.start()
         elif not wanted and self._beat is not None:
             beat, self._beat = self._beat, None

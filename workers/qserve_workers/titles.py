@@ -10,12 +10,12 @@ except ImportError:  # they work as well without
         """Leave the title as it is."""
 
 
-_KEEPS_ENVIRONMENT = "SPT_NOENV"
+KEEPS_ENVIRONMENT = "SPT_NOENV"
 """Tells setproctitle to write over the command line only: /proc/PID/environ stays what it is."""
 
 
 def set_title(title: str) -> None:
     """Set the title of this process; what the command line that it was started with has no room for is cut off."""
-    os.environ[_KEEPS_ENVIRONMENT] = "1"
+    os.environ[KEEPS_ENVIRONMENT] = "1"
     setproctitle(title)
-    del os.environ[_KEEPS_ENVIRONMENT]
+    del os.environ[KEEPS_ENVIRONMENT]

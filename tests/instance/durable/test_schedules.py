@@ -132,7 +132,7 @@ def test_a_beat_that_is_killed_starts_again_and_repeats_nothing(
 ) -> None:
     serve.schedule("often", "every 1s", told.get_handle().options(durable=True, retries=1))
     notes.wait_for(2)
-    beats = [each for each in psutil.process_iter(["cmdline"]) if "beat" in (each.info["cmdline"] or [])]
+    beats = [each for each in psutil.process_iter(["cmdline"]) if (each.info["cmdline"] or [""])[0] == "qserve: beat"]
     ours = [each for each in beats if each.environ().get("QSERVE_REDIS_URL") == qserve_instance.settings.redis_url]
     for each in ours:
         each.send_signal(signal.SIGKILL)

@@ -109,8 +109,7 @@ async def fetch_payload(payloads: Payloads, link: Link, call: Call) -> bytes:
     payload = await payloads.fetch(link.sender, call.id)
     if payload is None:
         raise GetTimeoutError("the call's payload has expired; it was not run")
-    reach("payload-fetched")
-    return payload
+    return _fetched(payload)
 
 
 async def borrow_payload(lending: Lending, link: Link, call: Call, *, views: bool) -> Source:
@@ -122,9 +121,12 @@ async def borrow_payload(lending: Lending, link: Link, call: Call, *, views: boo
         FrameRejected: It is not what the call says.
     """
     with payload_is_there():
-        source = await lending.borrow(link.sender, call.payload, returns=False, views=views)
+        return _fetched(await lending.borrow(link.sender, call.payload, returns=False, views=views))
+
+
+def _fetched(payload: T) -> T:
     reach("payload-fetched")
-    return source
+    return payload
 
 
 @contextlib.contextmanager
