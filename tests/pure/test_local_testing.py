@@ -169,6 +169,62 @@ async def test_the_application_can_be_called_on_any_event_loop() -> None:
     assert {answer.status_code for answer in answers} == {200}
 
 
+@serve.deployment(name="Models", route_prefix="/models")
+class Models:
+    @serve.multiplexed(max_num_models_per_replica=2)
+    async def load(self, model: str) -> str:
+        return model.upper()
+
+    @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.01)
+    async def run(self, numbers: list[int]) -> list[str]:
+        model = await self.load(serve.get_multiplexed_model_id())
+        return [f"{model}{number}" for number in numbers]
+
+    async def one(self, number: int) -> str:
+        return await self.run(number)
+
+    async def __call__(self, request: Request) -> list[str | None]:
+        return [await self.load(), serve.get_replica_context().request_id]
+
+
+def test_a_call_knows_its_model_and_its_id() -> None:
+    with local(Models) as served:
+        assert served.handle is not None
+        refs = [served.handle.options(multiplexed_model_id="ab"[n % 2]).one.remote(n) for n in range(4)]
+        assert qserve.get(refs, timeout=10) == ["A0", "B1", "A2", "B3"]
+        headers = {"serve_multiplexed_model_id": "m", "x-request-id": "mine"}
+        assert served.client.get("/models", headers=headers).json() == ["M", "mine"]
+
+
+began, cancelled = threading.Event(), threading.Event()
+
+
+@serve.deployment(route_prefix=None)
+class Inner:
+    async def __call__(self) -> None:
+        began.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+
+@serve.deployment(route_prefix=None)
+class Outer:
+    async def __call__(self) -> None:
+        ref = await Inner.get_handle(sync=False).remote()
+        await ref
+
+
+def test_what_a_cancelled_call_has_called_is_cancelled_too() -> None:
+    with local([Inner, Outer]):
+        ref = Outer.get_handle().remote()
+        assert began.wait(10)
+        assert ref.cancel()
+        assert cancelled.wait(10)
+
+
 def test_a_new_config_reaches_the_instance_and_deleting_ends_it() -> None:
     with local([Prices]) as served:
         assert served.handle is None

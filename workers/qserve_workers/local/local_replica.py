@@ -13,6 +13,7 @@ from qserve.wire.channel import Channel, Chunk
 from qserve.wire.codec import Codec
 from qserve.wire.messages import (
     ERROR,
+    MODEL,
     STREAM,
     VALUE,
     Call,
@@ -20,11 +21,14 @@ from qserve.wire.messages import (
     HttpResponse,
     decode_http_response,
     encode,
+    lineage_of,
 )
 from qserve.wire.parts import flat
 from qserve.wire.spec import DeploymentSpec
 from qserve_workers.user.user_code import UserCode
 from qserve_workers.user.user_entry import what_was_raised
+
+_MODEL_HEADER = b"serve_multiplexed_model_id"
 
 
 class LocalReplica:
@@ -55,9 +59,11 @@ class LocalReplica:
         Args:
             channel: Takes the parts of a stream.
         """
+        info = CallInfo(call.id, deadline=time.monotonic() + call.ttl_ms / 1000)
+        info.lineage, info.model_id = lineage_of(call), call.meta.get(MODEL, "")
         try:
             async with self._slots:
-                current_call.set(CallInfo(call.id, deadline=time.monotonic() + call.ttl_ms / 1000))
+                current_call.set(info)
                 args, kwargs = self._codec.unpack_call(call.payload)
                 if call.kind == STREAM:
                     assert channel is not None
@@ -65,6 +71,7 @@ class LocalReplica:
                     return VALUE, b"%d" % channel.sent
                 return VALUE, flat(self._codec.pack_result(await self.code.call(call.method, tuple(args), kwargs)))
         except asyncio.CancelledError:
+            info.cancel_nested()
             raise
         except BaseException as exc:  # packing a result runs user code, too
             return ERROR, encode(self._codec.pack_error(what_was_raised(exc)))
@@ -72,13 +79,16 @@ class LocalReplica:
     async def respond(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         """Answer one HTTP request or WebSocket; raises what user code raised."""
         async with self._slots:
-            current_call.set(CallInfo(request_id))
+            named = dict(scope["headers"])
+            asked = named.get(b"x-request-id", b"").decode("latin-1")
+            info = CallInfo(asked or request_id, model_id=named.get(_MODEL_HEADER, b"").decode("latin-1"))
+            current_call.set(info)
             if self.spec.is_ingress:
                 await self.code.asgi(scope, receive, send)
             elif scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008, "reason": "not a WebSocket"})
             else:
-                await self._respond_plainly(await _read_request(scope, receive, request_id), send)
+                await self._respond_plainly(await _read_request(scope, receive, info.request_id), send)
 
     async def _respond_plainly(self, request: HttpRequest, send: Send) -> None:
         here, there = make_channels()
