@@ -60,9 +60,12 @@ class CallQueue:
         CANCEL.send(connection, on_answer, (self._stream,), GROUP, entry)
 
 
-async def last_seen(connection: Connection, keys: Keys, deployment: str) -> tuple[int, int]:
-    """When a replica of a deployment was seen last (0: never), and what time it is, in seconds on Redis' clock."""
-    seen, now = await asyncio.gather(
-        connection.call("HGET", keys.meta(deployment), "last_seen"), connection.call("TIME")
+async def last_seen(connection: Connection, keys: Keys, deployment: str) -> tuple[int, int, str]:
+    """When a replica of a deployment was seen last (0: never), what time it is, and its `Deployed.paused`.
+
+    Both times are in seconds on Redis' clock.
+    """
+    (seen, paused), now = await asyncio.gather(
+        connection.call("HMGET", keys.meta(deployment), "last_seen", "paused"), connection.call("TIME")
     )
-    return int(seen or 0), int(now[0])
+    return int(seen or 0), int(now[0]), (paused or b"").decode(errors="replace")

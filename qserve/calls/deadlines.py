@@ -12,6 +12,7 @@ from qserve.calls.pending import PendingCall, PendingCalls
 from qserve.calls.withdrawing import Withdrawals
 from qserve.errors import BrokerUnavailable, DeploymentUnavailable, GetTimeoutError, QServeError
 from qserve.wire.channel import CREDIT, HELLO, Chunk
+from qserve.wire.spec import pause_of
 
 _EXPLAIN_S = 0.5
 """How long a caller waits beyond its deadline to be told why."""
@@ -97,15 +98,29 @@ class Deadlines:
             self._withdrawals.withdraw(call)
 
     async def _explain(self, call: PendingCall) -> QServeError:
+        paused = ""
         with contextlib.suppress(BrokerUnavailable, TimeoutError):
             if self._link.sender.is_open:
                 async with asyncio.timeout(_EXPLAIN_S):
-                    seen, now = await last_seen(self._link.sender, self._keys, call.deployment)
+                    seen, now, paused = await last_seen(self._link.sender, self._keys, call.deployment)
                 if now - seen > self._dead_after_s:
-                    since = f" since {time.strftime('%H:%M', time.localtime(seen))}" if seen else ""
+                    since = f" since {_clock(seen)}" if seen else ""
                     return DeploymentUnavailable(
                         f"no replica of {call.deployment!r} has been seen{since}; `qserve status` shows who serves it"
                     )
-        return GetTimeoutError(
+        text = (
             f"the call to {call.deployment!r} did not end before its deadline ({call.timeout_s:g} s); it was withdrawn"
         )
+        if paused:
+            # Not by whom: HTTP clients are told this, too.
+            at, _ = pause_of(paused)
+            since = f" since {_clock(at)}" if at else ""
+            text += (
+                f". {call.deployment!r} is paused{since}: calls are accepted, but wait until an operator resumes it "
+            )
+            text += "(`qserve status` shows who has paused it)"
+        return GetTimeoutError(text)
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M", time.localtime(at))

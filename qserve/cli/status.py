@@ -17,7 +17,7 @@ from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
 from qserve.cli.output import redis_url_option
 from qserve.deployments.deploying import wanted
-from qserve.wire.spec import WAITING, Deployed, GatewayInfo, NodeInfo, ReplicaInfo
+from qserve.wire.spec import WAITING, Deployed, GatewayInfo, NodeInfo, ReplicaInfo, pause_of
 
 COLORS = {"HEALTHY": "green", "SERVING": "green", "DEPLOY_FAILED": "red", "WAITING": "yellow", "DEPLOYING": "yellow"}
 _WATCH_S = 1.0
@@ -48,6 +48,9 @@ class DeploymentRow(TypedDict):
     route: str | None
     state: str
     error: str
+    paused: bool
+    paused_since: float | None
+    paused_by: str
     version: str | None
     generation: int
     queued: int
@@ -110,12 +113,16 @@ def _deployment(state: State, deployed: Deployed) -> DeploymentRow:
     replicas = [_replica(info) for info in state.observed.replicas(spec.name).values()]
     replicas.sort(key=lambda replica: (replica["host"], replica["pid"]))
     running = sum(replica["running"] for replica in replicas)
+    since, who = pause_of(deployed.paused) if deployed.paused else (None, "")
     nobody = not replicas and not state.observed.nodes()  # what was reached earlier went with the last node
     return {
         "name": spec.name,
         "route": spec.route_prefix,
         "state": WAITING if nobody else deployed.state,
         "error": deployed.error,
+        "paused": bool(deployed.paused),
+        "paused_since": since,
+        "paused_by": who,
         "version": spec.version,
         "generation": deployed.generation,
         "queued": max(0, state.observed.queued(spec.name) - running),
@@ -183,7 +190,7 @@ def render(found: InstanceStatus) -> RenderableType:
         table.add_row(
             Text(row["name"], style="bold"),
             row["route"] or "-",
-            Text(row["state"], style=COLORS.get(row["state"], "")),
+            _state(row),
             _replicas(row),
             str(row["queued"]),
             str(row["running"]),
@@ -206,6 +213,16 @@ def render(found: InstanceStatus) -> RenderableType:
         if replica["problem"]
     ]
     return Group(*lines, table, *errors)
+
+
+def _state(row: DeploymentRow) -> Text:
+    text = Text(row["state"], style=COLORS.get(row["state"], ""))
+    if row["paused"]:
+        since = (
+            time.strftime(" since %Y-%m-%d %H:%M", time.localtime(row["paused_since"])) if row["paused_since"] else ""
+        )
+        text.append(f"\nPAUSED{since} by {row['paused_by']}", style="yellow")
+    return text
 
 
 def _replicas(row: DeploymentRow) -> Text:

@@ -24,7 +24,7 @@ def pause(name: str, as_json: bool) -> None:
     Calls that run already end as they would. Those that wait do so up to their deadlines; durable calls wait on.
     """
     with connected() as state:
-        controls.pause(state, name, paused=True)
+        controls.pause(state, name, user_of_this_machine())
         _done(state, name, "pause", as_json, paused=True)
     note(f"{name} is paused: calls are accepted and wait. `qserve resume {name}` lets them run.")
 
@@ -36,7 +36,7 @@ def pause(name: str, as_json: bool) -> None:
 def resume(name: str, as_json: bool) -> None:
     """Let calls of the deployment NAME run again."""
     with connected() as state:
-        controls.pause(state, name, paused=False)
+        controls.resume(state, name)
         _done(state, name, "resume", as_json, paused=False)
     note(f"{name} runs its calls.")
 
@@ -47,13 +47,22 @@ def resume(name: str, as_json: bool) -> None:
 @click.option(
     "--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds to wait for it."
 )
+@click.option("--min", "least", type=click.IntRange(min=0), help="Never fewer, where the number follows the load.")
+@click.option("--max", "most", type=click.IntRange(min=1), help="Never more, where the number follows the load.")
 @click.argument("name")
-@click.argument("replicas", type=click.IntRange(min=1))
-def scale(name: str, replicas: int, timeout: float, as_json: bool) -> None:
-    """Give the deployment NAME another number of REPLICAS, until it is deployed again.
+@click.argument("replicas", type=click.IntRange(min=1), required=False)
+def scale(name: str, replicas: int | None, least: int | None, most: int | None, timeout: float, as_json: bool) -> None:
+    """Give the deployment NAME another number of REPLICAS, or another range of it, until it is deployed again.
 
     Nodes that were started with --replicas-per-node keep to that number.
     """
+    if replicas is None:
+        if least is None and most is None:
+            raise click.UsageError("Give the number of replicas, or --min and --max where it follows the load.")
+        _scale_between(name, least, most, as_json)
+        return
+    if least is not None or most is not None:
+        raise click.UsageError("Give either the number of replicas, or --min and --max.")
     with connected() as state:
         try:
             goal = controls.scale(state, name, replicas)
@@ -65,6 +74,17 @@ def scale(name: str, replicas: int, timeout: float, as_json: bool) -> None:
             )
         _done(state, name, f"scale to {replicas}", as_json, replicas=replicas)
     note(f"{name} has {replicas} replicas." if goal is not None else f"{name} has {replicas} replicas already.")
+
+
+def _scale_between(name: str, least: int | None, most: int | None, as_json: bool) -> None:
+    with connected() as state:
+        try:
+            bounds = controls.scale_between(state, name, least, most)
+        except ValueError as exc:
+            raise Failure(f"{exc}.") from exc
+        facts = {"min_replicas": bounds.min_replicas, "max_replicas": bounds.max_replicas}
+        _done(state, name, f"scale from {bounds.min_replicas} to {bounds.max_replicas}", as_json, **facts)
+    note(f"{name} has from {bounds.min_replicas} to {bounds.max_replicas} replicas, as the load asks for.")
 
 
 @click.command()

@@ -6,7 +6,8 @@ told.
 
 from collections.abc import Callable
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
+from pydantic import ValidationError
 
 from qserve.broker.history.call_index import CallSummary, run_again
 from qserve.broker.inboxes import control_frame, tell_now
@@ -16,18 +17,28 @@ from qserve.deployments.deploying import Goal
 from qserve.durable.dead_letters import DeadLetters
 from qserve.errors import CallCancelled, CallNotFound, DeploymentNotFound
 from qserve.operating.call_search import CallFilter, find_calls
+from qserve.wire.autoscaling import Autoscaling, AutoscalingConfig
 from qserve.wire.call_record import DEAD, FAILED
 from qserve.wire.messages import Control, ErrorInfo, encode
 from qserve.wire.spec import Deployed, DeploymentSpec
 
 
-def pause(state: State, name: str, *, paused: bool) -> None:
-    """Let calls of a deployment be accepted but not run, or run again.
+def pause(state: State, name: str, who: str) -> None:
+    """Let calls of a deployment be accepted but not run.
+
+    Args:
+        who: The operator, as others are told who ask why calls wait.
 
     Raises:
         DeploymentNotFound: There is none of this name.
     """
-    if not state.pause(name, paused=paused):
+    if not state.pause(name, who or "somebody"):
+        raise _unknown(name)
+
+
+def resume(state: State, name: str) -> None:
+    """Let calls of a paused deployment run again. Raises `DeploymentNotFound`."""
+    if not state.pause(name, ""):
         raise _unknown(name)
 
 
@@ -43,11 +54,36 @@ def scale(state: State, name: str, replicas: int) -> Goal | None:
         bounds = deployed.spec.autoscaling
         raise ValueError(
             f"the number of replicas of {name!r} follows the load, from {bounds.min_replicas} to "
-            f"{bounds.max_replicas}: deploy it with another autoscaling_config, or without one"
+            f"{bounds.max_replicas}: change these two (`qserve scale {name} --min N --max N`), or deploy it without "
+            "autoscaling_config"
         )
     if deployed.spec.num_replicas == replicas:
         return None
     return _change(state, name, lambda spec: replace(spec, num_replicas=replicas))
+
+
+def scale_between(state: State, name: str, least: int | None, most: int | None) -> Autoscaling:
+    """Change between which numbers of replicas a deployment follows the load; returns what holds now.
+
+    Args:
+        least, most: None leaves one as it is.
+
+    Raises:
+        DeploymentNotFound: There is none of this name.
+        ValueError: Its number does not follow the load, or cannot lie between these.
+    """
+    bounds = _deployed(state, name).spec.autoscaling
+    if bounds is None:
+        raise ValueError(f"the number of replicas of {name!r} does not follow the load: give it one number instead")
+    given = {"min_replicas": least, "max_replicas": most}
+    values = asdict(bounds) | {field: value for field, value in given.items() if value is not None}
+    try:
+        wanted = Autoscaling(**AutoscalingConfig(**values).model_dump())
+    except ValidationError as exc:
+        raise ValueError("; ".join(problem["msg"].removeprefix("Value error, ") for problem in exc.errors())) from exc
+    if wanted != bounds:
+        _change(state, name, lambda spec: replace(spec, autoscaling=wanted))
+    return wanted
 
 
 def set_bound(state: State, name: str, bound: int) -> Goal | None:

@@ -7,7 +7,7 @@ from qserve.broker.history.buckets import BUCKET_S, Bucket, read_buckets
 from qserve.broker.instance.queue_facts import QueueFacts, read_queue_facts
 from qserve.broker.instance.state import State, checked, decode_deployed
 from qserve.operating.loads import load_of
-from qserve.wire.spec import SERVING, WAITING, Deployed
+from qserve.wire.spec import SERVING, WAITING, Deployed, pause_of
 
 RECENT_S = 600
 _RATE_S = 60
@@ -25,6 +25,8 @@ class OverviewRow(TypedDict):
     route: str | None
     state: str
     paused: bool
+    paused_since: float | None
+    paused_by: str
     error: str
     version: str | None
     wanted: int
@@ -67,8 +69,9 @@ def deployed_of(state: State, facts: QueueFacts) -> Deployed | None:
 
 def _row(deployed: Deployed, facts: QueueFacts, recent: Sequence[Bucket], now: float, nodes: bool) -> OverviewRow:
     spec = deployed.spec
-    since = int(now - _RATE_S) // BUCKET_S
-    load = load_of([bucket for bucket in recent if bucket.slot >= since], _RATE_S)
+    since, who = pause_of(deployed.paused) if deployed.paused else (None, "")
+    minute = int(now - _RATE_S) // BUCKET_S
+    load = load_of([bucket for bucket in recent if bucket.slot >= minute], _RATE_S)
     first = int(now) // BUCKET_S - RECENT_S // BUCKET_S
     spark = [0] * (RECENT_S // BUCKET_S + 1)
     for bucket in recent:
@@ -79,7 +82,9 @@ def _row(deployed: Deployed, facts: QueueFacts, recent: Sequence[Bucket], now: f
         "name": spec.name,
         "route": spec.route_prefix,
         "state": WAITING if not facts.replicas and not nodes else deployed.state,
-        "paused": deployed.paused,
+        "paused": bool(deployed.paused),
+        "paused_since": since,
+        "paused_by": who,
         "error": deployed.error,
         "version": spec.version,
         "wanted": sum(worker.wanted for worker in facts.workers),

@@ -70,7 +70,8 @@ class Deployed(msgspec.Struct, frozen=True):
     Attributes:
         generation: The number of deploys under this name.
         log_id: The id of the entry in the state log that says so.
-        paused: Its calls are accepted, but not run.
+        paused: Since when (Unix time) and by whom its calls are accepted, but not run, with a space between; "" while
+            they are run. See `pause_of`.
     """
 
     spec: DeploymentSpec
@@ -78,7 +79,17 @@ class Deployed(msgspec.Struct, frozen=True):
     state: str = WAITING
     error: str = ""
     log_id: str = "0-0"
-    paused: bool = False
+    paused: str = ""
+
+
+def pause_of(paused: str) -> tuple[float | None, str]:
+    """Since when (Unix time) calls are not run, as far as that is known, and who wants it so.
+
+    Args:
+        paused: `Deployed.paused`, not empty.
+    """
+    since, _, who = paused.partition(" ")
+    return (float(since), who) if who and since.isascii() and since.isdecimal() else (None, "somebody")
 
 
 class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,6 +12,8 @@ from qserve import serve
 from qserve.broker.history.audit import read_deeds
 from qserve.broker.instance.state import State
 from qserve.cli import main
+from qserve.errors import GetTimeoutError
+from qserve.operating.operators import user_of_this_machine
 from qserve.testing import TestInstance
 from qserve.wire.messages import Signer
 from tests.support.gates import Gate
@@ -106,7 +108,11 @@ def test_a_paused_deployment_accepts_calls_and_does_not_run_them(qserve_instance
     steady.deploy()  # still so for new replicas
     last = handle.options(durable=True).remote("wait")
     ordinary = handle.remote("now")
-    time.sleep(0.5)
+    with pytest.raises(GetTimeoutError, match=r"'steady' is paused since \d\d:\d\d: calls are accepted, but wait"):
+        handle.options(timeout_s=0.5).remote("in a hurry").result(patience(LIMIT_S))
+    [row] = json.loads(qs("status", "--json").stdout)["deployments"]
+    assert (row["paused"], row["paused_by"]) == (True, user_of_this_machine())
+    assert f"by {user_of_this_machine()}" in " ".join(qs("status").stdout.split())
     assert last.status().state == "queued"
 
     assert qs("resume", "steady").exit_code == 0
@@ -143,6 +149,18 @@ def test_replicas_are_added_and_the_former_version_comes_back() -> None:
     [row] = json.loads(qs("top", "--json").stdout)
     assert (row["name"], row["serving"], row["wanted"]) == ("versioned", 2, 2)
     assert "has 2 replicas already" in qs("scale", "versioned", "2").output
+
+
+def test_the_range_of_replicas_is_changed_where_it_follows_the_load() -> None:
+    @serve.deployment(name="elastic", autoscaling_config={"min_replicas": 1, "max_replicas": 2})
+    def elastic() -> None: ...
+
+    elastic.deploy()
+    assert "qserve scale elastic --min N --max N" in qs("scale", "elastic", "2").output
+    assert rows("scale", "elastic", "--max", "3")[0] == {"deployment": "elastic", "min_replicas": 1, "max_replicas": 3}
+    assert serve.get_deployment("elastic").autoscaling_config.max_replicas == 3
+    assert "max_replicas (3) is below min_replicas (4)" in qs("scale", "elastic", "--min", "4").output
+    assert qs("scale", "elastic").exit_code == 2
 
 
 def test_lists_that_are_empty_say_so() -> None:

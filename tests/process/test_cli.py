@@ -215,6 +215,9 @@ def test_the_table_shows_what_somebody_on_call_looks_for() -> None:
                 "route": "/model",
                 "state": "DEPLOY_FAILED",
                 "error": "no such file: weights",
+                "paused": True,
+                "paused_since": 1_700_000_000.0,
+                "paused_by": "ada@gpu1",
                 "version": "2",
                 "generation": 3,
                 "queued": 17,
@@ -231,7 +234,17 @@ def test_the_table_shows_what_somebody_on_call_looks_for() -> None:
     with console.capture() as capture:
         console.print(render(found))
     text = capture.get()
-    shown = ("http://web1:8000", "gpu1 (pid 6)", "/model", "DEPLOY_FAILED", "pid 71 on gpu1", "17", "12.3 ms", "1.23 s")
+    shown = (
+        "http://web1:8000",
+        "gpu1 (pid 6)",
+        "/model",
+        "DEPLOY_FAILED",
+        "by ada@gpu1",
+        "pid 71 on gpu1",
+        "17",
+        "12.3 ms",
+        "1.23 s",
+    )
     for part in shown:
         assert part in text
     assert "pid 72 on gpu2 (starting)" in text

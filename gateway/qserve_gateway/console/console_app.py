@@ -16,8 +16,9 @@ from qserve.broker.instance.state import State
 from qserve.broker.redis_errors import CommandRefused
 from qserve.errors import ConfigurationError, QServeError
 from qserve.settings import Settings
-from qserve_gateway.console.actions import ACTIONS, Actions, NotPossible
+from qserve_gateway.console.actions import ACTIONS, Actions
 from qserve_gateway.console.live import MOST_STREAMS, LiveStreams
+from qserve_gateway.console.orders import NotPossible
 from qserve_gateway.console.pages import Asked, BadFilter, Pages
 from qserve_gateway.console.rendering import HEADERS, STATIC, Rendering, static_file
 from qserve_gateway.console.sessions import COOKIE, PATH, Sessions, Visitor

@@ -87,6 +87,6 @@ async def restore(client: "redis.asyncio.Redis", keys: Keys, signer: Signer, kno
         frame = signer.seal(encode(SignedSpec(deployed.generation, spec)))
         arguments = (spec.name, deployed.generation, frame, GROUP, deployed.state, deployed.error)
         with our_errors(client):
-            fields = (*script_fields(spec), *(("paused", "1") if deployed.paused else ()))
+            fields = (*script_fields(spec), *(("paused", deployed.paused) if deployed.paused else ()))
             count += await RESTORE.run_async(client, names, *arguments, *fields)
     return count

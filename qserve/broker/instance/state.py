@@ -34,6 +34,7 @@ from qserve.wire.spec import (
 logger = getLogger(__name__)
 
 _COMMAND_TIMEOUT_S = 5.0
+_LONGEST_NAME = 200
 
 
 class GenerationChanged(Exception):
@@ -123,9 +124,9 @@ class State:
         """
         return bool(self._run(SET_STATE, (self.keys.meta(name),), generation, state, error, refuse))
 
-    def pause(self, name: str, *, paused: bool) -> bool:
-        """Let calls be accepted but not run, or run again; False where there is no such deployment."""
-        return bool(self._run(PAUSE, (self.keys.meta(name), self.keys.log), name, "1" if paused else ""))
+    def pause(self, name: str, who: str) -> bool:
+        """Let calls be accepted but not run, or run again if `who` is ""; False where there is no such deployment."""
+        return bool(self._run(PAUSE, (self.keys.meta(name), self.keys.log), name, who[:_LONGEST_NAME]))
 
     def former(self, name: str) -> DeploymentSpec | None:
         """What was served before the present revision; None if that is not known.
@@ -240,7 +241,7 @@ def decode_deployed(signer: Signer, name: str, fields: list[bytes | None]) -> De
         (state or WAITING.encode()).decode(errors="replace"),
         (error or b"").decode(errors="replace"),
         (log_id or b"0-0").decode(errors="replace"),
-        bool(paused),
+        (paused or b"").decode(errors="replace"),
     )
 
 

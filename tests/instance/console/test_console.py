@@ -152,6 +152,26 @@ def test_a_schedule_is_run_now_and_removed(shop: Any, operator: httpx.Client) ->
     assert act(operator, "run-schedule", "nightly").status_code == 409
 
 
+def test_what_a_schedule_has_submitted_is_linked(shop: Any, running: TestInstance, operator: httpx.Client) -> None:
+    serve.schedule("ticking", "every 1s", serve.get_deployment("shop").get_handle(), "tick")
+    wait_until(lambda: re.search(r'/calls/d[0-9a-f]{32}"', operator.get("/schedules").text))
+    assert "is removed" in act(operator, "remove-schedule", "ticking").text
+
+
+def test_the_range_of_replicas_is_changed_where_it_follows_the_load(shop: Any, operator: httpx.Client) -> None:
+    @serve.deployment(name="elastic", autoscaling_config={"min_replicas": 1, "max_replicas": 2})
+    def elastic() -> None: ...
+
+    elastic.deploy()
+    assert 'value="scale-between"' in operator.get("/deployments/elastic").text
+    assert "follows the load" in act(operator, "scale", "elastic", replicas="2").text
+    assert "from 1 to 7" in act(operator, "scale-between", "elastic", least="1", most="7").text
+    assert 'name="most" min="1" max="1000" value="7"' in operator.get("/deployments/elastic").text
+    assert act(operator, "scale-between", "elastic", least="8", most="7").status_code == 409
+    assert act(operator, "scale-between", "shop", least="1", most="7").status_code == 409
+    elastic.delete()
+
+
 def test_a_replica_tells_its_stacks_and_leaves(shop: Any, operator: httpx.Client) -> None:
     shop.remote("x").result(patience(LIMIT_S))
     page = operator.get("/deployments/shop").text

@@ -1,0 +1,26 @@
+"""What operators do to schedules."""
+
+from qserve.durable.schedules import Schedules, call_of
+from qserve.wire.call_record import new_call_id
+from qserve_gateway.console.call_actions import submit
+from qserve_gateway.console.orders import Done, NotPossible, Order
+from qserve_gateway.console.sessions import PATH
+
+
+def run_now(order: Order) -> Done:
+    schedule = Schedules(order.state).get(order.about)
+    if schedule is None:
+        raise _unknown(order)
+    call, options = call_of(schedule, new_call_id())
+    submit(order, call, options)
+    return Done(f"Call {call.id} of {order.about} is submitted.", f"{PATH}/calls/{call.id}")
+
+
+def remove(order: Order) -> Done:
+    if not Schedules(order.state).remove(order.about):
+        raise _unknown(order)
+    return Done(f"Schedule {order.about} is removed.")
+
+
+def _unknown(order: Order) -> NotPossible:
+    return NotPossible(f"there is no schedule {order.about!r}")
