@@ -158,7 +158,9 @@ def test_the_range_of_replicas_is_changed_where_it_follows_the_load() -> None:
     elastic.deploy()
     assert "qserve scale elastic --min N --max N" in qs("scale", "elastic", "2").output
     assert rows("scale", "elastic", "--max", "3")[0] == {"deployment": "elastic", "min_replicas": 1, "max_replicas": 3}
-    assert serve.get_deployment("elastic").autoscaling_config.max_replicas == 3
+    config = serve.get_deployment("elastic").autoscaling_config
+    assert config is not None
+    assert config.max_replicas == 3
     assert "max_replicas (3) is below min_replicas (4)" in qs("scale", "elastic", "--min", "4").output
     assert qs("scale", "elastic").exit_code == 2
 
