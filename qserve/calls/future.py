@@ -13,6 +13,16 @@ _lock = threading.Lock()
 """Guards every change of state and every condition's birth; held for a few instructions at a time."""
 
 
+class _NotMade(Exception):
+    """Stands where the exception would be: the result is there, but nobody has asked for it yet."""
+
+    def __init__(self, raw: object, make: Callable[[Any], object]) -> None:
+        super().__init__()
+        self.raw = raw
+        self.make = make
+        self.lock = threading.Lock()
+
+
 class LightFuture(concurrent.futures.Future[T], Generic[T]):
     """A future whose condition variable is made for the first thread that waits on it.
 
@@ -56,18 +66,21 @@ class LightFuture(concurrent.futures.Future[T], Generic[T]):
             CancelledError: It was cancelled.
         """
         if self._state is not FINISHED:
-            return super().result(timeout)
+            super().exception(timeout)
         if self._exception is None:
             result: T = self._result
             return result
         try:
+            if type(self._exception) is _NotMade:
+                return self._made(self._exception)
             raise self._exception
         finally:
             del self  # else the traceback would hold the future that holds the exception
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The exception or None; waits and raises like `result`."""
-        return self._exception if self._state is FINISHED else super().exception(timeout)
+        found = self._exception if self._state is FINISHED else super().exception(timeout)
+        return None if type(found) is _NotMade else found
 
     def cancel(self) -> bool:
         """Cancel it; False if it is done already."""
@@ -81,6 +94,25 @@ class LightFuture(concurrent.futures.Future[T], Generic[T]):
         """
         if not self._end(FINISHED, result, None):
             raise InvalidStateError(f"{self!r} is done already")
+
+    def set_raw_result(self, raw: object, make: Callable[[Any], T]) -> None:
+        """Settle it with a result that `make` makes from `raw` once somebody asks for it; raises like `set_result`."""
+        self.set_exception(_NotMade(raw, make))
+
+    @property
+    def raw_result(self) -> object:
+        """What the result will be made from; None if it is made already, or there is none."""
+        found = self._exception
+        return found.raw if type(found) is _NotMade else None
+
+    def _made(self, not_made: _NotMade) -> T:
+        with not_made.lock:
+            if self._exception is not_made:
+                try:
+                    self._result, self._exception = not_made.make(not_made.raw), None
+                except Exception as exc:
+                    self._exception = exc
+        return self.result(0)
 
     def set_exception(self, exception: BaseException | None) -> None:
         """Settle it with an exception; raises like `set_result`."""

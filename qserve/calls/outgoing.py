@@ -13,15 +13,17 @@ from qserve.calls.pending import PendingCall
 from qserve.calls.ref import Ref
 from qserve.context import CallInfo, current_call
 from qserve.errors import QServeError
+from qserve.values.borrowing import Borrowed
 from qserve.wire.codec import Codec, collect_refs, substitute
-from qserve.wire.messages import ERROR, NO_META, PYTHON, WITHIN, LargeReply, Outcome, decode_error
-from qserve.wire.parts import Payload, flat
+from qserve.wire.messages import ERROR, NO_META, PYTHON, VALUE, WITHIN, LargeReply, Outcome, decode_error
+from qserve.wire.parts import Passed, Payload, flat
 
 
 class CallRef(Ref[Any]):
     """The ref of a call that is on its way: sends it, withdraws it, and takes in its outcome."""
 
     _meta: Mapping[str, str] = NO_META
+    _is_passed_on = False
 
     def __init__(self, client: Client, codec: Codec, deployment: str, method: str, timeout_s: float | None) -> None:
         super().__init__()
@@ -94,6 +96,13 @@ class CallRef(Ref[Any]):
         )
         self._client.submit(self._pending)
 
+    def pass_on(self) -> None:
+        self._is_passed_on = True
+
+    def as_argument(self) -> object:
+        raw = self.raw_result
+        return Passed(raw) if isinstance(raw, Borrowed) else self.result(0)
+
     def fail(self, error: BaseException) -> None:
         """End with an error that arose in this process, unless it was cancelled."""
         with contextlib.suppress(InvalidStateError):
@@ -109,7 +118,18 @@ class CallRef(Ref[Any]):
     def _settle(self, outcome: Outcome) -> None:
         if self._caller is not None:
             self._caller.nested.discard(self)
-        if type(outcome) is LargeReply and len(outcome.payload) > ON_THE_LOOP:
+        if type(outcome) is LargeReply:
+            self._settle_large(outcome)
+        else:
+            self._take(outcome)
+
+    def _settle_large(self, outcome: LargeReply) -> None:
+        source = outcome.payload
+        if self._is_passed_on and outcome.kind == VALUE and isinstance(source, Borrowed):
+            source.hold()
+            with contextlib.suppress(InvalidStateError):  # cancelled
+                self.set_raw_result(source, self._codec.unpack)
+        elif len(source) > ON_THE_LOOP:
             self._client.lending.run(partial(self._take, outcome))
         else:
             self._take(outcome)
@@ -144,6 +164,8 @@ class _WaitForArguments:
 
     def start(self) -> None:
         for ref in self._refs:
+            ref.pass_on()
+        for ref in self._refs:
             ref.add_done_callback(self._one_done)
 
     def _one_done(self, _ref: object) -> None:
@@ -151,11 +173,13 @@ class _WaitForArguments:
             self._missing -= 1
             if self._missing:
                 return
+        refs, self._refs = self._refs, []  # they refer to this object, and the collector comes seldom
+        args, self._args = self._args, ()
         if self._call.done():
             return  # cancelled meanwhile
         try:
-            values = {ref: ref.result(0) for ref in self._refs}
-            args, kwargs = substitute(self._args, self._kwargs, values)
+            values = {ref: ref.as_argument() for ref in refs}
+            args, kwargs = substitute(args, self._kwargs, values)
             self._call.send(self._codec.pack_arguments(args, kwargs, f"the call to {self._call.label}"))
         except Exception as exc:
             self._call.fail(exc)

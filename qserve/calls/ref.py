@@ -33,6 +33,13 @@ class Ref(LightFuture[T], Generic[T]):
         state = "pending" if not self.done() else "cancelled" if self.cancelled() else "done"
         return f"<Ref to {self.label}, {state}>"
 
+    def as_argument(self) -> object:
+        """Its result as an argument of another call; raises like `result(0)`."""
+        return self.result(0)
+
+    def pass_on(self) -> None:
+        """Its result will be an argument of another call, so that nobody may need it here."""
+
     def withdraw(self) -> None:
         """Tell the replica that nobody waits for the result any more."""
 
@@ -110,6 +117,8 @@ class Ref(LightFuture[T], Generic[T]):
                 yield from woken
             finally:
                 self.is_waited_for = False
+        if self.raw_result is not None:  # large: it takes a moment
+            return (yield from asyncio.get_running_loop().run_in_executor(None, self.result, 0))
         return self.result(0)
 
     def refuse_to_deadlock(self) -> None:

@@ -8,12 +8,15 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from qserve.errors import FrameRejected, QServeError
-from qserve.values.segments import COPIED, HEADER, KEPT, SEALS, STATE_AT, place_of
+from qserve.values.segments import COPIED, HEADER, HELD, KEPT, SEALS, STATE_AT, place_of
 from qserve.wire.messages import Lent
-from qserve.wire.parts import copy, fresh
+from qserve.wire.parts import Source, copy, fresh
 
 _KEPT_BYTES = 512 * 2**20
 _KEPT_S = 3.0
@@ -61,7 +64,7 @@ class Borrowed:
         views: Hand out read-only views of the lender's memory instead of copies.
     """
 
-    __slots__ = ("_lent", "_mapped", "_places", "_returns", "_size", "_views")
+    __slots__ = ("__weakref__", "_holds", "_lent", "_mapped", "_passed", "_places", "_returns", "_size", "_views")
 
     def __init__(self, mapped: _Mapped, lent: Lent, *, returns: bool, views: bool) -> None:
         self._mapped = mapped
@@ -70,9 +73,21 @@ class Borrowed:
         self._views = views
         self._places, _ = place_of(lent.sizes)
         self._size = sum(lent.sizes)
+        self._passed: Sequence[Source] = ()
+        self._holds = False
+
+    def __del__(self) -> None:
+        if self._returns:
+            self._holds = False
+            self.drop()
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def generation(self) -> int:
+        """Which of the contents of its segment it is."""
+        return self._lent.generation
 
     @property
     def head(self) -> bytes:
@@ -95,16 +110,44 @@ class Borrowed:
         """A piece of a part."""
         return bytes(self._part(number)[start : start + size])
 
+    def refer_to(self, passed: Sequence[Source]) -> None:
+        """Note the values of other processes that it refers to."""
+        self._passed = passed
+
+    def passed_on(self, number: int) -> Source:
+        return numbered(self._passed, number)
+
+    def parts(self) -> list[memoryview]:
+        """All of them, as they are in the lender's memory."""
+        return [self._part(number) for number in range(len(self._places))]
+
+    def is_there(self) -> bool:
+        """Whether it is what was lent, still."""
+        header: bytes = self._mapped.map[: HEADER.size]
+        return header == HEADER.pack(self._lent.cookie, self._lent.generation)
+
+    def lent_by(self, owner: str) -> Lent:
+        """What another process needs to read this here, even after the first lender has gone."""
+        return msgspec.structs.replace(self._lent, owner=owner, pid=os.getpid(), fd=self._mapped.fd)
+
+    def hold(self) -> None:
+        """It is read more than once, here or by others: it is returned when nobody refers to it any more."""
+        self._holds = True
+        self._tell(HELD)
+
+    def keep(self) -> None:
+        """Somebody may go on to read it: its memory is not to be used for another value."""
+        self._tell(KEPT)
+
     def finish(self) -> None:
         """Nothing more will be taken.
 
         Raises:
             ValueGone: The lender has taken it back meanwhile, so that what was copied may be something else.
         """
-        header = self._mapped.map[: HEADER.size]
-        if header != HEADER.pack(self._lent.cookie, self._lent.generation):
+        if not self.is_there():
             raise ValueGone("a large value was taken back by its sender while it was read")
-        if self._returns:
+        if self._returns and not self._holds:
             self._returns = False
             if self._mapped.map[STATE_AT] != KEPT:
                 self._tell(COPIED)
@@ -124,6 +167,17 @@ class Borrowed:
 
     def _tell(self, state: int) -> None:
         self._mapped.map[STATE_AT] = state
+
+
+def numbered(passed: Sequence[Source], number: int) -> Source:
+    """One of the values that a value refers to.
+
+    Raises:
+        FrameRejected: There is none of that number.
+    """
+    if not 0 < number <= len(passed):
+        raise FrameRejected(f"a value that refers to value {number} of {len(passed)}")
+    return passed[number - 1]
 
 
 class Borrowing:

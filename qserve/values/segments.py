@@ -22,8 +22,9 @@ from qserve.wire.parts import Buffer, Part, Strided, copy, size_of
 
 HEADER = struct.Struct("<16sQ")
 STATE_AT = 24
-LENT, COPIED, KEPT = 0, 1, 2
-"""What has become of a content: somebody may still read it; it was copied out; somebody keeps it mapped."""
+LENT, COPIED, KEPT, HELD = range(4)
+"""What has become of a content: somebody may still read it; it was copied out; somebody keeps it mapped, for good or
+until it says that it was copied out."""
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _AT, _ALIGN = 64, 64
 _SMALLEST, _STEP = 1 << 20, 1 << 24
@@ -99,9 +100,10 @@ class Segment:
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], at + done)
 
-    def lent(self, owner: str, host: str, sizes: Sequence[int]) -> Lent:
-        """What another process needs to read the present content."""
-        return Lent(owner, host, os.getpid(), self._fd, self._inode, self._cookie, self.generation, tuple(sizes))
+    def lent(self, owner: str, host: str, sizes: Sequence[int], passed: Sequence[Lent] = ()) -> Lent:
+        """What another process needs to read the present content, and the values of others that it refers to."""
+        place = (os.getpid(), self._fd, self._inode, self._cookie, self.generation)
+        return Lent(owner, host, *place, tuple(sizes), tuple(passed))
 
     def read(self, at: int, size: int) -> memoryview:
         """A piece of the content."""
@@ -114,7 +116,7 @@ class Segment:
 
     @property
     def state(self) -> int:
-        """LENT, COPIED or KEPT."""
+        """LENT, COPIED, KEPT or HELD."""
         return self._map[STATE_AT]
 
     def note_copied(self) -> None:

@@ -47,6 +47,7 @@ _BUILDERS: dict[int, Callable[..., object]] = _COLLECTIONS | {
 _encode = Encoder().encode
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _decode_large_pickle = Decoder(tuple[memoryview, list[int]]).decode
+_decode_number = Decoder(int).decode
 
 
 class Codec:
@@ -162,9 +163,9 @@ class Codec:
         except Exception as exc:
             raise _rejected(exc) from exc
 
-    def _decode_large(self, kind: Any, data: Any) -> Any:
+    def _decode_large(self, kind: Any, data: Any, level: int = 1) -> Any:
         """What a source holds; nothing of it is used unless the source says that it is whole."""
-        value = Decoder(kind, ext_hook=self._reader(1, data)).decode(data.head)
+        value = Decoder(kind, ext_hook=self._reader(level, data)).decode(data.head)
         data.finish()
         return value
 
@@ -192,7 +193,7 @@ class Codec:
     @staticmethod
     def _encode_with(wire: ToWire, to_wire: Callable[[ToWire], object]) -> Payload:
         head = _encode(to_wire(wire))
-        return Parts(head, *wire.beside) if wire.beside else head
+        return Parts(head, *wire.beside, passed=wire.passed) if wire.beside or wire.passed else head
 
     def _too_large(self, size: int, what: str) -> PayloadTooLarge:
         return PayloadTooLarge(
@@ -231,6 +232,10 @@ class Codec:
         if code == kinds.LARGE_PICKLED and source is not None:
             pickled, numbers = _decode_large_pickle(data)
             return self._unpickle(pickled, map(source.take, numbers))
+        if code == kinds.PASSED and source is not None:
+            passed = source.passed_on(_decode_number(data))
+            self._check_size(passed)
+            return self._decode_large(Any, passed, level + 1)
         build: Callable[..., object] | None = self._make_handle if code == kinds.HANDLE else _BUILDERS.get(code)
         if build is None:
             raise FrameRejected(f"an extension of kind {code}, which means nothing here")

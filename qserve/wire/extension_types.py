@@ -29,6 +29,7 @@ TEXT, BIG_INT, COMPLEX, BYTEARRAY, DATETIME, DATE, TIME, TIMEDELTA, UUID_, DECIM
 REQUEST = 34
 """The others of these are in `qserve.wire.arrays`: 32, 33 and 35 to 38."""
 LARGE_PICKLED = 39
+PASSED = 40
 
 _encode = msgspec.msgpack.Encoder().encode
 _COMPLEX = struct.Struct("<dd")

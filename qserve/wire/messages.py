@@ -110,6 +110,7 @@ class Lent(msgspec.Struct, frozen=True, array_like=True, gc=False):
         cookie: With what it begins.
         generation: Which of the contents that it has had.
         sizes: Bytes of the parts: the packed value, and the buffers it refers to.
+        passed: Where values of other processes are that it refers to, because the sender hands them on.
     """
 
     owner: str
@@ -120,6 +121,7 @@ class Lent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     cookie: bytes
     generation: int
     sizes: tuple[int, ...]
+    passed: tuple["Lent", ...] = ()
 
 
 class LargeReply(NamedTuple):

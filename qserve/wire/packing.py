@@ -14,7 +14,7 @@ from qserve.errors import PayloadTooLarge, ValueNotSerializable
 from qserve.wire import arrays
 from qserve.wire import extension_types as kinds
 from qserve.wire import user_classes as classes
-from qserve.wire.parts import LARGE, Part
+from qserve.wire.parts import LARGE, Part, Passed, Source
 
 MAX_DEPTH = 100
 """Containers and user classes may be nested this deep; what a message nests deeper is rejected."""
@@ -75,6 +75,7 @@ class ToWire:
 
     Attributes:
         beside: These buffers.
+        passed: The values of other processes among the arguments.
     """
 
     def __init__(self, plain: frozenset[type], allow_pickle: bool, max_bytes: int, least: int | None) -> None:
@@ -83,6 +84,7 @@ class ToWire:
         self._max_bytes = max_bytes
         self._least = least
         self.beside: list[Part] = []
+        self.passed: list[Source] = []
 
     def _put_beside(self, part: Part, size: int) -> int | None:
         if size > self._max_bytes:
@@ -201,6 +203,9 @@ class ToWire:
             raise CannotTravelError(str(exc)) from exc
 
     def _buffer(self, value: Any, kind: type) -> object:
+        if kind is Passed:
+            self.passed.append(value.source)
+            return Ext(kinds.PASSED, _encode(len(self.passed)))
         wire: object = None
         name = ""
         numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")

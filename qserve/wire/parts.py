@@ -5,6 +5,7 @@ The packed value is part 0. It refers to the others by their numbers.
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 Buffer = bytes | bytearray | memoryview
@@ -35,18 +36,29 @@ class Strided:
 Part = Buffer | Strided
 
 
+class Passed:
+    """A large value of another process as an argument of a call: handed on as it is, and never looked at here."""
+
+    __slots__ = ("source",)
+
+    def __init__(self, source: "Source") -> None:
+        self.source = source
+
+
 class Parts:
     """A large payload on its way out. Its parts are the caller's memory until somebody copies them.
 
     Attributes:
         parts: The packed value, and the buffers it refers to.
+        passed: The values of other processes it refers to.
     """
 
-    __slots__ = ("_size", "parts")
+    __slots__ = ("_size", "parts", "passed")
 
-    def __init__(self, *parts: Part) -> None:
+    def __init__(self, *parts: Part, passed: Sequence["Source"] = ()) -> None:
         self.parts = parts
-        self._size = sum(map(size_of, parts))
+        self.passed = passed
+        self._size = sum(map(size_of, parts)) + sum(map(len, passed))
 
     def __len__(self) -> int:
         return self._size
@@ -70,6 +82,10 @@ class Source(Protocol):
 
     def take(self, number: int) -> memoryview:
         """A part in memory of its own."""
+        ...
+
+    def passed_on(self, number: int) -> "Source":
+        """A value of another process that this one refers to."""
         ...
 
     def finish(self) -> None:
@@ -97,6 +113,7 @@ def flat(payload: "Payload | Source") -> bytes:
     if isinstance(payload, Parts):
         [only] = payload.parts
         assert isinstance(only, bytes)
+        assert not payload.passed
         return only
     data = payload.head
     payload.finish()

@@ -9,7 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TypeVar, cast
+from weakref import WeakValueDictionary
 
 from qserve.broker.connection import Connection
 from qserve.broker.counters import count
@@ -18,10 +19,10 @@ from qserve.broker.keys import Keys
 from qserve.broker.large.transfers import TransferBroken, Transfers
 from qserve.broker.redis_errors import CommandRefused
 from qserve.errors import BrokerUnavailable, FrameRejected
-from qserve.values.borrowing import Borrowed, Borrowing, NotReachable, ValueGone, this_host
-from qserve.values.segments import COPIED, LENT, Segment, SegmentPool, place_of
+from qserve.values.borrowing import Borrowed, Borrowing, NotReachable, ValueGone, numbered, this_host
+from qserve.values.segments import COPIED, HELD, LENT, Segment, SegmentPool, place_of
 from qserve.wire.messages import Control, Lent, Signer, decode_lent, encode
-from qserve.wire.parts import Part, Parts, Payload, size_of
+from qserve.wire.parts import Part, Parts, Payload, Source, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +38,24 @@ _LAST_WORD_S = 5.0
 class Loan:
     """A value that this process lends: a segment, and which of its contents."""
 
-    __slots__ = ("frame", "generation", "segment", "since", "sizes")
+    __slots__ = ("frame", "generation", "passed", "segment", "since", "sizes")
 
-    def __init__(self, segment: Segment, frame: bytes, sizes: Sequence[int]) -> None:
+    def __init__(self, segment: Segment, frame: bytes, sizes: Sequence[int], passed: Sequence[Borrowed] = ()) -> None:
         self.segment = segment
         self.generation = segment.generation
         self.frame = frame
         self.sizes = sizes
+        self.passed = passed
+        """Values of other processes that it refers to, and whose memory this process keeps meanwhile."""
         self.since = time.monotonic()
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        return sum(self.sizes) + sum(map(len, self.passed))
+
+    def parts(self) -> list[memoryview]:
+        """The parts of the value."""
+        places, _ = place_of(self.sizes)
+        return [self.segment.read(at, size) for at, size in zip(places, self.sizes, strict=True)]
 
 
 class Sent:
@@ -56,6 +64,7 @@ class Sent:
     def __init__(self, parts: list[memoryview]) -> None:
         self._parts = parts
         self._size = sum(map(len, parts))
+        self._passed: Sequence[Source] = ()
 
     def __len__(self) -> int:
         return self._size
@@ -75,6 +84,13 @@ class Sent:
     def piece(self, number: int, start: int, size: int) -> bytes:
         """A piece of a part."""
         return bytes(self._parts[number][start : start + size])
+
+    def refer_to(self, passed: Sequence[Source]) -> None:
+        """Note the values of other processes that it refers to."""
+        self._passed = passed
+
+    def passed_on(self, number: int) -> Source:
+        return numbered(self._passed, number)
 
     def finish(self) -> None:
         """Nothing to tell."""
@@ -103,6 +119,7 @@ class Lending:
         self._transfers = Transfers(url, keys, signer)
         self._lock = threading.Lock()
         self._lent: dict[bytes, Loan] = {}
+        self._passed: WeakValueDictionary[bytes, Borrowed] = WeakValueDictionary()
         self._results: deque[Loan] = deque()
         self._copying = ThreadPoolExecutor(2, thread_name_prefix="qserve-copying")
         self._sending = ThreadPoolExecutor(8, thread_name_prefix="qserve-sending")
@@ -120,7 +137,8 @@ class Lending:
         segment, places = self.reserve(sizes)
         for at, part in zip(places, parts, strict=True):
             segment.write(at, part)
-        return self.publish(segment, sizes)
+        passed = payload.passed if isinstance(payload, Parts) else ()
+        return self.publish(segment, sizes, cast("Sequence[Borrowed]", passed))
 
     def reserve(self, sizes: Sequence[int]) -> tuple[Segment, list[int]]:
         """A segment for parts of these sizes, and where each of them belongs; raises like `lend`."""
@@ -128,11 +146,14 @@ class Lending:
         places, size = place_of(sizes)
         return self._pool.take(size), places
 
-    def publish(self, segment: Segment, sizes: Sequence[int]) -> Loan:
-        """Lend what has been written into a segment."""
-        loan = Loan(segment, encode(segment.lent(self._process, this_host(), sizes)), sizes)
+    def publish(self, segment: Segment, sizes: Sequence[int], passed: Sequence[Borrowed] = ()) -> Loan:
+        """Lend what has been written into a segment, together with values of other processes that it refers to."""
+        others = [value.lent_by(self._process) for value in passed]
+        loan = Loan(segment, encode(segment.lent(self._process, this_host(), sizes, others)), sizes, passed)
         with self._lock:
             self._lent[segment.cookie] = loan
+            for lent, value in zip(others, passed, strict=True):
+                self._passed[lent.cookie] = value
         return loan
 
     def abandon(self, segment: Segment) -> None:
@@ -148,10 +169,13 @@ class Lending:
         with self._lock:
             if self._lent.pop(loan.segment.cookie, None) is None:
                 return
+        passed, loan.passed = loan.passed, ()
         if is_read:
             self._pool.give_back(loan.segment)
-        else:
-            self._pool.discard(loan.segment)
+            return
+        self._pool.discard(loan.segment)
+        for value in passed:
+            value.keep()
 
     def lend_result(self, payload: Payload) -> Loan:
         """Like `lend`; the loan ends by itself when it has been copied out, or after RESULT_TTL_S."""
@@ -170,7 +194,7 @@ class Lending:
         kept = []
         for loan in results:
             state = loan.segment.state
-            if state == LENT and loan.since > before:
+            if state in (LENT, HELD) and loan.since > before:
                 kept.append(loan)
             else:
                 self.end(loan, is_read=state == COPIED)
@@ -187,7 +211,7 @@ class Lending:
         """Wait until all results have been fetched, for a few seconds at most."""
         end = time.monotonic() + _LAST_WORD_S
         self._collect()
-        while self._results and time.monotonic() < end:
+        while any(loan.segment.state == LENT for loan in self._results) and time.monotonic() < end:
             await asyncio.sleep(0.02)
             self._collect()
 
@@ -212,25 +236,29 @@ class Lending:
             name: Of the transfer.
             wanted: Cookie and number of the content.
         """
-        cookie, _, generation = wanted.partition(":")
+        known, _, generation = wanted.partition(":")
+        cookie = bytes.fromhex(known)
         with self._lock:
-            loan = next((loan for known, loan in self._lent.items() if known.hex() == cookie), None)
-        is_there = loan is not None and str(loan.generation) == generation
-        self._sending.submit(self._send, name, loan if is_there else None)
+            found = self._lent.get(cookie) or self._passed.get(cookie)
+        is_there = found is not None and str(found.generation) == generation
+        self._sending.submit(self._send, name, found if is_there else None)
 
-    def _send(self, name: str, loan: Loan | None) -> None:
+    def _send(self, name: str, value: Loan | Borrowed | None) -> None:
         try:
-            if loan is None:
+            if value is None:
                 self._transfers.refuse(name)
-                return
-            places, _ = place_of(loan.sizes)
-            parts = [loan.segment.read(at, size) for at, size in zip(places, loan.sizes, strict=True)]
-            self._transfers.send(name, parts, lambda: self._lent.get(loan.segment.cookie) is loan)
-            with self._lock:
-                if self._lent.get(loan.segment.cookie) is loan:
-                    loan.segment.note_copied()
+            elif isinstance(value, Borrowed):
+                self._transfers.send(name, value.parts(), value.is_there)
+            else:
+                self._send_own(name, value)
         except (BrokerUnavailable, CommandRefused, TransferBroken, ValueError) as exc:
             logger.warning("a large value could not be sent: %s", exc)
+
+    def _send_own(self, name: str, loan: Loan) -> None:
+        self._transfers.send(name, loan.parts(), lambda: self._lent.get(loan.segment.cookie) is loan)
+        with self._lock:
+            if self._lent.get(loan.segment.cookie) is loan:
+                loan.segment.note_copied()
 
     # Borrowing
 
@@ -249,6 +277,12 @@ class Lending:
             BrokerUnavailable: It has to be sent, and Redis cannot be reached.
         """
         lent = decode_lent(frame)
+        found = await self._borrow(sender, lent, returns=returns, views=views)
+        if lent.passed:
+            found.refer_to([await self._borrow(sender, each, returns=False, views=views) for each in lent.passed])
+        return found
+
+    async def _borrow(self, sender: Connection, lent: Lent, *, returns: bool, views: bool) -> Arrived:
         try:
             found = self._borrowing.open(lent, returns=returns, views=views)
             count(sender, self._keys, "values_lent")
