@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
+from qserve.applications.app_builder import build, is_builder
 from qserve.applications.graph import make_graph, parts_of
 from qserve.deployments.binding import Application
 from qserve.deployments.deployment import Deployment
@@ -14,27 +15,58 @@ from qserve.deployments.loading import find_attribute, import_module, importing
 from qserve.errors import ConfigurationError
 
 
-def import_app(text: str) -> "list[Deployment[Any]]":
+def import_app(text: str, arguments: Mapping[str, Any] | None = None) -> "list[Deployment[Any]]":
     """Import an application and return its deployments. Nothing is deployed by that.
 
     Args:
         text: "MODULE" for the application of a module, or else for all its deployments; "MODULE:NAME" for one of them,
-            or for a list of some. A file stands for the module that it is.
+            for a list of some, or for a function that builds an application. A file stands for the module that it is.
+        arguments: What such a function gets.
 
     Raises:
         ConfigurationError: The application cannot be imported, or there is no deployment in it.
     """
+    with importing():
+        found = _import_target(text, arguments or {})
+    return [*make_graph(found).deployments] if isinstance(found, Application) else found
+
+
+def import_one_app(text: str, arguments: Mapping[str, Any]) -> Application[Any]:
+    """Like `import_app`, for one application; a deployment that is not bound is one without arguments.
+
+    Raises:
+        ConfigurationError: It cannot be imported, or it is no single application.
+    """
+    with importing():
+        found = _import_target(text, arguments)
+    if isinstance(found, Application):
+        return found
+    if len(found) > 1:
+        names = ", ".join(each.name for each in found)
+        raise ConfigurationError(
+            f"{text!r} has several deployments ({names}), and is no application. Name one, as in "
+            f"'{text.partition(':')[0]}:{found[0].name}', or put them together with bind()."
+        )
+    return found[0].bind()
+
+
+def _import_target(text: str, arguments: Mapping[str, Any]) -> "Application[Any] | list[Deployment[Any]]":
     module_name, _, name = text.partition(":")
     if not module_name or text.endswith(":"):
         raise ConfigurationError(f'Import string "{text}" must be in format "<module>" or "<module>:<name>".')
-    with importing():
-        is_file = module_name.endswith(".py") or "/" in module_name
-        module = _import_file(Path(module_name)) if is_file else import_module(module_name)
-        values = [find_attribute(module, name)] if name else list(vars(module).values())
+    is_file = module_name.endswith(".py") or "/" in module_name
+    module = _import_file(Path(module_name)) if is_file else import_module(module_name)
+    values = [find_attribute(module, name)] if name else list(vars(module).values())
+    if name and is_builder(values[0]):
+        return build(values[0], text, arguments)
+    if arguments:
+        raise ConfigurationError(
+            f"{text!r} takes no arguments ({', '.join(arguments)}): it is no function that builds an application."
+        )
     if name and isinstance(values[0], list | tuple):
         values = list(values[0])
     if application := _application_of(values, vars(module), "" if name else text):
-        return [*make_graph(application).deployments]
+        return application
     found = list({id(value): value for value in values if isinstance(value, Deployment)}.values())
     if not found or (name and len(found) < len(values)):
         wrong = [value for value in values if not isinstance(value, Deployment)] if name else []

@@ -12,6 +12,7 @@ class JointGoal:
 
     Args:
         specs: What is to be deployed, side by side.
+        leaving: Applications that are deleted when all is served; their routes are free for others at once.
 
     Attributes:
         goals: One for each deployment, in the same order.
@@ -20,9 +21,10 @@ class JointGoal:
         ValueError: A route belongs to another deployment, or `prev_version` is not what is deployed.
     """
 
-    def __init__(self, state: State, specs: Sequence[DeploymentSpec]) -> None:
+    def __init__(self, state: State, specs: Sequence[DeploymentSpec], leaving: Iterable[str] = ()) -> None:
         self._state = state
-        names, applications = {spec.name for spec in specs}, {spec.application for spec in specs} - {""}
+        names = {spec.name for spec in specs}
+        applications = ({spec.application for spec in specs} - {""}) | set(leaving)
         listed = state.list()
         self._stale = {name for name, each in listed.items() if each.spec.application in applications} - names
         routes = {each.spec.route_prefix: name for name, each in listed.items()}
@@ -69,16 +71,24 @@ def deployments_of(state: State, application: str) -> dict[str, Deployed]:
     return {name: each for name, each in state.list().items() if each.spec.application == application}
 
 
+def declared_applications(state: State) -> set[str]:
+    """The applications that were deployed from a config file."""
+    return {each.spec.application for each in state.list().values() if each.spec.declared}
+
+
 def root_of(state: State, application: str) -> Deployed | None:
     """The deployment that serves an application."""
     return next((each for each in deployments_of(state, application).values() if each.spec.is_root), None)
 
 
 def delete_all(state: State, names: Iterable[str], *, wait: bool = True) -> None:
-    """Delete deployments side by side, and wait until they are gone."""
+    """Delete deployments side by side, and wait until no gateway knows them and they are gone."""
     found = [(name, state.find(name)) for name in names]
-    for name, _ in found:
-        state.delete(name)
+    log_ids = [log_id for name, _ in found if (log_id := state.delete(name)) is not None]
+    if not wait:
+        return
+    if log_ids:
+        deploying.wait_for_gateways(state, log_ids[-1])
     for _, deployed in found:
-        if deployed is not None and wait:
+        if deployed is not None:
             deploying.finish_deleting(state, deployed.spec)

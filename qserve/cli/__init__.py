@@ -14,11 +14,14 @@ from qserve.cli.project.lookup import load_env_file
 from qserve.errors import QServeError
 
 COMMANDS = {
-    "run": ("qserve.cli.run", "Serve a module from this machine, until Ctrl-C."),
+    "run": ("qserve.cli.run", "Serve a module or a config file from this machine, until Ctrl-C."),
     "dev": ("qserve.cli.run", "Serve a module while you work on it: reload, and tracebacks in HTTP bodies."),
     "init": ("qserve.cli.project.init", "Write a small project that runs and has a test."),
     "start": ("qserve.cli.start", "Run this machine's share of an instance, until Ctrl-C."),
-    "deploy": ("qserve.cli.deploy", "Deploy a module into a running instance."),
+    "deploy": ("qserve.cli.deploy", "Deploy a module or a config file into a running instance."),
+    "build": ("qserve.cli.config.commands", "Write a config file of applications."),
+    "config": ("qserve.cli.config.commands", "Print what was deployed from a config file, as a config file."),
+    "schema": ("qserve.cli.config.commands", "Write the JSON schema of config files, for editors."),
     "status": ("qserve.cli.status", "Show deployments, their replicas and queues."),
     "call": ("qserve.cli.call", "Call a deployment and print what it returns."),
     "calls": ("qserve.cli.calls", "List, show, cancel or run again durable calls; list calls that had trouble."),
@@ -30,7 +33,7 @@ COMMANDS = {
     "rollback": ("qserve.cli.steering", "Serve the former version of a deployment again."),
     "dead": ("qserve.cli.dead", "List, show, send again or drop calls that were given up on."),
     "schedule": ("qserve.cli.schedule", "List, show, put or remove calls that are submitted on a schedule."),
-    "delete": ("qserve.cli.deploy", "Stop serving a deployment."),
+    "delete": ("qserve.cli.deploy", "Stop serving an application or a deployment."),
     "shutdown": ("qserve.cli.deploy", "Delete all deployments and stop the local instance."),
     "healthy": ("qserve.cli.healthy", "Check that the processes of this machine make progress."),
     "doctor": ("qserve.cli.doctor", "Check the Redis server for what would lose or delay calls."),

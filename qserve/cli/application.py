@@ -4,7 +4,7 @@ import difflib
 import pkgutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ from typing import Any
 import msgspec
 
 from qserve.applications.app_import import import_app
-from qserve.applications.application_goal import JointGoal
+from qserve.applications.application_goal import JointGoal, declared_applications
 from qserve.broker.instance.state import State
 from qserve.broker.server.redis_checks import connect, require_usable
 from qserve.cli.output import Failure, note
-from qserve.cli.project.lookup import FoundApp, where_it_was_looked_for
+from qserve.cli.project.lookup import FoundApp, is_config_file, where_it_was_looked_for
 from qserve.cli.project.source import content_version, project_files
+from qserve.config_file.configured import configured_graph
+from qserve.config_file.reading import read_config_file
+from qserve.config_file.sections import ConfigFile
 from qserve.deployments.deployment import Deployment
 from qserve.deployments.driver import make_codec
 from qserve.durable.schedules import Declared, Schedules
@@ -31,7 +34,7 @@ from qserve.wire.spec import DeploymentSpec
 
 @dataclass(frozen=True)
 class ImportedApplication:
-    """What an import of MODULE[:NAME] gave.
+    """What an import of MODULE[:NAME], or of one application of a config file, gave.
 
     Attributes:
         deployments: What to deploy, in the order of the module.
@@ -44,25 +47,66 @@ class ImportedApplication:
     folder: Path
 
 
-def import_application(app: FoundApp, replicas: int | None = None) -> ImportedApplication:
+@dataclass(frozen=True)
+class Imported:
+    """What is to be deployed: a module with one application, or a config file with several.
+
+    Attributes:
+        config: The config file, if it was one.
+        config_files: Its path, or none.
+    """
+
+    applications: Sequence[ImportedApplication]
+    config: ConfigFile | None = None
+    config_files: Sequence[Path] = ()
+
+    @property
+    def deployments(self) -> list[Deployment[Any]]:
+        """All that is to be deployed."""
+        return [each for application in self.applications for each in application.deployments]
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that it consists of."""
+        sources = {path for application in self.applications for path in application.files}
+        return sorted(sources | set(self.config_files))
+
+
+def import_found(app: FoundApp, replicas: int | None = None, arguments: Mapping[str, str] | None = None) -> Imported:
     """Import what `find_app` has found.
 
     Args:
         replicas: Overrides `num_replicas` of every deployment.
+        arguments: For a function that builds an application.
 
     Raises:
         ConfigurationError: It cannot be imported, or there is nothing to deploy in it.
     """
+    if is_config_file(app.name):
+        return _import_config_file(app, replicas, arguments)
     try:
-        deployments = import_app(app.name)
+        deployments = import_app(app.name, arguments)
     except ConfigurationError as exc:
         close = did_you_mean(app.name)
         missing = isinstance(exc.__cause__, ModuleNotFoundError) and "\n" not in str(exc)
         raise ConfigurationError(f"{exc}{close or (where_it_was_looked_for(app) if missing else '')}") from exc
+    return Imported([_imported(deployments, app.folder, replicas)])
+
+
+def _import_config_file(app: FoundApp, replicas: int | None, arguments: Mapping[str, str] | None) -> Imported:
+    if arguments:
+        raise ConfigurationError(f"Arguments are in the file {app.name!r}: `args:` of an application.")
+    file = read_config_file(Path(app.name))
+    graphs = [configured_graph(file, index) for index in range(len(file.config.applications))]
+    imported = [_imported(graph.deployments, app.folder, replicas) for graph in graphs]
+    return Imported(imported, file.config, [Path(app.name)])
+
+
+def _imported(deployments: Sequence[Deployment[Any]], folder: Path, replicas: int | None) -> ImportedApplication:
     if replicas is not None:
         deployments = [deployment.options(num_replicas=replicas) for deployment in deployments]
     modules = {deployment.func_or_class.__module__ for deployment in deployments}
-    return ImportedApplication(deployments, project_files(app.folder, modules), app.folder)
+    return ImportedApplication(deployments, project_files(folder, modules), folder)
 
 
 def did_you_mean(text: str) -> str:
@@ -93,18 +137,24 @@ def _closest(missing: str, before: str, names: Iterable[str], after: str = "") -
     return f" Did you mean {f'{before}{close[0]}{after}'!r}?" if close else ""
 
 
-def deploy_application(application: ImportedApplication, state: State, settings: Settings) -> list[DeploymentSpec]:
+def deploy_imported(imported: Imported, state: State, settings: Settings) -> list[DeploymentSpec]:
     """Deploy, show how replicas start, and return what is served.
+
+    An application that was deployed from a config file before, and is not in this one, is deleted.
 
     Raises:
         Failure: A deployment could not be brought up; the others are.
         ConfigurationError: Code that other processes cannot get at.
     """
-    check_schedules(application, set(state.list()))
+    check_schedules(imported.deployments, set(state.list()))
     codec = make_codec(settings, signs=state.signer.signs)
-    specs = [make_spec(deployment, application, codec) for deployment in application.deployments]
+    specs = [
+        make_spec(each, application, codec) for application in imported.applications for each in application.deployments
+    ]
+    named = {spec.application for spec in specs}
+    leaving = declared_applications(state) - named if imported.config is not None else set[str]()
     try:
-        joint = JointGoal(state, specs)
+        joint = JointGoal(state, specs, leaving)
     except ValueError as exc:
         raise Failure(str(exc)) from exc
     goals = joint.goals
@@ -118,17 +168,19 @@ def deploy_application(application: ImportedApplication, state: State, settings:
     if failures:
         raise Failure("\n".join(failures))
     joint.clean_up()
+    for application in sorted(leaving):
+        note(f"The application {application} is no longer in the file: deleted")
     Schedules(state).put_declared(frozenset(goal.name for goal in goals), codec)
     return [goal.deployed.spec for goal in goals]
 
 
-def check_schedules(application: ImportedApplication, deployed: set[str]) -> None:
-    """Refuse schedules of the application for what will not be there.
+def check_schedules(deployments: Sequence[Deployment[Any]], deployed: set[str]) -> None:
+    """Refuse schedules for what will not be there.
 
     Raises:
         Failure: A deployment, or a method of one, is missing.
     """
-    codes = {each.name: each.func_or_class for each in application.deployments}
+    codes = {each.name: each.func_or_class for each in deployments}
     for plan in Declared.plans:
         names = deployed | codes.keys()
         if plan.deployment not in names:

@@ -1,12 +1,15 @@
 """`qserve deploy`, `delete`, `shutdown`: change what a running instance serves."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
-from qserve.cli.application import deploy_application, import_application, wait_for_redis
+from qserve.applications.application_goal import delete_all, deployments_of
+from qserve.cli.application import deploy_imported, import_found, wait_for_redis
 from qserve.cli.call import unknown_deployment
+from qserve.cli.config.http_section import apply_to_running_instance
 from qserve.cli.instance import connected, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.project.lookup import app_argument, find_app
@@ -32,20 +35,32 @@ from qserve.wire.spec import WAITING
 )
 @click.option("--print-files", is_flag=True, hidden=True, help="Print the application's source files as JSON.")
 @app_argument
-def deploy(app: str | None, app_dir: Path | None, replicas: int | None, timeout: float, print_files: bool) -> None:
-    """Deploy what is defined in a module or file (or one NAME of it) into a running instance.
+def deploy(
+    app: str | None,
+    app_dir: Path | None,
+    arguments: Mapping[str, str],
+    replicas: int | None,
+    timeout: float,
+    print_files: bool,
+) -> None:
+    """Deploy what is defined in a module or file (or one NAME of it), or in a config file, into a running instance.
+
+    FILE may be a config file (app.yaml): then applications that were deployed from one and are not in it are deleted.
+    KEY=VALUE is for a NAME that is a function, which builds the application.
 
     A deployment without a version gets a hash of its code and arguments as version, so that doing it again changes
     nothing. Where no node is alive yet, it is started by the first one that comes.
     """
     log_to_stderr()
     settings = find_settings()
-    application = import_application(find_app(app, app_dir), replicas)
+    imported = import_found(find_app(app, app_dir), replicas, arguments)
     if print_files:
-        click.echo(json.dumps([str(path) for path in application.files]))
+        click.echo(json.dumps([str(path) for path in imported.files]))
     wait_for_redis(settings.redis_url, timeout)
     with state_of(settings) as state:
-        for spec in deploy_application(application, state, settings):
+        if imported.config is not None:
+            apply_to_running_instance(imported.config, state)
+        for spec in deploy_imported(imported, state, settings):
             deployed = state.get(spec.name)
             how = "waits for a node" if deployed is not None and deployed.state == WAITING else "serving"
             if deployed is not None and deployed.spec.version != spec.version:
@@ -57,13 +72,15 @@ def deploy(app: str | None, app_dir: Path | None, replicas: int | None, timeout:
 @redis_url_option
 @click.argument("name")
 def delete(name: str) -> None:
-    """Stop serving the deployment NAME; calls that were already accepted are finished."""
+    """Stop serving the application or the deployment NAME; calls that were already accepted are finished."""
     with connected() as state:
         known = state.list()
-        if name not in known:
+        members = [*deployments_of(state, name)]
+        if not members and name not in known:
             raise Failure(unknown_deployment(name, known))
-        deploying.delete(state, name)
-    note(f"{name}: deleted")
+        delete_all(state, members or [name])
+    for each in members or [name]:
+        note(f"{each}: deleted")
 
 
 @click.command()

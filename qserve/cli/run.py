@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import click
 
 from qserve.broker.server.redis_checks import require_usable_at
-from qserve.cli.application import ImportedApplication, deploy_application, import_application
-from qserve.cli.gateway_options import gateway_arguments, gateway_options
+from qserve.cli.application import Imported, deploy_imported, import_found
+from qserve.cli.config.http_section import ServingOptions, apply_to_own_instance, serving_options
+from qserve.cli.gateway_options import gateway_options
 from qserve.cli.instance import check_port, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.project.lookup import FoundApp, app_argument, find_app
@@ -49,10 +50,8 @@ def _serving_options(command: Command) -> Command:
     for option in reversed(
         (
             redis_url_option,
-            click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
-            click.option(
-                "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on."
-            ),
+            click.option("--host", show_default="127.0.0.1", help="Address to listen on."),
+            click.option("--port", type=click.IntRange(0, 65535), show_default="8000", help="Port to listen on."),
             click.option(
                 "--replicas",
                 type=click.IntRange(min=1),
@@ -72,7 +71,9 @@ def _serving_options(command: Command) -> Command:
 @click.option("--reload", is_flag=True, help="Deploy again when a source file of the application changes.")
 @click.option("--debug", is_flag=True, help="Put tracebacks into the bodies of HTTP errors.")
 def run(**options: Any) -> None:
-    """Serve what is defined in a module or file (or one NAME of it) from this machine, until Ctrl-C.
+    """Serve what is defined in a module or file (or one NAME of it), or in a config file, until Ctrl-C.
+
+    FILE may be a config file (app.yaml). KEY=VALUE is for a NAME that is a function, which builds the application.
 
     Without MODULE, it is what pyproject.toml names ([tool.qserve] app = "module:name"), or app.py or main.py.
 
@@ -95,8 +96,9 @@ def serve_until_ctrl_c(
     *,
     app: str | None,
     app_dir: Path | None,
-    host: str,
-    port: int,
+    arguments: Mapping[str, str],
+    host: str | None,
+    port: int | None,
     replicas: int | None,
     reload: bool,
     debug: bool,
@@ -109,25 +111,24 @@ def serve_until_ctrl_c(
     if debug:
         os.environ["QSERVE_DEBUG"] = "1"  # for gateway and replicas, which inherit it
     found = find_app(app, app_dir)
-    application = import_application(found, replicas)
+    imported = import_found(found, replicas, arguments)
+    serving = serving_options(imported.config, host, port, tls)
     open_console(Settings())
     settings = Settings()
     if settings.redis_url:
         require_usable_at(settings.redis_url)
     relay = Relay(everything=verbose)
     with relay.output_of_new_processes():
-        instance = start_instance(
-            *(settings, host, port, gateway_workers), gateway_arguments(**tls), environment=relay.environment
-        )
+        instance = start_instance(*(settings, serving, gateway_workers), environment=relay.environment)
     try:
         with termination_as_interrupt():
-            record = bring_up(instance, application, stay_anyway=reload)
+            record = bring_up(instance, imported, stay_anyway=reload)
             introduce(
-                *(application, record.gateway_url, record.console_url),
-                shows_certificate=bool(tls.get("ssl_ca_certs")),
+                *(imported, record.gateway_url, record.console_url),
+                shows_certificate=serving.shows_certificate,
             )
             relay.deploying = reload
-            redeploy = Reloader(found, replicas, application.files, instance.settings) if reload else None
+            redeploy = Reloader(found, replicas, arguments, imported.files, instance.settings) if reload else None
             stay(settings.namespace, redeploy)
     except KeyboardInterrupt:
         stop(instance, "\nStopping; calls in flight may finish. Ctrl-C again does not wait for them.")
@@ -137,10 +138,8 @@ def serve_until_ctrl_c(
 
 def start_instance(
     settings: Settings,
-    host: str,
-    port: int,
+    serving: ServingOptions,
     gateway_workers: int,
-    gateway_arguments: tuple[str, ...],
     *,
     environment: Mapping[str, str],
 ) -> LocalInstance:
@@ -156,7 +155,9 @@ def start_instance(
                 f"An instance runs on this machine already (pid {other.pid}, {other.gateway_url or 'no HTTP'}). Deploy "
                 "into it with `qserve deploy`, end it with `qserve shutdown`, or set QSERVE_NAMESPACE to run another."
             )
-        check_port(host, port)
+        host, port = serving.host, serving.port
+        if host is not None:
+            check_port(host, port)
         options = LaunchOptions(
             host,
             port,
@@ -164,12 +165,12 @@ def start_instance(
             log_to_stderr=True,
             environment=environment,
             gateway_workers=gateway_workers,
-            gateway_arguments=gateway_arguments,
+            gateway_arguments=serving.gateway_arguments,
         )
         return launch(settings, options)
 
 
-def bring_up(instance: LocalInstance, application: ImportedApplication, *, stay_anyway: bool) -> InstanceRecord:
+def bring_up(instance: LocalInstance, imported: Imported, *, stay_anyway: bool) -> InstanceRecord:
     """Deploy while the gateway starts.
 
     Args:
@@ -178,8 +179,10 @@ def bring_up(instance: LocalInstance, application: ImportedApplication, *, stay_
     settings = instance.settings
     instance.wait_for_redis()
     with state_of(settings) as state:
+        if imported.config is not None:
+            apply_to_own_instance(imported.config, state)
         try:
-            deploy_application(application, state, settings)
+            deploy_imported(imported, state, settings)
         except Failure as exc:
             if not stay_anyway:
                 raise
@@ -196,10 +199,10 @@ def open_console(settings: Settings) -> None:
         os.environ["QSERVE_ADMIN_PORT"] = str(CONSOLE_PORT)
 
 
-def introduce(application: ImportedApplication, gateway_url: str, console: str, *, shows_certificate: bool) -> None:
+def introduce(imported: Imported, gateway_url: str, console: str, *, shows_certificate: bool) -> None:
     """Print a command to try each deployment, and how to stop."""
     lines = introduction(
-        application.deployments,
+        imported.deployments,
         lambda prefix: gateway_url.rstrip("/") + prefix,
         console=console,
         curl=curl_command(gateway_url, shows_certificate=shows_certificate),
@@ -223,9 +226,17 @@ def stay(namespace: str, reloader: "Reloader | None") -> None:
 class Reloader:
     """Deploys an application again after an edit, from a process of its own: nothing imported before lingers there."""
 
-    def __init__(self, app: FoundApp, replicas: int | None, files: Sequence[Path], settings: Settings) -> None:
+    def __init__(
+        self,
+        app: FoundApp,
+        replicas: int | None,
+        arguments: Mapping[str, str],
+        files: Sequence[Path],
+        settings: Settings,
+    ) -> None:
         self._watcher = Watcher(files)
         self._command = [sys.executable, "-m", "qserve.cli", "deploy", "--print-files", app.name]
+        self._command += [f"{name}={value}" for name, value in arguments.items()]
         self._command += ["--app-dir", str(app.folder)]
         if replicas is not None:
             self._command += ["--replicas", str(replicas)]

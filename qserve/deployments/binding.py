@@ -15,10 +15,12 @@ class Membership(NamedTuple):
     Attributes:
         application: Its name; "" for a deployment by itself.
         is_root: The deployment serves the application over HTTP.
+        declared: How the config file names the application, for the root of one that comes from a file; else "".
     """
 
     application: str = ""
     is_root: bool = False
+    declared: str = ""
 
 
 ALONE: Final = Membership()

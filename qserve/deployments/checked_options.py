@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pydantic import ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, create_model
 
 from qserve.deployments.option_errors import told_in_words
 from qserve.wire.autoscaling import AUTO, AutoscalingConfig
@@ -127,6 +127,16 @@ def changed_options(options: Mapping[str, Any], given: Mapping[str, Any]) -> dic
     elif "autoscaling_config" in changes:
         changes["num_replicas"] = _DEFAULTS["num_replicas"]
     return complete_options({**options, "prev_version": None, **changes})
+
+
+def other_than_default(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of all options that are not their defaults, in the form in which they can be given."""
+    changed = {name: value for name, value in options.items() if value not in (_DEFAULTS[name], (), {})}
+    if changed.get("max_queued_requests") == _NO_LIMIT:
+        changed["max_queued_requests"] = -1
+    if changed.get("autoscaling_config") is not None:
+        changed.pop("num_replicas", None)
+    return {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in changed.items()}
 
 
 def config_of(options: Mapping[str, Any]) -> DeploymentConfig:

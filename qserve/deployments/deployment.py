@@ -191,7 +191,9 @@ class Deployment(ReadableOptions, Deployable, Generic[T_co]):
             options["ray_actor_options"] = codec.unpack(spec.ray_actor_options) if spec.ray_actor_options else {}
         options["autoscaling_config"] = scaling and msgspec.to_builtins(scaling)
         options["backpressure_config"] = when_full and msgspec.to_builtins(when_full)
-        return _make(None, spec.target, complete_options(options), Membership(spec.application, spec.is_root))
+        return _make(
+            None, spec.target, complete_options(options), Membership(spec.application, spec.is_root, spec.declared)
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Deployment):
@@ -221,7 +223,7 @@ def unpickle_deployment(
     code: Callable[..., Any] | None,
     target: tuple[Any, ...] | None,
     options: Mapping[str, Any],
-    membership: tuple[str, bool] = ALONE,
+    membership: tuple[str, bool] | tuple[str, bool, str] = ALONE,
 ) -> Deployment[Any]:
     """The deployment that was pickled.
 

@@ -26,11 +26,19 @@ def told_in_words(names: Iterable[str]) -> Iterator[None]:
 def in_words(exc: ValidationError, names: Iterable[str]) -> str:
     """One sentence for each thing that is wrong."""
     known = list(names)
-    return " ".join(_sentence(error, known) for error in exc.errors(include_url=False, include_context=False))
+    errors = exc.errors(include_url=False, include_context=False)
+    return " ".join(sentence(error, ".".join(map(str, error["loc"])), known) for error in errors)
 
 
-def _sentence(error: Any, names: list[str]) -> str:
-    place = ".".join(map(str, error["loc"]))
+def sentence(error: Any, place: str, names: Iterable[str]) -> str:
+    """What is wrong at a place.
+
+    Args:
+        error: One of those that a ValidationError lists.
+        names: The options that exist there.
+    """
+    if error["type"] == "missing":
+        return f"{place} is missing."
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
         return f"There is no option {place!r}." + (f" Did you mean {close[0]!r}?" if close else "")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qserve.deployments.checked_options import DeploymentConfig, config_of
+from qserve.deployments.checked_options import DeploymentConfig, config_of, other_than_default
 from qserve.wire.autoscaling import AutoscalingConfig
 from qserve.wire.options import Default
 
@@ -60,6 +60,11 @@ class ReadableOptions:
     def config(self) -> DeploymentConfig:
         """A copy of the options that are plain numbers and flags, of `autoscaling_config` and of `user_config`."""
         return config_of(self._options)
+
+    @property
+    def changed_options(self) -> dict[str, Any]:
+        """The options that are not their defaults, as they could be given to `serve.deployment`."""
+        return other_than_default(self._options)
 
     @property
     def route_prefix(self) -> str | None:

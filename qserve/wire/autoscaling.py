@@ -36,8 +36,8 @@ def _fields_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
 _AutoscalingFields: Any = create_model("_AutoscalingFields", **_fields_of(Autoscaling))
 
 
-_OTHER_NAMES = {"target_num_ongoing_requests_per_replica": "target_ongoing_requests"}
-_WITHOUT_EFFECT: Final = frozenset(
+OTHER_NAMES: Final = {"target_num_ongoing_requests_per_replica": "target_ongoing_requests"}
+IGNORED_NAMES: Final = frozenset(
     {"metrics_interval_s", "look_back_period_s", "aggregation_function", "initial_replicas"}
     | {"upscaling_factor", "downscaling_factor", "downscale_to_zero_delay_s"}
     | {f"{direction}smoothing_factor" for direction in ("", "upscale_", "downscale_")}
@@ -58,7 +58,7 @@ class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]
     def _take_names_of_ray(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        taken = {_OTHER_NAMES.get(name, name): value for name, value in values.items()}
+        taken = {OTHER_NAMES.get(name, name): value for name, value in values.items()}
         if len(taken) < len(values):
             raise ValueError("target_ongoing_requests was given twice, also under its older name.")
         if taken.get("min_replicas") == 0:
@@ -66,7 +66,7 @@ class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]
             taken["min_replicas"] = 1
         if taken.pop("policy", None) is not None:
             warn_once("policy")
-        return {name: value for name, value in taken.items() if name not in _WITHOUT_EFFECT}
+        return {name: value for name, value in taken.items() if name not in IGNORED_NAMES}
 
     @model_validator(mode="after")
     def _check_order(self) -> "AutoscalingConfig":

@@ -46,6 +46,8 @@ class DeploymentSpec(DeploymentOptions, frozen=True, kw_only=True):
         deployed_at: Unix time of the first deploy under this name.
         application: The application that it belongs to; "" if it was deployed by itself.
         is_root: It is the one that serves its application over HTTP.
+        declared: Of the root of an application that comes from a config file, what the file says about where it comes
+            from, as JSON: `import_path` and `args`. Otherwise "".
     """
 
     target: Target
@@ -55,6 +57,7 @@ class DeploymentSpec(DeploymentOptions, frozen=True, kw_only=True):
     deployed_at: float = 0.0
     application: str = ""
     is_root: bool = False
+    declared: str = ""
 
 
 class SignedSpec(msgspec.Struct, frozen=True, array_like=True):

@@ -24,6 +24,7 @@ HOME_OF = {
     "httptools": {"qserve_gateway"},
     "click": {"qserve.cli", "qserve_gateway.__main__", "qserve_workers"},
     "rich": {"qserve.cli", "qserve.screen"},
+    "yaml": {"qserve.config_file"},
 }
 """Foreign libraries that have one home; elsewhere their names do not appear."""
 

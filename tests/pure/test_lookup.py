@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from qserve.cli import main
-from qserve.cli.application import ImportedApplication, import_application
+from qserve.cli.application import Imported, import_found
 from qserve.cli.project.init import _NAMES
 from qserve.cli.project.lookup import find_app
 from qserve.deployments.local_instance import LaunchOptions, launch
@@ -48,8 +48,8 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
             del sys.modules[name]
 
 
-def imported(app: str | None = None, app_dir: Path | None = None) -> ImportedApplication:
-    return import_application(find_app(app, app_dir))
+def imported(app: str | None = None, app_dir: Path | None = None) -> Imported:
+    return import_found(find_app(app, app_dir))
 
 
 @pytest.mark.parametrize("file", ["app.py", "main.py", "app/__init__.py", "app/main.py"])

@@ -8,11 +8,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from qserve.config_file.json_schema import schema_text
 from qserve.deployments.http_options import HTTPOptions
 from qserve.settings import Settings, Shown
 from qserve.wire.options import DECLARED, DeclaredOption
 
 CONFIGURATION = Path(__file__).parents[2] / "docs/configuration.md"
+CONFIG_FILE_SCHEMA = CONFIGURATION.parent / "reference/config-file.schema.json"
 
 
 def deployment_options() -> str:
@@ -84,4 +86,5 @@ def _in_the_environment(name: str, default: Any) -> str:
 
 
 if __name__ == "__main__":
+    CONFIG_FILE_SCHEMA.write_text(schema_text())
     CONFIGURATION.write_text(with_tables(CONFIGURATION.read_text()))

@@ -25,13 +25,26 @@ _OWN = frozenset(
 
 
 def app_argument(command: Command) -> Command:
-    """The argument `app`, MODULE or FILE, and the option `--app-dir`."""
-    decorated = click.argument("app", metavar="[MODULE|FILE[:NAME]]", envvar="QSERVE_APP", required=False)(command)
+    """The argument `app`, MODULE or FILE, its `arguments`, and the option `--app-dir`."""
+    decorated = click.argument("arguments", metavar="[KEY=VALUE]...", nargs=-1, callback=_as_mapping)(command)
+    decorated = click.argument("app", metavar="[MODULE|FILE[:NAME]]", envvar="QSERVE_APP", required=False)(decorated)
     return click.option(
         "--app-dir",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         help="Folder to import from. Default: this one.",
     )(decorated)
+
+
+def _as_mapping(_ctx: click.Context, _param: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    for each in given:
+        if "=" not in each:
+            raise click.BadParameter(f"{each!r} is no KEY=VALUE. One module or file can be named.")
+    return dict(each.split("=", 1) for each in given)
+
+
+def is_config_file(app: str) -> bool:
+    """Whether an application's name is that of a config file."""
+    return app.endswith((".yaml", ".yml", ".json"))
 
 
 def load_env_file(path: Path) -> None:
@@ -58,6 +71,8 @@ def find_app(app: str | None, app_dir: Path | None) -> FoundApp:
     """
     if app is None:
         named, folder = _of_pyproject(Path.cwd())
+        if named and folder and is_config_file(named):
+            named = str(folder / named)
         app, app_dir = named or _usual(app_dir or Path.cwd()), app_dir or folder
     folder = (app_dir or Path.cwd()).resolve()
     if str(folder) not in sys.path:
@@ -98,7 +113,7 @@ def _usual(folder: Path) -> str:
 def _inside_package(app: str, folder: Path) -> str:
     """A module beside an __init__.py is one of that package, and may import relatively."""
     module, colon, name = app.partition(":")
-    if not (folder / "__init__.py").is_file() or "/" in module or module.endswith(".py"):
+    if not (folder / "__init__.py").is_file() or "/" in module or module.endswith(".py") or is_config_file(app):
         return app
     file = folder.joinpath(*module.split(".")).with_suffix(".py")
     return f"{file}{colon}{name}" if file.is_file() else app

@@ -11,7 +11,12 @@ import msgspec
 from qserve.wire.options import DECLARED
 from qserve.wire.spec import DeploymentSpec
 
-_NOT_CONTENT = {"revision", "deployed_at", *(each.field for each in DECLARED if not each.option.makes_version)}
+_NOT_CONTENT = {
+    "revision",
+    "deployed_at",
+    "declared",
+    *(each.field for each in DECLARED if not each.option.makes_version),
+}
 
 
 def project_files(folder: Path, modules: Iterable[str] = ()) -> list[Path]:

@@ -1,0 +1,1 @@
+"""The commands about config files, and what `run` and `deploy` take from one besides the applications."""

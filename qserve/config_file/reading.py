@@ -1,0 +1,148 @@
+"""From the text of a config file to its sections, or to what is wrong with it, where, and in which line."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qserve.config_file.sections import (
+    ApplicationSection,
+    ConfigFile,
+    DeploymentSection,
+    HTTPSection,
+    LoggingSection,
+)
+from qserve.deployments.option_errors import sentence
+from qserve.errors import ConfigurationError
+from qserve.wire.autoscaling import AutoscalingConfig
+
+Place = tuple[str | int, ...]
+"""Where something is in a file: the keys and indexes that lead there."""
+
+_SECTIONS: Final[dict[Place, type[BaseModel]]] = {
+    (): ConfigFile,
+    ("http_options",): HTTPSection,
+    ("logging_config",): LoggingSection,
+    ("applications",): ApplicationSection,
+    ("applications", "deployments"): DeploymentSection,
+    ("applications", "deployments", "autoscaling_config"): AutoscalingConfig,
+}
+"""The section that is at a place, with indexes left out."""
+_OLD_KEYS: Final = {"import_path", "runtime_env", "deployments"}
+
+
+class FileWithLines:
+    """A config file, to say where in it something is wrong.
+
+    Attributes:
+        config: What the file says.
+    """
+
+    config: ConfigFile
+
+    def __init__(self, path: Path, root: yaml.Node) -> None:
+        self._path = path
+        self._root = root
+
+    def mistakes(self, mistakes: Iterable[tuple[Place, str]]) -> ConfigurationError:
+        """An error with a line for each mistake."""
+        numbered = sorted({(self._line_of(place), said) for place, said in mistakes})
+        lines = [f"  line {number}: {said}" for number, said in numbered]
+        return ConfigurationError("\n".join([f"{self._path} cannot be deployed:", *lines]))
+
+    def existing(self, place: Place) -> Place:
+        """The beginning of a place that is there in the file."""
+        node, found = self._root, list[str | int]()
+        for step in place:
+            inner = _step(node, step)
+            if inner is None:
+                break
+            node = inner[1]
+            found.append(step)
+        return tuple(found)
+
+    def _line_of(self, place: Place) -> int:
+        node, line = self._root, self._root.start_mark.line
+        for step in place:
+            inner = _step(node, step)
+            if inner is None:
+                break
+            line, node = inner[0].start_mark.line, inner[1]
+        return line + 1
+
+
+def read_config_file(path: Path) -> FileWithLines:
+    """Read and check a config file.
+
+    Raises:
+        ConfigurationError: It is not there, it is no YAML, or it says what is not possible.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise ConfigurationError(f"The config file {str(path)!r} cannot be read: {reason}.") from exc
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        raise ConfigurationError(f"{path} is no YAML: {exc}") from exc
+    if root is None or not isinstance(values, dict):
+        raise ConfigurationError(
+            f"{path} has to be a mapping with `applications:`, a list. `qserve build MODULE:NAME` writes an example."
+        )
+    file = FileWithLines(path, root)
+    if doubled := list(_doubled_keys(root)):
+        raise file.mistakes(doubled)
+    try:
+        file.config = ConfigFile.model_validate(values)
+    except ValidationError as exc:
+        raise file.mistakes(_mistakes_of(exc, file, values)) from None
+    return file
+
+
+def shown(place: Place) -> str:
+    """A place as it is written: `applications[0].deployments[2].num_replicas`."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+    return text.removeprefix(".")
+
+
+def _mistakes_of(exc: ValidationError, file: FileWithLines, values: dict[str, Any]) -> Iterator[tuple[Place, str]]:
+    if "applications" not in values and _OLD_KEYS & values.keys():
+        yield (), "The file is of one application. Put it into a list: `applications:`, and below it `- name: default`."
+        return
+    seen = set[Place]()
+    for error in exc.errors(include_url=False, include_context=False):
+        place = file.existing(error["loc"])
+        if place in seen and error["type"] != "missing":
+            continue  # another member of a union
+        seen.add(place)
+        full = (*place, error["loc"][-1]) if error["type"] == "missing" else place
+        holder = tuple(step for step in place[:-1] if isinstance(step, str))
+        section = _SECTIONS.get(holder)
+        yield place, sentence(error, shown(full) or "the file", section.model_fields if section else ())
+
+
+def _doubled_keys(node: yaml.Node, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    if isinstance(node, yaml.MappingNode):
+        seen = set[str]()
+        for key, value in node.value:
+            inner = (*place, str(key.value))
+            if key.value in seen:
+                yield inner, f"{shown(inner)} is there again in line {key.start_mark.line + 1}."
+            seen.add(key.value)
+            yield from _doubled_keys(value, inner)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield from _doubled_keys(value, (*place, index))
+
+
+def _step(node: yaml.Node, step: str | int) -> tuple[yaml.Node, yaml.Node] | None:
+    """Where a step leads from a node: to a key, or an item of a list, and to its value."""
+    if isinstance(node, yaml.MappingNode):
+        return next(((key, value) for key, value in node.value if key.value == step), None)
+    if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+        return node.value[step], node.value[step]
+    return None
