@@ -44,6 +44,11 @@ class CallInfo:
     model_id: str = ""
     app_error: BaseException | None = None
 
+    @property
+    def call_id(self) -> str:
+        """The id of the call itself, which `request_id` is not where the request has another one."""
+        return self.lineage.rpartition(" ")[2] or self.request_id
+
     def limit(self, timeout_s: float) -> float:
         """How long a call made by this one may take."""
         left = timeout_s if self.deadline is None else min(timeout_s, self.deadline - time.monotonic())

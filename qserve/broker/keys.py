@@ -1,5 +1,6 @@
 """Every Redis key qserve uses, in one file; all of a namespace's keys share one hash slot."""
 
+import hashlib
 from dataclasses import dataclass
 
 GROUP = "g"
@@ -107,6 +108,10 @@ class Keys:
     def parts(self, call_id: str) -> str:
         """Stream: what a running durable call has given so far, as "attempt-number", numbered with its events."""
         return self._key("parts", call_id)
+
+    def named(self, idempotency_key: str) -> str:
+        """Set: ids of the durable calls that have an idempotency key, for as long as the key holds."""
+        return self._key("named", hashlib.sha1(idempotency_key.encode(), usedforsecurity=False).hexdigest())
 
     def due(self, deployment: str) -> str:
         """Sorted set: durable calls that wait for their time, by when it comes in ms."""

@@ -233,5 +233,6 @@ def submit_arguments(
         arguments += (call.kind, call.method, waiter, "b" if options.low_priority else "")
         arguments += (options.idempotency, options.body_hash, _IDEMPOTENCY_TTL_MS)
         arguments += ("" if terms.result_ttl_s == RESULT_TTL_S else int(terms.result_ttl_s * 1000), terms.celery_id)
+        arguments += (options.key, options.parent)
     names = (keys.calls(deployment), keys.meta(deployment), keys.due(deployment), keys.low(deployment))
     return names, keys.base, deployment, *arguments

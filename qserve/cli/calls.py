@@ -14,7 +14,9 @@ from qserve.cli.output import Failure, note, redis_url_option
 from qserve.deployments.local_instance import find_settings
 from qserve.errors import QServeError
 from qserve.operating import controls
-from qserve.operating.call_search import CallFilter, contents_of, find_call, find_calls
+from qserve.operating.call_contents import contents_of
+from qserve.operating.call_search import CallFilter, find_call, find_calls
+from qserve.operating.call_tree import Relative, family_of
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -34,6 +36,7 @@ def calls() -> None:
 )
 @click.option("--method", default="", help="Only calls of this method.")
 @click.option("--error", default="", metavar="TEXT", help="Only calls whose last error contains this.")
+@click.option("--key", default="", help="Only calls with this Idempotency-Key.")
 @click.option(
     "--since", default="", metavar="AGE", help="Only calls that entered their state within 30s, 5m, 2h or 3d."
 )
@@ -46,6 +49,7 @@ def ls(
     states: tuple[str, ...],
     method: str,
     error: str,
+    key: str,
     since: str,
     limit: int,
     troubled: bool,
@@ -57,7 +61,7 @@ def ls(
         if troubled:
             _list_troubles(state, name, error, earliest, limit, as_json)
             return
-        found = find_calls(state, CallFilter(states, name or "", method, error, earliest), limit)
+        found = find_calls(state, CallFilter(states, name or "", method, error, key, earliest), limit)
     for _, call in found.calls:
         click.echo(json.dumps(facts_of(call)) if as_json else _line(call))
     if not found.calls:
@@ -74,14 +78,23 @@ def show(call: str, as_json: bool) -> None:
     """Show one call, with its arguments and its result as far as they are kept."""
     with connected() as state:
         found = find_call(state, call)
-        contents = contents_of(state, found)
-    facts = facts_of(found) | {"arguments": contents.arguments, "result": contents.result}
+        contents, family = contents_of(state, found), family_of(state, found)
+    facts = facts_of(found) | {"key": found.key or None, "made_by": found.parent or None}
+    facts |= {
+        "arguments": contents.arguments,
+        "result": contents.result,
+        "given": found.parts or None,
+        "parts": contents.parts,
+    }
     if as_json:
-        click.echo(json.dumps(facts | {"traceback": contents.error or None}, ensure_ascii=False))
+        facts |= {"traceback": contents.error or None, "family": [_relative(each) for each in family]}
+        click.echo(json.dumps(facts, ensure_ascii=False))
         return
     for key, value in facts.items():
         if value not in (None, "", []):
             click.echo(f"{key:<11}{_moment(value) if key in _MOMENTS else _shown(value)}")
+    for each in family:
+        click.echo(_branch(each, found.id))
     if contents.error:
         click.echo(f"\n{contents.error.strip()}")
 
@@ -159,6 +172,17 @@ def _line(call: CallSummary) -> str:
     at = call.ended or call.started or call.due or call.submitted
     error = call.error.strip().splitlines()[0][:100] if call.error.strip() else ""
     return f"{call.id}  {call.state:<9}  {_moment(at)}  {call.deployment}.{call.method or '__call__'}  {error}".rstrip()
+
+
+def _relative(each: Relative) -> dict[str, Any]:
+    facts = facts_of(each.call) if each.call is not None else {"id": each.id}
+    return facts | {"depth": each.depth, "not_shown": each.not_shown}
+
+
+def _branch(each: Relative, here: str) -> str:
+    text = _line(each.call) if each.call is not None else f"{each.id}  its record has expired"
+    more = f"  and {each.not_shown:,} more calls" if each.not_shown else ""
+    return f"{'> ' if each.id == here else '  '}{'  ' * each.depth}{text}{more}"
 
 
 def _list_troubles(state: State, name: str | None, error: str, earliest: float, limit: int, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from qserve.broker.payloads import Payloads
 from qserve.broker.records import Records, submit_arguments
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.refusals import FullQueues, refusal_of_all
+from qserve.context import CallInfo, current_call
 from qserve.durable.watching import Watchers
 from qserve.errors import BrokerUnavailable, IdempotencyConflict, QServeError
 from qserve.failpoints import reach
@@ -25,6 +26,7 @@ from qserve.wire.call_record import (
     DurableCall,
     DurableOptions,
     durable_with_meta,
+    is_call_id,
     new_call_id,
 )
 from qserve.wire.messages import NO_META, Signer, encode
@@ -114,6 +116,8 @@ class Submissions:
         call = DurableCall(*head, terms=options.terms)
         if meta:
             call = durable_with_meta(call, meta)
+        if (caller := current_call.get()) is not None:
+            options = options._replace(parent=_nearest(caller))
         return Submission(call, self._signer.seal(encode(call)), sealed, options, on_admitted)
 
     def submit(self, submission: Submission) -> None:
@@ -205,6 +209,12 @@ class Submissions:
         for confirmed in self._confirmed.values():
             confirmed.close()
         self.link_down()
+
+
+def _nearest(caller: CallInfo) -> str:
+    """The nearest durable call that a call is a part of, which has a record; without one, the call itself."""
+    lineage = caller.lineage.split() or [caller.request_id]
+    return next((each for each in reversed(lineage) if is_call_id(each)), lineage[-1])
 
 
 def _verdict(call: DurableCall, answer: Answer, place: int, full_queues: FullQueues) -> str | QServeError:

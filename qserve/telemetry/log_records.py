@@ -78,7 +78,7 @@ class _Tagging:
             record.qserve_attempt = 0
         else:
             record.qserve_request_id = call.request_id
-            record.qserve_call_id = call.lineage.rpartition(" ")[2] or call.request_id
+            record.qserve_call_id = call.call_id
             record.qserve_attempt = call.attempt
         return record
 

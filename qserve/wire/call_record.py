@@ -104,6 +104,10 @@ class DurableOptions(NamedTuple):
     body_hash: str = ""
     durability: Durability | None = None
     """None: as the settings say."""
+    key: str = ""
+    """The idempotency key as the caller gave it, for those who look for the call by it."""
+    parent: str = ""
+    """Id of the call that makes it, "" where none does."""
 
 
 def make_durable_options(

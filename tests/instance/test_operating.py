@@ -2,9 +2,11 @@
 
 import json
 import time
+from collections.abc import AsyncIterator
 from contextlib import closing
 from typing import Any
 
+import httpx
 import pytest
 from click.testing import CliRunner, Result
 
@@ -76,6 +78,48 @@ def test_calls_are_found_shown_and_run_again(picky: Any, gate: Gate) -> None:
     assert refused.exit_code == 1
     assert "only failed and dead calls can" in refused.output
     assert qs("calls", "show", "nonsense").exit_code == 1
+
+
+def test_a_call_shows_the_calls_that_it_has_made_and_what_it_gives() -> None:
+    @serve.deployment(name="leaf")
+    def leaf(word: str) -> str:
+        return word
+
+    @serve.deployment(name="trunk")
+    async def trunk(count: int) -> AsyncIterator[str]:
+        handle = serve.get_deployment("leaf").get_handle(sync=False).options(durable=True)
+        for number in range(count):
+            yield (await handle.remote(f"leaf {number}")).id
+
+    leaf.deploy()
+    trunk.deploy()
+    ref = trunk.get_handle().options(durable=True).remote(25)
+    made = list(ref)
+    [shown] = rows("calls", "show", ref.id)
+    assert [(each["id"], each["depth"]) for each in shown["family"]] == [(ref.id, 0), *((each, 1) for each in made)]
+    assert (shown["given"], shown["parts"]) == (25, made[5:])
+    [shown] = rows("calls", "show", made[0])
+    assert (shown["made_by"], [each["id"] for each in shown["family"]]) == (ref.id, [ref.id, made[0]])
+    text = qs("calls", "show", made[0]).stdout
+    assert f"\n  {ref.id}" in text
+    assert f"\n>   {made[0]}" in text
+
+
+def test_a_call_is_found_by_its_idempotency_key(qserve_instance: TestInstance) -> None:
+    @serve.deployment(name="paid", route_prefix="/paid")
+    def paid() -> str:
+        return "paid"
+
+    paid.deploy()
+    url = f"{qserve_instance.url}/paid"
+    for user in ("ada", "bob"):
+        headers = {"Idempotency-Key": "order 17", "Authorization": user}
+        assert httpx.post(url, headers=headers, timeout=patience(LIMIT_S)).text == "paid"
+    found = rows("calls", "ls", "--key", "order 17")
+    assert [(row["deployment"], row["state"]) for row in found] == [("paid", "done")] * 2
+    assert rows("calls", "show", found[0]["id"])[0]["key"] == "order 17"
+    assert "There are no such calls." in qs("calls", "ls", "--key", "order 1").output
+    assert "There are no such calls." in qs("calls", "ls", "--key", "order 17", "--state", "failed").output
 
 
 def test_a_call_is_cancelled(picky: Any) -> None:

@@ -24,6 +24,7 @@ def retry_matching(order: Order) -> Done:
         deployment=order.text("filter-deployment"),
         method=order.text("filter-method"),
         error=order.text("filter-error"),
+        key=order.text("filter-key"),
     )
     try:
         found = find_calls(order.state, wanted, MOST_AT_ONCE).calls

@@ -16,7 +16,9 @@ from qserve.broker.server.redis_checks import check_server
 from qserve.durable.dead_letters import DeadLetters
 from qserve.durable.schedules import Schedules, next_moment
 from qserve.errors import DeploymentNotFound
-from qserve.operating.call_search import CallFilter, contents_of, find_call, find_calls
+from qserve.operating.call_contents import PARTS_SHOWN, contents_of
+from qserve.operating.call_search import CallFilter, find_call, find_calls
+from qserve.operating.call_tree import family_of
 from qserve.operating.loads import curves, load_of
 from qserve.operating.overview import deployed_of, read_overview
 from qserve.operating.timeline import timeline
@@ -152,12 +154,13 @@ class Pages:
         }
 
     def _calls(self, asked: Asked, _: str) -> dict[str, Any]:
-        _known(asked, "state", "deployment", "method", "error", "since", "before", "id")
+        _known(asked, "state", "deployment", "method", "error", "key", "since", "before", "id")
         query = asked.query
         since = query.get("since", "")
         wanted = CallFilter(
             (query["state"],) if query.get("state") else (),
             *(query.get("deployment", "").strip(), query.get("method", "").strip(), query.get("error", "").strip()),
+            key=query.get("key", "").strip(),
             since=time.time() - length if (length := _choice("since", since, _SINCE)) else 0.0,
             before=_moment(query.get("before", "")),
         )
@@ -186,7 +189,13 @@ class Pages:
         _known(asked)
         call = find_call(self._state, call_id)
         contents = contents_of(self._state, call, self._hidden) if asked.visitor.may_act else None
-        return {"call": call, "contents": contents, "steps": timeline(self._state, call.id)}
+        return {
+            "call": call,
+            "contents": contents,
+            "parts_shown": PARTS_SHOWN,
+            "steps": timeline(self._state, call.id),
+            "family": family_of(self._state, call),
+        }
 
     def _troubles(self, asked: Asked, _: str) -> dict[str, Any]:
         _known(asked, "deployment", "what", "before")

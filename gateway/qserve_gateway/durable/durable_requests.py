@@ -183,7 +183,8 @@ def _options(request: HttpRequest, preference: Preference) -> DurableOptions:
     for part in (request.method.encode(), request.path.encode(), request.query_string, request.body):
         what.update(b"%d:%b" % (len(part), part))
     terms = Terms(result_ttl_s=IDEMPOTENCY_TTL_S)
-    return DurableOptions(terms=terms, idempotency=who.hexdigest(), body_hash=what.hexdigest())
+    key = preference.idempotency_key.decode("latin-1")
+    return DurableOptions(terms=terms, idempotency=who.hexdigest(), body_hash=what.hexdigest(), key=key)
 
 
 def _credentials(headers: Headers) -> list[bytes]:

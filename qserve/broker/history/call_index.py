@@ -28,11 +28,13 @@ from qserve.wire.call_record import (
 STATES: Final = (QUEUED, SCHEDULED, RUNNING, DONE, FAILED, CANCELLED, DEAD, EXPIRED)
 """Every state of a durable call, in the order in which they are shown."""
 
+CHILDREN_KEPT: Final = 100
+"""Of the durable calls that a call has made, the first so many are known; submit.lua keeps them."""
 _COUNTED: Final = 100
 """Beyond this a call's place in its queue is not counted."""
 _FIELDS: Final = (
     *("state", "deployment", "kind", "method", "attempts", "submitted", "started", "ended", "due", "expires"),
-    *("error", "replica"),
+    *("error", "replica", "key", "parent", "part"),
 )
 
 
@@ -43,6 +45,9 @@ class CallSummary(NamedTuple):
         submitted, started, ended, due, expires: Unix times on Redis' clock.
         error: Text of the last error.
         replica: Id of the replica that runs it.
+        key: Its idempotency key, "" without one.
+        parent: Id of the call that made it: the nearest durable one, if it is part of one. "" where none did.
+        parts: How many parts its last attempt has given.
     """
 
     id: str
@@ -58,6 +63,9 @@ class CallSummary(NamedTuple):
     expires: float | None
     error: str
     replica: str
+    key: str
+    parent: str
+    parts: int
 
 
 def count_states(client: redis.Redis, keys: Keys, deployments: Sequence[str]) -> list[dict[str, int]]:
@@ -92,6 +100,23 @@ def newest_ids(
     places[:] = [place for place, part in zip(places, found, strict=True) if part]
     merged = sorted(((score / 1000, each.decode()) for part in found for each, score in part), reverse=True)
     return merged[:most]
+
+
+def ids_of_key(client: redis.Redis, keys: Keys, idempotency_key: str) -> list[str]:
+    """The durable calls that have an idempotency key, as long as that holds: several where clients chose the same."""
+    with our_errors(client):
+        return sorted(each.decode() for each in cast("Any", client.smembers(keys.named(idempotency_key))))
+
+
+def children_of(client: redis.Redis, keys: Keys, ids: Sequence[str]) -> list[tuple[int, list[str]]]:
+    """How many durable calls each of these has made, and the ids of the first of them."""
+    names = ["children", *(f"c{place}" for place in range(1, CHILDREN_KEPT + 1))]
+    pipeline = client.pipeline(transaction=False)
+    for call_id in ids:
+        pipeline.hmget(keys.call(call_id), names)
+    with our_errors(client):
+        found = cast("list[list[bytes | None]]", pipeline.execute() if ids else [])
+    return [(int(count or 0), [each.decode() for each in made if each]) for count, *made in found]
 
 
 def summaries(client: redis.Redis, keys: Keys, ids: Sequence[str]) -> dict[str, CallSummary]:
@@ -139,6 +164,14 @@ def progress_frame(client: redis.Redis, keys: Keys, call_id: str) -> bytes | Non
         return cast("bytes | None", client.hget(keys.call(call_id), "progress"))
 
 
+def newest_parts(client: redis.Redis, keys: Keys, call: CallSummary, most: int) -> list[bytes]:
+    """Sealed replies with the last parts that the last attempt of a call has given, in their order."""
+    with our_errors(client):
+        highest, lowest = f"{call.attempts}-18446744073709551615", f"{call.attempts}-0"
+        found = cast("Any", client.xrevrange(keys.parts(call.id), highest, lowest, count=most))
+    return [fields[b"d"] for _, fields in reversed(found)]
+
+
 def run_again(client: redis.Redis, keys: Keys, deployment: str, call_id: str) -> str:
     """Put a call that has failed on the queue again; what run_again.lua returns."""
     names = (keys.calls(deployment), keys.call(call_id), keys.payload(call_id))
@@ -158,4 +191,5 @@ def _summary(call_id: str, fields: dict[str, bytes | None]) -> CallSummary:
         *(call_id, text("state"), text("deployment"), int(fields["kind"] or 0), text("method")),
         *(int(fields["attempts"] or 0), moment("submitted") or 0.0, moment("started"), moment("ended")),
         *(moment("due"), moment("expires"), text("error"), text("replica")),
+        *(text("key"), text("parent"), int(fields["part"] or 0)),
     )

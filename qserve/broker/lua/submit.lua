@@ -3,7 +3,8 @@
 -- KEYS[1] call stream, KEYS[2] meta hash, KEYS[3] calls not due yet, KEYS[4] calls of low priority
 -- ARGV[1] base, ARGV[2] deployment, then per call: id, frame, ms until due, ms until it expires or 0, kind, method,
 --   waiter or '', 'b' low priority or '', idempotency hash or '', body hash, ms an idempotency hash is kept,
---   ms the record is kept or '' as others are, Celery's task id or ''
+--   ms the record is kept or '' as others are, Celery's task id or '', idempotency key as its caller gave it or '', id of
+--   the call that made it or ''
 -- returns {-1} unknown deployment | {-2, reason} refused | {depth before, per call: 'queued' | false: full |
 --   'same:<id>' another call has this key | 'other:<id>' and another body}
 local meta = redis.call('HMGET', KEYS[2], 'max_queued', 'refuse')
@@ -14,7 +15,22 @@ local depth = redis.call('XLEN', KEYS[1]) + redis.call('ZCARD', KEYS[3]) + redis
 local room = tonumber(meta[1]) - depth
 local out = {depth}
 
-local function submit(id, frame, delay, expires, kind, method, waiter, low, idem, body, idem_ttl, ttl, celery)
+-- Which calls have an idempotency key: several only where different clients chose the same one.
+local function remember_key(base, key, id, ttl)
+  local calls = base .. 'named:' .. redis.sha1hex(key)
+  if redis.call('SCARD', calls) < 100 then redis.call('SADD', calls, id) end
+  redis.call('PEXPIRE', calls, ttl)
+end
+
+-- Note in the record of a durable call that it has made another one.
+local function adopt(base, parent, id)
+  local record = base .. 'call:' .. parent
+  if redis.call('EXISTS', record) == 0 then return end
+  local count = redis.call('HINCRBY', record, 'children', 1)
+  if count <= CHILDREN_KEPT then redis.call('HSET', record, 'c' .. count, id) end
+end
+
+local function submit(id, frame, delay, expires, kind, method, waiter, low, idem, body, idem_ttl, ttl, celery, key, parent)
   local record = base .. 'call:' .. id
   if redis.call('EXISTS', record) == 1 then return 'queued' end
   local known = idem ~= '' and redis.call('GET', base .. 'idem:' .. idem)
@@ -27,6 +43,8 @@ local function submit(id, frame, delay, expires, kind, method, waiter, low, idem
   if room <= 0 then return false end
   room = room - 1
   if idem ~= '' then redis.call('SET', base .. 'idem:' .. idem, id .. ' ' .. body, 'PX', idem_ttl) end
+  if key ~= '' then remember_key(base, key, id, idem_ttl) end
+  if parent ~= '' then adopt(base, parent, id) end
   redis.call('PERSIST', base .. 'p:' .. id)
   local fields = {'state', 'queued', 'deployment', deployment, 'kind', kind, 'method', method, 'attempts', 0,
     'submitted', whole(now), 'waiters', waiter}
@@ -35,6 +53,8 @@ local function submit(id, frame, delay, expires, kind, method, waiter, low, idem
   if low == 'b' then put('low', '1') end
   if ttl ~= '' then put('ttl', ttl) end
   if celery ~= '' then put('celery', celery) end
+  if key ~= '' then put('key', key) end
+  if parent ~= '' then put('parent', parent) end
   local event = 'queued'
   if delay ~= '0' then
     event = 'scheduled'
@@ -54,8 +74,8 @@ local function submit(id, frame, delay, expires, kind, method, waiter, low, idem
   return 'queued'
 end
 
-for i = 3, #ARGV, 13 do
-  local answer = submit(unpack(ARGV, i, i + 12))
+for i = 3, #ARGV, 15 do
+  local answer = submit(unpack(ARGV, i, i + 14))
   if answer == -1 then return {-1} end
   out[#out + 1] = answer
 end

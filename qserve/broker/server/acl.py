@@ -23,7 +23,7 @@ _CALL = (
 )
 _RESULTS = "celery:celery-task-meta-*"
 _HISTORY = "index:* buckets:* totals:* troubles:*"
-_CALL_KEYS = f"q:* inbox:* alive:* p:* x:* parts:* call:* idem:* due:* low:* counters {_HISTORY} {_RESULTS}"
+_CALL_KEYS = f"q:* inbox:* alive:* p:* x:* parts:* call:* idem:* named:* due:* low:* counters {_HISTORY} {_RESULTS}"
 _STATE_KEYS = "meta:* deployments log http instance schedules fired"
 _REPORTS = "hb:* replicas:* workers:* nodes gateways"
 _ANY_CALL = f"call:* {_RESULTS}"

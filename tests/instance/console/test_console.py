@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -97,6 +97,46 @@ def test_progress_is_shown_to_operators(shop: Any, operator: httpx.Client, viewe
     ref.result(patience(LIMIT_S))
     assert "&#34;done&#34;: 41" in operator.get(f"/calls/{ref.id}").text
     assert "Progress" not in viewer.get(f"/calls/{ref.id}").text
+
+
+def test_a_call_shows_its_family_and_its_parts(shop: Any, operator: httpx.Client, viewer: httpx.Client) -> None:
+    @serve.deployment(name="trunk")
+    async def trunk(word: str) -> AsyncIterator[str]:
+        handle = serve.get_deployment("shop").get_handle(sync=False).options(durable=True)
+        yield word + (await handle.remote(word)).id
+
+    trunk.deploy()
+    ref = trunk.get_handle().options(durable=True).remote(EVIL)
+    [made] = [part.removeprefix(EVIL) for part in ref]
+    page = operator.get(f"/calls/{ref.id}").text
+    assert f'href="/-/console/calls/{made}"' in page
+    assert "<h2>Parts" in page
+    assert EVIL not in page
+    assert f'href="/-/console/calls/{ref.id}"' in operator.get(f"/calls/{made}").text
+    page = viewer.get(f"/calls/{ref.id}").text
+    assert f'href="/-/console/calls/{made}"' in page
+    assert "<h2>Parts" not in page
+    trunk.delete()
+
+
+def test_a_call_is_found_by_its_idempotency_key(
+    running: TestInstance, operator: httpx.Client, viewer: httpx.Client
+) -> None:
+    @serve.deployment(name="paid", route_prefix="/paid")
+    def paid() -> str:
+        return "paid"
+
+    paid.deploy()
+    headers = {"Idempotency-Key": f"order {EVIL}"}
+    assert httpx.post(f"{running.url}/paid", headers=headers, timeout=patience(LIMIT_S)).text == "paid"
+    page = operator.get("/calls", params={"key": f"order {EVIL}"}).text
+    [call_id] = re.findall(r'name="id" value="(d[0-9a-f]{32})"', page)
+    assert EVIL not in page
+    shown = operator.get(f"/calls/{call_id}").text
+    assert "order &lt;script&gt;" in shown
+    assert EVIL not in shown
+    assert "order" not in viewer.get(f"/calls/{call_id}").text
+    paid.delete()
 
 
 def test_operators_act_and_the_audit_says_so(shop: Any, operator: httpx.Client) -> None:
