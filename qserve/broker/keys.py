@@ -110,7 +110,7 @@ class Keys:
         return self._key("parts", call_id)
 
     def named(self, idempotency_key: str) -> str:
-        """Set: ids of the durable calls that have an idempotency key, for as long as the key holds."""
+        """Sorted set: the durable calls that have an idempotency key, by when they were submitted in ms."""
         return self._key("named", hashlib.sha1(idempotency_key.encode(), usedforsecurity=False).hexdigest())
 
     def due(self, deployment: str) -> str:

@@ -105,7 +105,8 @@ def newest_ids(
 def ids_of_key(client: redis.Redis, keys: Keys, idempotency_key: str) -> list[str]:
     """The durable calls that have an idempotency key, as long as that holds: several where clients chose the same."""
     with our_errors(client):
-        return sorted(each.decode() for each in cast("Any", client.smembers(keys.named(idempotency_key))))
+        found = cast("Any", client.zrevrangebyscore(keys.named(idempotency_key), "+inf", "-inf"))
+    return [each.decode() for each in found]
 
 
 def children_of(client: redis.Redis, keys: Keys, ids: Sequence[str]) -> list[tuple[int, list[str]]]:

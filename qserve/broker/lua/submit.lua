@@ -16,9 +16,10 @@ local room = tonumber(meta[1]) - depth
 local out = {depth}
 
 -- Which calls have an idempotency key: several only where different clients chose the same one.
-local function remember_key(base, key, id, ttl)
+local function remember_key(base, key, id, now, ttl)
   local calls = base .. 'named:' .. redis.sha1hex(key)
-  if redis.call('SCARD', calls) < 100 then redis.call('SADD', calls, id) end
+  redis.call('ZADD', calls, now, id)
+  redis.call('ZREMRANGEBYRANK', calls, 0, -101)
   redis.call('PEXPIRE', calls, ttl)
 end
 
@@ -43,7 +44,7 @@ local function submit(id, frame, delay, expires, kind, method, waiter, low, idem
   if room <= 0 then return false end
   room = room - 1
   if idem ~= '' then redis.call('SET', base .. 'idem:' .. idem, id .. ' ' .. body, 'PX', idem_ttl) end
-  if key ~= '' then remember_key(base, key, id, idem_ttl) end
+  if key ~= '' then remember_key(base, key, id, now, idem_ttl) end
   if parent ~= '' then adopt(base, parent, id) end
   redis.call('PERSIST', base .. 'p:' .. id)
   local fields = {'state', 'queued', 'deployment', deployment, 'kind', kind, 'method', method, 'attempts', 0,
