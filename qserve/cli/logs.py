@@ -12,8 +12,8 @@ import click
 from qserve.cli.output import Failure, note
 from qserve.deployments.local_instance import NO_INSTANCE, find_record
 from qserve.deployments.log_files import newest_log_file
-from qserve.deployments.this_machine import runtime_folder
 from qserve.settings import Settings
+from qserve.this_machine import runtime_folder
 
 _POLL_S = 0.2
 _BEGINS = re.compile(r"\{|\[?\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d|\[")

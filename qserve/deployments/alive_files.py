@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 
-from qserve.deployments.this_machine import is_running, runtime_folder
+from qserve.this_machine import is_running, runtime_folder
 
 SAY_EVERY_S = 2.0
 STUCK_AFTER_S = 30.0

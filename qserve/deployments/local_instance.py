@@ -26,9 +26,9 @@ import msgspec
 from qserve.broker.instance.state import State
 from qserve.broker.server import embedded
 from qserve.deployments.log_files import log_tail, new_log_file
-from qserve.deployments.this_machine import is_running, runtime_folder
 from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.settings import Settings
+from qserve.this_machine import is_running, runtime_folder
 from qserve.wire.messages import Signer
 
 NO_INSTANCE = (

@@ -2,18 +2,17 @@
 
 import contextlib
 import fcntl
-import functools
 import mmap
 import os
 import stat
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
 from qserve.errors import FrameRejected, QServeError
+from qserve.this_machine import is_running, this_host
 from qserve.values.segments import COPIED, HEADER, HELD, KEPT, SEALS, STATE_AT, place_of
 from qserve.wire.messages import Lent
 from qserve.wire.parts import Source, copy, fresh
@@ -29,16 +28,6 @@ class ValueGone(QServeError):
 
 class NotReachable(Exception):
     """This process cannot open what was lent: it has to be sent."""
-
-
-@functools.cache
-def this_host() -> str:
-    """Names this machine and the process ids that this process sees; empty where they cannot be told."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}:{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
 
 
 class _Mapped:
@@ -222,23 +211,13 @@ class Borrowing:
                 total += mapped.size
                 count += 1
                 is_enough = total > _KEPT_BYTES or count > _MOST_KEPT
-                if is_enough or now - mapped.used_at > _KEPT_S or not _lives(mapped.pid):
+                if is_enough or now - mapped.used_at > _KEPT_S or not is_running(mapped.pid):
                     del self._mapped[key]  # closed when nobody reads it any more
 
     def close(self) -> None:
         """Give up all of them."""
         with self._lock:
             self._mapped.clear()
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _open(lent: Lent, end: int) -> _Mapped:
@@ -251,7 +230,7 @@ def _open(lent: Lent, end: int) -> _Mapped:
             raise ValueGone("a large value is there no more: its sender has closed it")
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError as exc:
-        if not _lives(lent.pid):
+        if not is_running(lent.pid):
             raise ValueGone("a large value was lost with the process that had it") from exc
         raise NotReachable from exc
     except OSError as exc:

@@ -1,15 +1,11 @@
 """What is noticed of replicas that are not well: failing and hanging checks, and event loops that stand still."""
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import redis
 
 from qserve.broker.instance.reports import decode_infos
 from qserve.errors import ReplicaDied
-from qserve.settings import Settings
 from qserve.wire.messages import Outcome
 from qserve.wire.spec import SERVING, STALLED, UNHEALTHY, ReplicaInfo
 from tests.support.calling import Caller, calling, within
@@ -17,16 +13,6 @@ from tests.support.replicas import NAME, Host, World
 from tests.support.waiting import until
 
 OFTEN = 0.05
-
-
-@pytest.fixture
-def world(settings: Settings, redis_client: "redis.Redis", tmp_path: Path) -> Iterator[World]:
-    """A namespace in which heartbeats are quick; all of its processes are gone afterwards."""
-    world = World(settings, redis_client, tmp_path)
-    yield world
-    for host in world.hosts:
-        host.process.kill()
-        host.process.wait()
 
 
 def seen(world: World, host: Host) -> ReplicaInfo:

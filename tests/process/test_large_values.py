@@ -222,7 +222,7 @@ class TestLending:
 
     def test_a_value_whose_owner_died_is_gone_and_its_memory_too(self) -> None:
         program = (
-            "import sys; from qserve.values.segments import *; from qserve.values.borrowing import this_host\n"
+            "import sys; from qserve.values.segments import *; from qserve.this_machine import this_host\n"
             "from qserve.wire.messages import encode\n"
             "s = Segment(1 << 20); s.begin(); s.write(64, b'x' * 1000)\n"
             "sys.stdout.buffer.write(encode(s.lent('me', this_host(), [1000])).hex().encode() + b'\\n')\n"

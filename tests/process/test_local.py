@@ -18,8 +18,8 @@ import pytest
 from qserve import serve
 from qserve.broker.server import embedded
 from qserve.deployments import local_instance
-from qserve.deployments.this_machine import runtime_folder
 from qserve.errors import ConfigurationError, NoInstanceError
+from qserve.this_machine import runtime_folder
 from tests.support.deployed import Pid
 from tests.support.serving import ROOT
 from tests.support.slowness import patience

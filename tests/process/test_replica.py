@@ -4,7 +4,6 @@ import asyncio
 import secrets
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,6 @@ from tests.support.calling import Caller, calling, within
 from tests.support.replicas import NAME, World
 from tests.support.slowness import patience
 from tests.support.waiting import until
-
-
-@pytest.fixture
-def world(settings: Settings, redis_client: "redis.Redis", tmp_path: Path) -> Iterator[World]:
-    """A namespace in which heartbeats are quick; all of its processes are gone afterwards."""
-    world = World(settings, redis_client, tmp_path)
-    yield world
-    for host in world.hosts:
-        host.process.kill()
-        host.process.wait()
 
 
 def put(caller: Caller, method: str, name: object, *, safe: bool = False) -> "asyncio.Future[Outcome]":

@@ -14,10 +14,10 @@ from qserve.broker.instance.heartbeats import call_neighbours, mark_dead
 from qserve.broker.instance.reports import forget_worker, read_replicas
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import redis_clients
-from qserve.deployments.this_machine import is_running
 from qserve.errors import QServeError
 from qserve.failpoints import reach
 from qserve.settings import Settings
+from qserve.this_machine import is_running
 from qserve.wire.messages import Signer
 from qserve.wire.spec import DeploymentSpec, ReplicaInfo
 from qserve_workers.children import Process, program

@@ -17,9 +17,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qserve.broker.instance.state import State
 from qserve.calls.client import Client
-from qserve.deployments.this_machine import runtime_folder
 from qserve.errors import ConfigurationError, QServeError
 from qserve.settings import LOOPBACK_HOSTS, Settings
+from qserve.this_machine import runtime_folder
 from qserve.wire.messages import HttpResponse
 from qserve_gateway.admin import dead_letter_pages
 from qserve_gateway.admin.metrics import metrics, status

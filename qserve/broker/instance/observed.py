@@ -1,6 +1,5 @@
 """The observed state: which processes live, what they report, and how many calls wait for them."""
 
-import os
 import socket
 from typing import Any
 
@@ -9,6 +8,7 @@ import redis
 from qserve.broker.instance.reports import Info, decode_infos
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import CommandRefused, our_errors
+from qserve.this_machine import is_running
 from qserve.wire.spec import GatewayInfo, NodeInfo, ReplicaInfo, WorkerInfo
 
 
@@ -93,12 +93,4 @@ class Observed:
 
 def _gone_from_here(host: str, pid: int) -> bool:
     """Whether a process of this host has ended, though its alive key may last a while longer."""
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+    return host == socket.gethostname() and not is_running(pid)

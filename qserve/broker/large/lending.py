@@ -19,7 +19,8 @@ from qserve.broker.keys import Keys
 from qserve.broker.large.transfers import TransferBroken, Transfers
 from qserve.broker.redis_errors import CommandRefused
 from qserve.errors import BrokerUnavailable, FrameRejected
-from qserve.values.borrowing import Borrowed, Borrowing, NotReachable, ValueGone, numbered, this_host
+from qserve.this_machine import this_host
+from qserve.values.borrowing import Borrowed, Borrowing, NotReachable, ValueGone, numbered
 from qserve.values.segments import COPIED, HELD, LENT, Segment, SegmentPool, place_of
 from qserve.wire.messages import Control, Lent, Signer, decode_lent, encode
 from qserve.wire.parts import Part, Parts, Payload, Source, size_of

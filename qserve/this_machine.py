@@ -1,12 +1,23 @@
-"""This user's folder on this machine, and which processes run: known without importing anything else of qserve."""
+"""What a process knows of this machine without asking anybody: its name, this user's folder, which processes run."""
 
 import contextlib
+import functools
 import os
 import stat
 import tempfile
 from pathlib import Path
 
 from qserve.errors import ConfigurationError
+
+
+@functools.cache
+def this_host() -> str:
+    """Names this machine and the process ids that this process sees; empty where they cannot be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}:{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
 
 
 def runtime_folder() -> Path:

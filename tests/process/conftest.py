@@ -1,0 +1,20 @@
+"""What several files of this folder work with."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from qserve.settings import Settings
+from tests.support.replicas import World
+
+
+@pytest.fixture
+def world(settings: Settings, redis_client: "redis.Redis", tmp_path: Path) -> Iterator[World]:
+    """A namespace in which heartbeats are quick; all of its processes are gone afterwards."""
+    world = World(settings, redis_client, tmp_path)
+    yield world
+    for host in world.hosts:
+        host.process.kill()
+        host.process.wait()
