@@ -1,6 +1,5 @@
 """Calls of requests that are answered without a task: what becomes of the call is written to the connection."""
 
-import asyncio
 from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -12,7 +11,14 @@ from qserve.wire.channel import Channel
 from qserve.wire.messages import HTTP, HttpResponse, Outcome
 from qserve_gateway.door.direct import DirectProtocol, DirectRequest
 from qserve_gateway.http_calls import StreamedResponse
-from qserve_gateway.respond import about_to_respond, checked, local_error_response, outcome_response, send_response
+from qserve_gateway.respond import (
+    about_to_respond,
+    checked,
+    leaving_response,
+    local_error_response,
+    outcome_response,
+    send_response,
+)
 from qserve_gateway.routes import Route
 
 
@@ -65,11 +71,13 @@ class DirectCall(DirectRequest):
             self._client.cancel(self._pending)
 
     def give_up(self) -> None:
-        """Withdraw the call, and end the request as uvicorn ends one whose task it cancels."""
+        """Withdraw the call, and answer that this gateway leaves."""
         connection = self._connection
         self.leave()
         if connection is not None:
-            connection.run_app(_raising(asyncio.CancelledError()))
+            response = leaving_response()
+            if not connection.respond(*checked(response, self._method, self._request_id)):
+                connection.run_app(self._sending(response))
 
     def _on_outcome(self, outcome: Outcome) -> None:
         connection, self._connection = self._connection, None

@@ -1,5 +1,6 @@
 """The gateway as an ASGI application: one request, from its path to its response."""
 
+import asyncio
 import re
 from collections.abc import Awaitable, Iterable, Sequence
 
@@ -28,6 +29,7 @@ from qserve_gateway.respond import (
     about_to_respond,
     bad_request,
     json_response,
+    leaving_response,
     local_error_response,
     outcome_response,
     send_response,
@@ -179,6 +181,10 @@ class Gateway(DirectApp):
             return
         except QServeError as exc:
             response = local_error_response(exc)
+        except asyncio.CancelledError:
+            if not self.is_draining:
+                raise
+            response = leaving_response()
         about_to_respond()
         if isinstance(response, HttpResponse):
             await send_response(send, response, scope["method"], request_id)

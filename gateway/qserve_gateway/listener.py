@@ -19,6 +19,7 @@ from qserve_gateway.door.limits import Door
 from qserve_gateway.door.protocol import HttpProtocol, WebSocketProtocol
 
 BACKLOG = 2048
+_LAST_WORD_S = 1.0
 _LARGEST_WEBSOCKET_MESSAGE = 1024 * 1024
 
 
@@ -205,9 +206,15 @@ class _Server(uvicorn.Server):
                         connection, _ = sock.accept()
                         await loop.connect_accepted_socket(self._new_protocol, connection, ssl=self.config.ssl)
         await super().shutdown(sockets)
+        # Whoever still waits is told so: uvicorn has cancelled tasks only where nobody has forced it to end.
         for protocol in list(self.server_state.connections):
             if isinstance(protocol, HttpProtocol):
-                protocol.give_up()  # uvicorn has cancelled the tasks of the others
+                protocol.give_up()
+        tasks = set(self.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_LAST_WORD_S)
 
     def _new_protocol(self) -> asyncio.Protocol:
         make: Any = self.config.http_protocol_class

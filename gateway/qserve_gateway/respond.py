@@ -103,6 +103,14 @@ def local_error_response(error: QServeError) -> HttpResponse:
     return _error_response(type(error), str(error), retry_after)
 
 
+def leaving_response() -> HttpResponse:
+    """Make the response to a request that cannot be finished before the gateway ends."""
+    text = (
+        "this gateway is leaving and could not wait for the outcome, so the call was withdrawn: send the request again"
+    )
+    return text_response(503, text, (b"retry-after", b"1"))
+
+
 def _full_response(error: BackPressureError, told: Backpressure) -> HttpResponse:
     wait_s = error.retry_after if told.retry_after_s is None else told.retry_after_s
     header = (b"retry-after", b"%d" % max(1, math.ceil(wait_s)))

@@ -95,6 +95,7 @@ class GatewayProcess:
         self._http = HttpSettings()
         self._routes: dict[str, str] = {}
         self._stopping: asyncio.Future[None]
+        self._parent = os.getppid()
         door = Door(settings)
         self._public = Listener(
             self._gateway,
@@ -173,6 +174,8 @@ class GatewayProcess:
             # No deploy waits for a gateway that is leaving; requests in flight still get their replies.
             await end(following, sampling)
             follower.leave()
+            if self._admin is not None and os.getppid() != self._parent:
+                await self._admin.stop()  # another node starts another gateway, whose admin listener takes this port
         if not following.cancelled():
             following.result()
 

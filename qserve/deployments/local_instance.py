@@ -1,7 +1,7 @@
 """The instance on this machine: finding it, starting one, and stopping it.
 
-An instance is a node process (`python -m qserve_workers.node`) that owns everything else: the embedded Valkey, the
-gateway and the Celery workers. It writes a file that tells other processes of the same user where it is.
+An instance is a process (`python -m qserve_workers.instance_process`) that owns everything else: the embedded Valkey
+and the node, which has the gateway and the Celery workers. A file tells other processes of the same user where it is.
 """
 
 import contextlib
@@ -47,7 +47,8 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What the instance file says. It holds the signing key, so only its user may read it.
 
     Attributes:
-        pid: The process of its node.
+        pid: The process that holds it together.
+        node: The id of its node.
         folder: The folder of its sockets and logs.
         ready: Whether its gateway listens, where it has one. One can deploy to it before.
         gateway_url: The URL of its gateway, "" where it has none.
@@ -62,6 +63,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
     pid: int
     folder: str
+    node: str = ""
     ready: bool = True
     gateway_url: str = ""
     console_url: str = ""
@@ -164,9 +166,7 @@ class LocalInstance:
             self._wait(lambda: _accepts(path) or None, "Redis")
         state = State(self.settings.redis_url, self.settings.keys, Signer(self.settings.secrets))
         with contextlib.closing(state):
-            self._wait(
-                lambda: any(node.pid == self.pid for node in state.observed.nodes().values()) or None, "the node"
-            )
+            self._wait(lambda: self._has_node(state) or None, "the node")
 
     def wait_until_ready(self) -> InstanceRecord:
         """Wait until its gateway listens.
@@ -181,9 +181,17 @@ class LocalInstance:
         if os.getpid() == self._driver:  # a process that was forked off must not stop it
             _stop(self.pid, lambda: self._process.poll() is not None)
 
+    def _has_node(self, state: State) -> bool:
+        record = self._record()
+        return record is not None and record.node in state.observed.nodes()
+
     def _own_record(self) -> InstanceRecord | None:
+        record = self._record()
+        return record if record is not None and record.ready else None
+
+    def _record(self) -> InstanceRecord | None:
         record = find_record(self.settings.namespace)
-        return record if record is not None and record.pid == self.pid and record.ready else None
+        return record if record is not None and record.pid == self.pid else None
 
     def _wait(self, look: Callable[[], Found | None], what: str) -> Found:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -269,13 +277,26 @@ def check_address(host: str, port: int) -> None:
     Raises:
         ValueError: The address cannot be listened on.
     """
+    listening_socket(host, port, backlog=None).close()
+
+
+def listening_socket(host: str, port: int, *, backlog: int | None = 2048) -> socket.socket:
+    """A socket that listens on an address; with `backlog=None` it is only bound.
+
+    Raises:
+        ValueError: The address cannot be listened on.
+    """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        with contextlib.ExitStack() as stack:
+            made = stack.enter_context(socket.socket(family, kind, protocol))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+            if backlog is not None:
+                made.listen(backlog)
+            stack.pop_all()
+            return made
     except OSError as exc:
         raise ValueError(
             f"Failed to bind to '{host}:{port}' ({exc.strerror or exc}). "
@@ -296,7 +317,7 @@ def _spawn(
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("ab")) if log else None
         return subprocess.Popen(
-            [sys.executable, "-m", "qserve_workers.node", *flags],
+            [sys.executable, "-m", "qserve_workers.instance_process", *flags],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output or 2,

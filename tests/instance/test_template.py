@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from qserve import serve
-from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
 from tests.support import template_code
+from tests.support.own_instance import node_of
 from tests.support.serving import ROOT
 from tests.support.template_code import files_of
 from tests.support.waiting import LIMIT_S, wait_until
@@ -29,9 +29,7 @@ print(json.dumps(list(sys.modules)))
 @pytest.fixture
 def node(qserve_instance: TestInstance) -> psutil.Process:
     """The node of the instance."""
-    record = find_record(qserve_instance.settings.namespace)
-    assert record is not None
-    return psutil.Process(record.pid)
+    return node_of(qserve_instance.settings.namespace)
 
 
 @pytest.fixture

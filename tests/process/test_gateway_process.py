@@ -225,6 +225,32 @@ def test_sigterm_lets_requests_in_flight_finish(start: Start, state: State, hell
     assert hello.redis.exists(hello.keys.inbox(call.reply_to), hello.keys.alive(call.reply_to)) == 0
 
 
+def test_a_request_that_cannot_be_finished_is_told_to_come_again(start: Start, hello: Replica) -> None:
+    process = start("--graceful-shutdown-timeout", "1")
+    with process.http() as http, ThreadPoolExecutor() as pool:
+        answers = [pool.submit(http.get, "/hello"), pool.submit(http.post, "/hello", content=b"body")]
+        calls = [hello.take(), hello.take()]
+        process.process.terminate()
+        for answer in answers:
+            response = answer.result()
+            assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+            assert "this gateway is leaving" in response.text
+    assert process.process.wait(patience(10)) == 0
+    assert hello.redis.exists(*(hello.keys.inbox(call.reply_to) for call in calls)) == 0
+
+
+def test_a_second_sigterm_waits_for_no_request_and_tells_so(start: Start, state: State, hello: Replica) -> None:
+    process = start()
+    with process.http() as http, ThreadPoolExecutor() as pool:
+        answer = pool.submit(http.post, "/hello", content=b"body")
+        hello.take()
+        process.process.terminate()
+        wait_until(lambda: state.observed.gateways() == {})
+        process.process.terminate()
+        assert answer.result().status_code == 503
+    assert process.process.wait(patience(10)) == 0
+
+
 # Following the state
 
 

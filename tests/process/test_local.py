@@ -87,7 +87,7 @@ class TestEnding:
 
         assert not processes_of(runtime)
 
-    def test_nothing_outlives_a_killed_node(self, runtime: Path) -> None:
+    def test_nothing_outlives_the_process_that_holds_it_together(self, runtime: Path) -> None:
         process = driver(RUN.format(detached=True, then=""))
         process.communicate()
         record = local_instance.find_record("default")

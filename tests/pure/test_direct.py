@@ -260,7 +260,8 @@ async def test_a_gateway_that_stops_waits_no_longer(calls: FakeCalls) -> None:
     connection.protocol.give_up()
 
     assert calls.cancelled == ["call0"]
-    assert (await connection.answered(b"")).startswith(b"HTTP/1.1 500 ")
+    assert connection.socket.written.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nretry-after: 1\r\n" in connection.socket.written
     assert b"\r\nconnection: close\r\n" in connection.socket.written
     assert connection.socket.is_closing()
 

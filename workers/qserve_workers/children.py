@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +42,7 @@ def program(
     *,
     death_signal: signal.Signals = signal.SIGTERM,
     stdin: int = subprocess.DEVNULL,
+    descriptors: tuple[int, ...] = (),
 ) -> Start:
     """A process that runs a program, in a session of its own.
 
@@ -50,6 +51,7 @@ def program(
         environment: Its environment.
         death_signal: What it gets when this process dies.
         stdin: Descriptor of what it reads from.
+        descriptors: Which of ours it has besides.
     """
 
     async def start() -> Process:
@@ -57,6 +59,7 @@ def program(
             *command(),
             env=environment,
             stdin=stdin,
+            pass_fds=descriptors,
             start_new_session=True,
             preexec_fn=_dies_with_parent(death_signal),
         )
@@ -83,6 +86,35 @@ def die_with_parent(parent: int, signum: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def start_program(command: Sequence[str], *, death_signal: signal.Signals) -> int:
+    """Start a program without an event loop, in a session of its own; returns its pid, for `os.waitpid`.
+
+    Args:
+        death_signal: What it gets when this process dies.
+    """
+    started = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_dies_with_parent(death_signal),  # noqa: PLW1509 whoever calls this has no threads
+    )
+    started.returncode = 0  # somebody else waits for it
+    return started.pid
+
+
+def children_of(pid: int) -> list[int]:
+    """The running children of a process; none where the system has no /proc."""
+    return [child for child, state, parent in _processes() if parent == pid and state != "Z"]
+
+
+def _processes() -> Iterator[tuple[int, str, int]]:
+    """Pid, state and parent of each process."""
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
+            yield int(entry.parent.name), state, int(parent)
 
 
 def can_adopt() -> bool:
@@ -143,10 +175,4 @@ class Orphans:
                 return set()
         except ChildProcessError:
             return set()
-        found = set()
-        for entry in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                state, parent = entry.read_text().rpartition(")")[2].split()[:2]
-                if state == "Z" and int(parent) == os.getpid():
-                    found.add(int(entry.parent.name))
-        return found
+        return {pid for pid, state, parent in _processes() if state == "Z" and parent == os.getpid()}

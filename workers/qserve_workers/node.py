@@ -1,7 +1,7 @@
 """`python -m qserve_workers.node`: this machine's share of an instance.
 
-A node reads what is deployed and keeps one Celery worker per deployment running, a gateway where it is told to, and,
-for an instance of its own, the embedded Valkey. It imports neither user code nor Celery.
+A node reads what is deployed and keeps one Celery worker per deployment running, and a gateway where it is told to. It
+imports neither user code nor Celery.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -49,16 +50,33 @@ _TICK_S = (1.0, 5.0)
 """How often the state is read without being told of a change: while something is on its way, and else."""
 _POLL_S = 0.02
 _VALKEY_POLL_S = 0.003
-_VALKEY_GRACE_S = 3.0
 _BEAT_GRACE_S = 3.0
 _SCHEDULER = "qserve_workers.beat:Scheduler"
+
+
+@dataclass(frozen=True)
+class NodeBirth:
+    """What a node is told by the process that it was forked from, `qserve_workers.instance_process`.
+
+    Attributes:
+        id: Its own.
+        keeper: Pid of that process; None for a node that nobody holds.
+        predecessor: Id of the node that was killed before it; "" for the first one.
+        descriptor: A socket on which its gateway is to listen; None: on one of its own.
+    """
+
+    id: str = field(default_factory=lambda: secrets.token_hex(16))
+    keeper: int | None = None
+    predecessor: str = ""
+    descriptor: int | None = None
 
 
 class Node:
     """One node, from start to exit."""
 
-    def __init__(self, options: NodeOptions, settings: Settings) -> None:
-        self.id = secrets.token_hex(16)
+    def __init__(self, options: NodeOptions, settings: Settings, birth: NodeBirth | None = None) -> None:
+        self._birth = birth or NodeBirth()
+        self.id = self._birth.id
         self._options = options
         self._folder = options.folder or Path(tempfile.mkdtemp(prefix="qserve-node-"))
         self._settings = settings
@@ -68,7 +86,6 @@ class Node:
         self._state = State(settings.redis_url, settings.keys, self._signer)
         self._snapshot = Snapshot()
         self._remembered = RememberedState(self._keys, self._signer, restores=settings.autorestore)
-        self._valkey: KeptProcess | None = None
         self._gateways: NodeGateways | None = None
         self._beside: asyncio.Task[None] | None = None
         self._beat: KeptProcess | None = None
@@ -86,13 +103,13 @@ class Node:
         self._exit_code = 0
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT, or until the owner or the embedded Valkey is gone; returns the exit code."""
+        """Serve until SIGTERM or SIGINT, or until the owner is gone; returns the exit code."""
         self._watch_signals()
         if self._template is not None:
             self._template.start()
         tasks = [asyncio.create_task(self._watch_owner()), asyncio.create_task(self._say_alive())]
         try:
-            await (self._start_valkey() if self._options.embedded else self._find_redis())
+            await (self._wait_for_valkey() if self._options.embedded else self._find_redis())
             self._write_instance_file(ready=False)
             tasks += [asyncio.create_task(step) for step in (self._serve_http(), self._follow(), self._keep_in_step())]
             for task in tasks:
@@ -116,9 +133,13 @@ class Node:
             asyncio.get_running_loop().add_signal_handler(signum, self._on_signal)
 
     def _on_signal(self) -> None:
-        if self._stopping.is_set():
+        if self._stopping.is_set() or self._is_orphan():
             self._force.set()
         self._stopping.set()
+
+    def _is_orphan(self) -> bool:
+        """Whether who held the instance together is gone, and the embedded Valkey with it: nothing can be drained."""
+        return self._birth.keeper is not None and os.getppid() != self._birth.keeper
 
     async def _say_alive(self) -> None:
         file = AliveFile(self._settings.namespace, "node")
@@ -155,23 +176,9 @@ class Node:
                 await asyncio.wait_for(self._stopping.wait(), _TICK_S[0])
         return None
 
-    async def _start_valkey(self) -> None:
-        folder = self._folder
-        start = program(lambda: embedded.command(folder), os.environ, death_signal=signal.SIGKILL)
-        self._valkey = KeptProcess("valkey", start, once=True)
-        self._valkey.start()
-        while not _accepts(embedded.socket_path(folder)):
-            if self._valkey.ended.is_set():
-                log = folder / "valkey.log"
-                self._fail("Valkey did not start: %s", log.read_text().strip() if log.exists() else "no log")
-                return
+    async def _wait_for_valkey(self) -> None:
+        while not self._stopping.is_set() and not _accepts(embedded.socket_path(self._folder)):  # noqa: ASYNC110
             await asyncio.sleep(_VALKEY_POLL_S)
-        self._watching_valkey = asyncio.create_task(self._watch_valkey(self._valkey))
-
-    async def _watch_valkey(self, valkey: KeptProcess) -> None:
-        await valkey.wait()
-        if not self._stopping.is_set():
-            self._fail("The embedded Valkey ended, and what was deployed with it; stopping.")
 
     def _fail(self, message: str, *args: object) -> None:
         logger.error(message, *args)
@@ -201,6 +208,7 @@ class Node:
     async def _start_gateways(self, *, shares_port: bool, on_failure: Callable[[str], None]) -> str:
         self._gateways = NodeGateways(
             *(self._options, self._settings, self._folder, self._environment),
+            descriptor=self._birth.descriptor,
             shares_port=shares_port,
             on_failure=on_failure,
         )
@@ -214,7 +222,8 @@ class Node:
             namespace=self._settings.namespace,
             redis_url=self._settings.redis_url,
             secret=self._settings.secret,
-            pid=os.getpid(),
+            pid=self._birth.keeper or os.getpid(),
+            node=self.id,
             folder=str(self._folder),
             ready=ready,
             gateway_url=gateway_url,
@@ -253,6 +262,8 @@ class Node:
 
     async def _keep_in_step(self) -> None:
         """Announce this node, and start and stop workers after every change; now and then without one, too."""
+        if self._birth.predecessor:  # which was killed: nobody is to wait for it, and its workers leave by themselves
+            await self._withdraw(self._birth.predecessor)
         while True:
             self._changed.clear()
             self._orphans.reap()
@@ -313,9 +324,9 @@ class Node:
         except (QServeError, CommandRefused) as exc:
             logger.warning("Cannot announce this node: %s", exc)
 
-    async def _leave(self) -> None:
+    async def _withdraw(self, node: str) -> None:
         with contextlib.suppress(QServeError, CommandRefused):
-            await withdraw_node(self._redis, self._keys, self.id)
+            await withdraw_node(self._redis, self._keys, node)
 
     def _settle(self, names: list[str]) -> None:
         for name in names:
@@ -329,7 +340,7 @@ class Node:
     async def _stop(self) -> None:
         """Stop what was started: first what brings calls in, then what answers them, then the queue between them."""
         logger.info("Stopping.")
-        await self._leave()
+        await self._withdraw(self.id)
         if self._beat is not None:
             await self._beat.stop(_BEAT_GRACE_S, self._force)
         if self._gateways is not None:
@@ -339,18 +350,8 @@ class Node:
             await self._template.stop(self._force)
         self._state.close()
         await self._redis.aclose()
-        if self._valkey is not None:
-            await self._valkey.stop(_VALKEY_GRACE_S, self._force)
-        if self._options.instance_file is not None:
-            _unlink_own(self._options.instance_file)
-        if self._exit_code == 0:  # else the logs stay
+        if self._exit_code == 0 and self._birth.keeper is None:  # else the logs stay, or the next node needs it
             shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _unlink_own(path: Path) -> None:
-    with contextlib.suppress(OSError, msgspec.DecodeError):
-        if msgspec.json.decode(path.read_bytes(), type=InstanceRecord).pid == os.getpid():
-            path.unlink()
 
 
 async def _wait_for_end(pid: int) -> None:

@@ -18,6 +18,7 @@ from qserve_workers.supervise import KeptProcess
 logger = logging.getLogger("qserve.node")
 
 _POLL_S = 0.02
+_LAST_WORD_S = 2.0
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -37,6 +38,7 @@ class NodeGateways:
     Args:
         folder: For their ready files.
         environment: What they find in their environment beside that of the node.
+        descriptor: A socket that they listen on; None: on one of their own.
         shares_port: Gateways of other nodes may listen on the same port.
         on_failure: Called with the reason when they cannot start.
 
@@ -51,6 +53,7 @@ class NodeGateways:
         folder: Path,
         environment: Mapping[str, str],
         *,
+        descriptor: int | None,
         shares_port: bool,
         on_failure: Callable[[str], None],
     ) -> None:
@@ -58,6 +61,7 @@ class NodeGateways:
         self._settings = settings
         self._folder = folder
         self._environment = environment
+        self._descriptor = descriptor
         self._shares_port = shares_port or options.gateway_workers > 1
         self._on_failure = on_failure
         self._port = options.port
@@ -72,8 +76,8 @@ class NodeGateways:
         return url
 
     async def stop(self, grace_s: float, force: asyncio.Event) -> None:
-        """Let all of them finish their requests and end."""
-        await asyncio.gather(*(each.stop(grace_s, force) for each in self._running))
+        """Let all of them finish their requests and end; who waits longer is told to come again."""
+        await asyncio.gather(*(each.stop(grace_s, force, last_word_s=_LAST_WORD_S) for each in self._running))
 
     async def _start(self, number: int) -> str:
         ready_file = self._folder / f"gateway-{number}.json"
@@ -84,7 +88,9 @@ class NodeGateways:
         if self._options.log_file is not None and self._options.host in _LOCAL:  # strangers need not know its path
             environment["QSERVE_LOG_FILE"] = str(self._options.log_file)
         name = f"gateway {number}" if self._options.gateway_workers > 1 else "gateway"
-        gateway = KeptProcess(name, program(lambda: self._command(ready_file), environment))
+        ready_file.unlink(missing_ok=True)  # of a node before this one
+        inherited = () if self._descriptor is None else (self._descriptor,)
+        gateway = KeptProcess(name, program(lambda: self._command(ready_file), environment, descriptors=inherited))
         self._running.append(gateway)
         gateway.start()
         while True:
@@ -103,5 +109,6 @@ class NodeGateways:
             *(sys.executable, "-m", "qserve_gateway", "--host", self._options.host, "--port", str(self._port)),
             *("--ready-file", str(ready_file)),
             *(("--reuse-port",) if self._shares_port else ()),
+            *(() if self._descriptor is None else ("--fd", str(self._descriptor))),
             *self._options.gateway_arguments,
         ]

@@ -16,7 +16,7 @@ class NodeOptions:
         gateway_workers: How many of them; they share the port.
         gateway_arguments: What else stands on their command lines.
         folder: For sockets and ready files; removed at the end.
-        embedded: Run a Valkey of our own in `folder`.
+        embedded: The Valkey is our own, in `folder`.
         owner: Pid of the process to end with.
         instance_file: Where to tell other processes of the user how to reach us.
         http: JSON of the http_options, for the instance file.

@@ -106,13 +106,11 @@ class NodeWorkers:
     async def _start(self, name: str) -> Process:
         reach("spawn")
         arguments = self._arguments(name)
-        # With the embedded Valkey gone nothing is left to drain to.
-        death_signal = signal.SIGKILL if self._options.embedded else signal.SIGTERM
         if self._template is not None:
-            start = self._template.worker(arguments, death_signal)
+            start = self._template.worker(arguments, signal.SIGTERM)  # when the node dies, they finish their calls
         else:
             command = [sys.executable, "-m", "celery", "-A", "qserve_workers", "worker", *arguments]
-            start = program(lambda: command, os.environ | self._environment, death_signal=death_signal)
+            start = program(lambda: command, os.environ | self._environment)
         process = await start()
         reach("spawned")
         return process

@@ -66,8 +66,12 @@ class KeptProcess:
         """Wait until it is gone for good: stopped, or `once` and ended."""
         await self.ended.wait()
 
-    async def stop(self, grace_s: float, force: asyncio.Event) -> None:
-        """SIGTERM, then SIGKILL to all of its session after `grace_s`, or as soon as `force` is set."""
+    async def stop(self, grace_s: float, force: asyncio.Event, *, last_word_s: float = 0.0) -> None:
+        """SIGTERM, then SIGKILL to all of its session after `grace_s`, or as soon as `force` is set.
+
+        Args:
+            last_word_s: How long before the SIGKILL it gets a second SIGTERM, upon which it says what it must and ends.
+        """
         self._stopping = True
         if self._keeping is None:
             return
@@ -78,6 +82,9 @@ class KeptProcess:
         forced = asyncio.create_task(force.wait())
         await asyncio.wait((self._keeping, forced), timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
         forced.cancel()
+        if last_word_s and not self._keeping.done():
+            self._signal(signal.SIGTERM)
+            await asyncio.wait((self._keeping,), timeout=last_word_s)
         if not self._keeping.done():
             logger.warning("%s (pid %s) has not ended by itself, killing it.", self._what, self.pid)
             self._signal(signal.SIGKILL)
@@ -94,7 +101,7 @@ class KeptProcess:
         while True:
             started = time.monotonic()
             try:
-                how = _reason(await self._run_once())
+                how = reason_of(await self._run_once())
             except OSError as exc:
                 how = f"could not be started: {exc}"
             if self._stopping or self._once:
@@ -146,5 +153,6 @@ def processes_of_session(session: int) -> list[int]:
     return found
 
 
-def _reason(code: int) -> str:
+def reason_of(code: int) -> str:
+    """How a process ended that has this exit code."""
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

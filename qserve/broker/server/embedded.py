@@ -20,6 +20,11 @@ def socket_path(folder: Path) -> Path:
     return folder / "valkey.sock"
 
 
+def log_path(folder: Path) -> Path:
+    """The path of the log of the server of a folder."""
+    return folder / "valkey.log"
+
+
 def redis_url(folder: Path) -> str:
     """The URL of the server of a folder."""
     return f"unix://{socket_path(folder)}"
@@ -34,7 +39,7 @@ def command(folder: Path) -> list[str]:
     return [
         *(str(find_server()), "--port", "0", "--unixsocket", str(socket_path(folder)), "--unixsocketperm", "700"),
         *("--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction", "--dir", str(folder)),
-        *("--daemonize", "no", "--loglevel", "warning", "--logfile", str(folder / "valkey.log")),
+        *("--daemonize", "no", "--loglevel", "warning", "--logfile", str(log_path(folder))),
     ]
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -15,15 +16,9 @@ from qserve import serve
 from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
 from tests.support.gates import Gate, Notes, is_alive
+from tests.support.own_instance import node_of, part_of, record_of
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, joined, wait_until
-
-
-def process_of(instance: TestInstance, module: str) -> int:
-    """Pid of the node's child that runs a module."""
-    record = find_record(instance.settings.namespace)
-    assert record is not None
-    return next(child.pid for child in psutil.Process(record.pid).children() if module in child.cmdline())
 
 
 @pytest.mark.usefixtures("qserve_instance")
@@ -179,16 +174,71 @@ def test_a_killed_gateway_comes_back_and_serves_what_was_deployed_meanwhile(
     first.deploy()
     assert http.get("/code").text == "1"
 
-    os.kill(process_of(qserve_instance, "qserve_gateway"), signal.SIGKILL)
+    part_of(qserve_instance.settings.namespace, "qserve_gateway").kill()
+    with httpx.Client(base_url=http.base_url, timeout=patience(LIMIT_S)) as another:
+        assert another.get("/code").text == "1"  # which waits, because the port is open all the time
     second.deploy()
 
-    def answer() -> str | None:
-        try:
-            return http.get("/code").text
-        except httpx.TransportError:
-            return None
+    assert wait_until(lambda: http.get("/code").text) == "2"
 
-    assert wait_until(answer) == "2"
+
+class TestAnInstance:
+    """A node or a server that is killed is started again, and what was accepted is answered."""
+
+    def test_whose_node_is_killed_answers_what_runs_and_what_comes(
+        self, qserve_instance: TestInstance, gate: Gate, notes: Notes, http: httpx.Client
+    ) -> None:
+        @serve.deployment
+        async def held() -> int:
+            notes.add(os.getpid())
+            await gate.passed()
+            return os.getpid()
+
+        held.deploy()
+        namespace = qserve_instance.settings.namespace
+        node, port = node_of(namespace), record_of(namespace).gateway_url
+        with ThreadPoolExecutor() as pool:
+            requests = [pool.submit(http.post, "/held"), pool.submit(httpx.get, f"{port}/-/routes")]
+            ref = held.get_handle().remote()
+            durable = held.get_handle().options(durable=True).remote()
+            [before, *_] = notes.wait_for(3)
+
+            node.kill()
+
+            later = pool.submit(lambda: httpx.post(f"{port}/held", timeout=patience(LIMIT_S)))
+            wait_until(lambda: node_of(namespace).pid != node.pid)
+            after = wait_until(lambda: next((pid for pid in notes.read() if pid != before), None))
+            gate.open()
+
+            assert {each.result().status_code for each in requests} == {200}
+            assert requests[0].result().text == before
+            assert str(ref.result(patience(LIMIT_S))) == before
+            assert str(later.result().json()) == after
+            assert str(durable.result(patience(LIMIT_S))) in (before, after)
+        assert record_of(namespace).gateway_url == port
+        wait_until(lambda: not is_alive(int(before)))
+        assert len(serve.status()["held"].replicas) == 1
+
+    def test_whose_server_is_killed_has_its_deployments_again(
+        self, qserve_instance: TestInstance, http: httpx.Client
+    ) -> None:
+        @serve.deployment
+        def pid() -> str:
+            return str(os.getpid())
+
+        pid.deploy()
+        before = http.get("/pid").text
+
+        part_of(qserve_instance.settings.namespace, "valkey-server").kill()
+
+        def answer() -> str | None:
+            found = http.get("/pid")
+            return found.text if found.status_code == 200 else None
+
+        assert wait_until(answer) == before
+        wait_until(lambda: list(serve.list_deployments()) == ["pid"])
+        log = Path(record_of(qserve_instance.settings.namespace).log_file).read_text()
+        assert "keeps nothing on disk" in log
 
 
 def test_a_killed_worker_comes_back_with_its_replicas(qserve_instance: TestInstance, http: httpx.Client) -> None:

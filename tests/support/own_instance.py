@@ -1,0 +1,33 @@
+"""The processes of an instance on this machine."""
+
+import contextlib
+
+import psutil
+
+from qserve.deployments.local_instance import InstanceRecord, find_record
+from tests.support.waiting import wait_until
+
+
+def record_of(namespace: str) -> InstanceRecord:
+    """What its file says."""
+    record = find_record(namespace)
+    assert record is not None
+    return record
+
+
+def node_of(namespace: str) -> psutil.Process:
+    """Its node."""
+    return part_of(namespace, "qserve: node")
+
+
+def part_of(namespace: str, text: str) -> psutil.Process:
+    """The process of it on whose command line a text stands, as soon as there is one."""
+
+    def look() -> psutil.Process | None:
+        for process in psutil.Process(record_of(namespace).pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                if text in " ".join(process.cmdline()):
+                    return process
+        return None
+
+    return wait_until(look)
