@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks import backlog, deployments, load, processes, reply_queue, rows, sockets, values
+from benchmarks import backlog, deployments, load, models, processes, reply_queue, rows, sockets, values
 from benchmarks.rows import Row
 from tests.support.serving import free_port
 
@@ -276,6 +276,7 @@ SECTIONS = {
     "values": Section("Large values", values.measure),
     "concurrency": Section("Calls that wait and calls that compute", sleepers_and_burners),
     "deployments": Section("Many small deployments", deployments.measure),
+    "models": Section("Many models in few replicas", models.measure),
     "replies": Section("Replies by list and by stream", reply_list_or_stream),
     "queues": Section("Long queues", backlogs),
     "peers": Section("Peers", peers),

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -118,16 +118,46 @@ _replica_of_task: ContextVar[ReplicaContext | None] = ContextVar("qserve_replica
 """Tells replicas apart that share a process, in tests of applications; see `qserve.testing.local`."""
 
 
+class ModelShelf(Protocol):
+    """The models that one loader of a replica holds, those it is loading too."""
+
+    def __contains__(self, model_id: object, /) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    @property
+    def room(self) -> int:
+        """How many more it can take in before one has to leave."""
+
+
+class ModelWatcher(Protocol):
+    """Who wants to know which models a replica holds."""
+
+    def changed(self, shelf: ModelShelf, model_id: str) -> None:
+        """A loader has taken in a model, or let go of it."""
+
+
 class _ReplicaHere:
     replica: ReplicaContext | None = None
     batch_hooks: HookChain[BatchHook] | None = None
     batch_sizes: ClassVar[Counter[int]] = Counter()
+    model_watcher: ModelWatcher | None = None
 
 
 def set_replica_context(context: ReplicaContext | None) -> None:
     """Make this process a replica, or with None no longer one. Only the worker calls this."""
     _ReplicaHere.replica = context
     _replica_of_task.set(context)
+
+
+def set_model_watcher(watcher: ModelWatcher) -> None:
+    """Tell it about the models of this process. Only the worker calls this, before user code is there."""
+    _ReplicaHere.model_watcher = watcher
+
+
+def model_watcher() -> ModelWatcher | None:
+    """Who is to be told about the models of this process, where anybody is."""
+    return _ReplicaHere.model_watcher
 
 
 def batch_sizes() -> Counter[int]:

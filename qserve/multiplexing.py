@@ -2,16 +2,20 @@
 
 import asyncio
 import inspect
+import sys
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import wraps
+from types import FunctionType
 from typing import Any, Final, Protocol, TypeVar, overload
 
-from qserve.context import batch_model, current_call
+from qserve.context import batch_model, current_call, model_watcher
 
 R = TypeVar("R")
 
 _UNLIMITED: Final = -1
+_MOST: Final = "_qserve_most_models"
+"""The attribute of a loader that says how many models it keeps."""
 
 
 def get_multiplexed_model_id() -> str:
@@ -61,6 +65,17 @@ def multiplexed(function: Any = None, /, *, max_num_models_per_replica: int = 3)
     return decorate if function is None else decorate(function)
 
 
+def room_for_models(code: object) -> int | None:
+    """How many models a replica of a class or function keeps; None where it has no loader."""
+    named: list[Any] = []
+    for each in inspect.getmro(code) if isinstance(code, type) else ():
+        named += vars(each).values()
+    if isinstance(code, FunctionType):
+        named += code.__globals__.values()
+    rooms = [vars(each)[_MOST] for each in named if isinstance(each, FunctionType) and _MOST in vars(each)]
+    return min(rooms, default=None)
+
+
 def _loading(function: Callable[..., Any], most: int, *, takes_self: bool) -> Callable[..., Any]:
     key = f"_qserve_models_of_{function.__name__}"
     shared: dict[str, _Models] = {}
@@ -79,6 +94,7 @@ def _loading(function: Callable[..., Any], most: int, *, takes_self: bool) -> Ca
             models = holder[key] = _Models(most)
         return await models.get(ids[0], lambda: function(*owner, ids[0]))
 
+    setattr(load, _MOST, sys.maxsize if most == _UNLIMITED else most)
     return load
 
 
@@ -88,6 +104,22 @@ class _Models:
     def __init__(self, most: int) -> None:
         self._most = most
         self._loaded: OrderedDict[str, asyncio.Future[Any]] = OrderedDict()
+        self._watcher = model_watcher()
+
+    def __contains__(self, model_id: object) -> bool:
+        return model_id in self._loaded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded)
+
+    @property
+    def room(self) -> int:
+        """How many more models there may be before one leaves."""
+        return sys.maxsize if self._most == _UNLIMITED else self._most - len(self._loaded)
+
+    def _changed(self, model_id: str) -> None:
+        if self._watcher is not None:
+            self._watcher.changed(self, model_id)
 
     async def get(self, model_id: str, load: Callable[[], Awaitable[Any]]) -> Any:
         found = self._loaded.get(model_id)
@@ -101,16 +133,19 @@ class _Models:
         # A task of its own: the first call that wanted it may be withdrawn, and others wait for it.
         loading = asyncio.ensure_future(load())
         self._loaded[model_id] = loading
+        self._changed(model_id)
         try:
             return await asyncio.shield(loading)
         except BaseException:
             failed = loading.done() and (loading.cancelled() or loading.exception() is not None)
             if failed and self._loaded.get(model_id) is loading:
                 del self._loaded[model_id]
+                self._changed(model_id)
             raise
 
     async def _let_go(self) -> None:
-        _, oldest = self._loaded.popitem(last=False)
+        model_id, oldest = self._loaded.popitem(last=False)
+        self._changed(model_id)
         if not oldest.done():
             await asyncio.wait([oldest])
         if oldest.cancelled() or oldest.exception() is not None:

@@ -77,6 +77,10 @@ class Keys:
         """Hash: replica id -> msgpack ReplicaInfo."""
         return self._key("replicas", deployment)
 
+    def models(self, deployment: str) -> str:
+        """Hash: which of its replicas hold which models, see hold_models.lua."""
+        return self._key("models", deployment)
+
     def workers(self, deployment: str) -> str:
         """Hash: worker id -> msgpack WorkerInfo (what one Celery worker has reached)."""
         return self._key("workers", deployment)

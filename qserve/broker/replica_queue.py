@@ -12,6 +12,7 @@ from qserve.broker.keys import GROUP, Keys
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.scripts import (
     ADMIT,
+    ADOPT,
     BEAT,
     CANCEL,
     CLAIM,
@@ -68,8 +69,9 @@ class ReplicaQueue:
         self._stream = keys.calls(deployment)
         self._heartbeats = keys.heartbeats(deployment)
         self._replicas = keys.replicas(deployment)
+        self._models = keys.models(deployment)
         self._dead_letters = keys.dead_letters(deployment)
-        self._replica = replica
+        self._replica = self.replica = replica
         self.deployment = deployment
 
     async def open(self, connection: Connection) -> None:
@@ -112,6 +114,8 @@ class ReplicaQueue:
         found: list[Entry] = []
         pending = await connection.call("XPENDING", self._stream, GROUP, "-", "+", _MOST_PENDING, self._replica)
         for entry_id, _, _, count in pending:
+            if count == 0 and not await self.note_start(connection, entry_id):
+                continue
             raws = await connection.call("XRANGE", self._stream, entry_id, entry_id)
             found += (_entry(raw, count // 2 + 1) for raw in raws)
         return found
@@ -190,6 +194,11 @@ class ReplicaQueue:
         """Note that a call taken over is about to run again; False if it is not this replica's any more."""
         return bool(await START_AGAIN.call(connection, (self._stream,), GROUP, self._replica, entry))
 
+    async def adopt(self, connection: Connection, entry: bytes) -> Entry | None:
+        """Note that a call which was handed over is about to run; None if it is not this replica's any more."""
+        raw = await ADOPT.call(connection, (self._stream,), GROUP, self._replica, entry)
+        return _entry(raw) if raw else None
+
     async def heartbeats(self, connection: Connection) -> dict[str, bytes]:
         """The heartbeat of every replica by its id: a counter, DIED or LEFT."""
         answer = await connection.call("HGETALL", self._heartbeats)
@@ -224,4 +233,5 @@ class ReplicaQueue:
 
     async def retire(self, connection: Connection, replica: str) -> bool:
         """Forget a replica if nothing is pending for it."""
-        return bool(await RETIRE.call(connection, (self._stream, self._heartbeats, self._replicas), GROUP, replica))
+        names = (self._stream, self._heartbeats, self._replicas, self._models)
+        return bool(await RETIRE.call(connection, names, GROUP, replica))

@@ -88,10 +88,13 @@ _QUEUES: Final = "shared_queues"
 
 # Calls on their way to a replica and back
 ADMIT: Final = _read("admit")
+ADOPT: Final = _read("adopt")
 CANCEL: Final = _read("cancel")
 CLAIM: Final = _read("claim")
 FIND: Final = _read("find")
 GIVE_UP: Final = _read("give_up", _DEAD_LETTERS)
+HAND_OVER: Final = _read("hand_over")
+HOLD_MODELS: Final = _read("hold_models")
 REPLY: Final = _read("reply")
 START_AGAIN: Final = _read("start_again")
 TAKE: Final = _read("take")

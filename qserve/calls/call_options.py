@@ -41,6 +41,7 @@ class DurableTerms(TypedDict, total=False):
     """The arguments of `options()` for durable calls."""
 
     timeout_s: float | None
+    multiplexed_model_id: str
     delay: float
     retries: int
     backoff: float

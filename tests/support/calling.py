@@ -18,7 +18,7 @@ from qserve.context import set_replica_context
 from qserve.errors import QServeError
 from qserve.settings import Settings
 from qserve.wire.codec import Codec
-from qserve.wire.messages import ERROR, PYTHON, Outcome, Signer, decode_error
+from qserve.wire.messages import ERROR, MODEL, NO_META, PYTHON, Outcome, Signer, decode_error
 from qserve.wire.parts import flat
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.calls.consumer import Consumer
@@ -78,6 +78,7 @@ class Caller:
         deployment: str = "Echo",
         timeout_s: float = 60.0,
         safe: bool = False,
+        model: str = "",
         on_outcome: Callable[[Outcome], None] | None = None,
     ) -> tuple[PendingCall, "asyncio.Future[Outcome]"]:
         """Put a call; the future gets its outcome, and fails if there is a second one."""
@@ -90,6 +91,7 @@ class Caller:
             timeout_s=timeout_s,
             safe=safe,
             on_outcome=on_outcome or future.set_result,
+            meta={MODEL: model} if model else NO_META,
         )
         self.client.put(pending)
         return pending, future

@@ -7,11 +7,12 @@ import redis
 
 from qserve.broker.instance.heartbeats import DIED
 from qserve.broker.keys import GROUP, Keys
-from qserve.broker.scripts import ADMIT, BEAT, CANCEL, GIVE_UP, REPLY, RETIRE, START_AGAIN, TAKE
+from qserve.broker.scripts import ADMIT, ADOPT, BEAT, CANCEL, GIVE_UP, HAND_OVER, REPLY, RETIRE, START_AGAIN, TAKE
 
 KEYS = Keys("test")
 STREAM, META, BEATS, INBOX = KEYS.calls("Echo"), KEYS.meta("Echo"), KEYS.heartbeats("Echo"), KEYS.inbox("caller")
 ALIVE, LETTERS, REPLICAS = KEYS.alive("caller"), KEYS.dead_letters("Echo"), KEYS.replicas("Echo")
+MODELS = KEYS.models("Echo")
 _FLAGS = "#!lua flags=allow-oom\n"
 
 
@@ -56,6 +57,15 @@ class Queue:
     def start(self, replica: str, entry: bytes) -> bool:
         return bool(self.run(START_AGAIN, (STREAM,), GROUP, replica, entry))
 
+    def hand_over(self, entry: bytes, me: str, other: str, *, model: str = "", room: int = 0) -> Any:
+        """Hand a call over; `other` is alive."""
+        self.redis.set(KEYS.alive(other), "1")
+        keys = (STREAM, BEATS, MODELS, KEYS.inbox(other), KEYS.alive(other))
+        return self.run(HAND_OVER, keys, GROUP, me, entry, other, "frame", 60_000, model, room)
+
+    def adopt(self, replica: str, entry: bytes) -> bool:
+        return self.run(ADOPT, (STREAM,), GROUP, replica, entry) is not None
+
     def die(self, replica: str) -> None:
         self.redis.hset(BEATS, replica, DIED)
 
@@ -67,7 +77,7 @@ class Queue:
         return self.run(CANCEL, (STREAM,), GROUP, entry)
 
     def retire(self, replica: str) -> bool:
-        return bool(self.run(RETIRE, (STREAM, BEATS, REPLICAS), GROUP, replica))
+        return bool(self.run(RETIRE, (STREAM, BEATS, REPLICAS, MODELS), GROUP, replica))
 
     def pending(self, replica: str) -> list[bytes]:
         found = cast("list[Any]", self.redis.xpending_range(STREAM, GROUP, "-", "+", 100, replica))

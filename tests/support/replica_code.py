@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+from qserve import serve
 from qserve.calls.handle import get_handle
 from tests.support.gates import Gate, Notes
 
@@ -116,6 +117,24 @@ class OneByOne:
         if name == "slow":
             self.books.gate.pass_through()
         return name
+
+
+class Zoo(Code):
+    """Keeps two models, and notes which it loads."""
+
+    @serve.multiplexed(max_num_models_per_replica=2)
+    async def load(self, model: str) -> str:
+        self.books.start(f"load-{model}")
+        return model
+
+    async def look(self, name: str) -> int:
+        await self.load(serve.get_multiplexed_model_id())
+        return os.getpid()
+
+    async def stay(self, name: str) -> int:
+        await self.load(serve.get_multiplexed_model_id())
+        await self.wait(name)
+        return os.getpid()
 
 
 class Patient(Code):

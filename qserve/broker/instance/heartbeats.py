@@ -61,7 +61,7 @@ def leave(client: redis.Redis, keys: Keys, deployment: str, replica: str, *, all
     Args:
         all_answered: Every call it started is answered for certain; else those still pending count as started.
     """
-    names = (keys.calls(deployment), keys.heartbeats(deployment), keys.replicas(deployment))
+    names = (keys.calls(deployment), keys.heartbeats(deployment), keys.replicas(deployment), keys.models(deployment))
     with our_errors(client):
         client.hset(keys.heartbeats(deployment), replica, LEFT if all_answered else DIED)
         client.hdel(keys.replicas(deployment), replica)

@@ -20,6 +20,7 @@ for _, p in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1000, ARGV
     count = count + count % 2
   end
   local start = math.floor(count / 2) + 1
+  if count == 0 then count = 1 end -- handed over and not started: from here on it is like one that was just read
   local wanted = start <= up_to
   if not wanted then
     local entry = redis.call('XRANGE', KEYS[1], p[1], p[1])

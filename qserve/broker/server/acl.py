@@ -25,7 +25,7 @@ _RESULTS = "celery:celery-task-meta-*"
 _HISTORY = "index:* buckets:* totals:* troubles:*"
 _CALL_KEYS = f"q:* inbox:* alive:* p:* x:* parts:* call:* idem:* named:* due:* low:* counters {_HISTORY} {_RESULTS}"
 _STATE_KEYS = "meta:* deployments log http instance schedules fired"
-_REPORTS = "hb:* replicas:* workers:* nodes gateways"
+_REPORTS = "hb:* replicas:* workers:* models:* nodes gateways"
 _ANY_CALL = f"call:* {_RESULTS}"
 _CELERY = (
     "lpush rpush blmove brpop rpop llen lrem lindex lrange sadd srem smembers zadd zrem zrevrangebyscore zscore hset "

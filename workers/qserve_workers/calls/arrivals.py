@@ -66,6 +66,11 @@ class Arrivals:
             raise FrameRejected("a call that was put before")
         return call, first is not None
 
+    def forget(self, call_id: str) -> None:
+        """A call that was given to another replica, before it was run here."""
+        self._recent.pop(call_id, None)
+        self._less_recent.pop(call_id, None)
+
     def claim(self, call: Call, on_claimed: OnClaimed) -> None:
         """Claim a call together with the others of this tick; `on_claimed` gets whether it is the first claim."""
         if not self._collected:

@@ -26,6 +26,7 @@ from qserve_workers.calls.answers import Answers
 from qserve_workers.calls.arrivals import Arrivals
 from qserve_workers.calls.call_counts import CallCounts
 from qserve_workers.calls.durable_calls import DurableRuns
+from qserve_workers.calls.model_affinity import ModelAffinity
 from qserve_workers.calls.mover import Mover
 from qserve_workers.calls.ordinary_calls import OrdinaryRuns
 from qserve_workers.calls.queue_reading import QueueReading
@@ -98,6 +99,8 @@ class Consumer:
         self.slots = slots = Slots(spec, conversations, self._changed, self._freed, counts)
         self.withdrawn = WithdrawnCalls(slots)
         self._suspects = Suspects(settings.max_deliveries)
+        moving = (self.withdrawn, self._suspects.starting, self._go_on)
+        self.affinity = ModelAffinity(settings, signer, queue, link, *moving)
         common = (link, slots, self._answers)
         self._ordinary = OrdinaryRuns(
             *(settings, signer, codec, *common), clock=self._clock, conversations=conversations, hooks=hooks
@@ -106,10 +109,7 @@ class Consumer:
         self._durable = DurableRuns(*durable, clock=self._clock, hooks=hooks, on_retry=self._mover.look_in)
         self._triage = Triage(
             *(settings, link, slots, Arrivals(settings, signer, spec.name, link), self._answers),
-            ordinary=self._ordinary,
-            durable=self._durable,
-            suspects=self._suspects,
-            withdrawn=self.withdrawn,
+            *(self._ordinary, self._durable, self._suspects, self.withdrawn, self.affinity),
         )
         self._self_calls = SelfCalls(settings, signer, queue, link, slots, self._ordinary)
         self.absence = Absence(settings.dead_after_s, self._note_start, self._begin_all, may_go_on)
@@ -127,11 +127,13 @@ class Consumer:
         self._code = code
         self._is_accepting = True
         self._mover.start()
+        self.affinity.accept()
         self._read_more()
 
     async def pause(self) -> None:
         """Take no more calls; returns when none is being read any more."""
         self._is_accepting = False
+        self.affinity.decline()
         await self._reading.end()
 
     async def finish(self, timeout_s: float, *, streams: bool = True) -> bool:
@@ -180,7 +182,7 @@ class Consumer:
     @property
     def entries(self) -> list[bytes]:
         """Entry ids of the calls that are taken and not answered."""
-        return [*self.slots.entries, *self._suspects.entries]
+        return [*self.slots.entries, *self._suspects.entries, *self.affinity.waiting]
 
     @property
     def room_to_rerun(self) -> int:
@@ -216,6 +218,7 @@ class Consumer:
             if running is not None and not running.needs_thread:
                 self.slots.drop(running)
         self._suspects.forget(entries)
+        self.affinity.forget(entries)
         self._read_more()
 
     # Taking calls
@@ -234,6 +237,7 @@ class Consumer:
             self._take([entry for entry in history if entry.id not in known and not self._answers.has(entry.id)])
         self._answers.resend()
         self._durable.resend()
+        self.affinity.tell_all()
         self._read_more()
 
     async def _watch_link(self) -> None:
@@ -250,6 +254,8 @@ class Consumer:
 
     def _read_more(self) -> None:
         code, suspects = self._code, self._suspects
+        if self.affinity.waiting and code is not None:
+            self._start_handed_over(code)
         if code is None or not self._is_accepting or self._reading.is_under_way or suspects.alone:
             return
         if not self.link.waiter.is_open or self.absence.noticed():
@@ -267,6 +273,19 @@ class Consumer:
             self.takeover_wanted.set()
         else:
             self._reading.read(room)
+
+    def _start_handed_over(self, code: UserCode) -> None:
+        """Start calls that others have handed over, before new ones are read."""
+        if not self._is_accepting or self._suspects.want_to_be_alone or self.absence.noticed():
+            return
+        room = self.slots.free(code) - len(self._suspects.starting) - self._reading.most
+        self.affinity.start(room, lambda entry: self._triage.begin_noted(entry, code))
+        if self.affinity.waiting:
+            self._reading.cut_short()
+
+    def _go_on(self) -> None:
+        self._changed.set()
+        self._read_more()
 
     def _arrived(self, answer: Answer) -> None:
         if not isinstance(answer, Exception):
@@ -309,7 +328,7 @@ class Consumer:
         self._suspects.starting.discard(entry.id)
         if is_mine:
             reach("start-noted")
-            self._triage.begin_trial(entry, code)
+            self._triage.begin_noted(entry, code)
         else:
             self._suspects.end_trial(entry.id)
             self._changed.set()

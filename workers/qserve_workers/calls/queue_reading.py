@@ -22,6 +22,8 @@ class QueueReading:
         self._reader = 0
         self._ended = asyncio.Event()
         self.is_under_way = False
+        self.most = 0
+        """How many calls the read under way may bring."""
 
     async def link_up(self) -> None:
         """There is a new pair of connections."""
@@ -30,6 +32,7 @@ class QueueReading:
     def read(self, most: int) -> None:
         """Wait for up to so many calls."""
         self.is_under_way = True
+        self.most = most
         self._queue.read(self._link.waiter, self._answered, most=most, block_ms=BLOCK_MS)
 
     def cut_short(self) -> None:
@@ -49,5 +52,6 @@ class QueueReading:
 
     def _answered(self, answer: Answer) -> None:
         self.is_under_way = False
+        self.most = 0
         self._ended.set()
         self._on_answer(answer)

@@ -11,10 +11,11 @@ from qserve.broker.stream_ids import order
 from qserve.errors import BrokerUnavailable, CallCancelled, FrameRejected, Indeterminate, PoisonCall, ReplicaDied
 from qserve.settings import Settings
 from qserve.wire.call_record import DurableCall
-from qserve.wire.messages import Call
+from qserve.wire.messages import MODEL, Call
 from qserve_workers.calls.answers import Answers
 from qserve_workers.calls.arrivals import Arrivals
 from qserve_workers.calls.durable_calls import DurableRuns
+from qserve_workers.calls.model_affinity import ModelAffinity
 from qserve_workers.calls.ordinary_calls import OrdinaryRuns
 from qserve_workers.calls.running import RunningCall
 from qserve_workers.calls.slots import Slots
@@ -42,11 +43,11 @@ class Triage:
         slots: Slots,
         arrivals: Arrivals,
         answers: Answers,
-        *,
         ordinary: OrdinaryRuns,
         durable: DurableRuns,
         suspects: Suspects,
         withdrawn: WithdrawnCalls,
+        affinity: ModelAffinity,
     ) -> None:
         self.before: tuple[int, int] | None = None
         self._keys = settings.keys
@@ -59,6 +60,7 @@ class Triage:
         self._durable = durable
         self._suspects = suspects
         self._withdrawn = withdrawn
+        self._affinity = affinity
 
     def begin(self, entry: Entry, code: UserCode | None) -> None:
         """Decide on an entry."""
@@ -79,12 +81,17 @@ class Triage:
             self._ordinary.refuse(entry, call, Indeterminate(_FORGOTTEN))
         else:
             assert code is not None, "whoever cannot run calls takes none that may run"
-            self._start(entry, call, code)
+            if not (call.meta and self._is_placed(entry, call, code)):
+                self._start(entry, call, code)
 
-    def begin_trial(self, entry: Entry, code: UserCode) -> None:
-        """Run a suspect, of which it is noted that it was started again."""
+    def begin_noted(self, entry: Entry, code: UserCode) -> None:
+        """Run a suspect, or a call that was handed over, of which it is noted that it is started."""
         call, _ = self._arrivals.open(entry)
-        self._start(entry, call, code)
+        self._start_if_wanted(entry, call, code)
+
+    def _is_placed(self, entry: Entry, call: Call, code: UserCode) -> bool:
+        keep = partial(self._start_if_wanted, entry, call, code)
+        return self._affinity.places(entry.id, call.meta.get(MODEL, ""), keep, partial(self._arrivals.forget, call.id))
 
     def _is_from_before(self, entry: Entry) -> bool:
         return self.before is not None and order(entry.id) <= self.before
@@ -95,6 +102,12 @@ class Triage:
             spawn(self._durable.reject(entry, self._slots.spec.name, error))
         else:
             spawn(self._answers.reject(entry, error))
+
+    def _start_if_wanted(self, entry: Entry, call: Call, code: UserCode) -> None:
+        if entry.id in self._withdrawn and not entry.durable:
+            self._ordinary.refuse(entry, call, CallCancelled("the caller left first"))
+        else:
+            self._start(entry, call, code)
 
     def _start(self, entry: Entry, call: Call, code: UserCode) -> None:
         running = RunningCall(entry, call, code.needs_thread(call.method))

@@ -16,9 +16,11 @@ from qserve.broker.server import redis_clients
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
 from qserve.calls.process_client import set_current_client
+from qserve.context import set_model_watcher
 from qserve.errors import BrokerUnavailable, QServeError
 from qserve.failpoints import reach
 from qserve.hooks import HookChain, ReplicaHook
+from qserve.multiplexing import room_for_models
 from qserve.settings import Settings
 from qserve.tracebacks import users_part
 from qserve.wire.messages import Control
@@ -97,6 +99,7 @@ class Service:
             on_beat=self._beaten,
             on_look=stalls.look,
         )
+        set_model_watcher(consumer.affinity)
         client.on_control = self._on_control
         client.take_other_chunks(consumer.take_chunk)
 
@@ -127,6 +130,7 @@ class Service:
             set_environment(spec, self._codec)
             # Importing may take long and must not stop the loop.
             target = await enter(asyncio.to_thread, load_user_code, spec.target)
+            self._consumer.affinity.expect_models(room_for_models(target))
             self._code = UserCode(spec, target, self._tag, self._codec)
             await self._code.construct()
             await self._health.first(self._code)
@@ -229,9 +233,11 @@ class Service:
         self._wishes.shall_leave.set()
         return False
 
-    def _on_control(self, _about: str, control: Control) -> None:
+    def _on_control(self, about: str, control: Control) -> None:
         if control.verb == "cancel":
-            self._consumer.withdrawn.withdraw(control.entry.encode(), inherited=control.inherited)
+            self._consumer.affinity.withdraw(control.entry.encode(), inherited=control.inherited)
+        elif control.verb in ("adopt", "take_back"):
+            self._consumer.affinity.take(control, about)
         elif control.verb == "leave":
             self._wishes.shall_leave.set()
         elif control.verb == "stacks":
