@@ -35,6 +35,8 @@ class Keys:
     """Stream of changes of the desired state; gateways, nodes and replicas follow it."""
     schedules = _Name("schedules")
     """Hash: name -> sealed Schedule."""
+    paused_schedules = _Name("paused_schedules")
+    """Hash: name of a schedule that submits nothing -> since when and by whom, as `paused` in a meta hash."""
     fired = _Name("fired")
     """Hash: name of a schedule -> what became of its last moment."""
     http_options = _Name("http")

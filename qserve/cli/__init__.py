@@ -32,7 +32,7 @@ COMMANDS = {
     "scale": ("qserve.cli.steering", "Give a deployment another number of replicas."),
     "rollback": ("qserve.cli.steering", "Serve the former version of a deployment again."),
     "dead": ("qserve.cli.dead", "List, show, send again or drop calls that were given up on."),
-    "schedule": ("qserve.cli.schedule", "List, show, put or remove calls that are submitted on a schedule."),
+    "schedule": ("qserve.cli.schedule", "List, show, put, pause or remove calls that are submitted on a schedule."),
     "delete": ("qserve.cli.deploy", "Stop serving an application or a deployment."),
     "shutdown": ("qserve.cli.deploy", "Delete all deployments and stop the local instance."),
     "healthy": ("qserve.cli.healthy", "Check that the processes of this machine make progress."),

@@ -17,6 +17,7 @@ from qserve.operating import controls
 from qserve.operating.call_contents import contents_of
 from qserve.operating.call_search import CallFilter, find_call, find_calls
 from qserve.operating.call_tree import Relative, family_of
+from qserve.operating.operators import write_down
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -106,7 +107,7 @@ def show(call: str, as_json: bool) -> None:
 def cancel(ids: tuple[str, ...], as_json: bool) -> None:
     """Cancel calls. One that waits never runs; one that runs is stopped if it is asynchronous."""
     with connected() as state:
-        _each(state, ids, as_json, controls.cancel)
+        _each(state, ids, as_json, "cancel", controls.cancel)
 
 
 @calls.command()
@@ -123,7 +124,7 @@ def retry(ids: tuple[str, ...], as_json: bool, every: bool) -> None:
             if not ids:
                 note("There are no such calls.")
                 return
-        _each(state, ids, as_json, lambda state, call: controls.send_again(state, call, limit) and "queued")
+        _each(state, ids, as_json, "retry", lambda state, call: controls.send_again(state, call, limit) and "queued")
 
 
 def facts_of(call: CallSummary) -> dict[str, Any]:
@@ -154,11 +155,12 @@ def age_of(text: str) -> float:
 _MOMENTS = {"submitted", "started", "ended", "due"}
 
 
-def _each(state: State, ids: tuple[str, ...], as_json: bool, act: Any) -> None:
+def _each(state: State, ids: tuple[str, ...], as_json: bool, action: str, act: Any) -> None:
     failed = 0
     for call_id in ids:
         try:
             said = act(state, find_call(state, call_id))
+            write_down(state, action, call_id, said)
         except QServeError as exc:
             if len(ids) == 1:
                 raise

@@ -2,16 +2,16 @@
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import click
 
+from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, note, redis_url_option
 from qserve.deployments.local_instance import find_settings
 from qserve.durable.dead_letters import DeadLetters, Letter
 from qserve.errors import QServeError
+from qserve.operating.operators import write_down
 
 
 @click.group()
@@ -29,7 +29,8 @@ def dead() -> None:
 @click.argument("name", required=False)
 def ls(name: str | None, as_json: bool) -> None:
     """List the dead letters, of the deployment NAME or of all."""
-    with _dead_letters() as letters:
+    with connected() as state:
+        letters = _dead_letters(state)
         found = list(letters.all() if name is None else letters.of(name))
         for letter in found:
             if as_json:
@@ -49,7 +50,8 @@ def ls(name: str | None, as_json: bool) -> None:
 @click.argument("letter")
 def show(name: str, letter: str) -> None:
     """Show one dead letter. LETTER is its id, or the id of its call."""
-    with _dead_letters() as letters:
+    with connected() as state:
+        letters = _dead_letters(state)
         found = letters.get(name, letter)
         facts = found.facts() | letters.contents(found)
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -62,10 +64,12 @@ def show(name: str, letter: str) -> None:
 @click.argument("letter", required=False)
 def retry(name: str, letter: str | None, every: bool) -> None:
     """Send one dead letter again, or --all of NAME, and print the ids by which the results can be fetched."""
-    with _dead_letters() as letters:
+    with connected() as state:
+        letters = _dead_letters(state)
         for found in _chosen(letters, name, letter, every):
             try:
                 click.echo(letters.retry(found))
+                write_down(state, "send again", f"dead letter {found.id} of {name}")
             except QServeError as exc:
                 if not every:
                     raise
@@ -79,16 +83,16 @@ def retry(name: str, letter: str | None, every: bool) -> None:
 @click.argument("letter", required=False)
 def drop(name: str, letter: str | None, every: bool) -> None:
     """Forget one dead letter, or --all of NAME."""
-    with _dead_letters() as letters:
+    with connected() as state:
+        letters = _dead_letters(state)
         for found in _chosen(letters, name, letter, every):
             letters.drop(found)
+            write_down(state, "drop", f"dead letter {found.id} of {name}")
             note(f"{found.id}: dropped")
 
 
-@contextmanager
-def _dead_letters() -> Iterator[DeadLetters]:
-    with connected() as state:
-        yield DeadLetters(state, find_settings().out_of_line_bytes)
+def _dead_letters(state: State) -> DeadLetters:
+    return DeadLetters(state, find_settings().out_of_line_bytes)
 
 
 def _chosen(letters: DeadLetters, name: str, letter: str | None, every: bool) -> list[Letter]:

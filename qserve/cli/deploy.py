@@ -15,6 +15,7 @@ from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.project.lookup import app_argument, find_app
 from qserve.deployments import deploying
 from qserve.deployments.local_instance import find_record, find_settings, stop_instance
+from qserve.operating.operators import write_down
 from qserve.settings import Settings
 from qserve.wire.spec import WAITING
 
@@ -65,6 +66,7 @@ def deploy(
             how = "waits for a node" if deployed is not None and deployed.state == WAITING else "serving"
             if deployed is not None and deployed.spec.version != spec.version:
                 how = f"superseded by version {deployed.spec.version}"
+            write_down(state, "deploy", spec.name, f"{how}, version {spec.version}")
             note(f"{spec.name}: {how}, version {spec.version}, route {spec.route_prefix or 'none'}")
 
 
@@ -79,6 +81,7 @@ def delete(name: str) -> None:
         if not members and name not in known:
             raise Failure(unknown_deployment(name, known))
         delete_all(state, members or [name])
+        write_down(state, "delete", ", ".join(members or [name]))
     for each in members or [name]:
         note(f"{each}: deleted")
 
@@ -93,6 +96,7 @@ def shutdown() -> None:
     with connected() as state:
         for name in state.list():
             deploying.delete(state, name)
+            write_down(state, "delete", name)
             note(f"{name}: deleted")
         nodes = [node.host for node in state.observed.nodes().values()]
     settings = Settings()

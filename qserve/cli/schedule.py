@@ -11,13 +11,15 @@ from qserve.cli.output import Failure, note, redis_url_option
 from qserve.durable.cron import parse_when
 from qserve.durable.schedules import Fired, Plan, Schedule, Schedules
 from qserve.errors import QServeError
+from qserve.operating.operators import user_of_this_machine, write_down
 from qserve.wire.call_record import make_durable_options
 from qserve.wire.codec import Codec
+from qserve.wire.spec import pause_of
 
 
 @click.group()
 def schedule() -> None:
-    """List, show, put or remove schedules: durable calls that are submitted when their time comes."""
+    """List, show, put, pause or remove schedules: durable calls that are submitted when their time comes."""
 
 
 @schedule.command()
@@ -26,10 +28,11 @@ def ls() -> None:
     """List the schedules, with their last call and when the next one is due."""
     with connected() as state:
         schedules = Schedules(state)
-        found = list(schedules.all())
+        found, paused = list(schedules.all()), schedules.paused()
         for each, fired in found:
             called = f"{each.deployment}.{each.method}" if each.method else each.deployment
-            click.echo(f"{each.name}  {each.when}  {called}  next {_when(_due(schedules, each))}{_last(fired)}")
+            following = _paused(paused[each.name]) if each.name in paused else f"next {_when(_due(schedules, each))}"
+            click.echo(f"{each.name}  {each.when}  {called}  {following}{_last(fired)}")
     if not found:
         note("There are no schedules.")
 
@@ -43,7 +46,7 @@ def show(name: str) -> None:
         schedules = Schedules(state)
         found = next(((each, fired) for each, fired in schedules.all() if each.name == name), None)
         if found is None:
-            raise Failure(f"There is no schedule {name!r}; `qserve schedule ls` lists them.")
+            raise _unknown(name)
         each, fired = found
         facts: dict[str, Any] = {
             "name": each.name,
@@ -53,6 +56,7 @@ def show(name: str) -> None:
             **_arguments(each),
             "retries": each.terms.retries,
             "expires": each.expires_s,
+            "paused": schedules.paused().get(each.name),
             "next": _when(_due(schedules, each)),
             "last": _when(fired.at / 1000) if fired is not None else None,
             "call": fired.call_id if fired is not None and not fired.error else None,
@@ -87,6 +91,7 @@ def put(
             made = schedules.put(plan, Codec(allow_pickle=False, max_bytes=1 << 24))
         except ValueError as exc:
             raise Failure(f"{exc}") from exc
+        write_down(state, "put schedule", name, f"{made.when}: {deployment}")
         note(f"{name}: next {_when(_due(schedules, made))}")
 
 
@@ -97,12 +102,46 @@ def rm(name: str) -> None:
     """Remove the schedule NAME; calls that it has submitted go on."""
     with connected() as state:
         if not Schedules(state).remove(name):
-            raise Failure(f"There is no schedule {name!r}; `qserve schedule ls` lists them.")
+            raise _unknown(name)
+        write_down(state, "remove schedule", name)
     note(f"{name}: removed")
+
+
+@schedule.command()
+@redis_url_option
+@click.argument("name")
+def pause(name: str) -> None:
+    """Let the schedule NAME submit nothing until `qserve schedule resume NAME`; what is due meanwhile is left out."""
+    with connected() as state:
+        if not Schedules(state).pause(name, user_of_this_machine()):
+            raise _unknown(name)
+        write_down(state, "pause schedule", name)
+    note(f"{name}: paused. `qserve schedule resume {name}` lets it go on.")
+
+
+@schedule.command()
+@redis_url_option
+@click.argument("name")
+def resume(name: str) -> None:
+    """Let the schedule NAME submit calls again, from its next moment on."""
+    with connected() as state:
+        if not Schedules(state).pause(name, ""):
+            raise _unknown(name)
+        write_down(state, "resume schedule", name)
+    note(f"{name}: submits calls again")
 
 
 def _due(schedules: Schedules, each: Schedule) -> float:
     return parse_when(each.when).next_after(schedules.now())
+
+
+def _unknown(name: str) -> Failure:
+    return Failure(f"There is no schedule {name!r}; `qserve schedule ls` lists them.")
+
+
+def _paused(paused: str) -> str:
+    since, who = pause_of(paused)
+    return f"paused{f' since {_when(since)}' if since else ''} by {who}"
 
 
 def _when(moment: float) -> str:

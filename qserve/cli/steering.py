@@ -4,12 +4,11 @@ import json
 
 import click
 
-from qserve.broker.history.audit import note_deed
 from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, note, redis_url_option
 from qserve.operating import controls
-from qserve.operating.operators import user_of_this_machine
+from qserve.operating.operators import user_of_this_machine, write_down
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -107,6 +106,6 @@ def rollback(name: str, timeout: float, as_json: bool) -> None:
 
 
 def _done(state: State, name: str, action: str, as_json: bool, **facts: object) -> None:
-    note_deed(state.redis, state.keys, user_of_this_machine(), action, name, "done")
+    write_down(state, action, name)
     if as_json:
         click.echo(json.dumps({"deployment": name} | facts))

@@ -10,6 +10,8 @@ import msgspec
 from qserve.broker.instance.state import State
 from qserve.broker.instance.stored_schedules import (
     note_fired,
+    pause_schedule,
+    read_paused_schedules,
     read_schedule,
     read_schedules,
     redis_time,
@@ -150,6 +152,20 @@ class Schedules:
         """Remove a schedule; returns False if there is none. Calls that it has submitted go on."""
         return remove_schedule(self._redis, self._keys, name)
 
+    def pause(self, name: str, who: str) -> bool:
+        """Let a schedule submit nothing, or go on if `who` is ""; returns False if there is none of this name.
+
+        The moments that come meanwhile are left out, and not made up for. A schedule stays paused when it is put anew.
+        """
+        if read_schedule(self._redis, self._keys, name) is None:
+            return False
+        pause_schedule(self._redis, self._keys, name, f"{self.now():.0f} {who[:200]}" if who else "")
+        return True
+
+    def paused(self) -> dict[str, str]:
+        """Since when and by whom schedules are paused, by name; see `pause_of`."""
+        return read_paused_schedules(self._redis, self._keys)
+
     def now(self) -> float:
         """Unix time on Redis' clock, which is everybody's."""
         return redis_time(self._redis)
@@ -160,7 +176,7 @@ class Schedules:
         Any number of processes may do this: the call of a schedule's moment has the same id for all of them, and is
         submitted once. Of moments that were missed, the last one is made up for.
         """
-        now, pause = self.now(), 3600.0
+        now, pause, paused = self.now(), 3600.0, self.paused()
         for schedule, fired in self.all():
             try:
                 when = parse_when(schedule.when)
@@ -169,7 +185,10 @@ class Schedules:
                 continue
             since = max(schedule.created, fired.at if fired is not None else 0) / 1000
             moment = when.last_between(since, now)
-            if moment is not None:
+            if moment is not None and schedule.name in paused:
+                left_out = Fired(int(moment * 1000), "", "left out, because the schedule is paused")
+                note_fired(self._redis, self._keys, schedule.name, msgspec.msgpack.encode(left_out))
+            elif moment is not None:
                 self._fire(schedule, moment, payloads)
             pause = min(pause, when.next_after(now) - now)
         return pause

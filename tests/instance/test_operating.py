@@ -195,6 +195,27 @@ def test_replicas_are_added_and_the_former_version_comes_back() -> None:
     assert "has 2 replicas already" in qs("scale", "versioned", "2").output
 
 
+def test_a_paused_schedule_leaves_out_what_is_due() -> None:
+    @serve.deployment(name="ticked")
+    def ticked() -> None: ...
+
+    ticked.deploy()
+    assert qs("schedule", "pause", "tick").exit_code == 1
+    serve.schedule("tick", "every 1s", ticked.get_handle())
+    assert qs("schedule", "pause", "tick").exit_code == 0
+    wait_until(lambda: "left out, because the schedule is paused" in qs("schedule", "ls").stdout)
+    count = len(rows("calls", "ls", "ticked"))
+    assert f"by {user_of_this_machine()}  last" in qs("schedule", "ls").stdout
+    serve.schedule("tick", "every 1s", ticked.get_handle(), "put anew")
+    assert "paused since" in qs("schedule", "ls").stdout
+    before = json.loads(qs("schedule", "show", "tick").stdout)["last"]
+    wait_until(lambda: json.loads(qs("schedule", "show", "tick").stdout)["last"] not in (None, before))
+    assert len(rows("calls", "ls", "ticked")) == count
+    assert qs("schedule", "resume", "tick").exit_code == 0
+    wait_until(lambda: len(rows("calls", "ls", "ticked")) > count)
+    assert qs("schedule", "rm", "tick").exit_code == 0
+
+
 def test_the_range_of_replicas_is_changed_where_it_follows_the_load() -> None:
     @serve.deployment(name="elastic", autoscaling_config={"min_replicas": 1, "max_replicas": 2})
     def elastic() -> None: ...

@@ -77,6 +77,10 @@ ACTIONS: Final = {
     "retry-letters": Action("Send again", "Send these calls of {about} again?", call_actions.retry_letters),
     "drop-letters": Action("Drop", "Forget these dead letters of {about}?", call_actions.drop_letters),
     "run-schedule": Action("Run now", "Submit the call of schedule {about} now?", schedule_actions.run_now),
+    "pause-schedule": Action(
+        "Pause", "Pause schedule {about}? What is due meanwhile is left out.", schedule_actions.pause
+    ),
+    "resume-schedule": Action("Resume", "Let schedule {about} submit calls again?", schedule_actions.resume),
     "remove-schedule": Action("Remove", "Remove schedule {about}?", schedule_actions.remove),
 }
 """Every action by the name that forms and the audit use."""

@@ -23,6 +23,7 @@ from qserve.operating.loads import curves, load_of
 from qserve.operating.overview import deployed_of, read_overview
 from qserve.operating.timeline import timeline
 from qserve.settings import Settings
+from qserve.wire.spec import pause_of
 from qserve_gateway.console.sessions import PATH, Visitor
 
 ROWS: Final = 50
@@ -233,7 +234,9 @@ class Pages:
     def _schedules(self, asked: Asked, _: str) -> dict[str, Any]:
         _known(asked)
         schedules = Schedules(self._state)
-        return {"rows": [(each, fired, next_moment(schedules, each)) for each, fired in schedules.all()]}
+        paused = {name: pause_of(text) for name, text in schedules.paused().items()}
+        rows = [(each, fired, next_moment(schedules, each), paused.get(each.name)) for each, fired in schedules.all()]
+        return {"rows": rows}
 
     def _cluster(self, asked: Asked, _: str) -> dict[str, Any]:
         _known(asked)

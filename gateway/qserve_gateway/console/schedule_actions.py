@@ -16,6 +16,18 @@ def run_now(order: Order) -> Done:
     return Done(f"Call {call.id} of {order.about} is submitted.", f"{PATH}/calls/{call.id}")
 
 
+def pause(order: Order) -> Done:
+    if not Schedules(order.state).pause(order.about, order.who):
+        raise _unknown(order)
+    return Done(f"Schedule {order.about} is paused: what is due meanwhile is left out.")
+
+
+def resume(order: Order) -> Done:
+    if not Schedules(order.state).pause(order.about, ""):
+        raise _unknown(order)
+    return Done(f"Schedule {order.about} submits calls again.")
+
+
 def remove(order: Order) -> Done:
     if not Schedules(order.state).remove(order.about):
         raise _unknown(order)

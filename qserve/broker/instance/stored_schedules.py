@@ -36,10 +36,28 @@ def remove_schedule(client: redis.Redis, keys: Keys, name: str) -> bool:
     """Forget a schedule, and let everybody know; False if there was none."""
     with our_errors(client):
         client.hdel(keys.fired, name)
+        client.hdel(keys.paused_schedules, name)
         removed = bool(client.hdel(keys.schedules, name))
         if removed:
             _tell(client, keys)
     return removed
+
+
+def pause_schedule(client: redis.Redis, keys: Keys, name: str, paused: str) -> None:
+    """Let a schedule submit nothing from now on, or go on if `paused` is "", and let everybody know."""
+    with our_errors(client):
+        if paused:
+            client.hset(keys.paused_schedules, name, paused)
+        else:
+            client.hdel(keys.paused_schedules, name)
+        _tell(client, keys)
+
+
+def read_paused_schedules(client: redis.Redis, keys: Keys) -> dict[str, str]:
+    """Since when and by whom schedules are paused, by name."""
+    with our_errors(client):
+        found = cast("Any", client.hgetall(keys.paused_schedules))
+    return {name.decode(errors="replace"): paused.decode(errors="replace") for name, paused in found.items()}
 
 
 def note_fired(client: redis.Redis, keys: Keys, name: str, fired: bytes) -> None:

@@ -185,11 +185,16 @@ def test_dead_letters_are_grouped_sent_again_and_dropped(shop: Any, operator: ht
 def test_a_schedule_is_run_now_and_removed(shop: Any, operator: httpx.Client) -> None:
     serve.schedule("nightly", "every 1h", serve.get_deployment("shop").get_handle(), "now")
     assert "nightly" in operator.get("/schedules").text
+    assert "is paused" in act(operator, "pause-schedule", "nightly").text
+    assert "by operator from 127.0.0.1" in operator.get("/schedules").text
+    assert "submits calls again" in act(operator, "resume-schedule", "nightly").text
+    assert "by operator from" not in operator.get("/schedules").text
     answer = act(operator, "run-schedule", "nightly")
     ref = serve.get_ref(answer.url.path.rsplit("/", 1)[-1])
     assert ref.result(patience(LIMIT_S)) == "<b>now</b>"
     assert "is removed" in act(operator, "remove-schedule", "nightly").text
-    assert act(operator, "run-schedule", "nightly").status_code == 409
+    for action in ("run-schedule", "pause-schedule", "resume-schedule"):
+        assert act(operator, action, "nightly").status_code == 409
 
 
 def test_what_a_schedule_has_submitted_is_linked(shop: Any, running: TestInstance, operator: httpx.Client) -> None:
