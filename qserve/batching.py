@@ -2,168 +2,19 @@
 
 import asyncio
 import inspect
-from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from functools import wraps
 from inspect import BoundArguments, Parameter
-from typing import Any, NamedTuple, Protocol, TypeVar, overload
+from typing import Any, Final, Protocol, TypeVar, cast, overload
 
-from qserve.context import batch_hooks, batch_model, batch_sizes, current_call, get_replica_context
+from qserve.batch_queue import BatchQueue, BatchTerms
+from qserve.context import current_call
 from qserve.errors import QServeError
-from qserve.hooks import Batch, BatchHook, HookChain
-from qserve.wire.messages import NO_META
 
 S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class _Waiting(NamedTuple):
-    arguments: tuple[Any, ...]
-    result: asyncio.Future[Any]
-    meta: Mapping[str, Any]
-    """What the hooks say of the call."""
-
-
-@dataclass
-class BatchTerms:
-    """How batches are made; see `batch`."""
-
-    max_batch_size: int
-    batch_wait_timeout_s: float
-    max_concurrent_batches: int
-    batch_size_fn: Callable[[list[Any]], int] | None
-
-
-class BatchQueue:
-    """Collects the calls of one function, or of one instance's method, on the running event loop.
-
-    Not thread-safe.
-
-    Args:
-        run: Runs a batch, given one list per parameter; gives the results in the same order.
-        terms: How batches are made; may change at any time.
-        name: What hooks are told that the function is called.
-        model: The model that all calls are for, if they are for one.
-    """
-
-    def __init__(
-        self,
-        run: Callable[..., Awaitable[Sequence[Any]]],
-        terms: BatchTerms,
-        name: str = "",
-        model: str = "",
-    ) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._run = run
-        self._terms = terms
-        self._model = model
-        self._under_way: set[asyncio.Task[None]] = set()
-        self._waiting: deque[_Waiting] = deque()
-        self._arrived = asyncio.Event()
-        self._name = name
-        self._hooks = batch_hooks()
-        self._sizes = batch_sizes()
-        self._runner: asyncio.Task[None] | None = None
-
-    def put(self, arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
-        """Add one call; the future gets its result."""
-        result = self.loop.create_future()
-        meta = NO_META if self._hooks is None else self._hooks.joins()
-        self._waiting.append(_Waiting(arguments, result, meta))
-        self._arrived.set()
-        if self._runner is None or self._runner.done():
-            self._runner = self.loop.create_task(self._run_batches())
-        return result
-
-    async def _run_batches(self) -> None:
-        current_call.set(None)  # a batch belongs to no single call
-        batch_model.set(self._model)
-        # Ends when nothing waits, so that nothing is left behind on a loop that stops.
-        while self._waiting:
-            await self._wait_for_more()
-            batch = [self._waiting.popleft() for _ in range(self._size_of_next())]
-            batch = [call for call in batch if not call.result.done()]  # its caller has given up
-            if not batch:
-                continue
-            if self._terms.max_concurrent_batches == 1:
-                await self._run_batch(batch)
-                continue
-            task = asyncio.create_task(self._run_batch(batch))
-            self._under_way.add(task)
-            task.add_done_callback(self._under_way.discard)
-            if len(self._under_way) >= self._terms.max_concurrent_batches:
-                await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
-
-    def _size_of_next(self) -> int:
-        """How many of the calls that wait fit into a batch; at least one."""
-        most, size_of = self._terms.max_batch_size, self._terms.batch_size_fn
-        if size_of is None:
-            return min(len(self._waiting), most)
-        items: list[Any] = []
-        for call in self._waiting:
-            items.append(call.arguments[0])
-            if size_of(items) > most:
-                return max(1, len(items) - 1)
-        return len(items)
-
-    def _is_full(self) -> bool:
-        most, size_of = self._terms.max_batch_size, self._terms.batch_size_fn
-        if size_of is None:
-            return len(self._waiting) >= most
-        return size_of([call.arguments[0] for call in self._waiting]) >= most
-
-    async def _wait_for_more(self) -> None:
-        if self._terms.batch_wait_timeout_s == 0:
-            return
-        try:
-            async with asyncio.timeout(self._terms.batch_wait_timeout_s):
-                while not self._is_full():
-                    self._arrived.clear()
-                    await self._arrived.wait()
-        except TimeoutError:
-            pass
-
-    async def _run_batch(self, batch: list[_Waiting]) -> None:
-        self._sizes[len(batch)] += 1
-        try:
-            columns = map(list, zip(*(call.arguments for call in batch), strict=True))
-            if self._hooks is None:
-                results = await self._run(*columns)
-            else:
-                results = await self._run_with_hooks(self._hooks, [call.meta for call in batch], *columns)
-            if len(results) != len(batch):
-                raise QServeError(
-                    "Batched function doesn't preserve batch size. "
-                    f"The input list has length {len(batch)} but the returned list has length {len(results)}."
-                )
-        except BaseException as exc:  # SystemExit too, which would end the loop here
-            for call in batch:
-                if isinstance(exc, asyncio.CancelledError):
-                    call.result.cancel()
-                elif not call.result.done():
-                    call.result.set_exception(exc)
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            return
-        for call, result in zip(batch, results, strict=True):
-            if not call.result.done():
-                call.result.set_result(result)
-
-    async def _run_with_hooks(
-        self, hooks: HookChain[BatchHook], calls: list[Mapping[str, Any]], *columns: list[Any]
-    ) -> Sequence[Any]:
-        batch = Batch(get_replica_context().deployment, self._name, calls)
-        states = hooks.before(batch)
-        try:
-            results = await self._run(*columns)
-        except BaseException as exc:
-            hooks.error(batch, states, exc)
-            raise
-        hooks.after(batch, states)
-        return results
 
 
 class BatchDecorator(Protocol):
@@ -178,7 +29,15 @@ class BatchDecorator(Protocol):
         self, function: Callable[[S, list[T]], Coroutine[Any, Any, list[R]]], /
     ) -> Callable[[S, T], Coroutine[Any, Any, R]]: ...
     @overload
-    def __call__(self, function: Callable[..., Coroutine[Any, Any, Any]], /) -> Callable[..., Any]: ...
+    def __call__(self, function: Callable[[list[T]], AsyncIterator[list[R]]], /) -> Callable[[T], AsyncIterator[R]]: ...
+    @overload
+    def __call__(
+        self, function: Callable[[S, list[T]], AsyncIterator[list[R]]], /
+    ) -> Callable[[S, T], AsyncIterator[R]]: ...
+    @overload
+    def __call__(
+        self, function: Callable[..., Coroutine[Any, Any, Any]] | Callable[..., AsyncIterator[Any]], /
+    ) -> Callable[..., Any]: ...
 
 
 @overload
@@ -188,7 +47,13 @@ def batch(
     function: Callable[[S, list[T]], Coroutine[Any, Any, list[R]]], /
 ) -> Callable[[S, T], Coroutine[Any, Any, R]]: ...
 @overload
-def batch(function: Callable[..., Coroutine[Any, Any, Any]], /) -> Callable[..., Any]: ...
+def batch(function: Callable[[list[T]], AsyncIterator[list[R]]], /) -> Callable[[T], AsyncIterator[R]]: ...
+@overload
+def batch(function: Callable[[S, list[T]], AsyncIterator[list[R]]], /) -> Callable[[S, T], AsyncIterator[R]]: ...
+@overload
+def batch(
+    function: Callable[..., Coroutine[Any, Any, Any]] | Callable[..., AsyncIterator[Any]], /
+) -> Callable[..., Any]: ...
 @overload
 def batch(
     *,
@@ -212,6 +77,9 @@ def batch(
     raises, each of its callers gets. Each instance has a queue of its own, and one for each model (`multiplexed`). The
     function that comes out has `set_max_batch_size` and `set_batch_wait_timeout_s`, for `reconfigure`.
 
+    An `async def` generator yields lists, each with the next part for every call; `StopIteration` in the place of a
+    part ends that call's stream. Its callers get an asynchronous iterator of their own parts.
+
     Args:
         max_batch_size: Run at once with so many calls.
         batch_wait_timeout_s: Wait so long for a full batch; 0: run what is there.
@@ -226,9 +94,12 @@ def batch(
     size, wait_s = _checked_size(max_batch_size), _checked_wait(batch_wait_timeout_s)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        terms = BatchTerms(size, wait_s, max_concurrent_batches, batch_size_fn)
+        if inspect.isasyncgenfunction(function):
+            return _BatchedStream(function, terms).as_function()
         if not inspect.iscoroutinefunction(function):
             raise TypeError("Functions decorated with @serve.batch must be 'async def'")
-        return _Batched(function, BatchTerms(size, wait_s, max_concurrent_batches, batch_size_fn)).as_function()
+        return _Batched(function, terms).as_function()
 
     return decorate if function is None else decorate(function)
 
@@ -269,12 +140,7 @@ class _Batched:
     def as_function(self) -> Callable[..., Any]:
         """The function that replaces the decorated one."""
 
-        @wraps(self._function)
-        async def call(*args: Any, **kwargs: Any) -> Any:
-            # The class has an attribute of that name, so the first argument is `self`; a staticmethod's is not.
-            if self._may_be_method and args and hasattr(type(args[0]), self._name):
-                return await self._queue(args[0]).put(self._row(args, kwargs, skip=1))
-            return await self._queue(None).put(self._row(args, kwargs, skip=0))
+        call: Any = wraps(self._function)(self._make_call())
 
         def set_max_batch_size(size: float) -> None:
             self._terms.max_batch_size = _checked_size(size)
@@ -282,10 +148,21 @@ class _Batched:
         def set_batch_wait_timeout_s(seconds: float) -> None:
             self._terms.batch_wait_timeout_s = _checked_wait(seconds)
 
-        setters: Any = call
-        setters.set_max_batch_size = set_max_batch_size
-        setters.set_batch_wait_timeout_s = set_batch_wait_timeout_s
+        call.set_max_batch_size = set_max_batch_size
+        call.set_batch_wait_timeout_s = set_batch_wait_timeout_s
+        return cast(Callable[..., Any], call)
+
+    def _make_call(self) -> Callable[..., Any]:
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            if self._is_method(args):
+                return await self._queue(args[0]).put(self._row(args, kwargs, skip=1))
+            return await self._queue(None).put(self._row(args, kwargs, skip=0))
+
         return call
+
+    def _is_method(self, args: tuple[Any, ...]) -> bool:
+        # The class has an attribute of that name, so the first argument is `self`; a staticmethod's is not.
+        return self._may_be_method and bool(args) and hasattr(type(args[0]), self._name)
 
     def _row(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, skip: int) -> tuple[Any, ...]:
         """The arguments of one call, one for each parameter."""
@@ -316,3 +193,71 @@ class _Batched:
             return results
 
         return run
+
+
+_END: Final = object()
+
+
+class _Share:
+    """The parts of a batched stream that are for one call."""
+
+    def __init__(self) -> None:
+        self.parts: asyncio.Queue[Any] = asyncio.Queue()
+        self.is_open = True
+
+    def close(self) -> None:
+        """There are no more parts, or nobody reads them."""
+        self.is_open = False
+        self.parts.put_nowait(_END)
+
+
+class _BatchedStream(_Batched):
+    """A decorated asynchronous generator: each call takes part in a batch with a share that the batch puts parts in."""
+
+    def _make_call(self) -> Callable[..., Any]:
+        async def call(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            instance = args[0] if self._is_method(args) else None
+            row = self._row(args, kwargs, skip=int(instance is not None))
+            share = _Share()
+            ended = self._queue(instance).put((*row, share))
+            ended.add_done_callback(lambda _: share.close())
+            try:
+                while (part := await share.parts.get()) is not _END:
+                    yield part
+                if ended.done():
+                    ended.result()  # raises what the batch has raised
+            finally:
+                share.is_open = False
+                ended.cancel()
+
+        return call
+
+    def _runner(self, instance: Any) -> Callable[..., Awaitable[Sequence[Any]]]:
+        start = super()._runner(instance)
+
+        async def run(*columns: Any) -> Sequence[Any]:
+            shares: list[_Share] = columns[-1]
+            stream: Any = start(*columns[:-1])
+            try:
+                async for parts in stream:
+                    _hand_out(parts, shares)
+                    if not any(share.is_open for share in shares):
+                        break
+            finally:
+                await stream.aclose()
+            return shares
+
+        return run
+
+
+def _hand_out(parts: Sequence[Any], shares: Sequence[_Share]) -> None:
+    if len(parts) != len(shares):
+        raise QServeError(
+            "Batched generator doesn't preserve batch size. "
+            f"The input list has length {len(shares)} but a list that it yielded has length {len(parts)}."
+        )
+    for part, share in zip(parts, shares, strict=True):
+        if part is StopIteration or part is StopAsyncIteration:
+            share.close()
+        elif share.is_open:
+            share.parts.put_nowait(part)

@@ -23,7 +23,12 @@ _OWNER = "__qserve_class__"
 
 @dataclass(frozen=True)
 class FrozenApp:
-    """The application of an ingress class as it was when the class was decorated."""
+    """The application of an ingress class as it was when the class was decorated.
+
+    Attributes:
+        app: The application, with what its class serves; None if a function builds it.
+        original: What the class was decorated with.
+    """
 
     app: Any
     original: Any
@@ -61,7 +66,8 @@ def ingress(app: Any) -> Callable[[C], C]:
     class serves an existing application as it is.
 
     Args:
-        app: FastAPI, APIRouter, Starlette, or any ASGI application.
+        app: FastAPI, APIRouter, Starlette, or any ASGI application; or a function without parameters that builds one,
+            in each replica, after the instance has been constructed.
 
     Raises:
         TypeError: `app` is no ASGI application.
@@ -86,7 +92,8 @@ def ingress(app: Any) -> Callable[[C], C]:
             raise ValueError(f"@serve.ingress must be used with a class.{order}")
         if any("__call__" in vars(base) for base in cls.__mro__):
             raise ValueError("Class passed to @serve.ingress may not have __call__ method.")
-        cls.__qserve_asgi__ = FrozenApp(_freeze(app, cls), app)  # type: ignore[attr-defined]
+        frozen = None if takes == 0 else _freeze(app, cls)
+        cls.__qserve_asgi__ = FrozenApp(frozen, app)  # type: ignore[attr-defined]
         return cls
 
     return decorate
@@ -105,6 +112,8 @@ def bind_app(
             function.
     """
     frozen: FrozenApp = type(instance).__qserve_asgi__  # type: ignore[attr-defined]
+    if frozen.app is None:
+        return _built_by(frozen.original)
     if not isinstance(frozen.app, Starlette):
         return frozen.app
 
@@ -121,6 +130,16 @@ def bind_app(
         # A custom schema function describes the routes of the app it was written for: let it see what is served.
         frozen.original.router.routes[:] = bound.routes
     return _UnderPrefix(bound) if getattr(bound, "root_path", "") else bound
+
+
+def _built_by(builder: Callable[[], Any]) -> Any:
+    app = builder()
+    if not callable(app) or _parameters_of(app) != 3:
+        raise TypeError(
+            f"{builder.__qualname__}(), with which @serve.ingress was called, returned no ASGI application."
+        )
+    app = _as_application(app)
+    return _UnderPrefix(app) if getattr(app, "root_path", "") else app
 
 
 def contents_of(cls: type) -> Contents | None:

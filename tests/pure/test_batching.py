@@ -1,7 +1,8 @@
 """`@serve.batch`: when batches run, what they get, and what their callers get."""
 
 import asyncio
-from collections.abc import Callable
+import inspect
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -298,3 +299,72 @@ async def test_the_size_of_batches_can_be_set() -> None:
     settable.set_batch_wait_timeout_s(0)
     await asyncio.gather(*(same(each) for each in range(4)))
     assert sizes == [2, 2]
+
+
+# Streams
+
+
+@batch(max_batch_size=3, batch_wait_timeout_s=10)
+async def count_to(limits: list[int]) -> AsyncIterator[list[Any]]:
+    for number in range(max(limits)):
+        yield [number if number < limit else StopIteration for limit in limits]
+
+
+async def parts_of(stream: AsyncIterator[Any]) -> list[Any]:
+    return [part async for part in stream]
+
+
+async def test_each_call_of_a_batched_generator_gets_its_own_parts() -> None:
+    assert await asyncio.gather(*(parts_of(count_to(limit)) for limit in (1, 4, 2))) == [
+        [0],
+        [0, 1, 2, 3],
+        [0, 1],
+    ]
+    assert inspect.isasyncgenfunction(count_to)  # replicas stream what it gives
+
+
+async def test_a_batched_generator_that_raises_ends_every_stream_of_its_batch() -> None:
+    class Model:
+        @batch(max_batch_size=2, batch_wait_timeout_s=10)
+        async def parts(self, items: list[int]) -> AsyncIterator[list[int]]:
+            yield items
+            raise KeyError("gone")
+
+        @batch(max_batch_size=2, batch_wait_timeout_s=10)
+        async def short(self, items: list[int]) -> AsyncIterator[list[int]]:
+            yield items[:1]
+
+    model, seen = Model(), list[int]()
+
+    async def read(item: int) -> None:
+        async for part in model.parts(item):
+            seen.append(part)
+
+    outcomes = await asyncio.gather(read(1), read(2), return_exceptions=True)
+    assert [type(each) for each in outcomes] == [KeyError, KeyError]
+    assert sorted(seen) == [1, 2]
+    short = await asyncio.gather(parts_of(model.short(1)), parts_of(model.short(2)), return_exceptions=True)
+    assert all("doesn't preserve batch size" in str(each) for each in short)
+
+
+async def test_a_batched_generator_ends_when_all_its_readers_have_left() -> None:
+    ended = asyncio.Event()
+
+    @batch(max_batch_size=2, batch_wait_timeout_s=10)
+    async def endless(items: list[str]) -> AsyncIterator[list[str]]:
+        try:
+            while True:
+                yield items
+                await asyncio.sleep(0)
+        finally:
+            ended.set()
+
+    async def read_one(item: str) -> str:
+        stream = endless(item)
+        part = await anext(stream)
+        await stream.aclose()  # type: ignore[attr-defined]
+        return part
+
+    assert await asyncio.gather(read_one("a"), read_one("b")) == ["a", "b"]
+    async with asyncio.timeout(patience(5)):
+        await ended.wait()

@@ -127,6 +127,42 @@ async def test_an_application_of_asgi_2_is_served() -> None:
         assert (await replica.get("/x")).text.endswith("/x")
 
 
+async def test_a_function_builds_the_application_in_the_replica() -> None:
+    built = list[FastAPI]()
+
+    def make() -> FastAPI:
+        app = FastAPI()
+        app.state.lock = threading.Lock()  # nothing that could travel
+        built.append(app)
+
+        @app.get("/hello")
+        def hello() -> str:
+            return "hello"
+
+        return app
+
+    @deployment
+    @ingress(make)
+    class Views:
+        pass
+
+    assert built == []
+    async with running(Views) as here:
+        assert (await here.get("/hello")).json() == "hello"
+        assert len(built) == 1
+
+
+async def test_a_function_that_builds_no_application_fails_the_construction() -> None:
+    @deployment
+    @ingress(lambda: None)
+    class Views:
+        pass
+
+    with pytest.raises(TypeError, match=r"with which @serve\.ingress was called, returned no ASGI application"):
+        async with running(Views):
+            pass
+
+
 def test_an_application_of_wsgi_is_refused_and_the_error_says_what_to_do() -> None:
     def application(environ: Any, start_response: Any) -> Any: ...
 

@@ -1,0 +1,159 @@
+"""The queue of a batched function: it collects calls, and runs them together."""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from qserve.context import batch_hooks, batch_model, batch_sizes, current_call, get_replica_context
+from qserve.errors import QServeError
+from qserve.hooks import Batch, BatchHook, HookChain
+from qserve.wire.messages import NO_META
+
+
+class _Waiting(NamedTuple):
+    arguments: tuple[Any, ...]
+    result: asyncio.Future[Any]
+    meta: Mapping[str, Any]
+    """What the hooks say of the call."""
+
+
+@dataclass
+class BatchTerms:
+    """How batches are made; see `batch`."""
+
+    max_batch_size: int
+    batch_wait_timeout_s: float
+    max_concurrent_batches: int
+    batch_size_fn: Callable[[list[Any]], int] | None
+
+
+class BatchQueue:
+    """Collects the calls of one function, or of one instance's method, on the running event loop.
+
+    Not thread-safe.
+
+    Args:
+        run: Runs a batch, given one list per parameter; gives the results in the same order.
+        terms: How batches are made; may change at any time.
+        name: What hooks are told that the function is called.
+        model: The model that all calls are for, if they are for one.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Awaitable[Sequence[Any]]],
+        terms: BatchTerms,
+        name: str = "",
+        model: str = "",
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._run = run
+        self._terms = terms
+        self._model = model
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._waiting: deque[_Waiting] = deque()
+        self._arrived = asyncio.Event()
+        self._name = name
+        self._hooks = batch_hooks()
+        self._sizes = batch_sizes()
+        self._runner: asyncio.Task[None] | None = None
+
+    def put(self, arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
+        """Add one call; the future gets its result."""
+        result = self.loop.create_future()
+        meta = NO_META if self._hooks is None else self._hooks.joins()
+        self._waiting.append(_Waiting(arguments, result, meta))
+        self._arrived.set()
+        if self._runner is None or self._runner.done():
+            self._runner = self.loop.create_task(self._run_batches())
+        return result
+
+    async def _run_batches(self) -> None:
+        current_call.set(None)  # a batch belongs to no single call
+        batch_model.set(self._model)
+        # Ends when nothing waits, so that nothing is left behind on a loop that stops.
+        while self._waiting:
+            await self._wait_for_more()
+            batch = [self._waiting.popleft() for _ in range(self._size_of_next())]
+            batch = [call for call in batch if not call.result.done()]  # its caller has given up
+            if not batch:
+                continue
+            if self._terms.max_concurrent_batches == 1:
+                await self._run_batch(batch)
+                continue
+            task = asyncio.create_task(self._run_batch(batch))
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
+            if len(self._under_way) >= self._terms.max_concurrent_batches:
+                await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+
+    def _size_of_next(self) -> int:
+        """How many of the calls that wait fit into a batch; at least one."""
+        most, size_of = self._terms.max_batch_size, self._terms.batch_size_fn
+        if size_of is None:
+            return min(len(self._waiting), most)
+        items: list[Any] = []
+        for call in self._waiting:
+            items.append(call.arguments[0])
+            if size_of(items) > most:
+                return max(1, len(items) - 1)
+        return len(items)
+
+    def _is_full(self) -> bool:
+        most, size_of = self._terms.max_batch_size, self._terms.batch_size_fn
+        if size_of is None:
+            return len(self._waiting) >= most
+        return size_of([call.arguments[0] for call in self._waiting]) >= most
+
+    async def _wait_for_more(self) -> None:
+        if self._terms.batch_wait_timeout_s == 0:
+            return
+        try:
+            async with asyncio.timeout(self._terms.batch_wait_timeout_s):
+                while not self._is_full():
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            pass
+
+    async def _run_batch(self, batch: list[_Waiting]) -> None:
+        self._sizes[len(batch)] += 1
+        try:
+            columns = map(list, zip(*(call.arguments for call in batch), strict=True))
+            if self._hooks is None:
+                results = await self._run(*columns)
+            else:
+                results = await self._run_with_hooks(self._hooks, [call.meta for call in batch], *columns)
+            if len(results) != len(batch):
+                raise QServeError(
+                    "Batched function doesn't preserve batch size. "
+                    f"The input list has length {len(batch)} but the returned list has length {len(results)}."
+                )
+        except BaseException as exc:  # SystemExit too, which would end the loop here
+            for call in batch:
+                if isinstance(exc, asyncio.CancelledError):
+                    call.result.cancel()
+                elif not call.result.done():
+                    call.result.set_exception(exc)
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return
+        for call, result in zip(batch, results, strict=True):
+            if not call.result.done():
+                call.result.set_result(result)
+
+    async def _run_with_hooks(
+        self, hooks: HookChain[BatchHook], calls: list[Mapping[str, Any]], *columns: list[Any]
+    ) -> Sequence[Any]:
+        batch = Batch(get_replica_context().deployment, self._name, calls)
+        states = hooks.before(batch)
+        try:
+            results = await self._run(*columns)
+        except BaseException as exc:
+            hooks.error(batch, states, exc)
+            raise
+        hooks.after(batch, states)
+        return results
