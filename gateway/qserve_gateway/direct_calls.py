@@ -68,7 +68,8 @@ class DirectCall(DirectRequest):
         """Withdraw the call, because its client has left; without effect where the call has ended."""
         if self._connection is not None:
             self._connection = None
-            self._client.cancel(self._pending)
+            if not self._route.outlives_client:
+                self._client.cancel(self._pending)
 
     def give_up(self) -> None:
         """Withdraw the call, and answer that this gateway leaves."""

@@ -56,7 +56,9 @@ _LARGEST_DURABLE = 64 * 1024 * 1024
 _TIMEOUT = b"x-request-timeout-ms"
 _TIMEOUT_S = b"x-request-timeout-seconds"
 _MODEL = b"serve_multiplexed_model_id"
-_MEANT_FOR_US = frozenset({_TIMEOUT, _TIMEOUT_S, _MODEL})
+_OUTLIVES_CLIENT = b"x-request-disconnect-disabled"
+_TRUE = frozenset({b"?1", b"1", b"true"})
+_MEANT_FOR_US = frozenset({_TIMEOUT, _TIMEOUT_S, _MODEL, _OUTLIVES_CLIENT})
 """Headers that change how a request is served; the last two are Ray Serve's."""
 _is_milliseconds = re.compile(rb"[0-9]{1,9}").fullmatch
 _is_seconds = re.compile(rb"[0-9]{1,6}(\.[0-9]{1,6})?").fullmatch
@@ -370,6 +372,8 @@ def _as_asked(route: Route, named: Named) -> Route:
         route = _with_deadline(route, _milliseconds(named[_TIMEOUT_S]))
     if _MODEL in named:
         route = route._replace(meta={**route.meta, MODEL: named[_MODEL].decode("latin-1")})
+    if named.get(_OUTLIVES_CLIENT) in _TRUE:
+        route = route._replace(outlives_client=True)
     return route
 
 

@@ -92,7 +92,8 @@ class HttpCalls:
         pending, future = self.prepare(route, payload, safe)
         self._client.put(pending)
         answer = None
-        self._departures.watch(future, receive)
+        if not route.outlives_client:
+            self._departures.watch(future, receive)
         try:
             answer = await future
         finally:

@@ -16,6 +16,7 @@ class Route(NamedTuple):
         client_sets_deadline: The deadline is the client's, and so it holds while a body comes in, too.
         meta: What the gateway's hooks say beside the call.
         when_full: How clients are told that the queue is full.
+        outlives_client: The call goes on when the client leaves before it is answered.
     """
 
     deployment: str
@@ -25,6 +26,7 @@ class Route(NamedTuple):
     client_sets_deadline: bool = False
     meta: Mapping[str, str] = NO_META
     when_full: Backpressure | None = None
+    outlives_client: bool = False
 
 
 class RouteTable:

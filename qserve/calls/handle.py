@@ -280,10 +280,10 @@ class StreamHandle(_BaseHandle):
     _kind = "stream"
 
     def remote(self, *args: Any, **kwargs: Any) -> ResultStream[Any]:
-        """Put a call on the deployment's queue.
+        """Put a call on the deployment's queue, at once or when the refs among its arguments are there.
 
         Raises:
-            ValueNotSerializable, PayloadTooLarge: An argument cannot be sent; take the result of a ref first.
+            ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
             NoInstanceError, BrokerUnavailable: There is no qserve instance to call.
         """
         client, method = current_client(), self._options.method_name

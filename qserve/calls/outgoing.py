@@ -5,7 +5,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import InvalidStateError
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from qserve.broker.large.lending import ON_THE_LOOP
 from qserve.calls.client import Client
@@ -17,6 +17,29 @@ from qserve.values.borrowing import Borrowed
 from qserve.wire.codec import Codec, collect_refs, substitute
 from qserve.wire.messages import ERROR, NO_META, PYTHON, VALUE, WITHIN, LargeReply, Outcome, decode_error
 from qserve.wire.parts import Passed, Payload, flat
+
+
+class CallToSend(Protocol):
+    """A call whose arguments are not all there yet; the methods may be called from any thread."""
+
+    @property
+    def label(self) -> str:
+        """The name of what is called, for messages."""
+
+    def send(self, payload: Payload) -> None:
+        """Put it with its packed arguments."""
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error that arose in this process."""
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+
+    def cancelled(self) -> bool:
+        """Whether it was cancelled."""
+
+    def withdraw(self) -> None:
+        """Withdraw what was put."""
 
 
 class CallRef(Ref[Any]):
@@ -48,7 +71,7 @@ class CallRef(Ref[Any]):
         if payload is not None:
             self.send(payload)
         elif refs := collect_refs(args, kwargs):
-            _WaitForArguments(self, self._codec, args, kwargs, refs).start()
+            WaitForArguments(self, self._codec, args, kwargs, refs).start()
         else:
             self.send(self._codec.pack_arguments(args, kwargs, f"the call to {self.label}"))
 
@@ -148,11 +171,11 @@ class CallRef(Ref[Any]):
             self.fail(exc)
 
 
-class _WaitForArguments:
+class WaitForArguments:
     """Sends a call once the results of the refs among its arguments are there, and blocks nobody meanwhile."""
 
     def __init__(
-        self, call: CallRef, codec: Codec, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref[Any]]
+        self, call: CallToSend, codec: Codec, args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[Ref[Any]]
     ) -> None:
         self._call = call
         self._codec = codec

@@ -2,17 +2,20 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from qserve.calls.client import Client
+from qserve.calls.outgoing import WaitForArguments
 from qserve.calls.pending import PendingCall
+from qserve.calls.ref import Ref
 from qserve.context import CallInfo, current_call
-from qserve.errors import QServeError, StreamBroken
+from qserve.errors import CallCancelled, QServeError, StreamBroken
 from qserve.wire.channel import Channel
-from qserve.wire.codec import Codec
+from qserve.wire.codec import Codec, collect_refs
 from qserve.wire.messages import ERROR, NO_META, STREAM, Outcome, decode_error
-from qserve.wire.parts import flat
+from qserve.wire.parts import Payload, flat
 
 T = TypeVar("T")
 OnOutcome = Callable[[Outcome], None]
@@ -29,20 +32,24 @@ class ResultStream(Generic[T]):
         self,
         client: Client,
         codec: Codec,
-        prepare: Callable[[OnOutcome], PendingCall],
+        prepare: Callable[[Payload, OnOutcome], PendingCall],
+        label: str,
         caller: CallInfo | None,
         on_end: Callable[[BaseException | None], None] = lambda _: None,
     ) -> None:
+        self.label = label
         self._client = client
         self._codec = codec
+        self._prepare = prepare
         self._caller = caller
         if caller is not None:
             caller.nested.add(self)
         self._on_end = on_end
         self._error: BaseException | None = None
-        self._pending = prepare(self._settle)
+        self._is_closed = False
+        self._pending: PendingCall | None = None
+        """None while arguments are waited for."""
         self._channel: concurrent.futures.Future[Channel] = concurrent.futures.Future()
-        client.run_soon(self._put)
 
     def __iter__(self) -> Iterator[T]:
         try:
@@ -74,8 +81,8 @@ class ResultStream(Generic[T]):
 
     @property
     def request_id(self) -> str:
-        """The id of the call in logs."""
-        return self._pending.id
+        """The id of the call in logs; "" while a ref among its arguments is waited for."""
+        return self._pending.id if self._pending is not None else ""
 
     def __await__(self) -> Generator[Any, None, "ResultStream[T]"]:
         yield from ()
@@ -83,21 +90,56 @@ class ResultStream(Generic[T]):
 
     def close(self) -> None:
         """End the call; the replica's generator is closed at its next `yield`."""
-        self._client.withdraw(self._pending)
+        self._end(inherited=False)
 
     cancel = close
 
     def inherit_cancellation(self) -> None:
         """End it with the call that made it."""
-        self._client.withdraw(self._pending, inherited=True)
+        self._end(inherited=True)
 
     @property
     def awaited(self) -> str:
         """Nothing: whoever iterates a stream waits for its next part only."""
         return ""
 
+    # What sends it
+
+    def send(self, payload: Payload) -> None:
+        """Put the call with its packed arguments."""
+        self._pending = self._prepare(payload, self._settle)
+        self._client.run_soon(self._put)
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error that arose in this process, before it was put."""
+        if self._caller is not None:
+            self._caller.nested.discard(self)
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            self._channel.set_exception(error)
+            self._on_end(error)
+
+    def done(self) -> bool:
+        """Whether it was closed."""
+        return self._is_closed
+
+    cancelled = done
+
+    def withdraw(self) -> None:
+        """Withdraw what was put."""
+        self._end(inherited=False)
+
+    def _end(self, *, inherited: bool) -> None:
+        self._is_closed = True
+        if self._pending is None:
+            self.fail(CallCancelled("the call was cancelled before its arguments were there"))
+        else:
+            self._client.withdraw(self._pending, inherited=inherited)
+
     def _put(self) -> None:
-        self._channel.set_result(self._client.open_channel(self._pending))
+        assert self._pending is not None
+        channel = self._client.open_channel(self._pending)
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # closed in this moment
+            self._channel.set_result(channel)
         self._client.put(self._pending)
 
     def _settle(self, outcome: Outcome) -> None:
@@ -110,6 +152,8 @@ class ResultStream(Generic[T]):
         self._on_end(self._error)
 
     async def _next(self) -> Any:
+        if not self._channel.done():  # arguments are waited for
+            await asyncio.wrap_future(self._channel)
         channel = self._channel.result(0)
         try:
             packed = await channel.receive()
@@ -153,15 +197,14 @@ def open_stream(
         on_end: Called once, on the loop of the client, with the error that ended the stream or with None.
 
     Raises:
-        ValueNotSerializable, PayloadTooLarge: An argument cannot be sent; a ref must be resolved first.
+        ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
     """
-    payload = codec.pack_arguments(args, kwargs, f"the call to {deployment}")
     caller = current_call.get()
-    limit_s = client.settings.handle_timeout_s if timeout_s is None else timeout_s
-    if caller is not None:
-        limit_s = caller.limit(limit_s)
 
-    def prepare(on_outcome: OnOutcome) -> PendingCall:
+    def prepare(payload: Payload, on_outcome: OnOutcome) -> PendingCall:
+        limit_s = client.settings.handle_timeout_s if timeout_s is None else timeout_s
+        if caller is not None:
+            limit_s = caller.limit(limit_s)
         return client.prepare(
             deployment,
             kind=STREAM,
@@ -173,4 +216,14 @@ def open_stream(
             meta=meta,
         )
 
-    return ResultStream(client, codec, prepare, caller, on_end)
+    label = f"{deployment}.{method}" if method else deployment
+    payload: Payload | None = codec.pack_plain_call(args, kwargs)
+    refs: list[Ref[Any]] = []
+    if payload is None and not (refs := collect_refs(args, kwargs)):
+        payload = codec.pack_arguments(args, kwargs, f"the call to {label}")
+    stream = ResultStream[Any](client, codec, prepare, label, caller, on_end)
+    if payload is not None:
+        stream.send(payload)
+    else:
+        WaitForArguments(stream, codec, args, kwargs, refs).start()
+    return stream

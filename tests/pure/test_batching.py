@@ -305,7 +305,7 @@ async def test_the_size_of_batches_can_be_set() -> None:
 
 
 @batch(max_batch_size=3, batch_wait_timeout_s=10)
-async def count_to(limits: list[int]) -> AsyncIterator[list[Any]]:
+async def count_to(limits: list[int]) -> AsyncIterator[list[object]]:
     for number in range(max(limits)):
         yield [number if number < limit else StopIteration for limit in limits]
 
@@ -365,6 +365,6 @@ async def test_a_batched_generator_ends_when_all_its_readers_have_left() -> None
         await stream.aclose()  # type: ignore[attr-defined]
         return part
 
-    assert await asyncio.gather(read_one("a"), read_one("b")) == ["a", "b"]
+    assert list(await asyncio.gather(read_one("a"), read_one("b"))) == ["a", "b"]
     async with asyncio.timeout(patience(5)):
         await ended.wait()

@@ -240,6 +240,18 @@ async def test_a_client_that_leaves_withdraws_its_call_at_once(calls: FakeCalls)
     assert connection.door.counts.series["hello", 4].count == 1
 
 
+async def test_a_call_may_outlive_its_client(calls: FakeCalls) -> None:
+    calls.answer = lambda request: None
+    connection = Connection(calls)
+    connection.protocol.data_received(GET.replace(b"host: x", b"host: x\r\nx-request-disconnect-disabled: ?1"))
+
+    connection.protocol.connection_lost(None)
+    calls.last_put.on_outcome(Reply("id", "me", 99, b""))
+
+    assert calls.cancelled == []
+    assert connection.socket.written == b""
+
+
 async def test_a_client_that_leaves_behind_a_pipelined_request_is_noticed(calls: FakeCalls) -> None:
     calls.answer = lambda request: None
     connection = Connection(calls)

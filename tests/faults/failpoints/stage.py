@@ -217,9 +217,8 @@ class Stage:
     def stream(self) -> Awaitable[Said]:
         """Put a call whose result comes in parts."""
         client = self.caller.client
-        payload = _codec.pack_call(("parts",), {})
 
-        def prepare(on_outcome: Any) -> Any:
+        def prepare(payload: Any, on_outcome: Any) -> Any:
             return client.prepare(
                 NAME,
                 kind=STREAM,
@@ -230,7 +229,8 @@ class Stage:
                 on_outcome=on_outcome,
             )
 
-        parts: ResultStream[int] = ResultStream(client, self.caller.codec, prepare, None)
+        parts: ResultStream[int] = ResultStream(client, self.caller.codec, prepare, NAME, None)
+        parts.send(_codec.pack_call(("parts",), {}))
 
         async def read() -> Said:
             got: list[int] = []

@@ -11,7 +11,7 @@ import pytest
 from starlette.requests import Request
 
 from qserve import serve
-from qserve.errors import GetTimeoutError, QServeError, TaskError
+from qserve.errors import CallCancelled, GetTimeoutError, QServeError, TaskError
 from tests.support.gates import Gate, Notes
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
@@ -28,6 +28,13 @@ class Numbers:
 
     async def returned(self, n: int) -> Iterator[int]:
         return (number for number in range(n))
+
+    def opened(self, n: int, gate: Gate) -> int:
+        gate.pass_through()
+        return n
+
+    def failed(self) -> int:
+        raise ZeroDivisionError("at once")
 
     def single(self) -> str:
         return "only"
@@ -49,6 +56,28 @@ def test_a_stream_is_iterated_in_order(method: str) -> None:
 
     assert list(handle.remote(1000)) == list(range(1000))
     assert list(handle.remote(0)) == []
+
+
+def test_a_stream_of_a_call_with_a_ref_begins_when_its_value_is_there(gate: Gate) -> None:
+    Numbers.deploy()
+    handle = Numbers.get_handle()
+    streams = handle.options(stream=True)
+
+    waiting = handle.opened.remote(3, gate)
+    stream = streams.count.remote(waiting)
+    gate.open()
+    assert list(stream) == [0, 1, 2]
+    with pytest.raises(ZeroDivisionError):
+        list(streams.count.remote(handle.failed.remote()))
+
+
+def test_a_stream_that_is_closed_before_it_began_calls_nobody(gate: Gate) -> None:
+    Numbers.deploy()
+    handle = Numbers.get_handle()
+    stream = handle.options(stream=True).count.remote(handle.opened.remote(3, gate))
+    stream.close()
+    with pytest.raises(CallCancelled, match="before its arguments were there"):
+        list(stream)
 
 
 async def test_a_stream_is_iterated_asynchronously() -> None:
