@@ -64,6 +64,11 @@ current_call: ContextVar[CallInfo | None] = ContextVar("qserve_current_call", de
 """Set by the replica around each call; threads of the replica see it too."""
 
 
+def is_last_attempt() -> bool:
+    """Whether the running durable call is not tried again if it fails; False in calls of other kinds."""
+    return bool(getattr(current_call.get(), "is_last", False))
+
+
 batch_model: ContextVar[str] = ContextVar("qserve_batch_model", default="")
 """The model that the calls of a running batch are for."""
 

@@ -310,8 +310,8 @@ class _BaseDurableHandle(_BaseHandle):
         super().__init__(deployment_name, options)
         self._terms = terms
 
-    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Submitted:
-        client = current_client()
+    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], client: Client | None = None) -> Submitted:
+        client = client or current_client()
         if client.hooks is None or (hooks := client.hooks.choose(self._name)) is None:
             return self._put(client, args, kwargs, self._options.meta)
         with HookedCall(hooks, self._name, self._options.method_name, "call", durable=True) as hooked:

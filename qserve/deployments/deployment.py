@@ -167,12 +167,15 @@ class Deployment(ReadableOptions, Deployable, Generic[T_co]):
             "init_args": codec.pack_call(options["init_args"], options["init_kwargs"], f"the constructor of {name!r}"),
             "ray_actor_options": codec.pack(actor_options, f"ray_actor_options of {name!r}") if actor_options else b"",
         }
+        task_queue, task_names = getattr(code, "__qserve_tasks__", ("", ()))
         return DeploymentSpec(
             target=self._target or make_target(code, allow_pickle=codec.allow_pickle),
             revision=uuid.uuid4().hex,
             is_class=inspect.isclass(code),
             is_ingress=hasattr(code, "__qserve_asgi__"),
             deployed_at=time.time(),
+            task_queue=task_queue,
+            task_names=task_names,
             **self._membership._asdict(),
             **{each.field: options[each.field] for each in DECLARED if each.field not in in_another_form},
             **in_another_form,

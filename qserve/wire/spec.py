@@ -48,6 +48,8 @@ class DeploymentSpec(DeploymentOptions, frozen=True, kw_only=True):
         is_root: It is the one that serves its application over HTTP.
         declared: Of the root of an application that comes from a config file, what the file says about where it comes
             from, as JSON: `import_path` and `args`. Otherwise "".
+        task_queue: The queue whose tasks it consumes; "" if it consumes none.
+        task_names: The names of the tasks that it has handlers for.
     """
 
     target: Target
@@ -58,6 +60,8 @@ class DeploymentSpec(DeploymentOptions, frozen=True, kw_only=True):
     application: str = ""
     is_root: bool = False
     declared: str = ""
+    task_queue: str = ""
+    task_names: tuple[str, ...] = ()
 
 
 class SignedSpec(msgspec.Struct, frozen=True, array_like=True):

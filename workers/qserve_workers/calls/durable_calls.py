@@ -76,6 +76,7 @@ _LARGEST_PROGRESS = 64 * 1024
 class DurableCallInfo(CallInfo):
     """The durable call that is being run; `report` tells how far it has come, from any thread."""
 
+    is_last: bool = True
     report: Callable[[object], None] = lambda _: None
     on_chunk: Callable[[object], Awaitable[None]] | None = None
 
@@ -138,7 +139,15 @@ class DurableRuns:
                 parts = self._parts(entry, call, attempt)
                 report = self._reporter(entry, call)
                 lineage = running.info.lineage
-                running.info = DurableCallInfo(call.id, attempt, lineage=lineage, report=report, on_chunk=parts.value)
+                model, is_last = running.info.model_id, failures >= call.terms.retries
+                running.info = DurableCallInfo(
+                    *(call.id, attempt),
+                    lineage=lineage,
+                    model_id=model,
+                    is_last=is_last,
+                    report=report,
+                    on_chunk=parts.value,
+                )
                 await self._run(running, call, code, failures, parts)
             elif verdict == b"cancelled":
                 self._settle(entry, call, CANCELLED, facts[0])
