@@ -47,9 +47,9 @@ def two_of_a_name() -> None:
 
 
 def wrong_way_round() -> None:
-    @task_consumer(task_processor_config=CONFIG)  # type: ignore[type-var]
+    @task_consumer(task_processor_config=CONFIG)
     @serve.deployment
-    class Consumer:
+    class Consumer:  # type: ignore[type-var]
         @task_handler
         def work(self) -> None: ...
 
