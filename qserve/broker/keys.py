@@ -43,6 +43,8 @@ class Keys:
     """String: msgpack HttpSettings."""
     nodes = _Name("nodes")
     """Hash: node id -> msgpack NodeInfo."""
+    drained = _Name("drained")
+    """Hash: id of a node that is to run nothing -> since when and by whom, as `paused` in a meta hash."""
     gateways = _Name("gateways")
     """Hash: gateway id -> msgpack GatewayInfo."""
     counters = _Name("counters")

@@ -63,12 +63,13 @@ class DeploymentRow(TypedDict):
 
 
 class ProcessStatus(TypedDict):
-    """A node or gateway in `status --json`; `url` is empty for a node."""
+    """A node or gateway in `status --json`; `url` is empty for a node, and `drained` false for a gateway."""
 
     id: str
     host: str
     pid: int
     url: str
+    drained: bool
 
 
 class InstanceStatus(TypedDict):
@@ -105,7 +106,8 @@ def read_status(state: State) -> InstanceStatus:
 
 
 def _process(info: NodeInfo | GatewayInfo, url: str = "") -> ProcessStatus:
-    return {"id": info.id, "host": info.host, "pid": info.pid, "url": url}
+    drained = isinstance(info, NodeInfo) and bool(info.drained)
+    return {"id": info.id, "host": info.host, "pid": info.pid, "url": url, "drained": drained}
 
 
 def _deployment(state: State, deployed: Deployed) -> DeploymentRow:
@@ -114,7 +116,9 @@ def _deployment(state: State, deployed: Deployed) -> DeploymentRow:
     replicas.sort(key=lambda replica: (replica["host"], replica["pid"]))
     running = sum(replica["running"] for replica in replicas)
     since, who = pause_of(deployed.paused) if deployed.paused else (None, "")
-    nobody = not replicas and not state.observed.nodes()  # what was reached earlier went with the last node
+    nobody = not replicas and all(
+        node.drained for node in state.observed.nodes().values()
+    )  # what was reached earlier went with the last node
     return {
         "name": spec.name,
         "route": spec.route_prefix,
@@ -198,7 +202,10 @@ def render(found: InstanceStatus) -> RenderableType:
             milliseconds(row["p99_ms"]),
         )
     urls = ", ".join(gateway["url"] for gateway in found["gateways"]) or "no gateway"
-    hosts = ", ".join(f"{node['host']} (pid {node['pid']})" for node in found["nodes"]) or "no node: nothing can run"
+    hosts = ", ".join(
+        f"{node['host']} (pid {node['pid']}{', drained' if node['drained'] else ''})" for node in found["nodes"]
+    )
+    hosts = hosts or "no node: nothing can run"
     lines = [Text(f"Namespace {found['namespace']}   HTTP: {urls}   Nodes: {hosts}")]
     if not found["deployments"]:
         lines.append(Text("\nNothing is deployed. Deploy something: qserve deploy MODULE"))

@@ -1,15 +1,18 @@
-"""`qserve pause`, `resume`, `scale` and `rollback`: changes of a deployment that need no code."""
+"""`qserve pause`, `resume`, `scale`, `rollback` and `drain`: changes of an instance that need no code."""
 
 import json
+import time
+from typing import Any
 
 import click
 
 from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, note, redis_url_option
-from qserve.operating import controls
+from qserve.operating import controls, nodes
 from qserve.operating.operators import user_of_this_machine, write_down
 
+_POLL_S = 0.1
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -81,7 +84,7 @@ def _scale_between(name: str, least: int | None, most: int | None, as_json: bool
             bounds = controls.scale_between(state, name, least, most)
         except ValueError as exc:
             raise Failure(f"{exc}.") from exc
-        facts = {"min_replicas": bounds.min_replicas, "max_replicas": bounds.max_replicas}
+        facts: dict[str, Any] = {"min_replicas": bounds.min_replicas, "max_replicas": bounds.max_replicas}
         _done(state, name, f"scale from {bounds.min_replicas} to {bounds.max_replicas}", as_json, **facts)
     note(f"{name} has from {bounds.min_replicas} to {bounds.max_replicas} replicas, as the load asks for.")
 
@@ -105,7 +108,48 @@ def rollback(name: str, timeout: float, as_json: bool) -> None:
     note(f"{name} serves {f'version {version}' if version else 'its former version'} again.")
 
 
-def _done(state: State, name: str, action: str, as_json: bool, **facts: object) -> None:
+@click.command()
+@redis_url_option
+@_json_option
+@click.option("--undo", is_flag=True, help="Let it run what is deployed again.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait until it runs nothing.",
+)
+@click.argument("node")
+def drain(node: str, undo: bool, timeout: float, as_json: bool) -> None:
+    """Let the replicas on NODE finish their calls and leave, and start none there until `qserve drain NODE --undo`.
+
+    NODE is a host as `qserve status` shows it, or HOST:PID where several nodes run on one. Calls that wait are run on
+    other nodes. A node that is started again is not drained any more.
+    """
+    with connected() as state:
+        try:
+            found = nodes.find_node(state, node)
+        except ValueError as exc:
+            raise Failure(f"{exc}.") from exc
+        if undo:
+            nodes.undrain(state, found)
+            _done(state, node, "undrain", as_json, key="node", drained=False)
+            note(f"{node} runs what is deployed again.")
+            return
+        waiting = nodes.served_nowhere_else(state, found)
+        if waiting:
+            note(f"No other node serves {', '.join(waiting)}: calls wait.")
+        nodes.drain(state, found, user_of_this_machine())
+        _done(state, node, "drain", as_json, key="node", drained=True)
+        until = time.monotonic() + timeout
+        while (left := nodes.replicas_on(state, found)) and time.monotonic() < until:
+            time.sleep(_POLL_S)
+    if left:
+        raise Failure(f"{left} replicas on {node} have not finished their calls after {timeout:g} s; they go on to.")
+    note(f"{node} runs nothing now. `qserve drain {node} --undo` lets it.")
+
+
+def _done(state: State, name: str, action: str, as_json: bool, *, key: str = "deployment", **facts: object) -> None:
     write_down(state, action, name)
     if as_json:
-        click.echo(json.dumps({"deployment": name} | facts))
+        click.echo(json.dumps({key: name} | facts))

@@ -244,13 +244,14 @@ def judge(name: str, generation: int, state: State) -> Progress:
         return Progress(frozenset(), frozenset(), deleted=True)
     if deployed.generation > generation:
         return Progress(frozenset(), frozenset(), superseded_by=deployed.generation)
-    nodes, workers = state.observed.nodes(), state.observed.workers(name)
+    nodes = {id_: node for id_, node in state.observed.nodes().items() if not node.drained}
+    workers = state.observed.workers(name)
     by_hand = {id_ for id_, worker in workers.items() if worker.node == worker.id and state.observed.is_alive(id_)}
     return weigh(name, generation, nodes, {id_: w for id_, w in workers.items() if id_ in nodes or id_ in by_hand})
 
 
 def weigh(name: str, generation: int, nodes: Mapping[str, NodeInfo], workers: Mapping[str, WorkerInfo]) -> Progress:
-    """Judge how far a generation has come, given the live nodes and the live workers by the id of their node."""
+    """Judge how far a generation has come, given the nodes that run anything and the live workers by their nodes."""
     asked = {id_ for id_, node in nodes.items() if not node.only or name in node.only} | set(workers)
     current = {id_: worker for id_, worker in workers.items() if worker.generation >= generation}
     failures = [w.error for w in current.values() if w.state == DEPLOY_FAILED and w.generation == generation]

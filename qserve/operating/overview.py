@@ -53,7 +53,7 @@ def read_overview(state: State, names: Sequence[str]) -> list[OverviewRow]:
     """
     facts = read_queue_facts(state.redis, state.keys, names)
     now, buckets = read_buckets(state.redis, state.keys, names, RECENT_S)
-    nodes = bool(state.observed.nodes())
+    nodes = any(not node.drained for node in state.observed.nodes().values())
     rows = []
     for each, recent in zip(facts, buckets, strict=True):
         deployed = deployed_of(state, each)

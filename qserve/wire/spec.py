@@ -90,10 +90,10 @@ class Deployed(msgspec.Struct, frozen=True):
 
 
 def pause_of(paused: str) -> tuple[float | None, str]:
-    """Since when (Unix time) calls are not run, as far as that is known, and who wants it so.
+    """Since when (Unix time) nothing is run, as far as that is known, and who wants it so.
 
     Args:
-        paused: `Deployed.paused`, not empty.
+        paused: `Deployed.paused` or `NodeInfo.drained`, not empty.
     """
     since, _, who = paused.partition(" ")
     return (float(since), who) if who and since.isascii() and since.isdecimal() else (None, "somebody")
@@ -152,13 +152,18 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A node, which runs workers. It is alive while the key `Keys.alive(id)` exists."""
+    """A node, which runs workers. It is alive while the key `Keys.alive(id)` exists.
+
+    Attributes:
+        drained: Since when (Unix time) and by whom it is to run nothing, with a space between; "" while it does.
+    """
 
     id: str
     host: str
     pid: int
     only: tuple[str, ...] = ()
     replicas_per_node: int | None = None
+    drained: str = ""
 
 
 class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):

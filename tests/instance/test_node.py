@@ -1,17 +1,23 @@
 """A node keeps running what the state says, and leaves nothing behind."""
 
 import asyncio
+import json
 import os
 import signal
+import socket
 import urllib.request
 from pathlib import Path
 
 import pytest
 import redis
+from click.testing import CliRunner
 
 from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
+from qserve.cli import main
 from qserve.deployments import deploying
+from qserve.settings import Settings
+from qserve.wire.spec import SERVING, WAITING
 from qserve_workers.children import program
 from qserve_workers.node_options import parse
 from qserve_workers.supervise import KeptProcess
@@ -183,3 +189,36 @@ def test_the_command_line_of_qserve_start_is_understood() -> None:
     assert options.only == ("A", "B")
     assert (options.gateway, options.host, options.port, options.replicas_per_node) == (True, "0.0.0.0", 80, 1)
     assert parse(["--exact"]).replicas_per_node is None
+
+
+class TestDrained:
+    def test_a_drained_node_runs_nothing_until_it_is_told_to(
+        self, start_node: StartNode, state: State, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("redis_url", "secret", "namespace"):
+            monkeypatch.setenv(f"QSERVE_{name.upper()}", getattr(settings, name))
+        one, two = start_node(), start_node()
+        host = socket.gethostname()
+        deploying.deploy(state, spec(Pid)).wait()
+        assert len(state.observed.replicas("Pid")) == 2
+
+        several = CliRunner().invoke(main, ["drain", host])
+        assert "there are several nodes" in several.output
+        drained = CliRunner().invoke(main, ["drain", f"{host}:{one.pid}", "--json"])
+
+        assert drained.exit_code == 0, drained.output
+        assert json.loads(drained.stdout) == {"node": f"{host}:{one.pid}", "drained": True}
+        wait_until(lambda: workers_of(one) == [])
+        (left,) = state.observed.replicas("Pid").values()
+        assert left.node == next(node.id for node in state.observed.nodes().values() if node.pid == two.pid)
+        deploying.deploy(state, spec(OtherPid)).wait()  # does not wait for a node that is drained
+        assert len(state.observed.replicas("OtherPid")) == 1
+        shown = json.loads(CliRunner().invoke(main, ["status", "--json"]).stdout)["nodes"]
+        assert {node["pid"]: node["drained"] for node in shown} == {one.pid: True, two.pid: False}
+        assert "No other node serves OtherPid, Pid" in CliRunner().invoke(main, ["drain", f"{host}:{two.pid}"]).output
+        shown = json.loads(CliRunner().invoke(main, ["status", "--json"]).stdout)["deployments"]
+        assert [(row["name"], row["state"]) for row in shown] == [("OtherPid", WAITING), ("Pid", WAITING)]
+
+        for node in (one, two):
+            assert CliRunner().invoke(main, ["drain", f"{host}:{node.pid}", "--undo"]).exit_code == 0
+        wait_until(lambda: sum(info.state == SERVING for info in state.observed.replicas("Pid").values()) == 2)

@@ -207,8 +207,8 @@ def test_close_names_are_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_table_shows_what_somebody_on_call_looks_for() -> None:
     found: InstanceStatus = {
         "namespace": "default",
-        "gateways": [{"id": "g", "host": "web1", "pid": 5, "url": "http://web1:8000"}],
-        "nodes": [{"id": "n", "host": "gpu1", "pid": 6, "url": ""}],
+        "gateways": [{"id": "g", "host": "web1", "pid": 5, "url": "http://web1:8000", "drained": False}],
+        "nodes": [{"id": "n", "host": "gpu1", "pid": 6, "url": "", "drained": False}],
         "deployments": [
             {
                 "name": "Model",

@@ -29,7 +29,8 @@ def spec(deployment: "Deployment[Any]") -> DeploymentSpec:
 def workers_of(node: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     """The workers of a node."""
     children = psutil.Process(node.pid).children()
-    return [child for child in children if child.cmdline()[0].startswith("qserve: worker of")]
+    # The command line of one that has just ended is empty.
+    return [child for child in children if "".join(child.cmdline()[:1]).startswith("qserve: worker of")]
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ import msgspec
 
 from qserve.background import end
 from qserve.broker.instance.change_log import Snapshot, connect_asyncio, follow, has_schedules, read_snapshot
+from qserve.broker.instance.drained_nodes import read_drained
 from qserve.broker.instance.remembered_state import RememberedState
 from qserve.broker.instance.reports import report_node, withdraw_node
 from qserve.broker.instance.state import State
@@ -85,6 +86,7 @@ class Node:
         self._redis = connect_asyncio(settings.redis_url)
         self._state = State(settings.redis_url, settings.keys, self._signer)
         self._snapshot = Snapshot()
+        self._drained = ""
         self._remembered = RememberedState(self._keys, self._signer, restores=settings.autorestore)
         self._gateways: NodeGateways | None = None
         self._beside: asyncio.Task[None] | None = None
@@ -269,7 +271,7 @@ class Node:
             self._orphans.reap()
             await self._announce()
             self._snapshot = await self._read_state()
-            self._workers.match(self._snapshot)
+            self._workers.match(self._snapshot, drained=bool(self._drained))
             self._match_gateways()
             await self._match_beat()
             unsettled = [name for name, d in self._snapshot.deployments.items() if d.state != HEALTHY]
@@ -309,17 +311,22 @@ class Node:
             **celery_calls,
         }
 
-    # What others see of this node
+    # What others see of this node, and want of it
 
     async def _announce(self) -> None:
-        info = NodeInfo(
-            id=self.id,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            only=self._options.only,
-            replicas_per_node=self._options.replicas_per_node,
-        )
         try:
+            drained = await read_drained(self._redis, self._keys, self.id)
+            if bool(drained) != bool(self._drained):
+                logger.info("This node is %s", "drained: its replicas leave" if drained else "no longer drained")
+            self._drained = drained
+            info = NodeInfo(
+                id=self.id,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                only=self._options.only,
+                replicas_per_node=self._options.replicas_per_node,
+                drained=drained,
+            )
             await report_node(self._redis, self._keys, info)
         except (QServeError, CommandRefused) as exc:
             logger.warning("Cannot announce this node: %s", exc)

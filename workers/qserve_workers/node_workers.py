@@ -68,14 +68,16 @@ class NodeWorkers:
         self._changed = changed
         self._force = force
         self._snapshot = Snapshot()
+        self._drained = False
         self._running: dict[str, KeptProcess] = {}
         self._specs: dict[str, DeploymentSpec] = {}
         self._retiring: dict[str, asyncio.Task[None]] = {}
         self._burials: dict[str, asyncio.Task[None]] = {}
 
-    def match(self, snapshot: Snapshot) -> None:
-        """Have a worker for each deployment that this node serves, and no other."""
+    def match(self, snapshot: Snapshot, *, drained: bool) -> None:
+        """Have a worker for each deployment that this node serves, and no other; none at all where it is drained."""
         self._snapshot = snapshot
+        self._drained = drained
         # Also those just deleted: how long their replicas may take to leave is asked later.
         self._specs |= {name: deployed.spec for name, deployed in snapshot.deployments.items()}
         serve = {name for name in snapshot.deployments if self._serves(name)}
@@ -101,7 +103,9 @@ class NodeWorkers:
         await end(*self._burials.values())
 
     def _serves(self, name: str) -> bool:
-        return name in self._snapshot.deployments and (not self._options.only or name in self._options.only)
+        if self._drained or name not in self._snapshot.deployments:
+            return False
+        return not self._options.only or name in self._options.only
 
     async def _start(self, name: str) -> Process:
         reach("spawn")
@@ -126,6 +130,8 @@ class NodeWorkers:
 
     async def _retire(self, name: str, worker: KeptProcess) -> None:
         """Let the replicas of a deleted deployment finish what is queued, then stop their worker.
+
+        What is queued for a deployment that only this node does not serve any more is for others to run.
 
         A deployment that is back by then keeps the worker, whose waiting process has taken it up already.
         """
@@ -173,7 +179,7 @@ class NodeWorkers:
 
     async def _is_draining(self, name: str) -> bool:
         """Whether replicas of a deleted deployment still run here; those that were killed have left their entry."""
-        if self._serves(name):
+        if name in self._snapshot.deployments:
             return False
         return any(info.node == self._node and is_running(info.pid) for info in (await self._replicas(name)).values())
 

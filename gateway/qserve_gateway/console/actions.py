@@ -8,7 +8,7 @@ from qserve.broker.instance.state import State
 from qserve.broker.redis_errors import CommandRefused
 from qserve.errors import QServeError
 from qserve.settings import Settings
-from qserve_gateway.console import call_actions, deployment_actions, schedule_actions
+from qserve_gateway.console import call_actions, deployment_actions, node_actions, schedule_actions
 from qserve_gateway.console.orders import Done, Form, NotPossible, Order
 from qserve_gateway.console.sessions import Visitor
 
@@ -82,6 +82,10 @@ ACTIONS: Final = {
     ),
     "resume-schedule": Action("Resume", "Let schedule {about} submit calls again?", schedule_actions.resume),
     "remove-schedule": Action("Remove", "Remove schedule {about}?", schedule_actions.remove),
+    "drain": Action(
+        "Drain", "Let the replicas on {about} finish their calls and leave, and start none there?", node_actions.drain
+    ),
+    "undrain": Action("Let it run again", "Let {about} run what is deployed again?", node_actions.undrain),
 }
 """Every action by the name that forms and the audit use."""
 

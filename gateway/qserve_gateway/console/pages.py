@@ -20,6 +20,7 @@ from qserve.operating.call_contents import PARTS_SHOWN, contents_of
 from qserve.operating.call_search import CallFilter, find_call, find_calls
 from qserve.operating.call_tree import family_of
 from qserve.operating.loads import curves, load_of
+from qserve.operating.nodes import place_of
 from qserve.operating.overview import deployed_of, read_overview
 from qserve.operating.timeline import timeline
 from qserve.settings import Settings
@@ -242,7 +243,10 @@ class Pages:
         _known(asked)
         observed = self._state.observed
         return {
-            "nodes": sorted(observed.nodes().values(), key=lambda node: node.host),
+            "nodes": [
+                (node, place_of(node), pause_of(node.drained) if node.drained else None)
+                for node in sorted(observed.nodes().values(), key=place_of)
+            ],
             "gateways": sorted(observed.gateways().values(), key=lambda gateway: gateway.url),
             "events": sorted(observed.counters().items()),
             "findings": check_server(self._state.redis),

@@ -24,7 +24,7 @@ logger = getLogger(__name__)
 _FOLLOW_BLOCK_MS = 5_000
 _RECONNECT_S = (0.05, 1.0)
 
-ChangeKind = Literal["deploy", "delete", "http", "schedule", "pause", "resync"]
+ChangeKind = Literal["deploy", "delete", "http", "schedule", "pause", "node", "resync"]
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ async def withdraw_node(client: "redis.asyncio.Redis", keys: Keys, node: str) ->
     """Forget a node that ends; raises like `report_node`."""
     with our_errors(client):
         await cast("Any", client.hdel(keys.nodes, node))
+        await cast("Any", client.hdel(keys.drained, node))
         await client.delete(keys.alive(node))
 
 

@@ -238,6 +238,19 @@ def test_the_former_version_comes_back(shop: Any, operator: httpx.Client) -> Non
     wait_until(lambda: serve.get_deployment("shop").version == "first")
 
 
+def test_a_node_is_drained_and_runs_again(shop: Any, operator: httpx.Client) -> None:
+    [place] = re.findall(
+        r'value="drain"><input type="hidden" name="about" value="([^"]+)"', operator.get("/cluster").text
+    )
+    assert "No other node serves shop" in act(operator, "drain", place).text
+    wait_until(lambda: "drained" in operator.get("/cluster").text)
+    wait_until(lambda: '<div class="tile-value">waiting</div>' in operator.get("/deployments/shop").text)
+    queued = shop.remote("waits")
+    assert "runs what is deployed again" in act(operator, "undrain", place).text
+    assert queued.result(patience(LIMIT_S)) == "<b>waits</b>"
+    assert act(operator, "drain", "nowhere:1").status_code == 409
+
+
 def test_whatever_acts_asks_first(shop: Any, operator: httpx.Client) -> None:
     answer = operator.post("/act", data={"action": "delete", "about": "shop", "back": "/-/console"})
     assert "Delete shop?" in answer.text
