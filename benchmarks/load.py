@@ -63,7 +63,7 @@ def _wrk(wrk: str, url: str, connections: int, seconds: float, body: str) -> Loa
 
 
 def _latency_ms(text: str, percentile: int) -> float:
-    found = re.search(rf"(?m)^\s+{percentile}%\s+([\d.]+)(us|ms|s)$", text)
+    found = re.search(rf"(?m)^\s+{percentile}%\s+([\d.]+)(us|ms|s)\s*$", text)
     assert found, text
     return float(found[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[found[2]]
 

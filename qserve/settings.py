@@ -99,7 +99,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=1024 * MIB,
         gt=0,
-        description="Largest HTTP body. A body above `QSERVE_OUT_OF_LINE_BYTES` is streamed to its replica.",
+        description="Largest HTTP body. One above `QSERVE_OUT_OF_LINE_BYTES` does not stand in queues.",
     )
     out_of_line_bytes: int = Field(
         default=256 * 1024,

@@ -8,9 +8,10 @@ from qserve.calls.client import Client
 from qserve.calls.pending import PendingCall
 from qserve.errors import QServeError
 from qserve.wire.channel import Channel
-from qserve.wire.messages import HTTP, HttpResponse, Outcome
+from qserve.wire.messages import HTTP, HTTP_RESPONSE, HttpResponse, LargeReply, Outcome
 from qserve_gateway.door.direct import DirectProtocol, DirectRequest
 from qserve_gateway.http_calls import StreamedResponse
+from qserve_gateway.large_bodies import LargeResponse
 from qserve_gateway.respond import (
     about_to_respond,
     checked,
@@ -85,6 +86,10 @@ class DirectCall(DirectRequest):
         if connection is None:
             return  # the client has left, or the response is a stream
         try:
+            if type(outcome) is LargeReply and outcome.kind == HTTP_RESPONSE:
+                about_to_respond()
+                connection.run_app(self._sending(LargeResponse(outcome)))
+                return
             try:
                 response = outcome_response(
                     outcome, self._request_id, debug=self._debug, when_full=self._route.when_full
@@ -103,7 +108,7 @@ class DirectCall(DirectRequest):
             about_to_respond()
             connection.run_app(self._sending(StreamedResponse(channel, partial(self._client.cancel, pending))))
 
-    def _sending(self, response: HttpResponse | StreamedResponse) -> ASGIApp:
+    def _sending(self, response: HttpResponse | StreamedResponse | LargeResponse) -> ASGIApp:
         async def send_it(scope: Scope, receive: Receive, send: Send) -> None:
             if isinstance(response, HttpResponse):
                 await send_response(send, response, self._method, self._request_id)

@@ -22,7 +22,8 @@ from qserve_gateway.durable.durable_pages import DurablePages
 from qserve_gateway.durable.durable_requests import PATH, DurableRequests, Preference, preference_of
 from qserve_gateway.front_page import front_page
 from qserve_gateway.headers import SPOOFED, UNUSUAL, Headers, end_to_end
-from qserve_gateway.http_calls import HttpCalls, StreamedResponse
+from qserve_gateway.http_calls import Answered, HttpCalls, StreamedResponse
+from qserve_gateway.large_bodies import LargeResponse
 from qserve_gateway.request_hooks import RequestHooks
 from qserve_gateway.respond import (
     Refused,
@@ -65,7 +66,7 @@ _is_seconds = re.compile(rb"[0-9]{1,6}(\.[0-9]{1,6})?").fullmatch
 _is_request_id = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}").fullmatch
 
 
-Response = HttpResponse | StreamedResponse | EventStream
+Response = HttpResponse | StreamedResponse | LargeResponse | EventStream
 
 
 class Gateway(DirectApp):
@@ -201,23 +202,32 @@ class Gateway(DirectApp):
         preference = None if _DURABLE.isdisjoint(named) or self._durable is None else preference_of(headers)
         if self._hooks is not None:
             route = self._hooks.before(route, scope, request_id, durable=preference is not None)
+        safe = scope["method"] in SAFE_METHODS or route.idempotent or b"idempotency-key" in named
+        described = (scope, path, raw_path, headers, route, request_id)
+        length = int(named.get(b"content-length", b"0"))
+        if length > self._settings.out_of_line_bytes and preference is None:
+            large = self._calls.large_body(_request(*described), length)
+            if large is not None:
+                return self._response(await self._calls.answer_large(route, large, safe, receive), route, request_id)
         body, follows = b"", False
-        if b"transfer-encoding" in named or named.get(b"content-length", b"0") != b"0":
+        if length or b"transfer-encoding" in named:
             body, follows = await read_beginning(
                 receive,
-                declared=int(named.get(b"content-length", b"0")),
+                declared=length,
                 most=self._settings.out_of_line_bytes if preference is None else self._largest_durable,
                 limit=self._settings.max_body_bytes,
             )
-        request = _request(scope, path, raw_path, headers, route, request_id, body, follows)
+        request = _request(*described, body, follows)
         if preference is not None:
             return await self._submit(route, request, preference)
         if follows:
-            answer = await self._calls.answer_upload(route, request, receive)
+            answer = await self._calls.answer_upload(route, encode(request), len(body), receive)
         else:
-            safe = request.method in SAFE_METHODS or route.idempotent or b"idempotency-key" in named
             answer = await self._calls.answer(route, encode(request), safe, receive)
-        if isinstance(answer, StreamedResponse | HttpResponse):
+        return self._response(answer, route, request_id)
+
+    def _response(self, answer: Answered, route: Route, request_id: str) -> Response:
+        if isinstance(answer, StreamedResponse | LargeResponse):
             return answer
         return outcome_response(answer, request_id, debug=self._settings.debug, when_full=route.when_full)
 

@@ -6,22 +6,19 @@ from functools import partial
 
 from starlette.types import Receive, Send
 
+from qserve.broker.large.lending import Loan
 from qserve.calls.client import Client
 from qserve.calls.pending import PendingCall
-from qserve.errors import Indeterminate, QServeError
-from qserve.values.borrowing import ValueGone
+from qserve.errors import QServeError
 from qserve.wire.channel import Channel
 from qserve.wire.messages import (
     HTTP,
     HTTP_RESPONSE,
     HttpRequest,
-    HttpResponse,
     LargeReply,
     Outcome,
-    decode_http_response,
-    encode,
-    unpack_http,
 )
+from qserve_gateway.large_bodies import LargeBodies, LargeBody, LargeResponse
 from qserve_gateway.routes import Route
 from qserve_gateway.streaming import ClientDisconnected, Upload, stream_response
 
@@ -61,8 +58,8 @@ class StreamedResponse:
 
 Answer = Outcome | StreamedResponse | None
 """What a request's call comes to; None when the client has left."""
-Answered = Outcome | StreamedResponse | HttpResponse
-"""What a request is answered with; a large response has been taken out of its reply."""
+Answered = Outcome | StreamedResponse | LargeResponse
+"""What a request is answered with."""
 
 
 class HttpCalls:
@@ -76,10 +73,24 @@ class HttpCalls:
     def __init__(self, client: Client, largest_body: int) -> None:
         self._client = client
         self._largest_body = largest_body
+        self._bodies = LargeBodies(client.lending, client.settings.out_of_line_bytes, largest_body)
         self._departures = _Departures()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def answer(self, route: Route, payload: bytes, safe: bool, receive: Receive) -> Answered:
+    def large_body(self, request: HttpRequest, length: int) -> LargeBody | None:
+        """Memory for the body of a request; None if the body is small, or to be sent on as it comes in."""
+        return self._bodies.begin(request, length)
+
+    async def answer_large(self, route: Route, body: LargeBody, safe: bool, receive: Receive) -> Answered:
+        """Do as `answer` for a request whose body is read first; what comes in slowly is sent on as it does."""
+        try:
+            if await body.read(receive):
+                return await self.answer(route, body.payload(follows=False), safe, receive)
+            return await self.answer_upload(route, body.payload(follows=True), body.size, receive)
+        finally:
+            self._bodies.end(body)
+
+    async def answer(self, route: Route, payload: bytes | Loan, safe: bool, receive: Receive) -> Answered:
         """Put a call and wait for its reply, or for the beginning of a streamed one.
 
         Args:
@@ -102,13 +113,15 @@ class HttpCalls:
                 self._client.cancel(pending)
         if answer is None:
             raise ClientDisconnected("the client left")
-        if type(answer) is LargeReply and answer.kind == HTTP_RESPONSE:
-            return await self._large_response(answer)
-        return answer
+        return large_or_not(answer)
 
-    async def answer_upload(self, route: Route, request: HttpRequest, receive: Receive) -> Answered:
-        """Do as `answer`, and send the rest of the body on as it comes in; a half-read body cannot be run again."""
-        pending, future = self.prepare(route, encode(request), safe=False)
+    async def answer_upload(self, route: Route, payload: bytes | Loan, sent: int, receive: Receive) -> Answered:
+        """Do as `answer`, and send the rest of the body on as it comes in; a half-read body cannot be run again.
+
+        Args:
+            sent: Bytes of the body that the payload has already.
+        """
+        pending, future = self.prepare(route, payload, safe=False)
 
         def on_end(error: QServeError | None) -> None:
             if not future.done():
@@ -117,7 +130,7 @@ class HttpCalls:
         upload = Upload(
             self._client.open_channel(pending),
             receive,
-            sent=len(request.body),
+            sent=sent,
             limit=self._largest_body,
             on_end=on_end,
         )
@@ -134,24 +147,10 @@ class HttpCalls:
                 self._client.cancel(pending)  # without effect where there is an outcome
         if answer is None:
             raise ClientDisconnected("the client left")
-        if type(answer) is LargeReply and answer.kind == HTTP_RESPONSE:
-            return await self._large_response(answer)
-        return answer
-
-    async def _large_response(self, reply: LargeReply) -> HttpResponse:
-        """The response that a large reply is, copied out without holding up the event loop.
-
-        Raises:
-            Indeterminate: It was lost meanwhile.
-        """
-        unpack = partial(unpack_http, decode_http_response, reply.payload)
-        try:
-            return await self._client.lending.aside(unpack, len(reply.payload))
-        except ValueGone as exc:
-            raise Indeterminate(f"the request was answered, but its large response is lost: {exc}") from exc
+        return large_or_not(answer)
 
     def prepare(
-        self, route: Route, payload: bytes, safe: bool, kind: int = HTTP
+        self, route: Route, payload: bytes | Loan, safe: bool, kind: int = HTTP
     ) -> tuple[PendingCall, asyncio.Future[Answer]]:
         """Make a call ready to be put; the future gets its answer."""
         # Asking for the running loop is a system call (it compares process ids), 4 % of a request: once is enough.
@@ -180,6 +179,12 @@ class HttpCalls:
         pending.on_stream = on_stream
         pending.is_strict = route.client_sets_deadline
         return pending, future
+
+
+def large_or_not(answer: Outcome | StreamedResponse) -> Answered:
+    """An answer, or the response that a large reply is."""
+    is_large = type(answer) is LargeReply and answer.kind == HTTP_RESPONSE
+    return LargeResponse(answer) if is_large else answer  # type: ignore[arg-type]
 
 
 class _Departures:

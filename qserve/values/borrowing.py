@@ -95,8 +95,11 @@ class Borrowed:
         copy(made, self._part(number))
         return made
 
+    def size_of(self, number: int) -> int:
+        return self._lent.sizes[number] if number < len(self._lent.sizes) else 0
+
     def piece(self, number: int, start: int, size: int) -> bytes:
-        """A piece of a part."""
+        self._check(number)
         return bytes(self._part(number)[start : start + size])
 
     def refer_to(self, passed: Sequence[Source]) -> None:
@@ -120,7 +123,6 @@ class Borrowed:
         return msgspec.structs.replace(self._lent, owner=owner, pid=os.getpid(), fd=self._mapped.fd)
 
     def hold(self) -> None:
-        """It is read more than once, here or by others: it is returned when nobody refers to it any more."""
         self._holds = True
         self._tell(HELD)
 

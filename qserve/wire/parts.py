@@ -84,6 +84,18 @@ class Source(Protocol):
         """A part in memory of its own."""
         ...
 
+    def piece(self, number: int, start: int, size: int) -> bytes:
+        """A piece of a part."""
+        ...
+
+    def size_of(self, number: int) -> int:
+        """Bytes of a part; 0 where there is none of that number."""
+        ...
+
+    def hold(self) -> None:
+        """It is read more than once, or slowly: it is returned when nobody refers to it any more."""
+        ...
+
     def passed_on(self, number: int) -> "Source":
         """A value of another process that this one refers to."""
         ...

@@ -82,8 +82,10 @@ class Sent:
             raise FrameRejected(f"a value that refers to buffer {number} of {len(self._parts) - 1}")
         return self._parts[number]
 
+    def size_of(self, number: int) -> int:
+        return len(self._parts[number]) if number < len(self._parts) else 0
+
     def piece(self, number: int, start: int, size: int) -> bytes:
-        """A piece of a part."""
         return bytes(self._parts[number][start : start + size])
 
     def refer_to(self, passed: Sequence[Source]) -> None:
@@ -96,7 +98,7 @@ class Sent:
     def finish(self) -> None:
         """Nothing to tell."""
 
-    drop = finish
+    hold = drop = finish
 
 
 Arrived = Borrowed | Sent

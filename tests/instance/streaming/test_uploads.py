@@ -49,7 +49,7 @@ def test_a_body_arrives_whole(size: int, chunked: bool, http: httpx.Client) -> N
     answer = http.post("/served/", content=_pieces(body) if chunked else body).json()
 
     assert answer["sha256"] == hashlib.sha256(body).hexdigest()
-    assert size < MIB or answer["parts"] > 3
+    assert size < MIB or not chunked or answer["parts"] > 3
 
 
 def test_the_handler_reads_while_the_client_still_sends(qserve_instance: TestInstance, notes: Notes) -> None:
@@ -227,7 +227,7 @@ def test_a_handler_that_does_not_read_stops_the_client(qserve_instance: TestInst
         return size
 
     _deploy(app)
-    total = 64 * MIB
+    total = 80 * MIB
     head = b"POST /served/ HTTP/1.1\r\nhost: HOST\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % total
 
     with connect(qserve_instance, head) as connection:
