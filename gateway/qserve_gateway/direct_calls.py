@@ -9,9 +9,9 @@ from qserve.calls.pending import PendingCall
 from qserve.errors import QServeError
 from qserve.wire.channel import Channel
 from qserve.wire.messages import HTTP, HTTP_RESPONSE, HttpResponse, LargeReply, Outcome
+from qserve_gateway.bodies.large_bodies import LargeResponse
 from qserve_gateway.door.direct import DirectProtocol, DirectRequest
 from qserve_gateway.http_calls import StreamedResponse
-from qserve_gateway.large_bodies import LargeResponse
 from qserve_gateway.respond import (
     about_to_respond,
     checked,

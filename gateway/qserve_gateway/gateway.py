@@ -14,6 +14,8 @@ from qserve.settings import Settings
 from qserve.wire.messages import MODEL, WEBSOCKET, HttpRequest, HttpResponse, encode
 from qserve.wire.spec import DeploymentSpec
 from qserve_gateway.api_keys import ApiKeys
+from qserve_gateway.bodies.large_bodies import LargeResponse
+from qserve_gateway.bodies.streaming import ClientDisconnected, read_beginning
 from qserve_gateway.direct_calls import DirectCall
 from qserve_gateway.door.direct import DirectApp, DirectProtocol, DirectRequest
 from qserve_gateway.door.limits import request_ids
@@ -23,7 +25,6 @@ from qserve_gateway.durable.durable_requests import PATH, DurableRequests, Prefe
 from qserve_gateway.front_page import front_page
 from qserve_gateway.headers import SPOOFED, UNUSUAL, Headers, end_to_end
 from qserve_gateway.http_calls import Answered, HttpCalls, StreamedResponse
-from qserve_gateway.large_bodies import LargeResponse
 from qserve_gateway.request_hooks import RequestHooks
 from qserve_gateway.respond import (
     Refused,
@@ -37,7 +38,6 @@ from qserve_gateway.respond import (
     text_response,
 )
 from qserve_gateway.routes import Route, RouteTable
-from qserve_gateway.streaming import ClientDisconnected, read_beginning
 from qserve_gateway.websocket import WebSocketBridge, deny
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})

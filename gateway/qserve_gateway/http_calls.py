@@ -18,9 +18,9 @@ from qserve.wire.messages import (
     LargeReply,
     Outcome,
 )
-from qserve_gateway.large_bodies import LargeBodies, LargeBody, LargeResponse
+from qserve_gateway.bodies.large_bodies import LargeBodies, LargeBody, LargeResponse
+from qserve_gateway.bodies.streaming import ClientDisconnected, Upload, stream_response
 from qserve_gateway.routes import Route
-from qserve_gateway.streaming import ClientDisconnected, Upload, stream_response
 
 TICK_S = 0.02
 

@@ -6,8 +6,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qserve.hooks import GatewayHook, GatewayRequest, HookChain, checked_meta
+from qserve_gateway.bodies.streaming import ClientDisconnected
 from qserve_gateway.routes import Route
-from qserve_gateway.streaming import ClientDisconnected
 
 _STATE = "hooks"
 """Where a request's scope keeps what the hooks have been told, for `after` and `error`."""

@@ -28,6 +28,7 @@ from qserve.wire.spec import GatewayInfo, HttpSettings
 from qserve_gateway.admin.admin_app import Admin, admin_token
 from qserve_gateway.admin.sampling import Sampler
 from qserve_gateway.api_keys import load_api_keys
+from qserve_gateway.bodies.streaming import OneLinePerCut
 from qserve_gateway.desired_state import Follower
 from qserve_gateway.door.limits import Door
 from qserve_gateway.durable.durable_pages import DurablePages
@@ -35,7 +36,6 @@ from qserve_gateway.durable.durable_requests import DurableRequests
 from qserve_gateway.gateway import Gateway
 from qserve_gateway.listener import ListenAddress, Listener, TlsFiles
 from qserve_gateway.middlewares import load_middlewares
-from qserve_gateway.streaming import OneLinePerCut
 
 logger = logging.getLogger(__name__)
 

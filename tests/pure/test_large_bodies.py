@@ -22,9 +22,9 @@ from qserve.wire.messages import (
     pack_http,
     unpack_http,
 )
-from qserve_gateway import large_bodies
-from qserve_gateway.large_bodies import LargeBodies, LargeResponse
-from qserve_gateway.streaming import ClientDisconnected
+from qserve_gateway.bodies import large_bodies
+from qserve_gateway.bodies.large_bodies import LargeBodies, LargeResponse
+from qserve_gateway.bodies.streaming import ClientDisconnected
 
 MIB = 2**20
 LEAST = 1000

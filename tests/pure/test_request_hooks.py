@@ -9,10 +9,10 @@ from qserve.errors import ConfigurationError
 from qserve.hooks import GatewayHook, GatewayRequest
 from qserve.wire.codec import Codec
 from qserve.wire.spec import MiddlewareSpec, Target
+from qserve_gateway.bodies.streaming import ClientDisconnected
 from qserve_gateway.middlewares import load_middlewares
 from qserve_gateway.request_hooks import RequestHooks
 from qserve_gateway.routes import Route
-from qserve_gateway.streaming import ClientDisconnected
 
 ROUTE = Route("Echo", "/echo", 60.0, idempotent=False)
 

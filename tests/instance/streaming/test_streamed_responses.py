@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from qserve import serve
 from qserve.testing import TestInstance
-from qserve_gateway.streaming import OneLinePerCut, ResponseCut
+from qserve_gateway.bodies.streaming import OneLinePerCut, ResponseCut
 from tests.support.gates import Gate, Notes
 from tests.support.processes import PeakMemory, connect, gateway_pid, read_to_end, read_until, valkey_pid
 from tests.support.serving import free_port

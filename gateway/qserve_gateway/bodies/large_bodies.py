@@ -14,8 +14,8 @@ from qserve.broker.large.lending import Lending, Loan
 from qserve.errors import PayloadTooLarge
 from qserve.values.segments import Segment
 from qserve.wire.messages import HttpRequest, LargeReply, decode_http_response, encode
+from qserve_gateway.bodies.streaming import ClientDisconnected, body_too_large
 from qserve_gateway.respond import Unsendable, send_response, start_message
-from qserve_gateway.streaming import ClientDisconnected, body_too_large
 
 _LARGEST = 64 * 2**20
 _MOST = 512 * 2**20
