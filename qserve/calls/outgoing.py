@@ -198,11 +198,12 @@ class WaitForArguments:
                 return
         refs, self._refs = self._refs, []  # they refer to this object, and the collector comes seldom
         args, self._args = self._args, ()
+        kwargs, self._kwargs = self._kwargs, {}
         if self._call.done():
             return  # cancelled meanwhile
         try:
             values = {ref: ref.as_argument() for ref in refs}
-            args, kwargs = substitute(args, self._kwargs, values)
+            args, kwargs = substitute(args, kwargs, values)
             self._call.send(self._codec.pack_arguments(args, kwargs, f"the call to {self._call.label}"))
         except Exception as exc:
             self._call.fail(exc)

@@ -86,7 +86,7 @@ async def test_its_memory_is_used_again_once_nobody_needs_it(parties: Parties) -
         [loan] = parties.lent_by_first.values()
         await until(lambda: loan.segment.state == COPIED)
         await parties.first.remote(7)  # until here the result may be a local variable of a frame that has not ended
-        await parties.second.remote(parties.first.remote(data()))
+        await parties.second.remote(value=parties.first.remote(data()))
         assert loan.segment.generation == 2
     finally:
         gc.enable()
