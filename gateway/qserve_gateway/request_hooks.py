@@ -1,6 +1,6 @@
 """The users' hooks around requests."""
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -49,7 +49,7 @@ class RequestHooks:
         """Make an application that answers requests as `serve` does, and tells the hooks how each has ended."""
 
         async def serve_with_hooks(scope: Scope, receive: Receive, send: Send) -> None:
-            response = _Response(send)
+            response = _Response(send, scope["state"])
             try:
                 await serve(scope, receive, response.send)
             except BaseException as exc:
@@ -82,8 +82,9 @@ def _after(scope: Scope, response: "_Response", error: BaseException | None) -> 
 class _Response:
     """What has been sent of a response."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, state: Mapping[str, Any]) -> None:
         self._send = send
+        self._state = state
         self.status = 0
         self.is_whole = False
 
@@ -91,6 +92,7 @@ class _Response:
         kind: Any = message["type"]
         if kind in ("http.response.start", "websocket.http.response.start"):
             self.status = message["status"]
+            message = self._with_trace(message)
         elif kind == "websocket.accept":
             self.status = 101
             self.is_whole = True
@@ -99,3 +101,10 @@ class _Response:
             self.is_whole = True
         elif kind == "websocket.close" and not self.status:
             self.status, self.is_whole = 403, True  # what the server answers to a handshake that is not accepted
+
+    def _with_trace(self, message: Message) -> Message:
+        """The beginning of a response that names its trace, as W3C Trace Context 2 has it."""
+        told, headers = self._state.get("traceresponse"), list(message.get("headers", ()))
+        if told is None or any(name.lower() == b"traceresponse" for name, _ in headers):
+            return message
+        return {**message, "headers": [*headers, (b"traceresponse", told.encode())]}

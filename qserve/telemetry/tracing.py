@@ -194,7 +194,9 @@ class GatewaySpans(GatewayHook):
         inside = trace.set_span_in_context(server, parent)
         send = tracer.start_span(f"send {request.deployment}", inside, kind=SpanKind.PRODUCER, attributes=about)
         _tell(request.meta, send, parent)
-        scope["state"]["trace_id"] = f"{server.get_span_context().trace_id:032x}"
+        here = server.get_span_context()
+        scope["state"]["trace_id"] = f"{here.trace_id:032x}"
+        scope["state"]["traceresponse"] = f"00-{here.trace_id:032x}-{here.span_id:016x}-{here.trace_flags:02x}"
         return server, send
 
     def after(self, request: GatewayRequest, state: Any, status: int) -> None:

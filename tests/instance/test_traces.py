@@ -16,6 +16,7 @@ from tests.support.waiting import LIMIT_S
 
 trace = pytest.importorskip("opentelemetry.trace", reason="qserve[otel] is not installed")
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+pytest.importorskip("opentelemetry.instrumentation.httpx")
 
 from opentelemetry.sdk.trace import TracerProvider  # noqa: E402
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor  # noqa: E402
@@ -25,7 +26,8 @@ from qserve.telemetry import tracing  # noqa: E402
 from tests.support.otlp_receiver import Collector, Span, collector  # noqa: E402
 
 CLIENT_TRACE = "0af7651916cd43dd8448eb211c80319c"
-SERVER, PRODUCER, CONSUMER = 2, 4, 5
+OTHER_TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+SERVER, CLIENT, PRODUCER, CONSUMER = 2, 3, 4, 5
 
 
 @serve.deployment(route_prefix="/outer")
@@ -72,6 +74,21 @@ class Inner:
         return "done"
 
 
+@serve.deployment(route_prefix="/relay")
+class Relay:
+    """Calls another HTTP service, through a client with the usual instrumentation."""
+
+    def __init__(self, url: str) -> None:
+        from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
+
+        HTTPXClientInstrumentor().instrument()
+        self.url = url
+
+    async def __call__(self) -> str:
+        async with httpx.AsyncClient(timeout=60) as client:
+            return (await client.get(f"{self.url}/outer?n=5")).text
+
+
 @pytest.fixture(scope="module")
 def collected() -> Iterator[Collector]:
     with collector() as made:
@@ -97,6 +114,7 @@ def traced(collected: Collector, own_spans: InMemorySpanExporter) -> Iterator[Te
         with instance() as running:
             Inner.deploy()
             Outer.deploy()
+            Relay.deploy(running.url)
             yield running
     tracing.source.cache_clear()
 
@@ -109,7 +127,8 @@ def own_span(own_spans: InMemorySpanExporter, name: str) -> tuple[str, str]:
 
 def test_a_request_is_one_trace_through_all_processes(traced: TestInstance, collected: Collector) -> None:
     headers = {"traceparent": f"00-{CLIENT_TRACE}-b7ad6b7169203331-01", "X-Request-Id": "mine"}
-    assert httpx.get(f"{traced.url}/outer?n=4", headers=headers, timeout=patience(LIMIT_S)).text == "8"
+    answer = httpx.get(f"{traced.url}/outer?n=4", headers=headers, timeout=patience(LIMIT_S))
+    assert answer.text == "8"
 
     collected.find(6, trace=CLIENT_TRACE)
     in_order = [("GET /outer", SERVER), ("send Outer", PRODUCER), ("process Outer", CONSUMER), ("look up", 1)]
@@ -123,6 +142,7 @@ def test_a_request_is_one_trace_through_all_processes(traced: TestInstance, coll
     assert [span.service for span in spans] == ["qserve-gateway"] * 2 + ["Outer"] * 3 + ["Inner"]
     assert spans[0].facts["http.response.status_code"] == 200
     assert spans[0].facts["qserve.request_id"] == "mine"
+    assert answer.headers["traceresponse"] == f"00-{CLIENT_TRACE}-{spans[0].id}-01"
     facts = spans[2].facts
     assert facts["messaging.system"] == "qserve"
     assert facts["messaging.operation.name"] == facts["messaging.operation.type"] == "process"
@@ -132,10 +152,20 @@ def test_a_request_is_one_trace_through_all_processes(traced: TestInstance, coll
     assert facts["qserve.replica"].startswith("Outer#")
 
 
+def test_what_a_call_asks_of_other_services_is_in_its_trace(traced: TestInstance, collected: Collector) -> None:
+    headers = {"traceparent": f"00-{OTHER_TRACE}-b7ad6b7169203331-01"}
+    assert httpx.get(f"{traced.url}/relay", headers=headers, timeout=patience(LIMIT_S)).text == "10"
+    process = collected.one(trace=OTHER_TRACE, name="process Relay")
+    asked = collected.one(trace=OTHER_TRACE, kind=CLIENT)
+    assert asked.parent == process.id
+    assert collected.one(trace=OTHER_TRACE, name="GET /outer").parent == asked.id
+
+
 def test_a_client_that_keeps_no_trace_leaves_none(traced: TestInstance, collected: Collector) -> None:
     other = "1" * 32
     headers = {"traceparent": f"00-{other}-b7ad6b7169203331-00"}
-    assert httpx.get(f"{traced.url}/outer?n=4", headers=headers, timeout=patience(LIMIT_S)).text == "8"
+    answer = httpx.get(f"{traced.url}/outer?n=4", headers=headers, timeout=patience(LIMIT_S))
+    assert (answer.text, "traceresponse" in answer.headers) == ("8", False)
     Inner.get_handle().remote(1).result(patience(LIMIT_S))  # whose spans come later
     collected.find(1, name="process Inner")
     assert not [span for span in collected.spans if span.trace == other]
