@@ -226,10 +226,10 @@ def call_of(schedule: ScheduleWithMeta, call_id: str) -> tuple[DurableCall, Dura
     return call, DurableOptions(0.0, schedule.expires_s, schedule.low_priority, schedule.terms)
 
 
-def next_moment(schedules: Schedules, schedule: Schedule) -> float | None:
+def next_moment(schedule: Schedule, now: float) -> float | None:
     """When a schedule is due next; None where its time zone is not known here."""
     try:
-        return parse_when(schedule.when).next_after(schedules.now())
+        return parse_when(schedule.when).next_after(now)
     except ValueError:
         return None
 

@@ -236,7 +236,8 @@ class Pages:
         _known(asked)
         schedules = Schedules(self._state)
         paused = {name: pause_of(text) for name, text in schedules.paused().items()}
-        rows = [(each, fired, next_moment(schedules, each), paused.get(each.name)) for each, fired in schedules.all()]
+        now = schedules.now()
+        rows = [(each, fired, next_moment(each, now), paused.get(each.name)) for each, fired in schedules.all()]
         return {"rows": rows}
 
     def _cluster(self, asked: Asked, _: str) -> dict[str, Any]:
