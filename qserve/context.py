@@ -74,6 +74,22 @@ batch_model: ContextVar[str] = ContextVar("qserve_batch_model", default="")
 
 
 @dataclass(frozen=True)
+class ReplicaRank:
+    """The number of a replica among those of its deployment, from 0.
+
+    Each version of a deployment counts by itself. A replica that ends leaves its number to its successor.
+
+    Attributes:
+        rank, local_rank: Its number on its node.
+        node_rank: 0: nodes do not know each other.
+    """
+
+    rank: int = 0
+    node_rank: int = 0
+    local_rank: int = 0
+
+
+@dataclass(frozen=True)
 class ReplicaContext:
     """The replica in which this code runs.
 
@@ -83,6 +99,7 @@ class ReplicaContext:
         servable_object: The user's instance (in its own constructor: not yet complete), or the function.
         app_name: The application that the deployment belongs to; "" if it was deployed by itself.
         world_size: How many replicas the deployment is to have, as deployed.
+        rank: Its number among them.
     """
 
     deployment: str
@@ -90,6 +107,7 @@ class ReplicaContext:
     servable_object: Any
     app_name: str = ""
     world_size: int = 1
+    rank: ReplicaRank = ReplicaRank()
 
     @property
     def replica_id(self) -> str:

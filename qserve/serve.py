@@ -25,7 +25,7 @@ from qserve.calls.planned_call import plan_call
 from qserve.calls.process_client import current_client
 from qserve.calls.ref import Ref
 from qserve.calls.streams import ResultStream
-from qserve.context import ReplicaContext, get_replica_context
+from qserve.context import ReplicaContext, ReplicaRank, get_replica_context
 from qserve.deployments.binding import Application
 from qserve.deployments.deployment import Deployment, deployment, unpickle_deployment
 from qserve.deployments.driver import THIS_PROCESS
@@ -67,6 +67,7 @@ __all__ = [
     "Location",
     "RayServeException",
     "ReplicaContext",
+    "ReplicaRank",
     "ReplicaUnavailableError",
     "RequestCancelledError",
     "RunTarget",
@@ -109,7 +110,16 @@ ReplicaUnavailableError = ReplicaDied
 for _public in (
     *(Application, ApplicationStatus, DeploymentStatus, RunTarget, ServeStatus),
     *(AutoscalingConfig, get_app_handle, get_deployment_handle),
-    *(AsyncDeploymentHandle, Deployment, DeploymentHandle, DurableRef, HTTPOptions, Location, ReplicaContext),
+    *(
+        AsyncDeploymentHandle,
+        Deployment,
+        DeploymentHandle,
+        DurableRef,
+        HTTPOptions,
+        Location,
+        ReplicaContext,
+        ReplicaRank,
+    ),
     unpickle_handle,
     unpickle_deployment,
 ):

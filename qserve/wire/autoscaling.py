@@ -19,6 +19,7 @@ class Autoscaling(msgspec.Struct, frozen=True):
         upscale_delay_s: How long more replicas must have been needed before they are started.
         downscale_delay_s: How long fewer replicas must have been enough before idle ones leave.
         max_wait_s: When a call has waited for this long, one more replica is started, however few calls there are.
+        initial_replicas: How many there are at first, until the load has said otherwise; None: `min_replicas`.
     """
 
     min_replicas: PositiveInt = 1
@@ -27,6 +28,7 @@ class Autoscaling(msgspec.Struct, frozen=True):
     upscale_delay_s: NonNegativeFloat = 30.0
     downscale_delay_s: NonNegativeFloat = 600.0
     max_wait_s: PositiveFloat = 10.0
+    initial_replicas: PositiveInt | None = None
 
 
 def _fields_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
@@ -38,7 +40,7 @@ _AutoscalingFields: Any = create_model("_AutoscalingFields", **_fields_of(Autosc
 
 OTHER_NAMES: Final = {"target_num_ongoing_requests_per_replica": "target_ongoing_requests"}
 IGNORED_NAMES: Final = frozenset(
-    {"metrics_interval_s", "look_back_period_s", "aggregation_function", "initial_replicas"}
+    {"metrics_interval_s", "look_back_period_s", "aggregation_function"}
     | {"upscaling_factor", "downscaling_factor", "downscale_to_zero_delay_s"}
     | {f"{direction}smoothing_factor" for direction in ("", "upscale_", "downscale_")}
 )
@@ -72,4 +74,7 @@ class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]
     def _check_order(self) -> "AutoscalingConfig":
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas}).")
+        initial = self.initial_replicas
+        if initial is not None and not self.min_replicas <= initial <= self.max_replicas:
+            raise ValueError(f"initial_replicas ({initial}) is not between min_replicas and max_replicas.")
         return self

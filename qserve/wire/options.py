@@ -275,6 +275,14 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
     initialization_timeout_s: Annotated[
         PositiveFloat, Option("How long a constructor may take. One that takes longer has failed.")
     ] = 600.0
+    max_constructor_retry_count: Annotated[
+        PositiveInt,
+        Option(
+            "How many constructors may fail before a deploy that has brought up no replica is given up; at most three "
+            "for each replica.",
+            makes_version=False,
+        ),
+    ] = 100
     health_check_period_s: Annotated[
         PositiveFloat,
         Option(
@@ -330,6 +338,7 @@ class GivenOptions(TypedDict, total=False):
     graceful_shutdown_timeout_s: float | None
     graceful_shutdown_wait_loop_s: float | None
     initialization_timeout_s: float | None
+    max_constructor_retry_count: int | None
     health_check_period_s: float | None
     health_check_timeout_s: float | None
     http_method_header: bool | None

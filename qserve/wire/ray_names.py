@@ -10,7 +10,6 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "logging_config": "logging of replicas is that of the process; see QSERVE_ACCESS_LOG, and docs/operations.md",
     "max_surge_percent": "at most max(1, 20 %) of the replicas are replaced at a time; see surge=",
     "rolling_update_percentage": "at most max(1, 20 %) of the replicas are replaced at a time",
-    "max_constructor_retry_count": "a deploy gives up after min(100, 3 x replicas) constructors that failed",
     "max_replicas_per_node": "each node runs as many replicas as its --replicas-per-node says",
     "num_gpus": "GPUs are not assigned to replicas; choose them with CUDA_VISIBLE_DEVICES in env_vars",
     "runtime_env": "only its env_vars are set; packages belong into the environment in which nodes are started",

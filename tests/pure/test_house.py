@@ -222,6 +222,7 @@ def test_the_public_names_are_these() -> None:
         "Location",
         "RayServeException",
         "ReplicaContext",
+        "ReplicaRank",
         "ReplicaUnavailableError",
         "RequestCancelledError",
         "RunTarget",

@@ -91,7 +91,7 @@ def test_what_is_changed_in_running_replicas_makes_no_version() -> None:
     """`qserve deploy` makes a version from the content of a spec; others than these start new replicas."""
     assert {each.field for each in DECLARED if not each.option.makes_version} == {
         *("version", "prev_version", "num_replicas", "autoscaling", "route_prefix", "user_config"),
-        *("health_check_period_s", "health_check_timeout_s", "backpressure"),
+        *("health_check_period_s", "health_check_timeout_s", "backpressure", "max_constructor_retry_count"),
     }
 
 

@@ -72,6 +72,34 @@ def test_a_new_revision_is_constructed_first_and_serves_when_its_predecessor_has
     assert pool.size == 2
 
 
+def ranks(pool: Pool) -> dict[int, int]:
+    return {pid: replica.rank for pid, replica in pool.rollout.crew.by_pid.items()}
+
+
+def test_each_version_counts_its_replicas_from_zero_and_a_successor_takes_the_number_that_is_free() -> None:
+    pool = serving(3)
+    assert ranks(pool) == {1: 0, 2: 1, 3: 2}
+    pool.die(2, "signal SIGKILL")
+    assert ranks(pool) == {1: 0, 3: 2, 4: 1}
+    pool.state(4, "SERVING", "a")
+
+    pool.deploy(2, "b", by=1)
+    for old, new in ((1, 5), (3, 6), (4, 7)):
+        pool.state(new, "STANDBY", "b", 2)
+        pool.die(old)
+        pool.state(new, "SERVING", "b", 2)
+    assert ranks(pool) == {5: 0, 6: 1, 7: 2}
+
+
+def test_a_deploy_is_given_up_after_as_many_failures_as_it_allows() -> None:
+    pool = Pool(2)
+    pool.deploy(1, "a", by=1, most_failures=2)
+    pool.say(1, "failed", generation=1, revision="a", error="first")
+    assert pool.status == Status(0, DEPLOYING, 2, 0, "first")
+    pool.say(2, "failed", generation=1, revision="a", error="second")
+    assert pool.status == Status(1, DEPLOY_FAILED, 2, 0, "second")
+
+
 def test_a_replica_that_is_ill_serves_until_another_one_can() -> None:
     pool = serving(2)
     pool.say(1, "ill", error="no connection")

@@ -40,6 +40,14 @@ def test_more_calls_than_the_target_for_long_enough_bring_more_replicas() -> Non
     assert worker.pass_seconds(10, calls=1000) == 8
 
 
+def test_the_first_number_of_replicas_may_be_given_and_goes_as_every_other() -> None:
+    policy = Autoscaling(min_replicas=1, max_replicas=9, initial_replicas=4, downscale_delay_s=5)
+    worker = Clock(policy)
+    assert worker.pass_seconds(5, calls=0) == 4
+    assert worker.pass_seconds(1, calls=0) == 1
+    assert Clock(policy, place=1, nodes=3).pass_seconds(1, calls=0) == 1
+
+
 def test_a_moment_of_many_calls_brings_none() -> None:
     worker = Clock()
     for _ in range(5):
@@ -150,6 +158,7 @@ def test_a_scaled_deployment_is_healthy_with_as_many_as_it_must_have() -> None:
     [
         ({"autoscaling_config": {"min_replicas": -1}}, "min_replicas"),
         ({"autoscaling_config": {"min_replicas": 3, "max_replicas": 2}}, "is below min_replicas"),
+        ({"autoscaling_config": {"initial_replicas": 2}}, "initial_replicas"),
         ({"autoscaling_config": {"maximum": 2}}, "maximum"),
         ({"autoscaling_config": 3}, "autoscaling_config"),
         ({"autoscaling_config": {}, "num_replicas": 2}, "exclude each other"),

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from qserve.context import CallInfo, current_call, get_replica_context
+from qserve.context import CallInfo, ReplicaRank, current_call, get_replica_context
 from qserve.errors import MethodNotFound, QServeError, ResultNotSerializable
 from tests.support.local_code import CODEC, running
 from tests.support.slowness import patience
@@ -109,6 +109,18 @@ async def test_user_config_is_applied_after_construction_and_again_when_it_chang
     async with running(Async if is_async else Sync, user_config={"n": 1}) as replica:
         await replica.code.reconfigure(CODEC.pack("second"))
         assert await replica.call("get") == [{"n": 1}, "second"]
+
+
+async def test_reconfigure_may_ask_for_the_rank_of_its_replica() -> None:
+    class Ranked:
+        def reconfigure(self, config: Any, rank: ReplicaRank) -> None:
+            self.seen = [config, rank.rank, get_replica_context().rank.rank]
+
+        def get(self) -> list[Any]:
+            return self.seen
+
+    async with running(Ranked, user_config="first") as replica:
+        assert await replica.call("get") == ["first", 0, 0]
 
 
 async def test_user_config_without_reconfigure_fails_the_construction() -> None:

@@ -26,8 +26,8 @@ class Pool:
     def fill(self) -> None:
         while len(self.rollout.crew.by_pid) < self.size:
             pid = next(self._pids)
-            standby, self.failures[pid] = self.rollout.birth()
-            self.rollout.born(pid, self.now, standby=standby)
+            standby, self.failures[pid], rank = self.rollout.birth()
+            self.rollout.born(pid, self.now, standby=standby, rank=rank)
 
     def act(self) -> list[Action]:
         actions = self.rollout.actions(self.now)

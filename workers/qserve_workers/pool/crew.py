@@ -26,6 +26,7 @@ class Desired:
     initialization_timeout_s: float = 600.0
     graceful_timeout_s: float = 20.0
     autoscaling: Autoscaling | None = None
+    most_failures: int = 100
 
     @classmethod
     def from_event(cls, seen: DeploymentSeen) -> "Desired":
@@ -37,6 +38,7 @@ class Desired:
             seen.initialization_timeout,
             seen.graceful_timeout,
             seen.autoscaling,
+            seen.most_failures,
         )
 
 
@@ -67,6 +69,7 @@ class TrackedReplica:
     ill: bool = False
     refusals: int = 0
     """How often it answered that it had calls to run."""
+    rank: int = 0
 
     def enter(self, entered: StateEntered, now: float) -> None:
         """It has another state."""
@@ -156,6 +159,11 @@ class Crew:
         if replica.ill:
             return False
         return not replica.revision or (self.desired is not None and replica.revision == self.desired.revision)
+
+    def free_rank(self) -> int:
+        """The lowest number that no live one of the newest revision has."""
+        taken = {r.rank for r in self.fresh}
+        return next(rank for rank in range(len(taken) + 1) if rank not in taken)
 
     @property
     def ready(self) -> int:

@@ -85,6 +85,7 @@ class Keeper:
         self._alive_timer: Any = None
         self._acting = self._again = False
         self._standby = False
+        self._rank = 0
 
     def start(self) -> None:
         """Open the reports pipe; call before the first fork."""
@@ -110,9 +111,9 @@ class Keeper:
 
     def before_birth(self) -> Callable[[], ReplicaProcess]:
         """What the process forked next shall run."""
-        self._standby, failures = self.rollout.birth()
+        self._standby, failures, self._rank = self.rollout.birth()
         scaled = self.scaler.bounds is not None
-        birth = Birth(self.deployment, self.id, self._node, self._standby, failures, self._writer, scaled)
+        birth = Birth(self.deployment, self.id, self._node, self._standby, failures, self._writer, scaled, self._rank)
         return partial(self._in_child, birth)
 
     def _in_child(self, birth: Birth) -> ReplicaProcess:
@@ -122,7 +123,7 @@ class Keeper:
 
     def after_birth(self, pid: int) -> None:
         """A process has been forked."""
-        self.rollout.born(pid, time.monotonic(), standby=self._standby)
+        self.rollout.born(pid, time.monotonic(), standby=self._standby, rank=self._rank)
         self._announcer.count("replicas started")
 
     def on_death(self, pid: int, exitcode: int | None) -> bool:

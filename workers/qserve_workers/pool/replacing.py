@@ -30,7 +30,6 @@ from qserve_workers.replica.replica_events import (
 
 KILL_MARGIN_S = 2.0
 """How long after its own grace period a leaving replica is killed."""
-_MOST_FAILURES = 100
 
 
 # What a rollout tells the pool to do, and the world to know
@@ -135,9 +134,9 @@ class Rollout:
 
     # What happened
 
-    def born(self, pid: int, now: float, *, standby: bool = False) -> None:
+    def born(self, pid: int, now: float, *, standby: bool = False, rank: int = 0) -> None:
         """The pool has started a process."""
-        self.crew.by_pid[pid] = TrackedReplica(pid, now, standby)
+        self.crew.by_pid[pid] = TrackedReplica(pid, now, standby, rank=rank)
 
     def died(self, pid: int, how: str) -> TrackedReplica | None:
         """A process has ended; returns what was known of it."""
@@ -195,11 +194,11 @@ class Rollout:
 
     # What to do about it
 
-    def birth(self) -> tuple[bool, int]:
-        """(standby, failures so far) for the next process to start."""
+    def birth(self) -> tuple[bool, int, int]:
+        """(standby, failures so far, rank) for the next process to start."""
         desired = self.crew.desired
         surge = desired is not None and desired.surge
-        return surge and any(r.has_capacity for r in self.crew.old), self.failures
+        return surge and any(r.has_capacity for r in self.crew.old), self.failures, self.crew.free_rank()
 
     def actions(self, now: float) -> list[Action]:
         """Everything to do now; the caller does it, in this order."""
@@ -273,7 +272,7 @@ class Rollout:
             return
         self.failures += 1
         self._error = error
-        if not self._came_up and self.failures >= min(_MOST_FAILURES, 3 * self.wanted):
+        if not self._came_up and self.failures >= min(desired.most_failures, 3 * self.wanted):
             self._gave_up = True
 
     # Who goes, whose turn it is, and how many there are

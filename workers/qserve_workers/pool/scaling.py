@@ -73,6 +73,8 @@ class Scaler:
             return self.decided
         fewest, most = self.bounds or (demand.share(policy.min_replicas), demand.share(policy.max_replicas))
         self.lowest = fewest
+        if not self.decided and policy.initial_replicas is not None:
+            current = max(current, demand.share(policy.initial_replicas))
         wanted = demand.share(math.ceil(demand.calls / policy.target_ongoing_requests))
         if demand.waited_s >= policy.max_wait_s and ready >= current:  # else those on their way may be enough
             wanted = max(wanted, current + 1)

@@ -15,6 +15,7 @@ class Birth:
         failures: Constructor failures so far; the replica waits accordingly before it tries.
         reports_fd: Pipe for events to the parent; see `qserve_workers.replica.replica_events`.
         scaled: Tell what there is to do, whatever the deployment says.
+        rank: Its number among the replicas of its worker.
     """
 
     deployment: str
@@ -24,6 +25,7 @@ class Birth:
     failures: int
     reports_fd: int
     scaled: bool = False
+    rank: int = 0
 
 
 @dataclass(frozen=True)

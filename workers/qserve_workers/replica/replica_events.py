@@ -38,6 +38,7 @@ class DeploymentSeen(Event, frozen=True, kw_only=True, tag="deployed"):
     initialization_timeout: float = 600.0
     graceful_timeout: float = 20.0
     autoscaling: Autoscaling | None = None
+    most_failures: int = 100
 
 
 class DeletionSeen(Event, frozen=True, kw_only=True, tag="deleted"):

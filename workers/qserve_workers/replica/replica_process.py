@@ -187,5 +187,6 @@ class Replica:
                 initialization_timeout=spec.initialization_timeout_s,
                 graceful_timeout=spec.graceful_shutdown_timeout_s,
                 autoscaling=spec.autoscaling,
+                most_failures=spec.max_constructor_retry_count,
             )
         )

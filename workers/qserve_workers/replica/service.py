@@ -69,6 +69,7 @@ class Service:
         hooks: Sequence[ReplicaHook],
     ) -> None:
         self._name = birth.deployment
+        self._rank = birth.rank
         self._tag = tag
         self._settings = settings
         self._deployed = watch.served = deployed
@@ -131,7 +132,7 @@ class Service:
             # Importing may take long and must not stop the loop.
             target = await enter(asyncio.to_thread, load_user_code, spec.target)
             self._consumer.affinity.expect_models(room_for_models(target))
-            self._code = UserCode(spec, target, self._tag, self._codec)
+            self._code = UserCode(spec, target, self._tag, self._codec, self._rank)
             await self._code.construct()
             await self._health.first(self._code)
         except Exception as exc:

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 import qserve.serve  # noqa: F401  tells deployments that user code may deploy where the instance is
 from qserve.applications.graph import own_name
-from qserve.context import ReplicaContext, current_call, set_replica_context
+from qserve.context import ReplicaContext, ReplicaRank, current_call, set_replica_context
 from qserve.deployments.ingress import bind_app, contents_of
 from qserve.deployments.loading import importing, load_target
 from qserve.errors import MethodNotFound
@@ -59,10 +59,12 @@ class UserCode:
     Args:
         target: The class or function, as `load_target` gives it.
         tag: Tag of the replica.
+        rank: Its number among the replicas of its worker.
     """
 
-    def __init__(self, spec: DeploymentSpec, target: object, tag: str, codec: Codec) -> None:
+    def __init__(self, spec: DeploymentSpec, target: object, tag: str, codec: Codec, rank: int = 0) -> None:
         self._spec = spec
+        self._rank = ReplicaRank(rank, local_rank=rank)
         self._target: Any = target
         self._tag = tag
         self._codec = codec
@@ -102,7 +104,8 @@ class UserCode:
     def _set_context(self) -> None:
         spec = self._spec
         name = own_name(spec.application, spec.name)
-        set_replica_context(ReplicaContext(name, self._tag, self._instance, spec.application, spec.num_replicas))
+        replicas = spec.num_replicas
+        set_replica_context(ReplicaContext(name, self._tag, self._instance, spec.application, replicas, self._rank))
 
     async def reconfigure(self, packed: bytes) -> None:
         """Hand the instance a user_config.
@@ -120,7 +123,8 @@ class UserCode:
         if reconfigure is None:
             raise ValueError(f"user_config specified but deployment {self._spec.name!r} is missing reconfigure method.")
         config = self._codec.unpack(packed)
-        await describe_method(reconfigure, self._threads.run).run(config)
+        ranked = {"rank": self._rank} if "rank" in inspect.signature(reconfigure).parameters else {}
+        await describe_method(reconfigure, self._threads.run).run(config, **ranked)
         self._methods = class_methods(self._instance, self._threads.run)
 
     @property
