@@ -44,6 +44,7 @@ from qserve.errors import (
 )
 from qserve.hooks import ClientHook, HookChain, load_hooks
 from qserve.multiplexing import get_multiplexed_model_id, multiplexed
+from qserve.screen.replica_output import before_start, show_output
 from qserve.screen.script import serve_in_foreground
 from qserve.settings import Settings
 from qserve.wire.autoscaling import AutoscalingConfig
@@ -153,7 +154,9 @@ def start(
     if proxy_location is not None:
         options.location = Location("NoServer" if proxy_location == "Disabled" else proxy_location)
     if not _ignored("start"):
+        before_start()
         THIS_PROCESS.start(options, detached=detached)
+        show_output()
 
 
 @overload
@@ -255,7 +258,9 @@ def _bring_up(
     if blocking:
         serve_in_foreground(deployments, options, detached=detached)
         return
+    before_start()
     instance = THIS_PROCESS.start(options, detached=detached, wait=False)
+    show_output()
     goal = JointGoal(instance.state, [each.to_spec(instance.codec) for each in deployments])
     if wait:
         goal.wait()

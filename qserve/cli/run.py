@@ -32,15 +32,14 @@ from qserve.deployments.local_instance import (
 )
 from qserve.errors import ConfigurationError
 from qserve.screen.introduction import curl_command, introduction
+from qserve.screen.own_console import console_environment
 from qserve.screen.terminal import Relay
-from qserve.settings import LOOPBACK_HOSTS, Settings
+from qserve.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _LOOK_S = 1.0
 """How often we look whether the instance still runs and, with --reload, for edits."""
-CONSOLE_PORT = 8265
-"""Where the console is, if that port is free."""
 _FORCED = 130
 """Exit code of a command that Ctrl-C ended, as shells have it."""
 
@@ -113,7 +112,7 @@ def serve_until_ctrl_c(
     found = find_app(app, app_dir)
     imported = import_found(found, replicas, arguments)
     serving = serving_options(imported.config, host, port, tls)
-    open_console(Settings())
+    os.environ.update(console_environment())
     settings = Settings()
     if settings.redis_url:
         require_usable_at(settings.redis_url)
@@ -188,15 +187,6 @@ def bring_up(instance: LocalInstance, imported: Imported, *, stay_anyway: bool) 
                 raise
             exc.show()
     return instance.wait_until_ready()
-
-
-def open_console(settings: Settings) -> None:
-    """Let the gateway have a console that is open to this machine, unless the user has set something else."""
-    if settings.admin_host not in LOOPBACK_HOSTS:
-        return
-    os.environ.setdefault("QSERVE_CONSOLE_OPEN", "1")
-    if settings.admin_port is None:
-        os.environ["QSERVE_ADMIN_PORT"] = str(CONSOLE_PORT)
 
 
 def introduce(imported: Imported, gateway_url: str, console: str, *, shows_certificate: bool) -> None:

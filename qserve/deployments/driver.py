@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 from qserve.broker.instance.state import State
@@ -22,6 +23,9 @@ from qserve.wire.messages import Signer
 from qserve.wire.spec import DeploymentSpec, HttpSettings
 
 logger = logging.getLogger(__name__)
+
+
+_NAMED_OUTPUT: Final = {"QSERVE_NAMES_OUTPUT": "1"}
 
 
 class ConnectedInstance:
@@ -171,6 +175,11 @@ class Driver:
             elif record is not None:
                 local_instance.stop_instance(record)
 
+    @property
+    def own_log_file(self) -> Path | None:
+        """The log of the instance that this process has started, unless that outlives it."""
+        return self._local.log_file if self._local is not None and not self._local.detached else None
+
     def stop_own(self) -> None:
         """Stop the instance that this process has started, if there is one."""
         if self._local is not None:
@@ -217,7 +226,7 @@ class Driver:
             http=options.address(),
             detached=detached,
             log_to_stderr=shown_with is not None,
-            environment=shown_with or {},
+            environment=_NAMED_OUTPUT if shown_with is None and not detached else shown_with or {},
         )
         self._local = started = local_instance.launch(settings, launch)
         if started.log_file is not None:

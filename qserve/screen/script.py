@@ -14,6 +14,7 @@ from qserve.deployments.deployment import Deployment
 from qserve.deployments.driver import THIS_PROCESS, ConnectedInstance
 from qserve.deployments.http_options import HTTPOptions
 from qserve.screen.introduction import curl_command, introduction
+from qserve.screen.own_console import console_environment
 from qserve.screen.progress import show_progress
 from qserve.screen.terminal import Relay
 
@@ -45,9 +46,8 @@ def serve_in_foreground(deployments: Sequence[Deployment[Any]], options: HTTPOpt
 def _bring_up(deployments: Sequence[Deployment[Any]], options: HTTPOptions, *, detached: bool) -> None:
     relay = Relay(everything=False)
     with contextlib.nullcontext() if detached else relay.output_of_new_processes():
-        instance = THIS_PROCESS.start(
-            options, detached=detached, wait=False, shown_with=None if detached else relay.environment
-        )
+        shown_with = None if detached else {**relay.environment, **console_environment()}
+        instance = THIS_PROCESS.start(options, detached=detached, wait=False, shown_with=shown_with)
     joint = JointGoal(instance.state, [each.to_spec(instance.codec) for each in deployments])
     show_progress(joint.goals)
     joint.wait()
@@ -58,7 +58,9 @@ def _bring_up(deployments: Sequence[Deployment[Any]], options: HTTPOptions, *, d
 
 
 def _introduction(deployments: Sequence[Deployment[Any]], instance: ConnectedInstance) -> list[str]:
-    return introduction(deployments, instance.url_of, curl=curl_command(instance.url_of("/") or ""))
+    record = local_instance.find_record(instance.settings.namespace)
+    console = record.console_url if record is not None else ""
+    return introduction(deployments, instance.url_of, console=console, curl=curl_command(instance.url_of("/") or ""))
 
 
 def _listen_to_ctrl_c() -> None:

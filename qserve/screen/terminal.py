@@ -78,7 +78,7 @@ class Relay:
         with os.fdopen(read, errors="replace") as lines:
             for line in lines:
                 for shown in self.feed(line.rstrip("\n")):
-                    _print(shown)
+                    show_line(shown)
 
     def feed(self, line: str) -> list[str]:
         """The lines to show now that this one has come."""
@@ -95,7 +95,8 @@ class Relay:
         return [shown for each in self._users.feed(line) if (shown := as_shown(each)) is not None]
 
 
-def _print(text: str) -> None:
+def show_line(text: str) -> None:
+    """Print a line to stderr, clear of the display."""
     if not sys.stderr.isatty():
         with contextlib.suppress(OSError, ValueError):  # nobody looks any more
             sys.stderr.write(text + "\n")

@@ -62,6 +62,7 @@ def test_a_script_that_stays_shows_what_qserve_run_shows_and_ends_by_sigint(shel
     script = RunningScript(shell, "good")
     try:
         url = script.wait_for(r"^ +Greeter +curl (http\S+)$")[1]
+        script.wait_for(r"^ +console +http://127\.0\.0\.1:\d+/-/console$")
         script.wait_for("^Ctrl-C stops it")
         assert get(url) == "hello"
         script.wait_for(r"^Greeter \| called$")
@@ -94,3 +95,32 @@ def test_a_constructor_that_raises_is_told_once_from_the_users_code_on(shell: Sh
     assert said.count('weights["greeting"]') == 1
     assert said.count("KeyError: 'greeting'") <= 2  # with what a log says in a line
     assert f"{os.sep}qserve_workers{os.sep}" not in said
+
+
+def test_a_script_that_goes_on_shows_what_its_replicas_print_to_the_end(shell: Shell) -> None:
+    shell.write(
+        "script.py",
+        """
+        from qserve import serve
+
+        @serve.deployment
+        class Greeter:
+            def __call__(self, name):
+                print("greeting", name)
+                return f"hello {name}"
+
+            def __del__(self):
+                print("leaving")
+
+        if __name__ == "__main__":
+            handle = serve.run(Greeter.bind(), http_options={"port": 0})
+            print(handle.remote("Ada").result(timeout_s=20))
+        """,
+    )
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(
+        command, cwd=shell.folder, env=shell.environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "hello Ada\n"), done.stderr
+    shown = [line for line in done.stderr.splitlines() if line.startswith("Greeter | ")]
+    assert shown == ["Greeter | greeting Ada", "Greeter | leaving"]
