@@ -199,6 +199,8 @@ def open_stream(
     Raises:
         ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
     """
+    label = f"{deployment}.{method}" if method else deployment
+    payload, refs = _payload_or_refs(codec, args, kwargs, label)
     caller = current_call.get()
 
     def prepare(payload: Payload, on_outcome: OnOutcome) -> PendingCall:
@@ -216,14 +218,21 @@ def open_stream(
             meta=meta,
         )
 
-    label = f"{deployment}.{method}" if method else deployment
-    payload: Payload | None = codec.pack_plain_call(args, kwargs)
-    refs: list[Ref[Any]] = []
-    if payload is None and not (refs := collect_refs(args, kwargs)):
-        payload = codec.pack_arguments(args, kwargs, f"the call to {label}")
     stream = ResultStream[Any](client, codec, prepare, label, caller, on_end)
     if payload is not None:
         stream.send(payload)
     else:
         WaitForArguments(stream, codec, args, kwargs, refs).start()
     return stream
+
+
+def _payload_or_refs(
+    codec: Codec, args: tuple[Any, ...], kwargs: dict[str, Any], label: str
+) -> tuple[Payload | None, list[Ref[Any]]]:
+    """The packed arguments; or None, and the refs among them that have to be waited for."""
+    payload = codec.pack_plain_call(args, kwargs)
+    if payload is not None:
+        return payload, []
+    if refs := collect_refs(args, kwargs):
+        return None, refs
+    return codec.pack_arguments(args, kwargs, f"the call to {label}"), []
