@@ -318,7 +318,7 @@ def get_ref(call_id: str) -> DurableRef[Any]:
         NoInstanceError: No instance is running.
         BrokerUnavailable: Redis cannot be reached.
     """
-    client = current_client()
+    client = current_client().of_call(call_id)
     return attached_ref(client, codec_of(client), call_id)
 
 

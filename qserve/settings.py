@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from qserve.broker.keys import Keys
+from qserve.broker.server.address import parse
 from qserve.errors import ConfigurationError
 from qserve.wire.names import NAME_PATTERN
 
@@ -46,7 +47,7 @@ class Settings(BaseSettings):
     redis_url: Annotated[str, Shown("unset: the instance on this machine")] = Field(
         default="",
         repr=False,
-        description="URL of the Redis (7 or newer) or Valkey server, or of its sentinels: [The server](#the-server).",
+        description="URL of the Redis (7 or newer) or Valkey server, sentinels or cluster: [The server](#the-server).",
     )
     secret: Annotated[str, Shown("unset: messages are not signed")] = Field(
         default="",
@@ -315,7 +316,7 @@ class Settings(BaseSettings):
     @cached_property
     def keys(self) -> Keys:
         """Key names of the namespace."""
-        return Keys(self.namespace)
+        return Keys(self.namespace, parse(self.redis_url).shards if self.redis_url else 1)
 
     @cached_property
     def secrets(self) -> tuple[bytes, ...]:
@@ -323,3 +324,17 @@ class Settings(BaseSettings):
         about = f"qserve namespace {self.namespace}".encode()
         given = (part.strip().encode() for part in self.secret.split(","))
         return tuple(hmac.digest(secret, about, "sha256") for secret in given if secret)
+
+
+def at_deployment(settings: Settings, deployment: str) -> Settings:
+    """The settings with which a process speaks to the shard of a deployment; the same where there are no shards."""
+    return at_shard(settings, settings.keys.of(deployment).shard)
+
+
+def at_shard(settings: Settings, shard: int) -> Settings:
+    """The settings with which a process speaks to a shard: its keys are that shard's."""
+    if shard == settings.keys.shard:
+        return settings
+    found = settings.model_copy()
+    found.__dict__["keys"] = settings.keys.at(shard)  # as cached_property would
+    return found

@@ -164,7 +164,9 @@ class Gateway(DirectApp):
         request_id = scope["state"]["request_id"] = self._request_id(named.get(b"x-request-id"))
         method = scope["method"]
         request = _request(scope, path, raw_path, headers, route, request_id)
-        call = DirectCall(self._client, connection, route, method, request_id, debug=self._settings.debug)
+        call = DirectCall(
+            self._client.of(route.deployment), connection, route, method, request_id, debug=self._settings.debug
+        )
         call.put(encode(request), safe=method in SAFE_METHODS or route.idempotent)
         return call
 
@@ -291,8 +293,9 @@ class Gateway(DirectApp):
         )
         pending, outcome = self._calls.prepare(route, encode(request), safe=False, kind=WEBSOCKET)
         pending.on_stream = None
-        bridge = WebSocketBridge(self._client.open_channel(pending), receive, send, request_id)
-        self._client.put(pending)
+        client = self._client.of(route.deployment)
+        bridge = WebSocketBridge(client.open_channel(pending), receive, send, request_id)
+        client.put(pending)
         try:
             await bridge.run()
         except QServeError:  # before anything was accepted: the call's outcome says why
@@ -301,7 +304,7 @@ class Gateway(DirectApp):
                 answer = StreamBroken("the replica that had the WebSocket is gone: connect again")
             await deny(send, outcome_response(answer, request_id, debug=self._settings.debug), request_id)
         finally:
-            self._client.cancel(pending)
+            client.cancel(pending)
 
     async def _own_page(self, scope: Scope, path: str, named: Named, request_id: str) -> HttpResponse | EventStream:
         headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"])

@@ -100,8 +100,9 @@ class HttpCalls:
         Raises:
             ClientDisconnected: The client has left; the call is withdrawn.
         """
+        client = self._client.of(route.deployment)
         pending, future = self.prepare(route, payload, safe)
-        self._client.put(pending)
+        client.put(pending)
         answer = None
         if not route.outlives_client:
             self._departures.watch(future, receive)
@@ -110,7 +111,7 @@ class HttpCalls:
         finally:
             self._departures.forget(future)
             if answer is None:
-                self._client.cancel(pending)
+                client.cancel(pending)
         if answer is None:
             raise ClientDisconnected("the client left")
         return large_or_not(answer)
@@ -121,6 +122,7 @@ class HttpCalls:
         Args:
             sent: Bytes of the body that the payload has already.
         """
+        client = self._client.of(route.deployment)
         pending, future = self.prepare(route, payload, safe=False)
 
         def on_end(error: QServeError | None) -> None:
@@ -128,13 +130,13 @@ class HttpCalls:
                 future.set_result(error)
 
         upload = Upload(
-            self._client.open_channel(pending),
+            client.open_channel(pending),
             receive,
             sent=sent,
             limit=self._largest_body,
             on_end=on_end,
         )
-        self._client.put(pending)
+        client.put(pending)
         upload.start()
         answer = None
         try:
@@ -144,7 +146,7 @@ class HttpCalls:
                 answer.upload = upload
             else:
                 await upload.stop()
-                self._client.cancel(pending)  # without effect where there is an outcome
+                client.cancel(pending)  # without effect where there is an outcome
         if answer is None:
             raise ClientDisconnected("the client left")
         return large_or_not(answer)
@@ -161,7 +163,8 @@ class HttpCalls:
             if not future.done():
                 future.set_result(outcome)
 
-        pending = self._client.prepare(
+        client = self._client.of(route.deployment)
+        pending = client.prepare(
             route.deployment,
             kind=kind,
             method="",
@@ -174,7 +177,7 @@ class HttpCalls:
 
         def on_stream(pending: PendingCall, channel: Channel) -> None:
             if not future.done():
-                future.set_result(StreamedResponse(channel, partial(self._client.cancel, pending)))
+                future.set_result(StreamedResponse(channel, partial(client.cancel, pending)))
 
         pending.on_stream = on_stream
         pending.is_strict = route.client_sets_deadline

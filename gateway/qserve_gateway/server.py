@@ -88,8 +88,8 @@ class GatewayProcess:
         self._settings = settings
         self._client = Client(settings)
         self._news = CallNews(settings.redis_url, settings.keys)
-        durable = DurableRequests(self._client.durable, debug=settings.debug)
-        pages = DurablePages(self._client.durable, self._news, debug=settings.debug)
+        durable = DurableRequests(self._client, debug=settings.debug)
+        pages = DurablePages(self._client, self._news, debug=settings.debug)
         hooks = load_hooks(settings.hook_paths, GatewayHook)
         self._gateway = Gateway(self._client, settings, load_api_keys(settings), durable, pages, hooks)
         self._http = HttpSettings()

@@ -28,7 +28,7 @@ class CeleryLists:
     """
 
     def __init__(self, redis_url: str, keys: Keys, queue: str, reader: str) -> None:
-        self._redis = redis_clients.client(redis_url, _ANSWER_S)
+        self._redis = redis_clients.client(keys.at(0).address(redis_url), _ANSWER_S)
         self._names = [f"{keys.celery_prefix}{queue}{priority}" for priority in _PRIORITIES]
         self._lease = f"{keys.celery_prefix}{queue}.reader"
         self._reader = reader

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import hiredis
 
-from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.redis_errors import CommandRefused, NotTaken
 from qserve.broker.server.address import Broker, parse, tls_problem
 from qserve.broker.server.redis_clients import primaries_async, role_problem, unreachable
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
@@ -29,9 +29,13 @@ _PRIMARY_TIMEOUT_S = 2.0
 """For a primary that a sentinel names, which may be the one that has just died."""
 _FOREIGN = ("READONLY", "MASTERDOWN", "UNBLOCKED force unblock")
 """How errors begin that a server answers when it has become a replica."""
+_MOVED = ("MOVED", "CLUSTERDOWN")
+"""How errors begin that a server of a cluster answers when it does not have the slot of the keys any more."""
 _WRONG = ("NOAUTH", "NOPERM", "WRONGPASS", "ERR")
 """How errors begin that another attempt does not change."""
 _LARGE = 8 * 1024
+_LAST_ANSWERS_S = 1.5
+"""How long a connection that is given up may wait for the answers it is owed."""
 _KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 
 
@@ -39,6 +43,7 @@ def ignore_answer(_answer: Answer) -> None:
     """Ignore the answer of a command whose failure shows elsewhere."""
 
 
+_ELSEWHERE = "a part of the Redis cluster is being moved or is down, and this was not done"
 _LOST = "the connection to Redis was lost before it answered: it may have done this or not; a new one is being made"
 
 
@@ -50,7 +55,7 @@ class Connection(asyncio.Protocol):
     command sent from then on. The owner opens another connection.
     """
 
-    def __init__(self, on_lost: Callable[[], None] | None = None) -> None:
+    def __init__(self, on_lost: Callable[[], None] | None = None, on_moved: Callable[[], None] | None = None) -> None:
         self._loop: asyncio.AbstractEventLoop
         self._reader = hiredis.Reader(notEnoughData=_NOTHING, replyError=self._error)
         self._waiting: deque[Callable[[Answer], None]] = deque()
@@ -59,15 +64,20 @@ class Connection(asyncio.Protocol):
         """How often data has come, for whoever watches that it does."""
         self._server: Broker
         self._transport: asyncio.Transport | None = None
+        self._retired: asyncio.Transport | None = None
         self._on_lost = on_lost
+        self._on_moved = on_moved or self.retire
 
     @classmethod
-    async def open(cls, url: str, on_lost: Callable[[], None] | None = None) -> "Connection":
+    async def open(
+        cls, url: str, on_lost: Callable[[], None] | None = None, on_moved: Callable[[], None] | None = None
+    ) -> "Connection":
         """Connect to the primary, authenticate and select the database.
 
         Args:
-            url: What QSERVE_REDIS_URL may be.
+            url: What QSERVE_REDIS_URL may be; of a cluster, with the slot that is meant.
             on_lost: Called once when the connection is gone, unless `close` was called.
+            on_moved: Called when the server does not have the slot any more; `retire` where it is not given.
 
         Raises:
             BrokerUnavailable: No primary answers there.
@@ -75,23 +85,23 @@ class Connection(asyncio.Protocol):
                 or this is no Redis URL.
         """
         broker = parse(url)
-        if not broker.sentinels:
-            return await cls._open_at(broker, on_lost, _CONNECT_TIMEOUT_S)
+        if not broker.guides:
+            return await cls(on_lost)._open_at(broker, _CONNECT_TIMEOUT_S)
         problems: list[str] = []
         async for address in primaries_async(broker, problems):
             try:
-                return await cls._open_at(broker.at(address), on_lost, _PRIMARY_TIMEOUT_S)
+                return await cls(on_lost, on_moved)._open_at(broker.at(address), _PRIMARY_TIMEOUT_S)
             except BrokerUnavailable as exc:
                 problems.append(str(exc))
         raise BrokerUnavailable(unreachable(broker, problems))
 
-    async def another(self, on_lost: Callable[[], None] | None = None) -> "Connection":
+    async def another(
+        self, on_lost: Callable[[], None] | None = None, on_moved: Callable[[], None] | None = None
+    ) -> "Connection":
         """A second connection to the very server that this one leads to; raises like `open`."""
-        return await self._open_at(self._server, on_lost, _PRIMARY_TIMEOUT_S)
+        return await Connection(on_lost, on_moved)._open_at(self._server, _PRIMARY_TIMEOUT_S)
 
-    @classmethod
-    async def _open_at(cls, server: Broker, on_lost: Callable[[], None] | None, timeout_s: float) -> "Connection":
-        self = cls(on_lost)
+    async def _open_at(self, server: Broker, timeout_s: float) -> "Connection":
         self._loop = asyncio.get_running_loop()
         self._server = server
         try:
@@ -211,6 +221,21 @@ class Connection(asyncio.Protocol):
         self._on_lost = None
         self._abort()
 
+    def retire(self) -> None:
+        """Take no commands any more, and close when those that were sent are answered."""
+        if self._transport is None:
+            return
+        self.flush()
+        self._retired, self._transport = self._transport, None
+        self._loop.call_later(_LAST_ANSWERS_S, self._abort)
+        if not self._waiting:
+            self._loop.call_soon(self._abort)
+
+    @property
+    def is_retiring(self) -> bool:
+        """Whether it still waits for the last answers."""
+        return self._retired is not None
+
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -231,28 +256,36 @@ class Connection(asyncio.Protocol):
             while (answer := reader.gets()) is not _NOTHING:
                 waiting.popleft()(answer)
                 if self._transport is None:
-                    return  # that answer made its receiver close the connection
+                    if self._retired is None:
+                        return  # that answer made its receiver close the connection
+                    if not waiting:
+                        self._abort()
+                        return
         except hiredis.ProtocolError as exc:
             logger.error("what answers is not Redis: %s", exc)
             self._abort()
 
-    def _error(self, text: str) -> CommandRefused:
+    def _error(self, text: str) -> Exception:
+        if text.startswith(_MOVED):
+            self._loop.call_soon(self._on_moved)
+            return NotTaken(_ELSEWHERE)
         if text.startswith(_FOREIGN):
             # The other answers first: their commands may have been carried out before.
             self._loop.call_soon(self._abort)
         return CommandRefused(text)
 
     def _abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
+        transport = self._transport or self._retired
+        if transport is not None:
+            transport.abort()
             self._lose()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._transport is not None:
+        if self._transport is not None or self._retired is not None:
             self._lose()
 
     def _lose(self) -> None:
-        self._transport = None
+        self._transport = self._retired = None
         self._out.clear()
         lost = list(self._waiting)
         self._waiting.clear()

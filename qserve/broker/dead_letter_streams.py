@@ -36,7 +36,7 @@ def newest_letters(
 def deployment_names(client: redis.Redis, keys: Keys) -> list[str]:
     """The names of all deployments, in order."""
     with our_errors(client):
-        found = cast("set[bytes]", client.smembers(keys.deployments))
+        found = [name for each in keys.all() for name in cast("set[bytes]", client.smembers(each.deployments))]
     return sorted(name.decode() for name in found)
 
 

@@ -115,6 +115,7 @@ def send_chunk(
     TELL.send(connection, on_answer, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame, "1")
 
 
-def tell_now(client: redis.Redis, keys: Keys, to: str, frame: bytes) -> None:
-    """Put a frame into an inbox over redis-py, if its owner lives; raises redis-py's errors."""
-    TELL.run(client, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame)
+def tell_now(client: redis.Redis, keys: Keys, to: str, frame: bytes) -> bool:
+    """Put a frame into an inbox over redis-py, if its owner lives, and return whether it does; raises redis-py's
+    errors."""
+    return bool(TELL.run(client, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame))

@@ -43,6 +43,7 @@ class Link:
         self.sender = self.waiter = Connection()
         """While the pair is lost these are closed connections, which answer every command with `BrokerUnavailable`."""
         self.losses = 0
+        self._lost_at: float | None = None
         self._heard = (0, 0)
         self._silent_checks = 0
 
@@ -54,6 +55,16 @@ class Link:
         """
         await self._connect()
         self._keeper = spawn(self._keep_connected())
+
+    def start_soon(self) -> None:
+        """Begin to connect, without waiting for it; what goes wrong meanwhile is a loss like any other."""
+        self._lost.set()
+        self._keeper = spawn(self._keep_connected())
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether the loss has lasted for so long that work which waits for it is refused."""
+        return self._lost_at is not None and time.monotonic() - self._lost_at > PATIENCE_S
 
     async def stop(self) -> None:
         """Disconnect; unanswered commands fail."""
@@ -83,9 +94,16 @@ class Link:
 
     def lose(self) -> None:
         """Give up this pair of connections and make another."""
+        if self.sender.is_retiring or self.waiter.is_retiring:
+            return  # for the last answers
         self._disconnect()
         self.losses += 1
         self._lost.set()
+
+    def _moved(self) -> None:
+        """The server of the cluster does not have the slot any more: look for another when all is answered."""
+        self.sender.retire()
+        self.waiter.retire()
 
     def descriptors(self) -> list[int]:
         """File descriptors of the open connections, for whoever must close them after a fork."""
@@ -93,11 +111,12 @@ class Link:
         return [descriptor for descriptor in found if descriptor is not None]
 
     async def _connect(self) -> None:
-        sender = await Connection.open(self._url, self.lose)
+        self._disconnect()  # what is left of a pair that was retired while it came up
+        sender = await Connection.open(self._url, self.lose, self._moved)
         try:
             # Not asked for again: after a failover sentinels disagree for a while, and what is read from one server
             # cannot be answered on another.
-            waiter = await sender.another(self.lose)
+            waiter = await sender.another(self.lose, self._moved)
         except BaseException:
             sender.close()
             raise
@@ -127,11 +146,14 @@ class Link:
         while True:
             await self._lost.wait()
             self._lost.clear()
-            logger.warning("lost the connection to Redis; reconnecting")
+            if self.losses:
+                logger.warning("lost the connection to Redis; reconnecting")
             lost_at, delay, told = time.monotonic(), 0.05, ""
+            self._lost_at = lost_at
             while not self.sender.is_open:
                 try:
                     await self._connect()
+                    break  # if it has been retired already, it says itself when it is lost
                 except QServeError as exc:
                     if isinstance(exc, ConfigurationError) and str(exc) != told:
                         told = str(exc)
@@ -140,4 +162,6 @@ class Link:
                         self._on_long_loss()
                     await asyncio.sleep(random.uniform(0, delay))  # noqa: S311
                     delay = min(delay * 2, _LONGEST_DELAY_S)
-            logger.info("connected to Redis again")
+            self._lost_at = None
+            if self.losses:
+                logger.info("connected to Redis again")

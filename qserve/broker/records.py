@@ -166,6 +166,7 @@ class Records:
 
 def fail_remaining_records(client: redis.Redis, keys: Keys, deployment: str, signer: Signer, error: bytes) -> None:
     """End every durable call that waits for a deleted deployment with an encoded ErrorInfo."""
+    keys = keys.of(deployment)
     waiting = [*client.zrange(keys.due(deployment), 0, -1), *client.zrange(keys.low(deployment), 0, -1)]
     for entry, fields in remaining(client, keys.calls(deployment)):
         if DURABLE.encode() in fields.get(b"f", b""):
@@ -187,7 +188,7 @@ def end_now(client: redis.Redis, keys: Keys, signer: Signer, call_id: str, error
     Raises:
         BrokerUnavailable, ConfigurationError, CommandRefused: Redis cannot be told.
     """
-    frame = durable_reply(signer, call_id, ERROR, error)
+    frame, keys = durable_reply(signer, call_id, ERROR, error), keys.of_call(call_id)
     arguments = (keys.base, call_id, GROUP, CANCELLED, frame, int(RESULT_TTL_S * 1000), INBOX_TTL_MS)
     with our_errors(client):
         answer = END_CALL.run(client, (keys.call(call_id),), *arguments)
@@ -227,6 +228,7 @@ def submit_arguments(
 ) -> tuple[Any, ...]:
     """Keys and arguments of SUBMIT for (call, its sealed frame, options)."""
     arguments: list[str | bytes | int] = []
+    keys = keys.of(deployment)
     for call, frame, options in calls:
         terms = call.terms
         arguments += (call.id, frame, int(options.delay_s * 1000), int((options.expires_s or 0) * 1000))

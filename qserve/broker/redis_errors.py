@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     import redis
     import redis.asyncio
 
-_PASSING: Final = ("NOREPLICAS", "MISCONF", "UNBLOCKED", "BUSY ")
+_PASSING: Final = ("NOREPLICAS", "MISCONF", "UNBLOCKED", "BUSY ", "CLUSTERDOWN")
 """How errors begin that have nothing to do with the command."""
 
 
 class CommandRefused(ResponseError):
     """Redis has answered a command with an error, which is the text of this one."""
+
+
+class NotTaken(BrokerUnavailable):
+    """Redis has not carried a command out, because another server of its cluster has, or will have, the keys."""
 
 
 def refused(exc: Exception) -> str:

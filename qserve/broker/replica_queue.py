@@ -228,7 +228,7 @@ class ReplicaQueue:
         found = re.search(rb"run_id:(\w+)", info)
         names = (self._keys.run_id, self._keys.deployments, self._keys.before)
         run_id = found[1] if found else b""
-        last: bytes | None = await EPOCH.call(connection, names, run_id, self._keys.calls(""), self.deployment)
+        last: bytes | None = await EPOCH.call(connection, names, run_id, f"{self._keys.base}q:", self.deployment)
         return last
 
     async def retire(self, connection: Connection, replica: str) -> bool:

@@ -5,14 +5,16 @@ The first lines of a file say what the script does, which keys and arguments it 
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from redis.exceptions import NoScriptError
 
 from qserve.broker.connection import Answer, Connection, ignore_answer, settle
-from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.redis_errors import CommandRefused, NotTaken
 
 if TYPE_CHECKING:
     import redis
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
 
 _FOLDER: Final = Path(__file__).parent / "lua"
 _SHEBANG: Final = "#!lua flags=allow-oom\n"
+
+_IN_BETWEEN: Final = ("TRYAGAIN", "ASK ")
+"""How errors begin that a cluster answers while it moves a slot key by key: nothing was done."""
+_ASK_AGAIN_S: Final = 0.02
+_MOVES_WITHIN_S: Final = 10.0
+_TOO_LONG: Final = (
+    f"Redis has been moving the keys for more than {_MOVES_WITHIN_S:g} s, and this was not done: see CLUSTER NODES"
+)
 
 
 class Script:
@@ -39,12 +49,41 @@ class Script:
         """
 
         def check(answer: Answer) -> None:
-            if isinstance(answer, CommandRefused) and str(answer).startswith("NOSCRIPT"):
+            if not isinstance(answer, CommandRefused):
+                on_answer(answer)
+            elif str(answer).startswith("NOSCRIPT"):
                 connection.send(on_answer, "EVAL", self.source, len(keys), *keys, *args)
+            elif str(answer).startswith(_IN_BETWEEN):
+                again = partial(self._send_again, connection, on_answer, keys, args, time.monotonic() + _MOVES_WITHIN_S)
+                asyncio.get_running_loop().call_later(_ASK_AGAIN_S, again)
             else:
                 on_answer(answer)
 
         connection.send(check, "EVALSHA", self.sha, len(keys), *keys, *args)
+
+    def _send_again(
+        self,
+        connection: Connection,
+        on_answer: Callable[[Answer], None],
+        keys: tuple[str, ...],
+        args: tuple[Any, ...],
+        until: float,
+    ) -> None:
+        """Run a script that a cluster has refused because its keys are being moved one by one."""
+
+        def check(answer: Answer) -> None:
+            if not (isinstance(answer, CommandRefused) and str(answer).startswith(_IN_BETWEEN)):
+                on_answer(answer)
+            elif time.monotonic() > until:
+                on_answer(NotTaken(_TOO_LONG))
+            else:
+                again = partial(self._send_again, connection, on_answer, keys, args, until)
+                asyncio.get_running_loop().call_later(_ASK_AGAIN_S, again)
+
+        if connection.is_open:
+            connection.send(check, "EVAL", self.source, len(keys), *keys, *args)
+        else:
+            on_answer(NotTaken("the keys have moved to another server of the cluster, and this was not done"))
 
     async def call(self, connection: Connection, keys: tuple[str, ...], *args: Any) -> Answer:
         """Run the script and return its answer; raises like `Connection.call`."""

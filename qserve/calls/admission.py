@@ -10,6 +10,7 @@ from qserve.broker.call_queue import CALLS_PER_ADMIT, CallQueue
 from qserve.broker.connection import Answer
 from qserve.broker.keys import Keys
 from qserve.broker.link import Link
+from qserve.broker.redis_errors import NotTaken
 from qserve.broker.refusals import FullQueues, refusal_of_all
 from qserve.broker.server.clock import RedisClock
 from qserve.calls.pending import PendingCall, PendingCalls
@@ -17,6 +18,7 @@ from qserve.calls.withdrawing import Withdrawals
 from qserve.errors import BrokerUnavailable, QServeError
 from qserve.failpoints import reach
 
+_UNREACHABLE = "Redis cannot be reached; the call was not sent"
 _STATE_PATIENCE_S, _STATE_POLL_S = 3.0, 0.1
 
 
@@ -65,9 +67,15 @@ class Admission:
             self.flush()  # nobody to wait for: the tick's other calls follow in their own batch
 
     def flush(self) -> None:
-        """Send the calls that were put. While Redis is away they wait, until `give_back` takes them back."""
+        """Send the calls that were put. While Redis is away they wait, until `give_back` takes them back; when it has
+        been away for long, they are refused at once."""
         sender = self._link.sender
-        if not self._batches or not sender.is_open:
+        if not self._batches:
+            return
+        if not sender.is_open:
+            if self._link.is_given_up:
+                for call in self.give_back():
+                    self._refuse(call, BrokerUnavailable(_UNREACHABLE))
             return
         reach("admit")
         batches, self._batches = self._batches, {}
@@ -96,7 +104,9 @@ class Admission:
         self._is_stopped = True
 
     def _admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
-        if isinstance(answer, BrokerUnavailable) and not self._is_stopped:
+        if isinstance(answer, NotTaken) and not self._is_stopped:
+            asyncio.get_running_loop().call_soon(self._put_again, calls, answer)
+        elif isinstance(answer, BrokerUnavailable) and not self._is_stopped:
             for call in calls:
                 call.is_unanswered = True  # Redis may have taken it: the next link finds out
                 call.safe = call.safe or self._queues[call.deployment].is_idempotent
@@ -131,6 +141,14 @@ class Admission:
         await self._sample_clock()
         for call in calls:
             self._put_if_waited_for(call)
+
+    def _put_again(self, calls: Sequence[PendingCall], error: NotTaken) -> None:
+        """Put calls on their queue where it is now; refuse them if it is nowhere."""
+        for call in calls:
+            if self._link.sender.is_open:
+                self._refuse(call, error)
+            else:
+                self._put_if_waited_for(call)
 
     def _wait_for_state(self, calls: Sequence[PendingCall]) -> None:
         """Put again soon: Redis came back empty, and a process that knows what was deployed is about to restore it."""

@@ -29,6 +29,7 @@ from qserve.calls.handoff import Handoff
 from qserve.calls.pending import PendingCall, PendingCalls
 from qserve.calls.receiver import Receiver
 from qserve.calls.reconcile import Reconciler
+from qserve.calls.shards.shard_clients import ShardClients
 from qserve.calls.withdrawing import Withdrawals
 from qserve.durable.durable_client import DurableCalls
 from qserve.errors import BrokerUnavailable, CallCancelled, FrameRejected, Indeterminate
@@ -67,9 +68,17 @@ class Client:
     Guarantees: each call gets exactly one outcome, at most once, no later than its deadline (plus a moment to ask why);
     a reply reaches only the call it was computed for, because inbox name and call ids are random per process.
     No write is ever repeated blindly.
+
+    Args:
+        handoff: Of another client of this process, on whose event loop this one is to live.
+
+    Attributes:
+        of, of_call: The client of this process for a deployment, or for a durable call: on a cluster each shard has
+            another one, made when it is first needed. From any thread.
+        all: All of them.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, handoff: Handoff | None = None) -> None:
         keys = settings.keys
         self.settings = settings
         self.signer = signer = Signer(settings.secrets)
@@ -81,17 +90,17 @@ class Client:
         self._new_id: Callable[[], str] = map(f"{self.id}%x".__mod__, itertools.count()).__next__
         self._stopped = False
         self._keeper: asyncio.Task[None] | None = None
-        self._handoff = handoff = Handoff()
+        self._handoff = handoff = handoff or Handoff()
         self.is_own_thread: Callable[[], bool] = handoff.is_own_thread
         """Whether the caller runs on this client's loop, and so must not block on it."""
         self.run_soon: Callable[[Callable[[], None]], None] = handoff.run
         """Runs something on the loop soon, from any thread, or at once in the thread of the loop."""
-        self._link = link = Link(settings.redis_url, self._link_up, self._link_lost)
+        self._link = link = Link(keys.address(settings.redis_url), self._link_up, self._link_lost)
         self._clock = RedisClock()
         self._sample_at = 0.0
         self._counted = 0
         self._counted_as = _COUNTED_AS.get(this_process().process, "calls_of_programs")
-        self.lending = Lending(self.id, settings.redis_url, keys, signer)
+        self.lending = Lending(self.id, keys.address(settings.redis_url), keys, signer)
         self._largest_frame = settings.out_of_line_bytes
         self._pending = pending = PendingCalls(self.lending)
         self._withdrawals = Withdrawals(keys, signer, link)
@@ -108,6 +117,12 @@ class Client:
         self._reconciler = Reconciler(keys, signer, link, self._receiver, pending, self._admission, new_id=self._new_id)
         payloads = Payloads(keys, signer, settings.out_of_line_bytes)
         self.durable = DurableCalls(settings, signer, payloads, self.id, link, full_queues)
+        self.of: Callable[[str], Client] = lambda _name: self
+        self.of_call: Callable[[str], Client] = self.of
+        self.all: Callable[[], list[Client]] = lambda: [self]
+        if keys.shards > 1 and not handoff.thread:
+            shards = ShardClients(self, Client._join)
+            self.of, self.of_call, self.all = shards.of, shards.of_call, shards.all
 
     # Life cycle
 
@@ -124,8 +139,22 @@ class Client:
         await self._link.start()
         self._keeper = spawn(self._receiver.keep_alive(self._tick))
 
+    def _join(self, settings: Settings) -> "Client":
+        """Make a client for another shard, which connects by itself; calls wait until it has."""
+        made = Client(settings, self._handoff)
+        made.hooks, made._loop = self.hooks, self._loop
+
+        def begin() -> None:
+            made._deadlines.open(self._loop)
+            made._link.start_soon()
+            made._keeper = spawn(made._receiver.keep_alive(made._tick))
+
+        self.run_soon(begin)
+        return made
+
     async def stop(self) -> None:
         """Close the inbox; calls still pending end as cancelled."""
+        await asyncio.gather(*(each.stop() for each in self.all() if each is not self))
         await end(self._keeper)
         self._stopped = True
         self._admission.stop()
@@ -157,14 +186,14 @@ class Client:
             self._pending.settle(call, BrokerUnavailable("Redis cannot be reached; the call was not sent"))
 
     def _tick(self) -> None:
-        now = time.monotonic()
+        now, accepted = time.monotonic(), self._pending.tally["accepted"]
         self.durable.tick()
         self._pending.troubles.send(self._link.sender, self.settings.keys)
         self.lending.tick()
-        self._reconciler.budget.note(self.tally["accepted"], now)
-        if self._counted_as and self.sender.is_open and self.tally["accepted"] > self._counted:
-            count(self.sender, self.settings.keys, self._counted_as, self.tally["accepted"] - self._counted)
-            self._counted = self.tally["accepted"]
+        self._reconciler.budget.note(accepted, now)
+        if self._counted_as and self.sender.is_open and accepted > self._counted:
+            count(self.sender, self.settings.keys, self._counted_as, accepted - self._counted)
+            self._counted = accepted
         if now >= self._sample_at and self._link.sender.is_open:
             self._sample_at = now + SAMPLE_EVERY_S
             spawn(self._sample_clock())
@@ -190,17 +219,17 @@ class Client:
 
     @property
     def pending(self) -> int:
-        """How many calls wait for their outcome."""
-        return len(self._pending)
+        """How many calls wait for their outcome, in all shards."""
+        return sum(len(each._pending) for each in self.all())
 
     @property
     def tally(self) -> Counter[str]:
-        """How many calls were accepted, `refused` by which error, and `ended` with which outcome."""
-        return self._pending.tally
+        """How many calls were accepted, `refused` by which error, and `ended` with which outcome, in all shards."""
+        return sum((each._pending.tally for each in self.all()), Counter())
 
     def descriptors(self) -> list[int]:
         """File descriptors of the open connections, for whoever must close them after a fork."""
-        return self._link.descriptors()
+        return [descriptor for each in self.all() for descriptor in each._link.descriptors()]
 
     # Calling
 
@@ -286,14 +315,11 @@ class Client:
         self._channels.on_other = take
 
     def _accept(self, reply: Reply) -> None:
-        if reply.to == self.id:
-            self._dispatch(reply)
-        elif reply.to == ANYONE:
+        if reply.to != self.id:
+            if reply.to != ANYONE:
+                raise FrameRejected("a reply to another process")
             self.durable.watchers.take(reply)
-        else:
-            raise FrameRejected("a reply to another process")
-
-    def _dispatch(self, reply: Reply) -> None:
+            return
         if reply.kind == CONTROL:
             self._take_control(reply.id, decode_control(reply.payload))
             return

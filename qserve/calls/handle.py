@@ -51,7 +51,7 @@ class _BaseHandle:
         return "handle", {"name": self._name, "sync": self._sync, "options": self._options._asdict()}
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref[Any]:
-        client, options = current_client(), self._options
+        client, options = current_client().of(self._name), self._options
         ref = CallRef(client, codec_of(client), self._name, options.method_name, options.timeout_s)
         if client.hooks is None or (hooks := client.hooks.choose(self._name)) is None:
             ref.start(args, kwargs, options.meta)
@@ -286,7 +286,7 @@ class StreamHandle(_BaseHandle):
             ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
             NoInstanceError, BrokerUnavailable: There is no qserve instance to call.
         """
-        client, method = current_client(), self._options.method_name
+        client, method = current_client().of(self._name), self._options.method_name
         what = (client, codec_of(client), self._name, method, args, kwargs, self._options.timeout_s)
         if client.hooks is None or (hooks := client.hooks.choose(self._name)) is None:
             return open_stream(*what, meta=self._options.meta)
@@ -311,7 +311,7 @@ class _BaseDurableHandle(_BaseHandle):
         self._terms = terms
 
     def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], client: Client | None = None) -> Submitted:
-        client = client or current_client()
+        client = (client or current_client()).of(self._name)
         if client.hooks is None or (hooks := client.hooks.choose(self._name)) is None:
             return self._put(client, args, kwargs, self._options.meta)
         with HookedCall(hooks, self._name, self._options.method_name, "call", durable=True) as hooked:

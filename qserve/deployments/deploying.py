@@ -234,7 +234,7 @@ class Progress:
 
 def wanted(state: State, name: str) -> int:
     """How many replicas the live workers of a deployment should have now."""
-    return sum(w.wanted for id_, w in state.observed.workers(name).items() if state.observed.is_alive(id_))
+    return sum(w.wanted for id_, w in state.observed.workers(name).items() if state.observed.is_alive(id_, name))
 
 
 def judge(name: str, generation: int, state: State) -> Progress:
@@ -246,7 +246,7 @@ def judge(name: str, generation: int, state: State) -> Progress:
         return Progress(frozenset(), frozenset(), superseded_by=deployed.generation)
     nodes = {id_: node for id_, node in state.observed.nodes().items() if not node.drained}
     workers = state.observed.workers(name)
-    by_hand = {id_ for id_, worker in workers.items() if worker.node == worker.id and state.observed.is_alive(id_)}
+    by_hand = {id_ for id_, w in workers.items() if w.node == w.id and state.observed.is_alive(id_, name)}
     return weigh(name, generation, nodes, {id_: w for id_, w in workers.items() if id_ in nodes or id_ in by_hand})
 
 
@@ -274,7 +274,7 @@ def settle(state: State, name: str) -> None:
         return
     if progress.error is not None:
         serving = any(
-            info.state == SERVING and state.observed.is_alive(id_)
+            info.state == SERVING and state.observed.is_alive(id_, name)
             for id_, info in state.observed.replicas(name).items()
         )
         refuse = "" if serving else f"Deployment '{name}' failed: {(progress.error.strip().splitlines() or ['?'])[-1]}"
@@ -324,7 +324,9 @@ def finish_deleting(state: State, spec: DeploymentSpec) -> None:
 def _left_of(state: State, name: str) -> list[str]:
     observed = state.observed
     found, nodes = observed.replicas(name), observed.nodes()
-    replicas = [f"{info.tag} (pid {info.pid} on {info.host})" for id_, info in found.items() if observed.is_alive(id_)]
+    replicas = [
+        f"{info.tag} (pid {info.pid} on {info.host})" for id_, info in found.items() if observed.is_alive(id_, name)
+    ]
     workers = [f"worker {info.pid} on {info.host}" for id_, info in observed.workers(name).items() if id_ in nodes]
     return replicas + workers
 

@@ -179,7 +179,8 @@ class DeadLetters:
 
     def _send_anew(self, letter: Letter, call: Call) -> str:
         """An ordinary call has been answered with its error; what is sent again is a durable one."""
-        name, call_id = letter.deployment, new_call_id()
+        name = letter.deployment
+        call_id = new_call_id(self._keys.of(name).shard)
         head = (call_id, name, "", NEVER_MS, call.kind, call.method, True, self.payload(letter))
         made = DurableCall(*head, terms=Terms())
         if call.meta:

@@ -22,7 +22,7 @@ from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.durable.cron import parse_when
 from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnavailable, FrameRejected
-from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms, durable_with_meta
+from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms, durable_with_meta, id_in_shard
 from qserve.wire.codec import Codec
 from qserve.wire.messages import NO_META, PYTHON, encode, encode_bare
 from qserve.wire.names import is_name
@@ -196,7 +196,8 @@ class Schedules:
     def _fire(self, schedule: ScheduleWithMeta, moment: float, payloads: Payloads) -> None:
         at = int(moment * 1000)
         sealed = self._signer.seal(encode(["schedule", schedule.name, schedule.created, at]))
-        call_id = "d" + hashlib.sha256(sealed).hexdigest()[:32]
+        digits = hashlib.sha256(sealed).hexdigest()
+        call_id = id_in_shard(digits, self._keys.of(schedule.deployment).shard)
         call, options = call_of(schedule, call_id)
         error = ""
         try:

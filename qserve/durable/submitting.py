@@ -87,7 +87,8 @@ class Submissions:
         self._watchers = watchers
         self._collected: dict[str, list[Submission]] = {}
         self._unconfirmed: dict[str, Submission] = {}
-        self._confirmed = {each: Confirmed(settings.redis_url, each) for each in get_args(Durability)}
+        address = settings.keys.address(settings.redis_url)
+        self._confirmed = {each: Confirmed(address, each) for each in get_args(Durability)}
         self._stopped = False
 
     def prepare(
@@ -108,7 +109,7 @@ class Submissions:
                 has the same idempotency key, or with the reason why it was refused.
             meta: What the hooks of this process tell the hooks of the replica.
         """
-        call_id = new_call_id()
+        call_id = new_call_id(self._keys.shard)
         sealed = self._payloads.seal(call_id, payload)
         if sealed is not None:
             payload = b""

@@ -150,10 +150,11 @@ def dump_stacks(state: State, replica: str) -> bool:
 
 
 def _tell(state: State, replica: str, control: Control) -> bool:
-    if not state.observed.is_alive(replica):
-        return False
-    tell_now(state.redis, state.keys, replica, control_frame(state.signer, replica, control))
-    return True
+    for keys in state.keys.all():
+        frame = control_frame(state.signer, replica, control)
+        if tell_now(state.redis, keys, replica, frame):
+            return True
+    return False
 
 
 def _change(state: State, name: str, change: Callable[[DeploymentSpec], DeploymentSpec]) -> Goal:

@@ -151,9 +151,18 @@ def _class_name(given: Any) -> str:
     raise TypeError(f"retry_on takes exception classes and names of them, not {given!r}")
 
 
-def new_call_id() -> str:
-    """An id that nobody can guess, unlike those of ordinary calls, which count."""
-    return "d" + secrets.token_hex(16)
+def new_call_id(shard: int = 0) -> str:
+    """An id that nobody can guess, unlike those of ordinary calls, which count.
+
+    Args:
+        shard: Where Redis is a cluster, the shard of the deployment, by which others find the record.
+    """
+    return id_in_shard(secrets.token_hex(16), shard)
+
+
+def id_in_shard(digits: str, shard: int) -> str:
+    """The id of a durable call with these digits, of which the first two make room for the shard if there is one."""
+    return f"d{shard:02x}{digits[:30]}" if shard else f"d{digits[:32]}"
 
 
 def is_call_id(text: str) -> bool:

@@ -33,7 +33,7 @@ async def test_what_is_forgotten_is_put_back_as_it_was(
         name: deployed.spec for name, deployed in before.deployments.items()
     }
     assert (state.generation("A"), state.generation("B")) == (1, 2)
-    assert (after.http, after.instance) == (before.http, before.instance)
+    assert (after.http, after.instances) == (before.http, before.instances)
     assert redis_client.xlen(keys.calls("A")) == 0
     await client.aclose()
 
@@ -96,7 +96,7 @@ async def test_whoever_may_not_put_it_back_goes_on_until_somebody_does(
     assert list(lost.deployments) == ["A"]
     other = connect_asyncio(settings.redis_url)
     await restore(other, keys, signer, [known])
-    redis_client.set(keys.instance, before.instance)
+    redis_client.set(keys.instance, before.instances[0])
 
     after = await memory.compare(client, await read_snapshot(client, keys, signer))
     assert after.deployments["A"].spec == known.spec

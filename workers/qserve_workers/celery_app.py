@@ -14,6 +14,7 @@ from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.settings import Settings
 from qserve.telemetry.log_records import formatter, log_as
 from qserve_workers.celery_calls.celery_queue import QUEUE
+from qserve_workers.celery_calls.cluster_transport import TRANSPORT, URL_OPTION
 from qserve_workers.pool import control  # noqa: F401  registers the commands, for workers and for the command line
 from qserve_workers.titles import set_title
 
@@ -83,7 +84,7 @@ def _reachable(settings: Settings) -> tuple[dict[str, Any], str]:
     if not settings.redis_url:
         return {}, NO_INSTANCE
     try:
-        found = broker_settings(settings.redis_url)
+        found = broker_settings(settings.keys.address(settings.redis_url))
     except ConfigurationError as exc:
         return {}, str(exc)
     # Without a prefix another Celery app on the same Redis would get our control messages, and we theirs.
@@ -97,17 +98,22 @@ def broker_settings(url: str) -> dict[str, Any]:
     login = quote(broker.username, safe="") + (f":{quote(broker.password, safe='')}" if broker.password else "")
     login += "@" if login else ""
     options: dict[str, Any] = {"socket_connect_timeout": _CONNECT_TIMEOUT_S}
+    transport: dict[str, str] = {}
     if broker.path:
         location = f"redis+socket://{login}{quote(broker.path)}?virtual_host={broker.db}"
     elif broker.sentinels:
         location = ";".join(f"sentinel://{login}{host_and_port(each)}/{broker.db}" for each in broker.sentinels)
         options |= {"master_name": broker.service, "sentinel_kwargs": _sentinel_options(broker)}
+    elif broker.nodes:
+        location, transport = f"redis://{login}{host_and_port(broker.nodes[0])}/0", {"broker_transport": TRANSPORT}
+        options |= {URL_OPTION: url}
     else:
         location = f"redis://{login}{host_and_port((broker.host, broker.port))}/{broker.db}"
     return {
         "broker_url": location,
         "broker_transport_options": options,
         "broker_use_ssl": broker.tls.options if broker.tls else None,
+        **transport,
     }
 
 

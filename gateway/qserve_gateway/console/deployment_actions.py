@@ -69,7 +69,7 @@ def call(order: Order) -> Done:
         raise NotPossible("positional arguments are a JSON list, and named ones a JSON object")
     codec = Codec(allow_pickle=False, max_bytes=order.settings.max_value_bytes)
     payload = codec.pack_call(tuple(args), kwargs, "the call")
-    call_id = new_call_id()
+    call_id = new_call_id(order.state.keys.of(order.about).shard)
     method = order.text("method").replace("__call__", "")
     made = DurableCall(*(call_id, order.about, "", NEVER_MS, PYTHON, method, False, payload), terms=Terms())
     submit(order, made, DurableOptions())

@@ -11,7 +11,7 @@ def run_now(order: Order) -> Done:
     schedule = Schedules(order.state).get(order.about)
     if schedule is None:
         raise _unknown(order)
-    call, options = call_of(schedule, new_call_id())
+    call, options = call_of(schedule, new_call_id(order.state.keys.of(schedule.deployment).shard))
     submit(order, call, options)
     return Done(f"Call {call.id} of {order.about} is submitted.", f"{PATH}/calls/{call.id}")
 

@@ -10,6 +10,7 @@ import msgspec
 from starlette.types import Scope
 
 from qserve.broker.call_news import CallNews
+from qserve.calls.client import Client
 from qserve.durable.durable_client import DurableCalls
 from qserve.errors import CallNotFound, QServeError
 from qserve.wire.call_record import ENDS, CallRecord, is_call_id
@@ -24,13 +25,13 @@ class DurablePages:
     """Answers what clients ask about durable calls.
 
     Args:
-        durable: Knows the calls; the gateway's client has it.
+        client: Knows the calls.
         news: Wakes those who follow a call.
         debug: Put the tracebacks of user code into responses.
     """
 
-    def __init__(self, durable: DurableCalls, news: CallNews, *, debug: bool) -> None:
-        self._durable = durable
+    def __init__(self, client: Client, news: CallNews, *, debug: bool) -> None:
+        self._client = client
         self._news = news
         self._debug = debug
 
@@ -62,16 +63,21 @@ class DurablePages:
         if query.get("response", ["false"])[-1].lower() in ("true", "1") and outcome is not None:
             return self._response(outcome, request_id)
         status = 200 if record.state in ENDS else 202
-        return HttpResponse(status, [JSON, (b"cache-control", b"no-store")], _describe(record, outcome, self._durable))
+        return HttpResponse(
+            status, [JSON, (b"cache-control", b"no-store")], _describe(record, outcome, self._durable(call_id))
+        )
+
+    def _durable(self, call_id: str) -> DurableCalls:
+        return self._client.of_call(call_id).durable
 
     async def _record(self, call_id: str) -> CallRecord:
-        record = await self._durable.by_id.describe(call_id)
+        record = await self._durable(call_id).by_id.describe(call_id)
         if record is None:
             raise CallNotFound(f"there is no durable call {call_id!r}, or its record has expired")
         return record
 
     async def _outcome(self, call_id: str, timeout_s: float) -> Outcome | None:
-        wait = OutcomeWait(self._durable)
+        wait = OutcomeWait(self._durable(call_id))
         wait.attach(call_id)
         try:
             return await wait.outcome(timeout_s)
@@ -90,7 +96,7 @@ class DurablePages:
             if not answered.done():
                 answered.set_result(answer)
 
-        self._durable.by_id.cancel(call_id, on_answer)
+        self._durable(call_id).by_id.cancel(call_id, on_answer)
         answer = await answered
         if isinstance(answer, Exception):
             raise answer
@@ -103,7 +109,7 @@ class DurablePages:
     async def _events(self, scope: Scope, call_id: str) -> EventStream:
         await self._record(call_id)
         last = next((value for name, value in scope["headers"] if name == b"last-event-id"), b"")
-        return EventStream(self._durable, self._news, call_id, int(last[:15]) if last.isdigit() else 0)
+        return EventStream(self._durable(call_id), self._news, call_id, int(last[:15]) if last.isdigit() else 0)
 
 
 def _seconds(text: str) -> float:

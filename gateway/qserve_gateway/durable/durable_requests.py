@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from qserve.calls.client import Client
 from qserve.durable.durable_client import DurableCalls
 from qserve.durable.watching import CallWatcher
 from qserve.errors import CallNotFound, GetTimeoutError, QServeError
@@ -70,12 +71,12 @@ class DurableRequests:
     """Submits requests as durable calls.
 
     Args:
-        durable: Submits calls; the gateway's client has it.
+        client: Submits calls.
         debug: Put the tracebacks of user code into responses.
     """
 
-    def __init__(self, durable: DurableCalls, *, debug: bool) -> None:
-        self._durable = durable
+    def __init__(self, client: Client, *, debug: bool) -> None:
+        self._client = client
         self._debug = debug
 
     async def submit(self, route: Route, request: HttpRequest, preference: Preference, root_path: str) -> HttpResponse:
@@ -87,7 +88,8 @@ class DurableRequests:
             if not admitted.done():
                 admitted.set_result(verdict)
 
-        submission = self._durable.submissions.prepare(
+        durable = self._client.of(route.deployment).durable
+        submission = durable.submissions.prepare(
             route.deployment,
             kind=HTTP,
             method="",
@@ -96,10 +98,10 @@ class DurableRequests:
             on_admitted=on_admitted,
             meta=route.meta,
         )
-        wait = OutcomeWait(self._durable)
+        wait = OutcomeWait(durable)
         wait.watch(submission.call.id)
         try:
-            self._durable.submissions.submit(submission)
+            durable.submissions.submit(submission)
             verdict = await admitted
             if isinstance(verdict, QServeError):
                 return local_error_response(verdict)

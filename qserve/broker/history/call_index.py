@@ -104,9 +104,11 @@ def newest_ids(
 
 def ids_of_key(client: redis.Redis, keys: Keys, idempotency_key: str) -> list[str]:
     """The durable calls that have an idempotency key, as long as that holds: several where clients chose the same."""
+    found: list[tuple[bytes, float]] = []
     with our_errors(client):
-        found = cast("Any", client.zrevrangebyscore(keys.named(idempotency_key), "+inf", "-inf"))
-    return [each.decode() for each in found]
+        for each in keys.all():
+            found += cast("Any", client.zrevrangebyscore(each.named(idempotency_key), "+inf", "-inf", withscores=True))
+    return [call.decode() for call, _ in sorted(found, key=lambda pair: -pair[1])]
 
 
 def children_of(client: redis.Redis, keys: Keys, ids: Sequence[str]) -> list[tuple[int, list[str]]]:
@@ -137,7 +139,7 @@ def summaries(client: redis.Redis, keys: Keys, ids: Sequence[str]) -> dict[str, 
 def describe_now(client: redis.Redis, keys: Keys, call_id: str) -> CallRecord | None:
     """The record of a call with its events; None if there is none (any more)."""
     with our_errors(client):
-        answer = DESCRIBE.run(client, (keys.call(call_id),), keys.base, _COUNTED, 0, GROUP)
+        answer = DESCRIBE.run(client, (keys.call(call_id),), keys.of_call(call_id).base, _COUNTED, 0, GROUP)
     return parse_record(call_id, answer)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from qserve.wire.spec import Deployed, HttpSettings
 logger = getLogger(__name__)
 
 _FOLLOW_BLOCK_MS = 5_000
+_LOOK_EVERY_S = 30.0
 _RECONNECT_S = (0.05, 1.0)
 
 ChangeKind = Literal["deploy", "delete", "http", "schedule", "pause", "node", "resync"]
@@ -42,40 +44,52 @@ class Snapshot:
     """The whole desired state, at least as new as `log_id`.
 
     Attributes:
-        instance: Which history of the state it belongs to, "" where there is none yet.
+        instances: Which history of the state it belongs to, in each shard; "" where there is none yet.
     """
 
     deployments: Mapping[str, Deployed] = field(default_factory=dict)
     http: HttpSettings = field(default_factory=HttpSettings)
     log_id: str = "0-0"
-    instance: str = ""
+    instances: tuple[str, ...] = ()
+
+    def forgotten(self, known: "Snapshot") -> list[str]:
+        """What stands now in place of each history that was known and is gone: another one, or ""."""
+        both = zip(known.instances, self.instances, strict=False)
+        return [now for before, now in both if before and before != now]
 
 
 async def read_snapshot(client: redis.asyncio.Redis, keys: Keys, signer: Signer) -> Snapshot:
     """The desired state now. A spec that no key of ours signed is left out, with an error in the log."""
     with our_errors(client):
         log_id = await last_log_id(client, keys)  # first: what follows is at least as new
-        names = names_of(await _ask(client, "SMEMBERS", keys.deployments))
         pipeline = client.pipeline(transaction=False)
+        for each in keys.all():
+            pipeline.smembers(each.deployments)
+        names = names_of(name for members in await pipeline.execute() for name in members)
         for name in names:
             pipeline.hmget(keys.meta(name), META_FIELDS)
-        metas = await pipeline.execute() if names else []
-        http_frame, instance = await _ask(client, "MGET", keys.http_options, keys.instance)
+        for each in dict.fromkeys((keys, *keys.all())):
+            pipeline.get(each.instance)
+        pipeline.get(keys.http_options)
+        *found, http_frame = await pipeline.execute()
+    metas, instances = found[: len(names)], found[len(names) :]
     deployments = {}
     for name, meta in zip(names, metas, strict=True):
         deployed = checked(partial(decode_deployed, signer, name, meta), f"the spec of deployment {name!r}")
         if deployed is not None:
             deployments[name] = deployed
     http = checked(lambda: decode_http(signer, http_frame), "the HTTP settings") or HttpSettings()
-    return Snapshot(deployments, http, log_id, (instance or b"").decode())
+    return Snapshot(deployments, http, log_id, tuple((each or b"").decode() for each in instances))
 
 
 async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerator[Change, None]:
     """Yield every change after log entry `from_id`, without end.
 
-    Reconnects by itself; after that comes a Change of kind "resync", upon which a snapshot must be read again.
+    Reconnects by itself; after that comes a Change of kind "resync", upon which a snapshot must be read again. So it
+    does now and then where the log is not that of the shards in which the state is.
     """
     position, connected_before, delay = from_id, False, _RECONNECT_S[0]
+    looked_at = time.monotonic()
     while True:
         client = connect_asyncio(redis_url)
         try:
@@ -88,6 +102,9 @@ async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerat
                 for entry_id, fields in await _read_log(client, keys, position):
                     delay, position = _RECONNECT_S[0], entry_id
                     yield _decode_change(entry_id, fields)
+                if keys.shards > 1 and time.monotonic() - looked_at > _LOOK_EVERY_S:
+                    looked_at = time.monotonic()
+                    yield Change("resync", position)
         except (RedisError, OSError) as exc:
             logger.debug("Lost the state log (%s), trying again in %.2f s.", exc, delay)
         finally:

@@ -51,7 +51,7 @@ def measure(client: redis.Redis, keys: Keys, deployment: str) -> Demand:
     """Look how much there is to do for a deployment, from the heartbeat thread."""
     names = (keys.calls(deployment), keys.low(deployment), keys.workers(deployment))
     with our_errors(client):
-        calls, waited_ms, *nodes = DEMAND.run(client, names, GROUP, keys.alive(""))
+        calls, waited_ms, *nodes = DEMAND.run(client, names, GROUP, keys.of(deployment).alive(""))
     return Demand(calls, waited_ms / 1000, tuple(sorted(node.decode() for node in nodes)))
 
 
@@ -91,4 +91,4 @@ def call_neighbours(client: redis.Redis, keys: Keys, deployment: str, replica: s
         known = cast("list[bytes]", client.hkeys(keys.heartbeats(deployment)))
         for neighbour in (field.decode() for field in known):
             if neighbour != replica:
-                tell_now(client, keys, neighbour, control_frame(signer, neighbour, Control("sweep")))
+                tell_now(client, keys.of(deployment), neighbour, control_frame(signer, neighbour, Control("sweep")))

@@ -1,6 +1,7 @@
 """The observed state: which processes live, what they report, and how many calls wait for them."""
 
 import socket
+from collections import Counter
 from typing import Any
 
 import redis
@@ -42,9 +43,14 @@ class Observed:
         found = self._infos(self._keys.replicas(name), ReplicaInfo)
         return {id_: info for id_, info in found.items() if id_ not in gone}
 
-    def is_alive(self, process: str) -> bool:
-        """Whether a process has said that it lives, within the lifetime of its role; see the module `presence`."""
-        return bool(self._do("EXISTS", self._keys.alive(process)))
+    def is_alive(self, process: str, name: str = "") -> bool:
+        """Whether a process has said that it lives, within the lifetime of its role; see the module `presence`.
+
+        Args:
+            name: Of the deployment, for replicas and workers.
+        """
+        keys = self._keys.of(name) if name else self._keys
+        return bool(self._do("EXISTS", keys.alive(process)))
 
     def queued(self, name: str) -> int:
         """How many calls of a deployment wait or run."""
@@ -77,8 +83,10 @@ class Observed:
 
     def counters(self) -> dict[str, int]:
         """How often rare events have happened in all processes, by name."""
-        found: dict[bytes, bytes] = self._do("HGETALL", self._keys.counters)
-        return {name.decode(): int(count) for name, count in found.items()}
+        found: Counter[str] = Counter()
+        for keys in {self._keys, *self._keys.all()}:
+            found.update({name.decode(): int(count) for name, count in self._do("HGETALL", keys.counters).items()})
+        return dict(found)
 
     def _infos(self, key: str, kind: type[Info]) -> dict[str, Info]:
         return dict(decode_infos(self._do("HGETALL", key), kind))

@@ -25,7 +25,7 @@ def remaining(client: redis.Redis, stream: str) -> Iterator[tuple[bytes, dict[by
 
 def fail_remaining(client: redis.Redis, keys: Keys, deployment: str, signer: Signer, error: bytes) -> int:
     """Answer every call left in a deleted deployment's queue with an encoded ErrorInfo; returns how many."""
-    count = 0
+    count, keys = 0, keys.of(deployment)
     for entry_id, fields in remaining(client, keys.calls(deployment)):
         if DURABLE.encode() in fields.get(b"f", b""):
             continue  # `records` knows how

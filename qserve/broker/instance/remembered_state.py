@@ -45,12 +45,13 @@ class RememberedState:
         Raises:
             BrokerUnavailable: It cannot be put back now.
         """
-        if not self._known.instance or found.instance == self._known.instance:
+        forgotten = found.forgotten(self._known)
+        if not forgotten:
             self._known = found
             return found
         if self._restores and await self._restore(client):
             self._known = await read_snapshot(client, self._keys, self._signer)
-        elif found.instance:
+        elif all(forgotten):
             self._known = found
         else:
             if not self._told:
@@ -65,7 +66,10 @@ class RememberedState:
             http = self._signer.seal(encode(self._known.http))
             await ask(client, "SET", self._keys.http_options, http, "NX")
             # Last: whoever finds the history finds all of it.
-            await ask(client, "SET", self._keys.instance, self._known.instance, "NX")
+            shards = dict.fromkeys((self._keys, *self._keys.all()))
+            for keys, instance in zip(shards, self._known.instances, strict=True):
+                if instance:
+                    await ask(client, "SET", keys.instance, instance, "NX")
         except (ConfigurationError, ResponseError) as exc:  # gateways need not have the right to deploy; nodes have
             logger.info("This process may not put back what Redis has lost: %s", exc)
             return False
@@ -83,7 +87,8 @@ async def restore(client: "redis.asyncio.Redis", keys: Keys, signer: Signer, kno
     count = 0
     for deployed in known:
         spec = deployed.spec
-        names = (keys.meta(spec.name), keys.deployments, keys.log, keys.calls(spec.name))
+        its = keys.of(spec.name)
+        names = (its.meta(spec.name), its.deployments, its.log, its.calls(spec.name))
         frame = signer.seal(encode(SignedSpec(deployed.generation, spec)))
         arguments = (spec.name, deployed.generation, frame, GROUP, deployed.state, deployed.error)
         with our_errors(client):

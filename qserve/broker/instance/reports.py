@@ -75,7 +75,8 @@ async def report_node(client: "redis.asyncio.Redis", keys: Keys, info: NodeInfo)
         BrokerUnavailable, ConfigurationError, CommandRefused: Redis cannot be told.
     """
     with our_errors(client):
-        await client.set(keys.alive(info.id), 1, px=NODE_TTL_MS)
+        for each in {keys, *keys.all()}:  # where replicas look, too
+            await client.set(each.alive(info.id), 1, px=NODE_TTL_MS)
         await cast("Any", client.hset(keys.nodes, info.id, encode(info)))
 
 

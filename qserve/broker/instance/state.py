@@ -77,14 +77,16 @@ class State:
             GenerationChanged: The deployment has moved on since.
             ValueError: Its route belongs to another deployment. Nothing is written then.
         """
-        names = self.keys
+        names = self.keys.of(spec.name)
         keys = (names.meta(spec.name), names.deployments, names.log, names.calls(spec.name), names.instance)
         route = spec.route_prefix or ""
         frame = self.signer.seal(encode(SignedSpec(expected + 1, spec)))
-        arguments = (spec.name, expected, frame, GROUP, route, names.meta(""), secrets.token_hex(16))
+        arguments = (spec.name, expected, frame, GROUP, route, f"{names.base}meta:", secrets.token_hex(16))
         fields: list[str | bytes | int] = [*script_fields(spec)]
         if former is not None:
             fields += ["former", self.signer.seal(encode(SignedSpec(former.generation, former.spec)))]
+        if route and self.keys.shards > 1:
+            self._check_route(spec.name, route)
         reach("deploy")
         verdict, *facts = self._run(DEPLOY, keys, *arguments, *fields)
         reach("deployed")
@@ -93,7 +95,7 @@ class State:
         if verdict == b"generation":
             raise GenerationChanged(spec.name)
         generation, log_id = facts
-        return Deployed(spec, generation, DEPLOYING, "", log_id.decode())
+        return Deployed(spec, generation, DEPLOYING, "", self._announce(log_id, "deploy", spec.name, generation))
 
     def delete(self, name: str, *, expected: int | None = None) -> str | None:
         """Forget a deployment; returns the log id, or None when there was none.
@@ -101,11 +103,12 @@ class State:
         Raises:
             GenerationChanged: It is not at generation `expected`.
         """
-        keys = (self.keys.meta(name), self.keys.deployments, self.keys.log)
+        names = self.keys.of(name)
+        keys = (names.meta(name), names.deployments, names.log)
         verdict, *facts = self._run(DELETE, keys, name, "" if expected is None else expected)
         if verdict == b"generation":
             raise GenerationChanged(name)
-        return facts[1].decode() if verdict == b"ok" else None
+        return self._announce(facts[1], "delete", name, facts[0]) if verdict == b"ok" else None
 
     def clear_up(self, name: str, error: bytes) -> None:
         """Answer the calls that a deleted deployment leaves with an encoded ErrorInfo, and forget the rest of it."""
@@ -126,7 +129,10 @@ class State:
 
     def pause(self, name: str, who: str) -> bool:
         """Let calls be accepted but not run, or run again if `who` is ""; False where there is no such deployment."""
-        return bool(self._run(PAUSE, (self.keys.meta(name), self.keys.log), name, who[:_LONGEST_NAME]))
+        is_known = bool(self._run(PAUSE, (self.keys.meta(name), self.keys.of(name).log), name, who[:_LONGEST_NAME]))
+        if is_known:
+            self._announce(b"", "pause", name)
+        return is_known
 
     def former(self, name: str) -> DeploymentSpec | None:
         """What was served before the present revision; None if that is not known.
@@ -140,7 +146,7 @@ class State:
 
     def names(self) -> list[str]:
         """The names of all deployments, in order."""
-        return names_of(self._do("SMEMBERS", self.keys.deployments))
+        return names_of(name for keys in self.keys.all() for name in self._do("SMEMBERS", keys.deployments))
 
     def sign_again(self, deployed: Deployed) -> None:
         """Sign a spec with the first key where another one has signed it, so that the other can be dropped."""
@@ -168,7 +174,7 @@ class State:
 
     def list(self) -> dict[str, Deployed]:
         """Every deployment by name; a spec that no key of ours signed is left out, with an error in the log."""
-        found = ((name, self.find(name)) for name in names_of(self._do("SMEMBERS", self.keys.deployments)))
+        found = ((name, self.find(name)) for name in self.names())
         return {name: deployed for name, deployed in found if deployed is not None}
 
     def check_key(self) -> None:
@@ -178,7 +184,7 @@ class State:
             FrameRejected: Not one of the specs was signed with a key of ours: so this process has another one.
         """
         rejected = None
-        for name in names_of(self._do("SMEMBERS", self.keys.deployments)):
+        for name in self.names():
             try:
                 self.get(name)
             except FrameRejected as exc:
@@ -201,6 +207,27 @@ class State:
         self._do("SET", self.keys.http_options, self.signer.seal(encode(settings)))
         log_id: bytes = self._do("XADD", self.keys.log, "MAXLEN", "~", 1000, "*", "kind", "http")
         return log_id.decode()
+
+    def _announce(self, log_id: bytes, kind: str, name: str, generation: int = 0) -> str:
+        """Note a change of a shard in the log of the home, which gateways and nodes follow; returns the id there.
+
+        Whoever is killed before it leaves a change that they notice when they look by themselves, within a minute.
+
+        Args:
+            log_id: Of the change in its shard, which is the home where there are no others.
+        """
+        if self.keys.shards == 1:
+            return log_id.decode()
+        self._do("SET", self.keys.instance, secrets.token_hex(16), "NX")
+        change = ("kind", kind, "name", name, "gen", generation)
+        noted: bytes = self._do("XADD", self.keys.log, "MAXLEN", "~", 1000, "*", *change)
+        return noted.decode()
+
+    def _check_route(self, name: str, route: str) -> None:
+        # DEPLOY looks at its own shard only. Two deployments that take a route at the same time are not noticed.
+        for other in self.names():
+            if other != name and self._do("HGET", self.keys.meta(other), "route") == route.encode():
+                raise ValueError(f"route_prefix '{route}' is already registered.")
 
     def _run(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
         with our_errors(self.redis):

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server.address import Broker, parse
-from qserve.broker.server.redis_clients import primaries
+from qserve.broker.server.redis_clients import primaries, unreachable
 from qserve.errors import BrokerUnavailable
 from qserve.wire.parts import Buffer
 
@@ -138,11 +138,11 @@ def _connect(broker: Broker) -> socket.socket:
             made.connect(broker.path)
             return made
         host, port = broker.host, broker.port
-        if broker.sentinels:
+        if broker.guides:
             problems: list[str] = []
             found = next(primaries(broker, problems), None)
             if found is None:
-                raise BrokerUnavailable(f"no sentinel names a primary: {'; '.join(problems)}")
+                raise BrokerUnavailable(unreachable(broker, problems))
             host, port = found
         made = socket.create_connection((host, port), _CONNECT_TIMEOUT_S)
         made.settimeout(_TIMEOUT_S)

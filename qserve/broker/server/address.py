@@ -1,8 +1,10 @@
 """Which Redis, and how it is reached: what QSERVE_REDIS_URL says, read in one place for everything that connects."""
 
+import binascii
 import functools
 import re
 import ssl
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, cast
@@ -17,20 +19,28 @@ PORT: Final = 6379
 SENTINEL_PORT: Final = 26379
 EXAMPLES: Final = (
     "redis://:PASSWORD@localhost:6379/0, rediss://USER:PASSWORD@host:6379/0?ssl_ca_certs=/etc/ca.pem, "
-    "unix:///run/valkey.sock or redis+sentinel://host1,host2,host3/SERVICE"
+    "unix:///run/valkey.sock, redis+sentinel://host1,host2,host3/SERVICE or redis+cluster://host1,host2,host3"
 )
+SLOTS: Final = 16384
+"""Of a cluster, each of which one of its primaries holds."""
+SHARDS: Final = 16
+"""Over how many slots of a cluster an instance spreads its deployments, unless the URL says otherwise."""
+_MOST_SHARDS: Final = 255
 
 _TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _TLS_OPTIONS = (*_TLS_FILES, "ssl_cert_reqs", "ssl_check_hostname")
 _SENTINEL_OPTIONS = ("sentinel_username", "sentinel_password")
 _VERIFY_MODES = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
+_CLUSTER_OPTIONS = ("shards", "slot")
 _SCHEMES = {
-    # whether TLS is spoken, and whether sentinels are asked
-    "redis": (False, False),
-    "rediss": (True, False),
-    "unix": (False, False),
-    "redis+sentinel": (False, True),
-    "rediss+sentinel": (True, True),
+    # whether TLS is spoken, and who is asked where the primary is
+    "redis": (False, ""),
+    "rediss": (True, ""),
+    "unix": (False, ""),
+    "redis+sentinel": (False, "sentinels"),
+    "rediss+sentinel": (True, "sentinels"),
+    "redis+cluster": (False, "nodes"),
+    "rediss+cluster": (True, "nodes"),
 }
 
 
@@ -83,6 +93,9 @@ class Broker:
         path: The path of its socket; host and port then mean nothing.
         sentinels: The sentinels that know where the primary of `service` is; host and port then mean nothing, either.
             The one that answered last comes first.
+        nodes: Nodes of the cluster, which know where the primary of `slot` is, in the same way.
+        shards: Over how many slots an instance on this cluster is spread; 1 where there is no cluster.
+        slot: The slot whose primary is meant; any primary of the cluster if it is negative.
     """
 
     host: str = "localhost"
@@ -96,26 +109,47 @@ class Broker:
     service: str = ""
     sentinel_username: str = ""
     sentinel_password: str = field(default="", repr=False)
+    nodes: list[Address] = field(default_factory=list)
+    shards: int = 1
+    slot: int = -1
 
     @property
     def place(self) -> str:
         """Where the server is, as messages name it; it holds no password."""
+        if self.nodes:
+            known_to = ", ".join(map(host_and_port, sorted(self.nodes)))
+            return f"the primary of slot {self.slot} (cluster {known_to})" if self.slot >= 0 else f"cluster {known_to}"
         if self.sentinels:
             known_to = ", ".join(map(host_and_port, sorted(self.sentinels)))
             return f"the primary of {self.service!r} (sentinels {known_to})"
         return self.path or host_and_port((self.host, self.port))
 
-    def at(self, address: Address) -> "Broker":
-        """The one server at an address that a sentinel gave."""
-        return replace(self, host=address[0], port=address[1], sentinels=[], service="")
+    @property
+    def guides(self) -> list[Address]:
+        """Whom to ask where the primary is; nobody where the address is known."""
+        return self.nodes or self.sentinels
 
-    def sentinel(self, address: Address) -> "Broker":
-        """One of the sentinels, as a server to connect to."""
+    def at(self, address: Address) -> "Broker":
+        """The one server at an address that a guide gave."""
+        return replace(self, host=address[0], port=address[1], sentinels=[], nodes=[], service="")
+
+    def guide(self, address: Address) -> "Broker":
+        """One of the guides, as a server to connect to."""
+        if self.nodes:
+            return self.at(address)
         return replace(self.at(address), username=self.sentinel_username, password=self.sentinel_password, db=0)
 
-    def prefer(self, sentinel: Address) -> None:
-        """Ask this sentinel first from now on."""
-        self.sentinels.sort(key=lambda each: each != sentinel)
+    def of_slot(self, slot: int) -> "Broker":
+        """The primary of a slot; what is learned of the cluster's nodes is shared."""
+        return replace(self, slot=slot)
+
+    def prefer(self, guide: Address) -> None:
+        """Ask this guide first from now on."""
+        self.guides.sort(key=lambda each: each != guide)
+
+    def learn(self, nodes: Iterable[Address]) -> None:
+        """Ask these nodes of the cluster, too, when those of the URL have gone."""
+        self.nodes.extend(each for each in dict.fromkeys(nodes) if each not in self.nodes)
 
 
 @functools.cache
@@ -138,6 +172,16 @@ def mask(url: str) -> str:
     """Return a URL without its passwords, even if it is not well-formed."""
     url = re.sub(r"^([a-z+]+://)?.*@", r"\1***@", url, flags=re.DOTALL)
     return re.sub(r"(password=)[^&]*", r"\1***", url)
+
+
+def slot_of(tag: str) -> int:
+    """The slot of a cluster in which keys with a hash tag lie."""
+    return binascii.crc_hqx(tag.encode(), 0) % SLOTS  # the very CRC16 that Redis uses
+
+
+def at_slot(url: str, slot: int) -> str:
+    """The URL of the primary of a slot, from that of a cluster."""
+    return f"{url}{'&' if '?' in url else '?'}slot={slot}"
 
 
 def host_and_port(address: Address) -> str:
@@ -172,12 +216,13 @@ def _parse(url: str) -> Broker:
     scheme, colon, rest = url.partition("://")
     if not colon or scheme not in _SCHEMES:
         raise ValueError(f"it has to begin with one of {', '.join(f'{each}://' for each in _SCHEMES)}")
-    has_tls, has_sentinels = _SCHEMES[scheme]
+    has_tls, guides = _SCHEMES[scheme]
     location, _, query = rest.partition("?")
     server, slash, path = location.partition("/")
     user, _, hosts = server.rpartition("@")
     username, _, password = user.partition(":")
-    options = _options(query, (*_TLS_OPTIONS * has_tls, *_SENTINEL_OPTIONS * has_sentinels, "db"))
+    own = {"sentinels": (*_SENTINEL_OPTIONS, "db"), "nodes": _CLUSTER_OPTIONS, "": ("db",)}[guides]
+    options = _options(query, (*_TLS_OPTIONS * has_tls, *own))
     common: dict[str, Any] = {
         "username": unquote(username),
         "password": unquote(password),
@@ -187,7 +232,9 @@ def _parse(url: str) -> Broker:
         if not path:
             raise ValueError("it names no socket")
         return Broker(path=unquote(slash + path), db=_number(options.get("db"), "database"), **common)
-    if has_sentinels:
+    if guides == "nodes":
+        return _cluster(hosts, path, options, common)
+    if guides:
         service, _, path = path.partition("/")
         if not service:
             raise ValueError("the name of the service that the sentinels watch is missing after the hosts")
@@ -197,6 +244,16 @@ def _parse(url: str) -> Broker:
     else:
         common["host"], common["port"] = _address(hosts, PORT)
     return Broker(db=_number(options.get("db", path), "database"), **common)
+
+
+def _cluster(hosts: str, path: str, options: dict[str, str], common: dict[str, Any]) -> Broker:
+    if path not in ("", "0"):
+        raise ValueError("a cluster has no databases and no services: nothing may follow its hosts")
+    shards = _number(options.get("shards"), "number of shards", SHARDS)
+    if not 1 < shards <= _MOST_SHARDS:
+        raise ValueError(f"its shards are not between 2 and {_MOST_SHARDS}")
+    nodes = [_address(each, PORT) for each in hosts.split(",")]
+    return Broker(nodes=nodes, shards=shards, slot=_number(options.get("slot"), "slot", -1), **common)
 
 
 def _options(query: str, known: tuple[str, ...]) -> dict[str, str]:

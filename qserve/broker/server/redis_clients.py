@@ -12,7 +12,9 @@ import redis
 import redis.asyncio
 from redis.backoff import NoBackoff
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
+    ClusterDownError,
     ConnectionError,  # noqa: A004
     MasterDownError,
     ReadOnlyError,
@@ -22,11 +24,12 @@ from redis.exceptions import (
 )
 
 from qserve.broker.server.address import Address, Broker, host_and_port, parse
+from qserve.broker.server.cluster_clients import AsyncClusterClient, ClusterClient, primary_of_slot
 
-_SENTINEL_TIMEOUT_S: Final = 0.5
+_GUIDE_TIMEOUT_S: Final = 0.5
 _CONNECT_TIMEOUT_S: Final = 2.0
 _REST_S: Final = 2.0
-"""How long a connection may lie idle before the sentinels are asked whether it still leads to the primary."""
+"""How long a connection may lie idle before its guides are asked whether it still leads to the primary."""
 _ASK: Final = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME")
 
 
@@ -37,7 +40,7 @@ Client = redis.Redis
 
 
 def client(url: str, timeout_s: float, *, any_role: bool = False, **options: Any) -> redis.Redis:
-    """A synchronous client.
+    """A synchronous client; of a cluster it sends each command to the server that has its keys.
 
     Args:
         timeout_s: How long it waits for an answer; for a connection at most two seconds of that.
@@ -47,16 +50,22 @@ def client(url: str, timeout_s: float, *, any_role: bool = False, **options: Any
     Raises:
         ConfigurationError: Not a Redis URL.
     """
-    return _client(parse(url), timeout_s, None if any_role else _greet, options)
+    broker, greet = parse(url), None if any_role else _greet
+    if not broker.nodes or broker.slot >= 0:
+        return _client(broker, timeout_s, greet, options)
+    return ClusterClient(lambda slot: _client(broker.of_slot(slot), timeout_s, greet, options))
 
 
 def asyncio_client(url: str, timeout_s: float) -> "redis.asyncio.Redis":
     """A client for an event loop; else like `client`."""
-    return _asyncio_client(parse(url), timeout_s, _greet_async)
+    broker = parse(url)
+    if not broker.nodes or broker.slot >= 0:
+        return _asyncio_client(broker, timeout_s, _greet_async)
+    return AsyncClusterClient(lambda slot: _asyncio_client(broker.of_slot(slot), timeout_s, _greet_async))
 
 
 def unreachable(broker: Broker, problems: list[str]) -> str:
-    """Return what is said when no sentinel names a primary that can be used."""
+    """Return what is said when no guide names a primary that can be used."""
     return f"found nothing to connect to for {broker.place}: {'; '.join(problems)}"
 
 
@@ -66,23 +75,23 @@ def role_problem(answer: object, place: str) -> str:
     return "" if role == b"master" else f"Redis at {place} is a read-only replica"
 
 
-# Asking sentinels
+# Asking sentinels, or the nodes of a cluster
 
 
 def primaries(broker: Broker, problems: list[str]) -> Iterator[Address]:
-    """Yield where the primary is, as each sentinel in turn has it, without an address twice.
+    """Yield where the primary is, as each guide in turn has it, without an address twice.
 
     What goes wrong is added to `problems`.
 
-    Several, because a sentinel that was cut off from the others may know an old one only.
+    Several, because a guide that was cut off from the others may know an old one only.
     """
     told = set()
-    for address in list(broker.sentinels):
+    for address in list(broker.guides):
         try:
-            with _client(broker.sentinel(address), _SENTINEL_TIMEOUT_S, None, {}) as sentinel:
-                answer = sentinel.execute_command(*_ASK, broker.service)
+            with _client(broker.guide(address), _GUIDE_TIMEOUT_S, None, {}) as guide:
+                answer = guide.execute_command(*_question(broker))
         except (RedisError, OSError) as exc:
-            problems.append(f"sentinel {host_and_port(address)}: {_reason(exc)}")
+            problems.append(f"{_kind_of_guide(broker)} {host_and_port(address)}: {_reason(exc)}")
             continue
         primary = _understand(broker, address, answer, problems)
         if primary is not None and primary not in told:
@@ -93,12 +102,12 @@ def primaries(broker: Broker, problems: list[str]) -> Iterator[Address]:
 async def primaries_async(broker: Broker, problems: list[str]) -> AsyncIterator[Address]:
     """Like `primaries`, on an event loop."""
     told = set()
-    for address in list(broker.sentinels):
+    for address in list(broker.guides):
         try:
-            async with _asyncio_client(broker.sentinel(address), _SENTINEL_TIMEOUT_S, None) as sentinel:
-                answer: Any = await sentinel.execute_command(*_ASK, broker.service)  # type: ignore[no-untyped-call]
+            async with _asyncio_client(broker.guide(address), _GUIDE_TIMEOUT_S, None) as guide:
+                answer: Any = await guide.execute_command(*_question(broker))  # type: ignore[no-untyped-call]
         except (RedisError, OSError) as exc:
-            problems.append(f"sentinel {host_and_port(address)}: {_reason(exc)}")
+            problems.append(f"{_kind_of_guide(broker)} {host_and_port(address)}: {_reason(exc)}")
             continue
         primary = _understand(broker, address, answer, problems)
         if primary is not None and primary not in told:
@@ -110,11 +119,27 @@ def _reason(exc: Exception) -> str:
     return str(exc).rstrip(".") or type(exc).__name__
 
 
-def _understand(broker: Broker, sentinel: Address, answer: Any, problems: list[str]) -> Address | None:
+def _kind_of_guide(broker: Broker) -> str:
+    return "node" if broker.nodes else "sentinel"
+
+
+def _question(broker: Broker) -> tuple[str, ...]:
+    return ("CLUSTER SLOTS",) if broker.nodes else (*_ASK, broker.service)
+
+
+def _understand(broker: Broker, guide: Address, answer: Any, problems: list[str]) -> Address | None:
+    if broker.nodes:
+        found, nodes = primary_of_slot(answer, guide, broker.slot)
+        broker.learn(nodes)
+        if found is None:
+            problems.append(f"node {host_and_port(guide)} knows no primary of slot {broker.slot}")
+        else:
+            broker.prefer(guide)
+        return found
     if answer is None:
-        problems.append(f"sentinel {host_and_port(sentinel)} does not know {broker.service!r}")
+        problems.append(f"sentinel {host_and_port(guide)} does not know {broker.service!r}")
         return None
-    broker.prefer(sentinel)
+    broker.prefer(guide)
     host, port = answer
     return (host.decode() if isinstance(host, bytes) else str(host)), int(port)
 
@@ -181,12 +206,12 @@ class _Rested:
 
 
 class _Finding(_Rested):
-    """Base of connections that ask the sentinels, where there are any, before they connect and again after a rest."""
+    """Base of connections that ask their guides, where there are any, before they connect and again after a rest."""
 
     _sock: Any
 
     def connect(self) -> None:
-        if not self._broker.sentinels:
+        if not self._broker.guides:
             super().connect()  # type: ignore[misc]
             return
         has_rested = self._has_rested()
@@ -229,13 +254,29 @@ class _Unix(_Finding, redis.UnixDomainSocketConnection):
     """A connection to a socket."""
 
 
+class SlotConnection(_Tcp):
+    """A connection to the primary of a slot, for a library that knows nothing of clusters: when the slot has moved, the
+    connection is lost."""
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().read_response(*args, **options)
+        except (AskError, ClusterDownError) as exc:  # a MovedError is an AskError
+            self.disconnect()  # type: ignore[no-untyped-call]
+            raise ConnectionError("the slot has moved to another server of the cluster") from exc
+
+
+class SlotTlsConnection(SlotConnection, _Tls):
+    """The same, encrypted."""
+
+
 class _AsyncFinding(_Rested):
     """Like `_Finding`, for an event loop."""
 
     is_connected: bool
 
     async def connect(self) -> None:
-        if not self._broker.sentinels:
+        if not self._broker.guides:
             await super().connect()  # type: ignore[misc]
             return
         has_rested = self._has_rested()

@@ -26,9 +26,15 @@ class Ended(NamedTuple):
 
 
 class Load:
-    """Runs from the beginning of the block to its end."""
+    """Runs from the beginning of the block to its end.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        url: Of the gateway.
+        name: Of a deployment that returns what it is given.
+    """
+
+    def __init__(self, url: str, name: str = "echo") -> None:
+        self._name = name
         self.ended: list[Ended] = []
         self.refs: list[tuple[int, str]] = []
         self._url = url
@@ -57,6 +63,7 @@ class Load:
                 error = call(value)
             except QServeError as exc:
                 error = type(exc).__name__
+                print("XX", time.monotonic(), call.__name__, exc)
             except httpx.HTTPError as exc:
                 error = f"no response: {exc!r}"
             self.ended.append(Ended(kind, started, time.monotonic() - started, error))
@@ -64,19 +71,19 @@ class Load:
                 time.sleep(0.05)
 
     def _handle(self, value: int) -> str:
-        handle = serve.get_deployment("echo").get_handle()
+        handle = serve.get_deployment(self._name).get_handle()
         answer = qserve.get(handle.options(timeout_s=patience(_TIMEOUT_S)).remote(value))
         return "" if answer == value else f"swapped: {answer!r}"
 
     def _durable(self, value: int) -> str:
-        handle = serve.get_deployment("echo").get_handle().options(durable=True, timeout_s=patience(_TIMEOUT_S))
+        handle = serve.get_deployment(self._name).get_handle().options(durable=True, timeout_s=patience(_TIMEOUT_S))
         ref = handle.remote(value)
         self.refs.append((value, ref.id))
         answer = qserve.get(ref)
         return "" if answer == value else f"swapped: {answer!r}"
 
     def _http(self, value: int) -> str:
-        response = httpx.get(f"{self._url}/echo", params={"value": value}, timeout=_TIMEOUT_S + 5)
+        response = httpx.get(f"{self._url}/{self._name}", params={"value": value}, timeout=_TIMEOUT_S + 5)
         if response.status_code in (502, 503, 504):
             return str(response.status_code)
         return "" if response.text == str(value) else f"swapped: {response.status_code} {response.text!r}"

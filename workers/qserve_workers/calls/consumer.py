@@ -84,7 +84,7 @@ class Consumer:
         self._is_accepting = self._dead_wait = False
         self.takeover_wanted = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self.link = link = Link(settings.redis_url, self._link_up)
+        self.link = link = Link(settings.keys.address(settings.redis_url), self._link_up)
         self.queue = queue = ReplicaQueue(settings.keys, spec.name, replica)
         self._reading = QueueReading(queue, link, self._arrived)
         self._answers = Answers(settings, signer, queue, link, lending)

@@ -45,7 +45,7 @@ class Announcer:
         call_later: Callable[[float, Callable[[], None]], object],
     ) -> None:
         self._url = url
-        self._keys = keys
+        self._keys = keys.of(deployment)
         self._signer = signer
         self._deployment = deployment
         self._node = node

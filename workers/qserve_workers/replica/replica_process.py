@@ -16,7 +16,7 @@ from qserve.calls.process_client import new_event_loop
 from qserve.context import set_batch_hooks
 from qserve.errors import ConfigurationError
 from qserve.hooks import BatchHook, ReplicaHook, load_hooks
-from qserve.settings import Settings
+from qserve.settings import Settings, at_deployment
 from qserve.telemetry.log_records import log_as
 from qserve.wire.spec import Deployed
 from qserve_workers.replica.birth import Birth, Wishes, first_of
@@ -119,7 +119,7 @@ class Replica:
 
     def __init__(self, birth: Birth, settings: Settings, wishes: Wishes) -> None:
         self._birth = birth
-        self._settings = settings
+        self._settings = settings = at_deployment(settings, birth.deployment)
         self._wishes = wishes
         self._client = Client(settings)
         self._events = EventWriter(birth.reports_fd, self._client.id)

@@ -1,0 +1,1 @@
+"""The clients of one process, where Redis is a cluster."""

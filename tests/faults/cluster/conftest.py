@@ -1,0 +1,102 @@
+"""Fixtures: a cluster, and an instance that was told of three of its nodes."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qserve.broker.keys import Keys
+from qserve.broker.server.address import SHARDS, parse
+from qserve.calls import process_client
+from tests.faults.failover.conftest import Instance
+from tests.support.cluster import Cluster, ClusterNode
+from tests.support.servers import SECRET
+from tests.support.shell import Shell
+
+KEYS = Keys("default", SHARDS)
+
+APP = """
+    from qserve import serve
+
+    def value_of(value):
+        return value if isinstance(value, int) else value.query_params["value"]
+
+    @serve.deployment(version="1", idempotent=True)
+    def echo(value):
+        return value_of(value)
+
+    @serve.deployment(version="1", idempotent=True)
+    def Echo2(value):
+        return value_of(value)
+
+    @serve.deployment(version="1")
+    class Chain:
+        def __init__(self):
+            self.echo = serve.get_deployment("echo").get_handle(sync=False)
+
+        async def __call__(self, value):
+            return await (await self.echo.remote(value))
+
+        async def count(self, limit):
+            for number in range(limit):
+                yield number
+
+        async def same(self, data):
+            return data
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="qs-"))
+    cluster = Cluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.kill()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def shell(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    runtime = Path(tempfile.mkdtemp(prefix="qs-"))
+    shell = Shell(tmp_path_factory.mktemp("app"), runtime, {"QSERVE_REDIS_URL": cluster.url, "QSERVE_SECRET": SECRET})
+    shell.write("app.py", APP)
+    yield shell
+    shutil.rmtree(runtime)
+
+
+@pytest.fixture(scope="module")
+def served(shell: Shell) -> Iterator[Instance]:
+    instance = Instance(shell)
+    yield instance
+    instance.end()
+
+
+@pytest.fixture
+def own_calls(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls of this process go to that instance."""
+    for name, value in shell.extra.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("QSERVE_RUNTIME_DIR", str(shell.runtime))
+    yield
+    process_client.close_current_client()
+
+
+def slot_of_deployment(name: str) -> int:
+    """The slot in which everything of a deployment lies."""
+    return parse(KEYS.of(name).address("redis+cluster://x")).slot
+
+
+def slot_of_home() -> int:
+    """The slot in which the state of the instance lies."""
+    return parse(KEYS.address("redis+cluster://x")).slot
+
+
+def another_primary(cluster: Cluster, slot: int) -> ClusterNode:
+    """A primary that does not have a slot."""
+    owner = cluster.primary_of(slot)
+    return next(cluster.primary_of(each) for each in (0, 8000, 16000) if cluster.primary_of(each) is not owner)

@@ -1,0 +1,166 @@
+"""A real cluster: three primaries, each with a replica, which can be killed, frozen and given other slots."""
+
+import contextlib
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from qserve.broker.server import embedded
+from qserve.broker.server.address import SLOTS
+from tests.support.serving import free_ports
+from tests.support.slowness import patience
+from tests.support.waiting import wait_until
+
+NODE_TIMEOUT_MS = 1000
+
+
+class ClusterNode:
+    """One server of a cluster."""
+
+    def __init__(self, folder: Path, port: int, bus: int, *options: str) -> None:
+        self.folder = folder
+        self.port = port
+        self.bus = bus
+        self._options = options
+        folder.mkdir()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [
+                *(str(embedded.find_server()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""),
+                *("--cluster-enabled", "yes", "--cluster-port", str(self.bus), "--cluster-config-file", "nodes.conf"),
+                *("--cluster-node-timeout", str(NODE_TIMEOUT_MS), "--cluster-require-full-coverage", "no"),
+                *("--maxmemory-policy", "noeviction", "--repl-diskless-sync-delay", "0", "--dir", str(self.folder)),
+                *("--loglevel", "notice", "--logfile", str(self.folder / "log"), *self._options),
+            ]
+        )
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def do(self, *command: Any) -> Any:
+        """The answer to a command, by this very server."""
+        with redis.Redis(port=self.port, protocol=2, socket_timeout=patience(5)) as client:
+            return client.execute_command(*command)
+
+    @property
+    def id(self) -> str:
+        return str(self.do("CLUSTER MYID").decode())
+
+    def facts(self) -> dict[str, str]:
+        """What CLUSTER INFO says."""
+        answer = self.do("CLUSTER INFO")
+        text = answer.decode() if isinstance(answer, bytes) else ""
+        lines = [line.partition(":") for line in text.split()]
+        return {name: value for name, _, value in lines} or {k: str(v) for k, v in answer.items()}
+
+
+class Cluster:
+    """Its first three nodes are the primaries at first; node i + 3 is the replica of node i."""
+
+    def __init__(self, folder: Path, primaries: int = 3, *options: str, replicas: bool = True) -> None:
+        count = primaries * (2 if replicas else 1)
+        first = free_ports(2 * count)
+        self.size = primaries
+        self.nodes = [ClusterNode(folder / str(i), first + i, first + count + i, *options) for i in range(count)]
+        self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[:primaries])
+
+    def start(self) -> None:
+        for node in self.nodes:
+            node.start()
+        for node in self.nodes:
+            wait_until(lambda node=node: _answers(node))  # type: ignore[misc]
+        for place, node in enumerate(self.nodes[: self.size]):
+            first, last = place * SLOTS // self.size, (place + 1) * SLOTS // self.size - 1
+            node.do("CLUSTER", "ADDSLOTSRANGE", first, last)
+            node.do("CLUSTER", "SET-CONFIG-EPOCH", place + 1)
+        for node in self.nodes[1:]:
+            self.nodes[0].do("CLUSTER", "MEET", "127.0.0.1", node.port, node.bus)
+        everybody = str(len(self.nodes))
+        wait_until(lambda: all(node.facts()["cluster_known_nodes"] == everybody for node in self.nodes))
+        for place, node in enumerate(self.nodes[self.size :]):
+            of = self.nodes[place].id
+            wait_until(lambda node=node, of=of: _replicates(node, of))  # type: ignore[misc]
+        self.wait_until_whole()
+
+    def wait_until_whole(self) -> None:
+        """Wait until every live node finds every slot served, and every replica has what its primary has."""
+        live = [node for node in self.nodes if node.process.poll() is None]
+
+        def is_whole() -> bool:
+            facts = [node.facts() for node in live]
+            if any(each["cluster_state"] != "ok" or each["cluster_slots_ok"] != str(SLOTS) for each in facts):
+                return False
+            roles = [node.do("ROLE") for node in live]
+            return all(role[0] == b"master" or role[3] == b"connected" for role in roles)
+
+        wait_until(is_whole)
+
+    def primary_of(self, slot: int) -> ClusterNode:
+        """The node that has a slot, as the live ones see it."""
+        for node in self.nodes:
+            if node.process.poll() is not None:
+                continue
+            for first, last, primary in _slots(node):
+                if first <= slot <= last:
+                    return next(each for each in self.nodes if each.port == primary)
+        raise AssertionError(f"nobody has slot {slot}")
+
+    def move(self, slot: int, to: "ClusterNode") -> None:
+        """Move a slot while the cluster works, in one step."""
+        source = self.primary_of(slot)
+        source.do("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", to.id)
+        wait_until(lambda: self.primary_of(slot) is to, shows=lambda: source.do("CLUSTER", "GETSLOTMIGRATIONS"))
+
+    def move_key_by_key(self, slot: int, to: "ClusterNode") -> None:
+        """Move a slot as servers before Valkey 9 do: for a while some of its keys are here and some there."""
+        source = self.primary_of(slot)
+        to.do("CLUSTER", "SETSLOT", slot, "IMPORTING", source.id)
+        source.do("CLUSTER", "SETSLOT", slot, "MIGRATING", to.id)
+        while keys := source.do("CLUSTER", "GETKEYSINSLOT", slot, 5):
+            source.do("MIGRATE", "127.0.0.1", to.port, "", 0, 5000, "KEYS", *keys)
+        to.do("CLUSTER", "SETSLOT", slot, "NODE", to.id)
+        source.do("CLUSTER", "SETSLOT", slot, "NODE", to.id)
+        wait_until(lambda: self.primary_of(slot) is to)
+
+    def replica_of(self, primary: ClusterNode) -> ClusterNode:
+        """A node that follows a primary."""
+        return next(
+            node
+            for node in self.nodes
+            if node.process.poll() is None and (role := node.do("ROLE"))[0] == b"slave" and int(role[2]) == primary.port
+        )
+
+    def kill(self) -> None:
+        for node in self.nodes:
+            with contextlib.suppress(Exception):
+                node.kill()
+
+
+def _answers(node: ClusterNode) -> bool:
+    with contextlib.suppress(redis.RedisError):
+        return bool(node.do("PING"))
+    return False
+
+
+def _replicates(node: ClusterNode, primary: str) -> bool:
+    with contextlib.suppress(redis.ResponseError):  # it has not heard of the primary yet
+        return bool(node.do("CLUSTER", "REPLICATE", primary))
+    return False
+
+
+def _slots(node: ClusterNode) -> Iterator[tuple[int, int, int]]:
+    with redis.Redis(port=node.port, protocol=2, socket_timeout=patience(5)) as client:
+        for first, last, primary, *_ in client.execute_command("CLUSTER SLOTS"):
+            yield first, last, int(primary[1])
