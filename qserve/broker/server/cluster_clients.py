@@ -80,7 +80,9 @@ class ClusterClient(redis.Redis):
                 return client.execute_command(*args, **options)  # type: ignore[no-untyped-call]
             except _ELSEWHERE as exc:
                 if isinstance(exc, MovedError):
-                    client.connection_pool.disconnect(inuse_connections=False)  # the next connection looks where the slot is
+                    client.connection_pool.disconnect(
+                        inuse_connections=False
+                    )  # the next connection looks where the slot is
             except ClusterDownError as exc:
                 raise ConnectionError(_down(exc)) from exc
             time.sleep(pause_s)

@@ -256,7 +256,10 @@ class _Unix(_Finding, redis.UnixDomainSocketConnection):
 
 class SlotConnection(_Tcp):
     """A connection to the primary of a slot, for a library that knows nothing of clusters: when the slot has moved, the
-    connection is lost."""
+    connection is lost. It stays where it is until then: what it has subscribed to is told by every server."""
+
+    def _has_rested(self) -> bool:
+        return False
 
     def read_response(self, *args: Any, **options: Any) -> Any:
         try:

@@ -63,7 +63,6 @@ class Load:
                 error = call(value)
             except QServeError as exc:
                 error = type(exc).__name__
-                print("XX", time.monotonic(), call.__name__, exc)
             except httpx.HTTPError as exc:
                 error = f"no response: {exc!r}"
             self.ended.append(Ended(kind, started, time.monotonic() - started, error))
