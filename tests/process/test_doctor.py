@@ -176,7 +176,7 @@ def test_a_read_only_replica_is_refused() -> None:
         ({"aof_last_write_status": "err"}, {}, "persistence"),
         ({"rdb_last_bgsave_status": "err"}, {}, "persistence"),
         ({"maxmemory": 1_000_000, "used_memory": 950_000}, {}, "memory"),
-        ({"cluster_enabled": 1}, {}, "role"),
+        ({"cluster_enabled": 1}, {}, "mode"),
         ({}, {"timeout": "300"}, "connections"),
         ({}, {"tcp-keepalive": "0"}, "connections"),
     ],

@@ -31,6 +31,11 @@ from qserve.errors import ConfigurationError
                 sentinel_password="s&p",
             ),
         ),
+        ("redis+cluster://a,b:1", Broker(nodes=[("a", 6379), ("b", 1)], shards=16)),
+        (
+            "redis+cluster://user:pw@[::2]:3/?shards=64&slot=7",
+            Broker(username="user", password="pw", nodes=[("::2", 3)], shards=64, slot=7),
+        ),
     ],
 )
 def test_a_url_says_everything(url: str, broker: Broker) -> None:
@@ -51,6 +56,9 @@ def test_a_url_says_everything(url: str, broker: Broker) -> None:
         ("rediss://:geheim@localhost?ssl_ca_certs=/nowhere.pem", "ssl_ca_certs cannot be read: /nowhere.pem: No such"),
         ("rediss://:geheim@localhost?ssl_ca_certs=/dev/null", "its certificate files cannot be used"),
         ("unix://:geheim@", "it names no socket"),
+        ("redis+cluster://:geheim@a,b/main", "a cluster has no databases and no services"),
+        ("redis+cluster://:geheim@a?db=1", "option 'db' is not one of shards, slot"),
+        ("redis+cluster://:geheim@a?shards=1", "its shards are not between 2 and 255"),
         ("redis+sentinel://:geheim@a,b", "the name of the service that the sentinels watch is missing"),
         ("redis+sentinel://:geheim@a:b/main?sentinel_password=geheim", "its port is not a number"),
     ],

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from qserve.broker.instance.state import META_FIELDS, checked, decode_deployed, decode_http, names_of
+from qserve.broker.instance.state import META_FIELDS, check_shards, checked, decode_deployed, decode_http, names_of
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.server import redis_clients
+from qserve.errors import BrokerUnavailable
 from qserve.wire.messages import Signer
 from qserve.wire.spec import Deployed, HttpSettings
 
@@ -45,12 +46,14 @@ class Snapshot:
 
     Attributes:
         instances: Which history of the state it belongs to, in each shard; "" where there is none yet.
+        missing: Shards that could not be read.
     """
 
     deployments: Mapping[str, Deployed] = field(default_factory=dict)
     http: HttpSettings = field(default_factory=HttpSettings)
     log_id: str = "0-0"
     instances: tuple[str, ...] = ()
+    missing: frozenset[int] = frozenset()
 
     def forgotten(self, known: "Snapshot") -> list[str]:
         """What stands now in place of each history that was known and is gone: another one, or ""."""
@@ -59,27 +62,48 @@ class Snapshot:
 
 
 async def read_snapshot(client: redis.asyncio.Redis, keys: Keys, signer: Signer) -> Snapshot:
-    """The desired state now. A spec that no key of ours signed is left out, with an error in the log."""
+    """The desired state now. A spec that no key of ours signed is left out, with an error in the log.
+
+    Raises:
+        BrokerUnavailable, ConfigurationError: The home cannot be read, or has been used with another number of shards.
+    """
     with our_errors(client):
         log_id = await last_log_id(client, keys)  # first: what follows is at least as new
+        http_frame, settled = await _ask(client, "MGET", keys.http_options, keys.shard_count)
+    check_shards(keys, settled)
+    shards = list(dict.fromkeys((keys, *keys.all())))
+    found = await asyncio.gather(*(_read_shard(client, each) for each in shards), return_exceptions=True)
+    deployments: dict[str, Deployed] = {}
+    instances, missing = [], set()
+    for each, part in zip(shards, found, strict=True):
+        if isinstance(part, BrokerUnavailable) and each is not keys:
+            missing.add(each.shard)
+            instances.append("")
+            continue
+        if isinstance(part, BaseException):
+            raise part
+        instance, metas = part
+        instances.append(instance)
+        for name, meta in metas.items():
+            deployed = checked(partial(decode_deployed, signer, name, meta), f"the spec of deployment {name!r}")
+            if deployed is not None:
+                deployments[name] = deployed
+    http = checked(lambda: decode_http(signer, http_frame), "the HTTP settings") or HttpSettings()
+    return Snapshot(deployments, http, log_id, tuple(instances), frozenset(missing))
+
+
+async def _read_shard(client: redis.asyncio.Redis, keys: Keys) -> tuple[str, dict[str, list[bytes | None]]]:
+    """The history of the state in a shard, and the meta hash of each deployment there."""
+    with our_errors(client):
         pipeline = client.pipeline(transaction=False)
-        for each in keys.all():
-            pipeline.smembers(each.deployments)
-        names = names_of(name for members in await pipeline.execute() for name in members)
+        pipeline.smembers(keys.deployments)
+        pipeline.get(keys.instance)
+        members, instance = await pipeline.execute()
+        names = names_of(members)
         for name in names:
             pipeline.hmget(keys.meta(name), META_FIELDS)
-        for each in dict.fromkeys((keys, *keys.all())):
-            pipeline.get(each.instance)
-        pipeline.get(keys.http_options)
-        *found, http_frame = await pipeline.execute()
-    metas, instances = found[: len(names)], found[len(names) :]
-    deployments = {}
-    for name, meta in zip(names, metas, strict=True):
-        deployed = checked(partial(decode_deployed, signer, name, meta), f"the spec of deployment {name!r}")
-        if deployed is not None:
-            deployments[name] = deployed
-    http = checked(lambda: decode_http(signer, http_frame), "the HTTP settings") or HttpSettings()
-    return Snapshot(deployments, http, log_id, tuple((each or b"").decode() for each in instances))
+        metas = await pipeline.execute() if names else []
+    return (instance or b"").decode(), dict(zip(names, metas, strict=True))
 
 
 async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerator[Change, None]:

@@ -11,7 +11,7 @@ from qserve.broker.instance.change_log import Snapshot, ask, read_snapshot
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import RESTORE
-from qserve.errors import ConfigurationError
+from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.wire.messages import Signer, encode
 from qserve.wire.options import script_fields
 from qserve.wire.spec import Deployed, SignedSpec
@@ -45,6 +45,8 @@ class RememberedState:
         Raises:
             BrokerUnavailable: It cannot be put back now.
         """
+        if found.missing:
+            found = self._complete(found)
         forgotten = found.forgotten(self._known)
         if not forgotten:
             self._known = found
@@ -59,6 +61,22 @@ class RememberedState:
                 logger.error("Redis has lost what was deployed. Going on as before; deploy again to change anything.")
             return replace(self._known, log_id=found.log_id)
         return self._known
+
+    def _complete(self, found: Snapshot) -> Snapshot:
+        """Fill in what is known of the shards that cannot be read now."""
+        known = self._known
+        if not known.instances:
+            raise BrokerUnavailable(
+                f"{len(found.missing)} shards of the Redis cluster cannot be read: see qserve doctor"
+            )
+        gone = {
+            name: deployed for name, deployed in known.deployments.items() if self._keys.of(name).shard in found.missing
+        }
+        instances = tuple(
+            before if shard in found.missing else now
+            for shard, (before, now) in enumerate(zip(known.instances, found.instances, strict=True))
+        )
+        return replace(found, deployments={**found.deployments, **gone}, instances=instances, missing=frozenset())
 
     async def _restore(self, client: "redis.asyncio.Redis") -> bool:
         try:

@@ -3,6 +3,7 @@
 Reports are not signed, so nothing is decided by them alone.
 """
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from logging import getLogger
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -75,9 +76,11 @@ async def report_node(client: "redis.asyncio.Redis", keys: Keys, info: NodeInfo)
         BrokerUnavailable, ConfigurationError, CommandRefused: Redis cannot be told.
     """
     with our_errors(client):
-        for each in {keys, *keys.all()}:  # where replicas look, too
-            await client.set(each.alive(info.id), 1, px=NODE_TTL_MS)
+        await client.set(keys.alive(info.id), 1, px=NODE_TTL_MS)
         await cast("Any", client.hset(keys.nodes, info.id, encode(info)))
+    if keys.shards > 1:  # where replicas look; a shard that is down keeps nobody from telling the others
+        said = (client.set(each.alive(info.id), 1, px=NODE_TTL_MS) for each in keys.all())
+        await asyncio.gather(*said, return_exceptions=True)
 
 
 async def withdraw_node(client: "redis.asyncio.Redis", keys: Keys, node: str) -> None:
@@ -86,6 +89,8 @@ async def withdraw_node(client: "redis.asyncio.Redis", keys: Keys, node: str) ->
         await cast("Any", client.hdel(keys.nodes, node))
         await cast("Any", client.hdel(keys.drained, node))
         await client.delete(keys.alive(node))
+    if keys.shards > 1:
+        await asyncio.gather(*(client.delete(each.alive(node)) for each in keys.all()), return_exceptions=True)
 
 
 async def read_replicas(client: "redis.asyncio.Redis", keys: Keys, deployment: str) -> dict[str, ReplicaInfo]:

@@ -17,7 +17,7 @@ from qserve.broker.records import fail_remaining_records
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import DELETE, DEPLOY, PAUSE, SET_STATE, SIGN, Script
 from qserve.broker.server import redis_clients
-from qserve.errors import BrokerUnavailable, FrameRejected
+from qserve.errors import BrokerUnavailable, ConfigurationError, FrameRejected
 from qserve.failpoints import reach
 from qserve.wire.messages import Signer, decoder_of, encode
 from qserve.wire.names import is_name
@@ -85,8 +85,8 @@ class State:
         fields: list[str | bytes | int] = [*script_fields(spec)]
         if former is not None:
             fields += ["former", self.signer.seal(encode(SignedSpec(former.generation, former.spec)))]
-        if route and self.keys.shards > 1:
-            self._check_route(spec.name, route)
+        if self.keys.shards > 1:
+            self._look_around(spec.name, route)
         reach("deploy")
         verdict, *facts = self._run(DEPLOY, keys, *arguments, *fields)
         reach("deployed")
@@ -145,8 +145,16 @@ class State:
         return signed.spec if signed is not None and signed.spec.name == name else None
 
     def names(self) -> list[str]:
-        """The names of all deployments, in order."""
-        return names_of(name for keys in self.keys.all() for name in self._do("SMEMBERS", keys.deployments))
+        """The names of all deployments, in order; without those in shards that are down, with a warning in the log."""
+        found: list[bytes] = []
+        for keys in self.keys.all():
+            try:
+                found += self._do("SMEMBERS", keys.deployments)
+            except BrokerUnavailable as exc:
+                if self.keys.shards == 1:
+                    raise
+                logger.warning("What is deployed in shard %d of the cluster is left out: %s", keys.shard, exc)
+        return names_of(found)
 
     def sign_again(self, deployed: Deployed) -> None:
         """Sign a spec with the first key where another one has signed it, so that the other can be dropped."""
@@ -223,9 +231,12 @@ class State:
         noted: bytes = self._do("XADD", self.keys.log, "MAXLEN", "~", 1000, "*", *change)
         return noted.decode()
 
-    def _check_route(self, name: str, route: str) -> None:
-        # DEPLOY looks at its own shard only. Two deployments that take a route at the same time are not noticed.
-        for other in self.names():
+    def _look_around(self, name: str, route: str) -> None:
+        """Settle the number of shards, and check the route, for which DEPLOY looks at its own shard only: of two
+        deployments that take one at the same time, nobody notices."""
+        self._do("SET", self.keys.shard_count, self.keys.shards, "NX")
+        check_shards(self.keys, self._do("GET", self.keys.shard_count))
+        for other in self.names() if route else ():
             if other != name and self._do("HGET", self.keys.meta(other), "route") == route.encode():
                 raise ValueError(f"route_prefix '{route}' is already registered.")
 
@@ -236,6 +247,15 @@ class State:
     def _do(self, *command: Any) -> Any:
         with our_errors(self.redis):
             return self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
+
+
+def check_shards(keys: Keys, settled: bytes | None) -> None:
+    """Refuse another number of shards than that with which the instance was first used."""
+    if settled is not None and int(settled) != keys.shards:
+        raise ConfigurationError(
+            f"this instance has {int(settled)} shards, and QSERVE_REDIS_URL says {keys.shards}: write ?shards="
+            f"{int(settled)} there, or delete what is deployed and use another namespace"
+        )
 
 
 def names_of(members: Iterable[bytes]) -> list[str]:

@@ -40,6 +40,13 @@ def primary_of_slot(answer: Any, asked: Address, slot: int) -> tuple[Address | N
     return found, nodes
 
 
+def primaries_and_slots(answer: Any, asked: Address) -> tuple[list[Address], int]:
+    """From an answer to CLUSTER SLOTS, where all primaries are, and how many slots they have."""
+    ranges: Mapping[tuple[int, int], Any] = parse_cluster_slots(answer, current_host=asked[0])
+    found = dict.fromkeys(_address(of_range["primary"]) for of_range in ranges.values())
+    return list(found), sum(last - first + 1 for first, last in ranges)
+
+
 def _address(told: Any) -> Address:
     host, port = told[0], told[1]
     return (host.decode() if isinstance(host, bytes) else str(host)), int(port)

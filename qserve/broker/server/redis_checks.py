@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, Literal
 
 from redis import Redis
@@ -26,7 +27,7 @@ from redis.exceptions import (
 
 from qserve.broker.redis_errors import broker_of
 from qserve.broker.server import redis_clients
-from qserve.broker.server.address import Broker, host_and_port, tls_problem
+from qserve.broker.server.address import SLOTS, Broker, host_and_port, tls_problem
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ OLDEST_USABLE = (7, 0, 0)
 
 _CONFIG_READ = ("appendfsync", "tcp-keepalive", "timeout", "maxmemory-clients")
 _CLOCK_TOLERANCE_S = 1.0
+_TIMEOUT_S = 2.0
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "")
 
 # First patch release of a branch without the holes that a client able to run scripts (CVE-2025-49844 and its
@@ -73,7 +75,7 @@ class Finding:
     retry: bool = False
 
 
-def connect(url: str, timeout_s: float = 2.0) -> "Redis":
+def connect(url: str, timeout_s: float = _TIMEOUT_S) -> "Redis":
     """A client that gives up after `timeout_s`, never repeats a command, and looks at replicas as well.
 
     Raises:
@@ -83,11 +85,21 @@ def connect(url: str, timeout_s: float = 2.0) -> "Redis":
 
 
 def check_server(redis: "Redis") -> list[Finding]:
-    """Check everything that can be found out about a server; the first finding says whether it answers at all."""
+    """Check everything that can be found out about a server, or about every primary of a cluster; the first finding
+    says whether it answers at all."""
     broker = broker_of(redis)
+    if broker.nodes:
+        return list(check_cluster(broker))
     sentinels = list(check_sentinels(broker))
     if any(finding.level == FAIL for finding in sentinels):
         return sentinels
+    first, *others = _check_one(redis, broker)
+    if first.level != OK:
+        return [*sentinels, first]
+    return [first, *sentinels, *others]
+
+
+def _check_one(redis: "Redis", broker: Broker) -> list[Finding]:
     try:
         info: Mapping[str, Any] = _if_allowed(redis.info) or {}
         before = time.time()
@@ -95,12 +107,39 @@ def check_server(redis: "Redis") -> list[Finding]:
         middle = (before + time.time()) / 2
         config = _read_config(redis, info)
     except (RedisError, OSError) as exc:
-        return [*sentinels, why_unreachable(exc, broker.place, has_password=bool(broker.password))]
+        return [why_unreachable(exc, broker.place, has_password=bool(broker.password))]
     judged = judge(info, config) if info else _UNJUDGED
     clock = check_clock(now[0] + now[1] / 1e6 - middle) if now else ()
     name, version = server_version(info)
     answers = f"{name} {'.'.join(map(str, version))} answers at {broker.place}" if info else f"{broker.place} answers"
-    return [Finding("reachable", OK, answers), *sentinels, *judged, *clock, *check_exposure(broker)]
+    return [Finding("reachable", OK, answers), *judged, *clock, *check_exposure(broker)]
+
+
+def check_cluster(broker: Broker) -> Iterator[Finding]:
+    """Check every primary of a cluster, and whether the others go on while one is down."""
+    problems: list[str] = []
+    found, slots = redis_clients.primaries_of_cluster(broker, problems)
+    if not found:
+        said = "; ".join(problems)
+        yield Finding("cluster", FAIL, f"no node of {broker.place} answers: {said}", "See whether they run", retry=True)
+        return
+    if slots == SLOTS:
+        yield Finding("cluster", OK, f"{len(found)} servers have all {SLOTS} slots")
+    else:
+        text = f"{SLOTS - slots} slots are on no server: deployments in them cannot be called"
+        yield Finding("cluster", WARN, text, "See CLUSTER INFO and CLUSTER SLOTS")
+    for address in found:
+        place = host_and_port(address)
+        with redis_clients.client_at(broker, address, _TIMEOUT_S) as server:
+            for each in _check_one(server, broker.at(address)):
+                if each.level == FAIL and each.retry:
+                    yield replace(each, level=WARN)  # the others are usable
+                elif each.check == "reachable" or (each.level != OK and each.check != "mode"):
+                    yield each if place in each.text else replace(each, text=f"{place}: {each.text}")
+            full = _if_allowed(partial(server.config_get, "cluster-require-full-coverage"))
+        if full and "yes" in full.values():
+            text = f"{place}: a server that is down stops the whole cluster"
+            yield Finding("cluster", WARN, text, "CONFIG SET cluster-require-full-coverage no, on every server")
 
 
 def require_usable(redis: "Redis") -> None:
@@ -186,11 +225,12 @@ def check_known_holes(info: Mapping[str, Any], config: Mapping[str, str]) -> Ite
 
 
 def check_role(info: Mapping[str, Any]) -> Iterator[Finding]:
-    """Check that the server takes writes and is no cluster."""
+    """Check that the server takes writes."""
     if info.get("role", "master") != "master":
         yield Finding("role", FAIL, "this server is a read-only replica", "Give the URL of its primary")
     if str(info.get("cluster_enabled", 0)) == "1":
-        yield Finding("role", WARN, "cluster mode is on; qserve keeps a namespace on one node and follows no redirect")
+        text = "cluster mode is on, and this URL means one of its servers: no redirect is followed"
+        yield Finding("mode", WARN, text, "Write redis+cluster:// to use all of them")
 
 
 def check_sentinels(broker: Broker) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ from redis.exceptions import (
 )
 
 from qserve.broker.server.address import Address, Broker, host_and_port, parse
-from qserve.broker.server.cluster_clients import AsyncClusterClient, ClusterClient, primary_of_slot
+from qserve.broker.server.cluster_clients import AsyncClusterClient, ClusterClient, primaries_and_slots, primary_of_slot
 
 _GUIDE_TIMEOUT_S: Final = 0.5
 _CONNECT_TIMEOUT_S: Final = 2.0
@@ -113,6 +113,22 @@ async def primaries_async(broker: Broker, problems: list[str]) -> AsyncIterator[
         if primary is not None and primary not in told:
             told.add(primary)
             yield primary
+
+
+def primaries_of_cluster(broker: Broker, problems: list[str]) -> tuple[list[Address], int]:
+    """Where all primaries of a cluster are, and how many slots they have."""
+    for address in list(broker.nodes):
+        try:
+            with _client(broker.guide(address), _GUIDE_TIMEOUT_S, None, {}) as guide:
+                return primaries_and_slots(guide.execute_command("CLUSTER SLOTS"), address)
+        except (RedisError, OSError) as exc:
+            problems.append(f"node {host_and_port(address)}: {_reason(exc)}")
+    return [], 0
+
+
+def client_at(broker: Broker, address: Address, timeout_s: float) -> redis.Redis:
+    """A client for one of the servers of a cluster."""
+    return _client(broker.at(address), timeout_s, None, {})
 
 
 def _reason(exc: Exception) -> str:
