@@ -143,6 +143,7 @@ class Client:
         """Make a client for another shard, which connects by itself; calls wait until it has."""
         made = Client(settings, self._handoff)
         made.hooks, made._loop = self.hooks, self._loop
+        made.of, made.of_call = self.of, self.of_call
 
         def begin() -> None:
             made._deadlines.open(self._loop)

@@ -79,7 +79,7 @@ class TaskProcessorAdapter:
             ValueError: This is no id of a task.
             BrokerUnavailable: Redis cannot be asked.
         """
-        client = self._client
+        client = self._client.of_call(task_id)
         found = _unattached(client, task_id).status()
         error: Any = None
         value: Any = None
@@ -91,7 +91,7 @@ class TaskProcessorAdapter:
 
     async def get_task_status_async(self, task_id: str) -> TaskResult:
         """Like `get_task_status_sync`."""
-        client = current_client()
+        client = current_client().of_call(task_id)
         found = await _unattached(client, task_id).astatus()
         value: Any = None
         if found.state in ENDS:
@@ -171,7 +171,7 @@ class TaskProcessorAdapter:
         return get_handle(name).options(durable=True, method_name=task_name, **terms)
 
     def _cancel(self, client: Client, task_id: str) -> "Future[bool]":
-        ref, cancelled = _unattached(client, task_id), Future[bool]()
+        ref, cancelled = _unattached(client.of_call(task_id), task_id), Future[bool]()
 
         def answered(answer: Any) -> None:
             if isinstance(answer, Exception):
