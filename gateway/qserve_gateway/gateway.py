@@ -208,7 +208,7 @@ class Gateway(DirectApp):
         described = (scope, path, raw_path, headers, route, request_id)
         length = int(named.get(b"content-length", b"0"))
         if length > self._settings.out_of_line_bytes and preference is None:
-            large = self._calls.large_body(_request(*described), length)
+            large = self._calls.large_body(route, _request(*described), length)
             if large is not None:
                 return self._response(await self._calls.answer_large(route, large, safe, receive), route, request_id)
         body, follows = b"", False

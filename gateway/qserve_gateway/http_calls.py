@@ -73,13 +73,13 @@ class HttpCalls:
     def __init__(self, client: Client, largest_body: int) -> None:
         self._client = client
         self._largest_body = largest_body
-        self._bodies = LargeBodies(client.lending, client.settings.out_of_line_bytes, largest_body)
+        self._bodies = LargeBodies(client.settings.out_of_line_bytes, largest_body)
         self._departures = _Departures()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def large_body(self, request: HttpRequest, length: int) -> LargeBody | None:
+    def large_body(self, route: Route, request: HttpRequest, length: int) -> LargeBody | None:
         """Memory for the body of a request; None if the body is small, or to be sent on as it comes in."""
-        return self._bodies.begin(request, length)
+        return self._bodies.begin(self._client.of(route.deployment).lending, request, length)
 
     async def answer_large(self, route: Route, body: LargeBody, safe: bool, receive: Receive) -> Answered:
         """Do as `answer` for a request whose body is read first; what comes in slowly is sent on as it does."""

@@ -40,8 +40,8 @@ def lending() -> Iterator[Lending]:
 
 
 @pytest.fixture
-def bodies(lending: Lending) -> LargeBodies:
-    return LargeBodies(lending, LEAST, limit=128 * MIB)
+def bodies() -> LargeBodies:
+    return LargeBodies(LEAST, limit=128 * MIB)
 
 
 def opened(loan: Loan) -> Borrowed:
@@ -66,8 +66,8 @@ class Client:
         return {"type": "http.disconnect"}
 
 
-async def test_a_body_that_comes_in_at_once_is_lent_with_its_request(bodies: LargeBodies) -> None:
-    body = bodies.begin(REQUEST, len(BODY))
+async def test_a_body_that_comes_in_at_once_is_lent_with_its_request(bodies: LargeBodies, lending: Lending) -> None:
+    body = bodies.begin(lending, REQUEST, len(BODY))
     assert body is not None
     assert await body.read(Client(BODY).receive)
     loan = body.payload(follows=False)
@@ -78,8 +78,10 @@ async def test_a_body_that_comes_in_at_once_is_lent_with_its_request(bodies: Lar
 
 
 @pytest.mark.parametrize("there", [LEAST, MIB])
-async def test_of_one_that_pauses_the_application_gets_what_there_is(bodies: LargeBodies, there: int) -> None:
-    body = bodies.begin(REQUEST, len(BODY))
+async def test_of_one_that_pauses_the_application_gets_what_there_is(
+    bodies: LargeBodies, lending: Lending, there: int
+) -> None:
+    body = bodies.begin(lending, REQUEST, len(BODY))
     assert body is not None
     assert not await body.read(Client(BODY[:there], len(BODY)).receive)
     payload = body.payload(follows=True)
@@ -89,7 +91,7 @@ async def test_of_one_that_pauses_the_application_gets_what_there_is(bodies: Lar
 
 
 async def test_its_memory_is_used_again_when_the_client_leaves(bodies: LargeBodies, lending: Lending) -> None:
-    body = bodies.begin(REQUEST, len(BODY))
+    body = bodies.begin(lending, REQUEST, len(BODY))
     assert body is not None
     client = Client(BODY[:MIB], len(BODY))
     client.leaves = True
@@ -101,16 +103,16 @@ async def test_its_memory_is_used_again_when_the_client_leaves(bodies: LargeBodi
 
 
 def test_small_ones_huge_ones_and_too_many_are_sent_on_as_they_come_in(
-    bodies: LargeBodies, monkeypatch: pytest.MonkeyPatch
+    bodies: LargeBodies, lending: Lending, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert bodies.begin(REQUEST, LEAST) is None
-    assert bodies.begin(REQUEST, 64 * MIB + 1) is None
+    assert bodies.begin(lending, REQUEST, LEAST) is None
+    assert bodies.begin(lending, REQUEST, 64 * MIB + 1) is None
     monkeypatch.setattr(large_bodies, "_MOST", 3 * MIB)
-    first = bodies.begin(REQUEST, 2 * MIB)
+    first = bodies.begin(lending, REQUEST, 2 * MIB)
     assert first is not None
-    assert bodies.begin(REQUEST, 2 * MIB) is None
+    assert bodies.begin(lending, REQUEST, 2 * MIB) is None
     bodies.end(first)
-    assert bodies.begin(REQUEST, 2 * MIB) is not None
+    assert bodies.begin(lending, REQUEST, 2 * MIB) is not None
 
 
 class TestResponses:

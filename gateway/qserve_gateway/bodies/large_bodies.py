@@ -107,18 +107,21 @@ class LargeBodies:
         limit: Most bytes of a body.
     """
 
-    def __init__(self, lending: Lending, least: int, limit: int) -> None:
-        self._lending = lending
+    def __init__(self, least: int, limit: int) -> None:
         self._least = least
         self._largest = min(limit, _LARGEST)
         self._bytes = 0
 
-    def begin(self, request: HttpRequest, length: int) -> LargeBody | None:
-        """Make room for a body of so many bytes; None if it is to be sent on as it comes in."""
+    def begin(self, lending: Lending, request: HttpRequest, length: int) -> LargeBody | None:
+        """Make room for a body of so many bytes; None if it is to be sent on as it comes in.
+
+        Args:
+            lending: Lends it to the replica.
+        """
         if not self._least < length <= self._largest or self._bytes + length > _MOST:
             return None
         try:
-            body = LargeBody(self._lending, request, length, self._least)
+            body = LargeBody(lending, request, length, self._least)
         except PayloadTooLarge:
             return None
         self._bytes += length
