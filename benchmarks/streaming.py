@@ -3,12 +3,13 @@
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request, WebSocket
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 
 from qserve import serve
 
 EVENTS = 10
+WHOLE = {mib: bytes(mib * 2**20) for mib in (1, 16)}
 app = FastAPI()
 
 
@@ -44,6 +45,16 @@ async def download() -> StreamingResponse:
 @app.post("/upload")
 async def upload(request: Request) -> int:
     return sum([len(part) async for part in request.stream()])
+
+
+@app.post("/whole")
+async def whole(request: Request) -> int:
+    return len(await request.body())
+
+
+@app.get("/whole/{mib}")
+async def response(mib: int) -> Response:
+    return Response(WHOLE[mib], media_type="application/octet-stream")
 
 
 @app.websocket("/echo")

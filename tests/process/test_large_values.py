@@ -159,6 +159,12 @@ class TestLending:
 
         assert lending.lend(b"y" * MIB).segment is loan.segment
 
+    async def test_memory_of_a_larger_value_serves_smaller_ones(self, lending: Lending) -> None:
+        large = lending.lend(b"x" * 3 * MIB)
+        lending.end(large, is_read=True)
+        assert lending.lend(b"y" * MIB).segment is large.segment
+        assert lending.lend(b"z" * MIB).segment is not large.segment
+
     async def test_a_result_nobody_fetches_is_given_up(self, lending: Lending, monkeypatch: pytest.MonkeyPatch) -> None:
         loan = lending.lend_result(b"x" * MIB)
         loan.since -= 61
