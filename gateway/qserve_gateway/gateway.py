@@ -2,7 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Sequence
+from time import monotonic
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -101,6 +102,7 @@ class Gateway(DirectApp):
         self._durable = durable
         self._pages = pages
         self._specs: tuple[DeploymentSpec, ...] = ()
+        self._asleep: Collection[str] = ()
         self._root_path = ""
         self._routes = RouteTable()
         self._knows_routes = False
@@ -122,11 +124,13 @@ class Gateway(DirectApp):
         """Route prefix -> deployment name, as `/-/routes` shows it."""
         return self._routes.names
 
-    def use_deployments(self, specs: Iterable[DeploymentSpec]) -> None:
-        """Route requests to these deployments from now on."""
-        self._specs = tuple(specs)
+    def use_deployments(self, specs: Iterable[DeploymentSpec], asleep: Collection[str] = ()) -> None:
+        """Route requests to these deployments from now on; those whose names are in `asleep` have no replicas."""
+        self._specs, self._asleep = tuple(specs), asleep
         self._knows_routes = True
-        self._routes = RouteTable(self._specs, root_path=self._root_path, timeout_s=self._settings.http_timeout_s)
+        self._routes = RouteTable(
+            self._specs, root_path=self._root_path, timeout_s=self._settings.http_timeout_s, asleep=asleep
+        )
 
     def use_http_options(self, root_path: str, middlewares: Iterable[Middleware]) -> None:
         """Live under `root_path` and wrap everything in the middlewares, the first one outermost.
@@ -143,7 +147,7 @@ class Gateway(DirectApp):
         self._stack = stack
         self._is_bare = stack is self._entry
         self._root_path = root_path.rstrip("/")
-        self.use_deployments(self._specs)
+        self.use_deployments(self._specs, self._asleep)
 
     def begin(self, scope: Scope, connection: DirectProtocol) -> DirectRequest | None:
         """Put the call of a request that has no body; None for one that is answered in another way than by one call."""
@@ -159,7 +163,7 @@ class Gateway(DirectApp):
             route, headers = self._find_route(scope, path, named)
         except Refused:
             return None
-        if self._hooks is not None and self._hooks.are_wanted(scope):
+        if route.sleeps or (self._hooks is not None and self._hooks.are_wanted(scope)):
             return None
         request_id = scope["state"]["request_id"] = self._request_id(named.get(b"x-request-id"))
         method = scope["method"]
@@ -201,6 +205,7 @@ class Gateway(DirectApp):
         if path.startswith("/-/", len(self._root_path)):
             return await self._own_page(scope, path, named, request_id)
         route, headers = self._find_route(scope, path, named)
+        began = monotonic() if route.sleeps else 0.0
         preference = None if _DURABLE.isdisjoint(named) or self._durable is None else preference_of(headers)
         if self._hooks is not None:
             route = self._hooks.before(route, scope, request_id, durable=preference is not None)
@@ -226,7 +231,10 @@ class Gateway(DirectApp):
             answer = await self._calls.answer_upload(route, encode(request), len(body), receive)
         else:
             answer = await self._calls.answer(route, encode(request), safe, receive)
-        return self._response(answer, route, request_id)
+        response = self._response(answer, route, request_id)
+        if route.sleeps and isinstance(response, HttpResponse):
+            return _with_wait(response, monotonic() - began)
+        return response
 
     def _response(self, answer: Answered, route: Route, request_id: str) -> Response:
         if isinstance(answer, StreamedResponse | LargeResponse):
@@ -401,6 +409,12 @@ def _with_deadline(route: Route, asked: bytes) -> Route:
     if _is_milliseconds(asked) is None or int(asked) == 0:
         raise bad_request("X-Request-Timeout-Ms is not a number of milliseconds")
     return route._replace(timeout_s=min(route.timeout_s, int(asked) / 1000), client_sets_deadline=True)
+
+
+def _with_wait(response: HttpResponse, waited_s: float) -> HttpResponse:
+    """The response to a request that found no replica, which says so and for how long it has waited."""
+    told = b'wake;desc="no replica, one was started";dur=%d' % (1000 * waited_s)
+    return HttpResponse(response.status, [*response.headers, (b"server-timing", told)], response.body)
 
 
 def _not_found(path: str) -> HttpResponse:

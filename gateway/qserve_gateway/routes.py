@@ -1,6 +1,6 @@
 """Finds the deployment that a path belongs to: the longest route prefix of whole segments wins."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from qserve.wire.messages import NO_META
@@ -17,6 +17,7 @@ class Route(NamedTuple):
         meta: What the gateway's hooks say beside the call.
         when_full: How clients are told that the queue is full.
         outlives_client: The call goes on when the client leaves before it is answered.
+        sleeps: It has no replica; a call starts one.
     """
 
     deployment: str
@@ -27,6 +28,7 @@ class Route(NamedTuple):
     meta: Mapping[str, str] = NO_META
     when_full: Backpressure | None = None
     outlives_client: bool = False
+    sleeps: bool = False
 
 
 class RouteTable:
@@ -36,9 +38,17 @@ class RouteTable:
         specs: Deployments; those without a route prefix are only reachable through handles.
         root_path: Prefix under which the whole gateway lives, "" or "/x".
         timeout_s: For deployments that set none.
+        asleep: Names of those that have no replicas.
     """
 
-    def __init__(self, specs: Iterable[DeploymentSpec] = (), *, root_path: str = "", timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        specs: Iterable[DeploymentSpec] = (),
+        *,
+        root_path: str = "",
+        timeout_s: float = 60.0,
+        asleep: Collection[str] = (),
+    ) -> None:
         self.names: dict[str, str] = {}
         self._routes: dict[str, Route] = {}
         for spec in specs:
@@ -47,7 +57,9 @@ class RouteTable:
             self.names[spec.route_prefix] = spec.name
             path = root_path + spec.route_prefix.rstrip("/")
             self._routes[path] = Route(
-                *(spec.name, path, spec.timeout_s or timeout_s, spec.idempotent), when_full=spec.backpressure
+                *(spec.name, path, spec.timeout_s or timeout_s, spec.idempotent),
+                when_full=spec.backpressure,
+                sleeps=spec.name in asleep,
             )
         self._depth = max((prefix.count("/") for prefix in self._routes), default=0)
 

@@ -199,7 +199,10 @@ class GatewayProcess:
 
     def _apply(self, snapshot: Snapshot) -> None:
         self._sampler.deployments = tuple(snapshot.deployments)
-        self._gateway.use_deployments(deployed.spec for deployed in snapshot.deployments.values())
+        self._gateway.use_deployments(
+            (deployed.spec for deployed in snapshot.deployments.values()),
+            asleep=frozenset(name for name, deployed in snapshot.deployments.items() if deployed.asleep),
+        )
         if self._gateway.routes != self._routes:
             self._routes = self._gateway.routes
             logger.info("routes: %s", ", ".join(f"{path} -> {name}" for path, name in self._routes.items()) or "none")

@@ -59,7 +59,8 @@ class DeploymentRow(TypedDict):
     p99_ms: float | None
     replicas: list[ReplicaStatus]
     wanted: int
-    autoscaling_config: dict[str, float] | None
+    asleep: bool
+    autoscaling_config: dict[str, float | None] | None
 
 
 class ProcessStatus(TypedDict):
@@ -135,6 +136,7 @@ def _deployment(state: State, deployed: Deployed) -> DeploymentRow:
         "p99_ms": _slowest([replica["p99_ms"] for replica in replicas]),
         "replicas": replicas,
         "wanted": wanted(state, spec.name),
+        "asleep": deployed.asleep,
         "autoscaling_config": None if spec.autoscaling is None else asdict(spec.autoscaling),
     }
 
@@ -234,6 +236,8 @@ def _state(row: DeploymentRow) -> Text:
 
 def _replicas(row: DeploymentRow) -> Text:
     lines = [_replica_line(replica) for replica in row["replicas"]]
+    if row["asleep"]:
+        return Text("\n").join([*lines, Text("asleep (0 replicas; a call wakes it)", style="dim")])
     if (scaling := row["autoscaling_config"]) is not None:
         bounds = f"{scaling['min_replicas']} to {scaling['max_replicas']}"
         lines.append(Text(f"{row['wanted']} wanted, of {bounds}", style="dim"))

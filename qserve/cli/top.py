@@ -61,7 +61,7 @@ def _render(state: State) -> RenderableType:
 
 
 def _cells(row: OverviewRow) -> tuple[Text | str, ...]:
-    state = "PAUSED" if row["paused"] else row["state"]
+    state = "PAUSED" if row["paused"] else "ASLEEP" if row["asleep"] else row["state"]
     return (
         Text(row["name"], style="bold"),
         Text(state, style="yellow" if row["paused"] else COLORS.get(state, "")),

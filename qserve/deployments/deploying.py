@@ -245,6 +245,8 @@ def judge(name: str, generation: int, state: State) -> Progress:
     if deployed.generation > generation:
         return Progress(frozenset(), frozenset(), superseded_by=deployed.generation)
     nodes = {id_: node for id_, node in state.observed.nodes().items() if not node.drained}
+    if deployed.asleep:  # there is nothing to wait for: the first call starts what is deployed
+        return Progress(frozenset(nodes), frozenset(nodes))
     workers = state.observed.workers(name)
     by_hand = {id_ for id_, w in workers.items() if w.node == w.id and state.observed.is_alive(id_, name)}
     return weigh(name, generation, nodes, {id_: w for id_, w in workers.items() if id_ in nodes or id_ in by_hand})

@@ -27,6 +27,7 @@ class OverviewRow(TypedDict):
     paused: bool
     paused_since: float | None
     paused_by: str
+    asleep: bool
     error: str
     version: str | None
     wanted: int
@@ -85,6 +86,7 @@ def _row(deployed: Deployed, facts: QueueFacts, recent: Sequence[Bucket], now: f
         "paused": bool(deployed.paused),
         "paused_since": since,
         "paused_by": who,
+        "asleep": deployed.asleep,
         "error": deployed.error,
         "version": spec.version,
         "wanted": sum(worker.wanted for worker in facts.workers),

@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
-from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, create_model, model_validator
+from pydantic import (
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    create_model,
+    model_validator,
+)
 
 from qserve.wire.ray_names import warn_once
 
@@ -13,22 +21,30 @@ class Autoscaling(msgspec.Struct, frozen=True):
     """How the number of replicas follows the load.
 
     Attributes:
-        min_replicas: There are never fewer. It is at least 1, so that no caller waits for a first replica.
+        min_replicas: There are never fewer; with 0, there are none while nobody calls, and a call starts the first.
         max_replicas: There are never more.
         target_ongoing_requests: The number of calls, queued and running, for each replica.
         upscale_delay_s: How long more replicas must have been needed before they are started.
         downscale_delay_s: How long fewer replicas must have been enough before idle ones leave.
         max_wait_s: When a call has waited for this long, one more replica is started, however few calls there are.
         initial_replicas: How many there are at first, until the load has said otherwise; None: `min_replicas`.
+        downscale_to_zero_delay_s: How long there must have been no call before the last replica leaves, where there may
+            be none; None: `downscale_delay_s`.
     """
 
-    min_replicas: PositiveInt = 1
+    min_replicas: NonNegativeInt = 1
     max_replicas: PositiveInt = 1
     target_ongoing_requests: PositiveFloat = 2.0
     upscale_delay_s: NonNegativeFloat = 30.0
     downscale_delay_s: NonNegativeFloat = 600.0
     max_wait_s: PositiveFloat = 10.0
     initial_replicas: PositiveInt | None = None
+    downscale_to_zero_delay_s: NonNegativeFloat | None = None
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether there may be no replica at all."""
+        return self.min_replicas == 0
 
 
 def _fields_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
@@ -41,7 +57,7 @@ _AutoscalingFields: Any = create_model("_AutoscalingFields", **_fields_of(Autosc
 OTHER_NAMES: Final = {"target_num_ongoing_requests_per_replica": "target_ongoing_requests"}
 IGNORED_NAMES: Final = frozenset(
     {"metrics_interval_s", "look_back_period_s", "aggregation_function"}
-    | {"upscaling_factor", "downscaling_factor", "downscale_to_zero_delay_s"}
+    | {"upscaling_factor", "downscaling_factor"}
     | {f"{direction}smoothing_factor" for direction in ("", "upscale_", "downscale_")}
 )
 """How Ray Serve averages what replicas report; here the queue itself says what there is to do."""
@@ -63,9 +79,6 @@ class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]
         taken = {OTHER_NAMES.get(name, name): value for name, value in values.items()}
         if len(taken) < len(values):
             raise ValueError("target_ongoing_requests was given twice, also under its older name.")
-        if taken.get("min_replicas") == 0:
-            warn_once("min_replicas=0")
-            taken["min_replicas"] = 1
         if taken.pop("policy", None) is not None:
             warn_once("policy")
         return {name: value for name, value in taken.items() if name not in IGNORED_NAMES}

@@ -14,7 +14,6 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "num_gpus": "GPUs are not assigned to replicas; choose them with CUDA_VISIBLE_DEVICES in env_vars",
     "runtime_env": "only its env_vars are set; packages belong into the environment in which nodes are started",
     "policy": "the number of replicas follows what is queued and running",
-    "min_replicas=0": "qserve keeps one replica, so that no call waits for a first one",
     "proxy_location": "it is http_options={'location': ...} here",
     "dedicated_cpu": "processes are not bound to processors",
     "grpc_options": "there is no gRPC; HTTP and handles go on working",

@@ -79,6 +79,7 @@ class Deployed(msgspec.Struct, frozen=True):
         log_id: The id of the entry in the state log that says so.
         paused: Since when (Unix time) and by whom its calls are accepted, but not run, with a space between; "" while
             they are run. See `pause_of`.
+        asleep: It has no replicas, because nobody calls it; a call wakes it.
     """
 
     spec: DeploymentSpec
@@ -87,6 +88,7 @@ class Deployed(msgspec.Struct, frozen=True):
     error: str = ""
     log_id: str = "0-0"
     paused: str = ""
+    asleep: bool = False
 
 
 def pause_of(paused: str) -> tuple[float | None, str]:

@@ -226,6 +226,7 @@ def test_the_table_shows_what_somebody_on_call_looks_for() -> None:
                 "p99_ms": 1234.0,
                 "replicas": [replica("gpu1", 71, "SERVING"), replica("gpu2", 72, "STARTING")],
                 "wanted": 3,
+                "asleep": False,
                 "autoscaling_config": {"min_replicas": 1, "max_replicas": 5},
             }
         ],

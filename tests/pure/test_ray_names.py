@@ -77,7 +77,7 @@ def test_options_of_ray_2_are_taken() -> None:
         ray_actor_options={"num_gpus": 0.5, "runtime_env": {"env_vars": {"A": "1"}}},
     )(lambda: None)
     assert made.autoscaling_config is not None
-    assert (made.autoscaling_config.min_replicas, made.autoscaling_config.max_replicas) == (1, 7)
+    assert (made.autoscaling_config.min_replicas, made.autoscaling_config.max_replicas) == (0, 7)
     assert (made.max_concurrent_queries, made.max_ongoing_requests) == (5, 5)
     assert made.config.max_queued_requests > 10**9
     assert made.to_spec(CODEC).backpressure == Backpressure(429, 3)

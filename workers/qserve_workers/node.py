@@ -40,6 +40,7 @@ from qserve.wire.spec import EVERY_NODE, HEALTHY, NodeInfo
 from qserve_workers.children import Orphans, can_adopt, program
 from qserve_workers.node_gateways import NodeGateways
 from qserve_workers.node_options import NodeOptions, parse
+from qserve_workers.node_sleepers import Sleepers
 from qserve_workers.node_template import Template
 from qserve_workers.node_workers import STOP_MARGIN_S, NodeWorkers
 from qserve_workers.supervise import KeptProcess
@@ -97,6 +98,7 @@ class Node:
         self._environment = self._child_environment()
         self._template = Template(os.environ | self._environment) if can_adopt() else None
         self._orphans = Orphans()
+        self._sleepers = Sleepers(self._redis, self._keys)
         self._workers = NodeWorkers(
             *(self.id, options, settings, self._environment, self._redis, self._template),
             changed=self._changed,
@@ -113,7 +115,10 @@ class Node:
         try:
             await (self._wait_for_valkey() if self._options.embedded else self._find_redis())
             self._write_instance_file(ready=False)
-            tasks += [asyncio.create_task(step) for step in (self._serve_http(), self._follow(), self._keep_in_step())]
+            tasks += [
+                asyncio.create_task(step)
+                for step in (self._serve_http(), self._follow(), self._keep_in_step(), self._sleepers.run())
+            ]
             for task in tasks:
                 task.add_done_callback(self._on_task_end)
             await self._stopping.wait()
@@ -272,6 +277,7 @@ class Node:
             await self._announce()
             self._snapshot = await self._read_state()
             self._workers.match(self._snapshot, drained=bool(self._drained))
+            self._sleepers.match(self._snapshot.deployments)
             self._match_gateways()
             await self._match_beat()
             unsettled = [name for name, d in self._snapshot.deployments.items() if d.state != HEALTHY]

@@ -89,7 +89,8 @@ class NodeWorkers:
             )
             self._running[name].start()
         for name in self._running.keys() - serve:
-            self._retiring[name] = asyncio.create_task(self._retire(name, self._running.pop(name)))
+            leave = self._put_away if name in snapshot.deployments else self._retire
+            self._retiring[name] = asyncio.create_task(leave(name, self._running.pop(name)))
 
     @property
     def longest_grace_s(self) -> float:
@@ -103,7 +104,8 @@ class NodeWorkers:
         await end(*self._burials.values())
 
     def _serves(self, name: str) -> bool:
-        if self._drained or name not in self._snapshot.deployments:
+        deployed = self._snapshot.deployments.get(name)
+        if self._drained or deployed is None or deployed.asleep:
             return False
         return not self._options.only or name in self._options.only
 
@@ -144,6 +146,14 @@ class NodeWorkers:
             if self._serves(name):
                 self._running[name] = worker
                 return
+            await self._stop(name, worker)
+        finally:
+            del self._retiring[name]
+            self._changed.set()
+
+    async def _put_away(self, name: str, worker: KeptProcess) -> None:
+        """Stop the worker of a deployment that sleeps. If a call has woken it by then, it gets another one."""
+        try:
             await self._stop(name, worker)
         finally:
             del self._retiring[name]

@@ -27,7 +27,7 @@ _FOLLOW_BLOCK_MS = 5_000
 _LOOK_EVERY_S = 30.0
 _RECONNECT_S = (0.05, 1.0)
 
-ChangeKind = Literal["deploy", "delete", "http", "schedule", "pause", "node", "resync"]
+ChangeKind = Literal["deploy", "delete", "http", "schedule", "pause", "node", "sleep", "wake", "resync"]
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ def names_of(members: Iterable[bytes]) -> list[str]:
 
 # From bytes to data
 
-META_FIELDS = ("gen", "spec", "state", "error", "log_id", "paused")
+META_FIELDS = ("gen", "spec", "state", "error", "log_id", "paused", "asleep")
 _decode_spec = decoder_of(SignedSpec)
 _decode_http = decoder_of(HttpSettings)
 
@@ -276,7 +276,7 @@ def decode_deployed(signer: Signer, name: str, fields: list[bytes | None]) -> De
     Raises:
         FrameRejected: No key of ours signed it as the spec of this name and generation.
     """
-    generation, frame, state, error, log_id, paused = fields
+    generation, frame, state, error, log_id, paused, asleep = fields
     if generation is None or frame is None:
         return None
     signed = _decode_spec(signer.open(frame))
@@ -289,6 +289,7 @@ def decode_deployed(signer: Signer, name: str, fields: list[bytes | None]) -> De
         (error or b"").decode(errors="replace"),
         (log_id or b"0-0").decode(errors="replace"),
         (paused or b"").decode(errors="replace"),
+        bool(asleep),
     )
 
 

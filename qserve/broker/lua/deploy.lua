@@ -13,7 +13,7 @@ if ARGV[5] ~= '' then
   end
 end
 generation = generation + 1
-redis.call('HDEL', KEYS[1], 'refuse', 'restored')
+redis.call('HDEL', KEYS[1], 'refuse', 'restored', 'asleep')
 local log_id = write_deployment(ARGV[1], generation, ARGV[3], 'DEPLOYING', '', ARGV[4], unpack(ARGV, 8))
 redis.call('SET', KEYS[5], ARGV[7], 'NX')
 return {'ok', generation, log_id}
