@@ -51,6 +51,7 @@ from tests.faults.chaos.runs import (
     rollouts,
     server,
     soak,
+    values,
 )
 
 SLICE_LIMIT_S, SLICE_LAST_START_S = 290.0, 225.0
@@ -61,7 +62,7 @@ _LANES = 2
 def runs_of_the_suite() -> tuple[Run, ...]:
     """Every run there is."""
     modules = [replicas, gateways, server, failover, links, clocks, deaths, frames, cancels]
-    modules += [rollouts, durable, overload, soak]
+    modules += [rollouts, durable, values, overload, soak]
     return tuple(run for module in modules for run in module.RUNS)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from starlette.requests import Request
 
 from qserve import serve
-from tests.faults.chaos.ledger import END, PARTS, START, Order, proof, run_line
+from tests.faults.chaos.ledger import END, PARTS, START, Order, proof, run_line, value_of
 
 LEDGERS = "QSERVE_CHAOS_LEDGERS"
 
@@ -32,14 +32,26 @@ class Ledger:
         if broken:
             raise RuntimeError(f"version {version} cannot be constructed")
 
-    async def __call__(self, order: Request | dict[str, object]) -> str:
-        """One answer."""
+    async def __call__(self, order: Request | dict[str, object], value: bytes = b"") -> str | bytes:
+        """One answer, with the value that came with the order."""
         wanted = _order(order)
+        if wanted.size and isinstance(order, Request):
+            value = await order.body()
         self._note(wanted, START)
         await asyncio.sleep(wanted.seconds)
         _meet(wanted.fate)
         self._note(wanted, END)
-        return proof(wanted.id, wanted.nonce)
+        answer = proof(wanted.id, wanted.nonce)
+        if not wanted.size:
+            return answer
+        if value != value_of(wanted.id, wanted.nonce, wanted.size):
+            return "the value of an order did not arrive as it was sent"
+        return answer.encode() + value
+
+    def value(self, order: dict[str, object]) -> bytes:
+        """The value of an order, for a caller that hands it on."""
+        wanted = _order(order)
+        return value_of(wanted.id, wanted.nonce, wanted.size)
 
     async def stream(self, order: Request | dict[str, object]) -> AsyncIterator[str]:
         """The answer in parts."""
@@ -64,7 +76,8 @@ def _ledger() -> int:
 
 def _order(order: Request | dict[str, object]) -> Order:
     given = dict(order.query_params) if isinstance(order, Request) else order
-    return Order(str(given["id"]), str(given["nonce"]), float(str(given["seconds"])), str(given.get("fate", "")))
+    fate, size = str(given.get("fate", "")), int(str(given.get("size", 0)))
+    return Order(str(given["id"]), str(given["nonce"]), float(str(given["seconds"])), fate, size)
 
 
 def _meet(fate: str) -> None:

@@ -102,8 +102,10 @@ class HttpClient:
         self._on_surplus = on_surplus
         self._idle: list[_Connection] = []
 
-    async def ask(self, method: str, path: str, headers: dict[str, str], timeout_s: float) -> Response:
-        """Send a request without a body and wait for its response.
+    async def ask(
+        self, method: str, path: str, headers: dict[str, str], timeout_s: float, body: bytes = b""
+    ) -> Response:
+        """Send a request and wait for its response.
 
         Raises:
             Broken: There is no whole response.
@@ -111,12 +113,12 @@ class HttpClient:
         """
         lines = [f"{method} {path} HTTP/1.1", f"host: {self._host}:{self._port}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        if method == "POST":
-            lines.append("content-length: 0")
+        if method == "POST" or body:
+            lines.append(f"content-length: {len(body)}")
         async with asyncio.timeout(timeout_s):
             connection = await self._connection()
             try:
-                response = await connection.ask(("\r\n".join(lines) + "\r\n\r\n").encode())
+                response = await connection.ask(("\r\n".join(lines) + "\r\n\r\n").encode() + body)
             except asyncio.CancelledError:
                 connection.usable = False
                 connection.transport.abort()

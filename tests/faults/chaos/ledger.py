@@ -31,6 +31,8 @@ class Order(NamedTuple):
     nonce: str
     seconds: float
     fate: str = ""
+    size: int = 0
+    """Bytes of the value that goes there and back with it."""
 
 
 class Answer(NamedTuple):
@@ -89,6 +91,12 @@ class Call:
 def proof(call_id: str, nonce: str, part: int = -1) -> str:
     """The answer that only this call can have."""
     return hashlib.sha256(f"{call_id} {nonce} {part}".encode()).hexdigest()
+
+
+def value_of(call_id: str, nonce: str, size: int) -> bytes:
+    """The value that only this call carries."""
+    block = hashlib.shake_256(f"{call_id} {nonce}".encode()).digest(4093)  # no divisor of anybody's buffer
+    return (block * (size // len(block) + 1))[:size]
 
 
 def digest(body: str | bytes) -> str:

@@ -20,7 +20,7 @@ import uvloop
 from qserve.calls.handle import get_handle
 from qserve.errors import QServeError
 from tests.faults.chaos.http_calls import Broken, HttpClient, Response
-from tests.faults.chaos.ledger import BROKEN, INDETERMINATE, OK, RESET, ClientLedger, Order
+from tests.faults.chaos.ledger import BROKEN, INDETERMINATE, OK, RESET, ClientLedger, Order, value_of
 
 KINDS: tuple[str, ...] = ("http-safe", "http-once", "http-stream", "http-durable")
 KINDS += ("handle-safe", "handle-once", "handle-stream", "handle-durable")
@@ -46,6 +46,7 @@ class Load:
         durations: Seconds that calls take in their replica, with the share of each.
         fates: What else happens in the replica, with the share of calls it happens to; see `app`.
         timeout_s: Deadline of calls that are not durable.
+        sizes: Bytes of the values that calls carry, there and back, with the share of each.
     """
 
     rate: float = 400
@@ -54,6 +55,7 @@ class Load:
     durations: tuple[tuple[float, float], ...] = ((0.7, 0.02), (0.2, 0.3), (0.1, 3.0))
     fates: tuple[tuple[float, str], ...] = ()
     timeout_s: float = 30.0
+    sizes: tuple[tuple[float, int], ...] = ()
 
 
 class Task(msgspec.Struct):
@@ -111,7 +113,10 @@ class Caller:
             if 0 <= luck < share:
                 fate = each
             luck -= share
-        order = Order(f"{self._task.name}.{number}", f"{self._dice.getrandbits(64):x}", seconds, fate)
+        size = (
+            self._dice.choices([s for _, s in load.sizes], [share for share, _ in load.sizes])[0] if load.sizes else 0
+        )
+        order = Order(f"{self._task.name}.{number}", f"{self._dice.getrandbits(64):x}", seconds, fate, size)
         task = asyncio.create_task(self._call(kind, order))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
@@ -128,6 +133,7 @@ class Caller:
                 body = await self._over_http(nature, order, gateway)
             else:
                 body = await self._through_handle(nature, order)
+            body = _without_value(order, body)
             outcome, detail = OK, ""
         except Broken as exc:
             outcome, detail = (BROKEN if exc.begun else RESET), str(exc)
@@ -147,7 +153,11 @@ class Caller:
         query = urlencode(order._asdict())
         # The gateway answers 504 at the deadline itself; its answer is waited for a while longer.
         patience_s = self._load.timeout_s + LATE_S
-        if nature == "safe":
+        if order.size:
+            method, name = ("PUT", "Safe") if nature == "safe" else ("POST", "Once")
+            value = value_of(order.id, order.nonce, order.size)
+            response = await self._gateways[gateway].ask(method, f"/{name}?{query}", {}, patience_s, value)
+        elif nature == "safe":
             response = await self._gateways[gateway].ask("GET", f"/Safe?{query}", {}, patience_s)
         elif nature == "once":
             response = await self._gateways[gateway].ask("POST", f"/Once?{query}", {}, patience_s)
@@ -177,8 +187,10 @@ class Caller:
 
     # Through handles
 
-    async def _through_handle(self, nature: str, order: Order) -> str:
+    async def _through_handle(self, nature: str, order: Order) -> str | bytes:
         wanted = order._asdict()
+        if order.size:
+            return await self._with_value(nature, order, wanted)
         if nature == "stream":
             return "".join([part async for part in self._streams.remote(wanted)])
         if nature == "durable":
@@ -188,11 +200,28 @@ class Caller:
         handle = self._handles["Safe" if nature == "safe" else "Once"]
         return str(await (await handle.remote(wanted)))
 
+    async def _with_value(self, nature: str, order: Order, wanted: dict[str, Any]) -> bytes:
+        handle = self._handles["Safe" if nature == "safe" else "Once"]
+        value: Any = value_of(order.id, order.nonce, order.size)
+        if nature == "safe":  # a replica makes the value, and it is handed on
+            value = await handle.value.remote(wanted)
+        answer: bytes = await (await handle.remote(wanted, value))
+        return answer
+
     def _surplus(self, data: bytes) -> None:
         now = time.monotonic()
         order = Order(f"surplus-{self._task.name}-{now:.6f}", "-", 0)
         self._ledger.sent(order, "http-surplus", "http", now, 0)
         self._ledger.answered(order.id, now, "surplus", data, data[:200].decode("latin-1"))
+
+
+def _without_value(order: Order, body: str | bytes) -> str | bytes:
+    """The answer alone, if the value that came with it is the right one."""
+    if not order.size or not isinstance(body, bytes):
+        return body
+    found = memoryview(body)
+    at = len(found) - order.size
+    return bytes(found[:at]) if found[at:] == value_of(order.id, order.nonce, order.size) else b"a wrong value"
 
 
 def _outcome(status: int, detail: str) -> str:

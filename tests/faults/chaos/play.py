@@ -267,7 +267,7 @@ def calling(cluster: Cluster, load: Load, seconds: float, dice: Random, name: st
         name: What the ids of its calls begin with; two loads of a cluster need two.
     """
     callers = [
-        _start(cluster, Task(f"{name}-{number}", dice.getrandbits(32), load, seconds, cluster.gateway_urls, ""))
+        start_caller(cluster, Task(f"{name}-{number}", dice.getrandbits(32), load, seconds, cluster.gateway_urls, ""))
         for number in range(load.processes)
     ]
     try:
@@ -288,7 +288,8 @@ def calling(cluster: Cluster, load: Load, seconds: float, dice: Random, name: st
             caller.stdin.close()
 
 
-def _start(cluster: Cluster, task: Task) -> "subprocess.Popen[bytes]":
+def start_caller(cluster: Cluster, task: Task) -> "subprocess.Popen[bytes]":
+    """Start a process of the load, whose standard input and output are pipes."""
     task.ledger = str(cluster.ledgers / f"client-{task.name}")
     with (cluster.folder / f"client-{task.name}.log").open("ab") as log:
         return subprocess.Popen(

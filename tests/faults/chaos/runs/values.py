@@ -1,0 +1,112 @@
+"""A run in which calls carry values of 1 to 64 MiB, while those who have lent them die.
+
+Both sides check every byte: a value that is torn, or another call's, makes a wrong answer.
+"""
+
+import os
+import time
+from pathlib import Path
+from random import Random
+
+import psutil
+
+from tests.faults.chaos.checks import takeover
+from tests.faults.chaos.cluster import Cluster, Setup
+from tests.faults.chaos.faults import NOTHING, Excuses, Fault, Injected, kill_replica, lose_node
+from tests.faults.chaos.load import Load, Task
+from tests.faults.chaos.play import Evidence, LoadRun, Run, came_true, start_caller
+
+_MIB = 2**20
+_LARGE = Load(
+    rate=8,
+    kinds={"http-safe": 3, "http-once": 3, "handle-safe": 3, "handle-once": 3},
+    durations=((1.0, 0.05),),
+    sizes=((0.6, _MIB), (0.25, 4 * _MIB), (0.1, 16 * _MIB), (0.05, 64 * _MIB)),
+)
+_DIED = Excuses.of(once="502 indeterminate")
+"""The result of a replica that dies before its caller has copied it is lost, and its caller is told."""
+_FORGOTTEN_S = 80.0
+"""A result that nobody fetches, because its caller is dead, is given up after a minute; memory that is not used, after
+ten seconds."""
+_UNUSED_S = 20.0
+
+
+def kill_caller(cluster: Cluster, dice: Random, event: Injected) -> None:
+    """SIGKILL of a process that has called with large values, and has arguments and results under way."""
+    name = f"doomed-{dice.getrandbits(32):x}"
+    load = Load(rate=20, processes=1, kinds=_LARGE.kinds, durations=_LARGE.durations, sizes=_LARGE.sizes)
+    caller = start_caller(cluster, Task(name, dice.getrandbits(32), load, 60.0, cluster.gateway_urls, ""))
+    assert caller.stdout is not None
+    assert caller.stdin is not None
+    caller.stdout.readline()
+    time.sleep(dice.uniform(0.5, 1.5))
+    caller.kill()
+    caller.wait()
+    caller.stdout.close()
+    caller.stdin.close()
+    event.killed.append(caller.pid)
+
+
+def memory_files(cluster: Cluster) -> int:
+    """Bytes of the memory files that processes of a cluster have open, each as often as it is open."""
+    total = 0
+    for process in cluster.processes():
+        folder = Path(f"/proc/{process.pid}/fd")
+        for fd in _listed(folder):
+            try:
+                if os.readlink(folder / fd).startswith("/memfd:qserve"):  # noqa: PTH115  the target is no path
+                    total += os.stat(folder / fd).st_size  # noqa: PTH116
+            except OSError:
+                continue  # closed meanwhile
+    return total
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208
+    except OSError:
+        return []
+
+
+def nothing_is_left(evidence: Evidence) -> None:
+    """No memory file, and no key of a value, once nobody needs them any more."""
+    cluster, keys = evidence.cluster, evidence.cluster.keys
+    limit_s = _UNUSED_S if evidence.plan.is_slice else _FORGOTTEN_S
+    began = time.monotonic()
+    if not came_true(lambda: memory_files(cluster) == 0, limit_s):
+        evidence.fail(f"memory files of {memory_files(cluster) / _MIB:.0f} MiB are open after {limit_s:.0f} s")
+    evidence.result.figures["the last memory file was closed after"] = f"{time.monotonic() - began:.0f} s"
+    if left := [*cluster.redis.scan_iter(keys.transfer("*", "*")), *cluster.redis.scan_iter(keys.payload("*"))]:
+        evidence.fail(f"keys of values are left: {left[:5]}")
+    rss = max(process.memory_info().rss for process in cluster.processes() if psutil.pid_exists(process.pid))
+    evidence.result.figures["largest process afterwards"] = f"{rss / _MIB:.0f} MiB"
+
+
+_KILL = Fault("SIGKILL of a replica", kill_replica, _DIED)
+_LOSE = Fault("loss of a node", lose_node, _DIED, grace_s=15)
+_CALLER = Fault("SIGKILL of a caller", kill_caller, NOTHING)
+
+RUNS: tuple[Run, ...] = (
+    LoadRun(
+        "K17",
+        "values of 1 to 64 MiB, SIGKILL of replicas and of a node",
+        (_KILL, _KILL, _LOSE),
+        every_s=5,
+        seconds=60,
+        short_seconds=7,
+        load=_LARGE,
+        short_rate=6,
+        setup=Setup(nodes=2),
+        checks=(takeover(told_s=10, again_s=30), nothing_is_left),
+    ),
+    LoadRun(
+        "K17-caller",
+        "values of 1 to 64 MiB, SIGKILL of callers",
+        (_CALLER,),
+        every_s=8,
+        seconds=40,
+        short_seconds=0,
+        load=_LARGE,
+        checks=(nothing_is_left,),
+    ),
+)
