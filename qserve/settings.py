@@ -240,11 +240,11 @@ class Settings(BaseSettings):
             "`0`: they do not."
         ),
     )
-    beat_interval_s: float = Field(
-        default=1.0,
-        gt=0,
-        description="How often a replica says that it is alive.",
+    gpus: Annotated[str, Shown("unset: `CUDA_VISIBLE_DEVICES` of the node, or all")] = Field(
+        default="",
+        description="The [GPUs](gpus.md) that replicas on this machine may use, such as `0,1`.",
     )
+    beat_interval_s: float = Field(default=1.0, gt=0, description="How often a replica says that it is alive.")
     dead_after_s: float = Field(
         default=5.0,
         gt=0,
@@ -291,10 +291,7 @@ class Settings(BaseSettings):
             "Redis. See [Security](security.md)."
         ),
     )
-    log_level: str = Field(
-        default="INFO",
-        description="Level of qserve's own logs.",
-    )
+    log_level: str = Field(default="INFO", description="Level of qserve's own logs.")
     log_format: Literal["text", "json"] = Field(
         default="text",
         description="How each record of the log is written, in every process: see [Logs](telemetry.md#logs).",

@@ -39,6 +39,7 @@ class ReplicaStatus(TypedDict):
     p50_ms: float | None
     p99_ms: float | None
     problem: str
+    gpus: str
 
 
 class DeploymentRow(TypedDict):
@@ -154,6 +155,7 @@ def _replica(info: ReplicaInfo) -> ReplicaStatus:
         "p50_ms": info.p50_ms,
         "p99_ms": info.p99_ms,
         "problem": info.problem,
+        "gpus": info.gpus,
     }
 
 
@@ -245,7 +247,8 @@ def _replicas(row: DeploymentRow) -> Text:
 
 
 def _replica_line(replica: ReplicaStatus) -> Text:
-    line = Text(f"pid {replica['pid']} on {replica['host']}")
+    gpus = f", GPU {replica['gpus']}" if replica["gpus"] else ""
+    line = Text(f"pid {replica['pid']} on {replica['host']}{gpus}")
     if replica["state"] != "SERVING":
         state, is_bad = replica["state"], bool(replica["problem"])
         line.append(f" ({state if is_bad else state.lower()})", style="red" if is_bad else "yellow")

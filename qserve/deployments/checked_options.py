@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from qserve.deployments.option_errors import told_in_words
 from qserve.wire.autoscaling import AUTO, AutoscalingConfig
 from qserve.wire.options import DECLARED, RAY_NAMES, Default
-from qserve.wire.ray_names import WITHOUT_EFFECT, refuse_unavailable, warn_of, warn_once
+from qserve.wire.ray_names import WITHOUT_EFFECT, refuse_unavailable, warn_once
 
 _DEFAULTS: Final[Mapping[str, Any]] = {name: option.default for option in DECLARED for name in option.names}
 
@@ -63,14 +63,16 @@ def known_options(options: Mapping[str, Any], function: str) -> dict[str, Any]:
         known |= {"num_replicas": None, "autoscaling_config": scaling}
     if known.get("max_queued_requests") == -1:
         known["max_queued_requests"] = _NO_LIMIT
-    _warn_of_actor_options(known.get("ray_actor_options"))
+    _take_actor_options(known)
     return known
 
 
-def _warn_of_actor_options(actor_options: object) -> None:
+def _take_actor_options(known: dict[str, Any]) -> None:
+    actor_options = known.get("ray_actor_options")
     if not isinstance(actor_options, Mapping):
         return
-    warn_of({"num_gpus": actor_options.get("num_gpus")})
+    if (gpus := actor_options.get("num_gpus")) is not None:
+        known.setdefault("num_gpus", gpus)
     environment = actor_options.get("runtime_env")
     if isinstance(environment, Mapping) and environment.keys() - {"env_vars"}:
         warn_once("runtime_env")

@@ -92,9 +92,11 @@ def _check_actor_options(name: str, value: Any) -> None:
     environment = ((value or {}).get("runtime_env") or {}).get("env_vars") or {}
     if not all(isinstance(each, str) for pair in environment.items() for each in pair):
         raise TypeError("env_vars of ray_actor_options['runtime_env'] must be a dict of strings.")
-    gpus = (value or {}).get("num_gpus") or 0
-    if not isinstance(gpus, int | float) or gpus < 0 or (gpus > 1 and gpus != int(gpus)):
-        raise ValueError(f"num_gpus must be a whole number or a fraction below 1, not {gpus!r}.")
+
+
+def _check_gpus(_name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or (value > 1 and value % 1):
+        raise ValueError(f"num_gpus must be a whole number or a fraction below 1, not {value!r}.")
 
 
 def _check_init_arguments(name: str, value: Any) -> None:
@@ -301,11 +303,18 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
     http_method_header: Annotated[
         bool, Option("The header `X-Serve-Call-Method` may name a public method to call instead of `__call__`.")
     ] = True
+    num_gpus: Annotated[
+        float,
+        Option(
+            "How many [GPUs](gpus.md) each replica gets to itself, or which part of one. It waits until there is room.",
+            check=_check_gpus,
+        ),
+    ] = 0
     ray_actor_options: Annotated[
         bytes,
         Option(
-            '`{"runtime_env": {"env_vars": {...}}}` sets variables before the code is imported. The rest is recorded, '
-            "and without effect.",
+            '`{"runtime_env": {"env_vars": {...}}}` sets variables before the code is imported, and `num_gpus` is the '
+            "option of that name. The rest is recorded, and without effect.",
             given=Mapping[str, Any],
             default=None,
             shown="none",
@@ -342,6 +351,7 @@ class GivenOptions(TypedDict, total=False):
     health_check_period_s: float | None
     health_check_timeout_s: float | None
     http_method_header: bool | None
+    num_gpus: float | None
     ray_actor_options: Mapping[str, Any] | None
 
 

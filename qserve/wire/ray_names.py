@@ -11,7 +11,6 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "max_surge_percent": "at most max(1, 20 %) of the replicas are replaced at a time; see surge=",
     "rolling_update_percentage": "at most max(1, 20 %) of the replicas are replaced at a time",
     "max_replicas_per_node": "each node runs as many replicas as its --replicas-per-node says",
-    "num_gpus": "GPUs are not assigned to replicas; choose them with CUDA_VISIBLE_DEVICES in env_vars",
     "runtime_env": "only its env_vars are set; packages belong into the environment in which nodes are started",
     "policy": "the number of replicas follows what is queued and running",
     "proxy_location": "it is http_options={'location': ...} here",

@@ -110,7 +110,8 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
         worker: The id of its Celery worker.
         generation: The newest generation that it has applied.
         p50_ms, p99_ms: How long recent calls ran; None before the first.
-        problem: What is wrong with it; "" if nothing is.
+        problem: What is wrong with it, or what it waits for; "" if nothing is.
+        gpus: The GPUs that it has, and which part of each; "" if it has asked for none.
     """
 
     id: str
@@ -128,6 +129,7 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
     p50_ms: float | None = None
     p99_ms: float | None = None
     problem: str = ""
+    gpus: str = ""
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):

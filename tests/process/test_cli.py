@@ -248,7 +248,7 @@ def test_the_table_shows_what_somebody_on_call_looks_for() -> None:
     )
     for part in shown:
         assert part in text
-    assert "pid 72 on gpu2 (starting)" in text
+    assert "pid 72 on gpu2, GPU 0 (0.5) (starting)" in text
     assert "3 wanted, of 1 to 5" in text
     assert "Model: no such file: weights" in text
 
@@ -266,6 +266,7 @@ def replica(host: str, pid: int, state: str) -> ReplicaStatus:
         "p50_ms": None,
         "p99_ms": None,
         "problem": "check_health has failed" if state == "UNHEALTHY" else "",
+        "gpus": "0 (0.5)" if host == "gpu2" else "",
     }
 
 

@@ -2,29 +2,15 @@
 
 import asyncio
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import cast
 
 import pytest
-import redis
 
 from qserve.errors import CallCancelled, ReplicaDied
-from qserve.settings import Settings
 from qserve.wire.messages import Outcome
 from tests.support.calling import Caller, calling, within
 from tests.support.replicas import NAME, World
 from tests.support.waiting import until
-
-
-@pytest.fixture
-def world(settings: Settings, redis_client: "redis.Redis", tmp_path: Path) -> Iterator[World]:
-    """A namespace in which heartbeats are quick; all of its processes are gone afterwards."""
-    world = World(settings, redis_client, tmp_path)
-    yield world
-    for host in world.hosts:
-        host.process.kill()
-        host.process.wait()
 
 
 def put(caller: Caller, model: str, method: str = "look", *, name: str = "") -> "asyncio.Future[Outcome]":

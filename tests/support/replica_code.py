@@ -9,6 +9,8 @@ from qserve import serve
 from qserve.calls.handle import get_handle
 from tests.support.gates import Gate, Notes
 
+GPUS_AT_IMPORT = os.environ.get("CUDA_VISIBLE_DEVICES")
+
 
 class Books:
     """The files of a test: gates, and notes of the form `START name pid` and `END name pid`."""
@@ -70,6 +72,9 @@ class Code:
 
     async def pid(self, name: object = None) -> int:
         return os.getpid()
+
+    async def gpus(self, name: object = None) -> str | None:
+        return GPUS_AT_IMPORT
 
     async def wait(self, name: str) -> str:
         self.books.start(name)

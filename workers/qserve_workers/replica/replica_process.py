@@ -183,7 +183,7 @@ class Replica:
                 generation=deployed.generation,
                 revision=spec.revision,
                 num_replicas=spec.num_replicas,
-                surge=spec.surge,
+                surge=spec.surge and not spec.num_gpus,  # the new one would wait for the GPU of the old one
                 initialization_timeout=spec.initialization_timeout_s,
                 graceful_timeout=spec.graceful_shutdown_timeout_s,
                 autoscaling=spec.autoscaling,

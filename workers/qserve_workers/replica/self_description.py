@@ -34,6 +34,7 @@ class SelfDescription:
     Attributes:
         problem: What is wrong with the replica, as its event loop knows it; "" if nothing is.
         is_ill: Whether it is to be replaced for that.
+        gpus: The GPUs that it has.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class SelfDescription:
         self._state = ""
         self.problem = ""
         self.is_ill = False
+        self.gpus = ""
         self._birth = birth
         self._id = replica
         self._tag = tag
@@ -61,6 +63,15 @@ class SelfDescription:
         self._events.tell(StateEntered(state=state, generation=generation, revision=revision))
         place = (self._birth.deployment, self._tag, os.getpid())
         logger.info("Deployment %s: replica %s (pid %d) is %s", *place, state)
+
+    def wait(self, problem: str, deployed: Deployed) -> None:
+        """Wait for something, or no more, before the construction begins; its time begins anew."""
+        if problem and problem != self.problem:
+            logger.warning("Deployment %s: replica %s %s", self._birth.deployment, self._tag, problem)
+        self.problem = problem
+        self._publish(deployed)
+        generation, revision = deployed.generation, deployed.spec.revision
+        self._events.tell(StateEntered(state=self._state, generation=generation, revision=revision))
 
     def applied(self, deployed: Deployed) -> None:
         """Serve another generation from now on."""
@@ -124,6 +135,7 @@ class SelfDescription:
             p50_ms=round(times[len(times) // 2], 3) if times else None,
             p99_ms=round(times[len(times) * 99 // 100], 3) if times else None,
             problem=self.problem,
+            gpus=self.gpus,
         )
         sender, losses = self._link.sender, self._link.losses
         if (info != self._published or losses != self._published_at_loss) and sender.is_open:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import socket
 import time
 import traceback
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from qserve_workers.calls.consumer import Consumer
 from qserve_workers.calls.takeover import Takeover
 from qserve_workers.replica.birth import Birth, Wishes, first_of
 from qserve_workers.replica.deployment_watch import DeploymentWatch
+from qserve_workers.replica.gpus import GpuLedger, gpus_here, wait_for_gpus
 from qserve_workers.replica.health import HealthChecks
 from qserve_workers.replica.heartbeat import Heartbeat
 from qserve_workers.replica.replica_events import (
@@ -48,6 +50,7 @@ from qserve_workers.user.user_entry import enter, what_was_raised
 logger = logging.getLogger(__name__)
 
 _QUICK_TIMEOUT_S = 2.0
+_LOOK_FOR_GPUS_S = 0.5
 _IDLE_WITHIN_S = 0.5
 """How long a replica that may leave when it is idle looks for such a moment."""
 
@@ -129,6 +132,8 @@ class Service:
         spec = self._deployed.spec
         try:
             set_environment(spec, self._codec)
+            if spec.num_gpus and not await self._wait_for_gpus(spec.num_gpus):
+                return None
             # Importing may take long and must not stop the loop.
             target = await enter(asyncio.to_thread, load_user_code, spec.target)
             self._consumer.affinity.expect_models(room_for_models(target))
@@ -142,6 +147,25 @@ class Service:
             self._events.tell(ConstructionFailed(generation=generation, revision=spec.revision, error=text))
             return None
         return self._code
+
+    async def _wait_for_gpus(self, wanted: float) -> bool:
+        """Whether it has got them, before it was told to leave."""
+        leave = self._wishes.shall_leave
+
+        async def pause() -> bool:
+            await first_of(leave, timeout=_LOOK_FOR_GPUS_S)
+            return not leave.is_set()
+
+        def waits(problem: str) -> None:
+            self._about.wait(f"{problem} on {socket.gethostname()}", self._deployed)
+
+        share = await wait_for_gpus(GpuLedger(gpus_here(self._settings.gpus)), wanted, waits, pause)
+        if share is None:
+            return False
+        logger.info("Deployment %s: replica %s has GPU %s", self._name, self._tag, share)
+        self._about.gpus = str(share)
+        self._about.wait("", self._deployed)
+        return True
 
     async def _take_calls(self, code: UserCode) -> None:
         wishes = self._wishes
