@@ -5,10 +5,16 @@ from typing import Literal
 from qserve.broker.connection import Connection, ignore_answer
 from qserve.broker.keys import Keys
 
-Counter = Literal[
-    "rejected_frames", "late_results", "dead_letters", "indeterminate", "taken_over", "values_lent", "values_sent"
-]
+Counter = Literal["rejected_frames", "late_results", "dead_letters", "indeterminate", "taken_over"]
 """Rare events; `calls_of_replicas` and `calls_of_programs` count what was put on queues through handles."""
+VALUES = {
+    "values_lent": "lent",
+    "values_passed_on": "passed_on",
+    "values_sent": "sent",
+    "values_stored": "stored",
+}
+"""Counters of large values, with the way that these have gone: opened on one host, and among those handed on for
+another process; sent in chunks through Redis; stored there, because their call is durable."""
 
 
 def count(connection: Connection, keys: Keys, counter: str, by: int = 1) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import redis
 
 from qserve.broker.connection import Connection, ignore_answer
+from qserve.broker.counters import count
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import our_errors
 from qserve.errors import FrameRejected, PayloadTooLarge
@@ -79,6 +80,7 @@ class Payloads:
     def put(self, connection: Connection, payload_id: str, sealed: bytes, ttl_ms: int) -> None:
         """Store a sealed payload before the message that announces it is sent."""
         connection.send(ignore_answer, "SET", self._keys.payload(payload_id), sealed, "PX", max(1, ttl_ms))
+        count(connection, self._keys, "values_stored")
 
     def put_unconfirmed(self, connection: Connection, payload_id: str, sealed: bytes) -> None:
         """Store the sealed payload of a durable call before it is submitted; submit.lua makes it last.
@@ -86,10 +88,12 @@ class Payloads:
         One that is there already stays as it is: it may belong to an earlier submission that has been accepted.
         """
         connection.send(ignore_answer, *self._unconfirmed(payload_id, sealed))
+        count(connection, self._keys, "values_stored")
 
     async def store_unconfirmed(self, connection: Connection, payload_id: str, sealed: bytes) -> None:
         """Like `put_unconfirmed`, and waits until it is there. Raises like `Connection.call`."""
         await connection.call(*self._unconfirmed(payload_id, sealed))
+        count(connection, self._keys, "values_stored")
 
     async def fetch(self, connection: Connection, payload_id: str) -> bytes | None:
         """The opened payload, which stays where it is; None if it is gone. Raises like `open` and `Connection.call`."""

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from qserve.broker.counters import VALUES
 from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
 from qserve.cli.output import redis_url_option
@@ -75,9 +76,10 @@ class ProcessStatus(TypedDict):
 
 
 class InstanceStatus(TypedDict):
-    """What `status --json` prints."""
+    """What `status --json` prints; `large_values` counts them by the way that they have gone."""
 
     namespace: str
+    large_values: dict[str, int]
     gateways: list[ProcessStatus]
     nodes: list[ProcessStatus]
     deployments: list[DeploymentRow]
@@ -99,8 +101,10 @@ def status(as_json: bool, watch: bool) -> None:
 
 def read_status(state: State) -> InstanceStatus:
     """The status of an instance, as `--json` prints it."""
+    counters = state.observed.counters()
     return {
         "namespace": state.keys.namespace,
+        "large_values": {way: counters.get(counter, 0) for counter, way in VALUES.items()},
         "gateways": [_process(info, info.url) for info in state.observed.gateways().values()],
         "nodes": [_process(info) for info in state.observed.nodes().values()],
         "deployments": [_deployment(state, deployed) for deployed in state.list().values()],
@@ -211,6 +215,9 @@ def render(found: InstanceStatus) -> RenderableType:
     )
     hosts = hosts or "no node: nothing can run"
     lines = [Text(f"Namespace {found['namespace']}   HTTP: {urls}   Nodes: {hosts}")]
+    if any(found["large_values"].values()):
+        ways = ", ".join(f"{count:,} {way.replace('_', ' ')}" for way, count in found["large_values"].items())
+        lines.append(Text(f"Large values: {ways}"))
     if not found["deployments"]:
         lines.append(Text("\nNothing is deployed. Deploy something: qserve deploy MODULE"))
         return Group(*lines)

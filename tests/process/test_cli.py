@@ -207,6 +207,7 @@ def test_close_names_are_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_table_shows_what_somebody_on_call_looks_for() -> None:
     found: InstanceStatus = {
         "namespace": "default",
+        "large_values": {"lent": 1200, "passed_on": 3, "sent": 0, "stored": 0},
         "gateways": [{"id": "g", "host": "web1", "pid": 5, "url": "http://web1:8000", "drained": False}],
         "nodes": [{"id": "n", "host": "gpu1", "pid": 6, "url": "", "drained": False}],
         "deployments": [
@@ -237,6 +238,7 @@ def test_the_table_shows_what_somebody_on_call_looks_for() -> None:
     text = capture.get()
     shown = (
         "http://web1:8000",
+        "Large values: 1,200 lent, 3 passed on, 0 sent, 0 stored",
         "gpu1 (pid 6)",
         "/model",
         "DEPLOY_FAILED",

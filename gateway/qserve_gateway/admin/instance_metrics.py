@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from qserve.broker.counters import VALUES
 from qserve.broker.history.buckets import BOUNDS_MS
 from qserve.broker.history.call_index import count_states
 from qserve.broker.history.totals import read_totals
@@ -35,12 +36,15 @@ class InstanceCollector(Collector):
         counters = observed.counters()
         events = CounterMetricFamily("qserve_events", "Rare events anywhere in the instance.", labels=["event"])
         handles = CounterMetricFamily("qserve_handle_calls", "Calls through handles on a queue.", labels=["caller"])
+        values = CounterMetricFamily("qserve_large_values", "Large values that have arrived.", labels=["way"])
         for name, count in sorted(counters.items()):
-            if name in _HANDLE_CALLS:
+            if name in VALUES:
+                values.add_metric([VALUES[name]], count)
+            elif name in _HANDLE_CALLS:
                 handles.add_metric([_HANDLE_CALLS[name]], count)
             else:
                 events.add_metric([name], count)
-        yield from (events, handles)
+        yield from (events, handles, values)
         yield from self._queues(deployments)
         yield from self._replicas(deployments)
         yield from self._calls(list(deployments))

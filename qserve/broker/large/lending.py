@@ -282,6 +282,7 @@ class Lending:
         lent = decode_lent(frame)
         found = await self._borrow(sender, lent, returns=returns, views=views)
         if lent.passed:
+            count(sender, self._keys, "values_passed_on", len(lent.passed))
             found.refer_to([await self._borrow(sender, each, returns=False, views=views) for each in lent.passed])
         return found
 
