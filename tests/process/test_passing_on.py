@@ -140,7 +140,7 @@ async def test_a_call_that_is_cancelled_leaves_the_memory_to_whoever_reads_it(pa
 
 def test_a_value_outlives_the_process_that_made_it(settings: Settings, signer: Signer) -> None:
     program = (
-        "import sys; from qserve.values.segments import *; from qserve.values.borrowing import this_host\n"
+        "import sys; from qserve.values.segments import *; from qserve.this_machine import this_host\n"
         "from qserve.wire.messages import encode\n"
         "s = Segment(1 << 20); s.begin(); s.write(64, b'\\xc4\\x03' + b'abc')\n"
         "sys.stdout.buffer.write(encode(s.lent('first', this_host(), [5])).hex().encode() + b'\\n')\n"
