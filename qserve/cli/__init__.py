@@ -11,6 +11,7 @@ import click
 
 from qserve.cli.output import Failure
 from qserve.cli.project.lookup import load_env_file
+from qserve.deployments.head_start import HeadStart
 from qserve.errors import QServeError
 
 COMMANDS = {
@@ -42,7 +43,9 @@ COMMANDS = {
 }
 """Command -> (its module, what `--help` says), so that `--help` need not import the whole library."""
 
-
+_STARTS_INSTANCE = ("run", "dev")
+"""Commands with which an instance begins to start before they are imported."""
+_HELP = frozenset({"-h", "--help"})
 _INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended, as shells have it."""
 
@@ -63,6 +66,9 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Suggest a command whose name is close to one that there is not."""
+        if args[0] in _STARTS_INSTANCE and _HELP.isdisjoint(args) and not ctx.resilient_parsing:
+            ctx.obj = HeadStart()
+            ctx.call_on_close(ctx.obj.cancel)
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as exc:
@@ -88,7 +94,7 @@ class Commands(click.Group):
             sys.exit(_INTERRUPTED)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": sorted(_HELP)})
 @click.version_option(package_name="qserve")
 @click.option(
     "--env-file",

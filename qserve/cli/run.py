@@ -22,6 +22,7 @@ from qserve.cli.instance import check_port, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.project.lookup import FoundApp, app_argument, find_app
 from qserve.cli.project.source import Watcher
+from qserve.deployments.head_start import HeadStart
 from qserve.deployments.local_instance import (
     InstanceRecord,
     LaunchOptions,
@@ -165,6 +166,7 @@ def start_instance(
             environment=environment,
             gateway_workers=gateway_workers,
             gateway_arguments=serving.gateway_arguments,
+            head_start=click.get_current_context().find_object(HeadStart),
         )
         return launch(settings, options)
 

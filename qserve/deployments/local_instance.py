@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ import msgspec
 
 from qserve.broker.instance.state import State
 from qserve.broker.server import embedded
+from qserve.deployments.head_start import PROGRAM, HeadStart
 from qserve.deployments.log_files import log_tail, new_log_file
 from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.settings import Settings
@@ -119,6 +119,7 @@ class LaunchOptions:
         gateway_arguments: Further arguments of their command lines.
         log_to_stderr: Whether its processes log to the standard error of this process, and not to a file.
         environment: What they find in their environment besides that of this process.
+        head_start: A process that was started ahead to be the one of this instance, if there is one.
     """
 
     host: str | None
@@ -129,6 +130,7 @@ class LaunchOptions:
     environment: Mapping[str, str] = field(default_factory=dict)
     gateway_workers: int = 1
     gateway_arguments: tuple[str, ...] = ()
+    head_start: HeadStart | None = None
 
 
 class LocalInstance:
@@ -242,7 +244,7 @@ def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
     flags += ["--http", msgspec.json.encode(options.http).decode()]
     log = None if options.log_to_stderr else new_log_file(runtime_folder(), settings.namespace)
     flags += ["--log-file", str(log)] if log is not None else []
-    process = _spawn(settings, flags, options.environment, log)
+    process = _spawn(settings, flags, options, log)
     return LocalInstance(settings, process, folder, log_file=log, detached=options.detached)
 
 
@@ -304,23 +306,25 @@ def listening_socket(host: str, port: int, *, backlog: int | None = 2048) -> soc
         ) from exc
 
 
-def _spawn(
-    settings: Settings, flags: list[str], more: Mapping[str, str], log: Path | None
-) -> "subprocess.Popen[bytes]":
+def _spawn(settings: Settings, flags: list[str], options: LaunchOptions, log: Path | None) -> "subprocess.Popen[bytes]":
     environment = {
         **os.environ,
-        **more,
+        **options.environment,
         "QSERVE_REDIS_URL": settings.redis_url,
         "QSERVE_SECRET": settings.secret,
         "QSERVE_NAMESPACE": settings.namespace,
     }
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(log.open("ab")) if log else None
+        output = stack.enter_context(log.open("ab")).fileno() if log else 2
+        if options.head_start is not None:
+            process = options.head_start.begin(flags, environment, output)
+            if process is not None:
+                return process
         return subprocess.Popen(
-            [sys.executable, "-m", "qserve_workers.instance_process", *flags],
+            [*PROGRAM, *flags],
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=output or 2,
+            stdout=output,
             stderr=output,
             start_new_session=True,  # so that Ctrl-C reaches this process alone, which stops the rest in order
         )

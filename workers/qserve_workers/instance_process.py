@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 
 from qserve.broker.server import embedded
+from qserve.deployments.head_start import WAITS, wait_for_orders
 from qserve.deployments.local_instance import InstanceRecord, listening_socket
 from qserve.errors import ConfigurationError
 from qserve.settings import Settings
@@ -260,7 +261,9 @@ def _location(http: str) -> object:
 
 
 def main() -> int:
-    """Hold the instance of this command line and environment together."""
+    """Hold the instance of this command line and environment together, or of those that it is told."""
+    if sys.argv[1:] == [WAITS] and not wait_for_orders():
+        return 0
     options = parse(sys.argv[1:], __doc__)
     try:
         settings = Settings()

@@ -1,0 +1,91 @@
+"""A head start: the process of an instance imports what it needs while the command that wants it reads the user's code.
+
+Both take about as long, and neither needs what the other has found, so a machine with two cores does them in half the
+time. The process is told what to be as soon as that is known, and ends quietly if it never is.
+
+This module imports nothing of qserve, so that a command can begin with it.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+PROGRAM = (sys.executable, "-m", "qserve_workers.instance_process")
+"""What is run: the process that holds an instance together."""
+WAITS = "--wait-for-orders"
+"""On its command line: what to be comes on its standard input."""
+_END_S = 5.0
+
+
+class HeadStart:
+    """A process that imports and waits. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._orders, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [*PROGRAM, WAITS],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # so that Ctrl-C reaches the command alone, which stops the rest in order
+            )
+
+    def begin(
+        self, arguments: Sequence[str], environment: Mapping[str, str], output: int
+    ) -> "subprocess.Popen[bytes] | None":
+        """Let it be what was wanted.
+
+        Args:
+            arguments: Its command line.
+            environment: All of its environment.
+            output: Descriptor that it writes to, errors too.
+
+        Returns:
+            The process, whose owner is the caller from now on; None if it has ended.
+        """
+        order = json.dumps([list(arguments), dict(environment)]).encode()
+        try:
+            with self._orders as orders:
+                socket.send_fds(orders, [order[:1]], [output])
+                orders.sendall(order[1:])
+        except OSError:
+            self.cancel()
+            return None
+        return self._process
+
+    def cancel(self) -> None:
+        """Let it end, because nobody wants it; without effect once it has begun."""
+        if self._orders.fileno() == -1:
+            return
+        self._orders.close()
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
+
+
+def wait_for_orders() -> bool:
+    """Wait to be told what to be, in the process that was started ahead; False if nobody wants it any more.
+
+    Then its command line, environment and output are those that were asked for.
+    """
+    with socket.socket(fileno=os.dup(0)) as orders:
+        received, descriptors, _, _ = socket.recv_fds(orders, 1, 1)
+        if not received:
+            return False
+        with orders.makefile("rb") as rest:
+            arguments, environment = json.loads(received + rest.read())
+    (output,) = descriptors
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, place in ((nothing, 0), (output, 1), (output, 2)):
+        os.dup2(descriptor, place)
+    os.close(nothing)
+    os.close(output)
+    sys.argv[1:] = arguments
+    os.environ.clear()
+    os.environ.update(environment)
+    return True
