@@ -76,7 +76,7 @@ class Follower:
         async for change in follow(self._settings.redis_url, self._settings.keys, self._info.applied):
             while self._is_news(change):
                 try:
-                    await self._catch_up()
+                    await self._catch_up(change)
                     self._tell()
                     break
                 except BrokerUnavailable as exc:
@@ -90,10 +90,11 @@ class Follower:
     def _is_news(self, change: Change) -> bool:
         return change.kind == "resync" or order(change.log_id) > order(self._info.applied)
 
-    async def _catch_up(self) -> None:
-        # The whole state, whatever changed: it is small, and nothing can be missed.
-        found = await read_snapshot(self._redis, self._settings.keys, self._client.signer)
-        snapshot = await self._remembered.compare(self._redis, found)
+    async def _catch_up(self, change: Change | None = None) -> None:
+        snapshot = await self._remembered.after(self._redis, change) if change is not None else None
+        if snapshot is None:
+            found = await read_snapshot(self._redis, self._settings.keys, self._client.signer)
+            snapshot = await self._remembered.compare(self._redis, found)
         self._apply(snapshot)
         self._info = msgspec.structs.replace(self._info, applied=snapshot.log_id)
 

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from qserve_gateway.middlewares import load_middlewares
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_MOST_ROUTES_TOLD = 20
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,8 @@ class GatewayProcess:
             asleep=frozenset(name for name, deployed in snapshot.deployments.items() if deployed.asleep),
         )
         if self._gateway.routes != self._routes:
-            self._routes = self._gateway.routes
-            logger.info("routes: %s", ", ".join(f"{path} -> {name}" for path, name in self._routes.items()) or "none")
+            before, self._routes = self._routes, self._gateway.routes
+            _tell_of_routes(before, self._routes)
         if snapshot.http != self._http:
             self._http = snapshot.http  # before it is tried: what fails once is not tried at every change
             self._use_http_options(snapshot.http)
@@ -214,6 +215,14 @@ class GatewayProcess:
         codec = Codec(allow_pickle=self._client.signer.signs, max_bytes=self._settings.max_value_bytes)
         self._gateway.use_http_options(http.root_path, load_middlewares(http.middlewares, codec))
         logger.info("HTTP options: %d middlewares, root_path %r", len(http.middlewares), http.root_path)
+
+
+def _tell_of_routes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    changed = [f"{path} -> {name}" for path, name in now.items() if before.get(path) != name]
+    gone = [f"{path} is gone" for path in before.keys() - now.keys()]
+    told = [*changed, *gone][:_MOST_ROUTES_TOLD]
+    more = len(changed) + len(gone) - len(told)
+    logger.info("routes: %s%s", ", ".join(told), f", and {more} more" if more else "")
 
 
 def report(file: Path | None, ready: Ready) -> None:

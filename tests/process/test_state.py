@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from qserve.broker.instance.change_log import Change, connect_asyncio, follow, read_snapshot
+from qserve.broker.instance.change_log import Change, connect_asyncio, follow, read_change, read_snapshot
 from qserve.broker.instance.state import GenerationChanged, State
 from qserve.broker.keys import Keys
 from qserve.broker.server import embedded
@@ -206,6 +206,40 @@ class TestFollowing:
         assert snapshot.deployments == {"Echo": deployed}
         assert snapshot.http.root_path == "/api"
         assert change.name == "Later"
+
+    async def test_a_change_of_one_deployment_makes_the_state_that_a_snapshot_has(
+        self, state: State, settings: Settings, signer: Signer
+    ) -> None:
+        state.deploy(spec(), expected=0)
+        client = connect_asyncio(settings.redis_url)
+        known = await read_snapshot(client, settings.keys, signer)
+        changes = follow(settings.redis_url, settings.keys, known.log_id)
+
+        def changed() -> None:
+            state.deploy(spec("Later"), expected=0)
+            state.deploy(spec(max_queued=99), expected=1)
+            state.pause("Later", "ada")
+            state.delete("Echo")
+
+        changed()
+        for _ in range(4):
+            after = await read_change(client, settings.keys, signer, known, await anext(changes))
+            assert after is not None
+            known = after
+        assert known == await read_snapshot(client, settings.keys, signer)
+
+        state.set_http(HttpSettings(root_path="/api"))
+        assert await read_change(client, settings.keys, signer, known, await anext(changes)) is None
+        await changes.aclose()
+        await client.aclose()
+
+    async def test_many_changes_at_once_are_read_as_a_whole(self, state: State, settings: Settings) -> None:
+        for number in range(120):
+            state.deploy(spec(), expected=number)
+        changes = follow(settings.redis_url, settings.keys, "0-0")
+
+        assert [(await anext(changes)).kind for _ in range(2)] == ["resync", "deploy"]
+        await changes.aclose()
 
     async def test_a_spec_with_a_bad_signature_is_left_out_of_a_snapshot(
         self, state: State, settings: Settings, signer: Signer, caplog: pytest.LogCaptureFixture

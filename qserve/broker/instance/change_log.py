@@ -5,7 +5,7 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import getLogger
 from typing import Any, Literal
@@ -26,8 +26,12 @@ logger = getLogger(__name__)
 _FOLLOW_BLOCK_MS = 5_000
 _LOOK_EVERY_S = 30.0
 _RECONNECT_S = (0.05, 1.0)
+_MOST_AT_ONCE = 100
 
 ChangeKind = Literal["deploy", "delete", "http", "schedule", "pause", "node", "sleep", "wake", "resync"]
+
+_OF_ONE_DEPLOYMENT = frozenset({"deploy", "delete", "pause", "sleep", "wake"})
+_OF_NO_DEPLOYMENT = frozenset({"schedule", "node"})
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,37 @@ async def _read_shard(client: redis.asyncio.Redis, keys: Keys) -> tuple[str, dic
     return (instance or b"").decode(), dict(zip(names, metas, strict=True))
 
 
+async def read_change(
+    client: redis.asyncio.Redis, keys: Keys, signer: Signer, known: Snapshot, change: Change
+) -> Snapshot | None:
+    """The state after the next change of the one that is known; None if all of it has to be read.
+
+    What a deploy costs does so not depend on how much else is deployed.
+    """
+    if change.kind in _OF_NO_DEPLOYMENT:
+        return replace(known, log_id=change.log_id)
+    if change.kind not in _OF_ONE_DEPLOYMENT or keys.shards > 1 or not any(known.instances):
+        return None
+    with our_errors(client):
+        pipeline = client.pipeline(transaction=False)
+        pipeline.hmget(keys.meta(change.name), META_FIELDS)
+        pipeline.get(keys.instance)
+        meta, instance = await pipeline.execute()
+    if ((instance or b"").decode(),) != known.instances:
+        return None
+    found = checked(partial(decode_deployed, signer, change.name, meta), f"the spec of deployment {change.name!r}")
+    deployments = {name: deployed for name, deployed in known.deployments.items() if name != change.name}
+    if found is not None:
+        deployments[change.name] = found
+    return replace(known, deployments=deployments, log_id=change.log_id)
+
+
 async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerator[Change, None]:
     """Yield every change after log entry `from_id`, without end.
 
     Reconnects by itself; after that comes a Change of kind "resync", upon which a snapshot must be read again. So it
-    does now and then where the log is not that of the shards in which the state is.
+    does now and then where the log is not that of the shards in which the state is, and in place of many changes at
+    once, of which the log may have lost some.
     """
     position, connected_before, delay = from_id, False, _RECONNECT_S[0]
     looked_at = time.monotonic()
@@ -123,7 +153,12 @@ async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerat
                 yield Change("resync", position)
             connected_before = True
             while True:
-                for entry_id, fields in await _read_log(client, keys, position):
+                changes = await _read_log(client, keys, position)
+                if len(changes) == _MOST_AT_ONCE:
+                    position = changes[-1][0]
+                    yield Change("resync", position)
+                    continue
+                for entry_id, fields in changes:
                     delay, position = _RECONNECT_S[0], entry_id
                     yield _decode_change(entry_id, fields)
                 if keys.shards > 1 and time.monotonic() - looked_at > _LOOK_EVERY_S:
@@ -155,7 +190,9 @@ async def has_schedules(client: redis.asyncio.Redis, keys: Keys) -> bool:
 
 
 async def _read_log(client: redis.asyncio.Redis, keys: Keys, position: str) -> list[tuple[str, dict[bytes, bytes]]]:
-    answer = await _ask(client, "XREAD", "COUNT", 100, "BLOCK", _FOLLOW_BLOCK_MS, "STREAMS", keys.log, position)
+    answer = await _ask(
+        client, "XREAD", "COUNT", _MOST_AT_ONCE, "BLOCK", _FOLLOW_BLOCK_MS, "STREAMS", keys.log, position
+    )
     return [(entry_id.decode(), fields) for entry_id, fields in answer[0][1]] if answer else []
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from redis.exceptions import ResponseError
 
-from qserve.broker.instance.change_log import Snapshot, ask, read_snapshot
+from qserve.broker.instance.change_log import Change, Snapshot, ask, read_change, read_snapshot
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import RESTORE
@@ -77,6 +77,16 @@ class RememberedState:
             for shard, (before, now) in enumerate(zip(known.instances, found.instances, strict=True))
         )
         return replace(found, deployments={**found.deployments, **gone}, instances=instances, missing=frozenset())
+
+    async def after(self, client: "redis.asyncio.Redis", change: Change) -> Snapshot | None:
+        """The state after the next change; None if it is to be read as a whole, and compared.
+
+        Raises:
+            BrokerUnavailable, ConfigurationError: It cannot be read.
+        """
+        found = await read_change(client, self._keys, self._signer, self._known, change)
+        self._known = found or self._known
+        return found
 
     async def _restore(self, client: "redis.asyncio.Redis") -> bool:
         try:

@@ -4,6 +4,7 @@ A call is put on the queue of a deployment that sleeps as on any other, so calle
 start replicas waits for the first entry of the queue, and looks for durable calls beside it that are due.
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,12 +66,12 @@ async def needed(client: "redis.asyncio.Redis", keys: Keys, names: Sequence[str]
     Raises like `report_node`.
     """
     with our_errors(client):
+        seconds, micros = cast("Any", await client.time())
         pipeline = client.pipeline(transaction=False)
-        pipeline.time()
         for name in names:
             pipeline.zcard(keys.low(name))
             pipeline.zrange(keys.due(name), 0, 0, withscores=True)
-        (seconds, micros), *answers = await pipeline.execute()
+        answers = await pipeline.execute()
         now_ms = seconds * 1000 + micros / 1000
         due = [
             name
@@ -80,9 +81,23 @@ async def needed(client: "redis.asyncio.Redis", keys: Keys, names: Sequence[str]
         if due:
             return due
         queues = [keys.calls(name) for name in names]
-        found: Any = await client.xread(dict.fromkeys(queues, "0"), count=1, block=block_ms)
-    waiting = {key.decode() for key, _ in found or ()}
+        waiting = await (_first_entries(client, queues, block_ms) if keys.shards == 1 else _not_empty(client, queues))
+    if not waiting and keys.shards > 1:
+        await asyncio.sleep(block_ms / 1000)
     return [name for name, queue in zip(names, queues, strict=True) if queue in waiting]
+
+
+async def _first_entries(client: "redis.asyncio.Redis", queues: Sequence[str], block_ms: int) -> set[str]:
+    found: Any = await client.xread(dict.fromkeys(queues, "0"), count=1, block=block_ms)
+    return {key.decode() for key, _ in found or ()}
+
+
+async def _not_empty(client: "redis.asyncio.Redis", queues: Sequence[str]) -> set[str]:
+    """On a cluster the queues lie in several slots, and nothing waits for all of them."""
+    pipeline = client.pipeline(transaction=False)
+    for queue in queues:
+        pipeline.xlen(queue)
+    return {queue for queue, length in zip(queues, await pipeline.execute(), strict=True) if length}
 
 
 async def _log(client: "redis.asyncio.Redis", keys: Keys, kind: str, name: str) -> None:

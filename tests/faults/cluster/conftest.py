@@ -31,6 +31,12 @@ APP = """
     def Echo2(value):
         return value_of(value)
 
+    @serve.deployment(
+        version="1", autoscaling_config={"min_replicas": 0, "max_replicas": 1, "downscale_to_zero_delay_s": 0.5}
+    )
+    def Drowsy(value):
+        return value_of(value)
+
     @serve.deployment(version="1")
     class Chain:
         def __init__(self):

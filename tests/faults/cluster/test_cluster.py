@@ -44,6 +44,14 @@ def test_operators_see_all_shards(served: Instance) -> None:
     assert_control_works(served.shell)
 
 
+def test_a_call_wakes_a_deployment_without_replicas(served: Instance) -> None:
+    wait_until(lambda: "asleep" in served.shell.run("status").stdout)
+    answer = wait_until(
+        lambda: (found := httpx.get(f"{served.url}/Drowsy?value=7")).headers.get("server-timing") and found
+    )
+    assert answer.text == "7"
+
+
 def test_no_call_notices_that_slots_move(served: Instance, cluster: Cluster) -> None:
     slot = slot_of_deployment("echo")
     with Load(served.url) as load:
