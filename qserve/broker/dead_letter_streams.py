@@ -49,7 +49,9 @@ def attempts_of(client: redis.Redis, keys: Keys, call_id: str) -> int | None:
 
 def revive(client: redis.Redis, keys: Keys, deployment: str, letter: str, call_id: str) -> str:
     """Put the dead letter of a durable call on the queue again; what revive.lua returns."""
-    names = (keys.dead_letters(deployment), keys.calls(deployment), keys.call(call_id), keys.payload(call_id))
+    names = keys.of(deployment).whole(
+        keys.dead_letters(deployment), keys.calls(deployment), keys.call(call_id), keys.payload(call_id)
+    )
     with our_errors(client):
         return bytes(REVIVE.run(client, names, letter, call_id)).decode()
 

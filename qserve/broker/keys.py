@@ -184,6 +184,14 @@ class Keys:
         """Sorted set: the durable calls of a deployment in a state, by when they entered it in ms."""
         return self.of(deployment)._key("index", state, deployment)
 
+    def whole(self, *names: str) -> tuple[str, ...]:
+        """Keys for a script that finds further ones in a record.
+
+        On a cluster, one is added that is never there. So the script waits while the slot is being moved key by key: it
+        would stop half-way at a key that has gone.
+        """
+        return names if self.shards == 1 else (*names, self.base)
+
     @property
     def base(self) -> str:
         """What every key begins with, for scripts that find the keys to use in a record."""

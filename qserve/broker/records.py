@@ -78,7 +78,7 @@ class Records:
 
     def attach(self, connection: Connection, call_id: str, waiter: str, on_answer: Callable[[Answer], None]) -> None:
         """Ask for the outcome, and be told of it if there is none yet; `on_answer` gets what attach.lua returns."""
-        ATTACH.send(connection, on_answer, (self._keys.call(call_id),), self._keys.base, waiter)
+        ATTACH.send(connection, on_answer, self._keys.whole(self._keys.call(call_id)), self._keys.base, waiter)
 
     def end(
         self, connection: Connection, call_id: str, state: str, frame: bytes, on_answer: Callable[[Answer], None]
@@ -86,7 +86,7 @@ class Records:
         """Cancel a call or let it expire; `on_answer` gets what end_call.lua returns."""
         ttl_ms = int(RESULT_TTL_S * 1000)
         arguments = (self._keys.base, call_id, GROUP, state, frame, ttl_ms, INBOX_TTL_MS)
-        END_CALL.send(connection, on_answer, (self._keys.call(call_id),), *arguments)
+        END_CALL.send(connection, on_answer, self._keys.whole(self._keys.call(call_id)), *arguments)
 
     async def describe(self, connection: Connection, call_id: str, after_event: int = 0) -> CallRecord | None:
         """The record as it is now, with its events after that number; None if there is none (any more)."""
@@ -97,7 +97,7 @@ class Records:
 
     async def run(self, connection: Connection, call: DurableCall, replica: str, entry: bytes) -> list[Any]:
         """Note that a call is about to run; returns what run_call.lua returns."""
-        names = (self._keys.calls(call.deployment), self._keys.call(call.id), self._keys.parts(call.id))
+        names = self._keys.whole(self._keys.calls(call.deployment), self._keys.call(call.id), self._keys.parts(call.id))
         answer: list[Any] = await RUN_CALL.call(connection, names, GROUP, replica, entry)
         return answer
 
@@ -120,7 +120,7 @@ class Records:
             celery: What Celery's result backend is told, b"" if it is not.
         """
         keys = self._keys
-        names = (keys.calls(call.deployment), keys.dead_letters(call.deployment), keys.due(call.deployment))
+        names = keys.whole(keys.calls(call.deployment), keys.dead_letters(call.deployment), keys.due(call.deployment))
         said = error[:_LONGEST_ERROR]
         SETTLE_CALL.send(
             *(connection, on_answer, names, keys.base, GROUP, entry, call.id, state, frame, keep_ms, INBOX_TTL_MS),
@@ -130,21 +130,21 @@ class Records:
     async def reject(self, connection: Connection, deployment: str, entry: Entry, reason: str, frame: bytes) -> None:
         """Put an entry that is no call of ours among the dead letters; the record whose entry it is ends as dead."""
         keys, call_id = self._keys, entry.call.decode(errors="replace")
-        names = (keys.calls(deployment), keys.dead_letters(deployment), keys.call(call_id))
+        names = keys.whole(keys.calls(deployment), keys.dead_letters(deployment), keys.call(call_id))
         arguments = (keys.base, GROUP, entry.id, call_id, frame, int(DEAD_TTL_S * 1000), INBOX_TTL_MS)
         await REJECT_CALL.call(connection, names, *arguments, reason[:_LONGEST_ERROR], DEAD_LETTERS_KEPT)
 
     def progress(self, connection: Connection, call_id: str, entry: bytes, frame: bytes) -> None:
         """Tell how far a running call has come."""
-        NOTE_PROGRESS.send(
-            connection, ignore_answer, (self._keys.call(call_id),), self._keys.base, entry, frame, INBOX_TTL_MS
-        )
+        keys = self._keys
+        names = keys.whole(keys.call(call_id))
+        NOTE_PROGRESS.send(connection, ignore_answer, names, keys.base, entry, frame, INBOX_TTL_MS)
 
     async def part(
         self, connection: Connection, call_id: str, entry: bytes, index: int, frame: bytes, news: bytes
     ) -> None:
         """Record a part that a running call gives; twice is harmless."""
-        names = (self._keys.call(call_id), self._keys.parts(call_id))
+        names = self._keys.whole(self._keys.call(call_id), self._keys.parts(call_id))
         await NOTE_PART.call(connection, names, self._keys.base, entry, index, frame, news, INBOX_TTL_MS)
 
     async def parts(
@@ -158,7 +158,7 @@ class Records:
     async def move_due(self, connection: Connection, deployment: str, replica: str, *, anyway: bool) -> list[Any]:
         """Put calls on the queue that are due; returns what due.lua returns."""
         keys = self._keys
-        names = (keys.due(deployment), keys.calls(deployment), keys.mover(deployment), keys.low(deployment))
+        names = keys.whole(keys.due(deployment), keys.calls(deployment), keys.mover(deployment), keys.low(deployment))
         arguments = (keys.base, replica, _LEASE_MS, _MOVED_AT_ONCE, "1" if anyway else "0", GROUP)
         answer: list[Any] = await DUE.call(connection, names, *arguments)
         return answer
@@ -176,7 +176,7 @@ def fail_remaining_records(client: redis.Redis, keys: Keys, deployment: str, sig
         call_id = bytes(each).decode()
         frame = durable_reply(signer, call_id, ERROR, error)
         arguments = (keys.base, call_id, GROUP, FAILED, frame, int(RESULT_TTL_S * 1000), INBOX_TTL_MS)
-        END_CALL.run(client, (keys.call(call_id),), *arguments)
+        END_CALL.run(client, keys.whole(keys.call(call_id)), *arguments)
 
 
 def end_now(client: redis.Redis, keys: Keys, signer: Signer, call_id: str, error: bytes) -> str:
@@ -191,7 +191,7 @@ def end_now(client: redis.Redis, keys: Keys, signer: Signer, call_id: str, error
     frame, keys = durable_reply(signer, call_id, ERROR, error), keys.of_call(call_id)
     arguments = (keys.base, call_id, GROUP, CANCELLED, frame, int(RESULT_TTL_S * 1000), INBOX_TTL_MS)
     with our_errors(client):
-        answer = END_CALL.run(client, (keys.call(call_id),), *arguments)
+        answer = END_CALL.run(client, keys.whole(keys.call(call_id)), *arguments)
         if isinstance(answer, list):
             replica, entry, _ = (part.decode() for part in answer)
             tell_now(client, keys, replica, control_frame(signer, replica, Control("cancel", entry), call_id))
@@ -236,5 +236,5 @@ def submit_arguments(
         arguments += (options.idempotency, options.body_hash, _IDEMPOTENCY_TTL_MS)
         arguments += ("" if terms.result_ttl_s == RESULT_TTL_S else int(terms.result_ttl_s * 1000), terms.celery_id)
         arguments += (options.key, options.parent)
-    names = (keys.calls(deployment), keys.meta(deployment), keys.due(deployment), keys.low(deployment))
+    names = keys.whole(keys.calls(deployment), keys.meta(deployment), keys.due(deployment), keys.low(deployment))
     return names, keys.base, deployment, *arguments

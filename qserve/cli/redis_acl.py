@@ -7,6 +7,7 @@ import click
 
 from qserve.broker.keys import Keys
 from qserve.broker.server.acl import ROLES, Role, hashed, rules
+from qserve.broker.server.address import SHARDS
 from qserve.cli.output import note
 from qserve.wire.names import is_name
 
@@ -17,10 +18,13 @@ from qserve.wire.names import is_name
 )
 @click.option("--prefix", default="qserve-", show_default=True, help="The beginning of the users' names.")
 @click.option("--db", default=0, show_default=True, help="Number of the database in the URLs.")
+@click.option("--cluster", is_flag=True, help="For a cluster, on each of whose nodes the users have to be.")
 @click.option("--setuser", is_flag=True, help="Print ACL SETUSER commands for redis-cli, not a file of users.")
 @click.option("--generate", is_flag=True, help="Generate passwords and print them to stderr.")
 @click.argument("roles", nargs=-1, type=click.Choice([role.name for role in ROLES]))
-def redis_acl(namespace: str, prefix: str, db: int, setuser: bool, generate: bool, roles: tuple[str, ...]) -> None:
+def redis_acl(
+    namespace: str, prefix: str, db: int, cluster: bool, setuser: bool, generate: bool, roles: tuple[str, ...]
+) -> None:
     """Print Redis users who may do what their processes need, and nothing else.
 
     ROLES are gateway, worker, deployer, client and metrics; all of them unless named. A password is read from
@@ -29,10 +33,11 @@ def redis_acl(namespace: str, prefix: str, db: int, setuser: bool, generate: boo
     """
     if not is_name(namespace) or not is_name(f"{prefix}x"):
         raise click.UsageError("a namespace and a prefix have letters, digits, '_', '.' and '-' only, at most 63")
+    keys = Keys(namespace, SHARDS if cluster else 1)
     for role in ROLES:
         if not roles or role.name in roles:
             user = f"{prefix}{role.name}"
-            line = " ".join(rules(role, Keys(namespace), [_password(role, user, generate)], db))
+            line = " ".join(rules(role, keys, [_password(role, user, generate)], db))
             click.echo(f"ACL SETUSER {user} reset {line}" if setuser else f"user {user} {line}")
 
 

@@ -63,3 +63,9 @@ def test_a_node_that_does_not_know_its_name_is_where_it_was_asked() -> None:
     assert primary_of_slot(answer, ("a", 1), 5) == (("a", 7), [("a", 7), ("b", 8), ("c", 9)])
     assert primary_of_slot(answer, ("a", 1), 150)[0] == ("b", 8)
     assert primary_of_slot(answer, ("a", 1), 200)[0] is None
+
+
+def test_a_script_that_finds_keys_in_a_record_waits_while_its_slot_is_divided() -> None:
+    its = MANY.of("a")
+    assert its.whole(its.calls("a")) == (its.calls("a"), its.base)
+    assert ONE.whole("x", "y") == ("x", "y")

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,19 @@ from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 NODE_TIMEOUT_MS = 1000
+PASSWORD = "sesame"
 
 
 class ClusterNode:
     """One server of a cluster."""
 
-    def __init__(self, folder: Path, port: int, bus: int, *options: str) -> None:
+    def __init__(self, folder: Path, port: int, bus: int, user: Sequence[str] = ()) -> None:
         self.folder = folder
         self.port = port
         self.bus = bus
-        self._options = options
         folder.mkdir()
+        everybody = "user default on nopass ~* &* +@all"
+        (folder / "users.acl").write_text("\n".join([everybody, *([f"user {' '.join(user)}"] if user else [])]))
 
     def start(self) -> None:
         self.process = subprocess.Popen(
@@ -35,7 +37,7 @@ class ClusterNode:
                 *("--cluster-enabled", "yes", "--cluster-port", str(self.bus), "--cluster-config-file", "nodes.conf"),
                 *("--cluster-node-timeout", str(NODE_TIMEOUT_MS), "--cluster-require-full-coverage", "no"),
                 *("--maxmemory-policy", "noeviction", "--repl-diskless-sync-delay", "0", "--dir", str(self.folder)),
-                *("--loglevel", "notice", "--logfile", str(self.folder / "log"), *self._options),
+                *("--loglevel", "notice", "--logfile", str(self.folder / "log"), "--aclfile", "users.acl"),
             ]
         )
 
@@ -54,6 +56,12 @@ class ClusterNode:
         with redis.Redis(port=self.port, protocol=2, socket_timeout=patience(5)) as client:
             return client.execute_command(*command)
 
+    def raw(self, *command: Any) -> Any:
+        """Like `do`, without redis-py's ideas of the answer."""
+        with redis.Redis(port=self.port, protocol=2, socket_timeout=patience(5)) as client:
+            client.response_callbacks.clear()
+            return client.execute_command(*command)
+
     @property
     def id(self) -> str:
         return str(self.do("CLUSTER MYID").decode())
@@ -67,14 +75,19 @@ class ClusterNode:
 
 
 class Cluster:
-    """Its first three nodes are the primaries at first; node i + 3 is the replica of node i."""
+    """Its first nodes are the primaries at first, and the others their replicas, in the same order.
 
-    def __init__(self, folder: Path, primaries: int = 3, *options: str, replicas: bool = True) -> None:
+    Args:
+        user: Name and rules of a user with PASSWORD, in whose name `url` speaks.
+    """
+
+    def __init__(self, folder: Path, primaries: int = 3, *, replicas: bool = True, user: Sequence[str] = ()) -> None:
         count = primaries * (2 if replicas else 1)
         first = free_ports(2 * count)
         self.size = primaries
-        self.nodes = [ClusterNode(folder / str(i), first + i, first + count + i, *options) for i in range(count)]
-        self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[:primaries])
+        self.nodes = [ClusterNode(folder / str(i), first + i, first + count + i, user) for i in range(count)]
+        login = f"{user[0]}:{PASSWORD}@" if user else ""
+        self.url = f"redis+cluster://{login}" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[:primaries])
 
     def start(self) -> None:
         for node in self.nodes:

@@ -177,7 +177,7 @@ def newest_parts(client: redis.Redis, keys: Keys, call: CallSummary, most: int) 
 
 def run_again(client: redis.Redis, keys: Keys, deployment: str, call_id: str) -> str:
     """Put a call that has failed on the queue again; what run_again.lua returns."""
-    names = (keys.calls(deployment), keys.call(call_id), keys.payload(call_id))
+    names = keys.of(deployment).whole(keys.calls(deployment), keys.call(call_id), keys.payload(call_id))
     with our_errors(client):
         return bytes(RUN_AGAIN.run(client, names, call_id)).decode()
 

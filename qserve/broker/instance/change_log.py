@@ -73,8 +73,9 @@ async def read_snapshot(client: redis.asyncio.Redis, keys: Keys, signer: Signer)
     """
     with our_errors(client):
         log_id = await last_log_id(client, keys)  # first: what follows is at least as new
-        http_frame, settled = await _ask(client, "MGET", keys.http_options, keys.shard_count)
-    check_shards(keys, settled)
+        http_frame = await _ask(client, "GET", keys.http_options)
+        if keys.shards > 1:
+            check_shards(keys, await _ask(client, "GET", keys.shard_count))
     shards = list(dict.fromkeys((keys, *keys.all())))
     found = await asyncio.gather(*(_read_shard(client, each) for each in shards), return_exceptions=True)
     deployments: dict[str, Deployed] = {}

@@ -103,18 +103,25 @@ def rules(role: Role, keys: Keys, passwords: Iterable[str], db: int = 0) -> list
     """The rules for the user of a role, in the form that ACL SETUSER and files of users take.
 
     Args:
-        keys: Of the namespace that it is for.
+        keys: Of the namespace that it is for; those of a cluster give rights to all of its shards.
         passwords: As rules: `>PASSWORD` or `#` and its SHA-256.
         db: Number of the database, which stands in the names of Celery's channels.
     """
-    prefix, celery = keys.base, keys.celery_prefix
-    written = [*(f"~{prefix}{pattern}" for pattern in role.keys.split()), *([f"~{celery}*"] if role.celery else ())]
-    read = [f"%R~{prefix}{pattern}" for pattern in role.reads.split()]
-    channels = [f"&{prefix}{pattern}" for pattern in role.channels.split()]
+    prefixes, celery = [keys.base], keys.celery_prefix
+    common: tuple[str, ...] = ()
+    if keys.shards > 1:
+        prefixes.append(f"qs:{{{keys.namespace}/*}}:")
+        common = (f"~{prefixes[1]}", f"{'~' if 'deployments' in role.keys else '%R~'}{keys.shard_count}")
+    written = [f"~{prefix}{pattern}" for prefix in prefixes for pattern in role.keys.split()]
+    written += [*([f"~{celery}*"] if role.celery else ()), *common]
+    read = [f"%R~{prefix}{pattern}" for prefix in prefixes for pattern in role.reads.split()]
+    channels = [f"&{prefix}{pattern}" for prefix in prefixes for pattern in role.channels.split()]
     if role.celery:
         # A worker subscribes to a pattern, and patterns are allowed by their very text only.
         channels += [f"&{celery}*", f"&{celery}/{db}.qserve.pidbox"]
     commands = [f"+{command}" for command in dict.fromkeys(role.commands.split())]
+    if keys.shards > 1:
+        commands.append("+cluster|slots")
     given = ["on", "sanitize-payload", *passwords, *written, *read, "resetchannels", *channels, "-@all", *commands]
     if read and "+evalsha" in commands:
         # Redis takes every key that a script is given for written to. This selector lets it be given; what the script

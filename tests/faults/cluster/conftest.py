@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from qserve.broker.keys import Keys
+from qserve.broker.server.acl import ROLES, rules
 from qserve.broker.server.address import SHARDS, parse
 from qserve.calls import process_client
 from tests.faults.failover.conftest import Instance
-from tests.support.cluster import Cluster, ClusterNode
+from tests.support.cluster import PASSWORD, Cluster, ClusterNode
 from tests.support.servers import SECRET
 from tests.support.shell import Shell
 
@@ -57,7 +58,8 @@ APP = """
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="qs-"))
-    cluster = Cluster(folder)
+    worker = next(role for role in ROLES if role.name == "worker")
+    cluster = Cluster(folder, user=("calls", *rules(worker, KEYS, [f">{PASSWORD}"])))
     try:
         cluster.start()
         yield cluster

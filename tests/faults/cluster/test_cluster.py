@@ -73,6 +73,13 @@ def test_no_call_notices_that_a_slot_moves_key_by_key(served: Instance, cluster:
     assert [call for call in load.ended if call.error] == []
 
 
+def test_a_user_with_the_rights_of_a_worker_was_refused_nothing(served: Instance, cluster: Cluster) -> None:
+    denied = [
+        dict(zip(entry[::2], entry[1::2], strict=True)) for node in cluster.nodes for entry in node.raw("ACL LOG")
+    ]
+    assert {entry[b"object"] for entry in denied} - {b"config|get", b"client|setinfo"} == set()
+
+
 def test_a_primary_that_dies_stops_nobody_elses_calls(served: Instance, cluster: Cluster, shell: Shell) -> None:
     slot = slot_of_deployment("echo")
     dead = cluster.primary_of(slot)

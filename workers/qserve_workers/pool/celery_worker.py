@@ -128,6 +128,13 @@ class CeleryCallsStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._queue: CeleryQueue | None = None
         super().__init__(parent)
 
+    def include_if(self, parent: PatientConsumer) -> bool:
+        """On a cluster Celery clients cannot be answered: their transport for Redis knows no clusters."""
+        is_cluster = self._settings.keys.shards > 1
+        if is_cluster and self._settings.celery_calls:
+            logger.warning("Calls from Celery clients are not possible where Redis is a cluster")
+        return not is_cluster and bool(super().include_if(parent))
+
     def start(self, parent: PatientConsumer) -> None:
         """Called after every connection to the broker."""
         self._queue = CeleryQueue(self._settings)
