@@ -25,6 +25,7 @@ from qserve.calls.planned_call import plan_call
 from qserve.calls.process_client import current_client
 from qserve.calls.ref import Ref
 from qserve.calls.streams import ResultStream
+from qserve.config_file.logging_config import LoggingConfig
 from qserve.context import ReplicaContext, ReplicaRank, get_replica_context
 from qserve.deployments.binding import Application
 from qserve.deployments.deployment import Deployment, deployment, unpickle_deployment
@@ -54,6 +55,7 @@ from qserve.wire.ray_names import warn_of
 __all__ = [
     "Application",
     "ApplicationStatus",
+    "ApplicationStatusOverview",
     "AsyncDeploymentHandle",
     "AutoscalingConfig",
     "BackPressureError",
@@ -66,6 +68,7 @@ __all__ = [
     "DurableRef",
     "HTTPOptions",
     "Location",
+    "LoggingConfig",
     "RayServeException",
     "ReplicaContext",
     "ReplicaRank",
@@ -100,6 +103,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Names of Ray Serve 2.x for what is called otherwise here.
+ApplicationStatusOverview = ApplicationStatus
 DeploymentResponse = Ref
 DeploymentResponseGenerator = ResultStream
 RayServeException = QServeError
@@ -121,6 +125,7 @@ for _public in (
         ReplicaContext,
         ReplicaRank,
     ),
+    LoggingConfig,
     unpickle_handle,
     unpickle_deployment,
 ):

@@ -7,12 +7,12 @@ from typing import Any, Final
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from qserve.config_file.logging_config import LoggingConfig
 from qserve.config_file.sections import (
     ApplicationSection,
     ConfigFile,
     DeploymentSection,
     HTTPSection,
-    LoggingSection,
 )
 from qserve.deployments.option_errors import sentence
 from qserve.errors import ConfigurationError
@@ -24,7 +24,7 @@ Place = tuple[str | int, ...]
 _SECTIONS: Final[dict[Place, type[BaseModel]]] = {
     (): ConfigFile,
     ("http_options",): HTTPSection,
-    ("logging_config",): LoggingSection,
+    ("logging_config",): LoggingConfig,
     ("applications",): ApplicationSection,
     ("applications", "deployments"): DeploymentSection,
     ("applications", "deployments", "autoscaling_config"): AutoscalingConfig,

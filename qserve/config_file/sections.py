@@ -1,6 +1,5 @@
 """The sections of a config file, as pydantic models: they check a file, and the schema for editors is made of them."""
 
-import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -9,13 +8,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveFloat,
     create_model,
     field_validator,
     model_validator,
 )
 
+from qserve.config_file.logging_config import LoggingConfig
 from qserve.wire.autoscaling import AUTO
 from qserve.wire.names import is_name
 from qserve.wire.options import DECLARED, RAY_NAMES, DeclaredOption
@@ -179,21 +178,6 @@ class HTTPSection(Section):
     )
 
 
-class LoggingSection(Section):
-    """How the processes of `qserve run` log."""
-
-    encoding: Literal["TEXT", "JSON"] = Field(default="TEXT", description="QSERVE_LOG_FORMAT.")
-    log_level: str | NonNegativeInt = Field(default="INFO", description="QSERVE_LOG_LEVEL.")
-    enable_access_log: bool = Field(default=True, description="QSERVE_ACCESS_LOG.")
-    logs_dir: str | None = Field(default=None, description="Without effect: processes log to their output.")
-    additional_log_standard_attrs: list[str] = Field(default=[], description="Without effect.")
-
-    @property
-    def level_name(self) -> str:
-        """The level by its name."""
-        return self.log_level if isinstance(self.log_level, str) else logging.getLevelName(self.log_level)
-
-
 class ConfigFile(Section):
     """What an instance should serve. An application that is deployed from a file and no longer in it is deleted."""
 
@@ -202,7 +186,7 @@ class ConfigFile(Section):
     )
     http_options: HTTPSection = Field(default=HTTPSection(), description="How HTTP is served.")
     grpc_options: dict[str, Any] = Field(default={}, description="Without effect: there is no gRPC.")
-    logging_config: LoggingSection = Field(default=LoggingSection(), description="How processes log.")
+    logging_config: LoggingConfig = Field(default=LoggingConfig(), description="How processes log.")
     applications: tuple[ApplicationSection, ...] = Field(description="The applications; none: all of them go.")
 
     @field_validator("applications")

@@ -223,10 +223,11 @@ class Driver:
         launch = local_instance.LaunchOptions(
             host=options.host if options.serves else None,
             port=options.port,
-            http=options.address(),
+            http=options.of_processes(),
             detached=detached,
             log_to_stderr=shown_with is not None,
-            environment=_NAMED_OUTPUT if shown_with is None and not detached else shown_with or {},
+            environment={**options.environment(), **(shown_with or ({} if detached else _NAMED_OUTPUT))},
+            gateway_arguments=options.gateway_arguments(),
         )
         self._local = started = local_instance.launch(settings, launch)
         if started.log_file is not None:
@@ -273,7 +274,7 @@ def _warn_of_other_options(running: ConnectedInstance, options: HTTPOptions) -> 
     if not options.model_fields_set:
         return
     before: Mapping[str, object] = record.http if record is not None else {}
-    different = {name for name, value in options.address().items() if name in before and before[name] != value}
+    different = {name for name, value in options.of_processes().items() if name in before and before[name] != value}
     http, wanted = running.state.get_http(), options.settings(running.codec)
     shared = ("root_path", "root_url", "middlewares")
     different |= {name for name in shared if getattr(http, name) != getattr(wanted, name)}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 from starlette.middleware import Middleware
 
 from qserve.deployments.loading import make_target
@@ -19,6 +19,9 @@ class Location(StrEnum):
     HEAD_ONLY = "HeadOnly"
     EVERY_NODE = EVERY_NODE
     NO_SERVER = "NoServer"
+
+
+_OF_TLS = ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")
 
 
 class HTTPOptions(BaseModel):
@@ -53,6 +56,19 @@ class HTTPOptions(BaseModel):
         ),
     )
 
+    request_timeout_s: PositiveFloat | None = Field(
+        default=None, description="The deadline of a request whose deployment has none; else `QSERVE_HTTP_TIMEOUT_S`."
+    )
+    keep_alive_timeout_s: PositiveFloat | None = Field(
+        default=None, description="How long an idle connection may stay; else `QSERVE_HTTP_KEEP_ALIVE_S`."
+    )
+    ssl_certfile: str | None = Field(default=None, description="Certificate chain. With it, the gateway serves HTTPS.")
+    ssl_keyfile: str | None = Field(
+        default=None, description="The key of the certificate, if it is not in the same file."
+    )
+    ssl_ca_certs: str | None = Field(
+        default=None, description="Clients have to show a certificate of one of these authorities."
+    )
     num_cpus: float = Field(default=0, description="Accepted because Ray Serve has it, and without effect.")
 
     @field_validator("middlewares", mode="before")
@@ -96,9 +112,26 @@ class HTTPOptions(BaseModel):
             location=str(self.location),
         )
 
-    def address(self) -> dict[str, str | int | None]:
-        """The options for the process that starts a gateway."""
-        return {"host": self.host, "port": self.port, "location": str(self.location)}
+    def of_processes(self) -> dict[str, str | int | float | None]:
+        """The options that a gateway is started with."""
+        names = ("host", "port", "request_timeout_s", "keep_alive_timeout_s", *_OF_TLS)
+        return {**{name: getattr(self, name) for name in names}, "location": str(self.location)}
+
+    def gateway_arguments(self) -> tuple[str, ...]:
+        """Those that a gateway is told on its command line."""
+        given = {name: getattr(self, name) for name in _OF_TLS}
+        return tuple(f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None)
+
+    def environment(self) -> dict[str, str]:
+        """Those that all processes find in their environment."""
+        return {
+            variable: str(value)
+            for variable, value in (
+                ("QSERVE_HTTP_TIMEOUT_S", self.request_timeout_s),
+                ("QSERVE_HTTP_KEEP_ALIVE_S", self.keep_alive_timeout_s),
+            )
+            if value is not None
+        }
 
 
 def _middleware_spec(middleware: Middleware, codec: Codec) -> MiddlewareSpec:

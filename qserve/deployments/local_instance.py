@@ -67,7 +67,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool = True
     gateway_url: str = ""
     console_url: str = ""
-    http: dict[str, str | int | None] = {}
+    http: dict[str, str | int | float | None] = {}
     detached: bool = False
     log_file: str = ""
 
@@ -124,7 +124,7 @@ class LaunchOptions:
 
     host: str | None
     port: int
-    http: dict[str, str | int | None]
+    http: dict[str, str | int | float | None]
     detached: bool = False
     log_to_stderr: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -10,6 +10,7 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "logging_config": "logging of replicas is that of the process; see QSERVE_ACCESS_LOG, and docs/operations.md",
     "max_surge_percent": "at most max(1, 20 %) of the replicas are replaced at a time; see surge=",
     "rolling_update_percentage": "at most max(1, 20 %) of the replicas are replaced at a time",
+    "external_scaler_enabled": "any program may change the number of replicas, as `qserve scale` does",
     "max_replicas_per_node": "each node runs as many replicas as its --replicas-per-node says",
     "runtime_env": "only its env_vars are set; packages belong into the environment in which nodes are started",
     "policy": "the number of replicas follows what is queued and running",

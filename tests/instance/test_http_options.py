@@ -58,6 +58,12 @@ class TestOptions:
         with pytest.raises(ValueError, match=r"is not possible|There is no option"):
             serve.start(http_options=given)
 
+    def test_timeouts_and_certificates_are_for_the_processes_that_are_started(self) -> None:
+        options = HTTPOptions(request_timeout_s=5, keep_alive_timeout_s=7, ssl_certfile="a.pem", ssl_keyfile="b.pem")
+        assert options.environment() == {"QSERVE_HTTP_TIMEOUT_S": "5.0", "QSERVE_HTTP_KEEP_ALIVE_S": "7.0"}
+        assert options.gateway_arguments() == ("--ssl-certfile=a.pem", "--ssl-keyfile=b.pem")
+        assert (HTTPOptions().environment(), HTTPOptions().gateway_arguments()) == ({}, ())
+
     def test_a_middleware_without_arguments_may_be_given_as_its_class(self) -> None:
         codec = Codec(allow_pickle=False, max_bytes=1000)
 

@@ -208,6 +208,7 @@ def test_the_public_names_are_these() -> None:
     assert set(serve.__all__) == {
         "Application",
         "ApplicationStatus",
+        "ApplicationStatusOverview",
         "AsyncDeploymentHandle",
         "AutoscalingConfig",
         "BackPressureError",
@@ -220,6 +221,7 @@ def test_the_public_names_are_these() -> None:
         "DurableRef",
         "HTTPOptions",
         "Location",
+        "LoggingConfig",
         "RayServeException",
         "ReplicaContext",
         "ReplicaRank",
