@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from functools import wraps
 from inspect import BoundArguments, Parameter
-from typing import Any, Final, Protocol, TypeVar, cast, overload
+from typing import Any, Protocol, TypeVar, cast, overload
 
 from qserve.batch_queue import BatchQueue, BatchTerms
 from qserve.context import current_call
@@ -195,7 +195,8 @@ class _Batched:
         return run
 
 
-_END: Final = object()
+class _End:
+    """Stands for the end of a stream. A class, which is the same one where a pickled function refers to it."""
 
 
 class _Share:
@@ -208,7 +209,7 @@ class _Share:
     def close(self) -> None:
         """There are no more parts, or nobody reads them."""
         self.is_open = False
-        self.parts.put_nowait(_END)
+        self.parts.put_nowait(_End)
 
 
 class _BatchedStream(_Batched):
@@ -222,7 +223,7 @@ class _BatchedStream(_Batched):
             ended = self._queue(instance).put((*row, share))
             ended.add_done_callback(lambda _: share.close())
             try:
-                while (part := await share.parts.get()) is not _END:
+                while (part := await share.parts.get()) is not _End:
                     yield part
                 if ended.done():
                     ended.result()  # raises what the batch has raised

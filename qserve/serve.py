@@ -48,6 +48,7 @@ from qserve.multiplexing import get_multiplexed_model_id, multiplexed
 from qserve.screen.replica_output import before_start, show_output
 from qserve.screen.script import serve_in_foreground
 from qserve.settings import Settings
+from qserve.telemetry import user_metrics as metrics
 from qserve.wire.autoscaling import AutoscalingConfig
 from qserve.wire.options import Default
 from qserve.wire.ray_names import warn_of
@@ -87,6 +88,7 @@ __all__ = [
     "get_replica_context",
     "ingress",
     "list_deployments",
+    "metrics",
     "multiplexed",
     "run",
     "run_many",

@@ -28,10 +28,15 @@ class JointGoal:
         listed = state.list()
         self._stale = {name for name, each in listed.items() if each.spec.application in applications} - names
         routes = {each.spec.route_prefix: name for name, each in listed.items()}
+        wanted = {spec.name: spec.route_prefix for spec in specs}
         for spec in specs:
             if spec.application and spec.route_prefix is not None:
-                self._take_route(spec, routes.get(spec.route_prefix, spec.name))
-        self.goals = [self._deploy(spec) for spec in specs]
+                owner = routes.get(spec.route_prefix, spec.name)
+                if wanted.get(owner, spec.route_prefix) == spec.route_prefix:  # else it gives the route up now
+                    self._take_route(spec, owner)
+        # Those without a route first: one of them may have had the route that another one gets.
+        goals = {spec.name: self._deploy(spec) for spec in sorted(specs, key=lambda spec: spec.route_prefix or "")}
+        self.goals = [goals[spec.name] for spec in specs]
 
     def wait(self) -> None:
         """Wait until all is served, then delete the deployments that an application had before and has no more.

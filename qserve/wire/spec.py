@@ -112,6 +112,7 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
         p50_ms, p99_ms: How long recent calls ran; None before the first.
         problem: What is wrong with it, or what it waits for; "" if nothing is.
         gpus: The GPUs that it has, and which part of each; "" if it has asked for none.
+        gauges: The gauges that user code has set.
     """
 
     id: str
@@ -130,6 +131,7 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
     p99_ms: float | None = None
     problem: str = ""
     gpus: str = ""
+    gauges: dict[str, float] = {}
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):

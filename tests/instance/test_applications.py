@@ -46,6 +46,15 @@ class Driver:
             yield part
 
 
+@serve.deployment
+class Passing:
+    def __init__(self, adder: DeploymentHandle[Any]) -> None:
+        self.adder = adder
+
+    async def __call__(self) -> Any:
+        return await self.adder.remote(1)
+
+
 def graph() -> Any:
     first = Adder.bind(1)
     return Driver.bind([first, Adder.bind(10)], {"first": first})
@@ -73,8 +82,10 @@ def test_a_graph_is_deployed_called_replaced_and_deleted(qserve_instance: TestIn
     serve.run(Adder.bind(5))  # another application under the same name, and with the same route
     assert set(serve.status()) == {"Adder", "two.Adder", "two.Adder_1", "two.Driver"}
     assert serve.get_app_handle("default").remote(1).result(patience(20)) == 13
+    serve.run(Passing.bind(Adder.bind(5)))  # its root becomes a part, and gives up its route
+    assert http.get("/").json() == 13
     serve.delete("two")
-    assert list(serve.status()) == ["Adder"]
+    assert set(serve.status()) == {"Adder", "Passing"}
     with pytest.raises(qserve.QServeError, match="Application 'two' does not exist"):
         serve.get_app_handle("two")
 

@@ -323,6 +323,20 @@ async def test_each_call_of_a_batched_generator_gets_its_own_parts() -> None:
     assert inspect.isasyncgenfunction(count_to)  # replicas stream what it gives
 
 
+async def test_a_batched_generator_of_a_script_ends_in_a_replica_too() -> None:
+    class Model:
+        @batch(max_batch_size=2)
+        async def parts(self, limits: list[int]) -> AsyncIterator[list[object]]:
+            for number in range(max(limits)):
+                yield [number if number < limit else StopIteration for limit in limits]
+
+        async def __call__(self, limit: int) -> list[object]:
+            return [part async for part in self.parts(limit)]
+
+    async with running(Model, travel=True) as replica:
+        assert await replica.call("", 3) == [0, 1, 2]
+
+
 async def test_a_batched_generator_that_raises_ends_every_stream_of_its_batch() -> None:
     class Model:
         @batch(max_batch_size=2, batch_wait_timeout_s=10)

@@ -240,6 +240,7 @@ def test_the_public_names_are_these() -> None:
         "get_replica_context",
         "ingress",
         "list_deployments",
+        "metrics",
         "multiplexed",
         "run",
         "run_many",

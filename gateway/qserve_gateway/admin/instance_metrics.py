@@ -12,6 +12,7 @@ from qserve.broker.history.call_index import count_states
 from qserve.broker.history.totals import read_totals
 from qserve.broker.instance.state import State
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, Deployed
+from qserve_gateway.admin.metrics_of_users import UserMetrics
 
 STATES = ("STARTING", "STANDBY", "SERVING", "STALLED", "UNHEALTHY", "DRAINING")
 _ENDS = ("done", "failed", "cancelled")
@@ -47,7 +48,11 @@ class InstanceCollector(Collector):
         yield from (events, handles, values)
         yield from self._queues(deployments)
         yield from self._replicas(deployments)
-        yield from self._calls(list(deployments))
+        totals = dict(
+            zip(deployments, read_totals(self._state.redis, self._state.keys, list(deployments)), strict=True)
+        )
+        yield from self._calls(totals)
+        yield from self._users(totals)
         yield from self._durable(list(deployments))
 
     def _queues(self, deployments: Mapping[str, Deployed]) -> Iterator[Metric]:
@@ -82,7 +87,15 @@ class InstanceCollector(Collector):
                 states.add_metric([name, state], float(state == deployed.state))
         yield from (running, replicas, wanted, states)
 
-    def _calls(self, names: Sequence[str]) -> Iterator[Metric]:
+    def _users(self, totals: Mapping[str, Mapping[str, int]]) -> Iterator[Metric]:
+        metrics = UserMetrics()
+        for name, counts in totals.items():
+            metrics.add_totals(name, counts)
+            for replica in self._state.observed.replicas(name).values():
+                metrics.add_gauges(name, replica.tag, replica.gauges)
+        return metrics.families()
+
+    def _calls(self, totals_of: Mapping[str, Mapping[str, int]]) -> Iterator[Metric]:
         by = ["deployment"]
         ends = CounterMetricFamily("qserve_calls_run", "Calls that replicas ran.", labels=[*by, "outcome"])
         waits = HistogramMetricFamily("qserve_call_wait_seconds", "From the queue's end to a replica.", labels=by)
@@ -94,7 +107,7 @@ class InstanceCollector(Collector):
         batches = HistogramMetricFamily("qserve_batch_size", "Calls in a batch of serve.batch.", labels=by)
         started = CounterMetricFamily("qserve_replicas_started", "Processes started as replicas.", labels=by)
         ended = CounterMetricFamily("qserve_replicas_ended", "Processes of replicas that ended.", labels=[*by, "how"])
-        for name, totals in zip(names, read_totals(self._state.redis, self._state.keys, names), strict=True):
+        for name, totals in totals_of.items():
             counts = _Counts(totals)
             for outcome in dict.fromkeys((*_ENDS, *counts.of("ends"))):
                 ends.add_metric([name, outcome], counts.of("ends").get(outcome, 0))

@@ -15,6 +15,7 @@ from qserve.broker.history.troubles import LONGEST_TEXT, Trouble, note_troubles
 from qserve.broker.keys import Keys
 from qserve.broker.server import redis_clients
 from qserve.context import batch_sizes
+from qserve.telemetry.user_metrics import take_counts
 from qserve.wire.exceptions import text_of
 from qserve_workers.calls.running import RunningCall
 
@@ -96,6 +97,7 @@ class CallCounts:
         self._take_at = time.monotonic() + BUCKET_S
         ran = sum(self.runs)
         if not ran and not self.others and not self.retries:
+            self._totals = take_counts()
             return
         ends = {"done": max(0, ran - sum(self.others.values())), **self.others}
         self._totals = self._add_up(ends)
@@ -114,7 +116,7 @@ class CallCounts:
         while sizes:  # another loop of this process may go on counting
             size, count = sizes.popitem()
             totals[f"batch {size}"] = count
-        return totals
+        return totals | take_counts()
 
     def write(self, client: redis_clients.Client) -> None:
         """Write what is ready, from another thread; what cannot be written stays ready.

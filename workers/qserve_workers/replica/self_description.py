@@ -14,6 +14,7 @@ from qserve.broker.link import Link
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import redis_clients
 from qserve.errors import QServeError
+from qserve.telemetry.user_metrics import current_gauges
 from qserve.wire.spec import SERVING, UNHEALTHY, Deployed, ReplicaInfo
 from qserve_workers.calls.slots import Slots
 from qserve_workers.replica.birth import Birth
@@ -136,6 +137,7 @@ class SelfDescription:
             p99_ms=round(times[len(times) * 99 // 100], 3) if times else None,
             problem=self.problem,
             gpus=self.gpus,
+            gauges=current_gauges(),
         )
         sender, losses = self._link.sender, self._link.losses
         if (info != self._published or losses != self._published_at_loss) and sender.is_open:

@@ -1,0 +1,99 @@
+"""Metrics of user code: what they count, and how they are shown."""
+
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from qserve.serve import metrics
+from qserve.telemetry import user_metrics
+from qserve.telemetry.user_metrics import current_gauges, take_counts
+from qserve_gateway.admin.metrics_of_users import UserMetrics
+
+
+@pytest.fixture(autouse=True)
+def _nothing_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user_metrics, "_registry", type(user_metrics._registry)())
+
+
+def shown(collected: UserMetrics) -> list[str]:
+    class Users(Collector):
+        def collect(self) -> Iterator[object]:  # type: ignore[override]
+            return collected.families()
+
+    registry = CollectorRegistry()
+    registry.register(Users())
+    lines = generate_latest(registry).decode().splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def test_what_is_counted_is_shown_with_its_tags_and_its_deployment() -> None:
+    counter = metrics.Counter("odd_requests", description="Every second one.", tag_keys=("model",))
+    counter.set_default_tags({"model": "a"})
+    counter.inc()
+    counter.inc(0.5)
+    counter.inc(tags={"model": 'b"\n'})
+    seconds = metrics.Histogram("load_seconds", boundaries=[0.1, 1])
+    for value in (0.05, 0.1, 0.5, 7):
+        seconds.observe(value)
+
+    collected = UserMetrics()
+    first = take_counts()
+    collected.add_totals("Model", {**first, "ends done": 3})
+    assert take_counts() == {}
+    assert sorted(shown(collected)) == sorted(
+        [
+            'odd_requests_total{deployment="Model",model="a"} 1.5',
+            'odd_requests_total{deployment="Model",model="b\\"\\n"} 1.0',
+            'load_seconds_bucket{deployment="Model",le="0.1"} 2.0',
+            'load_seconds_bucket{deployment="Model",le="1.0"} 3.0',
+            'load_seconds_bucket{deployment="Model",le="+Inf"} 4.0',
+            'load_seconds_count{deployment="Model"} 4.0',
+            'load_seconds_sum{deployment="Model"} 7.65',
+        ]
+    )
+
+
+def test_gauges_are_those_of_each_replica() -> None:
+    metrics.Gauge("loaded_models", tag_keys=("kind",)).set(3, tags={"kind": "x"})
+    collected = UserMetrics()
+    for replica in ("Model#1", "Model#2"):
+        collected.add_gauges("Model", replica, current_gauges())
+    assert 'loaded_models{deployment="Model",kind="x",replica="Model#2"} 3.0' in shown(collected)
+    assert len(shown(collected)) == 2
+
+
+def test_of_two_metrics_of_one_name_the_first_is_shown() -> None:
+    metrics.Counter("things", tag_keys=("a",)).inc(tags={"a": "1"})
+    mine = take_counts()
+    metrics.Counter("things").inc()
+    collected = UserMetrics()
+    collected.add_totals("One", mine)
+    collected.add_totals("Two", take_counts())
+    assert shown(collected) == ['things_total{a="1",deployment="One"} 1.0']
+
+
+def test_mistakes_are_told() -> None:
+    with pytest.raises(ValueError, match="name 'my counter' is not possible"):
+        metrics.Counter("my counter")
+    with pytest.raises(ValueError, match="not 'qserve_' first"):
+        metrics.Gauge("qserve_x")
+    with pytest.raises(TypeError, match="tag_keys must be a tuple"):
+        metrics.Counter("x", tag_keys="model")
+    with pytest.raises(ValueError, match="each larger than the one before"):
+        metrics.Histogram("x", boundaries=[2, 1])
+    counter = metrics.Counter("x", tag_keys=("model",))
+    with pytest.raises(ValueError, match=r"Missing value for tag key\(s\): model"):
+        counter.inc()
+    with pytest.raises(ValueError, match="Unrecognized tag key 'other'"):
+        counter.inc(tags={"other": "1"})
+    with pytest.raises(ValueError, match="value must be >0"):
+        counter.inc(-1, tags={"model": "1"})
+
+
+def test_a_tag_with_endless_values_fills_nothing() -> None:
+    counter = metrics.Counter("endless", tag_keys=("user",))
+    for number in range(1_100):
+        counter.inc(tags={"user": str(number)})
+    assert len(take_counts()) <= 1_000
