@@ -99,7 +99,13 @@ def test_a_deployment_pickled_by_a_newer_version_keeps_the_options_that_are_know
 
 
 OTHER_NAMES = {
-    *("BackPressureError", "DeploymentResponse", "DeploymentResponseGenerator", "DeploymentUnavailableError"),
+    *(
+        "ApplicationStatusOverview",
+        "BackPressureError",
+        "DeploymentResponse",
+        "DeploymentResponseGenerator",
+        "DeploymentUnavailableError",
+    ),
     *("RayServeException", "ReplicaUnavailableError", "RequestCancelledError"),
 }
 """Names of Ray Serve for what has its public path elsewhere."""
