@@ -10,7 +10,7 @@ from qserve.broker.history.call_index import STATES, CallSummary
 from qserve.broker.history.troubles import Trouble, read_troubles
 from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
-from qserve.cli.output import Failure, note, redis_url_option
+from qserve.cli.output import Failure, note, redis_url_option, visible
 from qserve.deployments.local_instance import find_settings
 from qserve.errors import QServeError
 from qserve.operating import controls
@@ -64,7 +64,7 @@ def ls(
             return
         found = find_calls(state, CallFilter(states, name or "", method, error, key, earliest), limit)
     for _, call in found.calls:
-        click.echo(json.dumps(facts_of(call)) if as_json else _line(call))
+        click.echo(json.dumps(facts_of(call)) if as_json else visible(_line(call)))
     if not found.calls:
         note("There are no such calls." if not found.is_cut else "None among the last 2,000 calls: narrow the search.")
     elif found.next_before is not None:
@@ -93,11 +93,11 @@ def show(call: str, as_json: bool) -> None:
         return
     for key, value in facts.items():
         if value not in (None, "", []):
-            click.echo(f"{key:<11}{_moment(value) if key in _MOMENTS else _shown(value)}")
+            click.echo(visible(f"{key:<11}{_moment(value) if key in _MOMENTS else _shown(value)}"))
     for each in family:
-        click.echo(_branch(each, found.id))
+        click.echo(visible(_branch(each, found.id)))
     if contents.error:
-        click.echo(f"\n{contents.error.strip()}")
+        click.echo(visible(f"\n{contents.error.strip()}"))
 
 
 @calls.command()
@@ -195,7 +195,8 @@ def _list_troubles(state: State, name: str | None, error: str, earliest: float, 
         if at < earliest or error.lower() not in trouble.error.lower() or shown == limit:
             continue
         shown += 1
-        click.echo(_trouble_json(at, deployment, trouble) if as_json else _trouble_line(at, deployment, trouble))
+        line = _trouble_json(at, deployment, trouble) if as_json else visible(_trouble_line(at, deployment, trouble))
+        click.echo(line)
     if not shown:
         note("There are no such calls.")
 

@@ -7,7 +7,7 @@ import click
 
 from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
-from qserve.cli.output import Failure, note, redis_url_option
+from qserve.cli.output import Failure, note, redis_url_option, visible
 from qserve.deployments.local_instance import find_settings
 from qserve.durable.dead_letters import DeadLetters, Letter
 from qserve.errors import QServeError
@@ -39,7 +39,8 @@ def ls(name: str | None, as_json: bool) -> None:
             call_id = letter.call.id if letter.call is not None else "-"
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.at / 1000))
             tries = "" if letter.attempts is None else f"  {letter.attempts} attempts"
-            click.echo(f"{letter.deployment}  {letter.id}  {call_id}  {when}{tries}  {letter.reason[:120]}")
+            line = f"{letter.deployment}  {letter.id}  {call_id}  {when}{tries}  {letter.reason[:120]}"
+            click.echo(visible(line))
         if not found:
             note(f"There are no dead letters{f' of {name}' if name else ''}.")
 

@@ -3,13 +3,14 @@
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 import click
 
-from qserve.cli.output import Failure, note
+from qserve.cli.output import Failure, note, visible
 from qserve.deployments.local_instance import NO_INSTANCE, find_record
 from qserve.deployments.log_files import newest_log_file
 from qserve.settings import Settings
@@ -31,13 +32,13 @@ def logs(name: str | None, follow: bool, call_id: str, lines: int | None, as_jso
     path = log_path()
     wanted = [word for word in (name, call_id) if word]
     try:
-        with path.open(errors="replace") as file:
-            found = [each for each in records(file) if _is_about(each, wanted)]
-            for record in found if lines is None else found[len(found) - min(lines, len(found)) :]:
+        with path.open(errors="replace", newline="\n") as file:
+            found = (each for each in records(file) if _is_about(each, wanted))
+            for record in found if lines is None else deque(found, lines):
                 _print(record, as_json)
             while follow and path.exists():
                 time.sleep(_POLL_S)
-                for record in records(file):
+                for record in records(_whole_lines(file)):
                     if _is_about(record, wanted):
                         _print(record, as_json)
     except KeyboardInterrupt:
@@ -67,8 +68,19 @@ def log_path() -> Path:
     return path
 
 
-def records(file: TextIO) -> Iterator[str]:
-    """The records that are left in a file, each with the lines that belong to it."""
+def _whole_lines(file: TextIO) -> Iterator[str]:
+    """The lines that are left in a file, but the beginning of one that is being written."""
+    while True:
+        place = file.tell()
+        line = file.readline()
+        if not line.endswith("\n"):
+            file.seek(place)
+            return
+        yield line
+
+
+def records(file: Iterable[str]) -> Iterator[str]:
+    """The records among the lines of a log, each with the lines that belong to it."""
     lines: list[str] = []
     for line in file:
         if lines and _BEGINS.match(line):
@@ -86,6 +98,6 @@ def _is_about(record: str, words: list[str]) -> bool:
 def _print(record: str, as_json: bool) -> None:
     text = record.rstrip("\n")
     if not as_json or text.startswith("{"):
-        click.echo(text)
+        click.echo(visible(text))
     else:
         click.echo(json.dumps({"record": text}))

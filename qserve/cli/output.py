@@ -1,12 +1,15 @@
 """What all commands share: errors in one paragraph on stderr, options, the log."""
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
 from qserve.telemetry import log_records
+
+_CONTROL = re.compile(r"\x1b(?!\[[\d;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]").sub
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -33,6 +36,11 @@ def redis_url_option(command: Command) -> Command:
         help="redis://, rediss:// or unix:// URL of the instance's server. Default: QSERVE_REDIS_URL, "
         "else the instance running on this machine.",
     )(command)
+
+
+def visible(text: str) -> str:
+    """What others wrote, for a terminal: colors stay, and other control characters are shown instead of obeyed."""
+    return _CONTROL(lambda found: "\\r" if found[0] == "\r" else f"\\x{ord(found[0]):02x}", text)
 
 
 def note(text: str) -> None:

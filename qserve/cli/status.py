@@ -16,7 +16,7 @@ from rich.text import Text
 from qserve.broker.counters import VALUES
 from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
-from qserve.cli.output import redis_url_option
+from qserve.cli.output import redis_url_option, visible
 from qserve.deployments.deploying import wanted
 from qserve.wire.spec import WAITING, Deployed, GatewayInfo, NodeInfo, ReplicaInfo, pause_of
 
@@ -222,10 +222,12 @@ def render(found: InstanceStatus) -> RenderableType:
         lines.append(Text("\nNothing is deployed. Deploy something: qserve deploy MODULE"))
         return Group(*lines)
     errors = [
-        Text(f"{row['name']}: {row['error'].strip()}\n", style="red") for row in found["deployments"] if row["error"]
+        Text(visible(f"{row['name']}: {row['error'].strip()}\n"), style="red")
+        for row in found["deployments"]
+        if row["error"]
     ]
     errors += [
-        Text(f"{row['name']}, pid {replica['pid']}: {replica['problem']}\n", style="red")
+        Text(visible(f"{row['name']}, pid {replica['pid']}: {replica['problem']}\n"), style="red")
         for row in found["deployments"]
         for replica in row["replicas"]
         if replica["problem"]

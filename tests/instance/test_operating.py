@@ -1,6 +1,8 @@
 """What operators do from the shell: finding calls, pausing, scaling, going back to the former version."""
 
 import json
+import os
+import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import closing
@@ -33,6 +35,11 @@ def rows(*arguments: str) -> list[dict[str, Any]]:
     done = CliRunner().invoke(main, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def serving(name: str) -> set[int]:
+    [found] = [row for row in json.loads(qs("status", "--json").stdout)["deployments"] if row["name"] == name]
+    return {each["pid"] for each in found["replicas"] if each["state"] == "SERVING"}
 
 
 @pytest.fixture
@@ -149,7 +156,10 @@ def test_a_paused_deployment_accepts_calls_and_does_not_run_them(qserve_instance
 
     wait_until(stays)
     assert "PAUSED" in qs("top").output
-    steady.deploy()  # still so for new replicas
+    steady.deploy()  # still so for new replicas, and for those that take the place of dead ones
+    pids = serving("steady")
+    os.kill(min(pids), signal.SIGKILL)
+    wait_until(lambda: len(serving("steady") - pids) == 1)
     last = handle.options(durable=True).remote("wait")
     ordinary = handle.remote("now")
     with pytest.raises(GetTimeoutError, match=r"'steady' is paused since \d\d:\d\d: calls are accepted, but wait"):

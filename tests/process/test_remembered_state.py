@@ -22,6 +22,7 @@ async def test_what_is_forgotten_is_put_back_as_it_was(
     deploy(state, "A", "/a")
     deploy(state, "B")
     deploy(state, "B")
+    state.pause("B", "ada@host")
     state.set_http(HttpSettings(root_path="/root"))
     memory, client = RememberedState(keys, signer, restores=True), connect_asyncio(settings.redis_url)
     before = await memory.compare(client, await read_snapshot(client, keys, signer))
@@ -33,6 +34,8 @@ async def test_what_is_forgotten_is_put_back_as_it_was(
         name: deployed.spec for name, deployed in before.deployments.items()
     }
     assert (state.generation("A"), state.generation("B")) == (1, 2)
+    assert after.deployments["B"].paused == before.deployments["B"].paused != ""
+    assert after.deployments["A"].paused == ""
     assert (after.http, after.instances) == (before.http, before.instances)
     assert redis_client.xlen(keys.calls("A")) == 0
     await client.aclose()

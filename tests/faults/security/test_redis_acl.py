@@ -16,7 +16,9 @@ from click.testing import CliRunner
 from qserve.broker.keys import Keys
 from qserve.broker.server.acl import ROLES
 from qserve.cli import main
-from tests.faults.security.guarded import Guarded, guarded
+from qserve.settings import Settings
+from tests.faults.security.guarded import NAMESPACE, Guarded, guarded
+from tests.instance.console.served import OPERATOR, PAGES, act, console_of, visitor
 from tests.support.slowness import patience
 
 FORBIDDEN = (
@@ -145,6 +147,22 @@ def test_a_password_that_nobody_gave_is_asked_for() -> None:
     assert ">PASSWORD-OF-qserve-metrics" in printed.stdout
     assert "QSERVE_ACL_METRICS" in printed.stderr
     assert CliRunner().invoke(main, ["redis-acl", "--namespace", "a b"]).exit_code == 2
+
+
+def test_the_console_shows_everything_and_says_what_its_user_may_not_do(instance: Guarded) -> None:
+    deployed = instance.run("deployer", "qserve.cli", "deploy", "tests.faults.security.guarded_app")
+    assert deployed.returncode == 0, deployed.stderr
+    settings = Settings(redis_url=instance.url("gateway"), secret=instance.secret, namespace=NAMESPACE)
+    with console_of(settings) as url, visitor(url, OPERATOR) as operator:
+        for path in (*PAGES, "/deployments/Echo", "/deployments/Echo/series", "/calls?key=k", "/live?of=/-/console"):
+            with operator.stream("GET", path) as answer:
+                assert answer.status_code == 200, path
+        for action in ("pause", "scale", "delete"):
+            answer = act(operator, action, "Echo", replicas="2")
+            assert answer.status_code == 403, answer.text
+            assert "qserve-gateway" in answer.text or "may not" in answer.text
+        assert "failed: " in operator.get("/audit").text
+        assert "is submitted" in act(operator, "call", "Echo", method="fine").text
 
 
 def test_no_key_and_no_script_is_forgotten() -> None:

@@ -12,6 +12,7 @@ from tests.support.gateways import gateway
 from tests.support.slowness import patience
 
 OPERATOR, VIEWER = "token-of-operators", "token-of-viewers"
+PAGES = ("", "/calls", "/troubles", "/dead", "/schedules", "/cluster", "/audit")
 EVIL = "<script>document.title='owned'</script>\"'><img src=x onerror=\"document.title='owned'\">"
 """What somebody may call their things who wants to be the operator."""
 

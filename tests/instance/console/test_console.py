@@ -10,11 +10,9 @@ import pytest
 
 from qserve import serve
 from qserve.testing import TestInstance
-from tests.instance.console.served import EVIL, OPERATOR, VIEWER, act, console_of, visitor
+from tests.instance.console.served import EVIL, OPERATOR, PAGES, VIEWER, act, console_of, visitor
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
-
-PAGES = ("", "/calls", "/troubles", "/dead", "/schedules", "/cluster", "/audit")
 
 
 @pytest.fixture

@@ -1,0 +1,119 @@
+"""`qserve logs`: the log file of an instance on this machine, found, narrowed down, followed, and safe to look at."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from qserve.cli import main
+from qserve.deployments.local_instance import InstanceRecord, record_path
+from qserve.deployments.log_files import new_log_file
+from qserve.this_machine import runtime_folder
+
+STAMP = "2026-03-01 12:04:00,000 INFO    node[4701] x:"
+TEXT = """2026-03-01 12:03:04,567 INFO    node[4701] qserve.node: worker of 'Counter': pid 4705.
+2026-03-01 12:03:09,318 WARNING replica[4711] [Counter#1a2b 8f3e-17] shop.orders: stock is low
+Traceback (most recent call last):
+  File "shop.py", line 3, in __call__
+ValueError: low
+2026-03-01 12:03:10,318 WARNING replica[4712] [Counters#1a2c 8f3e-170] shop.orders: another call
+{"time": "2026-03-01T12:03:11.000Z", "deployment": "Counter", "call_id": "8f3e-17", "message": "as JSON"}
+"""
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The log file of an instance that has ended."""
+    monkeypatch.setenv("QSERVE_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("QSERVE_NAMESPACE", "mine")
+    path = new_log_file(runtime_folder(), "mine")
+    path.write_text(TEXT)
+    return path
+
+
+def logs(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["logs", *arguments])
+
+
+def running(log_file: str) -> None:
+    """This process is the instance of the namespace."""
+    record = InstanceRecord(namespace="mine", redis_url="", secret="", pid=os.getpid(), folder="", log_file=log_file)
+    record_path("mine").write_bytes(msgspec.json.encode(record))
+
+
+def test_the_log_of_an_instance_that_has_ended_is_shown_and_named(log: Path) -> None:
+    shown = logs()
+    assert shown.stdout == TEXT
+    assert f"this is the log of the last one, {log}" in shown.stderr
+
+
+def test_what_is_about_a_deployment_or_a_call_is_shown_with_its_traceback(log: Path) -> None:
+    running(str(log))
+    assert "stock is low" in logs("Counter").stdout
+    assert "Counters#" not in logs("Counter").stdout
+    found = logs("--call", "8f3e-17").stdout
+    assert "ValueError: low\n" in found
+    assert "another call" not in found
+    assert "pid 4705" not in found
+    assert logs("--call", "8f3e-17", "Counters").stdout == ""
+
+
+def test_only_the_last_records(log: Path) -> None:
+    running(str(log))
+    assert logs("-n", "2").stdout.splitlines() == TEXT.splitlines()[-2:]
+    assert logs("-n", "0").stdout == ""
+
+
+def test_every_record_is_a_line_of_json(log: Path) -> None:
+    running(str(log))
+    records = [json.loads(line) for line in logs("--json").stdout.splitlines()]
+    assert len(records) == 4
+    assert records[1]["record"].endswith("ValueError: low")
+    assert records[3]["message"] == "as JSON"
+
+
+def test_what_is_logged_cannot_command_the_terminal(log: Path) -> None:
+    running(str(log))
+    log.write_text(f"{STAMP} \x1b]0;title\x07 \x1b[2J \x9b2J \x1b[31mred\x1b[0m \tend\r\x08\n")
+    shown = logs().stdout
+    assert shown == f"{STAMP} \\x1b]0;title\\x07 \\x1b[2J \\x9b2J \x1b[31mred\x1b[0m \tend\\r\\x08\n"
+
+
+def test_what_comes_is_shown_when_its_line_is_whole(log: Path) -> None:
+    running(str(log))
+    command = [sys.executable, "-m", "qserve.cli", "logs", "-f", "-n", "0", "--call", "new-1"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    enough = threading.Event()
+
+    def write() -> None:
+        with log.open("a") as file:
+            while not enough.wait(0.01):
+                for part in (f"{STAMP} [new-1]", " asked", " for\n", f"{STAMP} [new-2] something else\n"):
+                    file.write(part)
+                    file.flush()
+                    enough.wait(0.01)
+
+    writer = threading.Thread(target=write)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as following:
+        try:
+            assert following.stdout is not None
+            writer.start()
+            seen = [following.stdout.readline() for _ in range(3)]
+            assert all(line.endswith(" asked for\n") for line in seen), seen
+        finally:
+            enough.set()
+            writer.join()
+            following.kill()
+
+
+def test_an_instance_without_a_log_file_says_where_it_logs(log: Path) -> None:
+    running("")
+    refused = logs()
+    assert refused.exit_code == 1
+    assert "log to the terminal or service that started them" in " ".join(refused.output.split())
