@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _PASSING: Final = ("NOREPLICAS", "MISCONF", "UNBLOCKED", "BUSY ", "CLUSTERDOWN")
 """How errors begin that have nothing to do with the command."""
+_NOT_ALLOWED: Final = "ACL failure in script"
+"""Stands in the error of a script that has tried what its user may not do."""
 
 
 class CommandRefused(ResponseError):
@@ -74,4 +76,6 @@ def our_errors(client: "redis.Redis | redis.asyncio.Redis") -> Iterator[None]:
     except RedisError as exc:
         if str(exc).startswith(_PASSING):
             raise BrokerUnavailable(f"Redis does not take this now: {exc}. Try again in a moment") from exc
+        if _NOT_ALLOWED in str(exc):
+            raise ConfigurationError(refused(exc)) from exc
         raise CommandRefused(str(exc)) from exc

@@ -157,10 +157,10 @@ def test_the_console_shows_everything_and_says_what_its_user_may_not_do(instance
         for path in (*PAGES, "/deployments/Echo", "/deployments/Echo/series", "/calls?key=k", "/live?of=/-/console"):
             with operator.stream("GET", path) as answer:
                 assert answer.status_code == 200, path
-        for action in ("pause", "scale", "delete"):
-            answer = act(operator, action, "Echo", replicas="2")
-            assert answer.status_code == 403, answer.text
-            assert "qserve-gateway" in answer.text or "may not" in answer.text
+        for action in ("pause", "scale", "bound", "delete"):
+            answer = act(operator, action, "Echo", replicas="3", bound="17")
+            assert answer.status_code == 403, (action, answer.text)
+            assert "Redis refuses this process" in answer.text
         assert "failed: " in operator.get("/audit").text
         assert "is submitted" in act(operator, "call", "Echo", method="fine").text
 
