@@ -32,6 +32,7 @@ from qserve.broker.instance.state import State
 from qserve.broker.server import embedded
 from qserve.deployments import deploying
 from qserve.deployments.driver import THIS_PROCESS
+from qserve.deployments.local_instance import find_record
 from qserve.settings import Settings
 from qserve.testing import TestInstance, instance
 from qserve.wire.messages import Signer
@@ -279,14 +280,13 @@ def running() -> list[Row]:
         for name in names:
             urllib.request.urlopen(f"{it.url}/{name}", timeout=60).close()
         used_mib = (memory - psutil.virtual_memory().available) / 2**20
-        before = psutil.cpu_times()
-        time.sleep(10)
-        after = psutil.cpu_times()
-    idle = (after.user + after.system - before.user - before.system) / 10
+        record = find_record(it.settings.namespace)
+        assert record is not None
+        idle = processes.cpu_percent(processes.tree(record.pid), 10)
     return [
         Row(f"{RUNNING} deployments with a replica each, until all serve", f"{seconds:.0f} s"),
         Row("memory of the machine for each of them", f"{used_mib / RUNNING:.0f} MiB"),
-        Row("processor time while nobody calls", f"{100 * idle:.0f} % of a core"),
+        Row("processor time while nobody calls", f"{idle:.0f} % of a core"),
     ]
 
 
