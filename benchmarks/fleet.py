@@ -286,7 +286,7 @@ def running() -> list[Row]:
     return [
         Row(f"{RUNNING} deployments with a replica each, until all serve", f"{seconds:.0f} s"),
         Row("memory of the machine for each of them", f"{used_mib / RUNNING:.0f} MiB"),
-        Row("processor time while nobody calls", f"{idle:.0f} % of a core"),
+        Row("processor time of all its processes while nobody calls", f"{idle:.0f} % of a core"),
     ]
 
 
