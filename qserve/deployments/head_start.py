@@ -25,8 +25,9 @@ class HeadStart:
     """A process that imports and waits. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._orders, theirs = socket.socketpair()
-        with theirs:
+        ours, theirs = socket.socketpair()
+        with contextlib.ExitStack() as stack, theirs:
+            self._orders = stack.enter_context(ours)
             self._process = subprocess.Popen(
                 [*PROGRAM, WAITS],
                 stdin=theirs.fileno(),
@@ -34,6 +35,7 @@ class HeadStart:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # so that Ctrl-C reaches the command alone, which stops the rest in order
             )
+            stack.pop_all()
 
     def begin(
         self, arguments: Sequence[str], environment: Mapping[str, str], output: int

@@ -28,6 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("QSERVE_APP", "QSERVE_REDIS_URL", "QSERVE_SECRET", "QSERVE_NAMESPACE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("qserve.cli._STARTS_INSTANCE", ())  # nothing is started here before it is needed
     before = set(sys.modules)
     yield project
     for name in set(sys.modules) - before:
