@@ -1,6 +1,7 @@
 """One event stream for each tab: what is live on its page, again whenever it has changed."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
@@ -11,6 +12,8 @@ from qserve_gateway.console.rendering import HEADERS
 _EVERY_S: Final = 2.0
 _SAY_ALIVE_EVERY: Final = 7
 MOST_STREAMS: Final = 64
+_LASTS_S: Final = 900.0
+"""After this a stream ends. The browser asks for another one at once, and whether it still may is looked at anew."""
 
 
 class LiveStreams:
@@ -31,10 +34,10 @@ class LiveStreams:
 
     async def _events(self, render: Callable[[], str]) -> AsyncIterator[str]:
         self._open += 1
-        last, quiet = "", 0
+        last, quiet, until = "", 0, time.monotonic() + _LASTS_S
         try:
             yield "retry: 3000\n\n"
-            while True:
+            while time.monotonic() < until:
                 text = await asyncio.to_thread(render)
                 quiet += 1
                 if text != last:

@@ -15,7 +15,7 @@ from qserve.broker.instance.state import State
 from qserve.broker.server.redis_checks import check_server
 from qserve.durable.dead_letters import DeadLetters
 from qserve.durable.schedules import Schedules, next_moment
-from qserve.errors import DeploymentNotFound
+from qserve.errors import DeploymentNotFound, QServeError
 from qserve.operating.call_contents import PARTS_SHOWN, contents_of
 from qserve.operating.call_search import CallFilter, find_call, find_calls
 from qserve.operating.call_tree import family_of
@@ -24,7 +24,8 @@ from qserve.operating.nodes import place_of
 from qserve.operating.overview import deployed_of, read_overview
 from qserve.operating.timeline import timeline
 from qserve.settings import Settings
-from qserve.wire.spec import pause_of
+from qserve.wire.codec import Codec
+from qserve.wire.spec import DeploymentSpec, pause_of
 from qserve_gateway.console.sessions import PATH, Visitor
 
 ROWS: Final = 50
@@ -45,6 +46,10 @@ class Asked(NamedTuple):
     query: Mapping[str, str]
     visitor: Visitor
 
+
+_NOT_SHOWN: Final = frozenset({"target", "init_args", "name", "revision", "user_config", "declared"})
+
+_codec = Codec(allow_pickle=False, max_bytes=1 << 24)
 
 View = Callable[[Asked, str], dict[str, Any]]
 
@@ -134,11 +139,6 @@ class Pages:
         spec = deployed.spec
         troubles = read_troubles(self._state.redis, self._state.keys, [name], most=8)
         [counts] = count_states(self._state.redis, self._state.keys, [name])
-        options = {
-            option: getattr(spec, option)
-            for option in spec.__struct_fields__
-            if option not in ("target", "init_args", "init_kwargs", "name", "revision", "user_config")
-        }
         return {
             "row": rows[0],
             "spec": spec,
@@ -147,7 +147,7 @@ class Pages:
             "ranges": list(_RANGES),
             "load": load_of(buckets, min(length, _TILES_S)),
             "counts": counts,
-            "options": options,
+            "options": _options(spec),
             "troubles": _shown(troubles),
             "replicas": sorted(facts.replicas, key=lambda replica: (replica.host, replica.pid)),
             "former": self._state.former(name),
@@ -260,6 +260,19 @@ class Pages:
             raise BadFilter("before is the id of an entry, such as 1700000000000-0")
         rows = read_deeds(self._state.redis, self._state.keys, ROWS, before)
         return {"rows": rows, "more": f"?before={rows[-1][0]}" if len(rows) == ROWS else None}
+
+
+def _options(spec: DeploymentSpec) -> dict[str, Any]:
+    """The options of a deployment, without what may hold secrets: arguments, its configuration, values of variables."""
+    options = {name: getattr(spec, name) for name in spec.__struct_fields__ if name not in _NOT_SHOWN}
+    packed = options.pop("ray_actor_options")
+    if packed:
+        try:
+            environment = _codec.unpack(packed).get("runtime_env") or {}
+        except QServeError:  # a pickle among them
+            environment = {}
+        options["variables"] = ", ".join(environment.get("env_vars") or ()) or None
+    return options
 
 
 def _shown(notes: list[Any]) -> list[tuple[float, str, Any]]:

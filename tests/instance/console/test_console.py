@@ -215,6 +215,22 @@ def test_the_range_of_replicas_is_changed_where_it_follows_the_load(shop: Any, o
     elastic.delete()
 
 
+def test_no_page_tells_the_values_of_variables(running: TestInstance, operator: httpx.Client) -> None:
+    variables = {"runtime_env": {"env_vars": {"DB_URL": "hunter3"}}}
+
+    @serve.deployment(name="secretive", ray_actor_options=variables, user_config={"key": "hunter4"})
+    class Secretive:
+        def __init__(self, key: str) -> None: ...
+
+        def reconfigure(self, config: dict[str, str]) -> None: ...
+
+    Secretive.deploy("hunter5")
+    page = operator.get("/deployments/secretive").text
+    assert "DB_URL" in page
+    assert "hunter" not in page
+    Secretive.delete()
+
+
 def test_a_replica_tells_its_stacks_and_leaves(shop: Any, operator: httpx.Client) -> None:
     shop.remote("x").result(patience(LIMIT_S))
     page = operator.get("/deployments/shop").text
