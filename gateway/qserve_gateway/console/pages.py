@@ -268,7 +268,8 @@ def _options(spec: DeploymentSpec) -> dict[str, Any]:
     packed = options.pop("ray_actor_options")
     if packed:
         try:
-            environment = _codec.unpack(packed).get("runtime_env") or {}
+            actor: Any = _codec.unpack(packed)
+            environment = actor.get("runtime_env") or {}
         except QServeError:  # a pickle among them
             environment = {}
         options["variables"] = ", ".join(environment.get("env_vars") or ()) or None
