@@ -144,7 +144,12 @@ class DeadLetters:
             return letter.call.payload
         payload = self._payloads.fetch_now(self._redis, letter.call.id)
         if payload is None:
-            raise CallNotFound("the call cannot be sent again, because its large arguments have expired")
+            why = (
+                "its large arguments have expired"
+                if letter.durable
+                else "its large arguments were in the memory of its caller: only those of durable calls are kept"
+            )
+            raise CallNotFound(f"the call cannot be sent again, because {why}")
         return payload
 
     def retry(self, letter: Letter) -> str:

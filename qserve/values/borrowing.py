@@ -67,7 +67,6 @@ class Borrowed:
 
     def __del__(self) -> None:
         if self._returns:
-            self._holds = False
             self.drop()
 
     def __len__(self) -> int:
@@ -144,7 +143,7 @@ class Borrowed:
                 self._tell(COPIED)
 
     def drop(self) -> None:
-        """Tell the lender that nobody wants it."""
+        self._holds = False
         with contextlib.suppress(ValueGone):
             self.finish()
 

@@ -215,6 +215,8 @@ class Channel:
     def feed(self, chunk: Chunk) -> None:
         """Take in a chunk from the inbox."""
         if self._broken is not None:
+            if chunk.kind == HELLO:
+                self._turn_away(chunk.sender)
             return
         if not self.peer:
             self.peer = chunk.sender
@@ -222,6 +224,7 @@ class Channel:
             self._writable.set()
         elif chunk.sender != self.peer:
             self.close(StreamBroken("the replica that streamed has died: call again for all of it"))
+            self._turn_away(chunk.sender)
             return
         if chunk.kind == CREDIT:
             self._allowed = max(self._allowed, chunk.number)
@@ -230,6 +233,10 @@ class Channel:
             self.close(StreamBroken(chunk.data.decode("utf-8", "replace")))
         elif chunk.kind != HELLO:
             self._take_in(chunk)
+
+    def _turn_away(self, sender: str) -> None:
+        # A replica that has taken the call over would wait for a stream whose beginning is gone.
+        self._transmit(sender, Chunk(self._me, ABORT, 0, str(self._broken).encode()))
 
     def _take_in(self, chunk: Chunk) -> None:
         if chunk.number != self._next_in:
@@ -249,6 +256,7 @@ class Channel:
             parts: How many it has sent; the last ones may be lost with a connection, although the reply is not.
         """
         self._is_finished = True
+        self.on_data = None  # it refers to this object, and the collector comes seldom
         if self._next_in != parts:
             self.close(StreamBroken("the end of the stream was lost on its way: call again for all of it"))
         elif not self.peer_has_ended:

@@ -93,7 +93,11 @@ class Source(Protocol):
         ...
 
     def hold(self) -> None:
-        """It is read more than once, or slowly: it is returned when nobody refers to it any more."""
+        """It is read more than once, or slowly: it is returned when it is dropped."""
+        ...
+
+    def drop(self) -> None:
+        """Tell the lender that nobody wants it any more, as happens when nobody refers to it."""
         ...
 
     def passed_on(self, number: int) -> "Source":

@@ -127,12 +127,12 @@ def test_what_nobody_of_ours_has_signed_is_shown_and_not_sent_again(dead: Letter
             use(letter)
 
 
-def test_large_arguments_may_have_expired(dead: Letters) -> None:
+def test_large_arguments_of_an_ordinary_call_are_not_kept(dead: Letters) -> None:
     dead.ordinary(out_of_line=True, payload=b"")
     (letter,) = dead.all.of("Echo")
-    with pytest.raises(CallNotFound, match="its large arguments have expired"):
+    with pytest.raises(CallNotFound, match="its large arguments were in the memory of its caller"):
         dead.all.retry(letter)
-    assert "its large arguments have expired" in dead.all.contents(letter)["contents"]
+    assert "its large arguments were in the memory of its caller" in dead.all.contents(letter)["contents"]
 
 
 def test_an_ordinary_call_becomes_a_durable_one_and_its_letter_goes(dead: Letters, settings: Any) -> None:

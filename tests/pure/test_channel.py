@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from qserve.errors import Indeterminate, StreamBroken
-from qserve.wire.channel import CREDIT, LARGEST_PART, WINDOW, Channel, Chunk
+from qserve.wire.channel import ABORT, CREDIT, HELLO, LARGEST_PART, WINDOW, Channel, Chunk
 from tests.support.slowness import patience
 
 
@@ -118,6 +118,27 @@ async def test_a_second_replica_cannot_continue_a_stream() -> None:
     assert await wire.client.receive() == b"first"
     with pytest.raises(StreamBroken, match="has died"):
         await wire.client.receive()
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+async def test_a_second_replica_is_told_that_the_beginning_is_gone(is_broken: bool) -> None:
+    told: list[tuple[str, int]] = []
+    channel = Channel("caller", lambda to, chunk: told.append((to, chunk.kind)))
+    channel.feed(Chunk("first", HELLO))
+    if is_broken:
+        channel.close(StreamBroken("the first is gone"))
+
+    channel.feed(Chunk("second", HELLO))
+
+    assert told == [("second", ABORT)]
+    assert channel.is_broken
+
+
+async def test_a_channel_that_is_over_does_not_keep_itself() -> None:
+    wire = Wire()
+    wire.client.on_data = wire.client.greet
+    wire.client.finish(0)
+    assert wire.client.on_data is None
 
 
 async def test_a_reader_that_leaves_wakes_a_waiting_writer() -> None:

@@ -14,6 +14,7 @@ from qserve.broker.large.lending import Lending, Loan
 from qserve.errors import PayloadTooLarge
 from qserve.values.segments import Segment
 from qserve.wire.messages import HttpRequest, LargeReply, decode_http_response, encode
+from qserve.wire.parts import Source
 from qserve_gateway.bodies.streaming import ClientDisconnected, body_too_large
 from qserve_gateway.respond import Unsendable, send_response, start_message
 
@@ -145,6 +146,12 @@ class LargeResponse:
     async def write(self, send: Send, receive: Receive, method: str, request_id: str) -> None:
         """Write it; one that could be taken for two responses, or for none, becomes a 500."""
         source = self._reply.payload
+        try:
+            await self._write(source, send, method, request_id)
+        finally:
+            source.drop()
+
+    async def _write(self, source: Source, send: Send, method: str, request_id: str) -> None:
         response = decode_http_response(source.head)
         size = source.size_of(1)
         headers = [*response.headers, (b"content-length", b"%d" % size)]

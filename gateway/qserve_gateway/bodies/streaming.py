@@ -87,7 +87,8 @@ class Upload:
 
     async def stop(self) -> None:
         """Stop sending, because the replica has answered or nobody waits for it."""
-        await end(self._task)
+        task, self._task = self._task, None  # its end refers to this object, and the collector comes seldom
+        await end(task)
 
     async def _pump(self) -> None:
         with contextlib.suppress(StreamBroken):  # the call's outcome says why

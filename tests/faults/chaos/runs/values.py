@@ -3,6 +3,7 @@
 Both sides check every byte: a value that is torn, or another call's, makes a wrong answer.
 """
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -47,18 +48,21 @@ def kill_caller(cluster: Cluster, dice: Random, event: Injected) -> None:
     event.killed.append(caller.pid)
 
 
-def memory_files(cluster: Cluster) -> int:
-    """Bytes of the memory files that processes of a cluster have open, each as often as it is open."""
-    total = 0
+def memory_files(cluster: Cluster) -> dict[str, int]:
+    """By process, the bytes of the memory files that it has open, if there are any."""
+    found: dict[str, int] = {}
     for process in cluster.processes():
-        folder = Path(f"/proc/{process.pid}/fd")
+        folder, total = Path(f"/proc/{process.pid}/fd"), 0
         for fd in _listed(folder):
             try:
                 if os.readlink(folder / fd).startswith("/memfd:qserve"):  # noqa: PTH115  the target is no path
                     total += os.stat(folder / fd).st_size  # noqa: PTH116
             except OSError:
                 continue  # closed meanwhile
-    return total
+        if total:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[f"{process.pid} {' '.join(process.cmdline())[:80]}"] = total
+    return found
 
 
 def _listed(folder: Path) -> list[str]:
@@ -73,8 +77,8 @@ def nothing_is_left(evidence: Evidence) -> None:
     cluster, keys = evidence.cluster, evidence.cluster.keys
     limit_s = _UNUSED_S if evidence.plan.is_slice else _FORGOTTEN_S
     began = time.monotonic()
-    if not came_true(lambda: memory_files(cluster) == 0, limit_s):
-        evidence.fail(f"memory files of {memory_files(cluster) / _MIB:.0f} MiB are open after {limit_s:.0f} s")
+    if not came_true(lambda: not memory_files(cluster), limit_s):
+        evidence.fail(f"memory files are open after {limit_s:.0f} s, by process: {memory_files(cluster)}")
     evidence.result.figures["the last memory file was closed after"] = f"{time.monotonic() - began:.0f} s"
     if left := [*cluster.redis.scan_iter(keys.transfer("*", "*")), *cluster.redis.scan_iter(keys.payload("*"))]:
         evidence.fail(f"keys of values are left: {left[:5]}")
