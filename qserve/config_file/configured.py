@@ -36,7 +36,8 @@ def configured_graph(file: FileWithLines, index: int) -> Graph:
         raise file.mistakes([(place, f"{shown(place)}: {exc}")]) from exc
     _refuse_unknown(file, section, place, graph)
     sections = {each.name: each for each in section.deployments}
-    declared = json.dumps({"import_path": section.import_path, "args": section.args}, sort_keys=True)
+    source = {"import_path": section.import_path, "args": section.args}
+    declared = json.dumps(source, sort_keys=True, default=str)  # a date, which YAML knows and JSON does not
     deployments = []
     for each in graph.deployments:
         changed = _with_options(each, sections.get(own_name(section.name, each.name)), section.runtime_env.env_vars)

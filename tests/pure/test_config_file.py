@@ -1,5 +1,6 @@
 """The config file: what it may say, what is told where it is wrong, and what becomes of the applications it names."""
 
+import datetime
 import json
 import os
 import sys
@@ -302,6 +303,13 @@ def test_only_roots_of_files_are_declared(write: Write) -> None:
         {"import_path": "shop:app", "args": {}},
     ]
     assert [each.to_spec(CODEC).declared for each in import_app("shop:app")] == ["", ""]
+
+
+def test_arguments_may_be_what_yaml_knows_beyond_json(write: Write) -> None:
+    path = write("applications:\n  - {import_path: 'shop:plain', args: {currency: 2026-01-02}}\n")
+    graph = graph_of(path)
+    assert graph.deployments[0].init_args == (datetime.date(2026, 1, 2),)
+    assert "2026-01-02" in graph.root.to_spec(CODEC).declared
 
 
 def test_a_config_file_is_imported_like_a_module_and_watched_itself(write: Write) -> None:
