@@ -3,6 +3,8 @@
 import contextlib
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TypedDict
 
 import click
@@ -13,10 +15,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from qserve.applications.application_goal import deployments_of
 from qserve.broker.counters import VALUES
 from qserve.broker.instance.state import State
+from qserve.cli.call import unknown_deployment
 from qserve.cli.instance import connected
-from qserve.cli.output import redis_url_option, visible
+from qserve.cli.output import Failure, redis_url_option, visible
 from qserve.deployments.deploying import wanted
 from qserve.wire.spec import WAITING, Deployed, GatewayInfo, NodeInfo, ReplicaInfo, pause_of
 
@@ -89,25 +93,38 @@ class InstanceStatus(TypedDict):
 @redis_url_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 @click.option("--watch", is_flag=True, help="Show it again every second, until Ctrl-C.")
-def status(as_json: bool, watch: bool) -> None:
-    """Show deployments, their replicas and queues."""
+@click.argument("name", required=False)
+def status(name: str | None, as_json: bool, watch: bool) -> None:
+    """Show deployments, their replicas and queues; of NAME only, which is an application or a deployment."""
     ending = contextlib.suppress(KeyboardInterrupt) if watch else contextlib.nullcontext()
     with ending, connected() as state:
+        known = state.list()
+        if name is not None and name not in known and not deployments_of(state, name):
+            raise Failure(unknown_deployment(name, known))
+        read = partial(read_status, state, name)
         if as_json:
-            _print_json(state, watch=watch)
+            _print_json(read, watch=watch)
         else:
-            _print_tables(state, watch=watch)
+            _print_tables(read, watch=watch)
 
 
-def read_status(state: State) -> InstanceStatus:
-    """The status of an instance, as `--json` prints it."""
+def read_status(state: State, name: str | None = None) -> InstanceStatus:
+    """The status of an instance, as `--json` prints it.
+
+    Args:
+        name: Of this application or deployment only.
+    """
     counters = state.observed.counters()
     return {
         "namespace": state.keys.namespace,
         "large_values": {way: counters.get(counter, 0) for counter, way in VALUES.items()},
         "gateways": [_process(info, info.url) for info in state.observed.gateways().values()],
         "nodes": [_process(info) for info in state.observed.nodes().values()],
-        "deployments": [_deployment(state, deployed) for deployed in state.list().values()],
+        "deployments": [
+            _deployment(state, deployed)
+            for deployed in state.list().values()
+            if name in (None, deployed.spec.name, deployed.spec.application)
+        ],
     }
 
 
@@ -168,27 +185,27 @@ def _slowest(times: list[float | None]) -> float | None:
     return max((value for value in times if value is not None), default=None)
 
 
-def _print_json(state: State, *, watch: bool) -> None:
-    click.echo(json.dumps(read_status(state), indent=None if watch else 2))
+def _print_json(read: Callable[[], InstanceStatus], *, watch: bool) -> None:
+    click.echo(json.dumps(read(), indent=None if watch else 2))
     while watch:
         time.sleep(_WATCH_S)
-        click.echo(json.dumps(read_status(state)))
+        click.echo(json.dumps(read()))
 
 
-def _print_tables(state: State, *, watch: bool) -> None:
+def _print_tables(read: Callable[[], InstanceStatus], *, watch: bool) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)
     if not (watch and console.is_terminal):
-        console.print(render(read_status(state)))
+        console.print(render(read()))
         while watch:
             time.sleep(_WATCH_S)
-            console.print(render(read_status(state)))
+            console.print(render(read()))
         return
-    with Live(render(read_status(state)), console=console, auto_refresh=False) as live:
+    with Live(render(read()), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(_WATCH_S)
-            live.update(render(read_status(state)), refresh=True)
+            live.update(render(read()), refresh=True)
 
 
 def render(found: InstanceStatus) -> RenderableType:

@@ -476,7 +476,7 @@ def test_status_delete_and_shutdown_work_without_any_node(shared: Shell) -> None
     table = shared.run("status").stdout
     assert "no node: nothing can run" in table
     assert "WAITING" in table
-    found = json.loads(shared.run("status", "--json").stdout)
+    found = json.loads(shared.run("status", "Counter", "--json").stdout)
     assert [(row["name"], row["route"], row["state"]) for row in found["deployments"]] == [
         ("Counter", "/Counter", "WAITING")
     ]
@@ -484,6 +484,7 @@ def test_status_delete_and_shutdown_work_without_any_node(shared: Shell) -> None
     assert shared.run("delete", "Counter").returncode == 0
     assert shared.run("deploy", "counter").returncode == 0
     assert shared.run("shutdown").returncode == 0
+    assert "There is no deployment 'Countr'" in shared.error("status", "Countr")
     assert json.loads(shared.run("status", "--json").stdout)["deployments"] == []
 
 
