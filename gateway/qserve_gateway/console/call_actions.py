@@ -1,5 +1,6 @@
 """What operators do to durable calls and dead letters."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from qserve.operating import controls
 from qserve.operating.call_search import CallFilter, find_call, find_calls
 from qserve.wire.call_record import DEAD, FAILED, DurableCall, DurableOptions
 from qserve_gateway.console.orders import MOST_AT_ONCE, Done, NotPossible, Order, result
+from qserve_gateway.console.pages import SINCE
 
 
 def retry(order: Order) -> Done:
@@ -18,13 +20,16 @@ def retry(order: Order) -> Done:
 
 
 def retry_matching(order: Order) -> Done:
-    state = order.text("filter-state")
+    state, since = order.text("filter-state"), order.text("filter-since")
+    if since not in SINCE:
+        raise NotPossible(f"there is no time {since[:40]!r}")
     wanted = CallFilter(
         (state,) if state else (FAILED, DEAD),
         deployment=order.text("filter-deployment"),
         method=order.text("filter-method"),
         error=order.text("filter-error"),
         key=order.text("filter-key"),
+        since=time.time() - SINCE[since] if since else 0.0,
     )
     try:
         found = find_calls(order.state, wanted, MOST_AT_ONCE).calls

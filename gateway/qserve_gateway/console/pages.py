@@ -32,7 +32,9 @@ ROWS: Final = 50
 _RANGES: Final = {"10m": 600, "1h": 3600, "6h": 21_600, "24h": 86_400, "72h": 259_200}
 _TILES_S: Final = 3600
 """What the figures of a deployment are about at most; plots show more."""
-_SINCE: Final = {"": 0, "5m": 300, "1h": 3600, "24h": 86_400, "7d": 604_800}
+_TYPED: Final = "go"
+"""In the path of a call whose id somebody has typed into a form."""
+SINCE: Final = {"": 0, "5m": 300, "1h": 3600, "24h": 86_400, "7d": 604_800}
 
 
 class BadFilter(ValueError):
@@ -163,7 +165,7 @@ class Pages:
             (query["state"],) if query.get("state") else (),
             *(query.get("deployment", "").strip(), query.get("method", "").strip(), query.get("error", "").strip()),
             key=query.get("key", "").strip(),
-            since=time.time() - length if (length := _choice("since", since, _SINCE)) else 0.0,
+            since=time.time() - length if (length := _choice("since", since, SINCE)) else 0.0,
             before=_moment(query.get("before", "")),
         )
         names = self._state.names()
@@ -182,13 +184,15 @@ class Pages:
             "states": STATES,
             "names": names,
             "since": since,
-            "sinces": list(_SINCE),
+            "sinces": list(SINCE),
             "counts": {each: sum(count[each] for count in counted) for each in STATES},
             "more": more,
         }
 
     def _call(self, asked: Asked, call_id: str) -> dict[str, Any]:
-        _known(asked)
+        _known(asked, "id")
+        if call_id == _TYPED:
+            call_id = asked.query.get("id", "").strip()
         call = find_call(self._state, call_id)
         contents = contents_of(self._state, call, self._hidden) if asked.visitor.may_act else None
         return {

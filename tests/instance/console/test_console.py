@@ -3,13 +3,16 @@
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from typing import Any
 
 import httpx
 import pytest
 
 from qserve import serve
+from qserve.broker.instance.state import State
 from qserve.testing import TestInstance
+from qserve.wire.messages import Signer
 from tests.instance.console.served import EVIL, OPERATOR, PAGES, VIEWER, act, console_of, visitor
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
@@ -76,6 +79,8 @@ def test_a_call_is_found_and_shown(shop: Any, operator: httpx.Client, viewer: ht
     page = operator.get("/calls", params={"deployment": "shop", "state": "failed", "error": "BAD"}).text
     assert failed.id in page
     assert done.id not in page
+    page = operator.get("/calls/go", params={"id": f" {failed.id} "}).text  # as the form does without JavaScript
+    assert "raise ValueError" in page
     page = operator.get(f"/calls/{failed.id}").text
     assert "raise ValueError" in page
     assert "runs, attempt 1" in page
@@ -162,6 +167,27 @@ def test_operators_act_and_the_audit_says_so(shop: Any, operator: httpx.Client) 
     for action in ("pause", "resume", "scale", "bound", "call", "retry", "cancel"):
         assert f"<b>{action}</b>" in audit
     assert "operator from 127.0.0.1" in audit
+
+
+def test_all_that_match_are_those_that_the_page_shows(shop: Any, running: TestInstance, operator: httpx.Client) -> None:
+    refs = [shop.remote(f"bad {word}") for word in ("old", "young")]
+    for ref in refs:
+        with pytest.raises(ValueError, match="bad"):
+            ref.result(patience(LIMIT_S))
+    settings = running.settings
+    with closing(State(settings.redis_url, settings.keys, Signer(settings.secrets))) as state:
+        long_ago = (time.time() - 7200) * 1000
+        state.redis.zadd(state.keys.index("shop", "failed"), {refs[0].id: long_ago})
+    chosen = {"filter-deployment": "shop", "filter-state": "failed", "filter-since": "1h"}
+    page = operator.get("/calls", params={name.removeprefix("filter-"): value for name, value in chosen.items()}).text
+    assert all(f'name="{name}" value="{value}"' in page for name, value in chosen.items())
+    count = len(re.findall(r'name="id" value="(d[0-9a-f]{32})"', page))
+    assert refs[0].id not in page
+    assert refs[1].id in page
+    assert act(operator, "retry-matching", **chosen | {"filter-since": "ever"}).status_code == 409
+    assert f"{count} call" in act(operator, "retry-matching", **chosen).text
+    wait_until(lambda: serve.get_ref(refs[1].id).status().attempts == 2)
+    assert serve.get_ref(refs[0].id).status().attempts == 1
 
 
 def test_dead_letters_are_grouped_sent_again_and_dropped(shop: Any, operator: httpx.Client) -> None:
