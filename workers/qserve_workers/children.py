@@ -91,14 +91,23 @@ def die_with_parent(parent: int, signum: int) -> None:
 def start_program(command: Sequence[str], *, death_signal: signal.Signals) -> int:
     """Start a program without an event loop, in a session of its own; returns its pid, for `os.waitpid`.
 
+    No signal is blocked there, whatever this process blocks to wait for it.
+
     Args:
         death_signal: What it gets when this process dies.
     """
+    ask_for_signal = _dies_with_parent(death_signal)
+
+    def begin() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        if ask_for_signal is not None:
+            ask_for_signal()
+
     started = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=_dies_with_parent(death_signal),  # noqa: PLW1509 whoever calls this has no threads
+        preexec_fn=begin,  # noqa: PLW1509 whoever calls this has no threads
     )
     started.returncode = 0  # somebody else waits for it
     return started.pid
