@@ -1,7 +1,12 @@
 """A node is the parent of what its template forks, and of what user code has left running."""
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
+
+from qserve_workers.children import start_program
 
 SCRIPT = """
 import asyncio, os
@@ -40,3 +45,15 @@ for _ in range(2):
 def test_it_gets_exit_codes_and_reaps_what_nobody_waits_for() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], check=False, capture_output=True, text=True)
     assert (done.stdout.split(), done.stderr) == (["3", "True", "False"], "")
+
+
+def test_a_program_gets_signals_that_its_starter_blocks(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    tell = f"import pathlib, signal; pathlib.Path({str(told)!r}).write_text(str(signal.pthread_sigmask(0, ())))"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})
+    try:
+        pid = start_program([sys.executable, "-c", tell], death_signal=signal.SIGKILL)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert told.read_text() == "set()"
