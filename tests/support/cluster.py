@@ -22,7 +22,11 @@ PASSWORD = "sesame"
 class ClusterNode:
     """One server of a cluster."""
 
-    def __init__(self, folder: Path, port: int, bus: int, user: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, port: int, bus: int, user: Sequence[str], persistent: bool, timeout_ms: int
+    ) -> None:
+        self._timeout_ms = timeout_ms
+        self._options = ("--appendonly", "yes") if persistent else ()
         self.folder = folder
         self.port = port
         self.bus = bus
@@ -35,9 +39,17 @@ class ClusterNode:
             [
                 *(str(embedded.find_server()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""),
                 *("--cluster-enabled", "yes", "--cluster-port", str(self.bus), "--cluster-config-file", "nodes.conf"),
-                *("--cluster-node-timeout", str(NODE_TIMEOUT_MS), "--cluster-require-full-coverage", "no"),
+                *("--cluster-node-timeout", str(self._timeout_ms), "--cluster-require-full-coverage", "no"),
                 *("--maxmemory-policy", "noeviction", "--repl-diskless-sync-delay", "0", "--dir", str(self.folder)),
-                *("--loglevel", "notice", "--logfile", str(self.folder / "log"), "--aclfile", "users.acl"),
+                *(
+                    "--loglevel",
+                    "notice",
+                    "--logfile",
+                    str(self.folder / "log"),
+                    "--aclfile",
+                    "users.acl",
+                    *self._options,
+                ),
             ]
         )
 
@@ -79,13 +91,27 @@ class Cluster:
 
     Args:
         user: Name and rules of a user with PASSWORD, in whose name `url` speaks.
+        persistent: The servers write down what they are told.
+        timeout_ms: For how long a node is silent before the others take it for dead.
     """
 
-    def __init__(self, folder: Path, primaries: int = 3, *, replicas: bool = True, user: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        primaries: int = 3,
+        *,
+        replicas: bool = True,
+        user: Sequence[str] = (),
+        persistent: bool = False,
+        timeout_ms: int = NODE_TIMEOUT_MS,
+    ) -> None:
         count = primaries * (2 if replicas else 1)
         first = free_ports(2 * count)
         self.size = primaries
-        self.nodes = [ClusterNode(folder / str(i), first + i, first + count + i, user) for i in range(count)]
+        self.nodes = [
+            ClusterNode(folder / str(i), first + i, first + count + i, user, persistent, timeout_ms)
+            for i in range(count)
+        ]
         login = f"{user[0]}:{PASSWORD}@" if user else ""
         self.url = f"redis+cluster://{login}" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[:primaries])
 
@@ -146,6 +172,12 @@ class Cluster:
         to.do("CLUSTER", "SETSLOT", slot, "NODE", to.id)
         source.do("CLUSTER", "SETSLOT", slot, "NODE", to.id)
         wait_until(lambda: self.primary_of(slot) is to)
+
+    def primaries(self) -> list[ClusterNode]:
+        """The nodes that have slots."""
+        live = next(node for node in self.nodes if node.process.poll() is None)
+        ports = {primary for _, _, primary in _slots(live)}
+        return [node for node in self.nodes if node.port in ports]
 
     def replica_of(self, primary: ClusterNode) -> ClusterNode:
         """A node that follows a primary."""

@@ -50,6 +50,7 @@ from tests.faults.chaos.runs import (
     replicas,
     rollouts,
     server,
+    shards,
     soak,
     values,
 )
@@ -61,7 +62,7 @@ _LANES = 2
 
 def runs_of_the_suite() -> tuple[Run, ...]:
     """Every run there is."""
-    modules = [replicas, gateways, server, failover, links, clocks, deaths, frames, cancels]
+    modules = [replicas, gateways, server, failover, shards, links, clocks, deaths, frames, cancels]
     modules += [rollouts, durable, values, overload, soak]
     return tuple(run for module in modules for run in module.RUNS)
 

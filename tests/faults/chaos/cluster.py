@@ -29,6 +29,7 @@ from qserve.deployments.driver import ConnectedInstance
 from qserve.settings import Settings
 from tests.faults.chaos import app
 from tests.faults.failover.sentinels import Failover
+from tests.support import cluster as redis_cluster
 from tests.support.serving import ROOT, free_port
 from tests.support.waiting import wait_until
 
@@ -47,6 +48,7 @@ class Setup:
         environment: Variables by role, of all processes of qserve under "".
         server: More arguments for the server.
         sentinels: Instead of one server a primary and a replica, watched by three sentinels.
+        shards: Instead of one server a Redis cluster of three primaries and their replicas.
     """
 
     nodes: int = 2
@@ -56,6 +58,7 @@ class Setup:
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     server: tuple[str, ...] = ()
     sentinels: bool = False
+    shards: bool = False
 
 
 class Server:
@@ -103,6 +106,9 @@ class Cluster:
         self.environment: dict[str, dict[str, str]] = {role: dict(own) for role, own in setup.environment.items()}
         self.server = Server(self.folder, setup, {_MARK: self._mark, **self.environment.get("server", {})})
         self.failover = Failover(self.folder) if setup.sentinels else None
+        self.shards = (
+            redis_cluster.Cluster(self.folder, persistent=setup.persistent, timeout_ms=3000) if setup.shards else None
+        )
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.gateways: list[subprocess.Popen[bytes]] = []
         self.gateway_urls = [f"http://127.0.0.1:{free_port()}" for _ in range(setup.gateways)]
@@ -112,7 +118,7 @@ class Cluster:
 
     def start_server(self) -> None:
         """Start the server alone, and point this process to it; a proxy may be put before it then."""
-        broker = self.failover or self.server
+        broker = self.failover or self.shards or self.server
         broker.start()
         for name in [name for name in os.environ if name.startswith("QSERVE_")]:
             del os.environ[name]
@@ -146,7 +152,7 @@ class Cluster:
     def stop(self) -> None:
         """End every process of it, at once, and remove what it wrote."""
         process_client.close_current_client()
-        (self.failover or self.server).kill()
+        (self.failover or self.shards or self.server).kill()
         for gone in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 gone.kill()
@@ -217,10 +223,15 @@ class Cluster:
 
     def stored(self) -> set[str]:
         """The keys in Redis, but for what comes with a first message or mishap: inboxes of those who live, counters."""
-        found = {key.decode() for key in cast("list[bytes]", list(self.redis.scan_iter(count=1000)))}
-        owners = {key.removeprefix(self.keys.inbox("")) for key in found if key.startswith(self.keys.inbox(""))}
-        inboxes = {self.keys.inbox(owner) for owner in owners if self.keys.alive(owner) in found}
-        return found - inboxes - {self.keys.counters}
+        if self.shards is not None:
+            found = {key.decode() for node in self.shards.primaries() for key in node.do("KEYS", "*")}
+        else:
+            found = {key.decode() for key in cast("list[bytes]", list(self.redis.scan_iter(count=1000)))}
+        gone = set()
+        for keys in {self.keys, *self.keys.all()}:
+            owners = {key.removeprefix(keys.inbox("")) for key in found if key.startswith(keys.inbox(""))}
+            gone |= {keys.inbox(owner) for owner in owners if keys.alive(owner) in found} | {keys.counters}
+        return found - gone
 
     def logs(self) -> str:
         """The end of what every process has said."""
