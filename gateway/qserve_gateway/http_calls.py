@@ -9,7 +9,7 @@ from starlette.types import Receive, Send
 from qserve.broker.large.lending import Loan
 from qserve.calls.client import Client
 from qserve.calls.pending import PendingCall
-from qserve.errors import QServeError
+from qserve.errors import QServeError, ReplicaDied
 from qserve.wire.channel import Channel
 from qserve.wire.messages import (
     HTTP,
@@ -23,6 +23,7 @@ from qserve_gateway.bodies.streaming import ClientDisconnected, Upload, stream_r
 from qserve_gateway.routes import Route
 
 TICK_S = 0.02
+_HALF_READ = "the replica that was reading the request's body has died; a body that is half read is not sent again"
 
 
 class StreamedResponse:
@@ -129,8 +130,10 @@ class HttpCalls:
             if not future.done():
                 future.set_result(error)
 
+        channel = client.open_channel(pending)
+        channel.on_second_peer = partial(on_end, ReplicaDied(_HALF_READ))
         upload = Upload(
-            client.open_channel(pending),
+            channel,
             receive,
             sent=sent,
             limit=self._largest_body,

@@ -89,6 +89,7 @@ class PendingCall:
             self.channel.close(StreamBroken("the call failed while it streamed"))
         else:
             self.channel.finish(int(flat(outcome.payload) or b"0") if outcome.kind == VALUE else 0)
+        self.channel.on_second_peer = None
         self.channel = None  # they refer to each other, and the collector comes seldom
 
 

@@ -71,6 +71,8 @@ class Channel:
         self._doubted_at = 0.0
         self.on_data: Callable[[], None] | None = None
         """Called once, when the first of the stream arrives."""
+        self.on_second_peer: Callable[[], None] | None = None
+        """Called when another replica has taken the call over, and been turned away."""
         self._partial: list[bytes] = []
         self._readable = asyncio.Event()
         self._writable = asyncio.Event()
@@ -237,6 +239,8 @@ class Channel:
     def _turn_away(self, sender: str) -> None:
         # A replica that has taken the call over would wait for a stream whose beginning is gone.
         self._transmit(sender, Chunk(self._me, ABORT, 0, str(self._broken).encode()))
+        if self.on_second_peer is not None and sender != self.peer:
+            self.on_second_peer()
 
     def _take_in(self, chunk: Chunk) -> None:
         if chunk.number != self._next_in:

@@ -124,13 +124,15 @@ async def test_a_second_replica_cannot_continue_a_stream() -> None:
 async def test_a_second_replica_is_told_that_the_beginning_is_gone(is_broken: bool) -> None:
     told: list[tuple[str, int]] = []
     channel = Channel("caller", lambda to, chunk: told.append((to, chunk.kind)))
+    seen: list[str] = []
+    channel.on_second_peer = lambda: seen.append("second")
     channel.feed(Chunk("first", HELLO))
     if is_broken:
         channel.close(StreamBroken("the first is gone"))
 
     channel.feed(Chunk("second", HELLO))
 
-    assert told == [("second", ABORT)]
+    assert (told, seen) == ([("second", ABORT)], ["second"])
     assert channel.is_broken
 
 

@@ -24,8 +24,9 @@ _LARGE = Load(
     durations=((1.0, 0.05),),
     sizes=((0.6, _MIB), (0.25, 4 * _MIB), (0.1, 16 * _MIB), (0.05, 64 * _MIB)),
 )
-_DIED = Excuses.of(once="502 indeterminate")
-"""The result of a replica that dies before its caller has copied it is lost, and its caller is told."""
+_DIED = Excuses.of(safe="502", once="502 indeterminate")
+"""The result of a replica that dies before its caller has copied it is lost, and its caller is told. A request whose
+body pauses, as it may on a machine that is busy, is a stream, and streams do not run again."""
 _FORGOTTEN_S = 80.0
 """A result that nobody fetches, because its caller is dead, is given up after a minute; memory that is not used, after
 ten seconds."""
