@@ -15,8 +15,10 @@ def find_node(state: State, name: str) -> NodeInfo:
     found = [node for node in nodes if name in (node.host, place_of(node))]
     if len(found) == 1:
         return found[0]
-    places = ", ".join(map(place_of, found or nodes)) or "no node is alive"
-    raise ValueError(f"there {'is no node' if not found else 'are several nodes'} {name[:80]!r}: {places}")
+    places = ", ".join(map(place_of, found or nodes))
+    if found:
+        raise ValueError(f"there are several nodes on {name[:80]!r}: name one of {places}")
+    raise ValueError(f"there is no node {name[:80]!r}; those that live: {places or 'none'}")
 
 
 def place_of(node: NodeInfo) -> str:
