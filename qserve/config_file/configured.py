@@ -89,7 +89,14 @@ def _with_env_vars(actor_options: Mapping[str, Any], env_vars: Mapping[str, str]
 
 
 def _warn_of_what_has_no_effect(section: ApplicationSection) -> None:
-    warn_of({"runtime_env": section.runtime_env.model_extra, "logging_config": section.logging_config})
+    warn_of(
+        {
+            "runtime_env": section.runtime_env.model_extra,
+            "logging_config": section.logging_config,
+            "external_scaler_enabled": section.external_scaler_enabled,
+            "policy": section.autoscaling_policy,
+        }
+    )
 
 
 @contextlib.contextmanager

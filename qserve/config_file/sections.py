@@ -142,6 +142,10 @@ class ApplicationSection(Section):
         default=(), description="Options of its deployments; those of a deployment that is not listed are in the code."
     )
     logging_config: Any = Field(default=None, description=f"Without effect: {WITHOUT_EFFECT['logging_config']}.")
+    external_scaler_enabled: bool = Field(
+        default=False, description=f"Without effect: {WITHOUT_EFFECT['external_scaler_enabled']}."
+    )
+    autoscaling_policy: Any = Field(default=None, description=f"Without effect: {WITHOUT_EFFECT['policy']}.")
 
     _check_route = field_validator("route_prefix")(_checked("route_prefix").func)
 
@@ -187,6 +191,7 @@ class ConfigFile(Section):
     http_options: HTTPSection = Field(default=HTTPSection(), description="How HTTP is served.")
     grpc_options: dict[str, Any] = Field(default={}, description="Without effect: there is no gRPC.")
     logging_config: LoggingConfig = Field(default=LoggingConfig(), description="How processes log.")
+    target_capacity: float | None = Field(default=None, description="Without effect: all replicas are started.")
     applications: tuple[ApplicationSection, ...] = Field(description="The applications; none: all of them go.")
 
     @field_validator("applications")

@@ -167,6 +167,49 @@ def test_a_mistake_is_told_with_its_place(write: Write, name: str) -> None:
     assert "pydantic" not in str(told.value)
 
 
+def test_what_ray_serve_itself_writes_is_taken(write: Write) -> None:
+    path = write(
+        """
+        proxy_location: EveryNode
+        http_options: {host: 0.0.0.0, port: 8000, request_timeout_s: null, keep_alive_timeout_s: 5}
+        grpc_options: {port: 9000, grpc_servicer_functions: []}
+        logging_config: {encoding: TEXT, log_level: INFO, logs_dir: null, enable_access_log: true}
+        target_capacity: null
+        applications:
+          - name: app1
+            route_prefix: /
+            import_path: shop:app
+            runtime_env: {}
+            external_scaler_enabled: false
+            deployments:
+              - name: Price
+                max_ongoing_requests: 5
+                user_config: null
+                autoscaling_config:
+                  min_replicas: 1
+                  initial_replicas: null
+                  max_replicas: 4
+                  target_ongoing_requests: 2.0
+                  metrics_interval_s: 10.0
+                  look_back_period_s: 30.0
+                  smoothing_factor: 1.0
+                  upscale_smoothing_factor: null
+                  downscale_delay_s: 600.0
+                  upscale_delay_s: 30.0
+                graceful_shutdown_wait_loop_s: 2.0
+                graceful_shutdown_timeout_s: 20.0
+                health_check_period_s: 10.0
+                health_check_timeout_s: 30.0
+                ray_actor_options: {num_cpus: 1.0}
+              - {name: Shop, num_replicas: 1}
+        """
+    )
+    price, shop = graph_of(path).deployments
+    assert (price.max_ongoing_requests, price.user_config, shop.num_replicas) == (5, {"factor": 1}, 1)
+    assert price.autoscaling_config is not None
+    assert price.autoscaling_config.max_replicas == 4
+
+
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(write: Write) -> None:
     path = write("http_options: {prot: 80}\n" + one("rout: /x\n    deployments: [{name: A, max_threads: 0}]"))
     with pytest.raises(ConfigurationError) as told:
