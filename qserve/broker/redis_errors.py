@@ -71,7 +71,7 @@ def our_errors(client: "redis.Redis | redis.asyncio.Redis") -> Iterator[None]:
     except (ConnectionError, TimeoutError, OSError) as exc:
         if problem := tls_problem(exc, broker_of(client).place):
             raise ConfigurationError(". ".join(problem)) from exc
-        text = f"Redis cannot be reached: {exc}. Check that it runs, and what QSERVE_REDIS_URL says"
+        text = f"Redis cannot be reached: {str(exc).rstrip('.')}. Check that it runs, and what QSERVE_REDIS_URL says"
         raise BrokerUnavailable(text) from exc
     except RedisError as exc:
         if str(exc).startswith(_PASSING):

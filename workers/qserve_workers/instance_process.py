@@ -33,7 +33,7 @@ from qserve_workers.children import adopt_orphans, children_of, die_with_parent,
 from qserve_workers.node import Node, NodeBirth
 from qserve_workers.node_options import NodeOptions, parse
 from qserve_workers.supervise import BACKOFF_S, processes_of_session, reason_of
-from qserve_workers.titles import set_title
+from qserve_workers.titles import find_title, set_title
 
 logger = logging.getLogger("qserve.instance")
 
@@ -262,8 +262,10 @@ def _location(http: str) -> object:
 
 def main() -> int:
     """Hold the instance of this command line and environment together, or of those that it is told."""
-    if sys.argv[1:] == [WAITS] and not wait_for_orders():
-        return 0
+    if sys.argv[1:] == [WAITS]:
+        find_title()
+        if not wait_for_orders():
+            return 0
     options = parse(sys.argv[1:], __doc__)
     try:
         settings = Settings()

@@ -3,8 +3,12 @@
 import os
 
 try:
-    from setproctitle import setproctitle
+    from setproctitle import getproctitle, setproctitle
 except ImportError:  # they work as well without
+
+    def getproctitle() -> str:
+        """There is none."""
+        return ""
 
     def setproctitle(title: str) -> None:
         """Leave the title as it is."""
@@ -18,4 +22,11 @@ def set_title(title: str) -> None:
     """Set the title of this process; what the command line that it was started with has no room for is cut off."""
     os.environ[KEEPS_ENVIRONMENT] = "1"
     setproctitle(title)
+    del os.environ[KEEPS_ENVIRONMENT]
+
+
+def find_title() -> None:
+    """Let the title be found now, beside the first environment, because this process will be given another one."""
+    os.environ[KEEPS_ENVIRONMENT] = "1"
+    getproctitle()
     del os.environ[KEEPS_ENVIRONMENT]
