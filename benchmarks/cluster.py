@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from qserve.broker.keys import Keys
 from qserve.broker.server import embedded
 from qserve.broker.server.address import SHARDS, parse
 from tests.support.cluster import Cluster
+from tests.support.servers import wait_until_accepting
 from tests.support.serving import free_port
 from tests.support.waiting import wait_until
 
@@ -133,7 +133,7 @@ def _one_server() -> Iterator[Serving]:
     port = free_port()
     server = subprocess.Popen([*embedded.command(Path(folder)), "--port", str(port), "--bind", "127.0.0.1"])
     try:
-        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        wait_until_accepting(embedded.socket_path(Path(folder)), server)
         serving = Serving(f"redis://127.0.0.1:{port}", [server.pid])
         try:
             yield serving

@@ -2,9 +2,11 @@
 
 import http.server
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ from qserve.broker.server.redis_checks import (
     require_usable,
 )
 from qserve.errors import BrokerUnavailable, ConfigurationError
+from tests.support.servers import wait_until_accepting
 from tests.support.serving import free_port
 from tests.support.slowness import patience
 from tests.support.waiting import wait_until
@@ -330,3 +333,22 @@ def test_what_is_not_a_redis_url_is_said_without_showing_its_password() -> None:
 class QuietHandler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         pass
+
+
+def test_a_server_that_is_no_cluster_is_told_from_one_that_is_away() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="qs-"))
+    port = free_port()
+    server = subprocess.Popen([*embedded.command(folder), "--port", str(port), "--bind", "127.0.0.1"])
+    try:
+        wait_until_accepting(embedded.socket_path(folder), server)
+        with (
+            connect(f"redis+cluster://127.0.0.1:{port}") as client,
+            pytest.raises(ConfigurationError, match="redis://"),
+        ):
+            require_usable(client)
+    finally:
+        server.kill()
+        server.wait()
+        shutil.rmtree(folder)
+    with connect(f"redis+cluster://127.0.0.1:{port}") as client, pytest.raises(BrokerUnavailable, match="refused"):
+        require_usable(client)

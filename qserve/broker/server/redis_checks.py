@@ -120,8 +120,10 @@ def check_cluster(broker: Broker) -> Iterator[Finding]:
     problems: list[str] = []
     found, slots = redis_clients.primaries_of_cluster(broker, problems)
     if not found:
+        is_none = all("cluster support disabled" in problem for problem in problems)
+        advice = "Write redis:// for a server that is no cluster" if is_none else "See whether they run"
         said = "; ".join(problems)
-        yield Finding("cluster", FAIL, f"no node of {broker.place} answers: {said}", "See whether they run", retry=True)
+        yield Finding("cluster", FAIL, f"no node of {broker.place} answers: {said}", advice, retry=not is_none)
         return
     if slots == SLOTS:
         yield Finding("cluster", OK, f"{len(found)} servers have all {SLOTS} slots")
