@@ -111,6 +111,7 @@ class OrdinaryRuns:
                 logger.error("Exception in deployment %r, request %s", *place, exc_info=error)
             self._slots.counts.note_failed(running, error)
             kind, result = ERROR, self.pack_error(error)
+            del error  # its traceback holds this frame, and those hold the arguments; the collector comes seldom
         if not self._answer(running, kind, result):
             self._slots.end_background(running)
 
