@@ -97,7 +97,7 @@ _CALLER = Fault("SIGKILL of a caller", kill_caller, NOTHING)
 
 RUNS: tuple[Run, ...] = (
     LoadRun(
-        "K17",
+        "K19",
         "values of 1 to 64 MiB, SIGKILL of replicas and of a node",
         (_KILL, _KILL, _LOSE),
         every_s=5,
@@ -109,7 +109,7 @@ RUNS: tuple[Run, ...] = (
         checks=(takeover(told_s=10, again_s=30), nothing_is_left),
     ),
     LoadRun(
-        "K17-caller",
+        "K19-caller",
         "values of 1 to 64 MiB, SIGKILL of callers",
         (_CALLER,),
         every_s=8,
