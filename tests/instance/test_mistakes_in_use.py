@@ -6,7 +6,7 @@ import httpx
 from click.testing import CliRunner
 
 from qserve import serve
-from qserve.cli import main
+from qserve.cli.command_line import main
 from tests.support.mistakes import TABLE
 
 

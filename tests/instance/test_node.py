@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
-from qserve.cli import main
+from qserve.cli.command_line import main
 from qserve.deployments import deploying
 from qserve.settings import Settings
 from qserve.wire.spec import SERVING, WAITING

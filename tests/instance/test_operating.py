@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from qserve import serve
 from qserve.broker.history.audit import read_deeds
 from qserve.broker.instance.state import State
-from qserve.cli import main
+from qserve.cli.command_line import main
 from qserve.errors import GetTimeoutError
 from qserve.operating.operators import user_of_this_machine
 from qserve.testing import TestInstance

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import socketserver
 import subprocess
@@ -19,9 +20,9 @@ from rich.console import Console
 
 from qserve.broker.instance.state import State
 from qserve.broker.server import embedded
-from qserve.cli import COMMANDS, main
 from qserve.cli.application import did_you_mean
 from qserve.cli.call import parse_call, show, unknown_deployment
+from qserve.cli.command_line import COMMANDS, main
 from qserve.cli.project.source import Watcher, content_version, project_files
 from qserve.cli.status import InstanceStatus, ReplicaStatus, render
 from qserve.settings import Settings
@@ -527,5 +528,20 @@ def server_on(port: int, folder: Path) -> Iterator[None]:
 def test_help_imports_nothing_heavy() -> None:
     """Then `qserve --help` answers in well under 0.3 s."""
     heavy = ["redis", "pydantic", "rich", "starlette", "msgspec", "cloudpickle"]
-    code = f"import sys, qserve.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, qserve.cli.command_line; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_ctrl_c_is_quiet_while_the_command_is_imported() -> None:
+    code = """
+import os, signal, sys
+class Interrupts:
+    def find_spec(self, name, path, target=None):
+        if name == "qserve.cli.command_line":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+from qserve.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

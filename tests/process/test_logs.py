@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from qserve.cli import main
+from qserve.cli.command_line import main
 from qserve.deployments.local_instance import InstanceRecord, record_path
 from qserve.deployments.log_files import new_log_file
 from qserve.this_machine import runtime_folder

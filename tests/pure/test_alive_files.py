@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from qserve.cli import main
+from qserve.cli.command_line import main
 from qserve.deployments.alive_files import STUCK_AFTER_S, AliveFile, judge
 
 _NO_PID = 2**22 + 1

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from qserve.applications.app_import import import_app
 from qserve.applications.graph import Graph
-from qserve.cli import main
 from qserve.cli.application import import_found
+from qserve.cli.command_line import main
 from qserve.cli.config.http_section import ServingOptions, serving_options
 from qserve.cli.project.lookup import find_app
 from qserve.config_file.configured import configured_graph

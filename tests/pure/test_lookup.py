@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from qserve.cli import main
 from qserve.cli.application import Imported, import_found
+from qserve.cli.command_line import main
 from qserve.cli.project.init import _NAMES
 from qserve.cli.project.lookup import find_app
 from qserve.deployments.local_instance import LaunchOptions, launch

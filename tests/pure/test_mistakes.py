@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from fastapi import FastAPI
 
 from qserve import serve
-from qserve.cli import main
+from qserve.cli.command_line import main
 from qserve.errors import QServeError
 from tests.support.mistakes import TABLE, names, source_of
 
@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("QSERVE_APP", "QSERVE_REDIS_URL", "QSERVE_SECRET", "QSERVE_NAMESPACE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("qserve.cli._STARTS_INSTANCE", ())  # nothing is started here before it is needed
+    monkeypatch.setattr("qserve.cli.command_line._STARTS_INSTANCE", ())  # nothing is started here before it is needed
     before = set(sys.modules)
     yield project
     for name in set(sys.modules) - before:

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from qserve.broker.server import embedded
 from qserve.broker.server.acl import ROLES
-from qserve.cli.redis_acl import redis_acl
+from qserve.cli.checks.redis_acl import redis_acl
 from tests.support.servers import wait_until_accepting
 from tests.support.serving import ROOT, free_port
 from tests.support.slowness import patience

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from qserve.broker.keys import Keys
 from qserve.broker.server.acl import ROLES
-from qserve.cli import main
+from qserve.cli.command_line import main
 from qserve.settings import Settings
 from tests.faults.security.guarded import NAMESPACE, Guarded, guarded
 from tests.instance.console.served import OPERATOR, PAGES, act, console_of, visitor

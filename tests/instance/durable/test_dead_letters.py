@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qserve import serve
-from qserve.cli import main
+from qserve.cli.command_line import main
 from qserve.testing import TestInstance
 from tests.support.gates import Gate, Notes
 from tests.support.gateways import gateway

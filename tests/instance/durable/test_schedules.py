@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from qserve import serve
 from qserve.broker.instance.state import State
 from qserve.broker.payloads import Payloads
-from qserve.cli import main
+from qserve.cli.command_line import main
 from qserve.durable.cron import parse_when
 from qserve.durable.schedules import Schedules
 from qserve.testing import TestInstance
