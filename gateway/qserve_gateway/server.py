@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
 _MOST_ROUTES_TOLD = 20
+_SAME_S = 1.0
+"""Signals within this time count as one where the parent has died: that is told once for each thread that it had."""
 
 
 @dataclass(frozen=True)
@@ -189,14 +192,20 @@ class GatewayProcess:
         return Listener(app, address, Door(settings, has_log=False))
 
     def _listen_to_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        told_at = math.inf
+
         def stop() -> None:
-            if self._stopping.done():
+            nonlocal told_at
+            is_same = os.getppid() != self._parent and loop.time() - told_at < _SAME_S
+            if self._stopping.done() and not is_same:
                 for listener in self.listeners:
                     listener.cut_off()
+            told_at = min(told_at, loop.time())
             self.leave()
 
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop)
+            loop.add_signal_handler(number, stop)
 
     def _apply(self, snapshot: Snapshot) -> None:
         self._sampler.deployments = tuple(snapshot.deployments)

@@ -126,7 +126,9 @@ class TestLogging:
         awaited = (f"ValueError: fail-{mark}", f"print-{mark}", f"UserWarning: warn-{mark}", f"warning-{mark}")
         wait_until(lambda: all(each in log.read_text() for each in awaited), shows=log.read_text)
         deployment.delete()
-        return [line for line in log.read_text().splitlines() if line.endswith(f"-{mark}")]
+        lines = [line for line in log.read_text().splitlines() if line.endswith(f"-{mark}")]
+        assert f"logs_{mark} | print-{mark}" in lines  # so that the terminal of a script can tell whose it is
+        return [line.removeprefix(f"logs_{mark} | ") for line in lines]
 
     def test_basic_config_takes_effect(self, http: httpx.Client, log: Path) -> None:
         lines = self.lines(http, log, "basic")

@@ -118,7 +118,7 @@ class TestEnding:
     ) -> None:
         serve.run(Pid, http_options={"port": 0})
         serve.shutdown()
-        log = Path(capfd.readouterr().err.rpartition("Its log: ")[2].strip())
+        log = Path(capfd.readouterr().err.rpartition("Its log: ")[2].splitlines()[0])
         assert not processes_of(runtime)
         serve.shutdown()
 
