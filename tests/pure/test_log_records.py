@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,10 @@ def test_what_a_user_adds_under_our_names_is_no_error(logger: logging.Logger) ->
 
 
 def test_log_files_are_kept_but_not_all(tmp_path: Path) -> None:
-    made = [new_log_file(tmp_path, "default") for _ in range(KEPT + 2)]
+    made = []
+    for age in range(KEPT + 2, 0, -1):
+        made.append(new_log_file(tmp_path, "default"))
+        os.utime(made[-1], (time.time() - age,) * 2)  # clocks of files are too coarse to tell them apart
     other = new_log_file(tmp_path, "default2")
     made[-1].write_text("x" * 10_000 + "the end\n")
     assert [path.exists() for path in made] == [False] * 2 + [True] * KEPT

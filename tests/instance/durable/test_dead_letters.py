@@ -59,7 +59,7 @@ def test_a_letter_is_listed_and_shown(broken: Any) -> None:
     assert (letter["durable"], letter["attempts"], letter["reason"]) == (True, 2, "ValueError: not yet")
     assert ref.id in dead("ls").output
     for name in (letter["letter"], ref.id):
-        shown = json.loads(dead("show", "broken", name).output)
+        shown = json.loads(dead("show", "broken", name).stdout)
         assert (shown["args"], shown["kwargs"]) == (["ab"], {"times": 2})
 
 
@@ -107,7 +107,7 @@ def test_an_ordinary_call_is_sent_again_as_a_durable_one(
         assert http.get("/poison").status_code == 500
         [letter] = listed("poison")
         assert not letter["durable"]
-        assert json.loads(dead("show", "poison", letter["letter"]).output)["request"] == "GET /poison"
+        assert json.loads(dead("show", "poison", letter["letter"]).stdout)["request"] == "GET /poison"
         gate.open()
 
         call_id = dead("retry", "poison", letter["letter"]).output.strip()

@@ -95,7 +95,7 @@ def state_of(instance: TestInstance) -> State:
 def schedule(*arguments: str) -> str:
     done = CliRunner().invoke(main, ["schedule", *arguments])
     assert done.exit_code == 0, done.output
-    return done.output
+    return done.stdout
 
 
 @contextmanager
