@@ -1,7 +1,6 @@
 """A real cluster: three primaries, each with a replica, which can be killed, frozen and given other slots."""
 
 import contextlib
-import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import redis
 
 from qserve.broker.server import embedded
 from qserve.broker.server.address import SLOTS
+from tests.support.servers import ServerProcess
 from tests.support.serving import free_ports
 from tests.support.slowness import patience
 from tests.support.waiting import wait_until
@@ -19,7 +19,7 @@ NODE_TIMEOUT_MS = 1000
 PASSWORD = "sesame"
 
 
-class ClusterNode:
+class ClusterNode(ServerProcess):
     """One server of a cluster."""
 
     def __init__(
@@ -52,16 +52,6 @@ class ClusterNode:
                 ),
             ]
         )
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def freeze(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
 
     def do(self, *command: Any) -> Any:
         """The answer to a command, by this very server."""

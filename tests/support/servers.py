@@ -12,7 +12,23 @@ from tests.support.waiting import wait_until
 SECRET = "test-" + secrets.token_hex(16)
 
 
-class Server:
+class ServerProcess:
+    """The process of a server, to do harm to."""
+
+    process: "subprocess.Popen[bytes]"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+
+class Server(ServerProcess):
     """A Valkey that keeps its data on the disk, unless told otherwise."""
 
     def __init__(self, folder: Path, *, keeps_data: bool = True) -> None:
@@ -25,16 +41,6 @@ class Server:
     def start(self) -> None:
         self.process = subprocess.Popen([*embedded.command(self.folder), *self._options])
         wait_until_accepting(embedded.socket_path(self.folder), self.process)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def freeze(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
 
 
 def wait_until_accepting(path: Path, valkey: "subprocess.Popen[bytes]") -> None:
