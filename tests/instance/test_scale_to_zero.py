@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 import qserve
@@ -18,6 +17,7 @@ from qserve.deployments.driver import THIS_PROCESS
 from qserve.testing import TestInstance
 from tests.support.gates import Notes
 from tests.support.own_instance import node_of, part_of
+from tests.support.processes import command_line
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
 
@@ -53,8 +53,7 @@ def is_asleep() -> bool:
 
 def processes(instance: TestInstance) -> Iterator[str]:
     for process in node_of(instance.settings.namespace).children(recursive=True):
-        if process.status() != psutil.STATUS_ZOMBIE:
-            yield " ".join(process.cmdline())
+        yield command_line(process)
 
 
 def test_it_costs_no_process_and_a_request_wakes_it(

@@ -14,6 +14,7 @@ from qserve.deployments.deployment import Deployment
 from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.spec import DeploymentSpec
+from tests.support.processes import command_line
 from tests.support.serving import ROOT
 from tests.support.slowness import patience
 from tests.support.waiting import wait_until
@@ -29,8 +30,7 @@ def spec(deployment: "Deployment[Any]") -> DeploymentSpec:
 def workers_of(node: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     """The workers of a node."""
     children = psutil.Process(node.pid).children()
-    # The command line of one that has just ended is empty.
-    return [child for child in children if "".join(child.cmdline()[:1]).startswith("qserve: worker of")]
+    return [child for child in children if command_line(child).startswith("qserve: worker of")]
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """The processes of an instance on this machine."""
 
-import contextlib
-
 import psutil
 
 from qserve.deployments.local_instance import InstanceRecord, find_record
+from tests.support.processes import command_line
 from tests.support.waiting import wait_until
 
 
@@ -25,9 +24,8 @@ def part_of(namespace: str, text: str) -> psutil.Process:
 
     def look() -> psutil.Process | None:
         for process in psutil.Process(record_of(namespace).pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-                if text in " ".join(process.cmdline()):
-                    return process
+            if text in command_line(process):
+                return process
         return None
 
     return wait_until(look)

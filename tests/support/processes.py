@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import redis
 
 from qserve.broker.instance.state import State
@@ -25,6 +26,14 @@ def gateway_pid(instance: TestInstance) -> int:
         return next(iter(state.observed.gateways().values())).pid
     finally:
         state.close()
+
+
+def command_line(process: psutil.Process) -> str:
+    """What it was started with, in one line: empty once it has ended, between two looks too."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def valkey_pid(settings: Settings) -> int:

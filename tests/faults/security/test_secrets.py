@@ -1,5 +1,6 @@
 """Keys: changed without loss, and never where they do not belong."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from tests.faults.security.guarded import NAMESPACE, Guarded, guarded
+from tests.support.processes import command_line
 from tests.support.serving import ROOT, free_port
 from tests.support.slowness import patience
 from tests.support.waiting import wait_until
@@ -152,7 +154,9 @@ def test_no_secret_is_where_it_does_not_belong(folder: Path) -> None:
             assert refused.returncode != 0
             shown.append(text(refused))
         for process in [each for kept in instance.processes for each in family(kept.pid)]:
-            shown += ["\n".join(process.cmdline()), process.name()]
+            shown.append(command_line(process))
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                shown.append(process.name())
         with instance.connect("admin") as admin:
             for key in cast("list[bytes]", admin.keys("*")):
                 shown += [key.decode(errors="replace"), repr(admin.dump(key))]

@@ -17,6 +17,7 @@ from tests.faults.chaos.cluster import Cluster, Setup
 from tests.faults.chaos.faults import NOTHING, Excuses, Fault, Injected, kill_replica, lose_node
 from tests.faults.chaos.load import Load, Task
 from tests.faults.chaos.play import Evidence, LoadRun, Run, came_true, start_caller
+from tests.support.processes import command_line
 
 _MIB = 2**20
 _LARGE = Load(
@@ -65,8 +66,7 @@ def memory_files(cluster: Cluster) -> dict[str, int]:
             except OSError:
                 continue  # closed meanwhile
         if total:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found[f"{process.pid} {' '.join(process.cmdline())[:80]}"] = total
+            found[f"{process.pid} {command_line(process)[:80]}"] = total
     return found
 
 
@@ -87,8 +87,11 @@ def nothing_is_left(evidence: Evidence) -> None:
     evidence.result.figures["the last memory file was closed after"] = f"{time.monotonic() - began:.0f} s"
     if left := [*cluster.redis.scan_iter(keys.transfer("*", "*")), *cluster.redis.scan_iter(keys.payload("*"))]:
         evidence.fail(f"keys of values are left: {left[:5]}")
-    rss = max(process.memory_info().rss for process in cluster.processes() if psutil.pid_exists(process.pid))
-    evidence.result.figures["largest process afterwards"] = f"{rss / _MIB:.0f} MiB"
+    sizes = [0]
+    for process in cluster.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            sizes.append(process.memory_info().rss)
+    evidence.result.figures["largest process afterwards"] = f"{max(sizes) / _MIB:.0f} MiB"
 
 
 _KILL = Fault("SIGKILL of a replica", kill_replica, _DIED)
