@@ -1,12 +1,13 @@
 """Counters of a namespace, which anybody may raise and the metrics show."""
 
-from typing import Literal
+from typing import Final, Literal, get_args
 
 from qserve.broker.connection import Connection, ignore_answer
 from qserve.broker.keys import Keys
 
 Counter = Literal["rejected_frames", "late_results", "dead_letters", "indeterminate", "taken_over"]
 """Rare events; `calls_of_replicas` and `calls_of_programs` count what was put on queues through handles."""
+RARE_EVENTS: Final[tuple[str, ...]] = get_args(Counter)
 VALUES = {
     "values_lent": "lent",
     "values_passed_on": "passed_on",

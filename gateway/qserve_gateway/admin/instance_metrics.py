@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from qserve.broker.counters import VALUES
+from qserve.broker.counters import RARE_EVENTS, VALUES
 from qserve.broker.history.buckets import BOUNDS_MS
 from qserve.broker.history.call_index import count_states
 from qserve.broker.history.totals import read_totals
@@ -34,7 +34,9 @@ class InstanceCollector(Collector):
         deployments = dict(sorted(self._state.list().items()))
         yield GaugeMetricFamily("qserve_nodes", "Nodes that live.", value=len(observed.nodes()))
         yield GaugeMetricFamily("qserve_gateways", "Gateways that live.", value=len(observed.gateways()))
-        counters = observed.counters()
+        # All that there may be, from the beginning: what Prometheus sees for the first time has not increased for it.
+        known = dict.fromkeys((*RARE_EVENTS, *_HANDLE_CALLS, *VALUES), 0)
+        counters = known | observed.counters()
         events = CounterMetricFamily("qserve_events", "Rare events anywhere in the instance.", labels=["event"])
         handles = CounterMetricFamily("qserve_handle_calls", "Calls through handles on a queue.", labels=["caller"])
         values = CounterMetricFamily("qserve_large_values", "Large values that have arrived.", labels=["way"])

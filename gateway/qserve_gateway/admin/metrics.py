@@ -90,8 +90,11 @@ class _GatewayCollector(Collector):
 
     def _requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("qserve_http_requests", "Responses.", labels=["deployment", "status"])
-        for (deployment, status), series in sorted(self._door.counts.series.items()):
-            requests.add_metric([deployment, f"{status}xx"], series.count)
+        counts = {key: series.count for key, series in list(self._door.counts.series.items())}
+        # Errors from the beginning: what Prometheus sees for the first time has not increased for it.
+        zeros = {(deployment, status): 0 for deployment, _ in counts for status in (2, 4, 5)}
+        for (deployment, status), count in sorted((zeros | counts).items()):
+            requests.add_metric([deployment, f"{status}xx"], count)
         yield requests
         latencies = HistogramMetricFamily(
             "qserve_http_request_duration_seconds", "From a request's headers to its last byte.", labels=["deployment"]
