@@ -33,7 +33,9 @@ def scraping(gateways: tuple[Gateway, Gateway], tmp_path_factory: pytest.TempPat
 
 def test_what_both_gateways_know_is_counted_once(scraping: Prometheus) -> None:
     once = """sum(qserve_nodes) + count(qserve_queue_limit{deployment="tell"})"""
-    wait_until(lambda: [it["value"][1] for it in scraping.query(once)] == ["2"], 20, shows=partial(scraping.get, "targets"))
+    wait_until(
+        lambda: [it["value"][1] for it in scraping.query(once)] == ["2"], 20, shows=partial(scraping.get, "targets")
+    )
     assert len(scraping.query("qserve_build_info")) == 2
 
 
