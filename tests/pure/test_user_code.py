@@ -78,16 +78,16 @@ async def test_a_constructor_that_raises_raises_here() -> None:
             pass
 
 
-async def test_a_def_constructor_that_looks_for_the_event_loop_is_told_where_it_is() -> None:
+async def test_a_def_method_that_looks_for_the_event_loop_is_told_where_it_is() -> None:
     class Background:
-        def __init__(self) -> None:
-            self.loop = asyncio.get_running_loop()
+        def begin(self) -> None:
+            asyncio.get_running_loop()
 
-    with pytest.raises(RuntimeError, match="no running event loop") as raised:
-        async with running(Background):
-            pass
+    async with running(Background) as replica:
+        with pytest.raises(RuntimeError, match="no running event loop") as raised:
+            await replica.call("begin")
     (note,) = raised.value.__notes__
-    assert "`async def __init__` works" in note
+    assert "goes into an `async def`" in note
 
 
 @pytest.mark.parametrize("is_async", [False, True])

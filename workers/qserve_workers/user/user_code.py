@@ -23,6 +23,7 @@ from qserve.wire.codec import Codec
 from qserve.wire.messages import HttpRequest, HttpResponse, WebSocketEvent, encode
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.user.asgi import ASGIApp, Lifespan, OnComplete, Socket, run_asgi
+from qserve_workers.user.constructor_loop import construct
 from qserve_workers.user.ordinary_process import adopt_celery_app, settle_log_level
 from qserve_workers.user.plain_responses import make_request, make_response, stream_chunks, text_response
 from qserve_workers.user.user_entry import UserThreads, enter
@@ -293,7 +294,7 @@ class UserCode:
         if inspect.iscoroutinefunction(cls.__init__):
             await self._instance.__init__(*args, **kwargs)
         else:
-            await self._threads.run(self._instance.__init__, *args, **kwargs)
+            await construct(self._threads.run, self._instance.__init__, args, kwargs)
         self._methods = class_methods(self._instance, self._threads.run)
 
     def _http_method(self, request: HttpRequest) -> UserMethod:

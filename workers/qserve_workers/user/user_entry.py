@@ -123,8 +123,8 @@ class UserThreads:
 
 _NO_LOOP = ("no running event loop", "There is no current event loop")
 _WHERE_THE_LOOP_IS = (
-    "`def` methods of a deployment, and a `def __init__`, run on a thread, so that they cannot block the event loop. "
-    "What needs the event loop goes into an `async def`: `async def __init__` works, too."
+    "`def` methods of a deployment run on a thread, so that they cannot block the event loop. What needs the event "
+    "loop goes into an `async def`."
 )
 
 
