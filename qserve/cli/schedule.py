@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -100,10 +101,7 @@ def put(
 @click.argument("name")
 def rm(name: str) -> None:
     """Remove the schedule NAME; calls that it has submitted go on."""
-    with connected() as state:
-        if not Schedules(state).remove(name):
-            raise _unknown(name)
-        write_down(state, "remove schedule", name)
+    _change(name, "remove schedule", lambda schedules: schedules.remove(name))
     note(f"{name}: removed")
 
 
@@ -112,10 +110,7 @@ def rm(name: str) -> None:
 @click.argument("name")
 def pause(name: str) -> None:
     """Let the schedule NAME submit nothing until `qserve schedule resume NAME`; what is due meanwhile is left out."""
-    with connected() as state:
-        if not Schedules(state).pause(name, user_of_this_machine()):
-            raise _unknown(name)
-        write_down(state, "pause schedule", name)
+    _change(name, "pause schedule", lambda schedules: schedules.pause(name, user_of_this_machine()))
     note(f"{name}: paused. `qserve schedule resume {name}` lets it go on.")
 
 
@@ -124,11 +119,15 @@ def pause(name: str) -> None:
 @click.argument("name")
 def resume(name: str) -> None:
     """Let the schedule NAME submit calls again, from its next moment on."""
-    with connected() as state:
-        if not Schedules(state).pause(name, ""):
-            raise _unknown(name)
-        write_down(state, "resume schedule", name)
+    _change(name, "resume schedule", lambda schedules: schedules.pause(name, ""))
     note(f"{name}: submits calls again")
+
+
+def _change(name: str, action: str, change: Callable[[Schedules], bool]) -> None:
+    with connected() as state:
+        if not change(Schedules(state)):
+            raise _unknown(name)
+        write_down(state, action, name)
 
 
 def _due(schedules: Schedules, each: Schedule) -> float:

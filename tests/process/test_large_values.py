@@ -3,8 +3,6 @@
 import asyncio
 import hashlib
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from qserve.values.borrowing import Borrowing, NotReachable, ValueGone
 from qserve.wire.messages import Lent, Signer, decode_lent
 from qserve.wire.parts import Parts
 from tests.support.calling import Caller, Code, calling, deploy, serving, within
+from tests.support.lender import lent_by_another_process
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -227,21 +226,9 @@ class TestLending:
             Borrowing().open(msgspec.structs.replace(lent, **change), returns=False)
 
     def test_a_value_whose_owner_died_is_gone_and_its_memory_too(self) -> None:
-        program = (
-            "import sys; from qserve.values.segments import *; from qserve.this_machine import this_host\n"
-            "from qserve.wire.messages import encode\n"
-            "s = Segment(1 << 20); s.begin(); s.write(64, b'x' * 1000)\n"
-            "sys.stdout.buffer.write(encode(s.lent('me', this_host(), [1000])).hex().encode() + b'\\n')\n"
-            "sys.stdout.flush(); sys.stdin.read()"
-        )
-        owner = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert owner.stdout is not None
-        lent = decode_lent(bytes.fromhex(owner.stdout.readline().decode()))
         here = Borrowing()
-        assert here.open(lent, returns=False).head == b"x" * 1000
-
-        owner.kill()
-        owner.communicate()
+        with lent_by_another_process(b"x" * 1000) as lent:
+            assert here.open(lent, returns=False).head == b"x" * 1000
         here.trim()
 
         with pytest.raises(ValueGone, match="lost with the process"):

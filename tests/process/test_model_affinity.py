@@ -9,7 +9,7 @@ import pytest
 from qserve.errors import CallCancelled, ReplicaDied
 from qserve.wire.messages import Outcome
 from tests.support.calling import Caller, calling, within
-from tests.support.replicas import NAME, World
+from tests.support.replicas import NAME, Host, World
 from tests.support.waiting import until
 
 
@@ -28,6 +28,16 @@ def held(world: World) -> dict[str, set[str]]:
     """Which replicas hold each model, as Redis has it."""
     raw = cast("dict[bytes, bytes]", world.redis.hgetall(world.keys.models(NAME)))
     return {field[2:].decode(): set(ids.decode().split()) for field, ids in raw.items() if field[:2] == b"m:"}
+
+
+async def keep_home_busy(world: World, caller: Caller) -> "tuple[Host, asyncio.Future[Outcome]]":
+    """Of two replicas with room for one call, the one that holds model a, and the call that runs there."""
+    world.deploy("Zoo", max_concurrent_queries=1)
+    await world.start(2)
+    await value(caller, put(caller, "a"))
+    busy = put(caller, "a", "stay", name="busy")
+    await world.started("busy")
+    return world.host_of("busy"), busy
 
 
 async def test_calls_for_a_model_go_to_the_replica_that_holds_it(world: World) -> None:
@@ -67,28 +77,19 @@ async def test_a_model_that_leaves_is_no_longer_said_to_be_there(world: World) -
 
 async def test_a_call_does_not_wait_for_long_for_the_replica_that_holds_its_model(world: World) -> None:
     """Its place is taken by a call for another model, so the model is loaded a second time."""
-    world.deploy("Zoo", max_concurrent_queries=1)
-    await world.start(2)
     async with calling(world.settings) as caller:
-        home = await value(caller, put(caller, "a"))
-        busy = put(caller, "a", "stay", name="busy")
-        await world.started("busy")
+        home, busy = await keep_home_busy(world, caller)
         late = put(caller, "a")
 
-        assert await value(caller, late) != home
+        assert await value(caller, late) != home.pid
         assert not busy.done()
         world.books.gate.open()
-        assert await value(caller, busy) == home
+        assert await value(caller, busy) == home.pid
 
 
 async def test_a_call_that_waits_for_its_replica_is_not_blamed_for_its_death(world: World) -> None:
-    world.deploy("Zoo", max_concurrent_queries=1)
-    await world.start(2)
     async with calling(world.settings) as caller:
-        await value(caller, put(caller, "a"))
-        busy = put(caller, "a", "stay", name="busy")
-        await world.started("busy")
-        home = world.host_of("busy")
+        home, busy = await keep_home_busy(world, caller)
         waiting = put(caller, "a")
         await until(lambda: world.pending_for(home.id) == 2)
         home.kill()
@@ -103,13 +104,8 @@ async def test_a_call_that_waits_for_its_replica_is_not_blamed_for_its_death(wor
 
 
 async def test_a_call_withdrawn_while_it_waits_for_its_replica_never_runs(world: World) -> None:
-    world.deploy("Zoo", max_concurrent_queries=1)
-    await world.start(2)
     async with calling(world.settings) as caller:
-        await value(caller, put(caller, "a"))
-        busy = put(caller, "a", "stay", name="busy")
-        await world.started("busy")
-        home = world.host_of("busy")
+        home, busy = await keep_home_busy(world, caller)
         pending, unwanted = caller.call("unwanted", "stay", deployment=NAME, model="a")
         await until(lambda: world.pending_for(home.id) == 2)
         caller.client.cancel(pending)
@@ -123,13 +119,8 @@ async def test_a_call_withdrawn_while_it_waits_for_its_replica_never_runs(world:
 
 
 async def test_a_replica_that_leaves_gives_back_what_waits_there(world: World) -> None:
-    world.deploy("Zoo", max_concurrent_queries=1)
-    await world.start(2)
     async with calling(world.settings) as caller:
-        await value(caller, put(caller, "a"))
-        busy = put(caller, "a", "stay", name="busy")
-        await world.started("busy")
-        home = world.host_of("busy")
+        home, busy = await keep_home_busy(world, caller)
         waiting = put(caller, "a")
         await until(lambda: world.pending_for(home.id) == 2)
         home.kill(signal.SIGTERM)

@@ -3,8 +3,6 @@
 import gc
 import hashlib
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -22,6 +20,7 @@ from qserve.wire.codec import Codec
 from qserve.wire.messages import Lent, Signer, decode_lent
 from qserve.wire.parts import Passed
 from tests.support.calling import Caller, Code, calling, deploy, serving
+from tests.support.lender import lent_by_another_process
 from tests.support.waiting import until
 
 MIB = 2**20
@@ -139,23 +138,12 @@ async def test_a_call_that_is_cancelled_leaves_the_memory_to_whoever_reads_it(pa
 
 
 def test_a_value_outlives_the_process_that_made_it(settings: Settings, signer: Signer) -> None:
-    program = (
-        "import sys; from qserve.values.segments import *; from qserve.this_machine import this_host\n"
-        "from qserve.wire.messages import encode\n"
-        "s = Segment(1 << 20); s.begin(); s.write(64, b'\\xc4\\x03' + b'abc')\n"
-        "sys.stdout.buffer.write(encode(s.lent('first', this_host(), [5])).hex().encode() + b'\\n')\n"
-        "sys.stdout.flush(); sys.stdin.read()"
-    )
-    first = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert first.stdout is not None
-    lent = decode_lent(bytes.fromhex(first.stdout.readline().decode()))
     codec = Codec(allow_pickle=False, max_bytes=MIB)
     here, there = Lending("here", settings.redis_url, settings.keys, signer), Borrowing()
-    value = Borrowing().open(lent, returns=True)
-    value.hold()
-    loan = here.lend(packed := codec.pack_arguments((Passed(value),), {}))
-    first.kill()
-    first.communicate()
+    with lent_by_another_process(b"\xc4\x03abc") as lent:
+        value = Borrowing().open(lent, returns=True)
+        value.hold()
+        loan = here.lend(packed := codec.pack_arguments((Passed(value),), {}))
 
     frame = decode_lent(loan.frame)
     arguments = there.open(frame, returns=False)

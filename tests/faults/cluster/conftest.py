@@ -10,11 +10,11 @@ import pytest
 from qserve.broker.keys import Keys
 from qserve.broker.server.acl import ROLES, rules
 from qserve.broker.server.address import SHARDS, parse
-from qserve.calls import process_client
-from tests.faults.failover.conftest import Instance
 from tests.support.cluster import PASSWORD, Cluster, ClusterNode
-from tests.support.servers import SECRET
 from tests.support.shell import Shell
+from tests.support.started import own_calls, served, shell_for
+
+__all__ = ["own_calls", "served"]
 
 KEYS = Keys("default", SHARDS)
 
@@ -70,28 +70,8 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def shell(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    runtime = Path(tempfile.mkdtemp(prefix="qs-"))
-    shell = Shell(tmp_path_factory.mktemp("app"), runtime, {"QSERVE_REDIS_URL": cluster.url, "QSERVE_SECRET": SECRET})
-    shell.write("app.py", APP)
-    yield shell
-    shutil.rmtree(runtime)
-
-
-@pytest.fixture(scope="module")
-def served(shell: Shell) -> Iterator[Instance]:
-    instance = Instance(shell)
-    yield instance
-    instance.end()
-
-
-@pytest.fixture
-def own_calls(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Calls of this process go to that instance."""
-    for name, value in shell.extra.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("QSERVE_RUNTIME_DIR", str(shell.runtime))
-    yield
-    process_client.close_current_client()
+    with shell_for(cluster.url, APP, tmp_path_factory.mktemp("app")) as shell:
+        yield shell
 
 
 def slot_of_deployment(name: str) -> int:

@@ -8,11 +8,11 @@ import pytest
 import qserve
 from qserve import serve
 from tests.faults.cluster.conftest import another_primary, slot_of_deployment, slot_of_home
-from tests.faults.failover.conftest import Instance, assert_control_works
 from tests.faults.failover.load import Load
 from tests.support.cluster import Cluster
 from tests.support.shell import Shell
 from tests.support.slowness import patience
+from tests.support.started import StartedInstance, assert_control_works
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.usefixtures("own_calls"), pytest.mark.timeout(150)]
@@ -22,7 +22,7 @@ HONEST = {"503", "502", "BrokerUnavailable", "Indeterminate", "CallNotFound"}
 """What a call may end as while its server is away, or has lost what it had acknowledged."""
 
 
-def test_calls_of_every_kind_go_from_shard_to_shard(served: Instance, cluster: Cluster) -> None:
+def test_calls_of_every_kind_go_from_shard_to_shard(served: StartedInstance, cluster: Cluster) -> None:
     assert cluster.primary_of(slot_of_deployment("echo")) is not cluster.primary_of(slot_of_deployment("Echo2"))
     chain = serve.get_deployment("Chain").get_handle()
     assert qserve.get(chain.remote(5)) == 5
@@ -37,14 +37,14 @@ def test_calls_of_every_kind_go_from_shard_to_shard(served: Instance, cluster: C
     assert httpx.get(f"{served.url}/echo?value=9").text == "9"
 
 
-def test_operators_see_all_shards(served: Instance) -> None:
+def test_operators_see_all_shards(served: StartedInstance) -> None:
     shown = served.shell.run("status")
     assert all(name in shown.stdout for name in ("echo", "Echo2", "Chain")), shown.stdout
     assert served.shell.run("calls", "ls").stdout.count("done") >= 2
     assert_control_works(served.shell)
 
 
-def test_a_call_wakes_a_deployment_without_replicas(served: Instance) -> None:
+def test_a_call_wakes_a_deployment_without_replicas(served: StartedInstance) -> None:
     wait_until(lambda: "asleep" in served.shell.run("status").stdout)
     answer = wait_until(
         lambda: (found := httpx.get(f"{served.url}/Drowsy?value=7")).headers.get("server-timing") and found
@@ -52,7 +52,7 @@ def test_a_call_wakes_a_deployment_without_replicas(served: Instance) -> None:
     assert answer.text == "7"
 
 
-def test_no_call_notices_that_slots_move(served: Instance, cluster: Cluster) -> None:
+def test_no_call_notices_that_slots_move(served: StartedInstance, cluster: Cluster) -> None:
     slot = slot_of_deployment("echo")
     with Load(served.url) as load:
         wait_until(lambda: load.answered_since(0) == KINDS)
@@ -63,7 +63,7 @@ def test_no_call_notices_that_slots_move(served: Instance, cluster: Cluster) -> 
     assert [call for call in load.ended if call.error] == []
 
 
-def test_no_call_notices_that_a_slot_moves_key_by_key(served: Instance, cluster: Cluster) -> None:
+def test_no_call_notices_that_a_slot_moves_key_by_key(served: StartedInstance, cluster: Cluster) -> None:
     slot = slot_of_deployment("echo")
     with Load(served.url) as load:
         wait_until(lambda: load.answered_since(0) == KINDS)
@@ -73,14 +73,14 @@ def test_no_call_notices_that_a_slot_moves_key_by_key(served: Instance, cluster:
     assert [call for call in load.ended if call.error] == []
 
 
-def test_a_user_with_the_rights_of_a_worker_was_refused_nothing(served: Instance, cluster: Cluster) -> None:
+def test_a_user_with_the_rights_of_a_worker_was_refused_nothing(served: StartedInstance, cluster: Cluster) -> None:
     denied = [
         dict(zip(entry[::2], entry[1::2], strict=True)) for node in cluster.nodes for entry in node.raw("ACL LOG")
     ]
     assert {entry[b"object"] for entry in denied} - {b"config|get", b"client|setinfo"} == set()
 
 
-def test_a_primary_that_dies_stops_nobody_elses_calls(served: Instance, cluster: Cluster, shell: Shell) -> None:
+def test_a_primary_that_dies_stops_nobody_elses_calls(served: StartedInstance, cluster: Cluster, shell: Shell) -> None:
     slot = slot_of_deployment("echo")
     dead = cluster.primary_of(slot)
     if cluster.primary_of(slot_of_deployment("Echo2")) is dead:
@@ -101,7 +101,7 @@ def test_a_primary_that_dies_stops_nobody_elses_calls(served: Instance, cluster:
     cluster.wait_until_whole()
 
 
-def test_calls_whose_server_is_down_are_refused_at_once(served: Instance, cluster: Cluster) -> None:
+def test_calls_whose_server_is_down_are_refused_at_once(served: StartedInstance, cluster: Cluster) -> None:
     slot = slot_of_deployment("echo")
     primary = cluster.primary_of(slot)
     replica = cluster.replica_of(primary)

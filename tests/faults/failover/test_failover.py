@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.faults.failover.conftest import Instance, assert_control_works
 from tests.faults.failover.load import Load
 from tests.faults.failover.sentinels import PASSWORD, SENTINEL_PASSWORD, Failover
 from tests.support.serving import free_port
 from tests.support.shell import Shell
 from tests.support.slowness import patience
+from tests.support.started import StartedInstance, assert_control_works
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.usefixtures("own_calls"), pytest.mark.timeout(150)]
@@ -29,7 +29,7 @@ def test_the_doctor_asks_every_sentinel(shell: Shell, failover: Failover) -> Non
     assert f"all 3 sentinels know the primary: 127.0.0.1:{failover.primary().port}" in examined.stdout
 
 
-def test_calls_go_on_after_a_failover_and_each_ends_once(served: Instance, failover: Failover) -> None:
+def test_calls_go_on_after_a_failover_and_each_ends_once(served: StartedInstance, failover: Failover) -> None:
     dead = failover.primary()
     with Load(served.url) as load:
         wait_until(lambda: load.answered_since(0) == KINDS)
@@ -47,7 +47,7 @@ def test_calls_go_on_after_a_failover_and_each_ends_once(served: Instance, failo
     assert_control_works(served.shell)
 
 
-def test_the_old_primary_comes_back_and_nobody_writes_to_it(served: Instance, failover: Failover) -> None:
+def test_the_old_primary_comes_back_and_nobody_writes_to_it(served: StartedInstance, failover: Failover) -> None:
     back = failover.other(failover.primary())
     back.start()  # as a primary, with what it remembers, until a sentinel tells it otherwise
     with Load(served.url) as load:
@@ -64,7 +64,7 @@ def test_the_old_primary_comes_back_and_nobody_writes_to_it(served: Instance, fa
     assert [call for call in load.ended if call.error] == []
 
 
-def test_no_password_is_ever_logged(served: Instance) -> None:
+def test_no_password_is_ever_logged(served: StartedInstance) -> None:
     assert "connected to Redis again" in served.node.output
     for secret in (PASSWORD, SENTINEL_PASSWORD, "%2Fw%3A"):
         assert secret not in served.node.output

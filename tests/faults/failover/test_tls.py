@@ -23,12 +23,13 @@ from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.settings import Settings
 from qserve.wire.messages import Signer
 from qserve_workers.celery_app import App
-from tests.faults.failover.conftest import APP, assert_control_works
+from tests.faults.failover.conftest import APP
 from tests.faults.failover.sentinels import DATA, LOGIN, PASSWORD, SENTINEL_LOGIN, SERVICE, Server, sentinel
 from tests.support.servers import SECRET
 from tests.support.serving import free_port, runtime_folder
 from tests.support.shell import Running, Shell
 from tests.support.slowness import patience
+from tests.support.started import assert_control_works
 from tests.support.tls_proxy import TlsProxy
 from tests.support.waiting import wait_until
 

@@ -1,10 +1,7 @@
 """A whole instance under the hands of somebody who can write everything to Redis, but has no key."""
 
-import shutil
-import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -16,24 +13,11 @@ from qserve.broker.keys import Keys
 from qserve.settings import Settings
 from qserve.wire.names import is_name
 from tests.faults.security import bad_frames as table
-from tests.faults.security.guarded import NAMESPACE, Guarded, guarded
+from tests.faults.security.guarded import NAMESPACE, Guarded
 from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
 KEYS = Keys(NAMESPACE)
-
-
-@pytest.fixture(scope="module")
-def instance() -> Iterator[Guarded]:
-    """A server, a node and a gateway; Echo is deployed."""
-    folder = Path(tempfile.mkdtemp(prefix="qs-"))
-    try:
-        with guarded(folder) as running:
-            deployed = running.run("deployer", "qserve.cli", "deploy", "tests.faults.security.guarded_app")
-            assert deployed.returncode == 0, deployed.stderr
-            yield running
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def post(instance: Guarded, path: str = "/Echo", headers: dict[str, str] | None = None) -> tuple[int, bytes]:

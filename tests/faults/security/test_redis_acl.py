@@ -2,9 +2,6 @@
 
 import inspect
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from qserve.broker.keys import Keys
 from qserve.broker.server.acl import ROLES
 from qserve.cli.command_line import main
 from qserve.settings import Settings
-from tests.faults.security.guarded import NAMESPACE, Guarded, guarded
+from tests.faults.security.guarded import NAMESPACE, Guarded
 from tests.instance.console.served import OPERATOR, PAGES, act, console_of, visitor
 from tests.support.slowness import patience
 
@@ -37,19 +34,6 @@ FORBIDDEN = (
     *("COPY a b", "RENAME a b", "OBJECT FREQ a", "LATENCY RESET", "SLOWLOG GET", "MEMORY DOCTOR", "SYNC", "PSYNC ? -1"),
     *("BGREWRITEAOF", "FAILOVER", "CLUSTER INFO", "RANDOMKEY", "SORT a", "EVAL_RO x 0", "DBSIZE", "WAIT 0 0"),
 )
-
-
-@pytest.fixture(scope="module")
-def instance() -> Iterator[Guarded]:
-    """A server with users, a node and a gateway; Echo is deployed."""
-    folder = Path(tempfile.mkdtemp(prefix="qs-"))
-    try:
-        with guarded(folder) as running:
-            deployed = running.run("deployer", "qserve.cli", "deploy", "tests.faults.security.guarded_app")
-            assert deployed.returncode == 0, deployed.stderr + running.log("node")
-            yield running
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_everything_works_and_nothing_is_refused(instance: Guarded) -> None:

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.websockets import WebSocketState
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import Close
 
 from qserve import serve
 from qserve.testing import TestInstance, instance
@@ -33,6 +34,14 @@ async def _connected(at: TestInstance, path: str, **options: object) -> AsyncIte
     async with asyncio.timeout(patience(LIMIT_S)):
         async with connect(url, max_size=None, **options) as socket:  # type: ignore[arg-type]
             yield socket
+
+
+async def _closed(socket: ClientConnection) -> Close:
+    """How the other side closes it, with nothing sent before."""
+    with pytest.raises(ConnectionClosed) as closed:
+        await socket.recv()
+    assert closed.value.rcvd
+    return closed.value.rcvd
 
 
 async def _deploy(app: object, **options: object) -> None:
@@ -78,10 +87,7 @@ async def test_a_message_over_1_mib_closes_with_1009(qserve_instance: TestInstan
 
     async with _connected(qserve_instance, "/served/echo") as socket:
         await socket.send(bytes(MIB + 1))
-        with pytest.raises(ConnectionClosed) as closed:
-            await socket.recv()
-    assert closed.value.rcvd
-    assert closed.value.rcvd.code == 1009
+        assert (await _closed(socket)).code == 1009
 
 
 async def test_a_replica_may_send_larger_messages(qserve_instance: TestInstance) -> None:
@@ -140,10 +146,7 @@ async def test_close_codes_travel_both_ways(qserve_instance: TestInstance, notes
     await _deploy(app)
 
     async with _connected(qserve_instance, "/served/server") as socket:
-        with pytest.raises(ConnectionClosed) as closed:
-            await socket.recv()
-    assert closed.value.rcvd
-    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4001, "enough")
+        assert await _closed(socket) == Close(4001, "enough")
     async with _connected(qserve_instance, "/served/client") as socket:
         await socket.close(4002, "bye")
     assert await asyncio.to_thread(notes.wait_for, 1) == ["4002 bye"]
@@ -210,10 +213,7 @@ async def test_an_error_closes_with_1011(qserve_instance: TestInstance) -> None:
 
     async with _connected(qserve_instance, "/served/") as socket:
         await socket.send("now")
-        with pytest.raises(ConnectionClosed) as closed:
-            await socket.recv()
-    assert closed.value.rcvd
-    assert closed.value.rcvd.code == 1011
+        assert (await _closed(socket)).code == 1011
 
 
 async def test_a_socket_stays_with_its_replica_and_its_state(qserve_instance: TestInstance) -> None:
@@ -315,10 +315,7 @@ async def test_a_replica_that_is_killed_closes_with_1011(qserve_instance: TestIn
     async with _connected(qserve_instance, "/served/") as socket:
         pid = int((await asyncio.to_thread(notes.wait_for, 1))[0])
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(ConnectionClosed) as closed:
-            await socket.recv()
-    assert closed.value.rcvd
-    assert closed.value.rcvd.code == 1011
+        assert (await _closed(socket)).code == 1011
 
 
 async def test_a_redeploy_closes_with_1012_at_once(qserve_instance: TestInstance, notes: Notes) -> None:
@@ -337,10 +334,7 @@ async def test_a_redeploy_closes_with_1012_at_once(qserve_instance: TestInstance
     async with _connected(qserve_instance, "/served/") as socket:
         began = time.monotonic()
         deploying = asyncio.create_task(_deploy(app, version="2"))
-        with pytest.raises(ConnectionClosed) as closed:
-            await socket.recv()
-        assert closed.value.rcvd
-        assert closed.value.rcvd.code == 1012
+        assert (await _closed(socket)).code == 1012
         assert await asyncio.to_thread(notes.wait_for, 1) == ["1012"]
         await deploying
         assert time.monotonic() - began < patience(15)  # nobody has waited for the grace period of 20 s
@@ -361,10 +355,7 @@ async def test_a_gateway_that_leaves_closes_with_1012(notes: Notes) -> None:
         await _deploy(app)
         async with _connected(running, "/served/") as socket:
             os.kill(gateway_pid(running), signal.SIGTERM)
-            with pytest.raises(ConnectionClosed) as closed:
-                await socket.recv()
-        assert closed.value.rcvd
-        assert closed.value.rcvd.code == 1012
+            assert (await _closed(socket)).code == 1012
         assert await asyncio.to_thread(notes.wait_for, 1) == ["1012"]
 
 
