@@ -16,6 +16,8 @@ from qserve_gateway.door.request_counts import RequestCounts
 SWEEP_S = 0.5
 _LOOKS_AT_ONCE = 50
 _SHORTEST_PAUSE_S = 0.005
+_LATE_S = 0.2
+"""A sweep that comes so much too late says that this process was held up."""
 LINGER_S = 1.5
 """Seconds that a refused client may go on sending; closing at once could destroy the answer on its way."""
 
@@ -57,12 +59,15 @@ class Door:
         self._looks: set[Look] = set()
         self._ahead: list[Look] = []
         self._pause_s = SWEEP_S
+        self._due = 0.0
+        self._has_waited = False
         self._by_ip: Counter[str] = Counter()
         self._ids = request_ids()
         self._timer: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
         """Begin to watch deadlines."""
+        self._due = asyncio.get_running_loop().time()
         self._sweep()
 
     async def close(self) -> None:
@@ -75,6 +80,12 @@ class Door:
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         self.now = loop.time()
+        if self.now - self._due > _LATE_S and not self._has_waited:
+            # What has come meanwhile is not read yet, and its connection only seems to be idle.
+            self._has_waited = True
+            self._timer = loop.call_later(_SHORTEST_PAUSE_S, self._sweep)
+            return
+        self._has_waited = False
         if not self._ahead:
             self._ahead = list(self._looks)
             # Spread over the time until the next sweep: 10,000 at once hold up every request for 50 ms.
@@ -83,6 +94,7 @@ class Door:
             if look in self._looks:  # else its connection has gone meanwhile
                 look(self.now)
         del self._ahead[-_LOOKS_AT_ONCE:]
+        self._due = self.now + self._pause_s
         self._timer = loop.call_later(self._pause_s, self._sweep)
 
     @property

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import signal
 import socket
 import ssl
 import statistics
@@ -99,6 +100,21 @@ def test_a_steady_body_may_take_longer_than_its_deadline(impatient: TestInstance
         for _ in range(20):
             connection.sendall(bytes(1000))
             time.sleep(most_s / 6)
+        assert read_response(connection)[0] == 200
+
+
+def test_a_request_that_came_while_the_gateway_stood_still_is_answered(impatient: TestInstance) -> None:
+    idle_s = patience(0.5)
+    with (
+        gateway(impatient.settings, QSERVE_HTTP_KEEP_ALIVE_S=idle_s) as served,
+        served.address.connect() as connection,
+    ):
+        connection.sendall(get())
+        assert read_response(connection)[0] == 200
+        served.process.send_signal(signal.SIGSTOP)
+        connection.sendall(get())
+        time.sleep(idle_s + 0.6)
+        served.process.send_signal(signal.SIGCONT)
         assert read_response(connection)[0] == 200
 
 
