@@ -18,6 +18,7 @@ from qserve_gateway.api_keys import ApiKeys
 from qserve_gateway.bodies.large_bodies import LargeResponse
 from qserve_gateway.bodies.streaming import ClientDisconnected, read_beginning
 from qserve_gateway.direct_calls import DirectCall
+from qserve_gateway.door.body_protocol import connection_of
 from qserve_gateway.door.direct import DirectApp, DirectProtocol, DirectRequest
 from qserve_gateway.door.limits import request_ids
 from qserve_gateway.durable.durable_events import EventStream
@@ -215,7 +216,8 @@ class Gateway(DirectApp):
         if length > self._settings.out_of_line_bytes and preference is None:
             large = self._calls.large_body(route, _request(*described), length)
             if large is not None:
-                return self._response(await self._calls.answer_large(route, large, safe, receive), route, request_id)
+                answer = await self._calls.answer_large(route, large, safe, receive, connection_of(scope, receive))
+                return self._response(answer, route, request_id)
         body, follows = b"", False
         if length or b"transfer-encoding" in named:
             body, follows = await read_beginning(

@@ -20,6 +20,7 @@ from qserve.wire.messages import (
 )
 from qserve_gateway.bodies.large_bodies import LargeBodies, LargeBody, LargeResponse
 from qserve_gateway.bodies.streaming import ClientDisconnected, Upload, stream_response
+from qserve_gateway.door.body_protocol import BodyProtocol
 from qserve_gateway.routes import Route
 
 TICK_S = 0.02
@@ -82,10 +83,16 @@ class HttpCalls:
         """Memory for the body of a request; None if the body is small, or to be sent on as it comes in."""
         return self._bodies.begin(self._client.of(route.deployment).lending, request, length)
 
-    async def answer_large(self, route: Route, body: LargeBody, safe: bool, receive: Receive) -> Answered:
-        """Do as `answer` for a request whose body is read first; what comes in slowly is sent on as it does."""
+    async def answer_large(
+        self, route: Route, body: LargeBody, safe: bool, receive: Receive, connection: BodyProtocol | None
+    ) -> Answered:
+        """Do as `answer` for a request whose body is read first; what comes in slowly is sent on as it does.
+
+        Args:
+            connection: Where it comes in, if nobody else has to see it.
+        """
         try:
-            if await body.read(receive):
+            if await body.read(receive, connection):
                 return await self.answer(route, body.payload(follows=False), safe, receive)
             return await self.answer_upload(route, body.payload(follows=True), body.size, receive)
         finally:

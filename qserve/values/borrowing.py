@@ -97,9 +97,9 @@ class Borrowed:
     def size_of(self, number: int) -> int:
         return self._lent.sizes[number] if number < len(self._lent.sizes) else 0
 
-    def piece(self, number: int, start: int, size: int) -> bytes:
+    def view(self, number: int) -> memoryview:
         self._check(number)
-        return bytes(self._part(number)[start : start + size])
+        return self._part(number).toreadonly()
 
     def refer_to(self, passed: Sequence[Source]) -> None:
         """Note the values of other processes that it refers to."""
@@ -126,7 +126,6 @@ class Borrowed:
         self._tell(HELD)
 
     def keep(self) -> None:
-        """Somebody may go on to read it: its memory is not to be used for another value."""
         self._tell(KEPT)
 
     def finish(self) -> None:

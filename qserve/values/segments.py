@@ -94,13 +94,17 @@ class Segment:
             copy(self._view[at:end], part)
         else:
             self._write_fresh(at, part)
-        self._written = max(self._written, end)
+        self.note_written(end)
 
     def _write_fresh(self, at: int, part: Buffer) -> None:
         # A third cheaper than having the pages faulted in one by one.
         view, done = memoryview(part), 0
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], at + done)
+
+    def note_written(self, end: int) -> None:
+        """Note that somebody has written up to there, into what `read` gives."""
+        self._written = max(self._written, end)
 
     def lent(self, owner: str, host: str, sizes: Sequence[int], passed: Sequence[Lent] = ()) -> Lent:
         """What another process needs to read the present content, and the values of others that it refers to."""

@@ -84,8 +84,8 @@ class Source(Protocol):
         """A part in memory of its own."""
         ...
 
-    def piece(self, number: int, start: int, size: int) -> bytes:
-        """A piece of a part."""
+    def view(self, number: int) -> memoryview:
+        """A part where it is. It stays the same until this is dropped, or for good where it is kept."""
         ...
 
     def size_of(self, number: int) -> int:
@@ -94,6 +94,10 @@ class Source(Protocol):
 
     def hold(self) -> None:
         """It is read more than once, or slowly: it is returned when it is dropped."""
+        ...
+
+    def keep(self) -> None:
+        """Somebody may go on to read it: its memory is not to be used for another value."""
         ...
 
     def drop(self) -> None:

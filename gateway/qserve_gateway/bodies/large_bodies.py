@@ -16,20 +16,22 @@ from qserve.values.segments import Segment
 from qserve.wire.messages import HttpRequest, LargeReply, decode_http_response, encode
 from qserve.wire.parts import Source
 from qserve_gateway.bodies.streaming import ClientDisconnected, body_too_large
+from qserve_gateway.door.body_protocol import BodyProtocol, BodyReader, is_of_connection
 from qserve_gateway.respond import Unsendable, send_response, start_message
 
 _LARGEST = 64 * 2**20
 _MOST = 512 * 2**20
 """Bytes of one body, and of all that are read or used in this way at a time; others are sent on as they come in, so
 that large uploads do not take all memory."""
+_LEFT = "the client left before the body of its request was whole"
 _PAUSE_S = 0.05
 _PATIENCE_S = 1.0
 """How long a body may pause, and take in all, until the application gets what there is of it: it may want to see the
 beginning of a slow upload before its end."""
-
-
-_STEP = 256 * 1024
+_STEP = 1024 * 1024
 """Bytes of a response that are written at a time, with time for other requests in between."""
+_OWN = 128 * 1024
+"""Bytes at the end of a response that are copied, twice what uvicorn lets a connection hold before it has to wait."""
 
 
 class LargeBody:
@@ -49,8 +51,11 @@ class LargeBody:
         self._segment: Segment | None
         self._segment, self._places = lending.reserve([self._head_size, length])
 
-    async def read(self, receive: Receive) -> bool:
+    async def read(self, receive: Receive, connection: BodyProtocol | None = None) -> bool:
         """Read it, as long as it comes in without a pause; returns whether it is whole.
+
+        Args:
+            connection: Where it comes in, if nobody else has to see it.
 
         Raises:
             ClientDisconnected: The client has left.
@@ -60,14 +65,38 @@ class LargeBody:
         try:
             async with asyncio.timeout(_PAUSE_S) as pause:
                 while self._take_in(await receive()):
+                    if connection is not None and (reader := connection.divert(self._rest())) is not None:
+                        pause.reschedule(None)
+                        return await self._read_all(reader, end)
                     pause.reschedule(min(end, loop.time() + _PAUSE_S))
         except TimeoutError:
             return False
         return True
 
+    def _rest(self) -> memoryview:
+        assert self._segment is not None
+        return self._segment.read(self._places[1] + self.size, self.length - self.size)
+
+    async def _read_all(self, reader: BodyReader, end: float) -> bool:
+        """Let the connection fill the rest, with the same patience."""
+        loop, whole, before = asyncio.get_running_loop(), self.length - self.size, -1
+        try:
+            while not reader.over.done() and reader.size != before and loop.time() < end:
+                before = reader.size
+                await asyncio.wait((reader.over,), timeout=_PAUSE_S)
+        finally:
+            is_over = reader.over.done()
+            reader.stop()
+            self.size += reader.size
+            if self._segment is not None:
+                self._segment.note_written(self._places[1] + self.size)
+        if reader.size < whole and is_over:
+            raise ClientDisconnected(_LEFT)
+        return reader.size == whole
+
     def _take_in(self, message: MutableMapping[str, Any]) -> bool:
         if message["type"] == "http.disconnect":
-            raise ClientDisconnected("the client left before the body of its request was whole")
+            raise ClientDisconnected(_LEFT)
         assert self._segment is not None
         part = message.get("body", b"")
         if self.size + len(part) > self.length:
@@ -148,6 +177,9 @@ class LargeResponse:
         source = self._reply.payload
         try:
             await self._write(source, send, method, request_id)
+        except BaseException:
+            source.keep()  # the connection may go on to write what it has been given
+            raise
         finally:
             source.drop()
 
@@ -162,7 +194,16 @@ class LargeResponse:
             await send_response(send, response, method, request_id)
             return
         if method != "HEAD" and response.status not in {204, 304}:
-            for start in range(0, size, _STEP):
-                await send({"type": "http.response.body", "body": source.piece(1, start, _STEP), "more_body": True})
-                await asyncio.sleep(0)  # the connection takes in what was written at the end of a tick
+            await _send_body(send, source.view(1))
         await send({"type": "http.response.body", "body": b""})
+
+
+async def _send_body(send: Send, body: memoryview) -> None:
+    # The connection holds less than _OWN bytes when it takes the next message: then it has nothing of `body` any more.
+    # Middlewares get bytes, as ASGI has it.
+    own = max(0, len(body) - _OWN) if is_of_connection(send) else 0
+    pieces = [*range(0, own, _STEP), *range(own, len(body), _STEP)]
+    for start, end in zip(pieces, [*pieces[1:], len(body)], strict=True):
+        piece = body[start:end]
+        await send({"type": "http.response.body", "body": piece if start < own else bytes(piece), "more_body": True})
+        await asyncio.sleep(0)  # others have their turn

@@ -6,17 +6,12 @@ import struct
 from time import monotonic
 from typing import Any
 
-from httptools import HttpParserError, HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from qserve_gateway.door.direct import DirectProtocol
+from qserve_gateway.door.body_protocol import BodyProtocol
 from qserve_gateway.door.gate import (
-    CHUNKED,
     LARGEST_HEAD,
-    LAST_CHUNK,
-    ChunkedBody,
-    LengthBody,
     Refusal,
     inspect_head,
     inspect_part_of_head,
@@ -31,11 +26,9 @@ CLIENT_LEFT = 499
 LAST_CHANCE_S = 0.4
 """Seconds that an idle connection stays open when the gateway stops, since a request may be on its way."""
 _NO_LINGER = struct.pack("ii", 1, 0)
-MOST_UNWANTED = 1024 * 1024
-"""How much of a body is read after its response; where more may come, the connection is closed instead."""
 
 
-class HttpProtocol(DirectProtocol):
+class HttpProtocol(BodyProtocol):
     """uvicorn's HTTP/1.1 connection behind a gate.
 
     The gate finds out where heads and bodies end by itself, so the parser sees one request after the other, whole heads
@@ -46,25 +39,15 @@ class HttpProtocol(DirectProtocol):
     """
 
     def __init__(self, door: Door, **uvicorns: Any) -> None:
-        super().__init__(**uvicorns)
-        self._door = door
+        super().__init__(door, **uvicorns)
         self._ip = ""
         self._head = bytearray()
         """The beginning of a head whose rest has not arrived."""
         self._plain = b""
         """The last head without a body that was inspected; the same bytes need not be inspected again."""
-        self._body: LengthBody | ChunkedBody | None = None
-        self._keep_alive = True
-        """Whether the connection is to be kept once `_body` is whole and its response has been sent."""
-        self._received = 0
-        """Bytes of the body that have arrived since `_since`."""
-        self._since = 0.0
-        """When the connection got into its present state: idle, in a head, in a body, refused."""
-        self._heard = 0.0
         self._deaf = False
         self._refusal: Refusal | None = None
         """What to answer once earlier requests have been answered."""
-        self._leaving = False
         self._unsent = 0
         """Bytes that the network had not taken at the last look; their number is the same since `_unsent_since`."""
         self._unsent_since = 0.0
@@ -141,15 +124,6 @@ class HttpProtocol(DirectProtocol):
             self.cycle.keep_alive = False
         return data[end:]
 
-    def _feed(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except HttpParserUpgrade:
-            if self._should_upgrade():
-                self.handle_websocket_upgrade()
-        except HttpParserError as exc:
-            raise Refusal(400, "it is not HTTP/1.1", "syntax") from exc
-
     def _finish_head(self, data: bytes) -> bytes:
         """Add to a head and give it once it is whole; what was looked at before is not looked at again."""
         begin = max(0, len(self._head) - 3)
@@ -172,32 +146,8 @@ class HttpProtocol(DirectProtocol):
                 refuse(f"its headers are over {LARGEST_HEAD} bytes", "size")
 
     def _begin_body(self, length: int) -> None:
-        self._body = ChunkedBody() if length == CHUNKED else LengthBody(length)
-        self._since = self._heard = self._door.now
-        self._received = 0
-        self._keep_alive = self.cycle.keep_alive
-        if length == CHUNKED or length > MOST_UNWANTED:
-            # A response that does not wait for all of it says that it is the last one: the rest may not be read.
-            self.cycle.keep_alive = False
+        super()._begin_body(length)
         self.transport.close_gently = self._close_before_the_end
-
-    def _take_body(self, data: bytes) -> bytes:
-        body = self._body
-        assert body is not None
-        self._heard = self._door.now
-        self._received += len(data)
-        part, rest = body.take(data)
-        if body.done and isinstance(body, ChunkedBody):
-            part += LAST_CHUNK
-        if part:
-            self._feed(part)
-        if body.done:
-            self._body = None
-            self._since = self._door.now
-            self.transport.close_gently = None
-            if not self.cycle.response_started:
-                self.cycle.keep_alive = self._keep_alive and not self._leaving
-        return rest
 
     def _close_before_the_end(self) -> None:
         """Close while a body comes in, so that a whole response reaches the client and one that was cut does not."""
@@ -250,6 +200,8 @@ class HttpProtocol(DirectProtocol):
         """Read no further, and say why as soon as earlier requests have been answered."""
         self._deaf = True
         self._since = self._door.now
+        if self._reader is not None:
+            self._reader.stop()
         concerned = self.cycle if self._body is not None else None
         if concerned is not None and self.pipeline and self.pipeline[0][0] is concerned:
             self.pipeline.popleft()

@@ -4,6 +4,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+_LARGE = 64 * 1024
+"""Bytes of a piece that is not held, nor copied to be one with others."""
+
 
 class TickTransport(asyncio.Transport):
     """Writes in a single system call what was written during one tick of the event loop.
@@ -31,13 +34,18 @@ class TickTransport(asyncio.Transport):
         self.close_gently: Callable[[], None] | None = None
 
     def write(self, data: "bytes | bytearray | memoryview[int]") -> None:
-        """Hold the data until the end of this tick."""
+        """Hold the data until the end of this tick; with a large piece all is written at once."""
+        size = len(data)
+        self.sent += size
+        if self.head is None and data[9:10] != b"1":  # "HTTP/1.1 100 Continue" is no response yet
+            self.head = data
+        if size >= _LARGE:
+            held, self._held = self._held, []
+            self._transport.writelines([*held, data])
+            return
         if not self._held:
             self._loop.call_soon(self._flush)
         self._held.append(data)
-        self.sent += len(data)
-        if self.head is None and data[9:10] != b"1":  # "HTTP/1.1 100 Continue" is no response yet
-            self.head = data
 
     def write_whole(self, response: bytes) -> None:
         """Write a response that is complete, so that there is nothing to hold it for."""

@@ -85,8 +85,8 @@ class Sent:
     def size_of(self, number: int) -> int:
         return len(self._parts[number]) if number < len(self._parts) else 0
 
-    def piece(self, number: int, start: int, size: int) -> bytes:
-        return bytes(self._parts[number][start : start + size])
+    def view(self, number: int) -> memoryview:
+        return self.take(number)
 
     def refer_to(self, passed: Sequence[Source]) -> None:
         """Note the values of other processes that it refers to."""
@@ -98,7 +98,7 @@ class Sent:
     def finish(self) -> None:
         """Nothing to tell."""
 
-    hold = drop = finish
+    hold = keep = drop = finish
 
 
 Arrived = Borrowed | Sent

@@ -75,14 +75,8 @@ class Answers:
         """
         if len(payload) <= self.largest_frame:
             return payload
-        return await self.lending.aside(partial(self.prepared_now, payload), len(payload))
-
-    def prepared_now(self, payload: Payload) -> Payload | Loan:
-        """Like `prepared`, in this thread."""
-        if len(payload) <= self.largest_frame:
-            return payload
         try:
-            return self.lending.lend_result(payload)
+            return await self.lending.aside(partial(self.lending.lend_result, payload), len(payload))
         except PayloadTooLarge as exc:
             raise ResultTooLarge(str(exc)) from exc
 

@@ -119,6 +119,8 @@ class OrdinaryRuns:
         """Answer a call that ran; False if it has had its answer, or somebody else gives it."""
         reach("ran")
         if not self._slots.give_back(running, ran=True, goes_on=goes_on):
+            if isinstance(result, Loan):
+                self._lending.end(result, is_read=True)
             return False
         self._answers.add(running.entry.id, running.call, kind, result)
         return True
@@ -169,6 +171,12 @@ class OrdinaryRuns:
             response = await code.http(
                 request, partial(self._conversations.open, running), partial(self._complete, running)
             )
+            early = running.early
+            if isinstance(early, asyncio.Task):
+                await early
+                return VALUE, b""  # it has its answer
+            if early is not None:
+                early.cancel()
             kind, packed = self._reply(running, response)
             return kind, await self._answers.prepared(packed)
         if call.kind == WEBSOCKET:
@@ -190,19 +198,28 @@ class OrdinaryRuns:
     def _complete(self, running: RunningCall, response: HttpResponse | None) -> None:
         """The response of a call is known; most calls end with it."""
         assert running.task is not None
-        running.task.get_loop().call_soon(self._answer_before_the_end, running, response)
+        running.early = running.task.get_loop().call_soon(self._answer_before_the_end, running, response)
 
     def _answer_before_the_end(self, running: RunningCall, response: HttpResponse | None) -> None:
         """Answer a call whose code goes on after its response with background tasks, which may outlive its deadline."""
         if running.entry.id not in self._slots:
             return
-        result: Payload | Loan
+        running.info.deadline = None
         try:
             kind, packed = self._reply(running, response)
-            result = self._answers.prepared_now(packed)
+        except ResultTooLarge as exc:
+            kind, packed = ERROR, self.pack_error(exc)
+        if len(packed) <= self._answers.largest_frame:
+            self._answer(running, kind, packed, goes_on=True)
+        else:
+            running.early = spawn(self._answer_large(running, kind, packed))
+
+    async def _answer_large(self, running: RunningCall, kind: int, packed: Payload) -> None:
+        result: Payload | Loan
+        try:
+            result = await self._answers.prepared(packed)
         except ResultTooLarge as exc:
             kind, result = ERROR, self.pack_error(exc)
-        running.info.deadline = None
         self._answer(running, kind, result, goes_on=True)
 
     async def _decode_request(self, running: RunningCall, payload: bytes | Source) -> HttpRequest:

@@ -33,10 +33,14 @@ OpenChannel = Callable[[], Channel]
 
 
 class RunningCall:
-    """A call between its arrival and its answer."""
+    """A call between its arrival and its answer.
+
+    Attributes:
+        early: What answers it as soon as its response is known, should its code go on after that: due, or begun.
+    """
 
     __slots__ = (
-        *("began", "call", "channel", "entry", "info"),
+        *("began", "call", "channel", "early", "entry", "info"),
         *("needs_thread", "started_at", "streams", "task", "unwanted"),
     )
 
@@ -47,6 +51,7 @@ class RunningCall:
         self.started_at = time.monotonic()
         self.task: asyncio.Task[None] | None = None
         self.channel: Channel | None = None
+        self.early: asyncio.Handle | asyncio.Task[None] | None = None
         self.info = info = CallInfo(call.id, entry.deliveries)
         info.lineage = call.id
         if call.meta:
