@@ -1,4 +1,4 @@
-"""The streams of dead letters, one for each deployment. All of this goes over redis-py and raises as `letters` does."""
+"""The streams of dead letters, one for each deployment. All functions block, and raise the errors of `letters`."""
 
 from typing import Any, Final, cast
 

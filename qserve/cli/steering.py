@@ -145,7 +145,9 @@ def drain(node: str, undo: bool, timeout: float, as_json: bool) -> None:
         while (left := nodes.replicas_on(state, found)) and time.monotonic() < until:
             time.sleep(_POLL_S)
     if left:
-        raise Failure(f"{left} replicas on {node} have not finished their calls after {timeout:g} s; they go on to.")
+        raise Failure(
+            f"{left} replicas on {node} have not finished their calls after {timeout:g} s. They end when they have."
+        )
     note(f"{node} runs nothing now. `qserve drain {node} --undo` lets it.")
 
 

@@ -5,9 +5,9 @@ import pytest
 from qserve import serve
 from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.spec import HEALTHY
-from qserve_workers.pool.replacing import Release, Resize, Stop
+from qserve_workers.pool.rollout import Release, Resize, Stop
 from qserve_workers.pool.scaling import Scaler, WorkerDemand
-from tests.support.replacing import Pool
+from tests.support.rollout_pool import Pool
 
 POLICY = Autoscaling(min_replicas=1, max_replicas=8, target_ongoing_requests=2, upscale_delay_s=5, downscale_delay_s=60)
 

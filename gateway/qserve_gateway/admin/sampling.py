@@ -1,4 +1,4 @@
-"""Notes every ten seconds how the queues are, also where no replica is left that would."""
+"""Records every ten seconds how long the queues are, also of deployments that have no replica to do so."""
 
 import asyncio
 import logging

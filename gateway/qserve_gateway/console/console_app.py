@@ -1,4 +1,4 @@
-"""The console as an ASGI application: who may in, and which page or action a request is for."""
+"""The console as an ASGI application: who may come in, and which page or action a request is for."""
 
 import asyncio
 import contextlib

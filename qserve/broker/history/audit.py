@@ -1,4 +1,4 @@
-"""What operators have done: a capped stream that everybody may read who may look at the instance."""
+"""What operators have done: a capped stream, for everybody who may look at the instance."""
 
 from typing import Any, Final, NamedTuple, cast
 

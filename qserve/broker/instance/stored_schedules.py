@@ -1,4 +1,6 @@
-"""Schedules as Redis keeps them: sealed frames by name. All functions go over redis-py and raise as `read_schedule`."""
+"""Schedules as Redis keeps them: sealed frames by name. All functions block, and raise the errors of
+`read_schedule`.
+"""
 
 from typing import Any, cast
 

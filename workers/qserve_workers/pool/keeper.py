@@ -22,7 +22,7 @@ from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.messages import Signer
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, WorkerInfo
 from qserve_workers.pool.announce import Announcer
-from qserve_workers.pool.replacing import Action, Kill, Publish, Release, Resize, Rollout, Serve, Status, Stop
+from qserve_workers.pool.rollout import Action, Kill, Publish, Release, Resize, Rollout, Serve, Status, Stop
 from qserve_workers.pool.scaling import Scaler, WorkerDemand
 from qserve_workers.replica.birth import Birth
 from qserve_workers.replica.replica_events import DemandMeasured, decode_event

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from qserve_workers.pool.replacing import Action, Publish, Resize, Rollout, Status
+from qserve_workers.pool.rollout import Action, Publish, Resize, Rollout, Status
 from qserve_workers.replica.replica_events import ReplicaEvent
 
 

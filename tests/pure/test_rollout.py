@@ -10,7 +10,7 @@ import pytest
 
 from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY
-from qserve_workers.pool.replacing import KILL_MARGIN_S, Kill, Serve, Status, Stop
+from qserve_workers.pool.rollout import KILL_MARGIN_S, Kill, Serve, Status, Stop
 from qserve_workers.replica.replica_events import (
     CallsCounted,
     ChangeApplied,
@@ -27,7 +27,7 @@ from qserve_workers.replica.replica_events import (
     TurnWanted,
     decode_event,
 )
-from tests.support.replacing import Pool
+from tests.support.rollout_pool import Pool
 
 
 def serving(n: int, *, exact: bool = False, **facts: Any) -> Pool:

@@ -1,9 +1,9 @@
-"""What a worker does with its replicas, decided from what they tell. Pure: no clock, process, signal or Redis here.
+"""The rollout of a worker: what becomes of its replicas, decided from what they tell.
 
-The pool feeds in births, deaths, events and the time, and carries out the actions that come back. Construct first,
-take over after: a replica of a new revision is constructed while the old ones serve, then as many old ones as it
-replaces are told to leave, and it reads its first call when they are gone. A revision that never comes up removes
-nothing.
+Pure: no clock, process, signal or Redis here. The pool feeds in births, deaths, events and the time, and carries out
+the actions that come back. Construct first, take over after: a replica of a new revision is constructed while the old
+ones serve, then as many old ones as it replaces are told to leave, and it reads its first call when they are gone. A
+revision that never comes up removes nothing.
 """
 
 from collections.abc import Iterable
