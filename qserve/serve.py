@@ -49,7 +49,7 @@ from qserve.screen.replica_output import before_start, show_output
 from qserve.screen.script import serve_in_foreground
 from qserve.settings import Settings
 from qserve.telemetry import user_metrics as metrics
-from qserve.wire.autoscaling import AutoscalingConfig
+from qserve.wire.autoscaling import AutoscalingConfig, AutoscalingPolicy
 from qserve.wire.options import Default
 from qserve.wire.ray_names import warn_of
 
@@ -59,6 +59,7 @@ __all__ = [
     "ApplicationStatusOverview",
     "AsyncDeploymentHandle",
     "AutoscalingConfig",
+    "AutoscalingPolicy",
     "BackPressureError",
     "Deployment",
     "DeploymentHandle",
@@ -116,7 +117,7 @@ ReplicaUnavailableError = ReplicaDied
 # Pickles, tracebacks and reprs name these by the path that stays, whatever module they stand in.
 for _public in (
     *(Application, ApplicationStatus, DeploymentStatus, RunTarget, ServeStatus),
-    *(AutoscalingConfig, get_app_handle, get_deployment_handle),
+    *(AutoscalingConfig, AutoscalingPolicy, get_app_handle, get_deployment_handle),
     *(
         AsyncDeploymentHandle,
         Deployment,
@@ -209,7 +210,9 @@ def run(
         name: The name of an application. Deployments of another application than "default" are called
             "<application>.<deployment>" in the instance.
         route_prefix: The path of an application; not given: "/", or what its root was given. None: not over HTTP.
-        logging_config, _local_testing_mode: Taken because Ray Serve has them, and without effect.
+        logging_config: Taken because Ray Serve has it, and without effect.
+        _local_testing_mode: Whether the deployments run in this process, without HTTP, as `qserve.testing.local` runs
+            them, until `shutdown`, or until something is run without this.
 
     Returns:
         The handle of an application or of a single deployment; None for several deployments.
@@ -218,12 +221,13 @@ def run(
         RuntimeError: A deployment failed; see `Deployment.deploy`.
         ValueError, ConfigurationError: As for `start`; or the route belongs to somebody else.
     """
-    warn_of({"logging_config": logging_config, "local_testing_mode": _local_testing_mode})
+    warn_of({"logging_config": logging_config})
     graph = make_graph(target, name, route_prefix) if isinstance(target, Application) else None
     one = target if isinstance(target, Deployment) else None
 
     several = graph.deployments if graph is not None else _deployments_in(target)
-    _bring_up("run", several, blocking=blocking, detached=detached, http_options=http_options)
+    here = _local_testing_mode
+    _bring_up("run", several, blocking=blocking, here=here, detached=detached, http_options=http_options)
     single = graph.root if graph is not None else one
     return single.get_handle() if single is not None else None
 
@@ -242,11 +246,10 @@ def run_many(
         wait_for_ingress_deployment_creation: Without effect.
         wait_for_applications_running: Whether to return only when all is served.
     """
-    warn_of({"local_testing_mode": _local_testing_mode})
     graphs = [make_graph(each.target, each.name, each.route_prefix) for each in targets]
 
     several = [each for graph in graphs for each in graph.deployments]
-    _bring_up("run_many", several, blocking=blocking, wait=wait_for_applications_running)
+    _bring_up("run_many", several, blocking=blocking, here=_local_testing_mode, wait=wait_for_applications_running)
     return [graph.root.get_handle() for graph in graphs]
 
 
@@ -255,6 +258,7 @@ def _bring_up(
     deployments: Sequence[Deployment[Any]],
     *,
     blocking: bool,
+    here: bool,
     wait: bool = True,
     detached: bool = False,
     http_options: HTTPOptions | Mapping[str, Any] | None = None,
@@ -262,12 +266,16 @@ def _bring_up(
     options = _options(http_options)
     if _ignored(verb):
         return
-    if blocking:
+    if here:
+        instance = THIS_PROCESS.serve_here()
+        deployments = [each.options(route_prefix=None) for each in deployments]
+    elif blocking:
         serve_in_foreground(deployments, options, detached=detached)
         return
-    before_start()
-    instance = THIS_PROCESS.start(options, detached=detached, wait=False)
-    show_output()
+    else:
+        before_start()
+        instance = THIS_PROCESS.start(options, detached=detached, wait=False)
+        show_output()
     goal = JointGoal(instance.state, [each.to_spec(instance.codec) for each in deployments])
     if wait:
         goal.wait()

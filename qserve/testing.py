@@ -6,7 +6,6 @@ shows whether it does so in processes of its own.
 
 import contextlib
 import functools
-import importlib
 import os
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from qserve.calls.handle import DeploymentHandle
 from qserve.deployments.binding import Application
 from qserve.deployments.deployment import Deployment
 from qserve.deployments.http_options import HTTPOptions
+from qserve.deployments.in_process import serving_here
 from qserve.deployments.local_instance import find_record, find_settings
 from qserve.errors import ConfigurationError
 from qserve.settings import Settings
@@ -91,14 +91,7 @@ def local(target: Application[Any] | Deployment[Any] | Sequence[Deployment[Any]]
         RuntimeError: A constructor raised; its error is the cause.
         ConfigurationError: `qserve[workers]` is not installed, or the module cannot be imported.
     """
-    try:
-        serving = importlib.import_module("qserve_workers.local.local_serving")
-    except ModuleNotFoundError as exc:
-        raise ConfigurationError(
-            f"qserve.testing.local needs the package {exc.name!r}, which is not installed: "
-            "pip install 'qserve[workers]'"
-        ) from exc
-    with serving.serving_here() as app:
+    with serving_here("qserve.testing.local") as app:
         handle = serve.run(import_app(target) if isinstance(target, str) else target)
         yield LocalServing(app, handle)
 

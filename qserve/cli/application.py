@@ -4,19 +4,21 @@ import difflib
 import pkgutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from qserve.applications.app_import import import_app
+from qserve.applications.app_import import import_app, import_one_app
 from qserve.applications.application_goal import JointGoal, declared_applications
+from qserve.applications.graph import DEFAULT_NAME, make_graph
 from qserve.broker.instance.state import State
 from qserve.broker.server.redis_checks import connect, require_usable
 from qserve.cli.output import Failure, note
 from qserve.cli.project.lookup import FoundApp, is_config_file, where_it_was_looked_for
+from qserve.cli.project.overrides import Overrides
 from qserve.cli.project.source import content_version, project_files
 from qserve.config_file.configured import configured_graph
 from qserve.config_file.reading import read_config_file
@@ -29,7 +31,10 @@ from qserve.screen.progress import show_progress
 from qserve.settings import Settings
 from qserve.tracebacks import users_part
 from qserve.wire.codec import Codec
+from qserve.wire.options import Default
 from qserve.wire.spec import DeploymentSpec
+
+_NO_OVERRIDES = Overrides()
 
 
 @dataclass(frozen=True)
@@ -72,33 +77,42 @@ class Imported:
         return sorted(sources | set(self.config_files))
 
 
-def import_found(app: FoundApp, replicas: int | None = None, arguments: Mapping[str, str] | None = None) -> Imported:
+def import_found(app: FoundApp, overrides: Overrides = _NO_OVERRIDES) -> Imported:
     """Import what `find_app` has found.
-
-    Args:
-        replicas: Overrides `num_replicas` of every deployment.
-        arguments: For a function that builds an application.
 
     Raises:
         ConfigurationError: It cannot be imported, or there is nothing to deploy in it.
     """
     if is_config_file(app.name):
-        return _import_config_file(app, replicas, arguments)
+        return _import_config_file(app, overrides)
     try:
-        deployments = import_app(app.name, arguments)
+        deployments = _import_deployments(app.name, overrides)
     except ConfigurationError as exc:
         close = did_you_mean(app.name)
         missing = isinstance(exc.__cause__, ModuleNotFoundError) and "\n" not in str(exc)
         raise ConfigurationError(f"{exc}{close or (where_it_was_looked_for(app) if missing else '')}") from exc
-    return Imported([_imported(deployments, app.folder, replicas)])
+    return Imported([_imported(deployments, app.folder, overrides.replicas)])
 
 
-def _import_config_file(app: FoundApp, replicas: int | None, arguments: Mapping[str, str] | None) -> Imported:
-    if arguments:
+def _import_deployments(name: str, overrides: Overrides) -> Sequence[Deployment[Any]]:
+    if not overrides.is_of_one_application:
+        return import_app(name, overrides.arguments)
+    application = import_one_app(name, overrides.arguments)
+    route = Default.VALUE if overrides.route_prefix is None else overrides.route_prefix
+    try:
+        return make_graph(application, overrides.name or DEFAULT_NAME, route).deployments
+    except ValueError as exc:
+        raise ConfigurationError(str(exc)) from exc
+
+
+def _import_config_file(app: FoundApp, overrides: Overrides) -> Imported:
+    if overrides.arguments:
         raise ConfigurationError(f"Arguments are in the file {app.name!r}: `args:` of an application.")
+    if overrides.is_of_one_application:
+        raise ConfigurationError(f"Names and paths are in the file {app.name!r}: `name:` and `route_prefix:`.")
     file = read_config_file(Path(app.name))
     graphs = [configured_graph(file, index) for index in range(len(file.config.applications))]
-    imported = [_imported(graph.deployments, app.folder, replicas) for graph in graphs]
+    imported = [_imported(graph.deployments, app.folder, overrides.replicas) for graph in graphs]
     return Imported(imported, file.config, [Path(app.name)])
 
 

@@ -1,7 +1,6 @@
 """`qserve deploy`, `delete`, `shutdown`: change what a running instance serves."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -13,6 +12,7 @@ from qserve.cli.config.http_section import apply_to_running_instance
 from qserve.cli.instance import connected, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.project.lookup import app_argument, find_app
+from qserve.cli.project.overrides import Overrides, override_options
 from qserve.deployments import deploying
 from qserve.deployments.local_instance import find_record, find_settings, stop_instance
 from qserve.operating.operators import write_down
@@ -23,11 +23,6 @@ from qserve.wire.spec import WAITING
 @click.command()
 @redis_url_option
 @click.option(
-    "--replicas",
-    type=click.IntRange(min=1),
-    help="Number of replicas of every deployment, instead of what the code says.",
-)
-@click.option(
     "--timeout",
     type=click.FloatRange(min=0),
     default=60.0,
@@ -36,11 +31,11 @@ from qserve.wire.spec import WAITING
 )
 @click.option("--print-files", is_flag=True, hidden=True, help="Print the application's source files as JSON.")
 @app_argument
+@override_options
 def deploy(
     app: str | None,
     app_dir: Path | None,
-    arguments: Mapping[str, str],
-    replicas: int | None,
+    overrides: Overrides,
     timeout: float,
     print_files: bool,
 ) -> None:
@@ -54,7 +49,7 @@ def deploy(
     """
     log_to_stderr()
     settings = find_settings()
-    imported = import_found(find_app(app, app_dir), replicas, arguments)
+    imported = import_found(find_app(app, app_dir), overrides)
     if print_files:
         click.echo(json.dumps([str(path) for path in imported.files]))
     wait_for_redis(settings.redis_url, timeout)

@@ -21,6 +21,7 @@ from qserve.cli.gateway_options import gateway_options
 from qserve.cli.instance import check_port, state_of
 from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
 from qserve.cli.project.lookup import FoundApp, app_argument, find_app
+from qserve.cli.project.overrides import Overrides, override_options
 from qserve.cli.project.source import Watcher
 from qserve.deployments.head_start import HeadStart
 from qserve.deployments.local_instance import (
@@ -52,14 +53,10 @@ def _serving_options(command: Command) -> Command:
             redis_url_option,
             click.option("--host", show_default="127.0.0.1", help="Address to listen on."),
             click.option("--port", type=click.IntRange(0, 65535), show_default="8000", help="Port to listen on."),
-            click.option(
-                "--replicas",
-                type=click.IntRange(min=1),
-                help="Number of replicas of every deployment, instead of what the code says.",
-            ),
             click.option("-v", "--verbose", is_flag=True, help="Show all that the processes of the instance log."),
             gateway_options,
             app_argument,
+            override_options,
         )
     ):
         command = option(command)
@@ -96,10 +93,9 @@ def serve_until_ctrl_c(
     *,
     app: str | None,
     app_dir: Path | None,
-    arguments: Mapping[str, str],
+    overrides: Overrides,
     host: str | None,
     port: int | None,
-    replicas: int | None,
     reload: bool,
     debug: bool,
     verbose: bool,
@@ -111,7 +107,7 @@ def serve_until_ctrl_c(
     if debug:
         os.environ["QSERVE_DEBUG"] = "1"  # for gateway and replicas, which inherit it
     found = find_app(app, app_dir)
-    imported = import_found(found, replicas, arguments)
+    imported = import_found(found, overrides)
     serving = serving_options(imported.config, host, port, tls)
     os.environ.update(console_environment())
     settings = Settings()
@@ -128,7 +124,7 @@ def serve_until_ctrl_c(
                 shows_certificate=serving.shows_certificate,
             )
             relay.deploying = reload
-            redeploy = Reloader(found, replicas, arguments, imported.files, instance.settings) if reload else None
+            redeploy = Reloader(found, overrides, imported.files, instance.settings) if reload else None
             stay(settings.namespace, redeploy)
     except KeyboardInterrupt:
         stop(instance, "\nStopping; calls in flight may finish. Ctrl-C again does not wait for them.")
@@ -221,17 +217,13 @@ class Reloader:
     def __init__(
         self,
         app: FoundApp,
-        replicas: int | None,
-        arguments: Mapping[str, str],
+        overrides: Overrides,
         files: Sequence[Path],
         settings: Settings,
     ) -> None:
         self._watcher = Watcher(files)
         self._command = [sys.executable, "-m", "qserve.cli", "deploy", "--print-files", app.name]
-        self._command += [f"{name}={value}" for name, value in arguments.items()]
-        self._command += ["--app-dir", str(app.folder)]
-        if replicas is not None:
-            self._command += ["--replicas", str(replicas)]
+        self._command += [*overrides.as_arguments(), "--app-dir", str(app.folder)]
         self._environment = os.environ | {"QSERVE_REDIS_URL": settings.redis_url, "QSERVE_SECRET": settings.secret}
 
     def look(self) -> None:

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qserve.config_file.logging_config import LoggingConfig
+from qserve.config_file.quotes import key_taken_for, keys_changed_silently, taken_for
 from qserve.config_file.sections import (
     ApplicationSection,
     ConfigFile,
@@ -63,6 +64,16 @@ class FileWithLines:
             found.append(step)
         return tuple(found)
 
+    def node_at(self, place: Place) -> yaml.Node | None:
+        """What is at a place; None if there is nothing."""
+        node: yaml.Node | None = self._root
+        for step in place:
+            inner = _step(node, step)
+            if inner is None:
+                return None
+            node = inner[1]
+        return node
+
     def _line_of(self, place: Place) -> int:
         node, line = self._root, self._root.start_mark.line
         for step in place:
@@ -94,8 +105,9 @@ def read_config_file(path: Path) -> FileWithLines:
             f"{path} has to be a mapping with `applications:`, a list. `qserve build MODULE:NAME` writes an example."
         )
     file = FileWithLines(path, root)
-    if doubled := list(_doubled_keys(root)):
-        raise file.mistakes(doubled)
+    changed = [(place, f"{shown(place[:-1]) or 'the file'}: {said}") for place, said in keys_changed_silently(root)]
+    if mistaken := [*_doubled_keys(root), *changed]:
+        raise file.mistakes(mistaken)
     try:
         file.config = ConfigFile.model_validate(values)
     except ValidationError as exc:
@@ -116,13 +128,24 @@ def _mistakes_of(exc: ValidationError, file: FileWithLines, values: dict[str, An
     seen = set[Place]()
     for error in exc.errors(include_url=False, include_context=False):
         place = file.existing(error["loc"])
+        node = file.node_at(place)
+        if key := key_taken_for(node, error["input"]) if _is_of_key(error) else None:
+            yield (*place, key[0]), f"{shown(place) or 'the file'}: {key[1]}"
+            continue
         if place in seen and error["type"] != "missing":
             continue  # another member of a union
         seen.add(place)
+        if error["type"] == "string_type" and (taken := taken_for(node)):
+            yield place, f"{shown(place)}: {taken}"
+            continue
         full = (*place, error["loc"][-1]) if error["type"] == "missing" else place
         holder = tuple(step for step in place[:-1] if isinstance(step, str))
         section = _SECTIONS.get(holder)
         yield place, sentence(error, shown(full) or "the file", section.model_fields if section else ())
+
+
+def _is_of_key(error: Any) -> bool:
+    return bool(error["type"] == "invalid_key" or error["loc"][-1:] == ("[key]",))
 
 
 def _doubled_keys(node: yaml.Node, place: Place = ()) -> Iterator[tuple[Place, str]]:
@@ -139,7 +162,7 @@ def _doubled_keys(node: yaml.Node, place: Place = ()) -> Iterator[tuple[Place, s
             yield from _doubled_keys(value, (*place, index))
 
 
-def _step(node: yaml.Node, step: str | int) -> tuple[yaml.Node, yaml.Node] | None:
+def _step(node: yaml.Node | None, step: str | int) -> tuple[yaml.Node, yaml.Node] | None:
     """Where a step leads from a node: to a key, or an item of a list, and to its value."""
     if isinstance(node, yaml.MappingNode):
         return next(((key, value) for key, value in node.value if key.value == step), None)

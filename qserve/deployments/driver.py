@@ -15,6 +15,7 @@ from qserve.calls import process_client
 from qserve.calls.handle import handle_from_wire
 from qserve.deployments import deploying, local_instance
 from qserve.deployments.http_options import HTTPOptions
+from qserve.deployments.in_process import serving_here
 from qserve.durable.schedules import Schedules
 from qserve.errors import NoInstanceError
 from qserve.settings import Settings
@@ -83,6 +84,8 @@ class Driver:
         self._connected: ConnectedInstance | None = None
         self._local: local_instance.LocalInstance | None = None
         self._given: ConnectedInstance | None = None
+        self._here: ConnectedInstance | None = None
+        self._leaving_here = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def using(self, instance: ConnectedInstance) -> Iterator[None]:
@@ -92,6 +95,17 @@ class Driver:
             yield
         finally:
             self._given = before
+
+    def serve_here(self) -> ConnectedInstance:
+        """Let deployments run in this process from now on, until `start` or `shutdown`.
+
+        Raises:
+            ConfigurationError: `qserve[workers]` is not installed.
+        """
+        if self._given is None:
+            self._leaving_here.enter_context(serving_here("_local_testing_mode"))
+            self._here = self._given
+        return self.current()
 
     def current(self) -> ConnectedInstance:
         """The instance of this process.
@@ -123,6 +137,7 @@ class Driver:
             ConfigurationError: The instance cannot be started, or the Redis of QSERVE_REDIS_URL cannot be used.
             BrokerUnavailable: The Redis of QSERVE_REDIS_URL does not answer.
         """
+        self._stop_serving_here()
         if self._given is not None:
             return self._given
         settings = Settings()
@@ -154,6 +169,7 @@ class Driver:
         """Delete all deployments and stop the processes of the instance; harmless where there is none."""
         if self._given is not None:
             self._given.clear()
+            self._stop_serving_here()
             return
         with self._lock:
             try:
@@ -184,6 +200,11 @@ class Driver:
         """Stop the instance that this process has started, if there is one."""
         if self._local is not None:
             self._stop_at_exit(self._local)
+
+    def _stop_serving_here(self) -> None:
+        if self._here is not None and self._given is self._here:
+            self._here = None
+            self._leaving_here.close()
 
     def _own(self, running: ConnectedInstance) -> local_instance.LocalInstance | None:
         """The instance in use, if this process started it; the environment may name another one by now."""

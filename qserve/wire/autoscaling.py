@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import msgspec
 from pydantic import (
+    BaseModel,
     ConfigDict,
     NonNegativeFloat,
     NonNegativeInt,
@@ -64,6 +65,12 @@ IGNORED_NAMES: Final = frozenset(
 
 AUTO: Final = {"min_replicas": 1, "max_replicas": 100}
 """What `num_replicas="auto"` means."""
+
+
+class AutoscalingPolicy(BaseModel):
+    """A policy of Ray Serve, which is taken, and has no effect: the number of replicas follows the queue."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
 
 class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]

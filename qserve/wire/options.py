@@ -90,8 +90,13 @@ def _check_actor_options(name: str, value: Any) -> None:
             raise ValueError(f"Specifying {key!r} in ray_actor_options is not allowed.")
 
     environment = ((value or {}).get("runtime_env") or {}).get("env_vars") or {}
-    if not all(isinstance(each, str) for pair in environment.items() for each in pair):
-        raise TypeError("env_vars of ray_actor_options['runtime_env'] must be a dict of strings.")
+    _is_a(dict, "a dict")("env_vars of ray_actor_options['runtime_env']", environment)
+    for variable, text in environment.items():
+        if not isinstance(variable, str) or not isinstance(text, str):
+            raise TypeError(
+                f"env_vars of ray_actor_options['runtime_env'] must be strings, and {variable!r}: {text!r} is not. Put "
+                f'it between quotes: "{variable}": "{text}"'
+            )
 
 
 def _check_gpus(_name: str, value: Any) -> None:

@@ -17,7 +17,6 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "proxy_location": "it is http_options={'location': ...} here",
     "dedicated_cpu": "processes are not bound to processors",
     "grpc_options": "there is no gRPC; HTTP and handles go on working",
-    "local_testing_mode": "the deployments are run in processes as always",
 }
 """What is taken and has no effect, with what there is instead."""
 

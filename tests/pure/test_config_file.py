@@ -18,6 +18,7 @@ from qserve.cli.application import import_found
 from qserve.cli.command_line import main
 from qserve.cli.config.http_section import ServingOptions, serving_options
 from qserve.cli.project.lookup import find_app
+from qserve.cli.project.overrides import Overrides
 from qserve.config_file.configured import configured_graph
 from qserve.config_file.json_schema import schema_text
 from qserve.config_file.reading import FileWithLines, read_config_file
@@ -116,7 +117,28 @@ MISTAKES = {
     "the deployment is not named": (one("deployments: [{num_replicas: 2}]"), "deployments[0].name is missing."),
     "a variable is a number": (
         one("runtime_env: {env_vars: {PORT: 1}}"),
-        "applications[0].runtime_env.env_vars.PORT=1 is not possible: it should be a valid string.",
+        "line 3: applications[0].runtime_env.env_vars.PORT: "
+        'YAML takes 1 for a number. For text, put it between quotes: "1"',
+    ),
+    "a variable is a truth value": (
+        one("runtime_env: {env_vars: {DEBUG: off}}"),
+        'env_vars.DEBUG: YAML takes off for a truth value. For text, put it between quotes: "off"',
+    ),
+    "a variable of a deployment is a number": (
+        one("deployments: [{name: Price, ray_actor_options: {runtime_env: {env_vars: {PORT: 1}}}}]"),
+        'must be strings, and \'PORT\': 1 is not. Put it between quotes: "PORT": "1"',
+    ),
+    "a key is true or false in YAML 1.1": (
+        one("args:\n      NO: 1"),
+        'line 4: applications[0].args: YAML takes the key NO for a truth value. For text, put it between quotes: "NO"',
+    ),
+    "a key deep in a config is true or false in YAML 1.1": (
+        one("deployments: [{name: Price, user_config: {switch: [{on: 1}]}}]"),
+        'user_config.switch[0]: YAML takes the key on for a truth value. For text, put it between quotes: "on"',
+    ),
+    "a key is a number": (
+        one('runtime_env: {env_vars: {8080: "x"}}'),
+        'env_vars: YAML takes the key 8080 for a number. For text, put it between quotes: "8080"',
     ),
     "the code is to be fetched": (
         one('runtime_env: {working_dir: "https://there/code.zip"}'),
@@ -361,7 +383,9 @@ def test_a_config_file_is_imported_like_a_module_and_watched_itself(write: Write
     assert [each.name for each in imported.deployments] == ["shop.Price", "shop.Shop"]
     assert {each.name for each in imported.files} == {path.name, "shop.py"}
     with pytest.raises(ConfigurationError, match="Arguments are in the file"):
-        import_found(find_app("app.yaml", None), arguments={"a": "1"})
+        import_found(find_app("app.yaml", None), Overrides(arguments={"a": "1"}))
+    with pytest.raises(ConfigurationError, match="Names and paths are in the file"):
+        import_found(find_app("app.yaml", None), Overrides(name="shop"))
 
 
 def test_pyproject_may_name_a_config_file(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,15 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from qserve.cli.application import Imported, import_found
 from qserve.cli.command_line import main
 from qserve.cli.project.init import _NAMES
-from qserve.cli.project.lookup import find_app
+from qserve.cli.project.lookup import app_argument, find_app
+from qserve.cli.project.overrides import Overrides, override_options
 from qserve.deployments.local_instance import LaunchOptions, launch
 from qserve.errors import ConfigurationError
 from qserve.settings import Settings
@@ -56,6 +58,31 @@ def imported(app: str | None = None, app_dir: Path | None = None) -> Imported:
 def test_without_an_argument_the_usual_files_are_tried(write: Write, file: str) -> None:
     write(file, APP)
     assert [each.name for each in imported().deployments] == ["hello"]
+
+
+def test_the_command_line_names_an_application_and_its_path(write: Write) -> None:
+    write("app.py", APP + "app = hello.bind()\n")
+    write("plain.py", APP)
+    for module in ("app", "plain"):
+        found = import_found(find_app(module, None), Overrides(name="shop", route_prefix="/shop", replicas=2))
+        assert [(each.name, each.route_prefix, each.num_replicas) for each in found.deployments] == [
+            ("shop.hello", "/shop", 2)
+        ]
+    with pytest.raises(ConfigurationError, match="must start with '/'"):
+        import_found(find_app("app", None), Overrides(route_prefix="shop"))
+
+
+def test_the_command_line_is_the_same_when_it_is_written_again(write: Write) -> None:
+    @click.command()
+    @app_argument
+    @override_options
+    def show(app: str, app_dir: Path, overrides: Overrides) -> None:
+        seen.append(overrides)
+
+    seen: list[Overrides] = []
+    show.main(["app", "a=b", "--name", "shop", "--route-prefix", "/x", "--replicas", "3"], standalone_mode=False)
+    show.main(["app", *seen[0].as_arguments()], standalone_mode=False)
+    assert seen == [Overrides(3, "shop", "/x", {"a": "b"})] * 2
 
 
 def test_pyproject_names_the_application_from_any_folder_below(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,47 @@
+"""`serve.run(..., _local_testing_mode=True)`, as Ray Serve has it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qserve
+from qserve import serve
+from qserve.testing import local
+
+
+@serve.deployment
+class Prices:
+    def __init__(self, cents: int = 30) -> None:
+        self.cents = cents
+
+    def of(self, fruit: str) -> tuple[int, int]:
+        return self.cents * len(fruit), os.getpid()
+
+
+@serve.deployment
+class Shop:
+    def __init__(self, prices: Any) -> None:
+        self.prices = prices
+
+    async def total(self, fruit: str) -> tuple[int, int]:
+        return await self.prices.of.remote(fruit)  # type: ignore[no-any-return]
+
+
+def test_applications_run_in_this_process_until_shutdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QSERVE_RUNTIME_DIR", str(tmp_path))
+
+    shop = serve.run(Shop.bind(Prices.bind()), _local_testing_mode=True)
+    (other,) = serve.run_many([serve.RunTarget(Shop.bind(Prices.bind(5)), "other")], _local_testing_mode=True)
+
+    assert shop.total.remote("fig").result(timeout_s=10) == (90, os.getpid())
+    assert other.total.remote("fig").result(timeout_s=10) == (15, os.getpid())
+    assert {*serve.status().applications} == {"default", "other"}
+    with local(Prices):
+        assert [*serve.list_deployments()] == ["Prices"]
+    assert len(serve.list_deployments()) == 4
+
+    serve.shutdown()
+    with pytest.raises(qserve.NoInstanceError):
+        serve.list_deployments()
