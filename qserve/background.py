@@ -1,13 +1,18 @@
-"""Background tasks: started so that a failure is logged, and ended so that none is left."""
+"""Background tasks: started so that a failure is logged, ended so that none is left, and awake at the same moments."""
 
 import asyncio
 import logging
+import os
+import time
 from collections.abc import Coroutine
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 _INSIST_EVERY_S = 0.1
+_SHORTEST = 0.1
+_GOLDEN = 0.6180339887498949
+"""Its multiples lie evenly between two integers, so processes do not all wake at once."""
 _running: set["asyncio.Task[None]"] = set()
 
 
@@ -30,6 +35,16 @@ async def end(*tasks: "asyncio.Task[None] | None") -> None:
         for task in waiting:
             task.cancel()
         _, waiting = await asyncio.wait(waiting, timeout=_INSIST_EVERY_S)
+
+
+def until_next(interval_s: float) -> float:
+    """How many seconds to sleep between things that are done every so often.
+
+    Whatever a process does with the same interval it does at the same moments, which are its own. So one that has
+    nothing to do wakes once for all of it, and its commands leave in one write.
+    """
+    pause = interval_s - (time.monotonic() + os.getpid() * _GOLDEN * interval_s) % interval_s
+    return pause if pause > _SHORTEST * interval_s else pause + interval_s  # a timer may be a little early
 
 
 def _ended(task: "asyncio.Task[None]") -> None:

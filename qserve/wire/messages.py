@@ -158,13 +158,13 @@ class Control(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     Attributes:
         verb: `cancel` a call; `sweep` after a neighbour's death; `leave`, and let another replica take the place; note
-            where the threads stand (`stacks`); `send` what was lent; `adopt` a call, for its model; or
-            `take_back` one that was handed over.
+            where the threads stand (`stacks`); `send` what was lent; `adopt` a call, for its model;
+            `take_back` one that was handed over; or `move` calls to the queue that are due.
         entry: The call to cancel, adopt or take back; or which content of which segment to send, and under which name.
         inherited: Cancel it even if it is not safe: it is part of a call that is.
     """
 
-    verb: Literal["cancel", "sweep", "leave", "stacks", "send", "adopt", "take_back"]
+    verb: Literal["cancel", "sweep", "leave", "stacks", "send", "adopt", "take_back", "move"]
     entry: str = ""
     inherited: bool = False
 

@@ -202,7 +202,7 @@ class TestFramesOfStrangers:
         flipped = bytearray(signer.seal(answer))
         flipped[-1] ^= 1
         forged = [
-            b"",
+            b"x",
             b"\x00" + answer,
             Signer((b"another key",)).seal(answer),
             bytes(flipped),

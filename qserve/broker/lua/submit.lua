@@ -13,6 +13,7 @@ if meta[2] then return {-2, meta[2]} end
 local base, deployment, now = ARGV[1], ARGV[2], now_ms()
 local depth = redis.call('XLEN', KEYS[1]) + redis.call('ZCARD', KEYS[3]) + redis.call('ZCARD', KEYS[4])
 local room = tonumber(meta[1]) - depth
+local SEEN_IN_TIME_MS, INBOX_TTL_MS = 1500, 35000
 local out = {depth}
 
 -- Which calls have an idempotency key: several only where different clients chose the same one.
@@ -30,6 +31,8 @@ local function adopt(base, parent, id)
   local count = redis.call('HINCRBY', record, 'children', 1)
   if count <= CHILDREN_KEPT then redis.call('HSET', record, 'c' .. count, id) end
 end
+
+local is_first = false  -- a call waits now before which none did: whoever moves them does not know of it
 
 local function submit(id, frame, delay, expires, kind, method, waiter, low, idem, body, idem_ttl, ttl, celery, key, parent)
   local record = base .. 'call:' .. id
@@ -63,9 +66,11 @@ local function submit(id, frame, delay, expires, kind, method, waiter, low, idem
     put('due', whole(now + delay))
     put('frame', frame)
     redis.call('ZADD', KEYS[3], now + delay, id)
+    is_first = is_first or (tonumber(delay) < SEEN_IN_TIME_MS and redis.call('ZRANGE', KEYS[3], 0, 0)[1] == id)
   elseif low == 'b' then
     put('frame', frame)
     wait_in_turn(KEYS[4], now, id)
+    is_first = is_first or redis.call('ZCARD', KEYS[4]) == 1
   else
     local entry = enqueue(KEYS[1], id, frame)
     if not entry then return -1 end
@@ -79,5 +84,10 @@ for i = 3, #ARGV, 15 do
   local answer = submit(unpack(ARGV, i, i + 14))
   if answer == -1 then return {-1} end
   out[#out + 1] = answer
+end
+if is_first then
+  -- Not every user of Redis may read who that is: then it looks by itself, within a second.
+  local mover = redis.pcall('GET', base .. 'mover:' .. deployment)
+  if type(mover) == 'string' then tell(base, mover, '', INBOX_TTL_MS) end
 end
 return out

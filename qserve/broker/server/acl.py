@@ -63,7 +63,7 @@ ROLES = (
         "qserve_gateway",
         f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL} subscribe unsubscribe",
         keys=f"{_CALL_KEYS} dead:* gateways sampler exporter audit",
-        reads=f"{_STATE_KEYS} {_REPORTS}",
+        reads=f"{_STATE_KEYS} {_REPORTS} mover:*",
         channels=_ANY_CALL,
     ),
     Role(
@@ -80,6 +80,7 @@ ROLES = (
         "qserve deploy, delete, shutdown, dead and call; programs that deploy",
         f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL} sadd srem hexists xgroup|create",
         keys=f"{_CALL_KEYS} {_STATE_KEYS} {_REPORTS} dead:* audit",
+        reads="mover:*",
         channels=_ANY_CALL,
     ),
     Role(
@@ -87,7 +88,7 @@ ROLES = (
         "programs that call deployments through handles",
         f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL}",
         keys=_CALL_KEYS,
-        reads=f"{_STATE_KEYS} {_REPORTS}",
+        reads=f"{_STATE_KEYS} {_REPORTS} mover:*",
         channels=_ANY_CALL,
     ),
     Role(

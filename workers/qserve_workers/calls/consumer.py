@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 
-from qserve.background import end, spawn
+from qserve.background import end, spawn, until_next
 from qserve.broker.connection import Answer
 from qserve.broker.large.lending import Lending
 from qserve.broker.link import CHECK_EVERY_S, Link
@@ -60,6 +60,7 @@ class Consumer:
 
     Attributes:
         link: The connections of everything that has to do with calls.
+        mover: Puts calls on the queue that are due.
         slots: The calls that are taken and not answered.
         takeover_wanted: Set when this replica has room for calls of dead ones.
     """
@@ -88,7 +89,7 @@ class Consumer:
         self.queue = queue = ReplicaQueue(settings.keys, spec.name, replica)
         self._reading = QueueReading(queue, link, self._arrived)
         self._answers = Answers(settings, signer, queue, link, lending)
-        self._mover = Mover(settings, spec.name, replica, link)
+        self.mover = Mover(settings, spec.name, replica, link)
         self._conversations = conversations = Conversations(
             *(settings, signer, link, replica),
             on_streaming=self._changed.set,
@@ -106,7 +107,7 @@ class Consumer:
             *(settings, signer, codec, *common), clock=self._clock, conversations=conversations, hooks=hooks
         )
         durable = (settings, signer, codec, replica, *common)
-        self._durable = DurableRuns(*durable, clock=self._clock, hooks=hooks, on_retry=self._mover.look_in)
+        self._durable = DurableRuns(*durable, clock=self._clock, hooks=hooks, on_retry=self.mover.look_in)
         self._triage = Triage(
             *(settings, link, slots, Arrivals(settings, signer, spec.name, link), self._answers),
             *(self._ordinary, self._durable, self._suspects, self.withdrawn, self.affinity),
@@ -126,7 +127,7 @@ class Consumer:
         """Begin, or go on, to take calls."""
         self._code = code
         self._is_accepting = True
-        self._mover.start()
+        self.mover.start()
         self.affinity.accept()
         self._read_more()
 
@@ -164,7 +165,7 @@ class Consumer:
 
     async def stop(self) -> bool:
         """Answer what never ended, and disconnect; False if an answer may not have arrived."""
-        await self._mover.stop()
+        await self.mover.stop()
         for running in self.slots.calls:
             self._ordinary.abandon(running)
         self._answers.insist()
@@ -243,7 +244,7 @@ class Consumer:
     async def _watch_link(self) -> None:
         sample_at = time.monotonic() + SAMPLE_EVERY_S
         while True:
-            await asyncio.sleep(CHECK_EVERY_S)
+            await asyncio.sleep(until_next(CHECK_EVERY_S))
             self.link.check()
             if self.link.sender.is_open and time.monotonic() >= sample_at:
                 sample_at = time.monotonic() + SAMPLE_EVERY_S

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from qserve.background import end, spawn
+from qserve.background import end, spawn, until_next
 from qserve.broker.link import Link
 from qserve.broker.records import Records
 from qserve.errors import QServeError
@@ -12,12 +12,15 @@ from qserve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S, _HOLDER_LOOKS_EVERY_S = 1.0, 0.25
+_LOOK_EVERY_S = 1.0
+_SOON_S = 0.02
+"""How often to look while calls of low priority wait for the queue to be empty."""
 
 
 class Mover:
-    """Looks for calls that are due. Every replica has one; the one with the lease looks four times a second, the others
-    ask for the lease.
+    """Looks for calls that are due. Every replica has one, of which one has the lease and the others ask for it.
+
+    Whoever has it looks when the next call is due that it knows of, and is woken when one is submitted before that.
     """
 
     def __init__(self, settings: Settings, deployment: str, replica: str, link: Link) -> None:
@@ -25,6 +28,7 @@ class Mover:
         self._replica = replica
         self._link = link
         self._records = Records(settings.keys)
+        self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -39,10 +43,17 @@ class Mover:
         """Look once at that time, whoever has the lease: this replica knows of a call that is due then."""
         asyncio.get_running_loop().call_later(seconds + 0.002, lambda: spawn(self._look_once()))
 
+    def wake(self) -> None:
+        """Look now, or once more when the look under way is over."""
+        self._woken.set()
+
     async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
-            pause = await self._look(anyway=False)
-            await asyncio.sleep(pause)
+            self._woken.clear()
+            timer = loop.call_later(await self._look(anyway=False), self._woken.set)
+            await self._woken.wait()
+            timer.cancel()
 
     async def _look_once(self) -> None:
         await self._look(anyway=True)
@@ -50,7 +61,7 @@ class Mover:
     async def _look(self, *, anyway: bool) -> float:
         sender = self._link.sender
         if not sender.is_open:
-            return _LOOK_EVERY_S
+            return until_next(_LOOK_EVERY_S)
         reach("due")
         try:
             ours, moved, next_ms, low = await self._records.move_due(
@@ -64,8 +75,8 @@ class Mover:
         if moved:
             reach("moved")
         if ours != b"1":
-            return _LOOK_EVERY_S
+            return until_next(_LOOK_EVERY_S)
         if moved and (low or next_ms == 0):
             return 0.01
-        pause = _HOLDER_LOOKS_EVERY_S if not low else 0.02
+        pause = _SOON_S if low else until_next(_LOOK_EVERY_S)
         return pause if next_ms < 0 else min(pause, next_ms / 1000 + 0.002)

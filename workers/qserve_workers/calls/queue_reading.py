@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Callable
 
+from qserve.background import until_next
 from qserve.broker.connection import Answer
-from qserve.broker.link import BLOCK_MS, Link
+from qserve.broker.link import BLOCK_MS, CHECK_EVERY_S, Link
 from qserve.broker.replica_queue import ReplicaQueue
 
 
@@ -22,6 +23,7 @@ class QueueReading:
         self._reader = 0
         self._ended = asyncio.Event()
         self.is_under_way = False
+        self._block_ms = BLOCK_MS
         self.most = 0
         """How many calls the read under way may bring."""
 
@@ -33,7 +35,7 @@ class QueueReading:
         """Wait for up to so many calls."""
         self.is_under_way = True
         self.most = most
-        self._queue.read(self._link.waiter, self._answered, most=most, block_ms=BLOCK_MS)
+        self._queue.read(self._link.waiter, self._answered, most=most, block_ms=self._block_ms)
 
     def cut_short(self) -> None:
         """Let the read end now.
@@ -54,4 +56,5 @@ class QueueReading:
         self.is_under_way = False
         self.most = 0
         self._ended.set()
+        self._block_ms = BLOCK_MS if answer else int(1000 * until_next(CHECK_EVERY_S))
         self._on_answer(answer)

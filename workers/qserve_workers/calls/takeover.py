@@ -1,13 +1,11 @@
 """Looks after the neighbours: notices replicas that died or left, and takes over the calls they had."""
 
 import asyncio
-import contextlib
 import logging
-import random
 import time
 from collections import Counter
 
-from qserve.background import end, spawn
+from qserve.background import end, spawn, until_next
 from qserve.broker.connection import Connection
 from qserve.broker.counters import count
 from qserve.broker.instance.heartbeats import DIED, LEFT
@@ -78,12 +76,14 @@ class Takeover:
         self._wanted.set()
 
     async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
-            pause = self._settings.beat_interval_s * random.uniform(0.8, 1.2)  # noqa: S311
+            pause = until_next(self._settings.beat_interval_s)
             if self._gone_since:
                 pause = min(pause, _SOON_S)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wanted.wait(), pause)
+            timer = loop.call_later(pause, self._wanted.set)
+            await self._wanted.wait()
+            timer.cancel()
             self._wanted.clear()
             connection = self._consumer.link.sender
             if not connection.is_open:

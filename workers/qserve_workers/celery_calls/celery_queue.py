@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 QUEUE = "qserve"
 """The queue that Celery clients send tasks to."""
-_LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S, _OTHERS_LOOK_EVERY_S = 1.0, 3.0
 _REST_S = 3.0
 """How long a server is left alone that does not answer: the worker has children to look after."""
 _OVERDUE_S = 10.0
@@ -36,7 +36,7 @@ _TROUBLES = (BrokerUnavailable, ConfigurationError, CommandRefused)
 
 
 class CeleryQueue:
-    """Reads the queue for the whole instance while it has the lease; else sees every second whether that is free.
+    """Reads the queue for the whole instance while it has the lease; else sees now and then whether that is free.
 
     Belongs to the worker's event loop, Celery's hub.
     """
@@ -46,6 +46,7 @@ class CeleryQueue:
         self._lists = CeleryLists(settings.redis_url, settings.keys, QUEUE, secrets.token_hex(8))
         self._hub: Any = None
         self._timer: Any = None
+        self._has_lease = False
         self._waits_since = 0.0
         self._is_troubled = False
         self._rests_until = 0.0
@@ -53,8 +54,7 @@ class CeleryQueue:
     def start(self, hub: Any) -> None:
         """Begin to read."""
         self._hub = hub
-        self._timer = hub.call_repeatedly(_LOOK_EVERY_S, self._look)
-        hub.call_soon(self._look)
+        self._timer = hub.call_later(0, self._look_again_and_again)
 
     def stop(self) -> None:
         """Leave the rest to others."""
@@ -67,11 +67,17 @@ class CeleryQueue:
         self._lists.close()
         self._desk.close()
 
+    def _look_again_and_again(self) -> None:
+        self._look()
+        pause = _LOOK_EVERY_S if self._has_lease else _OTHERS_LOOK_EVERY_S
+        self._timer = self._hub.call_later(pause, self._look_again_and_again)
+
     def _look(self) -> None:
         if self._timer is None or time.monotonic() < self._rests_until:
             return
         try:
-            if not self._lists.hold_lease():
+            self._has_lease = self._lists.hold_lease()
+            if not self._has_lease:
                 self._wait_no_more()
                 return
             if self._lists.is_waiting and time.monotonic() - self._waits_since > _OVERDUE_S:

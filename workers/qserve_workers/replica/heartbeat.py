@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_GAP_S = 2.0
 _COMMAND_TIMEOUT_S = 2.0
+_ARM_AGAIN = 0.1
+"""In parts of `max_loop_stall_s`."""
 _STDERR = 2
 """The descriptor: Celery puts an object without one in place of sys.stderr."""
 
@@ -61,6 +63,7 @@ class Heartbeat:
         self._serving = False
         self._held: list[bytes] = []
         self._ticked_at = 0.0
+        self._arm_at = 0.0
         self._asked_at = 0.0
         self._stop = threading.Event()
         self._next_beat = threading.Event()
@@ -90,8 +93,11 @@ class Heartbeat:
     def _tick(self) -> None:
         self._ticked_at = time.monotonic()
         self._held = self._entries()
-        if self._serving and not self._stop.is_set():
-            faulthandler.dump_traceback_later(self._settings.max_loop_stall_s, exit=True, file=_STDERR)
+        if self._serving and not self._stop.is_set() and self._ticked_at >= self._arm_at:
+            # Each time is a thread for the C library to start: so now and then, and longer by as much.
+            limit = self._settings.max_loop_stall_s
+            self._arm_at = self._ticked_at + _ARM_AGAIN * limit
+            faulthandler.dump_traceback_later((1 + _ARM_AGAIN) * limit, exit=True, file=_STDERR)
         self._on_tick()
 
     def _run(self) -> None:
@@ -105,13 +111,13 @@ class Heartbeat:
                     beaten_at = time.monotonic()
             if self._serving:
                 self._on_look(client, started - self._asked_at if self._ticked_at < self._asked_at else 0.0)
+            if self._ticked_at >= self._asked_at:  # last, so that the two threads need not wait for each other
+                self._asked_at = time.monotonic()
+                self._on_loop(self._tick)
             self._next_beat.wait(self._settings.beat_interval_s)
             self._next_beat.clear()
             if self._stop.is_set():
                 break
-            if self._ticked_at >= self._asked_at:
-                self._asked_at = time.monotonic()
-                self._on_loop(self._tick)
         client.close()
 
     def _beat(self, client: redis_clients.Client, ask: list[bytes]) -> bool:

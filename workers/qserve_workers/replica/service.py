@@ -265,6 +265,8 @@ class Service:
             self._consumer.affinity.take(control, about)
         elif control.verb == "leave":
             self._wishes.shall_leave.set()
+        elif control.verb == "move":
+            self._consumer.mover.wake()
         elif control.verb == "stacks":
             self._consumer.slots.counts.note_stacks()
         else:
