@@ -34,6 +34,7 @@ from qserve.wire.messages import (
 )
 from qserve.wire.spec import DeploymentSpec, GatewayInfo, HttpSettings, MiddlewareSpec, Target
 from tests.support import recording_hooks
+from tests.support.processes import end_at_once
 from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
@@ -86,11 +87,7 @@ def start(settings: Settings) -> Iterator[Start]:
         return Process(process, json.loads(line))
 
     yield start
-    for process in started:
-        process.kill()
-        process.wait()
-        assert process.stderr is not None
-        process.stderr.close()
+    end_at_once(*started)
 
 
 def deploy(state: State, name: str, route: str | None, **options: Any) -> str:

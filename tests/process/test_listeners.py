@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from qserve.settings import Settings
+from tests.support.processes import end_at_once
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
 
@@ -38,8 +39,7 @@ def process(sock: socket.socket, settings: Settings, tmp_path: Path) -> Iterator
     command = [sys.executable, "-m", "tests.support.third_listener", str(sock.fileno()), str(tmp_path / "ready")]
     process = subprocess.Popen(command, env=os.environ | variables, pass_fds=[sock.fileno()])
     yield process
-    process.kill()
-    process.wait()
+    end_at_once(process)
 
 
 def test_a_third_listener_is_started_with_the_others_and_finishes_what_it_has_begun(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qserve.settings import Settings
+from tests.support.processes import end_at_once
 from tests.support.raw_http import Address
 from tests.support.slowness import patience
 
@@ -57,5 +58,4 @@ def gateway(settings: Settings, *arguments: str, **variables: object) -> Iterato
             ready = json.loads(pipe.readline())
         yield Gateway(process, ready)
     finally:
-        process.kill()
-        process.communicate()
+        end_at_once(process)
