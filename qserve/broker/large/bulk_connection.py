@@ -14,6 +14,8 @@ from qserve.wire.parts import Buffer
 _TIMEOUT_S = 30.0
 _CONNECT_TIMEOUT_S = 5.0
 _BUFFER = 64 * 1024
+_ON_THE_WAY = 2 * 1024 * 1024
+"""Bytes that the kernel may hold for the server, so that more is made ready meanwhile; TCP sees to it itself."""
 
 
 class BulkConnection:
@@ -43,25 +45,34 @@ class BulkConnection:
         self.send(command)
         return self.answer()
 
-    def send(self, command: Sequence[Any], large: Sequence[Buffer] = ()) -> None:
-        """Send a command; the argument None is the bytes of `large`, one after the other."""
-        head: list[bytes] = [b"*%d\r\n" % len(command)]
-        try:
+    def send(self, *commands: Sequence[Any]) -> None:
+        """Send commands; an argument that is a list is the bytes in it, one after the other."""
+        pieces: list[Buffer] = []
+        small = bytearray()
+        for command in commands:
+            small += b"*%d\r\n" % len(command)
             for argument in command:
-                if argument is None:
-                    head.append(b"$%d\r\n" % sum(map(len, large)))
-                    self._write([b"".join(head), *large])
-                    head = [b"\r\n"]
+                if isinstance(argument, list):
+                    small += b"$%d\r\n" % sum(map(len, argument))
+                    for part in argument:
+                        if len(part) < _BUFFER:
+                            small += part
+                        else:
+                            pieces += [small, part]
+                            small = bytearray()
+                    small += b"\r\n"
                 else:
                     data = argument if isinstance(argument, bytes) else str(argument).encode()
-                    head.append(b"$%d\r\n%b\r\n" % (len(data), data))
-            self._write([b"".join(head)])
+                    small += b"$%d\r\n%b\r\n" % (len(data), data)
+        pieces.append(small)
+        try:
+            self._write(pieces)
         except OSError as exc:
             raise BrokerUnavailable(f"the connection to Redis was lost: {exc}") from exc
 
-    def _write(self, parts: list[Buffer]) -> None:
-        for part in parts:
-            self._socket.sendall(part)
+    def _write(self, pieces: list[Buffer]) -> None:
+        for piece in pieces:
+            self._socket.sendall(piece)
 
     def answer(self) -> Any:
         """Read one answer; raises CommandRefused where it is an error."""
@@ -135,6 +146,7 @@ def _connect(broker: Broker) -> socket.socket:
         if broker.path:
             made = socket.socket(socket.AF_UNIX)
             made.settimeout(_TIMEOUT_S)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ON_THE_WAY)
             made.connect(broker.path)
             return made
         host, port = broker.host, broker.port

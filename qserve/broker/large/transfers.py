@@ -6,6 +6,7 @@ taken and checked while others are on their way. Each is signed, together with t
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from qserve.broker.keys import Keys
@@ -16,6 +17,8 @@ from qserve.wire.parts import fresh
 
 CHUNK = 1024 * 1024
 WINDOW = 16
+_GRANT = 4
+"""Chunks that the receiver makes room for at a time."""
 _TTL_MS = 30_000
 _PATIENCE_S = 10
 _ON_THEIR_WAY = 8
@@ -44,38 +47,36 @@ class Transfers:
             TransferBroken: The receiver is gone.
             BrokerUnavailable, CommandRefused: Redis cannot be used.
         """
-        connection = BulkConnection.open(self.url)
-        try:
+        with closing(BulkConnection.open(self.url)) as connection, closing(BulkConnection.open(self.url)) as waiting:
             ready, room = self.keys.transfer(name, "ready"), self.keys.transfer(name, "room")
+            # On a connection of its own, where it holds nothing up: mostly the answer is there before it is needed.
+            waiting.send(("BLPOP", room, _PATIENCE_S))
             allowed, unread = WINDOW, 0
             for number, chunk in enumerate(_chunks(parts)):
-                while number >= allowed:
-                    unread = _read(connection, unread)
-                    if connection.call("BLPOP", room, _PATIENCE_S) is None:
+                if number == allowed:
+                    if waiting.answer() is None:
                         raise TransferBroken(f"the receiver of transfer {name} is gone")
-                    allowed += 1
+                    waiting.send(("BLPOP", room, _PATIENCE_S))
+                    allowed += _GRANT
                 tag = self.signer.tag(_about(name, number), chunk)
                 if not is_there():
                     break
-                connection.send(("SET", self.keys.transfer(name, str(number)), None, "PX", _TTL_MS), (tag, chunk))
-                connection.send(("RPUSH", ready, number))
-                connection.send(("PEXPIRE", ready, _TTL_MS))
+                connection.send(
+                    ("SET", self.keys.transfer(name, str(number)), [tag, chunk], "PX", _TTL_MS),
+                    ("RPUSH", ready, number),
+                    ("PEXPIRE", ready, _TTL_MS),
+                )
                 unread = _read(connection, unread + 3, _ON_THEIR_WAY * 3)
             else:
                 _read(connection, unread)
                 return
             _read(connection, unread)
             self._refuse(connection, name)
-        finally:
-            connection.close()
 
     def refuse(self, name: str) -> None:
         """Tell whoever receives under that name that there is nothing."""
-        connection = BulkConnection.open(self.url)
-        try:
+        with closing(BulkConnection.open(self.url)) as connection:
             self._refuse(connection, name)
-        finally:
-            connection.close()
 
     def _refuse(self, connection: BulkConnection, name: str) -> None:
         ready = self.keys.transfer(name, "ready")
@@ -92,27 +93,29 @@ class Transfers:
         """
         parts = [fresh(size) for size in sizes]
         places = list(_chunks(parts))
-        connection = BulkConnection.open(self.url)
-        try:
-            asked = 0
-            for number, place in enumerate(places):
-                while asked < len(places) and asked < number + _ON_THEIR_WAY:
-                    self._ask(connection, name, asked)
-                    asked += 1
-                self._take(connection, name, number, place)
-        except BaseException:
-            self._clean_up(name, len(places))
-            raise
-        finally:
-            connection.close()
+        with closing(BulkConnection.open(self.url)) as connection:
+            try:
+                asked = 0
+                for number, place in enumerate(places):
+                    while asked < len(places) and asked < number + _ON_THEIR_WAY:
+                        self._ask(connection, name, asked)
+                        asked += 1
+                    self._take(connection, name, number, place)
+            except BaseException:
+                self._clean_up(name, len(places))
+                raise
         return parts
 
     def _ask(self, connection: BulkConnection, name: str, number: int) -> None:
         room = self.keys.transfer(name, "room")
-        connection.send(("BLPOP", self.keys.transfer(name, "ready"), _PATIENCE_S))
-        connection.send(("GETDEL", self.keys.transfer(name, str(number))))
-        connection.send(("RPUSH", room, "1"))
-        connection.send(("PEXPIRE", room, _TTL_MS))
+        take = (
+            ("BLPOP", self.keys.transfer(name, "ready"), _PATIENCE_S),
+            ("GETDEL", self.keys.transfer(name, str(number))),
+        )
+        if _gives_room(number):
+            connection.send(*take, ("RPUSH", room, "1"), ("PEXPIRE", room, _TTL_MS))
+        else:
+            connection.send(*take)
 
     def _take(self, connection: BulkConnection, name: str, number: int, place: memoryview) -> None:
         said = connection.answer()
@@ -126,15 +129,18 @@ class Transfers:
             raise FrameRejected(f"chunk {number} of a large value is {'missing' if size is None else 'cut'}")
         if not self.signer.holds(bytes(tag), _about(name, number), place):
             raise FrameRejected(f"chunk {number} of a large value that no accepted key signed")
-        _read(connection, 2)
+        if _gives_room(number):
+            _read(connection, 2)
 
     def _clean_up(self, name: str, count: int) -> None:
-        connection = BulkConnection.open(self.url)
-        try:
+        with closing(BulkConnection.open(self.url)) as connection:
             keys = [self.keys.transfer(name, str(number)) for number in range(count)]
             connection.call("DEL", *keys, self.keys.transfer(name, "ready"), self.keys.transfer(name, "room"))
-        finally:
-            connection.close()
+
+
+def _gives_room(number: int) -> bool:
+    """Whether the receiver of this chunk says that there is room for `_GRANT` more."""
+    return number % _GRANT == _GRANT - 1
 
 
 def _about(name: str, number: int) -> bytes:
