@@ -73,7 +73,7 @@ def _dies_with_parent(signum: signal.Signals) -> Callable[[], None] | None:
     prctl = ctypes.CDLL(None).prctl  # looked up before the fork: nothing may take a lock after it
     parent = os.getpid()
 
-    def ask_for_signal() -> None:
+    def ask_for_signal() -> None:  # pragma: no cover (between fork and exec)
         prctl(_PR_SET_PDEATHSIG, int(signum))
         if os.getppid() != parent:  # it died before we asked
             os._exit(1)
@@ -98,7 +98,7 @@ def start_program(command: Sequence[str], *, death_signal: signal.Signals) -> in
     """
     ask_for_signal = _dies_with_parent(death_signal)
 
-    def begin() -> None:
+    def begin() -> None:  # pragma: no cover (between fork and exec)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if ask_for_signal is not None:
             ask_for_signal()

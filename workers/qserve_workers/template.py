@@ -90,8 +90,13 @@ def _fork(node: socket.socket) -> tuple[int, int] | None:
     """
     pid_reader, pid_writer = os.pipe()
     may_begin, permission = os.pipe()
-    between = os.fork()
-    if between == 0:  # ends at once, so that the node becomes the parent of what it forks
+    try:
+        between = os.fork()
+    except OSError:
+        for descriptor in (pid_reader, pid_writer, may_begin, permission):
+            os.close(descriptor)
+        raise
+    if between == 0:  # ends at once, so that the node becomes the parent of what it forks  # pragma: no cover
         try:
             pid = os.fork()
         except OSError:

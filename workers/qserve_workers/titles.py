@@ -2,17 +2,7 @@
 
 import os
 
-try:
-    from setproctitle import getproctitle, setproctitle
-except ImportError:  # they work as well without
-
-    def getproctitle() -> str:
-        """There is none."""
-        return ""
-
-    def setproctitle(title: str) -> None:
-        """Leave the title as it is."""
-
+from setproctitle import getproctitle, setproctitle
 
 KEEPS_ENVIRONMENT = "SPT_NOENV"
 """Tells setproctitle to write over the command line only: /proc/PID/environ stays what it is."""
