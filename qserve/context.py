@@ -27,7 +27,7 @@ class CallInfo:
     """The call that is being run.
 
     Attributes:
-        request_id: Its id.
+        request_id: The id of the request that it is a part of, as the client knows it.
         attempt: 1 for its first delivery, 2 for its second, ...
         deadline: When it has to end, on `time.monotonic`; None once it streams, which may take as long as it takes.
         nested: The calls it has made that have not ended.
@@ -46,7 +46,7 @@ class CallInfo:
 
     @property
     def call_id(self) -> str:
-        """The id of the call itself, which `request_id` is not where the request has another one."""
+        """The id of the call itself."""
         return self.lineage.rpartition(" ")[2] or self.request_id
 
     def limit(self, timeout_s: float) -> float:
@@ -116,7 +116,7 @@ class ReplicaContext:
 
     @property
     def request_id(self) -> str | None:
-        """The id of the call that is being run; None outside of calls."""
+        """The id of the request that led to this call: `X-Request-Id`, or the id of the first call; None outside."""
         call = current_call.get()
         return call.request_id if call is not None else None
 

@@ -70,7 +70,7 @@ class ReplicaCall:
     """A call that a replica is about to run.
 
     Attributes:
-        call_id: Its id, which is also what the context's `request_id` says.
+        call_id: Its id.
         deployment: Name of the deployment.
         method: Name of the method, "" for `__call__`.
         kind: What is asked for.

@@ -35,3 +35,9 @@ def users_part(text: str) -> str:
     """Return a text without the frames of its tracebacks that only lead from a replica to the user's code."""
     lines = UsersLines()
     return "\n".join(shown for line in text.strip().splitlines() for shown in lines.feed(line))
+
+
+def gist(text: str) -> str:
+    """The line of an error that says what it is: the first, or that after the frames of its last traceback."""
+    said = text.rpartition(_TRACEBACK)[2].strip("\n")
+    return next((line for line in said.splitlines() if line.strip() and not line.startswith("  ")), "").strip()

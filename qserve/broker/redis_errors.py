@@ -66,7 +66,8 @@ def our_errors(client: "redis.Redis | redis.asyncio.Redis") -> Iterator[None]:
     except (AuthenticationError, NoPermissionError) as exc:
         raise ConfigurationError(refused(exc)) from exc
     except OutOfMemoryError as exc:
-        text = f"Redis has no memory left and refused the change: {exc}. Raise its maxmemory, or delete what may go"
+        said = str(exc).rstrip(".")
+        text = f"Redis has no memory left and refused the change: {said}. Raise its maxmemory, or delete what may go"
         raise BrokerUnavailable(text) from exc
     except (ConnectionError, TimeoutError, OSError) as exc:
         if problem := tls_problem(exc, broker_of(client).place):

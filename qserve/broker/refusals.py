@@ -21,6 +21,10 @@ def refusal_of_all(deployment: str, answer: Answer) -> QServeError | None:
     """
     if isinstance(answer, QServeError):
         return answer
+    if str(answer).startswith("OOM"):
+        return BrokerUnavailable(
+            "Redis has no memory left and refused the call, which does not run. Raise its maxmemory"
+        )
     if isinstance(answer, Exception):
         return BrokerUnavailable(f"Redis refused the call, which does not run: {answer}. `qserve doctor` looks for why")
     if answer[0] == -2:

@@ -15,7 +15,7 @@ from qserve.context import CallInfo, current_call
 from qserve.errors import QServeError
 from qserve.values.borrowing import Borrowed
 from qserve.wire.codec import Codec, collect_refs, substitute
-from qserve.wire.messages import ERROR, NO_META, PYTHON, VALUE, WITHIN, LargeReply, Outcome, decode_error
+from qserve.wire.messages import ERROR, NO_META, PYTHON, REQUEST, VALUE, WITHIN, LargeReply, Outcome, decode_error
 from qserve.wire.parts import Passed, Payload, flat
 
 
@@ -107,6 +107,8 @@ class CallRef(Ref[Any]):
             timeout_s = caller.limit(timeout_s)
             if caller.lineage:
                 meta = {**meta, WITHIN: caller.lineage}
+                if not caller.lineage.startswith(caller.request_id):
+                    meta[REQUEST] = caller.request_id
         self._pending = self._client.prepare(
             self._deployment,
             kind=PYTHON,

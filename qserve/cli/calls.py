@@ -18,6 +18,7 @@ from qserve.operating.call_contents import contents_of
 from qserve.operating.call_search import CallFilter, find_call, find_calls
 from qserve.operating.call_tree import Relative, family_of
 from qserve.operating.operators import write_down
+from qserve.tracebacks import gist
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -172,7 +173,7 @@ def _each(state: State, ids: tuple[str, ...], as_json: bool, action: str, act: A
 
 def _line(call: CallSummary) -> str:
     at = call.ended or call.started or call.due or call.submitted
-    error = call.error.strip().splitlines()[0][:100] if call.error.strip() else ""
+    error = gist(call.error)[:100]
     return f"{call.id}  {call.state:<9}  {_moment(at)}  {call.deployment}.{call.method or '__call__'}  {error}".rstrip()
 
 
@@ -209,11 +210,9 @@ def _trouble_json(at: float, deployment: str, trouble: Trouble) -> str:
 def _trouble_line(at: float, deployment: str, trouble: Trouble) -> str:
     many = f" x{trouble.times}" if trouble.times > 1 else ""
     ran = f"  {trouble.ran_ms:.0f} ms" if trouble.ran_ms else ""
-    first = trouble.error.strip().splitlines()[0][:100] if trouble.error.strip() else ""
     method = trouble.method or "__call__"
-    return (
-        f"{_moment(at)}  {trouble.what}{many}{ran}  {deployment}.{method}  {trouble.request or trouble.call}  {first}"
-    )
+    which = f"{deployment}.{method}  {trouble.request or trouble.call}"
+    return f"{_moment(at)}  {trouble.what}{many}{ran}  {which}  {gist(trouble.error)[:100]}"
 
 
 def _moment(at: Any) -> str:

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import time
+from collections.abc import Mapping, Sequence
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +21,11 @@ from qserve.operating.overview import OverviewRow, read_overview
 
 _EVERY_S = 1.0
 _BARS = " ▁▂▃▄▅▆▇█"
+_AT_THE_LEFT = ("Deployment", "State", "Last 10 min")
+_LEFT_OUT_FIRST = ("Last 10 min", "p50", "Running", "Oldest", "State", "p99", "Calls/s", "Failed")
+"""In this order, where the terminal is narrow."""
+_ENOUGH_OF_A_NAME = 12
+_WITHOUT_TERMINAL = 160
 
 
 @click.command()
@@ -35,46 +42,58 @@ def top(once: bool, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(read_overview(state, state.names())))
         elif once or not console.is_terminal:
-            (console if console.is_terminal else Console(width=160)).print(_render(state))
+            console = console if console.is_terminal else Console(width=_WITHOUT_TERMINAL)
+            console.print(_render(state, console.width))
         else:
-            with Live(_render(state), console=console, auto_refresh=False, screen=True) as live:
+            with Live(_render(state, console.width), console=console, auto_refresh=False, screen=True) as live:
                 while True:
                     time.sleep(_EVERY_S)
-                    live.update(_render(state), refresh=True)
+                    live.update(_render(state, console.width), refresh=True)
 
 
-def _render(state: State) -> RenderableType:
+def _render(state: State, width: int) -> RenderableType:
     rows = read_overview(state, state.names())
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("Deployment", overflow="fold")
-    table.add_column("State")
-    for title in ("Replicas", "Queued", "Running", "Oldest", "Calls/s", "Failed", "p50", "p99"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("Last 10 min", no_wrap=True)
-    for row in sorted(rows, key=lambda row: (-row["rate"], -row["queued"], row["name"])):
-        table.add_row(*_cells(row))
     if not rows:
         return Text("Nothing is deployed. Deploy something: qserve deploy MODULE")
+    cells = [_cells(row) for row in sorted(rows, key=lambda row: (-row["rate"], -row["queued"], row["name"]))]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    shown = _shown(cells, width)
+    for title in shown:
+        justify: JustifyMethod = "left" if title in _AT_THE_LEFT else "right"
+        table.add_column(title, justify=justify, no_wrap=title != "Deployment", overflow="fold")
+    for row in cells:
+        table.add_row(*(row[title] for title in shown))
     calls = sum(row["rate"] for row in rows)
     head = Text(f"{len(rows)} deployments   {calls:.1f} calls/s   {sum(row['queued'] for row in rows)} queued")
     return Group(head, table)
 
 
-def _cells(row: OverviewRow) -> tuple[Text | str, ...]:
+def _shown(cells: Sequence[Mapping[str, Text | str]], width: int) -> list[str]:
+    """The columns that a terminal has room for."""
+    widths = {title: max(cell_len(title), *(cell_len(str(row[title])) for row in cells)) for title in cells[0]}
+    widths["Deployment"] = min(widths["Deployment"], _ENOUGH_OF_A_NAME)
+    for title in _LEFT_OUT_FIRST:
+        if sum(widths.values()) + 3 * len(widths) <= width:
+            break
+        del widths[title]
+    return list(widths)
+
+
+def _cells(row: OverviewRow) -> dict[str, Text | str]:
     state = "PAUSED" if row["paused"] else "ASLEEP" if row["asleep"] else row["state"]
-    return (
-        Text(row["name"], style="bold"),
-        Text(state, style="yellow" if row["paused"] else COLORS.get(state, "")),
-        f"{row['serving']}/{row['wanted']}",
-        f"{row['queued']}/{row['limit']}",
-        str(row["running"]),
-        f"{row['oldest_s']:.1f} s" if row["oldest_s"] else "-",
-        f"{row['rate']:.1f}",
-        Text(str(row["failed"]), style="red" if row["failed"] else "dim"),
-        milliseconds(row["p50_ms"]),
-        milliseconds(row["p99_ms"]),
-        _curve(row["spark"]),
-    )
+    return {
+        "Deployment": Text(row["name"], style="bold"),
+        "State": Text(state, style="yellow" if row["paused"] else COLORS.get(state, "")),
+        "Replicas": f"{row['serving']}/{row['wanted']}",
+        "Queued": f"{row['queued']}/{row['limit']}",
+        "Running": str(row["running"]),
+        "Oldest": f"{row['oldest_s']:.1f} s" if row["oldest_s"] else "-",
+        "Calls/s": f"{row['rate']:.1f}",
+        "Failed": Text(str(row["failed"]), style="red" if row["failed"] else "dim"),
+        "p50": milliseconds(row["p50_ms"]),
+        "p99": milliseconds(row["p99_ms"]),
+        "Last 10 min": _curve(row["spark"]),
+    }
 
 
 def _curve(counts: list[int]) -> str:

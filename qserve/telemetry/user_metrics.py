@@ -18,6 +18,7 @@ MICRO: Final = 1_000_000
 """Sums are kept in whole millionths, because what is added up are whole numbers."""
 _MOST_SERIES: Final = 1_000
 """How many combinations of tags a process has; others are not counted."""
+_TAKEN: Final = ("deployment", "replica", "le")
 _is_name = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*").fullmatch
 
 
@@ -125,8 +126,8 @@ class _Metric:
         for key in tags:
             if key not in self._tag_keys:
                 raise ValueError(f"Unrecognized tag key {key!r}. The metric has {', '.join(self._tag_keys) or 'none'}.")
-            if _is_name(key) is None or key == "deployment":
-                raise ValueError(f"The tag key {key!r} is not possible.")
+            if _is_name(key) is None or key in _TAKEN or key.startswith("__"):
+                raise ValueError(f"The tag key {key!r} is not possible: {', '.join(_TAKEN)} have other meanings.")
 
     def _field(self, tags: Mapping[str, str] | None, *more: Any) -> str:
         """The name of a series in the totals of the deployment."""

@@ -29,6 +29,8 @@ DURABLE = "d"
 
 WITHIN = "qserve-within"
 """In the meta of a call that was made by a call: the lineage of that one."""
+REQUEST = "qserve-request"
+"""In the meta of a call that was made by a call: the id of the request behind it, where no call has that id."""
 MODEL = "qserve-model"
 """In the meta of a call that is for one of the models of a multiplexed deployment: the model's id."""
 NO_META: Mapping[str, str] = MappingProxyType({})
@@ -345,6 +347,12 @@ def lineage_of(call: Call) -> str:
     """The ids of the calls that a call is a part of, and its own, with spaces between them."""
     within = call.meta.get(WITHIN) if call.meta else None
     return call.id if within is None else f"{within} {call.id}"
+
+
+def request_of(call: Call) -> str:
+    """The id of the request that a call is a part of: a client's, or that of the first call."""
+    asked = call.meta.get(REQUEST) if call.meta else None
+    return lineage_of(call).partition(" ")[0] if asked is None else asked
 
 
 def encode_bare(message: msgspec.Struct) -> bytes:

@@ -4,9 +4,12 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
+from starlette.requests import Request
 
 from qserve import serve
+from qserve.testing import TestInstance
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S
 
@@ -51,6 +54,15 @@ class Outer:
         refs = [third, second, first] if last_first else [second, third, first]
         return [await ref for ref in refs]
 
+    async def __call__(self, request: Request) -> list[str | None]:
+        """The ids under which this call, and one that it makes, stand in the log."""
+        inner: Any = serve.get_deployment("named").get_handle(sync=False)
+        return [serve.get_replica_context().request_id, await (await inner.remote())]
+
+
+def request_id() -> str | None:
+    return serve.get_replica_context().request_id
+
 
 def test_handles_work_on_threads_and_loops_of_user_code_and_refs_can_be_used_twice() -> None:
     serve.deployment(name="inner", route_prefix=None)(Inner).deploy()
@@ -62,3 +74,15 @@ def test_handles_work_on_threads_and_loops_of_user_code_and_refs_can_be_used_twi
     assert outer.executor.remote().result(patience(LIMIT_S)) == list(range(1, 6))
     assert outer.chain.remote(True).result(patience(LIMIT_S)) == [4, 3, 2]
     assert outer.chain.remote(False).result(patience(LIMIT_S)) == [3, 4, 2]
+
+
+def test_calls_of_a_request_have_its_id(qserve_instance: TestInstance) -> None:
+    serve.deployment(name="named", route_prefix=None)(request_id).deploy()
+    serve.deployment(name="asked", route_prefix="/asked")(Outer).deploy()
+
+    answer = httpx.get(f"{qserve_instance.url}/asked", headers={"X-Request-Id": "mine"}, timeout=patience(LIMIT_S))
+
+    assert answer.json() == ["mine", "mine"]
+    first: Any = serve.get_deployment("named").get_handle()
+    ref = first.remote()
+    assert ref.result(patience(LIMIT_S)) == ref.request_id

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import redis
 
+from qserve.broker.history.troubles import read_troubles
 from qserve.broker.instance.heartbeats import post_tombstone
 from qserve.broker.keys import Keys
 from qserve.errors import (
@@ -133,6 +134,13 @@ class TestDeath:
         assert world.books.starts("safe") == [first.pid, second.pid]
         assert world.books.starts("http") == [first.pid, second.pid]
         await until(lambda: not world.redis.hexists(world.keys.heartbeats(NAME), first.id))
+
+        def troubles() -> list[tuple[str, str, str]]:
+            found = read_troubles(world.redis, world.keys, [NAME])
+            return sorted((note.what, note.method, note.request) for _, _, note in found)
+
+        await until(lambda: len(troubles()) == 3)
+        assert troubles() == [("failed", "wait", ""), ("lost", "", request.request_id), ("lost", "wait", "")]
 
     @pytest.mark.parametrize("beside", ["safe", "unsafe"])
     async def test_a_safe_call_starts_again_within_half_a_second_beside_calls_that_go_on(

@@ -19,9 +19,14 @@ from qserve.errors import BrokerUnavailable, DeploymentNotFound, DeploymentUnava
         ),
         ([-4], DeploymentNotFound, "there is no deployment 'Echo': `qserve status` lists those that exist"),
         (
-            ResponseError("OOM"),
+            ResponseError("NOPERM"),
             BrokerUnavailable,
-            "Redis refused the call, which does not run: OOM. `qserve doctor`",
+            "Redis refused the call, which does not run: NOPERM. `qserve doctor`",
+        ),
+        (
+            ResponseError("OOM command not allowed"),
+            BrokerUnavailable,
+            "Redis has no memory left and refused the call, which does not run. Raise its maxmemory",
         ),
         (BrokerUnavailable("gone"), BrokerUnavailable, "gone"),
     ],

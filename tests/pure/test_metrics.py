@@ -15,7 +15,7 @@ from qserve_gateway.door.limits import Door
 
 
 def test_a_traced_request_is_an_exemplar_of_its_bucket() -> None:
-    door, client = Door(Settings()), SimpleNamespace(tally=Counter[str](), pending=0)
+    door, client = Door(Settings()), SimpleNamespace(tally=Counter[str](), pending=0, all=list)
     door.counts.count("Echo", 200, 0.003)
     door.counts.count("Echo", 200, 0.004, "abc")
     door.counts.count("Echo", 503, 9.0, "def")

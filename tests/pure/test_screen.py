@@ -11,7 +11,7 @@ from qserve import serve
 from qserve.screen.introduction import introduction
 from qserve.screen.samples import command_for
 from qserve.screen.terminal import as_shown
-from qserve.tracebacks import users_part
+from qserve.tracebacks import gist, users_part
 from qserve_workers.user.user_output import NamedOutput
 
 URL = "http://127.0.0.1:8000/x"
@@ -188,3 +188,10 @@ def test_a_terminal_that_is_gone_does_no_harm_to_user_code() -> None:
             raise BrokenPipeError
 
     print("hello", file=NamedOutput(Gone(), "Echo"))
+
+
+def test_the_gist_of_an_error_is_what_it_says_and_not_where_it_stands() -> None:
+    trace = 'Traceback (most recent call last):\n  File "x.py", line 3, in f\n    g()\n    ~^^\nKeyError: 1\nand more\n'
+    assert gist(f"TaskError(KeyError): {trace}") == gist(trace) == "KeyError: 1"
+    assert gist("\n OutOfPaper: tray 2\nis empty") == "OutOfPaper: tray 2"
+    assert gist("  \n") == gist("") == ""

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 from qserve import errors
 from tests.support.serving import ROOT
@@ -22,6 +23,7 @@ def load_site() -> ModuleType:
 
 
 site: Any = load_site()
+REPOSITORY = "https://github.com/qserve/qserve"
 
 
 def test_the_navigation_names_every_page_and_no_other() -> None:
@@ -78,3 +80,14 @@ def test_pages_for_language_models_name_each_page(tmp_path: Path) -> None:
     assert index.startswith("# qserve\n\n> ")
     assert "- [Page quickstart.md](https://qserve.github.io/qserve/quickstart)" in index
     assert "<!--" not in (tmp_path / "llms-full.txt").read_text()
+
+
+def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:
+    rules = yaml.safe_load((ROOT / "deploy/observability/rules.yml").read_text())
+    alerts = {rule["alert"]: rule["annotations"] for group in rules["groups"] for rule in group["rules"]}
+    page = (ROOT / "docs/alerts.md").read_text()
+    parts = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    assert parts.keys() == alerts.keys()
+    for name, annotations in alerts.items():
+        assert annotations["runbook_url"] == f"{REPOSITORY}/blob/main/docs/alerts.md#{name.lower()}"
+        assert {"**Look**", "**do**"} <= set(re.findall(r"\*\*\w+\*\*", parts[name].replace("**Do**", "**do**")))

@@ -74,6 +74,35 @@ def test_of_two_metrics_of_one_name_the_first_is_shown() -> None:
     assert shown(collected) == ['things_total{a="1",deployment="One"} 1.0']
 
 
+def test_metrics_that_differ_in_their_description_are_one() -> None:
+    """As after a deploy that has changed it."""
+    collected, totals = UserMetrics(), dict[str, int]()
+    for description in ("before", "after"):
+        metrics.Counter("things", description).inc()
+        metrics.Histogram("sizes", description, boundaries=[1]).observe(0.5)
+        totals |= take_counts()
+    collected.add_totals("One", totals)
+    assert len(totals) == 6
+    found = shown(collected)
+    assert 'things_total{deployment="One"} 2.0' in found
+    assert 'sizes_bucket{deployment="One",le="1.0"} 2.0' in found
+    assert len(found) == 5
+
+
+def test_no_two_samples_have_one_name() -> None:
+    """Prometheus would refuse all metrics of the gateway."""
+    metrics.Counter("things").inc()
+    metrics.Counter("things_total").inc()
+    metrics.Histogram("sizes", boundaries=[1]).observe(1)
+    for name in ("things_total", "sizes_count", "free"):
+        metrics.Gauge(name).set(1)
+    collected = UserMetrics()
+    collected.add_totals("One", take_counts())
+    collected.add_gauges("One", "One#1", current_gauges())
+    names = [line.partition("{")[0] for line in shown(collected)]
+    assert sorted(names) == ["free", "sizes_bucket", "sizes_bucket", "sizes_count", "sizes_sum", "things_total"]
+
+
 def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="name 'my counter' is not possible"):
         metrics.Counter("my counter")
@@ -81,6 +110,9 @@ def test_mistakes_are_told() -> None:
         metrics.Gauge("qserve_x")
     with pytest.raises(TypeError, match="tag_keys must be a tuple"):
         metrics.Counter("x", tag_keys="model")
+    for key in ("le", "replica", "__name__"):
+        with pytest.raises(ValueError, match="is not possible"):
+            metrics.Gauge("x", tag_keys=(key,))
     with pytest.raises(ValueError, match="each larger than the one before"):
         metrics.Histogram("x", boundaries=[2, 1])
     counter = metrics.Counter("x", tag_keys=("model",))

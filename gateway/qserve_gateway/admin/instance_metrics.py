@@ -11,6 +11,7 @@ from qserve.broker.history.buckets import BOUNDS_MS
 from qserve.broker.history.call_index import count_states
 from qserve.broker.history.totals import read_totals
 from qserve.broker.instance.state import State
+from qserve.broker.server.memory import read_memory
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, Deployed
 from qserve_gateway.admin.metrics_of_users import UserMetrics
 
@@ -56,6 +57,7 @@ class InstanceCollector(Collector):
         yield from self._calls(totals)
         yield from self._users(totals)
         yield from self._durable(list(deployments))
+        yield from self._memory()
 
     def _queues(self, deployments: Mapping[str, Deployed]) -> Iterator[Metric]:
         depth = GaugeMetricFamily("qserve_queue_depth", "Calls queued and running.", labels=["deployment"])
@@ -134,6 +136,14 @@ class InstanceCollector(Collector):
             for state, count in found.items():
                 calls.add_metric([name, state], count)
         yield calls
+
+    def _memory(self) -> Iterator[Metric]:
+        used = GaugeMetricFamily("qserve_redis_memory_bytes", "Memory that Redis uses.", labels=["server"])
+        limit = GaugeMetricFamily("qserve_redis_memory_limit_bytes", "Most that Redis may use.", labels=["server"])
+        for memory in read_memory(self._state.redis):
+            used.add_metric([memory.server], memory.used)
+            limit.add_metric([memory.server], memory.limit)
+        yield from (used, limit)
 
 
 class _Counts:

@@ -15,6 +15,7 @@ from prometheus_client.samples import Exemplar
 from qserve.broker.history.totals import become_exporter
 from qserve.broker.instance.state import State
 from qserve.calls.client import Client
+from qserve.errors import BrokerUnavailable
 from qserve_gateway.admin.instance_metrics import InstanceCollector
 from qserve_gateway.door.limits import Door
 from qserve_gateway.door.request_counts import BOUNDS_S
@@ -60,13 +61,21 @@ def metrics(state: State, door: Door, client: Client, accept: str, share: str, *
         share: "gateway" for its own metrics, "instance" for those of the instance, "" for all that it is to show.
         scraped: Somebody adds up what all gateways say. Then only one of them shows the metrics of the instance.
     """
-    registry = CollectorRegistry(auto_describe=False)
-    if share != "instance":
-        registry.register(_GatewayCollector(door, client))
-    if share == "instance" or (share == "" and (not scraped or _is_exporter(state, client.id))):
-        registry.register(InstanceCollector(state))
     encode, content_type = choose_encoder(accept)
-    return encode(registry), content_type
+    own, everything = CollectorRegistry(auto_describe=False), CollectorRegistry(auto_describe=False)
+    for registry in (own, everything):
+        if share != "instance":
+            registry.register(_GatewayCollector(door, client))
+    if share == "gateway" or (share == "" and not client.sender.is_open):
+        return encode(own), content_type
+    try:
+        if share == "instance" or not scraped or _is_exporter(state, client.id):
+            everything.register(InstanceCollector(state))
+        return encode(everything), content_type
+    except BrokerUnavailable:
+        if share == "instance":
+            raise
+        return encode(own), content_type  # what it has seen itself tells of the trouble
 
 
 def _is_exporter(state: State, gateway: str) -> bool:
@@ -84,6 +93,8 @@ class _GatewayCollector(Collector):
         build = GaugeMetricFamily("qserve_build_info", "1 for what runs here.", labels=["version", "python"])
         build.add_metric([version("qserve"), platform.python_version()], 1)
         yield build
+        is_open = all(each.sender.is_open for each in self._client.all())
+        yield GaugeMetricFamily("qserve_redis_up", "1 while the gateway is connected to Redis.", value=float(is_open))
         yield from self._requests()
         yield from self._connections()
         yield from self._calls()

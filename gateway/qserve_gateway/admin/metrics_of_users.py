@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,34 +11,47 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from qserve.telemetry.user_metrics import MICRO
 
 _MARK = "user "
+_SUFFIXES = {"counter": ("_total", "_created"), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum", "_created")}
+"""What stands behind the names of a metric's samples."""
 
 
 class UserMetrics:
-    """Collects the metrics of all deployments. Where two have one name and are not alike, the first one counts."""
+    """Collects the metrics of all deployments.
+
+    Where two have one name and are not alike, or their samples would have one name, the first one counts. What differs
+    only in its description is one metric.
+    """
 
     def __init__(self) -> None:
-        self._counters: dict[str, CounterMetricFamily] = {}
+        self._counters: dict[str, tuple[CounterMetricFamily, Counter[tuple[str, ...]]]] = {}
         self._gauges: dict[str, GaugeMetricFamily] = {}
         self._histograms: dict[str, HistogramMetricFamily] = {}
-        self._labels: dict[str, tuple[str, ...]] = {}
+        self._labels: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._samples: dict[str, tuple[str, str]] = {}
 
     def add_totals(self, deployment: str, totals: Mapping[str, int]) -> None:
         """Add what replicas of a deployment have counted."""
-        places: dict[str, dict[int | str, int]] = {}
+        places: dict[str, Counter[int | str]] = {}
+        texts: dict[str, str] = {}
         for field, count in totals.items():
             described = _described(field)
             if described is None:
                 continue
             if described[0] == "histogram":
-                *series, place = described
-                places.setdefault(json.dumps(series), {})[place] = count
+                _, name, text, *series, place = described
+                texts.setdefault(name, text)
+                places.setdefault(json.dumps([name, *series]), Counter())[place] += count
             else:
                 _, name, text, tags = described
+                name = name.removesuffix("_total")
                 if (labels := self._labels_of(name, tags, "counter")) is not None:
-                    family = self._counters.setdefault(name, CounterMetricFamily(name, text, labels=labels))
-                    family.add_metric([deployment, *tags.values()], count / MICRO)
+                    made = self._counters.get(name)
+                    if made is None:
+                        made = self._counters[name] = (CounterMetricFamily(name, text, labels=labels), Counter())
+                    made[1][(deployment, *tags.values())] += count
         for described_as, counts in places.items():
-            self._add_histogram(deployment, json.loads(described_as), counts)
+            name, *series = json.loads(described_as)
+            self._add_histogram(deployment, name, texts[name], series, counts)
 
     def add_gauges(self, deployment: str, replica: str, gauges: Mapping[str, float]) -> None:
         """Add the gauges of a replica."""
@@ -52,17 +66,25 @@ class UserMetrics:
 
     def families(self) -> Iterator[Metric]:
         """All of them."""
-        yield from self._counters.values()
+        for family, sums in self._counters.values():
+            for labels, count in sums.items():
+                family.add_metric(labels, count / MICRO)
+            yield family
         yield from self._gauges.values()
         yield from self._histograms.values()
 
     def _labels_of(self, name: str, tags: Mapping[str, str], kind: str, *more: str) -> tuple[str, ...] | None:
-        """The labels of a metric; None if another one has its name."""
-        labels = ("deployment", *more, *tags)
-        return labels if self._labels.setdefault(name, (kind, *labels)) == (kind, *labels) else None
+        """The labels of a metric; None if another one has its name, or that of one of its samples."""
+        labels, metric = ("deployment", *more, *tags), (kind, name)
+        samples = {f"{name}{suffix}" for suffix in _SUFFIXES[kind.partition(" ")[0]]}
+        if any(self._samples.setdefault(sample, metric) != metric for sample in samples):
+            return None
+        return labels if self._labels.setdefault(metric, labels) == labels else None
 
-    def _add_histogram(self, deployment: str, series: list[Any], counts: Mapping[int | str, int]) -> None:
-        _, name, text, tags, boundaries = series
+    def _add_histogram(
+        self, deployment: str, name: str, text: str, series: list[Any], counts: Mapping[int | str, int]
+    ) -> None:
+        tags, boundaries = series
         if (labels := self._labels_of(name, tags, f"histogram {boundaries}")) is None:
             return
         total, buckets = 0, list[tuple[str, float]]()

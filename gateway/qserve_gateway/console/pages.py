@@ -24,6 +24,7 @@ from qserve.operating.nodes import place_of
 from qserve.operating.overview import deployed_of, read_overview
 from qserve.operating.timeline import timeline
 from qserve.settings import Settings
+from qserve.tracebacks import gist
 from qserve.wire.codec import Codec
 from qserve.wire.spec import DeploymentSpec, pause_of
 from qserve_gateway.console.sessions import PATH, Visitor
@@ -206,7 +207,7 @@ class Pages:
     def _troubles(self, asked: Asked, _: str) -> dict[str, Any]:
         _known(asked, "deployment", "what", "before")
         name, what = asked.query.get("deployment", ""), asked.query.get("what", "")
-        kinds = {kind: kind for kind in ("", "failed", "slow", "refused", "gave up", "stacks")}
+        kinds = {kind: kind for kind in ("", "failed", "slow", "refused", "gave up", "lost", "stacks")}
         _choice("what", what, kinds)
         before = asked.query.get("before", "") or "+"
         if before != "+" and re.fullmatch(r"\d{1,16}-\d{1,16}", before) is None:
@@ -314,5 +315,4 @@ def _moment(text: str) -> float:
 
 def _kind_of(reason: str) -> str:
     """Reasons that differ in numbers and ids only are of one kind."""
-    lines = reason.strip().splitlines() or [""]
-    return re.sub(r"\b(d[0-9a-f]{32}|0x[0-9a-f]+|\d+)\b", "#", lines[0])[:200]
+    return re.sub(r"\b(d[0-9a-f]{32}|0x[0-9a-f]+|\d+)\b", "#", gist(reason))[:200]

@@ -10,6 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse, Response
 
+from qserve.tracebacks import gist
+
 _FOLDER: Final = Path(__file__).parent
 STATIC: Final = {
     "console.css": "text/css; charset=utf-8",
@@ -54,7 +56,7 @@ class Rendering:
             number=number,
             spark=spark,
             pretty=pretty,
-            first_line=first_line,
+            gist=lambda text: gist(text)[:200],
         )
 
     def page(self, template: str, code: int = 200, **facts: Any) -> Response:
@@ -124,12 +126,6 @@ def number(value: float) -> str:
     if isinstance(value, float) and value < 100 and value != int(value):
         return f"{value:.1f}"
     return f"{int(value):,}".replace(",", "\u202f")
-
-
-def first_line(text: str) -> str:
-    """The first line of a text."""
-    lines = text.strip().splitlines()
-    return lines[0][:200] if lines else ""
 
 
 def pretty(value: Any) -> str:

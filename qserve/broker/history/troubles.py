@@ -21,7 +21,8 @@ class Trouble(msgspec.Struct, frozen=True, omit_defaults=True):
     """One note.
 
     Attributes:
-        what: "failed", "slow", "refused", or "gave up" where the caller did not wait any longer.
+        what: "failed", "slow", "refused", "gave up" where the caller did not wait any longer, or "lost" where its
+            replica died and it runs again.
         call: Id of the call; "" where the note is about several.
         request: The X-Request-Id of an HTTP request.
         times: How many calls the note is about.

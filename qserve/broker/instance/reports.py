@@ -121,6 +121,15 @@ def report_worker(client: "redis.Redis", keys: Keys, deployment: str, worker: st
             client.hset(keys.workers(deployment), worker, encode(info))
 
 
+def report_death(client: "redis.Redis", keys: Keys, deployment: str, replica: str, how: str) -> None:
+    """Add to what a replica has said how it died, unless it has named a problem itself. Raises like `report_node`."""
+    with our_errors(client):
+        body = cast("bytes | None", client.hget(keys.replicas(deployment), replica))
+    for _, info in decode_infos({replica.encode(): body} if body else {}, ReplicaInfo):
+        if not info.problem:
+            report_replica(client, keys, deployment, msgspec.structs.replace(info, problem=how))
+
+
 def replicas_now(client: "redis.Redis", keys: Keys, deployment: str) -> dict[str, ReplicaInfo]:
     """Like `read_replicas`, for a process without an event loop of its own."""
     with our_errors(client):

@@ -1,5 +1,6 @@
 """What a replica counts of its calls, and notes of those that went wrong, until both are written in one go."""
 
+import contextlib
 import os
 import socket
 import sys
@@ -15,8 +16,10 @@ from qserve.broker.history.troubles import LONGEST_TEXT, Trouble, note_troubles
 from qserve.broker.keys import Keys
 from qserve.broker.server import redis_clients
 from qserve.context import batch_sizes
+from qserve.errors import FrameRejected
 from qserve.telemetry.user_metrics import take_counts
 from qserve.wire.exceptions import text_of
+from qserve.wire.messages import HTTP, Call, decode_http_request, request_of
 from qserve_workers.calls.running import RunningCall
 
 _FRAMES_SHOWN: Final = 12
@@ -32,6 +35,7 @@ class CallCounts:
         waited_ms, ran_ms: For how long in all.
         retries: Why calls are to run again -> how many.
         others: Outcome -> calls that did not end well; all others that ran have done so.
+        lost: How many calls of replicas that died ended so, without running here.
         slow_ms: Calls that ran for longer are noted.
     """
 
@@ -41,6 +45,7 @@ class CallCounts:
         self.waited_ms = self.ran_ms = 0.0
         self.others: Counter[str] = Counter()
         self.retries: Counter[str] = Counter()
+        self.lost = 0
         self.slow_ms = slow_s * 1000
         self._keys = keys
         self._deployment = deployment
@@ -67,6 +72,18 @@ class CallCounts:
         else:
             said = f"{type(error).__name__}: {text_of(error)}"
             self._note("failed", running, ran_ms, said, "".join(traceback.format_exception(error)))
+
+    def note_lost(self, call: Call, error: str, *, ends: bool) -> None:
+        """Note a call whose replica died while it had it.
+
+        Args:
+            ends: The call ends with this; else it runs again.
+        """
+        self.lost += ends
+        if len(self._notes) < _MOST_NOTES:
+            what, request = "failed" if ends else "lost", _request_of(call)
+            asked = request if request != call.id else ""
+            self._notes.append(Trouble(what, call.id, asked, call.method, error=error[:LONGEST_TEXT]))
 
     def note_stacks(self) -> None:
         """Note where every thread of this process stands."""
@@ -96,10 +113,13 @@ class CallCounts:
             return
         self._take_at = time.monotonic() + BUCKET_S
         ran = sum(self.runs)
-        if not ran and not self.others and not self.retries:
+        if not (ran or self.others or self.retries or self.lost):
             self._totals = take_counts()
             return
         ends = {"done": max(0, ran - sum(self.others.values())), **self.others}
+        if self.lost:
+            ends["failed"] = self.others["failed"] + self.lost
+            self.lost = 0
         self._totals = self._add_up(ends)
         self.waited_ms = self.ran_ms = 0.0
         self.retries.clear()
@@ -133,3 +153,10 @@ class CallCounts:
         if self._totals:
             add_totals(client, self._keys, self._deployment, self._totals)
             self._totals = {}
+
+
+def _request_of(call: Call) -> str:
+    if call.kind == HTTP and call.payload:
+        with contextlib.suppress(FrameRejected):
+            return decode_http_request(call.payload).request_id
+    return request_of(call)

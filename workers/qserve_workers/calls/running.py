@@ -23,6 +23,7 @@ from qserve.wire.messages import (
     Call,
     Signer,
     lineage_of,
+    request_of,
 )
 
 _WATCH_EVERY_S = 2.0
@@ -56,6 +57,7 @@ class RunningCall:
         info.lineage = call.id
         if call.meta:
             info.lineage, info.model_id = lineage_of(call), call.meta.get(MODEL, "")
+            info.request_id = request_of(call)
         self.unwanted = False
         self.began = False
         self.streams = False

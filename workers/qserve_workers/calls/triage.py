@@ -136,6 +136,7 @@ class Triage:
         name, cause = self._slots.spec.name, f" ({entry.cause})" if entry.cause else ""
         if not self._slots.may_run_again(call):
             text = f"a replica of {name!r} died while it had the call{cause}; it may have run: it does not run again"
+            self._slots.counts.note_lost(call, f"ReplicaDied: {text}", ends=True)
             self._ordinary.refuse(entry, call, ReplicaDied(text))
         elif entry.deliveries > self._max_deliveries:
             retries = self._max_deliveries - 1
@@ -143,7 +144,10 @@ class Triage:
             if isinstance(call, DurableCall):
                 self._durable.bury(entry, call, text, PoisonCall(text))
             else:
+                self._slots.counts.note_lost(call, f"PoisonCall: {text}", ends=True)
                 spawn(self._answers.bury(entry, call, text, self._ordinary.pack_error(PoisonCall(text))))
         else:
+            text = f"a replica died while it had the call{cause}; it runs again"
+            self._slots.counts.note_lost(call, text, ends=False)
             self._slots.counts.retries["replica_died"] += 1
             self._suspects.add(entry)

@@ -22,6 +22,7 @@ from qserve.wire.messages import (
     decode_http_response,
     encode,
     lineage_of,
+    request_of,
 )
 from qserve.wire.parts import flat
 from qserve.wire.spec import DeploymentSpec
@@ -59,7 +60,7 @@ class LocalReplica:
         Args:
             channel: Takes the parts of a stream.
         """
-        info = CallInfo(call.id, deadline=time.monotonic() + call.ttl_ms / 1000)
+        info = CallInfo(request_of(call), deadline=time.monotonic() + call.ttl_ms / 1000)
         info.lineage, info.model_id = lineage_of(call), call.meta.get(MODEL, "")
         try:
             async with self._slots:

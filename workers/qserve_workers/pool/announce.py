@@ -10,7 +10,7 @@ from collections.abc import Callable
 from qserve.broker.history.totals import add_totals
 from qserve.broker.instance.heartbeats import post_tombstone
 from qserve.broker.instance.presence import say_gone, say_worker_alive
-from qserve.broker.instance.reports import replicas_now, report_worker
+from qserve.broker.instance.reports import replicas_now, report_death, report_worker
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import redis_clients
@@ -89,8 +89,9 @@ class Announcer:
         self._unwritten = [write for write in self._unwritten if write != self._write_info]
         self._write(self._write_info)
 
-    def bury(self, replica: str) -> None:
-        """Let the neighbours of a dead replica take over its calls."""
+    def bury(self, replica: str, how: str) -> None:
+        """Let the neighbours of a dead replica know how it died, and take over its calls."""
+        self._write(lambda client: report_death(client, self._keys, self._deployment, replica, how))
         self._write(lambda client: post_tombstone(client, self._keys, self._deployment, replica, self._signer))
 
     def count(self, what: str) -> None:

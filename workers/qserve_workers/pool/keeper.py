@@ -27,6 +27,7 @@ from qserve_workers.pool.scaling import Scaler, WorkerDemand
 from qserve_workers.replica.birth import Birth
 from qserve_workers.replica.replica_events import DemandMeasured, decode_event
 from qserve_workers.replica.replica_process import ReplicaProcess
+from qserve_workers.supervise import reason_of
 from qserve_workers.titles import set_title
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class Keeper:
     def on_death(self, pid: int, exitcode: int | None) -> bool:
         """A process has ended and been reaped; False: by itself, before it had come to anything."""
         self._read()  # what it said last counts
-        how = f"signal {signal.Signals(-exitcode).name}" if exitcode and exitcode < 0 else f"exit code {exitcode}"
+        how = "end unknown" if exitcode is None else reason_of(exitcode)
         replica = self.rollout.died(pid, how)
         if replica is None:
             return True
@@ -140,7 +141,7 @@ class Keeper:
             *(self.deployment, replica.id or "unnamed", pid, how),
         )
         if replica.id and exitcode:  # who ends with 0 has said goodbye; a tombstone would count as a crash
-            self._announcer.bury(replica.id)
+            self._announcer.bury(replica.id, how)
         self.act()
         return bool(replica.state) or replica.leaving
 
