@@ -25,6 +25,7 @@ from qserve.hooks import (
     ReplicaHook,
 )
 from qserve.settings import Settings
+from qserve.telemetry.exporter_log import say_seldom
 from qserve.telemetry.log_records import this_process
 
 try:
@@ -80,6 +81,7 @@ def source() -> _Source:
     provider = TracerProvider(resource=resource)
     trace.set_tracer_provider(provider)
     own: Any = TracerProvider(sampler=ParentBased(ALWAYS_ON), resource=resource, shutdown_on_exit=False)
+    say_seldom()
     for exporter in _exporter_classes():
         processor = BatchSpanProcessor(exporter())
         provider.add_span_processor(processor)  # which flushes it when the process ends

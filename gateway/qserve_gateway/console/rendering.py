@@ -96,8 +96,8 @@ def ago(at: float | None) -> str:
 
 
 def clock(at: float | None) -> str:
-    """A date and a time of this machine."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) if at else "-"
+    """A date and a time of this machine, with its time zone: who looks may be in another one."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(at)) if at else "-"
 
 
 def seconds(value: float | None) -> str:
