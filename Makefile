@@ -78,4 +78,5 @@ $(READY): pyproject.toml
 	echo "setting up $(VENV) with $$($$python --version) (once, about a minute) ..." && \
 	$$python -m venv --clear $(VENV) && \
 	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
+	@$(VENV)/bin/python -m compileall -q qserve gateway workers examples  # else each process does, where none may write
 	@touch $@

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 COMMAND = "`qserve run` and node"
 _PARTS = {
     "qserve_gateway": "gateway",
+    "qserve: gateway": "gateway",
+    "qserve: template": "template",
     "qserve_workers.template": "template",
     "qserve: worker": "worker and replica",
     "qserve: replica": "worker and replica",

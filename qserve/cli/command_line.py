@@ -94,6 +94,11 @@ class Commands(click.Group):
             sys.exit(_INTERRUPTED)
 
 
+def _load_env_file(ctx: click.Context, _option: click.Parameter, path: Path) -> None:
+    if not ctx.resilient_parsing:
+        load_env_file(path)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": sorted(_HELP)})
 @click.version_option(package_name="qserve")
 @click.option(
@@ -101,15 +106,17 @@ class Commands(click.Group):
     type=click.Path(path_type=Path),
     default=".env",
     show_default=True,
+    is_eager=True,  # before anything is started
+    expose_value=False,
+    callback=_load_env_file,
     help="File with environment variables, for those that are not set.",
 )
-def main(env_file: Path) -> None:
+def main() -> None:
     """Serve Python classes and functions from queues.
 
     `qserve run MODULE` is all it takes on one machine. Everywhere else, `qserve start` runs this machine's share of an
     instance and `qserve deploy` tells the instance what to serve.
     """
-    load_env_file(env_file)
     # A shell that runs scripts lets its background jobs ignore SIGINT; `kill -INT` means this process all the same.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

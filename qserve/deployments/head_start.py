@@ -18,6 +18,10 @@ PROGRAM = (sys.executable, "-m", "qserve_workers.instance_process")
 """What is run: the process that holds an instance together."""
 WAITS = "--wait-for-orders"
 """On its command line: what to be comes on its standard input."""
+_ABOUT = "which the command gives that reads the code of the user meanwhile"
+"""Follows on its command line. The titles of what is forked from it take its place, which is why it is that long."""
+_ONLY_AT_START = ("PYTHON", "LD_", "GLIBC_", "MALLOC_")
+"""What variables begin with that only a process that has just been started heeds."""
 _END_S = 5.0
 
 
@@ -29,12 +33,13 @@ class HeadStart:
         with contextlib.ExitStack() as stack, theirs:
             self._orders = stack.enter_context(ours)
             self._process = subprocess.Popen(
-                [*PROGRAM, WAITS],
+                [*PROGRAM, WAITS, _ABOUT],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # so that Ctrl-C reaches the command alone, which stops the rest in order
             )
+            self._heeded = _heeded_at_start(os.environ)
             stack.pop_all()
 
     def begin(
@@ -48,8 +53,12 @@ class HeadStart:
             output: Descriptor that it writes to, errors too.
 
         Returns:
-            The process, whose owner is the caller from now on; None if it has ended.
+            The process, whose owner is the caller from now on; None if it has ended, or was started with variables
+            that are other ones now and would come too late.
         """
+        if _heeded_at_start(environment) != self._heeded:
+            self.cancel()
+            return None
         order = json.dumps([list(arguments), dict(environment)]).encode()
         try:
             with self._orders as orders:
@@ -68,6 +77,10 @@ class HeadStart:
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
+
+
+def _heeded_at_start(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(_ONLY_AT_START)}
 
 
 def wait_for_orders() -> bool:

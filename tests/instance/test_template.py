@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -20,9 +21,9 @@ from tests.support.template_code import files_of
 from tests.support.waiting import LIMIT_S, wait_until
 
 IMPORTS = """
-import json, sys
-from qserve_workers import template
-template.import_everything()
+import encodings.idna, json, sys
+from qserve_workers import instance_process, template
+template.import_everything(gateway=True)
 print(json.dumps(list(sys.modules)))
 """
 
@@ -44,7 +45,21 @@ def fresh(qserve_instance: TestInstance) -> Iterator[Any]:
 
 def template_of(node: psutil.Process) -> psutil.Process:
     """The template of a node."""
-    return next(child for child in node.children() if "qserve_workers.template" in command_line(child))
+    return part_of_node(node, "qserve: template")
+
+
+def part_of_node(node: psutil.Process, title: str) -> psutil.Process:
+    """A child of it that runs, as soon as it has this title."""
+
+    def look() -> psutil.Process | None:
+        return next((child for child in node.children() if title in command_line(child)), None)
+
+    return wait_until(look)
+
+
+def gateway_of(instance: TestInstance) -> psutil.Process:
+    """The gateway of an instance."""
+    return part_of_node(node_of(instance.settings.namespace), "qserve: gateway")
 
 
 class TestAFork:
@@ -59,7 +74,8 @@ class TestAFork:
         assert all(name.startswith("__") for name in here["main"])
         assert not {name for name in here["threads"] if not name.startswith(("MainThread", "qserve-", "uvloop_"))}
         begun_with = template_of(node).environ()
-        assert {name for name in here["variables"] if here["variables"][name] != begun_with.get(name)} == set()
+        added = {name for name in here["variables"] if here["variables"][name] != begun_with.get(name)}
+        assert added == {"QSERVE_NODE", "QSERVE_REPLICAS_EXACT", "QSERVE_CELERY_CALLS"}
         replica = psutil.Process(here["pid"])
         others = [node.pid, template_of(node).pid, replica.ppid()]
         sockets = {name for name in here["files"] if name.startswith("socket:")}
@@ -94,6 +110,35 @@ class TestAFork:
         assert worker is not None
         assert worker.ppid() == node.pid
         assert os.getsid(worker.pid) == worker.pid
+
+
+class TestAGateway:
+    def test_is_forked_too_and_comes_back_at_its_port(self, fresh: Any, qserve_instance: TestInstance) -> None:
+        before = gateway_of(qserve_instance)
+        assert before.ppid() == node_of(qserve_instance.settings.namespace).pid
+        assert os.getsid(before.pid) == before.pid
+        with httpx.Client(base_url=qserve_instance.url) as client:
+            assert client.get("/-/healthz").status_code == 200
+
+            before.kill()
+            wait_until(lambda: gateway_of(qserve_instance).pid != before.pid)
+
+        with httpx.Client(base_url=qserve_instance.url) as client:
+            assert client.get("/-/healthz", timeout=LIMIT_S).status_code == 200
+
+    def test_of_a_template_that_was_started_again_is_forked_as_well(
+        self, fresh: Any, node: psutil.Process, qserve_instance: TestInstance
+    ) -> None:
+        template, before = template_of(node), gateway_of(qserve_instance)
+        template.kill()
+        wait_until(lambda: template_of(node).pid != template.pid)
+
+        before.kill()
+        wait_until(lambda: gateway_of(qserve_instance).pid != before.pid)
+
+        with httpx.Client(base_url=qserve_instance.url) as client:
+            assert client.get("/-/healthz", timeout=LIMIT_S).status_code == 200
+        assert command_line(gateway_of(qserve_instance)).startswith("qserve: gateway")
 
 
 class TestATemplateThatDies:

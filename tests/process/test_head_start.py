@@ -34,7 +34,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeadStart]:
 
 def test_it_becomes_what_it_is_told_to_be(ahead: HeadStart, tmp_path: Path) -> None:
     told = tmp_path / "output"
-    environment = {"PATH": os.environ["PATH"], "TOLD": "x" * 300_000 + "\udcff"}
+    environment = {name: os.environ[name] for name in os.environ if name != "GONE"} | {"TOLD": "x" * 300_000 + "\udcff"}
     with told.open("wb") as file:
         process = ahead.begin(["--port", "8000"], environment, file.fileno())
     assert process is not None
@@ -54,7 +54,12 @@ def test_it_ends_when_nobody_wants_it(ahead: HeadStart) -> None:
 def test_one_that_has_died_is_not_used(ahead: HeadStart) -> None:
     ahead._process.kill()
     ahead._process.wait()
-    assert ahead.begin([], {"A": "x" * 1_000_000}, 2) is None
+    assert ahead.begin([], os.environ | {"A": "x" * 1_000_000}, 2) is None
+
+
+def test_one_that_was_started_with_another_path_is_not_used(ahead: HeadStart) -> None:
+    assert ahead.begin([], os.environ | {"PYTHONPATH": "elsewhere"}, 2) is None
+    assert ahead._process.returncode is not None
 
 
 def test_it_does_not_outlive_whoever_has_started_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,12 +30,9 @@ class App(Celery):  # type: ignore[misc]
 
     def __init__(self, settings: Settings) -> None:
         super().__init__("qserve")
-        self.settings = settings
-        self._broker, self._problem = _reachable(settings)
         self.steps["worker"].add("qserve_workers.pool.celery_worker:KeeperStep")
         self.steps["consumer"].add("qserve_workers.pool.celery_worker:CeleryCallsStep")
         self.conf.update(
-            **self._broker,
             broker_connection_retry_on_startup=True,
             broker_connection_max_retries=None,
             control_exchange=QUEUE,
@@ -58,6 +55,13 @@ class App(Celery):  # type: ignore[misc]
             worker_redirect_stdouts=False,
             qserve_replica="qserve_workers.replica.replica_process:ReplicaProcess",
         )
+        self.use(settings)
+
+    def use(self, settings: Settings) -> None:
+        """Serve the deployments of this instance, before anything was sent."""
+        self.settings = settings
+        broker, self._problem = _reachable(settings)
+        self.conf.update(**broker)
 
     @cached_property
     def Worker(self) -> Any:  # noqa: N802
@@ -98,14 +102,14 @@ def broker_settings(url: str) -> dict[str, Any]:
     login = quote(broker.username, safe="") + (f":{quote(broker.password, safe='')}" if broker.password else "")
     login += "@" if login else ""
     options: dict[str, Any] = {"socket_connect_timeout": _CONNECT_TIMEOUT_S}
-    transport: dict[str, str] = {}
+    transport = None
     if broker.path:
         location = f"redis+socket://{login}{quote(broker.path)}?virtual_host={broker.db}"
     elif broker.sentinels:
         location = ";".join(f"sentinel://{login}{host_and_port(each)}/{broker.db}" for each in broker.sentinels)
         options |= {"master_name": broker.service, "sentinel_kwargs": _sentinel_options(broker)}
     elif broker.nodes:
-        location, transport = f"redis://{login}{host_and_port(broker.nodes[0])}/0", {"broker_transport": TRANSPORT}
+        location, transport = f"redis://{login}{host_and_port(broker.nodes[0])}/0", TRANSPORT
         options |= {URL_OPTION: url}
     else:
         location = f"redis://{login}{host_and_port((broker.host, broker.port))}/{broker.db}"
@@ -113,7 +117,7 @@ def broker_settings(url: str) -> dict[str, Any]:
         "broker_url": location,
         "broker_transport_options": options,
         "broker_use_ssl": broker.tls.options if broker.tls else None,
-        **transport,
+        "broker_transport": transport,
     }
 
 
@@ -127,14 +131,15 @@ def _sentinel_options(broker: Broker) -> dict[str, Any]:
     return options | ({"ssl": True} | broker.tls.options if broker.tls else {})
 
 
-def _settings() -> Settings:
+def settings_found() -> Settings:
+    """The settings of this process; an instance on this machine is found without them."""
     try:
         return find_settings()
     except NoInstanceError:
         return Settings()
 
 
-celery = App(_settings())
+celery = App(settings_found())
 
 
 @signals.beat_init.connect  # type: ignore[untyped-decorator]

@@ -1,9 +1,10 @@
 """`python -m qserve_workers.instance_process`: the process that holds an instance on this machine together.
 
 It owns the embedded Valkey, the socket on which the gateway listens, and the node, which is forked from it and owns
-everything else. When one of them is killed, it is started again: a node that follows another one finds the server and
-the socket where they were, and what has been deployed. It does nothing else, so there is little that could end it; if
-it is killed all the same, everything ends.
+everything else. It imports once what all of them need: node, template, gateway and workers share that memory. When one
+of them is killed, it is started again: a node that follows another one finds the server and the socket where they were,
+and what has been deployed. It does nothing else, so there is little that could end it; if it is killed all the same,
+everything ends.
 """
 
 import asyncio
@@ -29,10 +30,12 @@ from qserve.errors import ConfigurationError
 from qserve.settings import Settings
 from qserve.telemetry.log_records import log_to_stderr
 from qserve.wire.spec import EVERY_NODE
-from qserve_workers.children import adopt_orphans, children_of, die_with_parent, start_program
+from qserve_workers.children import adopt_orphans, can_adopt, children_of, die_with_parent, start_program
 from qserve_workers.node import Node, NodeBirth
-from qserve_workers.node_options import NodeOptions, parse
+from qserve_workers.node_options import NodeOptions, child_environment, parse
+from qserve_workers.node_template import FirstTemplate
 from qserve_workers.supervise import BACKOFF_S, processes_of_session, reason_of
+from qserve_workers.template import fork_template, import_everything, serve
 from qserve_workers.titles import find_title, set_title
 
 logger = logging.getLogger("qserve.instance")
@@ -139,7 +142,6 @@ class InstanceProcess:
         if sys.platform.startswith("linux"):
             die_with_parent(keeper, signal.SIGTERM)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
-        set_title("qserve: node")
         return replace(birth, descriptor=self._socket.detach() if self._socket is not None else None)
 
     # What happens
@@ -262,8 +264,9 @@ def _location(http: str) -> object:
 
 def main() -> int:
     """Hold the instance of this command line and environment together, or of those that it is told."""
-    if sys.argv[1:] == [WAITS]:
+    if sys.argv[1:2] == [WAITS]:
         find_title()
+        import_everything(gateway=True)
         if not wait_for_orders():
             return 0
     options = parse(sys.argv[1:], __doc__)
@@ -272,14 +275,25 @@ def main() -> int:
     except ConfigurationError as exc:
         sys.exit(str(exc))
     assert options.folder is not None
+    import_everything(gateway=options.gateway is True)
+    gc.enable()
     log_to_stderr("node", settings.log_level, settings.log_format)
     if os.geteuid() == 0:
         logger.warning("This node runs as root, and so does the code of every deployment.")
     outcome = InstanceProcess(options, settings, options.folder).run()
-    if isinstance(outcome, int):
-        return outcome
+    return outcome if isinstance(outcome, int) else _be_node(options, settings, outcome)
+
+
+def _be_node(options: NodeOptions, settings: Settings, birth: NodeBirth) -> int:
+    if can_adopt():
+        template = fork_template(child_environment(options, settings, birth.id), birth.descriptor)
+        if not isinstance(template, FirstTemplate):
+            serve(template)
+            return 0
+        birth = replace(birth, template=template)
+    set_title("qserve: node")
     try:
-        node = Node(options, settings, outcome)
+        node = Node(options, settings, birth)
     except ConfigurationError as exc:
         sys.exit(str(exc))
     return asyncio.run(node.run())

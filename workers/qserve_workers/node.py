@@ -39,9 +39,9 @@ from qserve.wire.messages import Signer
 from qserve.wire.spec import EVERY_NODE, HEALTHY, NodeInfo
 from qserve_workers.children import Orphans, can_adopt, program
 from qserve_workers.node_gateways import NodeGateways
-from qserve_workers.node_options import NodeOptions, parse
+from qserve_workers.node_options import NodeOptions, child_environment, parse
 from qserve_workers.node_sleepers import Sleepers
-from qserve_workers.node_template import Template
+from qserve_workers.node_template import FirstTemplate, Template
 from qserve_workers.node_workers import STOP_MARGIN_S, NodeWorkers
 from qserve_workers.supervise import KeptProcess
 from qserve_workers.titles import KEEPS_ENVIRONMENT
@@ -65,12 +65,14 @@ class NodeBirth:
         keeper: Pid of that process; None for a node that nobody holds.
         predecessor: Id of the node that was killed before it; "" for the first one.
         descriptor: A socket on which its gateway is to listen; None: on one of its own.
+        template: The template that it begins with; None: it starts one.
     """
 
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     keeper: int | None = None
     predecessor: str = ""
     descriptor: int | None = None
+    template: FirstTemplate | None = None
 
 
 class Node:
@@ -95,8 +97,8 @@ class Node:
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
         self._force = asyncio.Event()
-        self._environment = self._child_environment()
-        self._template = Template(os.environ | self._environment) if can_adopt() else None
+        self._environment = child_environment(options, settings, self.id)
+        self._template = Template(os.environ | self._environment, self._birth.template) if can_adopt() else None
         self._orphans = Orphans()
         self._sleepers = Sleepers(self._redis, self._keys)
         self._workers = NodeWorkers(
@@ -214,7 +216,7 @@ class Node:
 
     async def _start_gateways(self, *, shares_port: bool, on_failure: Callable[[str], None]) -> str:
         self._gateways = NodeGateways(
-            *(self._options, self._settings, self._folder, self._environment),
+            *(self._options, self._settings, self._folder, self._environment, self._template),
             descriptor=self._birth.descriptor,
             shares_port=shares_port,
             on_failure=on_failure,
@@ -302,20 +304,6 @@ class Node:
         elif not wanted and self._beat is not None:
             beat, self._beat = self._beat, None
             await beat.stop(_BEAT_GRACE_S, self._force)
-
-    def _child_environment(self) -> dict[str, str]:
-        # Nobody but this user reaches the embedded server.
-        trusted = self._options.embedded and self._settings.celery_calls is None
-        celery_calls = {"QSERVE_CELERY_CALLS": "1"} if trusted else {}
-        exact = {"QSERVE_REPLICAS_EXACT": "1"} if self._options.replicas_per_node is None else {}
-        return {
-            "QSERVE_REDIS_URL": self._settings.redis_url,
-            "QSERVE_SECRET": self._settings.secret,
-            "QSERVE_NAMESPACE": self._settings.namespace,
-            "QSERVE_NODE": self.id,
-            **exact,
-            **celery_calls,
-        }
 
     # What others see of this node, and want of it
 

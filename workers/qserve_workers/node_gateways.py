@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 
 from qserve.settings import Settings
-from qserve_workers.children import program
+from qserve_workers.children import Start, program
 from qserve_workers.node_options import NodeOptions
+from qserve_workers.node_template import Template
 from qserve_workers.supervise import KeptProcess
 
 logger = logging.getLogger("qserve.node")
@@ -38,6 +39,7 @@ class NodeGateways:
     Args:
         folder: For their ready files.
         environment: What they find in their environment beside that of the node.
+        template: What they are forked from if it has what they need; None: each is started from nothing.
         descriptor: A socket that they listen on; None: on one of their own.
         shares_port: Gateways of other nodes may listen on the same port.
         on_failure: Called with the reason when they cannot start.
@@ -52,6 +54,7 @@ class NodeGateways:
         settings: Settings,
         folder: Path,
         environment: Mapping[str, str],
+        template: Template | None,
         *,
         descriptor: int | None,
         shares_port: bool,
@@ -61,6 +64,7 @@ class NodeGateways:
         self._settings = settings
         self._folder = folder
         self._environment = environment
+        self._template = template
         self._descriptor = descriptor
         self._shares_port = shares_port or options.gateway_workers > 1
         self._on_failure = on_failure
@@ -81,7 +85,7 @@ class NodeGateways:
 
     async def _start(self, number: int) -> str:
         ready_file = self._folder / f"gateway-{number}.json"
-        environment = os.environ | self._environment
+        environment = dict(self._environment)
         if self._settings.admin_port:
             # An admin listener each: what they count is their own.
             environment["QSERVE_ADMIN_PORT"] = str(self._settings.admin_port + number)
@@ -89,8 +93,7 @@ class NodeGateways:
             environment["QSERVE_LOG_FILE"] = str(self._options.log_file)
         name = f"gateway {number}" if self._options.gateway_workers > 1 else "gateway"
         ready_file.unlink(missing_ok=True)  # of a node before this one
-        inherited = () if self._descriptor is None else (self._descriptor,)
-        gateway = KeptProcess(name, program(lambda: self._command(ready_file), environment, descriptors=inherited))
+        gateway = KeptProcess(name, self._program(ready_file, environment))
         self._running.append(gateway)
         gateway.start()
         while True:
@@ -104,11 +107,21 @@ class NodeGateways:
                 return ready.url
             await asyncio.sleep(_POLL_S)
 
-    def _command(self, ready_file: Path) -> list[str]:
+    def _program(self, ready_file: Path, environment: Mapping[str, str]) -> Start:
+        descriptor = self._descriptor
+        if self._template is not None and self._template.has_gateway:
+            return self._template.gateway(lambda: self._arguments(ready_file), environment, descriptor)
+
+        def command() -> list[str]:
+            inherited = () if descriptor is None else ("--fd", str(descriptor))
+            return [sys.executable, "-m", "qserve_gateway", *self._arguments(ready_file), *inherited]
+
+        return program(command, os.environ | environment, descriptors=() if descriptor is None else (descriptor,))
+
+    def _arguments(self, ready_file: Path) -> list[str]:
         return [
-            *(sys.executable, "-m", "qserve_gateway", "--host", self._options.host, "--port", str(self._port)),
+            *("--host", self._options.host, "--port", str(self._port)),
             *("--ready-file", str(ready_file)),
             *(("--reuse-port",) if self._shares_port else ()),
-            *(() if self._descriptor is None else ("--fd", str(self._descriptor))),
             *self._options.gateway_arguments,
         ]

@@ -4,6 +4,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from qserve.settings import Settings
+
 
 @dataclass(frozen=True)
 class NodeOptions:
@@ -61,3 +63,23 @@ def parse(arguments: list[str], description: str | None = None) -> NodeOptions:
     found["only"] = tuple(name.strip() for name in found["only"].split(",") if name.strip())
     found["gateway_arguments"] = tuple(found["gateway_arguments"])
     return NodeOptions(**found)
+
+
+def child_environment(options: NodeOptions, settings: Settings, node: str) -> dict[str, str]:
+    """What the processes of a node find in their environment beside its own.
+
+    Args:
+        node: Its id.
+    """
+    # Nobody but this user reaches the embedded server.
+    trusted = options.embedded and settings.celery_calls is None
+    celery_calls = {"QSERVE_CELERY_CALLS": "1"} if trusted else {}
+    exact = {"QSERVE_REPLICAS_EXACT": "1"} if options.replicas_per_node is None else {}
+    return {
+        "QSERVE_REDIS_URL": settings.redis_url,
+        "QSERVE_SECRET": settings.secret,
+        "QSERVE_NAMESPACE": settings.namespace,
+        "QSERVE_NODE": node,
+        **exact,
+        **celery_calls,
+    }

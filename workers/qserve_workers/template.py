@@ -1,25 +1,29 @@
 """`python -m qserve_workers.template`: the process of a node that its workers are forked from.
 
-It has one thread, no event loop and no connection, and imports no code of users. On its standard input a node says
-what to fork; see `qserve_workers.node_template`.
+It has one thread, no event loop and no connection, and imports no code of users. A node says what to fork, on the
+standard input of this program; see `qserve_workers.node_template`.
 """
 
 import gc
 import importlib
+import logging
 import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Final
 
 import msgspec
 from billiard.util import get_pdeathsig
 from celery.bin.base import CLIContext
 from celery.bin.worker import worker
 
-from qserve_workers.celery_app import celery
+from qserve_workers.celery_app import celery, settings_found
 from qserve_workers.children import die_with_parent
-from qserve_workers.node_template import Forked, ForkOrder
+from qserve_workers.node_template import WITH_GATEWAY, FirstTemplate, Forked, ForkOrder
+from qserve_workers.titles import set_title
 
 _IMPORTED = (
     "billiard.heap",
@@ -43,15 +47,20 @@ _IMPORTED = (
     "uvloop",
 )
 """What a worker or a replica would import by itself, when it is there."""
+_GATEWAY = "qserve_gateway.__main__"
+"""Imported by this name alone: what is in there is none of our business."""
 
 
-def import_everything() -> None:
+def import_everything(*, gateway: bool = False) -> None:
     """Import what workers and replicas need, and let the garbage collector never look at it again.
 
     Looking writes to the memory of every object, which then is shared no more.
+
+    Args:
+        gateway: What a gateway needs, too.
     """
     gc.disable()
-    for name in _IMPORTED:
+    for name in (*_IMPORTED, *((_GATEWAY,) if gateway else ())):
         importlib.import_module(name)
     celery.finalize()
     get_pdeathsig()  # which imports a parser of C where there is one
@@ -60,22 +69,27 @@ def import_everything() -> None:
 
 
 def wait_for_birth(node: socket.socket) -> ForkOrder | None:
-    """Fork what the node asks for, until it is gone; then None. In a forked worker: what it is to be."""
+    """Fork what the node asks for, until it is gone; then None. In what was forked: what it is to be."""
     with node.makefile("rb") as orders:
-        for line in orders:
-            order = msgspec.json.decode(line, type=ForkOrder)
+        while True:
+            begun, descriptors, _, _ = socket.recv_fds(node, 1, 1)
+            if not begun:
+                return None
+            order = msgspec.json.decode(begun + orders.readline(), type=ForkOrder)
             try:
                 born = _fork(node)
             except OSError as exc:
                 node.sendall(msgspec.json.encode(Forked(error=str(exc))) + b"\n")
                 continue
             if born is None:
+                order.arguments += [f"--fd={descriptor}" for descriptor in descriptors]
                 return order
+            for descriptor in descriptors:
+                os.close(descriptor)
             pid, permission = born
             node.sendall(msgspec.json.encode(Forked(pid)) + b"\n")
             os.write(permission, b"\n")
             os.close(permission)
-    return None
 
 
 def _fork(node: socket.socket) -> tuple[int, int] | None:
@@ -124,28 +138,76 @@ def _fork(node: socket.socket) -> tuple[int, int] | None:
 
 def run_worker(order: ForkOrder) -> None:
     """Be the worker that was asked for."""
-    os.setsid()
-    die_with_parent(order.node, order.death_signal)
-    gc.enable()
-    # User code is not to find this module under that name; `multiprocessing` would import it in processes it spawns.
-    sys.modules["__main__"] = ModuleType("__main__")
     sys.argv = ["celery", "-A", "qserve_workers", "worker", *order.arguments]
     context = CLIContext(app=celery, no_color=True, workdir=None, quiet=False)
     worker.main(order.arguments, prog_name="celery worker", obj=context)
 
 
+def run_gateway(order: ForkOrder) -> None:
+    """Be the gateway that was asked for."""
+    sys.argv = ["qserve_gateway", *order.arguments]
+    importlib.import_module(_GATEWAY).main(order.arguments, prog_name="python -m qserve_gateway")
+
+
+_PROGRAMS: Final[Mapping[str, Callable[[ForkOrder], None]]] = {"worker": run_worker, "gateway": run_gateway}
+
+
+def serve(node: socket.socket) -> None:
+    """Fork what the node asks for, until it is gone; in what was forked, be that."""
+    set_title("qserve: template")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    order = wait_for_birth(node)
+    if order is None:
+        return
+    set_title(f"qserve: {order.program}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setsid()
+    die_with_parent(order.node, order.death_signal)
+    gc.enable()
+    os.environ.update(order.environment)
+    # User code is not to find this module under that name; `multiprocessing` would import it in processes it spawns.
+    sys.modules["__main__"] = ModuleType("__main__")
+    _PROGRAMS[order.program](order)
+
+
+def fork_template(environment: Mapping[str, str], unwanted: int | None) -> FirstTemplate | socket.socket:
+    """Fork the template of the node that this process will be, where everything has been imported.
+
+    Args:
+        environment: What workers find in their environment beside that of this process.
+        unwanted: A descriptor that is none of its business.
+
+    Returns:
+        How to reach it; in the template, how the node reaches it: it is to `serve` there.
+    """
+    here, there = socket.socketpair()
+    node = os.getpid()
+    pid = os.fork()
+    if pid:
+        there.close()
+        return FirstTemplate(pid, here.detach())
+    os.setsid()
+    die_with_parent(node, signal.SIGKILL)
+    here.close()
+    if unwanted is not None:
+        os.close(unwanted)
+    os.environ.update(environment)
+    gc.disable()
+    logging.getLogger().handlers.clear()  # each program sets up its own logging
+    logging.getLogger().setLevel(logging.WARNING)
+    celery.use(settings_found())
+    gc.freeze()
+    return there
+
+
 def main() -> None:
     """Import, and fork what the node asks for."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     node = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    import_everything()
-    order = wait_for_birth(node)
-    if order is not None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        run_worker(order)
+    import_everything(gateway=WITH_GATEWAY in sys.argv)
+    serve(node)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def test_a_killed_gateway_comes_back_and_serves_what_was_deployed_meanwhile(
     first.deploy()
     assert http.get("/code").text == "1"
 
-    part_of(qserve_instance.settings.namespace, "qserve_gateway").kill()
+    part_of(qserve_instance.settings.namespace, "qserve: gateway").kill()
     with httpx.Client(base_url=http.base_url, timeout=patience(LIMIT_S)) as another:
         assert another.get("/code").text == "1"  # which waits, because the port is open all the time
     second.deploy()

@@ -34,7 +34,7 @@ def test_several_gateways_serve_one_port_and_each_has_its_admin_listener(tmp_pat
             running.wait_for("Ctrl-C stops it")
             found = re.search(r"curl (http://\S+)", running.output)
             assert found
-            gateways = [it.pid for it in descendants(running.process.pid) if "qserve_gateway" in command_line(it)]
+            gateways = [it.pid for it in descendants(running.process.pid) if "qserve: gateway" in command_line(it)]
             assert len(gateways) == 3
             for _ in range(30):
                 with urllib.request.urlopen(found[1], timeout=patience(5)) as answer:
