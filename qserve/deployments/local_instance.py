@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ import msgspec
 
 from qserve.broker.instance.state import State
 from qserve.broker.server import embedded
-from qserve.deployments.head_start import PROGRAM, HeadStart
+from qserve.deployments.head_start import FOR_SOME, PROGRAM, HeadStart
 from qserve.deployments.log_files import log_tail, new_log_file
 from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.settings import Settings
@@ -241,6 +242,7 @@ def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
         flags += [f"--gateway-argument={argument}" for argument in options.gateway_arguments]
     if not options.detached:
         flags += ["--owner", str(os.getpid())]
+    flags += [f"--import={name}" for name in FOR_SOME if name in sys.modules]
     flags += ["--http", msgspec.json.encode(options.http).decode()]
     log = None if options.log_to_stderr else new_log_file(runtime_folder(), settings.namespace)
     flags += ["--log-file", str(log)] if log is not None else []

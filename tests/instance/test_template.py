@@ -24,6 +24,7 @@ IMPORTS = """
 import encodings.idna, json, sys
 from qserve_workers import instance_process, template
 template.import_everything(gateway=True)
+template.import_for_some()
 print(json.dumps(list(sys.modules)))
 """
 

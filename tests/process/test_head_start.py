@@ -16,7 +16,7 @@ from tests.support.waiting import wait_until
 PROGRAM = """
 import json, os, sys
 from qserve.deployments.head_start import wait_for_orders
-if wait_for_orders():
+if wait_for_orders(lambda: None):
     print(json.dumps([sys.argv[1:], os.environ.get("TOLD"), os.environ.get("GONE"), sys.stdin.read()]))
     print("an error", file=sys.stderr)
 """

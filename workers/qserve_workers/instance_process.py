@@ -35,7 +35,7 @@ from qserve_workers.node import Node, NodeBirth
 from qserve_workers.node_options import NodeOptions, child_environment, parse
 from qserve_workers.node_template import FirstTemplate
 from qserve_workers.supervise import BACKOFF_S, processes_of_session, reason_of
-from qserve_workers.template import fork_template, import_everything, serve
+from qserve_workers.template import fork_template, import_everything, import_for_some, serve
 from qserve_workers.titles import find_title, set_title
 
 logger = logging.getLogger("qserve.instance")
@@ -267,7 +267,7 @@ def main() -> int:
     if sys.argv[1:2] == [WAITS]:
         find_title()
         import_everything(gateway=True)
-        if not wait_for_orders():
+        if not wait_for_orders(import_for_some):
             return 0
     options = parse(sys.argv[1:], __doc__)
     try:
@@ -275,7 +275,7 @@ def main() -> int:
     except ConfigurationError as exc:
         sys.exit(str(exc))
     assert options.folder is not None
-    import_everything(gateway=options.gateway is True)
+    import_everything(options.imports, gateway=options.gateway is True)
     gc.enable()
     log_to_stderr("node", settings.log_level, settings.log_format)
     if os.geteuid() == 0:

@@ -22,6 +22,7 @@ class NodeOptions:
         owner: Pid of the process to end with.
         instance_file: Where to tell other processes of the user how to reach us.
         http: JSON of the http_options, for the instance file.
+        imports: What the template is to import, because the first deployments need it.
         log_file: Where the standard error of this process goes, for the instance file; None: nowhere that has a name.
     """
 
@@ -37,6 +38,7 @@ class NodeOptions:
     owner: int | None = None
     instance_file: Path | None = None
     http: str = "{}"
+    imports: tuple[str, ...] = ()
     log_file: Path | None = None
 
 
@@ -56,12 +58,13 @@ def parse(arguments: list[str], description: str | None = None) -> NodeOptions:
     parser.add_argument("--owner", type=int)
     parser.add_argument("--instance-file", type=Path)
     parser.add_argument("--http", default="{}")
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
     parser.add_argument("--log-file", type=Path)
     found = vars(parser.parse_args(arguments))
     if found.pop("exact"):
         found["replicas_per_node"] = None
     found["only"] = tuple(name.strip() for name in found["only"].split(",") if name.strip())
-    found["gateway_arguments"] = tuple(found["gateway_arguments"])
+    found["gateway_arguments"], found["imports"] = tuple(found["gateway_arguments"]), tuple(found["imports"])
     return NodeOptions(**found)
 
 

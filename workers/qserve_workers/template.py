@@ -4,14 +4,16 @@ It has one thread, no event loop and no connection, and imports no code of users
 standard input of this program; see `qserve_workers.node_template`.
 """
 
+import contextlib
 import gc
 import importlib
 import logging
 import os
+import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Final
 
@@ -20,6 +22,7 @@ from billiard.util import get_pdeathsig
 from celery.bin.base import CLIContext
 from celery.bin.worker import worker
 
+from qserve.deployments.head_start import FOR_SOME
 from qserve_workers.celery_app import celery, settings_found
 from qserve_workers.children import die_with_parent
 from qserve_workers.node_template import WITH_GATEWAY, FirstTemplate, Forked, ForkOrder
@@ -37,7 +40,6 @@ _IMPORTED = (
     "celery.events",
     "celery.events.receiver",
     "celery.worker.consumer.delayed_delivery",
-    "fastapi",
     "kombu.mixins",
     "kombu.transport.redis",
     "qserve_workers.pool.autoscaler",
@@ -47,20 +49,23 @@ _IMPORTED = (
     "uvloop",
 )
 """What a worker or a replica would import by itself, when it is there."""
+_IDLE_S = 1.0
+"""After this time without an order there is time to import what only some need."""
 _GATEWAY = "qserve_gateway.__main__"
 """Imported by this name alone: what is in there is none of our business."""
 
 
-def import_everything(*, gateway: bool = False) -> None:
+def import_everything(more: Iterable[str] = (), *, gateway: bool = False) -> None:
     """Import what workers and replicas need, and let the garbage collector never look at it again.
 
     Looking writes to the memory of every object, which then is shared no more.
 
     Args:
+        more: What else to import.
         gateway: What a gateway needs, too.
     """
     gc.disable()
-    for name in (*_IMPORTED, *((_GATEWAY,) if gateway else ())):
+    for name in (*_IMPORTED, *((_GATEWAY,) if gateway else ()), *more):
         importlib.import_module(name)
     celery.finalize()
     get_pdeathsig()  # which imports a parser of C where there is one
@@ -68,10 +73,22 @@ def import_everything(*, gateway: bool = False) -> None:
     gc.freeze()
 
 
+def import_for_some() -> None:
+    """Import what many replicas need besides, where it is installed."""
+    for name in FOR_SOME:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.freeze()
+
+
 def wait_for_birth(node: socket.socket) -> ForkOrder | None:
     """Fork what the node asks for, until it is gone; then None. In what was forked: what it is to be."""
+    is_complete = False
     with node.makefile("rb") as orders:
         while True:
+            if not is_complete and not select.select([node], [], [], _IDLE_S)[0]:
+                import_for_some()
+                is_complete = True
             begun, descriptors, _, _ = socket.recv_fds(node, 1, 1)
             if not begun:
                 return None
