@@ -19,10 +19,11 @@ def test_a_template_that_cannot_fork_says_why_and_takes_the_next_order(monkeypat
     monkeypatch.setattr(os, "fork", refuse)
     node, template = socket.socketpair()
     with node, template:
-        order = msgspec.json.encode(ForkOrder(["-Q", "Echo"], 15, os.getpid()))
-        node.sendall(order + b"\n" + order + b"\n")
-        node.shutdown(socket.SHUT_WR)
+        order = msgspec.json.encode(ForkOrder("gateway", ["--port", "0"], 15, os.getpid()))
         before = open_files()
+        for _ in range(2):
+            socket.send_fds(node, [order + b"\n"], [node.fileno()])
+        node.shutdown(socket.SHUT_WR)
 
         assert wait_for_birth(template) is None
 

@@ -84,7 +84,7 @@ def import_for_some() -> None:
 def wait_for_birth(node: socket.socket) -> ForkOrder | None:
     """Fork what the node asks for, until it is gone; then None. In what was forked: what it is to be."""
     is_complete = False
-    with node.makefile("rb") as orders:
+    with node.makefile("rb", buffering=0) as orders:  # the descriptor that comes with the next order stays where it is
         while True:
             if not is_complete and not select.select([node], [], [], _IDLE_S)[0]:
                 import_for_some()
@@ -96,6 +96,8 @@ def wait_for_birth(node: socket.socket) -> ForkOrder | None:
             try:
                 born = _fork(node)
             except OSError as exc:
+                for descriptor in descriptors:
+                    os.close(descriptor)
                 node.sendall(msgspec.json.encode(Forked(error=str(exc))) + b"\n")
                 continue
             if born is None:
