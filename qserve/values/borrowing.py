@@ -13,9 +13,9 @@ import msgspec
 
 from qserve.errors import FrameRejected, QServeError
 from qserve.this_machine import is_running, this_host
-from qserve.values.segments import COPIED, HEADER, HELD, KEPT, SEALS, STATE_AT, place_of
+from qserve.values.segments import COPIED, HEADER, HELD, KEPT, SEALS, STATE_AT, MappedPages, place_of
 from qserve.wire.messages import Lent
-from qserve.wire.parts import Source, copy, fresh
+from qserve.wire.parts import Source, fresh
 
 _KEPT_BYTES = 512 * 2**20
 _KEPT_S = 3.0
@@ -40,8 +40,10 @@ class _Mapped:
         self.used_at = 0.0
         self.map = mmap.mmap(fd, size)
         self.map.madvise(mmap.MADV_DONTFORK)
+        self.pages = MappedPages(self.map, size, writes=False)
 
     def __del__(self) -> None:
+        self.pages.give_up()
         os.close(self.fd)  # the map goes with the last view of it
 
 
@@ -91,7 +93,7 @@ class Borrowed:
             self._tell(KEPT)
             return self._part(number).toreadonly()
         made = fresh(self._lent.sizes[number])
-        copy(made, self._part(number))
+        self._mapped.pages.copy(made, self._part(number), self._places[number])
         return made
 
     def size_of(self, number: int) -> int:
@@ -200,6 +202,11 @@ class Borrowing:
         if mapped.size < end or mapped.map[: HEADER.size] != HEADER.pack(lent.cookie, lent.generation):
             raise ValueGone("a large value is there no more: its sender has taken it back")
         return Borrowed(mapped, lent, returns=returns, views=views)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is mapped."""
+        return not self._mapped
 
     def trim(self) -> None:
         """Give up maps that were not used lately, those of dead processes, and what is more than enough."""

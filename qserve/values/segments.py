@@ -13,7 +13,7 @@ import secrets
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qserve.errors import PayloadTooLarge
@@ -37,6 +37,10 @@ _MOST_IDLE, _MOST_FILES = 64, 256
 _CHECKED_FROM = 64 * 2**20
 """Bytes from which on it is worth asking how much memory is free."""
 _MARGIN = 32 * 2**20
+_SLICE = 2 * 2**20
+"""Bytes whose pages are mapped or given up at a time: Python keeps all other threads waiting meanwhile."""
+_POPULATE_READ, _POPULATE_WRITE = 22, 23
+"""For madvise, from Linux 5.14 on; not named in Python yet."""
 
 
 def place_of(sizes: Sequence[int]) -> tuple[list[int], int]:
@@ -46,6 +50,38 @@ def place_of(sizes: Sequence[int]) -> tuple[list[int], int]:
         places.append(at)
         at += -(-size // _ALIGN) * _ALIGN
     return places, at
+
+
+class MappedPages:
+    """The pages of a map. Those that nobody has touched yet are mapped many at a time, and given up so.
+
+    One by one, as they are touched, the pages of 64 MiB take 80 ms; together they take 9.
+    """
+
+    def __init__(self, mapped: mmap.mmap, size: int, *, writes: bool) -> None:
+        self._map = mapped
+        self._size = size
+        self._advice = _POPULATE_WRITE if writes else _POPULATE_READ
+        self._mapped_to = 0
+
+    def copy(self, place: memoryview, data: Buffer, at: int) -> None:
+        """Copy bytes; those in the map begin at `at`, and are in it as a file already."""
+        size = len(place)
+        if at + size <= self._mapped_to:
+            copy(place, data)
+            return
+        view = memoryview(data)
+        for start in range(0, size, _SLICE):
+            first = (at + start) // mmap.PAGESIZE * mmap.PAGESIZE
+            with contextlib.suppress(OSError):  # an older Linux: then one by one
+                self._map.madvise(self._advice, first, min(at + start + _SLICE, at + size) - first)
+            copy(place[start : start + _SLICE], view[start : start + _SLICE])
+        self._mapped_to = max(self._mapped_to, at + size)
+
+    def give_up(self) -> None:
+        """Unmap them. They are still in the file, and come back for whoever reads them after all."""
+        for start in range(0, self._size, _SLICE):
+            self._map.madvise(mmap.MADV_DONTNEED, start, min(_SLICE, self._size - start))
 
 
 class Segment:
@@ -69,6 +105,7 @@ class Segment:
         self._map = mmap.mmap(self._fd, room)
         self._map.madvise(mmap.MADV_DONTFORK)
         self._view = memoryview(self._map)
+        self._pages = MappedPages(self._map, room, writes=True)
 
     def _open(self) -> None:
         self._fd = os.memfd_create("qserve", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -91,7 +128,7 @@ class Segment:
         if isinstance(part, Strided):
             part.write_into(self._view[at:end])
         elif end <= self._written or not self.is_file:
-            copy(self._view[at:end], part)
+            self._pages.copy(self._view[at:end], part, at)
         else:
             self._write_fresh(at, part)
         self.note_written(end)
@@ -130,7 +167,8 @@ class Segment:
         self._map[STATE_AT] = COPIED
 
     def close(self) -> None:
-        """Give the memory back, as far as nobody else has it mapped."""
+        """Give the memory back, as far as nobody else has it mapped; for 64 MiB that takes 10 to 20 ms."""
+        self._pages.give_up()
         self._view.release()
         with contextlib.suppress(BufferError):  # it is being sent; the map goes with the last view of it
             self._map.close()
@@ -139,9 +177,14 @@ class Segment:
 
 
 class SegmentPool:
-    """The segments of a process that are not in use. Thread-safe."""
+    """The segments of a process that are not in use. Thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        aside: Does something that takes a while where it holds nobody up.
+    """
+
+    def __init__(self, aside: Callable[[Callable[[], None]], None]) -> None:
+        self._aside = aside
         self._idle: dict[int, list[Segment]] = {}
         self._lock = threading.Lock()
         self._files = 0
@@ -179,7 +222,7 @@ class SegmentPool:
 
     def discard(self, segment: Segment) -> None:
         """Give up a segment whose content somebody may still read."""
-        segment.close()
+        self._aside(segment.close)
         with self._lock:
             self._files -= segment.is_file
 

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import threading
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from qserve.broker.keys import Keys
 from qserve.broker.large import transfers
-from qserve.broker.large.lending import Lending
+from qserve.broker.large.lending import Lending, Loan
 from qserve.broker.large.transfers import CHUNK, TransferBroken, Transfers
 from qserve.errors import FrameRejected, GetTimeoutError, Indeterminate, PayloadTooLarge
 from qserve.settings import Settings
@@ -47,6 +48,14 @@ async def lending(settings: Settings, signer: Signer) -> AsyncIterator[Lending]:
 
 def digest(data: Any) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def is_gone(loan: Loan) -> bool:
+    try:
+        Borrowing().open(decode_lent(loan.frame), returns=True)
+    except (ValueGone, NotReachable):
+        return True
+    return False
 
 
 def counted(client: "redis.Redis", keys: Keys, counter: str) -> int:
@@ -164,12 +173,42 @@ class TestLending:
         assert lending.lend(b"y" * MIB).segment is large.segment
         assert lending.lend(b"z" * MIB).segment is not large.segment
 
-    async def test_a_result_nobody_fetches_is_given_up(self, lending: Lending, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_result_nobody_fetches_is_given_up(self, lending: Lending) -> None:
         loan = lending.lend_result(b"x" * MIB)
         loan.since -= 61
         lending.tick()
-        with pytest.raises((ValueGone, NotReachable)):
-            Borrowing().open(decode_lent(loan.frame), returns=True)
+        await until(lambda: is_gone(loan))
+
+    async def test_memory_is_given_up_where_it_holds_up_no_event_loop(
+        self, lending: Lending, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        threads: list[int] = []
+        real = segments.Segment.close
+
+        def close(self: segments.Segment) -> None:
+            real(self)
+            threads.append(threading.get_ident())
+
+        monkeypatch.setattr(segments.Segment, "close", close)
+        loan = lending.lend(Parts(b"", bytes(MIB)))
+        lending.end(loan, is_read=False)
+        await until(lambda: len(threads) == 1)
+        assert threading.get_ident() not in threads
+
+    @pytest.mark.parametrize("advice", [None, 9999])
+    async def test_contents_are_whole_whether_pages_can_be_mapped_at_once_or_not(
+        self, lending: Lending, monkeypatch: pytest.MonkeyPatch, advice: int | None
+    ) -> None:
+        if advice is not None:  # as on a Linux that does not know it
+            monkeypatch.setattr(segments, "_POPULATE_READ", advice)
+            monkeypatch.setattr(segments, "_POPULATE_WRITE", advice)
+        for _ in range(2):  # into fresh memory, and over it
+            data = os.urandom(5 * MIB + 77)
+            loan = lending.lend(Parts(b"head", b"", data, data[:4097]))
+            source = Borrowing().open(decode_lent(loan.frame), returns=True)
+            assert [bytes(source.take(number)) for number in (1, 2, 3)] == [b"", data, data[:4097]]
+            source.finish()
+            lending.end(loan, is_read=True)
 
     async def test_views_are_read_only_and_their_memory_is_not_used_again(self, lending: Lending) -> None:
         loan = lending.lend(Parts(b"head", memoryview(b"x" * MIB)))
