@@ -91,7 +91,7 @@ class Follower:
         return change.kind == "resync" or order(change.log_id) > order(self._info.applied)
 
     async def _catch_up(self, change: Change | None = None) -> None:
-        snapshot = await self._remembered.after(self._redis, change) if change is not None else None
+        snapshot = await self._remembered.after(self._redis, [change]) if change is not None else None
         if snapshot is None:
             found = await read_snapshot(self._redis, self._settings.keys, self._client.signer)
             snapshot = await self._remembered.compare(self._redis, found)

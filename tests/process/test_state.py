@@ -7,11 +7,12 @@ import subprocess
 import tempfile
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
-from qserve.broker.instance.change_log import Change, connect_asyncio, follow, read_change, read_snapshot
+from qserve.broker.instance.change_log import Change, connect_asyncio, follow, read_changes, read_snapshot
 from qserve.broker.instance.state import GenerationChanged, State
 from qserve.broker.keys import Keys
 from qserve.broker.server import embedded
@@ -223,14 +224,41 @@ class TestFollowing:
 
         changed()
         for _ in range(4):
-            after = await read_change(client, settings.keys, signer, known, await anext(changes))
+            after = await read_changes(client, settings.keys, signer, known, [await anext(changes)])
             assert after is not None
             known = after
         assert known == await read_snapshot(client, settings.keys, signer)
 
         state.set_http(HttpSettings(root_path="/api"))
-        assert await read_change(client, settings.keys, signer, known, await anext(changes)) is None
+        assert await read_changes(client, settings.keys, signer, known, [await anext(changes)]) is None
         await changes.aclose()
+        await client.aclose()
+
+    @pytest.mark.parametrize("others", [1, 40])
+    async def test_what_a_look_at_the_state_costs_does_not_depend_on_how_much_is_deployed(
+        self, state: State, settings: Settings, signer: Signer, others: int
+    ) -> None:
+        for number in range(others):
+            state.deploy(spec(f"other{number}"), expected=0)
+        client = connect_asyncio(settings.redis_url)
+        known = await read_snapshot(client, settings.keys, signer)
+        deployed = state.deploy(spec("Later"), expected=0)
+        state.set_state("other0", 1, HEALTHY)
+        change = Change("deploy", deployed.log_id, "Later", 1)
+        before: Any = state.redis.info("commandstats")
+
+        after = await read_changes(client, settings.keys, signer, known, [change], ["other0"])
+        same = await read_changes(client, settings.keys, signer, known, [])
+
+        stats: Any = state.redis.info("commandstats")
+        asked = {
+            name: stats[f"cmdstat_{name}"]["calls"] - before[f"cmdstat_{name}"]["calls"] for name in ("get", "hmget")
+        }
+        assert asked == {"get": 2, "hmget": 2}
+        assert after is not None
+        assert after.deployments["other0"].state == HEALTHY
+        assert after.deployments["Later"] == deployed
+        assert same == known
         await client.aclose()
 
     async def test_many_changes_at_once_are_read_as_a_whole(self, state: State, settings: Settings) -> None:

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from qserve.background import end
-from qserve.broker.instance.change_log import Snapshot, connect_asyncio, follow, has_schedules, read_snapshot
+from qserve.broker.instance.change_log import Change, Snapshot, connect_asyncio, follow, has_schedules, read_snapshot
 from qserve.broker.instance.drained_nodes import read_drained
 from qserve.broker.instance.remembered_state import RememberedState
 from qserve.broker.instance.reports import report_node, withdraw_node
@@ -49,7 +50,9 @@ from qserve_workers.titles import KEEPS_ENVIRONMENT
 logger = logging.getLogger("qserve.node")
 
 _TICK_S = (1.0, 5.0)
-"""How often the state is read without being told of a change: while something is on its way, and else."""
+"""How often it is looked at the state without being told of a change: while something is on its way, and else."""
+_READ_ALL_EVERY_S = 60.0
+"""What many deployments cost does so not grow with every node."""
 _POLL_S = 0.02
 _VALKEY_POLL_S = 0.003
 _BEAT_GRACE_S = 3.0
@@ -89,6 +92,8 @@ class Node:
         self._redis = connect_asyncio(settings.redis_url)
         self._state = State(settings.redis_url, settings.keys, self._signer)
         self._snapshot = Snapshot()
+        self._changes: list[Change] = []
+        self._read_all_at = 0.0
         self._drained = ""
         self._remembered = RememberedState(self._keys, self._signer, restores=settings.autorestore)
         self._gateways: NodeGateways | None = None
@@ -257,8 +262,22 @@ class Node:
     async def _follow(self) -> None:
         self._snapshot = await self._read_state()
         self._changed.set()
-        async for _change in follow(self._settings.redis_url, self._keys, self._snapshot.log_id):
+        async for change in follow(self._settings.redis_url, self._keys, self._snapshot.log_id):
+            self._changes.append(change)
             self._changed.set()
+
+    async def _catch_up(self) -> Snapshot:
+        """The state as it is now: what has changed is read and what is on its way, and now and then all of it."""
+        changes, self._changes = self._changes, []
+        unsettled = [name for name, d in self._snapshot.deployments.items() if d.state != HEALTHY]
+        now = time.monotonic()
+        if now < self._read_all_at:
+            with contextlib.suppress(QServeError):
+                known = await self._remembered.after(self._redis, changes, unsettled)
+                if known is not None:
+                    return known
+        self._read_all_at = now + _READ_ALL_EVERY_S
+        return await self._read_state()
 
     async def _read_state(self) -> Snapshot:
         while True:
@@ -277,7 +296,7 @@ class Node:
             self._changed.clear()
             self._orphans.reap()
             await self._announce()
-            self._snapshot = await self._read_state()
+            self._snapshot = await self._catch_up()
             self._workers.match(self._snapshot, drained=bool(self._drained))
             self._sleepers.match(self._snapshot.deployments)
             self._match_gateways()

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import getLogger
@@ -111,29 +111,43 @@ async def _read_shard(client: redis.asyncio.Redis, keys: Keys) -> tuple[str, dic
     return (instance or b"").decode(), dict(zip(names, metas, strict=True))
 
 
-async def read_change(
-    client: redis.asyncio.Redis, keys: Keys, signer: Signer, known: Snapshot, change: Change
+async def read_changes(
+    client: redis.asyncio.Redis,
+    keys: Keys,
+    signer: Signer,
+    known: Snapshot,
+    changes: Sequence[Change],
+    again: Collection[str] = (),
 ) -> Snapshot | None:
-    """The state after the next change of the one that is known; None if all of it has to be read.
+    """The state after the next changes of the one that is known; None if all of it has to be read.
 
     What a deploy costs does so not depend on how much else is deployed.
+
+    Args:
+        again: Deployments that are read although no change names them: how far one has come is not in the log.
     """
-    if change.kind in _OF_NO_DEPLOYMENT:
-        return replace(known, log_id=change.log_id)
-    if change.kind not in _OF_ONE_DEPLOYMENT or keys.shards > 1 or not any(known.instances):
+    if not all(change.kind in _OF_ONE_DEPLOYMENT | _OF_NO_DEPLOYMENT for change in changes):
         return None
+    if keys.shards > 1 or not any(known.instances):
+        return None
+    log_id = changes[-1].log_id if changes else known.log_id
+    names = list(dict.fromkeys((*again, *(each.name for each in changes if each.kind in _OF_ONE_DEPLOYMENT))))
+    if changes and not names:
+        return replace(known, log_id=log_id)
     with our_errors(client):
         pipeline = client.pipeline(transaction=False)
-        pipeline.hmget(keys.meta(change.name), META_FIELDS)
         pipeline.get(keys.instance)
-        meta, instance = await pipeline.execute()
+        for name in names:
+            pipeline.hmget(keys.meta(name), META_FIELDS)
+        instance, *metas = await pipeline.execute()
     if ((instance or b"").decode(),) != known.instances:
         return None
-    found = checked(partial(decode_deployed, signer, change.name, meta), f"the spec of deployment {change.name!r}")
-    deployments = {name: deployed for name, deployed in known.deployments.items() if name != change.name}
-    if found is not None:
-        deployments[change.name] = found
-    return replace(known, deployments=deployments, log_id=change.log_id)
+    deployments = {name: deployed for name, deployed in known.deployments.items() if name not in names}
+    for name, meta in zip(names, metas, strict=True):
+        found = checked(partial(decode_deployed, signer, name, meta), f"the spec of deployment {name!r}")
+        if found is not None:
+            deployments[name] = found
+    return replace(known, deployments=deployments, log_id=log_id)
 
 
 async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerator[Change, None]:

@@ -1,13 +1,13 @@
 """What a process remembers of the desired state, for the day on which the server has forgotten it."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from logging import getLogger
 from typing import TYPE_CHECKING
 
 from redis.exceptions import ResponseError
 
-from qserve.broker.instance.change_log import Change, Snapshot, ask, read_change, read_snapshot
+from qserve.broker.instance.change_log import Change, Snapshot, ask, read_changes, read_snapshot
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import RESTORE
@@ -78,13 +78,18 @@ class RememberedState:
         )
         return replace(found, deployments={**found.deployments, **gone}, instances=instances, missing=frozenset())
 
-    async def after(self, client: "redis.asyncio.Redis", change: Change) -> Snapshot | None:
-        """The state after the next change; None if it is to be read as a whole, and compared.
+    async def after(
+        self, client: "redis.asyncio.Redis", changes: Sequence[Change], again: Collection[str] = ()
+    ) -> Snapshot | None:
+        """The state after the next changes; None if it is to be read as a whole, and compared.
+
+        Args:
+            again: Deployments that are read although no change names them.
 
         Raises:
             BrokerUnavailable, ConfigurationError: It cannot be read.
         """
-        found = await read_change(client, self._keys, self._signer, self._known, change)
+        found = await read_changes(client, self._keys, self._signer, self._known, changes, again)
         self._known = found or self._known
         return found
 
