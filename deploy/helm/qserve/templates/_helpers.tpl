@@ -79,7 +79,19 @@ tolerations:
 affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- with .place.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .place.topologySpreadConstraints }}
+topologySpreadConstraints:
+  {{- range . }}
+  - {{- toYaml (mergeOverwrite (dict "labelSelector" (dict "matchLabels" $.labels)) .) | nindent 4 }}
+  {{- end }}
+{{- end }}
 volumes:
   - name: tmp
     emptyDir: {}
+  {{- with .place.volumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end }}
