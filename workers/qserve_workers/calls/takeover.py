@@ -21,6 +21,8 @@ _ORPHANS_EVERY_S = 60.0
 _WORKERS_EVERY_S = 10.0
 _LOOKS = 3
 _LONGEST_ROUND_S = 1.0
+_LOOKED_AT = 200
+"""How many neighbours are looked at with every beat. More of them are looked at less often, each by more others."""
 _SOON_S = 0.2
 """How often to look while calls of a dead replica wait."""
 _SPARE_UNSAFE_S = 0.2
@@ -29,6 +31,16 @@ _SPARE_BUSY_S = 1.0
 """So long a replica that is not idle leaves last chances to others: the successor of the dead one will be idle."""
 _SPARE_LONG_S = 10.0
 """The same where a call streams or has run for a second: nothing new is read here before such calls have ended."""
+
+
+def look_every_s(replicas: int, settings: Settings) -> float:
+    """How often a replica looks at its neighbours, if there are so many.
+
+    So what that costs grows with their number and not with its square. There are always some who have looked just after
+    a replica beat for the last time, and they look again when it counts as dead: so it is noticed as soon.
+    """
+    longest = max(settings.beat_interval_s, settings.dead_after_s)
+    return min(longest, settings.beat_interval_s * max(1.0, replicas / _LOOKED_AT))
 
 
 class Takeover:
@@ -54,6 +66,7 @@ class Takeover:
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._own: tuple[bytes, float] = (b"", 0.0)
         self._last_round = 0.0
+        self._look_every_s = settings.beat_interval_s
         self._orphans_at = time.monotonic() + _ORPHANS_EVERY_S
         self._workers_at = time.monotonic() + _WORKERS_EVERY_S
         self._silent: Counter[str] = Counter()
@@ -78,7 +91,7 @@ class Takeover:
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            pause = until_next(self._settings.beat_interval_s)
+            pause = until_next(self._look_every_s)
             if self._gone_since:
                 pause = min(pause, _SOON_S)
             timer = loop.call_later(pause, self._wanted.set)
@@ -102,7 +115,9 @@ class Takeover:
         started = time.monotonic()
         beats = await self._queue.heartbeats(connection)
         now = time.monotonic()
-        paused = now - started > _LONGEST_ROUND_S or now - self._last_round > 3 * self._settings.beat_interval_s
+        longest_gap_s = self._look_every_s + 2 * self._settings.beat_interval_s
+        paused = now - started > _LONGEST_ROUND_S or now - self._last_round > longest_gap_s
+        self._look_every_s = look_every_s(len(beats), self._settings)
         self._last_round = now
         if paused or not self._beats_myself(beats.get(self._replica, b""), now):
             self._seen.clear()
