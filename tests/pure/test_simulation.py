@@ -31,9 +31,10 @@ def test_a_call_that_meets_no_other_takes_what_each_part_takes() -> None:
     assert alone.percentile(0.99) == pytest.approx(QUIET.gateway + QUIET.shard + QUIET.replica)
 
 
-@pytest.mark.parametrize(("work_s", "first"), [(0.0, "shard"), (0.05, "replica")])
-def test_what_is_full_first_is_what_arithmetic_says(work_s: float, first: str) -> None:
-    fleet = replace(SMALL, work_s=work_s)
+@pytest.mark.parametrize(
+    ("fleet", "first"), [(SMALL, "shard"), (replace(SMALL, deployments=4, replicas=4, work_s=0.05), "replica")]
+)
+def test_what_is_full_first_is_what_arithmetic_says(fleet: Fleet, first: str) -> None:
     limits = fleet.limits()
     assert min(limits, key=lambda each: limits[each]) == first
     seen = simulate(fleet, 0.8 * limits[first], 20_000 / limits[first])
