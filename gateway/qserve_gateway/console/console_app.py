@@ -21,7 +21,7 @@ from qserve_gateway.console.live import MOST_STREAMS, LiveStreams
 from qserve_gateway.console.orders import NotPossible
 from qserve_gateway.console.pages import Asked, BadFilter, Pages
 from qserve_gateway.console.rendering import HEADERS, STATIC, Rendering, static_file
-from qserve_gateway.console.sessions import COOKIE, PATH, Sessions, Visitor
+from qserve_gateway.console.sessions import COOKIE, PATH, Sessions, Visitor, prefix, prefix_of
 
 LARGEST_FORM: Final = 256 * 1024
 _WRONG_TOKEN_S: Final = 0.3
@@ -42,12 +42,13 @@ class Console:
         self._streams = LiveStreams()
         self._said: dict[str, str] = {}
         label = settings.console_label
-        facts = {"namespace": settings.namespace, "label": label, "base": PATH, "actions": ACTIONS}
+        facts = {"namespace": settings.namespace, "label": label, "actions": ACTIONS}
         self._rendering = Rendering(facts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         request = Request(scope, receive)
+        prefix.set(prefix_of(request))
         with contextlib.suppress(ClientDisconnect):
             response = await self._answer(request)
             await response(scope, receive, send)
@@ -100,7 +101,7 @@ class Console:
         return self._rendering.page(template, **facts, said=said)
 
     def _live(self, of: str, visitor: Visitor) -> Response:
-        path, _, text = of.removeprefix(PATH).partition("?")
+        path, _, text = of.removeprefix(prefix.get()).removeprefix(PATH).partition("?")
         query = {name: values[-1] for name, values in parse_qs(text).items() if name != "done"}
         asked = Asked(unquote(path).rstrip("/"), query, visitor)
         if self._streams.is_full:
@@ -149,7 +150,7 @@ class Console:
         self._said[key] = done.said
         if len(self._said) > _MOST_SAID:
             self._said.pop(next(iter(self._said)))
-        return RedirectResponse(f"{place}{'&' if '?' in place else '?'}done={key}", 303, HEADERS)
+        return _redirect(f"{place}{'&' if '?' in place else '?'}done={key}")
 
     async def _form(self, request: Request) -> dict[str, list[str]] | Response:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -180,13 +181,13 @@ class Console:
         if not role:
             await asyncio.sleep(_WRONG_TOKEN_S)
             return self._login_page(request, 401, "This token is neither an operator's nor a viewer's.")
-        response = RedirectResponse(_own_path(_last(form, "back")), 303, HEADERS)
+        response = _redirect(_own_path(_last(form, "back")))
         self._sessions.admit(response, role, secure=request.url.scheme == "https")
         return response
 
     def _log_out(self) -> Response:
-        response = RedirectResponse(f"{PATH}/login", 303, HEADERS)
-        response.delete_cookie(COOKIE, path=PATH, httponly=True, samesite="strict")
+        response = _redirect(f"{PATH}/login")
+        response.delete_cookie(COOKIE, path=prefix.get() + PATH, httponly=True, samesite="strict")
         return response
 
     def _login_page(self, request: Request, status: int, problem: str = "") -> Response:
@@ -225,6 +226,10 @@ def _status_of(error: Exception) -> int:
     if isinstance(error, ConfigurationError):  # Redis does not let this gateway do that
         return 403
     return error.status if isinstance(error, QServeError) else 503
+
+
+def _redirect(place: str) -> RedirectResponse:
+    return RedirectResponse(prefix.get() + place, 303, HEADERS)
 
 
 def _own_path(text: str) -> str:

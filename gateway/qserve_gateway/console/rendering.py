@@ -11,6 +11,7 @@ from markupsafe import Markup
 from starlette.responses import HTMLResponse, Response
 
 from qserve.tracebacks import gist
+from qserve_gateway.console.sessions import PATH, prefix
 
 _FOLDER: Final = Path(__file__).parent
 STATIC: Final = {
@@ -61,14 +62,18 @@ class Rendering:
 
     def page(self, template: str, code: int = 200, **facts: Any) -> Response:
         """A whole page."""
-        text = self._environment.get_template(template).render(facts)
+        text = self._environment.get_template(template).render(_place() | facts)
         return HTMLResponse(text, code, {**HEADERS, **_NO_STORE})
 
     def block(self, template: str, block: str, **facts: Any) -> str:
         """One block of a page, for the event stream."""
         found = self._environment.get_template(template)
-        context = found.new_context({**facts})
+        context = found.new_context(_place() | facts)
         return "".join(found.blocks[block](context))
+
+
+def _place() -> dict[str, str]:
+    return {"prefix": prefix.get(), "base": prefix.get() + PATH}
 
 
 def static_file(name: str) -> Response:

@@ -1,8 +1,10 @@
 """Who is looking at the console, and what they may do."""
 
 import hmac
+import re
 import secrets
 import time
+from contextvars import ContextVar
 from http.cookies import CookieError, SimpleCookie
 from typing import Final, NamedTuple
 
@@ -13,7 +15,16 @@ from qserve.settings import LOOPBACK_HOSTS, Settings
 
 COOKIE: Final = "qserve_console"
 PATH: Final = "/-/console"
+prefix: Final = ContextVar("qserve_console_prefix", default="")
+"""What a proxy has taken off the beginning of the request's path: it is put back into links, and the cookie's path."""
+_is_prefix = re.compile(r"(/[\w.~-]+){1,8}", re.ASCII).fullmatch
 _LASTS_S: Final = 12 * 3600
+
+
+def prefix_of(request: Request) -> str:
+    """What the proxy in front says; whoever else says it, says so for themselves only."""
+    said = request.headers.get("x-forwarded-prefix", "").rstrip("/")
+    return said if _is_prefix(said) else ""
 
 
 class Visitor(NamedTuple):
@@ -77,7 +88,7 @@ class Sessions:
         text = f"{role}.{int(time.time()) + _LASTS_S}.{secrets.token_hex(8)}"
         response.set_cookie(
             *(COOKIE, f"{text}.{self._mac(text)}", _LASTS_S),
-            path=PATH,
+            path=prefix.get() + PATH,
             secure=secure,
             httponly=True,
             samesite="strict",

@@ -395,6 +395,27 @@ def test_who_comes_through_a_trusted_proxy_is_who_it_says(running: TestInstance,
         assert nobody.get("").status_code == 401
 
 
+def test_a_proxy_shows_it_below_another_path(shop: Any, console: str) -> None:
+    """Links, forms, what is led to, and the cookie's path have the prefix that the proxy has taken off."""
+    with httpx.Client(headers={"X-Forwarded-Prefix": "/ops/qserve/"}, timeout=patience(10)) as browser:
+        login = browser.post(f"{console}/login", data={"token": OPERATOR, "back": "/-/console/calls"})
+        assert login.headers["location"] == "/ops/qserve/-/console/calls"
+        assert "Path=/ops/qserve/-/console;" in login.headers["set-cookie"]
+        bearer = {"Authorization": f"Bearer {OPERATOR}"}
+        for path in ("", "/deployments/shop", "/calls", "/nowhere"):
+            page = browser.get(f"{console}{path}", headers=bearer).text
+            places = re.findall(r'(?:href|src|action|data-goto|data-base|data-series)="(/[^"]*)"', page)
+            assert places
+            assert [place for place in places if not place.startswith("/ops/qserve/-/console")] == []
+        act = {"action": "pause", "about": "shop", "confirmed": "yes", "back": "/-/console/deployments/shop"}
+        done = browser.post(f"{console}/act", data=act, headers=bearer)
+        assert done.headers["location"].startswith("/ops/qserve/-/console/deployments/shop")
+        browser.post(f"{console}/act", data=act | {"action": "resume"}, headers=bearer)
+    for wrong in ("//evil.example", "/a\\b", "https://evil.example"):
+        page = httpx.get(f"{console}/login", headers={"X-Forwarded-Prefix": wrong}).text
+        assert 'href="/-/console/static/console.css"' in page
+
+
 def test_it_is_open_only_where_it_is_told_to_be(running: TestInstance) -> None:
     with console_of(running.settings, QSERVE_CONSOLE_OPEN=1) as url, visitor(url) as somebody:
         assert ">operator<" in somebody.get("").text

@@ -9,7 +9,7 @@ let stream = null;
 function connect() {
   if (!live || stream || document.hidden) return;
   const here = location.pathname + location.search;
-  stream = new EventSource("/-/console/live?of=" + encodeURIComponent(here));
+  stream = new EventSource(document.documentElement.dataset.base + "/live?of=" + encodeURIComponent(here));
   stream.onopen = () => shows("on", "Live");
   stream.onerror = () => shows("off", "Not connected; trying again");
   stream.addEventListener("live", (event) => replace(event.data));
