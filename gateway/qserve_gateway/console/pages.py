@@ -9,6 +9,7 @@ from urllib.parse import quote, urlencode
 from qserve.broker.history.audit import read_deeds
 from qserve.broker.history.buckets import read_buckets
 from qserve.broker.history.call_index import STATES, count_states
+from qserve.broker.history.totals import read_totals
 from qserve.broker.history.troubles import read_troubles
 from qserve.broker.instance.queue_facts import read_queue_facts
 from qserve.broker.instance.state import State
@@ -142,6 +143,7 @@ class Pages:
         spec = deployed.spec
         troubles = read_troubles(self._state.redis, self._state.keys, [name], most=8)
         [counts] = count_states(self._state.redis, self._state.keys, [name])
+        [totals] = read_totals(self._state.redis, self._state.keys, [name])
         return {
             "row": rows[0],
             "spec": spec,
@@ -150,6 +152,7 @@ class Pages:
             "ranges": list(_RANGES),
             "load": load_of(buckets, min(length, _TILES_S)),
             "counts": counts,
+            "died": totals.get("replicas died", 0),
             "options": _options(spec),
             "troubles": _shown(troubles),
             "replicas": sorted(facts.replicas, key=lambda replica: (replica.host, replica.pid)),

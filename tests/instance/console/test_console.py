@@ -1,6 +1,8 @@
 """The console over HTTP: who may look, who may act, what pages say, and what becomes of nonsense."""
 
+import os
 import re
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
@@ -266,6 +268,15 @@ def test_a_replica_tells_its_stacks_and_leaves(shop: Any, operator: httpx.Client
     assert "leaves" in act(operator, "stop-replica", "shop", replica=replica).text
     wait_until(lambda: replica not in operator.get("/deployments/shop").text)
     assert act(operator, "stacks", "shop", replica="0" * 32).status_code == 409
+
+
+def test_a_deployment_says_how_many_of_its_replicas_have_died(shop: Any, operator: httpx.Client) -> None:
+    shop.remote("x").result(patience(LIMIT_S))
+    found = re.search(r"pid (\d+)", operator.get("/deployments/shop").text)
+    assert found is not None
+    os.kill(int(found[1]), signal.SIGKILL)
+    wait_until(lambda: "1 died so far" in operator.get("/deployments/shop").text)
+    assert shop.remote("x").result(patience(LIMIT_S))
 
 
 def test_the_former_version_comes_back(shop: Any, operator: httpx.Client) -> None:
