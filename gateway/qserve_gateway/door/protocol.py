@@ -254,7 +254,14 @@ class HttpProtocol(BodyProtocol):
         elif self._active is None or self._active.response_complete:
             patience = LAST_CHANCE_S if self._leaving else self._door.keep_alive_s
             if now - self._since > patience:
-                self.transport.close()
+                self._close_idle()
+
+    def _close_idle(self) -> None:
+        """Close; without more ado if that has begun before: a TLS client that does not read never agrees to it."""
+        if self.transport.is_closing():
+            self.transport.abort()
+        else:
+            self.transport.close()
 
     def _is_unread(self, now: float) -> bool:
         """Whether responses wait for the client to read them; resets the connection when they have waited too long."""

@@ -335,6 +335,24 @@ def test_an_idle_connection_ends_soon_when_the_gateway_leaves(impatient: TestIns
         assert leaving.process.wait(patience(10)) == 0
 
 
+def test_an_idle_client_of_https_that_does_not_agree_to_the_end_holds_up_nobody(
+    impatient: TestInstance, certificate: Path
+) -> None:
+    files = ("--ssl-certfile", str(certificate / "cert.pem"), "--ssl-keyfile", str(certificate / "key.pem"))
+    context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
+    with (
+        gateway(impatient.settings, *files) as leaving,
+        leaving.address.connect() as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as connection,
+    ):
+        connection.sendall(get())
+        read_response(connection)
+        began = time.monotonic()
+        leaving.process.terminate()
+        assert leaving.process.wait(patience(10)) == 0
+        assert time.monotonic() - began < patience(5)
+
+
 def test_a_request_in_flight_is_answered_when_the_gateway_leaves(
     impatient: TestInstance, gate: Gate, tmp_path: Path
 ) -> None:
