@@ -39,6 +39,8 @@ class Link:
         self._on_up = on_up
         self._on_long_loss = on_long_loss
         self._lost = asyncio.Event()
+        self._coming: asyncio.Event | None = None
+        """Where the first connection was not waited for: set when it is there, or has not come within PATIENCE_S."""
         self._keeper: asyncio.Task[None] | None = None
         self.sender = self.waiter = Connection()
         """While the pair is lost these are closed connections, which answer every command with `BrokerUnavailable`."""
@@ -59,7 +61,20 @@ class Link:
     def start_soon(self) -> None:
         """Begin to connect, without waiting for it; what goes wrong meanwhile is a loss like any other."""
         self._lost.set()
+        self._coming = asyncio.Event()
         self._keeper = spawn(self._keep_connected())
+
+    async def first_sender(self) -> Connection:
+        """The connection for commands, which is waited for while it is the first one; a closed one while Redis is
+        away."""
+        if self.is_coming and self._coming is not None:
+            await self._coming.wait()
+        return self.sender
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether the first connection is about to be there."""
+        return self._coming is not None and not self._coming.is_set()
 
     @property
     def is_given_up(self) -> bool:
@@ -69,6 +84,7 @@ class Link:
     async def stop(self) -> None:
         """Disconnect; unanswered commands fail."""
         await end(self._keeper)
+        self._has_come()
         self._disconnect()
 
     def check(self) -> None:
@@ -142,6 +158,10 @@ class Link:
         self.sender.close()
         self.waiter.close()
 
+    def _has_come(self) -> None:
+        if self._coming is not None:
+            self._coming.set()
+
     async def _keep_connected(self) -> None:
         while True:
             await self._lost.wait()
@@ -159,9 +179,11 @@ class Link:
                         told = str(exc)
                         logger.error("Redis cannot be used: %s", told)  # waiting does not mend it
                     if time.monotonic() - lost_at > PATIENCE_S:
+                        self._has_come()
                         self._on_long_loss()
                     await asyncio.sleep(random.uniform(0, delay))  # noqa: S311
                     delay = min(delay * 2, _LONGEST_DELAY_S)
             self._lost_at = None
+            self._has_come()
             if self.losses:
                 logger.info("connected to Redis again")

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
+from qserve.background import spawn
 from qserve.broker.connection import Answer
 from qserve.broker.inboxes import send_control
 from qserve.broker.keys import Keys
@@ -49,7 +50,7 @@ class CallsById:
         Raises:
             BrokerUnavailable: Redis cannot be asked.
         """
-        sender = self._link.sender
+        sender = await self._link.first_sender()
         if not sender.is_open:
             raise BrokerUnavailable(_AWAY)
         record = await self._records.describe(sender, call_id, after_event)
@@ -97,6 +98,9 @@ class CallsById:
         self, call_id: str, state: str, error: QServeError, on_answer: Callable[[Answer], None] | None
     ) -> None:
         sender = self._link.sender
+        if self._link.is_coming:
+            spawn(self._end_once_connected(call_id, state, error, on_answer))
+            return
         if not sender.is_open:
             if on_answer is not None:
                 on_answer(BrokerUnavailable(_AWAY))
@@ -113,3 +117,9 @@ class CallsById:
         reach("end-call")
         self._records.end(sender, call_id, state, durable_reply(self._signer, call_id, ERROR, encode(info)), check)
         reach("end-call-sent")
+
+    async def _end_once_connected(
+        self, call_id: str, state: str, error: QServeError, on_answer: Callable[[Answer], None] | None
+    ) -> None:
+        await self._link.first_sender()
+        self._end_call(call_id, state, error, on_answer)

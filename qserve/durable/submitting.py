@@ -140,7 +140,7 @@ class Submissions:
     async def _submit_confirmed(self, each: Submission, durability: Durability) -> None:
         call = each.call
         try:
-            if not (sender := self._link.sender).is_open:
+            if not (sender := await self._link.first_sender()).is_open:
                 raise BrokerUnavailable("Redis cannot be reached")
             if each.payload is not None:
                 await self._payloads.store_unconfirmed(sender, call.id, each.payload)

@@ -1,12 +1,12 @@
 """Reading a durable call by its id: what is refused, and what is said while Redis is away."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qserve.broker.connection import Answer, Connection
 from qserve.broker.keys import Keys
+from qserve.broker.link import Link
 from qserve.broker.records import durable_reply
 from qserve.durable.by_id import CallsById
 from qserve.errors import BrokerUnavailable, FrameRejected
@@ -37,8 +37,13 @@ class Told:
         return [(number, 0.0, frame) for number, frame in enumerate(self.frames, start=1)]
 
 
+async def nothing() -> None:
+    """What is to be done when there is a connection."""
+
+
 def calls(*frames: bytes, is_open: bool = True) -> CallsById:
-    link: Any = SimpleNamespace(sender=OpenConnection() if is_open else Connection())
+    link = Link("redis://nowhere", nothing)
+    link.sender = OpenConnection() if is_open else Connection()
     records: Any = Told(*frames)
     return CallsById(records, Keys("test"), SIGNER, link)
 

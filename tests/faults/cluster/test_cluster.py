@@ -7,6 +7,7 @@ import pytest
 
 import qserve
 from qserve import serve
+from qserve.calls import process_client
 from tests.faults.cluster.conftest import another_primary, slot_of_deployment, slot_of_home
 from tests.faults.failover.load import Load
 from tests.support.cluster import Cluster
@@ -35,6 +36,20 @@ def test_calls_of_every_kind_go_from_shard_to_shard(served: StartedInstance, clu
     record = httpx.get(f"{served.url}{asked.json()['location']}?wait=10", timeout=patience(20)).json()
     assert (record["state"], record["response"]["body"]) == ("done", "8")
     assert httpx.get(f"{served.url}/echo?value=9").text == "9"
+
+
+def test_what_is_asked_about_a_call_waits_for_the_first_connection_to_its_shard(
+    served: StartedInstance, cluster: Cluster
+) -> None:
+    ref = serve.get_deployment("Echo2").get_handle().options(durable=True).remote(7)
+    assert qserve.get(ref) == 7
+    delayed = serve.get_deployment("Echo2").get_handle().options(durable=True, delay=60).remote(7)
+    ids = ref.id, delayed.id
+    process_client.close_current_client()
+    assert serve.get_ref(ids[0]).status().state == "done"
+    process_client.close_current_client()
+    serve.get_ref(ids[1]).cancel()
+    wait_until(lambda: serve.get_ref(ids[1]).status().state == "cancelled")
 
 
 def test_operators_see_all_shards(served: StartedInstance) -> None:
