@@ -1,6 +1,7 @@
 """A real cluster: three primaries, each with a replica, which can be killed, frozen and given other slots."""
 
 import contextlib
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,19 +18,23 @@ from tests.support.waiting import wait_until
 
 NODE_TIMEOUT_MS = 1000
 PASSWORD = "sesame"
+SYNCS = ("--appendfsync", "always")
+"""Writes are on the disk before they are answered."""
 
 
 class ClusterNode(ServerProcess):
     """One server of a cluster."""
 
     def __init__(
-        self, folder: Path, port: int, bus: int, user: Sequence[str], persistent: bool, timeout_ms: int
+        self, folder: Path, port: int, bus: int, user: Sequence[str], options: Sequence[str], timeout_ms: int
     ) -> None:
         self._timeout_ms = timeout_ms
-        self._options = ("--appendonly", "yes") if persistent else ()
+        self._options = options
         self.folder = folder
         self.port = port
         self.bus = bus
+        self.announced = port
+        """The port that the cluster tells of it."""
         folder.mkdir()
         everybody = "user default on nopass ~* &* +@all"
         (folder / "users.acl").write_text("\n".join([everybody, *([f"user {' '.join(user)}"] if user else [])]))
@@ -39,6 +44,7 @@ class ClusterNode(ServerProcess):
             [
                 *(str(embedded.find_server()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""),
                 *("--cluster-enabled", "yes", "--cluster-port", str(self.bus), "--cluster-config-file", "nodes.conf"),
+                *("--cluster-announce-port", str(self.announced), "--cluster-announce-bus-port", str(self.bus)),
                 *("--cluster-node-timeout", str(self._timeout_ms), "--cluster-require-full-coverage", "no"),
                 *("--maxmemory-policy", "noeviction", "--repl-diskless-sync-delay", "0", "--dir", str(self.folder)),
                 *(
@@ -82,6 +88,7 @@ class Cluster:
     Args:
         user: Name and rules of a user with PASSWORD, in whose name `url` speaks.
         persistent: The servers write down what they are told.
+        options: Further arguments of the servers.
         timeout_ms: For how long a node is silent before the others take it for dead.
     """
 
@@ -93,14 +100,15 @@ class Cluster:
         replicas: bool = True,
         user: Sequence[str] = (),
         persistent: bool = False,
+        options: Sequence[str] = (),
         timeout_ms: int = NODE_TIMEOUT_MS,
     ) -> None:
         count = primaries * (2 if replicas else 1)
         first = free_ports(2 * count)
         self.size = primaries
+        options = [*["--appendonly", "yes"] * persistent, *options]
         self.nodes = [
-            ClusterNode(folder / str(i), first + i, first + count + i, user, persistent, timeout_ms)
-            for i in range(count)
+            ClusterNode(folder / str(i), first + i, first + count + i, user, options, timeout_ms) for i in range(count)
         ]
         login = f"{user[0]}:{PASSWORD}@" if user else ""
         self.url = f"redis+cluster://{login}" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[:primaries])
@@ -143,7 +151,7 @@ class Cluster:
                 continue
             for first, last, primary in _slots(node):
                 if first <= slot <= last:
-                    return next(each for each in self.nodes if each.port == primary)
+                    return next(each for each in self.nodes if each.announced == primary)
         raise AssertionError(f"nobody has slot {slot}")
 
     def move(self, slot: int, to: "ClusterNode") -> None:
@@ -167,20 +175,49 @@ class Cluster:
         """The nodes that have slots."""
         live = next(node for node in self.nodes if node.process.poll() is None)
         ports = {primary for _, _, primary in _slots(live)}
-        return [node for node in self.nodes if node.port in ports]
+        return [node for node in self.nodes if node.announced in ports]
 
     def replica_of(self, primary: ClusterNode) -> ClusterNode:
         """A node that follows a primary."""
-        return next(
-            node
-            for node in self.nodes
-            if node.process.poll() is None and (role := node.do("ROLE"))[0] == b"slave" and int(role[2]) == primary.port
-        )
+        live = [node for node in self.nodes if node.process.poll() is None]
+        roles = ((node, node.do("ROLE")) for node in live)
+        return next(node for node, role in roles if role[0] == b"slave" and int(role[2]) == primary.announced)
 
     def kill(self) -> None:
         for node in self.nodes:
             with contextlib.suppress(Exception):
                 node.kill()
+
+
+class ClusterAsServer(ServerProcess):
+    """All servers of a cluster, to which harm is done at once, as if they were one."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.url = cluster.url
+
+    def start(self) -> None:
+        """Start them again, with what they have kept of their data, and of their slots in any case."""
+        for node in self.cluster.nodes:
+            node.start()
+        for node in self.cluster.nodes:
+            wait_until(lambda node=node: _answers(node))  # type: ignore[misc]
+        self.cluster.wait_until_whole()
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        for node in self.cluster.nodes:
+            node.process.wait()
+
+    def freeze(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def signal(self, number: int) -> None:
+        for node in self.cluster.nodes:
+            node.process.send_signal(number)
 
 
 def _answers(node: ClusterNode) -> bool:

@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 
 import httptools
 
-_IDLE_S = 2.0
-"""Gateways close a connection that is idle for 5 s; one that is used for longer than this could be closed just now."""
+_REUSED_WITHIN_S = 4.0
+"""Gateways close a connection that is idle for 5 s. It counts from the last request, because a process that is held up
+reads the response late."""
 
 
 class Response(NamedTuple):
@@ -34,7 +35,7 @@ class _Connection(asyncio.Protocol):
         self._on_surplus = on_surplus
         self.waiting: asyncio.Future[Response] | None = None
         self.transport: asyncio.Transport
-        self.idle_since = time.monotonic()
+        self.asked_at = time.monotonic()
         self.usable = True
         self._reset()
 
@@ -71,7 +72,6 @@ class _Connection(asyncio.Protocol):
         self.usable = self.usable and self._parser.should_keep_alive()
         response = Response(self._parser.get_status_code(), self._headers, bytes(self._body))
         waiting, self.waiting = self.waiting, None
-        self.idle_since = time.monotonic()
         if waiting is not None and not waiting.done():
             waiting.set_result(response)
 
@@ -85,6 +85,7 @@ class _Connection(asyncio.Protocol):
     async def ask(self, request: bytes) -> Response:
         self._reset()
         self.waiting = asyncio.get_running_loop().create_future()
+        self.asked_at = time.monotonic()
         self.transport.write(request)
         return await self.waiting
 
@@ -137,7 +138,7 @@ class HttpClient:
     async def _connection(self) -> _Connection:
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable and time.monotonic() - connection.idle_since < _IDLE_S:
+            if connection.usable and time.monotonic() - connection.asked_at < _REUSED_WITHIN_S:
                 return connection
             connection.transport.close()
         loop = asyncio.get_running_loop()

@@ -77,11 +77,13 @@ class Plan:
     Attributes:
         scale: Lengths of runs are multiplied with it.
         is_slice: The five minutes for CI: every run is as short as it can be.
+        shards: Runs that want one server get a Redis cluster instead; all of its servers die and freeze together.
     """
 
     seed: int
     scale: float = 1.0
     is_slice: bool = False
+    shards: bool = False
     stage: Stage = field(default_factory=Stage)
 
     def dice(self, name: str) -> Random:
@@ -172,6 +174,7 @@ class LoadRun:
         watch: Entered with the cluster for as long as there is load: takes measurements, which it puts into the result.
         throughout: Excuses that hold for the whole run, because the load itself does the damage.
         checks: Look at what is left; see `checks`.
+        needs_one_server: Its faults are about a server that is no cluster.
     """
 
     name: str
@@ -188,16 +191,22 @@ class LoadRun:
     watch: Callable[[Cluster, Result], AbstractContextManager[None]] = lambda cluster, result: nullcontext()
     throughout: Fault | None = None
     checks: tuple[Check, ...] = ()
+    needs_one_server: bool = False
 
     def length(self, plan: Plan) -> float:
         """The load, the start before it and what takes time after it."""
         seconds = plan.seconds(self.seconds, self.short_seconds)
-        return seconds + 25 if seconds else 0
+        return seconds + 25 if seconds and (self._goes_with_shards or not plan.shards) else 0
+
+    @property
+    def _goes_with_shards(self) -> bool:
+        return not (self.needs_one_server or self.prepare or self.setup.sentinels or "server" in self.setup.environment)
 
     def play(self, plan: Plan) -> Result:
         """Start a cluster, hurt it under load, and judge."""
         dice, result = plan.dice(self.name), Result(self.name, self.title, plan.seed)
-        setup = replace(self.setup, replicas=1) if plan.is_slice else self.setup
+        setup = replace(self.setup, shards=self.setup.shards or plan.shards)
+        setup = replace(setup, replicas=1) if plan.is_slice else setup
         with plan.stage.cluster(setup, self.prepare) as cluster:
             base = len(cluster.stored())
             with self.watch(cluster, result):

@@ -105,5 +105,6 @@ RUNS: tuple[Run, ...] = (
         seconds=80,
         short_seconds=9,
         checks=(recovery(answered_s=5, serving_s=5),),
+        needs_one_server=True,
     ),
 )

@@ -11,7 +11,7 @@ import psutil
 
 from qserve.broker.keys import GROUP
 from tests.faults.chaos.checks import takeover
-from tests.faults.chaos.cluster import Cluster
+from tests.faults.chaos.cluster import Cluster, Server
 from tests.faults.chaos.ledger import OK
 from tests.faults.chaos.play import Evidence, LoadRun, Result, Run, came_true
 from tests.faults.chaos.runs.replicas import KILL
@@ -36,6 +36,7 @@ class Sample:
 def measured(cluster: Cluster, result: Result) -> Iterator[None]:
     """Memory and descriptors of every process that lives from beginning to end."""
     samples: dict[psutil.Process, list[Sample]] = {process: [] for process in cluster.processes()}
+    assert isinstance(cluster.server, Server)
     samples[psutil.Process(cluster.server.process.pid)] = []
     over = threading.Event()
 
@@ -133,5 +134,6 @@ RUNS: tuple[Run, ...] = (
         short_seconds=0,
         watch=measured,
         checks=(takeover(told_s=2), back_to_base, no_drift),
+        needs_one_server=True,
     ),
 )
