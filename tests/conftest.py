@@ -3,22 +3,20 @@
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import redis
 
 from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
-from qserve.broker.server import embedded
 from qserve.calls import process_client
 from qserve.settings import Settings
-from qserve.testing import TestInstance, instance
+from qserve.testing import TestInstance
 from qserve.wire.messages import Signer
-from tests.support.servers import SECRET, wait_until_accepting
+from tests.support.chosen_server import client_of, empty, running_instance, running_server
+from tests.support.servers import SECRET
 from tests.support.slowness import patience
 
 
@@ -60,23 +58,16 @@ def no_instance_of_the_user() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[str]:
-    """URL of a private Valkey on a unix socket, for the session."""
-    folder = Path(tempfile.mkdtemp(prefix="qs-"))
-    valkey = subprocess.Popen(embedded.command(folder))
-    try:
-        wait_until_accepting(embedded.socket_path(folder), valkey)
-        yield embedded.redis_url(folder)
-    finally:
-        valkey.kill()
-        valkey.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+    """URL of a private server, for the session."""
+    with running_server() as url:
+        yield url
 
 
 @pytest.fixture
 def redis_client(redis_server: str) -> Iterator["redis.Redis"]:
-    """A client of the session's Valkey, which is empty."""
-    with redis.Redis.from_url(redis_server, protocol=2) as client:
-        client.flushall()
+    """A client of the session's server, which is empty."""
+    empty(redis_server)
+    with client_of(redis_server) as client:
         yield client
 
 
@@ -109,7 +100,7 @@ def state(settings: Settings, signer: Signer) -> Iterator[State]:
 @pytest.fixture(scope="session")
 def _session_instance() -> Iterator[tuple[TestInstance, str]]:
     outside = os.environ["QSERVE_RUNTIME_DIR"]
-    with instance() as running:
+    with running_instance() as running:
         inside = os.environ["QSERVE_RUNTIME_DIR"]
         os.environ["QSERVE_RUNTIME_DIR"] = outside
         yield running, inside

@@ -34,6 +34,12 @@ from tests.support.waiting import until, wait_until
 
 
 @pytest.fixture
+def keys(settings: Settings) -> Keys:
+    """Key names of the shard in which Echo lies."""
+    return settings.keys.of("Echo")
+
+
+@pytest.fixture
 async def caller(settings: Settings) -> AsyncIterator[Caller]:
     """A caller of a signed namespace in which Echo is deployed."""
     deploy(settings)

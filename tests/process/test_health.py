@@ -39,7 +39,7 @@ async def test_three_failed_checks_in_a_row_are_told_to_the_worker_and_shown(wor
     assert "check_health has failed 3 times in a row: RuntimeError: no connection" in host.reports("ill")[0]["error"]
     await until(lambda: seen(world, host).state == UNHEALTHY)
     assert "no connection" in seen(world, host).problem
-    async with calling(world.settings) as caller:  # it serves until another one does
+    async with calling(world.settings, NAME) as caller:  # it serves until another one does
         assert caller.value(await within(put(caller, "pid", None))) == host.pid
 
 
@@ -84,7 +84,7 @@ async def test_a_check_that_hangs_ends_the_replica_and_is_named_in_the_error_of_
 ) -> None:
     world.deploy(code, health_check_period_s=OFTEN, health_check_timeout_s=0.5)
     (host,) = await world.start()
-    async with calling(world.settings) as caller:
+    async with calling(world.settings, NAME) as caller:
         world.books.say("stuck")
         call = put(caller, "wait", "unsafe") if code == "Patient" else None
         assert await host.ended() == 1
@@ -100,7 +100,7 @@ async def test_a_check_that_hangs_ends_the_replica_and_is_named_in_the_error_of_
 async def test_a_check_that_waits_for_the_thread_of_a_long_call_does_not_hang(world: World) -> None:
     world.deploy("SyncPatient", health_check_period_s=OFTEN, health_check_timeout_s=0.2)
     (host,) = await world.start()
-    async with calling(world.settings) as caller:
+    async with calling(world.settings, NAME) as caller:
         call = put(caller, "wait", "long")
         await world.started("long")
         checks, handled = len(world.books.starts("check")), world.redis.hget(world.keys.heartbeats(NAME), host.id)
@@ -119,7 +119,7 @@ async def test_a_blocked_event_loop_is_told_with_its_place_and_named_in_the_erro
     world.settings = world.settings.model_copy(update={"max_loop_stall_s": 4.0})
     world.deploy()
     (host,) = await world.start()
-    async with calling(world.settings) as caller:
+    async with calling(world.settings, NAME) as caller:
         call = put(caller, "stall", 60)
 
         await until(lambda: seen(world, host).state == STALLED)
@@ -140,7 +140,7 @@ async def test_a_blocked_event_loop_is_told_with_its_place_and_named_in_the_erro
 async def test_a_loop_that_goes_on_is_no_longer_stalled(world: World) -> None:
     world.deploy()
     (host,) = await world.start()
-    async with calling(world.settings) as caller:
+    async with calling(world.settings, NAME) as caller:
         call = put(caller, "stall", 2.5)
         await until(lambda: seen(world, host).state == STALLED)
         await within(call)

@@ -43,7 +43,7 @@ async def keep_home_busy(world: World, caller: Caller) -> "tuple[Host, asyncio.F
 async def test_calls_for_a_model_go_to_the_replica_that_holds_it(world: World) -> None:
     world.deploy("Zoo")
     await world.start(2)
-    async with calling(world.settings) as caller:
+    async with calling(world.settings, NAME) as caller:
         homes = {model: await value(caller, put(caller, model)) for model in "abcd"}
         for model in "abcd" * 10:
             assert await value(caller, put(caller, model)) == homes[model]
@@ -55,7 +55,7 @@ async def test_calls_for_a_model_go_to_the_replica_that_holds_it(world: World) -
 async def test_a_new_model_that_many_ask_for_at_once_is_loaded_once(world: World) -> None:
     world.deploy("Zoo")
     await world.start(2)
-    async with calling(world.settings) as caller:
+    async with calling(world.settings, NAME) as caller:
         found = [await value(caller, each) for each in [put(caller, "a") for _ in range(8)]]
 
     assert len(set(found)) == 1
@@ -65,7 +65,7 @@ async def test_a_new_model_that_many_ask_for_at_once_is_loaded_once(world: World
 async def test_a_model_that_leaves_is_no_longer_said_to_be_there(world: World) -> None:
     world.deploy("Zoo")
     (host,) = await world.start(1)
-    async with calling(world.settings) as caller:
+    async with calling(world.settings, NAME) as caller:
         for model in "abc":
             assert await value(caller, put(caller, model)) == host.pid
         await until(lambda: held(world) == {"b": {host.id}, "c": {host.id}})
@@ -77,7 +77,7 @@ async def test_a_model_that_leaves_is_no_longer_said_to_be_there(world: World) -
 
 async def test_a_call_does_not_wait_for_long_for_the_replica_that_holds_its_model(world: World) -> None:
     """Its place is taken by a call for another model, so the model is loaded a second time."""
-    async with calling(world.settings) as caller:
+    async with calling(world.settings, NAME) as caller:
         home, busy = await keep_home_busy(world, caller)
         late = put(caller, "a")
 
@@ -88,7 +88,7 @@ async def test_a_call_does_not_wait_for_long_for_the_replica_that_holds_its_mode
 
 
 async def test_a_call_that_waits_for_its_replica_is_not_blamed_for_its_death(world: World) -> None:
-    async with calling(world.settings) as caller:
+    async with calling(world.settings, NAME) as caller:
         home, busy = await keep_home_busy(world, caller)
         waiting = put(caller, "a")
         await until(lambda: world.pending_for(home.id) == 2)
@@ -104,7 +104,7 @@ async def test_a_call_that_waits_for_its_replica_is_not_blamed_for_its_death(wor
 
 
 async def test_a_call_withdrawn_while_it_waits_for_its_replica_never_runs(world: World) -> None:
-    async with calling(world.settings) as caller:
+    async with calling(world.settings, NAME) as caller:
         home, busy = await keep_home_busy(world, caller)
         pending, unwanted = caller.call("unwanted", "stay", deployment=NAME, model="a")
         await until(lambda: world.pending_for(home.id) == 2)
@@ -119,7 +119,7 @@ async def test_a_call_withdrawn_while_it_waits_for_its_replica_never_runs(world:
 
 
 async def test_a_replica_that_leaves_gives_back_what_waits_there(world: World) -> None:
-    async with calling(world.settings) as caller:
+    async with calling(world.settings, NAME) as caller:
         home, busy = await keep_home_busy(world, caller)
         waiting = put(caller, "a")
         await until(lambda: world.pending_for(home.id) == 2)

@@ -18,6 +18,7 @@ from qserve.broker.scripts import ADMIT, BEAT, FIND, PRESENT, REPLY, TAKE, TELL,
 from qserve.settings import Settings
 from qserve.wire.messages import CONTROL, ERROR, PYTHON, Call, Control, Signer, decode_control, decode_reply, encode
 from qserve.wire.names import is_name
+from tests.support.chosen_server import needs_one_server
 from tests.support.echo_queue import ALIVE, BEATS, INBOX, KEYS, LETTERS, META, REPLICAS, STREAM, Queue
 
 
@@ -56,7 +57,7 @@ class TestPutting:
     def test_durable_calls_that_wait_for_their_time_have_their_places(self, queue: Queue) -> None:
         queue.redis.zadd(KEYS.due("Echo"), dict.fromkeys("abcd", 1e15))
         queue.redis.zadd(KEYS.low("Echo"), dict.fromkeys("efg", 1))
-        keys = (STREAM, META, "instance", KEYS.due("Echo"), KEYS.low("Echo"))
+        keys = (STREAM, META, KEYS.instance, KEYS.due("Echo"), KEYS.low("Echo"))
 
         depth, _, *entries = queue.run(ADMIT, keys, 0, *("id", "", "frame") * 4)
 
@@ -78,9 +79,9 @@ class TestPutting:
         assert queue.put("a")[1] == 1
 
     def test_a_call_to_an_unknown_deployment_leaves_no_stream_behind(self, server: "redis.Redis") -> None:
-        server.set("instance", "one")
+        server.set(KEYS.instance, "one")
         assert Queue(server).put("a") == [-1]
-        assert server.keys() == [b"instance"]
+        assert server.keys(f"{KEYS.base}*") == [KEYS.instance.encode()]
 
     def test_a_server_without_any_state_is_told_apart(self, server: "redis.Redis") -> None:
         assert Queue(server).put("a") == [-4]
@@ -89,8 +90,8 @@ class TestPutting:
         now: Any = queue.redis.time()
         call = ("a", "", "a")
 
-        assert queue.run(ADMIT, (STREAM, META, "instance"), now[0] * 1000 - 1, *call) == [-3]
-        assert queue.run(ADMIT, (STREAM, META, "instance"), (now[0] + 60) * 1000, *call)[0] == 0
+        assert queue.run(ADMIT, (STREAM, META, KEYS.instance), now[0] * 1000 - 1, *call) == [-3]
+        assert queue.run(ADMIT, (STREAM, META, KEYS.instance), (now[0] + 60) * 1000, *call)[0] == 0
 
     def test_calls_are_found_by_their_ids(self, queue: Queue) -> None:
         ids = [f"c{number}" for number in range(10)]
@@ -102,7 +103,7 @@ class TestPutting:
         server.hset(META, "max_queued", 10)
 
         assert Queue(server).put("a") == [-1]
-        assert server.keys() == [META.encode()]
+        assert server.keys(f"{KEYS.base}*") == [META.encode()]
 
     def test_a_deployment_that_failed_refuses_and_says_why(self, queue: Queue) -> None:
         queue.redis.hset(META, "refuse", "no model")
@@ -424,6 +425,7 @@ class TestBeyondMaxmemory:
         yield queue
         redis_client.config_set("maxmemory", 0)
 
+    @needs_one_server
     def test_new_calls_are_refused(self, full: Queue) -> None:
         with pytest.raises(redis.exceptions.OutOfMemoryError):
             full.put("c")

@@ -42,7 +42,7 @@ class TestSlots:
     async def test_a_burst_spreads_over_the_replicas(self, world: World) -> None:
         world.deploy(max_concurrent_queries=100)
         await world.start(2)
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             futures = [put(caller, "wait", str(n)) for n in range(20)]
             await until(lambda: len(world.books.starts()) == 20)
             world.books.gate.open()
@@ -53,7 +53,7 @@ class TestSlots:
     async def test_a_replica_whose_thread_is_busy_leaves_calls_to_one_that_is_free(self, world: World) -> None:
         world.deploy("OneByOne")
         await world.start(2)
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             slow = put(caller, "", "slow")
             await world.started("slow")
 
@@ -68,7 +68,7 @@ class TestSlots:
     async def test_a_standby_replica_takes_no_calls_until_it_is_told_to(self, world: World) -> None:
         world.deploy()
         (host,) = await world.start(1, "standby")
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             future = put(caller, "pid", None)
             await until(lambda: world.redis.xlen(world.keys.calls(NAME)) == 1)
             assert world.pending_for(host.id) == 0
@@ -80,7 +80,7 @@ class TestSlots:
     async def test_a_call_to_itself_that_nobody_waits_for_is_left_alone(self, world: World) -> None:
         world.deploy("Firing")
         (host,) = await world.start()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             first = put(caller, "", "first")
             await world.started("after")
             beats = world.redis.hget(world.keys.heartbeats(NAME), host.id)
@@ -100,7 +100,7 @@ class TestDeath:
         """Its worker tells at once; where the whole host is gone, the heartbeat that stands still does."""
         world.deploy()
         (first,) = await world.start()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             unsafe, safe = put(caller, "wait", "unsafe"), put(caller, "wait", "safe", safe=True)
             page, request = asyncio.get_running_loop().create_future(), http_request()
             caller.client.put(
@@ -148,7 +148,7 @@ class TestDeath:
     ) -> None:
         """A replica whose calls must not run twice leaves it to others for a moment, in vain if there are none."""
         world.deploy()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             safe = put(caller, "wait", "safe", safe=True)
             await world.gave_to_ghost(1)
             await world.start()
@@ -168,7 +168,7 @@ class TestDeath:
         self, world: World
     ) -> None:
         world.deploy()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             suspect = put(caller, "wait", "suspect", safe=True)
             await world.gave_to_ghost(1, starts=2)
             (busy,) = await world.start()
@@ -188,7 +188,7 @@ class TestDeath:
 
     async def test_a_thread_that_becomes_free_takes_calls_of_the_dead_before_new_ones(self, world: World) -> None:
         world.deploy("OneByOne")
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             unsafe, safe = put(caller, "", "unsafe"), put(caller, "", "safe", safe=True)
             await world.gave_to_ghost(2)
             (host,) = await world.start()
@@ -211,7 +211,7 @@ class TestDeath:
         world.deploy()
         (first,) = await world.start()
         await world.start(1, "standby")
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             unsafe = put(caller, "wait", "unsafe")
             await world.started("unsafe")
             first.kill()
@@ -223,7 +223,7 @@ class TestDeath:
     async def test_a_call_that_kills_three_replicas_is_given_up_and_its_mates_are_unharmed(self, world: World) -> None:
         world.deploy(max_concurrent_queries=100)
         await world.start()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             poison = put(caller, "die", "poison", safe=True)
             mates = [put(caller, "wait", f"mate{n}", safe=True) for n in range(3)]
             await until(lambda: len(world.books.starts()) == 4)
@@ -248,7 +248,7 @@ class TestDeath:
     async def test_a_frozen_replica_that_wakes_up_answers_nothing_twice(self, world: World) -> None:
         world.deploy(max_threads=2)
         (first,) = await world.start()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             thread, unsafe = put(caller, "wait_on_thread", "thread"), put(caller, "wait", "unsafe")
             safe = put(caller, "wait", "safe", safe=True)
             await until(lambda: len(world.books.starts()) == 3)
@@ -274,7 +274,7 @@ class TestDeath:
         world.settings = world.settings.model_copy(update={"max_loop_stall_s": 1.0})
         world.deploy()
         (host,) = await world.start()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             put(caller, "stall", 60)
             assert await host.ended() == 1
 
@@ -285,7 +285,7 @@ class TestLeaving:
     async def test_a_drained_replica_finishes_what_it_started_and_leaves_the_rest(self, world: World) -> None:
         world.deploy()
         (first,) = await world.start()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             running = [put(caller, "wait", f"running{n}") for n in range(2)]
             await until(lambda: len(world.books.starts()) == 2)
             first.kill(signal.SIGTERM)
@@ -305,7 +305,7 @@ class TestLeaving:
 
     async def test_what_waits_to_run_again_is_handed_on_by_a_replica_that_leaves(self, world: World) -> None:
         world.deploy()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             suspect = put(caller, "wait", "suspect", safe=True)
             await world.gave_to_ghost(1, starts=2)
             (first,) = await world.start()
@@ -327,7 +327,7 @@ class TestLeaving:
     async def test_a_new_config_waits_for_the_calls_in_flight(self, world: World) -> None:
         world.deploy(user_config=world.codec.pack("old"))
         (host,) = await world.start()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             before = put(caller, "get_config", "before")
             await world.started("before")
             world.deploy(user_config=world.codec.pack("new"))
@@ -348,7 +348,7 @@ class TestFrames:
     ) -> None:
         world.deploy()
         await world.start()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             body = encode(call_of(caller, NAME))
             flipped = bytearray(world.signer.seal(body))
             flipped[40] ^= 4
@@ -372,7 +372,7 @@ class TestFrames:
     async def test_a_captured_frame_that_is_put_again_runs_once(self, world: World) -> None:
         world.deploy()
         world.books.gate.open()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             future = put(caller, "wait", "once")
             await until(lambda: world.redis.xlen(world.keys.calls(NAME)) == 1)
             ((_, captured),) = redis_entries(world.redis, world.keys)
@@ -391,7 +391,7 @@ class TestFrames:
         world.signer = Signer()
         world.deploy()
         await world.start()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             trap = world.codec.pack_call((Trap(world.folder / "sprung"),), {})
             future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
             caller.client.put(
@@ -421,7 +421,7 @@ class TestResults:
         world.signer = Signer()
         world.deploy()
         await world.start()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             with pytest.raises(ResultNotSerializable, match="the result"):
                 await value(caller, put(caller, "result", "lock"))
             with pytest.raises(ResultTooLarge):
@@ -436,7 +436,7 @@ class TestResults:
     ) -> None:
         world.deploy()
         await world.start()
-        async with calling(world.settings) as caller:
+        async with calling(world.settings, NAME) as caller:
             calls = {
                 name: caller.call(name, "wait", deployment=NAME, safe=name == "safe") for name in ("safe", "unsafe")
             }

@@ -29,6 +29,7 @@ from qserve.wire.spec import (
     NodeInfo,
     Target,
 )
+from tests.support.chosen_server import needs_one_server
 from tests.support.slowness import patience
 from tests.support.waiting import wait_until
 
@@ -204,10 +205,12 @@ class TestFollowing:
         change = await anext(follow(settings.redis_url, settings.keys, snapshot.log_id))
         await client.aclose()
 
-        assert snapshot.deployments == {"Echo": deployed}
+        assert snapshot.deployments == {"Echo": state.get("Echo")}
+        assert deployed.generation == snapshot.deployments["Echo"].generation
         assert snapshot.http.root_path == "/api"
         assert change.name == "Later"
 
+    @needs_one_server
     async def test_a_change_of_one_deployment_makes_the_state_that_a_snapshot_has(
         self, state: State, settings: Settings, signer: Signer
     ) -> None:

@@ -16,7 +16,7 @@ from qserve.calls.handle import codec_of
 from qserve.calls.pending import PendingCall
 from qserve.context import set_replica_context
 from qserve.errors import QServeError
-from qserve.settings import Settings
+from qserve.settings import Settings, at_deployment
 from qserve.wire.codec import Codec
 from qserve.wire.messages import ERROR, MODEL, NO_META, PYTHON, Outcome, Signer, decode_error
 from qserve.wire.parts import flat
@@ -63,10 +63,14 @@ class Code:
 
 
 class Caller:
-    """A client that speaks in values."""
+    """A client that speaks in values.
 
-    def __init__(self, settings: Settings) -> None:
-        self.client = Client(settings)
+    Args:
+        mainly: The deployment to which `client` belongs where each shard has one.
+    """
+
+    def __init__(self, settings: Settings, mainly: str = "Echo") -> None:
+        self.client = Client(at_deployment(settings, mainly))
         self.codec: Codec = codec_of(self.client)
         self.outcomes: list[Outcome] = []
 
@@ -83,7 +87,8 @@ class Caller:
     ) -> tuple[PendingCall, "asyncio.Future[Outcome]"]:
         """Put a call; the future gets its outcome, and fails if there is a second one."""
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        pending = self.client.prepare(
+        client = self.client.of(deployment)
+        pending = client.prepare(
             deployment,
             kind=PYTHON,
             method=method,
@@ -93,7 +98,7 @@ class Caller:
             on_outcome=on_outcome or future.set_result,
             meta={MODEL: model} if model else NO_META,
         )
-        self.client.put(pending)
+        client.put(pending)
         return pending, future
 
     async def ask(
@@ -138,9 +143,9 @@ def deploy(
 
 
 @asynccontextmanager
-async def calling(settings: Settings) -> AsyncIterator[Caller]:
+async def calling(settings: Settings, mainly: str = "Echo") -> AsyncIterator[Caller]:
     """A caller, connected."""
-    caller = Caller(settings)
+    caller = Caller(settings, mainly)
     await caller.client.start()
     try:
         yield caller
@@ -151,10 +156,11 @@ async def calling(settings: Settings) -> AsyncIterator[Caller]:
 @asynccontextmanager
 async def serving(settings: Settings, spec: DeploymentSpec) -> AsyncIterator[tuple[Consumer, Code]]:
     """A consumer of the deployment's queue and its code."""
+    settings = at_deployment(settings, spec.name)
     signer = Signer(settings.secrets)
     codec = Codec(allow_pickle=signer.signs, max_bytes=settings.max_value_bytes, large=settings.out_of_line_bytes + 1)
     replica = secrets.token_hex(16)
-    lending = Lending(replica, settings.redis_url, settings.keys, signer)
+    lending = Lending(replica, settings.keys.address(settings.redis_url), settings.keys, signer)
     consumer = Consumer(settings, signer, codec, spec, replica, lending)
     code = Code()
     user_code = UserCode(msgspec.structs.replace(spec, is_class=False), code, f"{spec.name}#1", codec)

@@ -34,7 +34,7 @@ class Queue:
 
     def put(self, *names: str, flags: str = "") -> list[Any]:
         calls = (part for name in names for part in (name, flags, name))
-        answer: list[Any] = self.run(ADMIT, (STREAM, META, "instance"), 0, *calls)
+        answer: list[Any] = self.run(ADMIT, (STREAM, META, KEYS.instance), 0, *calls)
         return answer
 
     def read(self, replica: str, most: int = 10) -> list[bytes]:

@@ -79,7 +79,7 @@ class World:
     def __init__(self, settings: Settings, redis_client: "redis.Redis", folder: Path) -> None:
         self.settings = settings.model_copy(update={"beat_interval_s": 0.2, "dead_after_s": patience(1.0)})
         self.redis = redis_client
-        self.keys = settings.keys
+        self.keys = settings.keys.of(NAME)
         self.signer = Signer(settings.secrets)
         self.books = Books(folder)
         self.folder = folder
@@ -94,7 +94,7 @@ class World:
             init_args=self.codec.pack_call((str(self.folder),), {}),
             **changes,
         )
-        state = State(self.settings.redis_url, self.keys, self.signer)
+        state = State(self.settings.redis_url, self.settings.keys, self.signer)
         state.deploy(spec, expected=state.generation(NAME))
         state.close()
 

@@ -5,19 +5,21 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import redis
 
 from qserve.calls.pending import PendingCall
 from qserve.settings import Settings
 from qserve.wire.messages import Outcome
 from qserve.wire.spec import SERVING
-from tests.support.calling import Caller, calling, within
+from tests.support.calling import Caller, within
+from tests.support.calling import calling as calling_mainly
+from tests.support.chosen_server import client_of, server_to_hurt
+from tests.support.cluster import ClusterAsServer
 from tests.support.faulty_link import FaultyLink
 from tests.support.gateways import Gateway, gateway
 from tests.support.replicas import NAME, Host, World
@@ -32,7 +34,7 @@ PATIENCE_S = 45.0
 class System:
     """One server, one deployment."""
 
-    server: Server
+    server: Server | ClusterAsServer
     world: World
     stack: ExitStack
     gone: list[Caller] = field(default_factory=list)
@@ -70,12 +72,12 @@ async def system(
 ) -> AsyncIterator[System]:
     """A deployment of `tests.support.replica_code:Code` at /code with its replicas."""
     folder = Path(tempfile.mkdtemp(prefix="qs-"))
-    server = Server(folder, keeps_data=keeps_data)
+    server = server_to_hurt(folder, keeps_data=keeps_data)
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder)
         stack.callback(server.kill)
         stack.callback(server.thaw)
-        client = stack.enter_context(redis.Redis.from_url(server.url, protocol=2))
+        client = stack.enter_context(client_of(server.url))
         settings = Settings(redis_url=server.url, secret=SECRET, namespace="test", strict=strict)
         world = World(settings, client, folder)
         world.settings = world.settings.model_copy(update={"dead_after_s": patience(dead_after_s)})
@@ -83,6 +85,11 @@ async def system(
         world.deploy(route_prefix="/code", **spec)
         await world.start(replicas)
         yield System(server, world, stack)
+
+
+def calling(settings: Settings) -> AbstractAsyncContextManager[Caller]:
+    """A caller, connected."""
+    return calling_mainly(settings, NAME)
 
 
 def stop(world: World) -> None:
@@ -123,4 +130,4 @@ class Stopwatch:
         return time.monotonic() - self._began
 
 
-__all__ = ["NAME", "calling"]
+__all__ = ["NAME"]

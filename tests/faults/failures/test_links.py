@@ -7,10 +7,11 @@ import pytest
 from qserve.errors import Indeterminate, ReplicaDied
 from tests.faults.failures.systems import Stopwatch, ask, calling, outcome, put, system, value
 from tests.support.calling import Caller
+from tests.support.chosen_server import needs_one_server
 from tests.support.slowness import patience
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), needs_one_server]  # a line leads to one server
 
 
 async def test_a_replica_that_is_cut_off_loses_its_calls_and_its_late_results_are_dropped() -> None:

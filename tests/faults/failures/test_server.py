@@ -9,6 +9,8 @@ import redis
 from qserve.errors import BrokerUnavailable, GetTimeoutError, Indeterminate
 from qserve.wire.messages import ERROR, Reply, decode_error
 from tests.faults.failures.systems import NAME, PATIENCE_S, Stopwatch, System, ask, calling, outcome, put, system, value
+from tests.support.chosen_server import needs_one_server
+from tests.support.servers import Server
 from tests.support.slowness import patience
 from tests.support.waiting import until
 
@@ -136,6 +138,7 @@ def fill(it: System) -> None:
 
 
 def refuse_writes(it: System) -> None:
+    assert isinstance(it.server, Server)
     (it.server.folder / "dump.rdb").mkdir()  # so no snapshot can be written
     it.world.redis.config_set("save", "3600 1")
     it.world.redis.bgsave()
@@ -149,6 +152,7 @@ def allow_writes(it: System) -> None:
     it.world.redis.config_set("stop-writes-on-bgsave-error", "no")
 
 
+@needs_one_server
 @pytest.mark.parametrize(("harm", "heal", "answers"), [(fill, make_room, True), (refuse_writes, allow_writes, False)])
 async def test_a_server_that_takes_no_more_data_refuses_new_calls_and_harms_no_other(
     harm: Any, heal: Any, answers: bool

@@ -8,12 +8,12 @@ import time
 from typing import Any
 
 import pytest
-from redis import Redis
 
 import qserve
 from qserve import serve
 from qserve.calls.handle import DeploymentHandle
 from qserve.testing import TestInstance
+from tests.support.chosen_server import client_of
 from tests.support.gates import Gate, Notes
 from tests.support.shell import elsewhere
 from tests.support.slowness import patience
@@ -463,5 +463,5 @@ def test_what_is_cancelled_is_kept_as_long_as_its_result_would_be(qserve_instanc
     ref.cancel()
     wait_until(lambda: ref.status().state == "cancelled")
 
-    with Redis.from_url(qserve_instance.settings.redis_url) as redis:
+    with client_of(qserve_instance.settings.redis_url) as redis:
         assert 0 < redis.ttl(qserve_instance.settings.keys.call(ref.id)) <= 50
