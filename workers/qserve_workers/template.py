@@ -226,6 +226,7 @@ def main() -> None:
     os.dup2(null, 0)
     os.close(null)
     import_everything(gateway=WITH_GATEWAY in sys.argv)
+    import_for_some()
     serve(node)
 
 
