@@ -53,6 +53,9 @@ class Socket(asyncio.Transport):
     def resume_reading(self) -> None:
         self.reads = True
 
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
+
     def get_write_buffer_size(self) -> int:
         return 0
 
@@ -324,3 +327,32 @@ async def test_a_stream_goes_on_in_a_task(calls: FakeCalls, leaves: bool) -> Non
     await until(lambda: not connection.tasks)
 
     assert calls.cancelled == ["call0"]  # as every stream's, which has no effect where it has ended
+
+
+async def test_the_rest_of_a_large_body_is_read_past_the_parser_and_what_follows_it_waits(calls: FakeCalls) -> None:
+    connection = Connection(calls)
+    protocol, body = connection.protocol, bytes(range(256)) * 1200
+    head = GET.replace(b"GET", b"POST").replace(b"\r\n\r\n", b"\r\ncontent-length: %d\r\n\r\n" % len(body))
+    protocol.data_received(head + body[:100_000])
+    assert not connection.socket.reads, "the application has to take what is there first"
+    assert protocol.divert(memoryview(bytearray(len(body) - 100_000))) is None
+    assert protocol.cycle.body == body[:100_000]
+    protocol.cycle.body = bytearray()
+
+    assert protocol.divert(memoryview(bytearray(10))) is None, "not the size of the rest"
+    rest = bytearray(len(body) - 100_000)
+    reader = protocol.divert(memoryview(rest))
+    assert reader is not None
+    assert vars(connection.socket)["protocol"] is reader
+    while not reader.over.done():
+        place = reader.get_buffer(-1)[:70_000]
+        place[:] = body[100_000 + reader.size :][: len(place)]
+        reader.buffer_updated(len(place))
+
+    assert rest == body[100_000:]
+    assert vars(connection.socket)["protocol"] is protocol
+    assert (protocol.cycle.more_body, connection.socket.reads) == (False, True)
+    protocol.data_received(GET)
+    assert not connection.socket.reads, "a request that waits for its turn is enough"
+    for task in connection.state.tasks:
+        task.cancel()

@@ -157,6 +157,7 @@ class BodyProtocol(DirectProtocol):
         body = self._body
         if not isinstance(body, LengthBody) or self._is_parsed or body.left != len(place) or self.cycle.body:
             return None
+        self.flow.resume_reading()  # else it would not pause for what comes after the body
         self._reader = BodyReader(self, self.transport, place, self._note_body)
         self._reader.start()
         return self._reader
