@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -30,6 +30,15 @@ class Process(Protocol):
 
     def send_signal(self, signum: int) -> None:
         """Send it a signal."""
+
+
+class _Listed(NamedTuple):
+    """A process as /proc lists it."""
+
+    pid: int
+    state: str
+    parent: int
+    session: int
 
 
 Start = Callable[[], Awaitable[Process]]
@@ -115,15 +124,20 @@ def start_program(command: Sequence[str], *, death_signal: signal.Signals) -> in
 
 def children_of(pid: int) -> list[int]:
     """The running children of a process; none where the system has no /proc."""
-    return [child for child, state, parent in _processes() if parent == pid and state != "Z"]
+    return [each.pid for each in _processes() if each.parent == pid and each.state != "Z"]
 
 
-def _processes() -> Iterator[tuple[int, str, int]]:
-    """Pid, state and parent of each process."""
+def processes_of_session(session: int) -> list[int]:
+    """The processes of a session; none where the system has no /proc."""
+    return [each.pid for each in _processes() if each.session == session]
+
+
+def _processes() -> Iterator[_Listed]:
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
-            yield int(entry.parent.name), state, int(parent)
+            # The command's name comes before, in parentheses, and may hold anything.
+            state, parent, _, session = entry.read_text().rpartition(")")[2].split()[:4]
+            yield _Listed(int(entry.parent.name), state, int(parent), int(session))
 
 
 def can_adopt() -> bool:
@@ -184,4 +198,4 @@ class Orphans:
                 return set()
         except ChildProcessError:
             return set()
-        return {pid for pid, state, parent in _processes() if state == "Z" and parent == os.getpid()}
+        return {each.pid for each in _processes() if each.state == "Z" and each.parent == os.getpid()}

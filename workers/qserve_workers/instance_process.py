@@ -30,11 +30,18 @@ from qserve.errors import ConfigurationError
 from qserve.settings import Settings
 from qserve.telemetry.log_records import log_to_stderr
 from qserve.wire.spec import EVERY_NODE
-from qserve_workers.children import adopt_orphans, can_adopt, children_of, die_with_parent, start_program
+from qserve_workers.children import (
+    adopt_orphans,
+    can_adopt,
+    children_of,
+    die_with_parent,
+    processes_of_session,
+    start_program,
+)
 from qserve_workers.node import Node, NodeBirth
 from qserve_workers.node_options import NodeOptions, child_environment, parse
 from qserve_workers.node_template import FirstTemplate
-from qserve_workers.supervise import BACKOFF_S, processes_of_session, reason_of
+from qserve_workers.supervise import BACKOFF_S, reason_of
 from qserve_workers.template import fork_template, import_everything, import_for_some, serve
 from qserve_workers.titles import find_title, set_title
 

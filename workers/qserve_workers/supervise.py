@@ -7,9 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from qserve_workers.children import Process, Start
+from qserve_workers.children import Process, Start, processes_of_session
 
 logger = logging.getLogger("qserve.node")
 
@@ -139,18 +138,6 @@ class KeptProcess:
                         os.kill(pid, signum)
             else:
                 self._process.send_signal(signum)
-
-
-def processes_of_session(session: int) -> list[int]:
-    """The processes of a session; none where the system has no /proc."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError, ValueError):  # it has ended meanwhile
-            # The command's name comes before, in parentheses, and may hold anything.
-            fields = entry.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                found.append(int(entry.parent.name))
-    return found
 
 
 def reason_of(code: int) -> str:
