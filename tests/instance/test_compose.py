@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import yaml
 
-from tests.support.prometheus import Prometheus
 from tests.support.serving import ROOT, free_port
 from tests.support.slowness import patience
 from tests.support.waiting import joined, wait_until
@@ -53,18 +51,14 @@ class Stack:
         self.port = free_port()
         self.folder = folder
         self.overlays = overlays
-        self.stand_ins: dict[str, dict[str, Any]] = {}
         settings = {"QSERVE_PORT": str(self.port), **environment}
         (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
 
     def compose(self, *arguments: str, check: bool = True) -> str:
         assert COMMAND is not None
         files = [part for name in ("docker-compose.yml", *self.overlays) for part in ("-f", str(ROOT / name))]
-        override: dict[str, dict[str, Any]] = {}
         if network := os.environ.get("QSERVE_TEST_BUILD_NETWORK"):
             override = {name: {"build": {"network": network}} for name in ("deploy", "gateway", "worker")}
-        if override | self.stand_ins:
-            override |= self.stand_ins
             path = self.folder / "override.yml"
             path.write_text(json.dumps({"services": override}))  # JSON is YAML
             files += ["-f", str(path)]
@@ -107,8 +101,6 @@ def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """The stack of a test class, with the settings and `up` options that the class names."""
     overlays = getattr(request.cls, "overlays", [])
     running = Stack(tmp_path_factory.mktemp("compose"), overlays, **request.cls.settings)
-    if "prometheus" in request.cls.up:
-        running.stand_ins = stand_in_for_prometheus(running.folder)
     running.compose("down", "--volumes", "--remove-orphans")  # what a test that was killed left behind
     try:
         running.compose("up", "--build", "--detach", *request.cls.up)
@@ -251,45 +243,6 @@ class TestSecured:
             assert "qserve_queue_depth" in response.read().decode()
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(url, timeout=patience(10))
-
-
-def stand_in_for_prometheus(folder: Path) -> dict[str, dict[str, Any]]:
-    """This machine's Prometheus in an image, where the published one is not here; nothing if it is."""
-    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    inspect = ["docker", "image", "inspect", services["prometheus"]["image"]]
-    if subprocess.run(inspect, check=False, capture_output=True).returncode == 0:
-        return {}
-    program = shutil.which("prometheus")
-    if program is None:
-        pytest.skip("neither the image of Prometheus nor the program is here")
-    shutil.copy(program, folder / "prometheus")
-    made = (
-        "FROM python:3.11-slim\nCOPY prometheus /bin/\nRUN mkdir /prometheus && chown 65534 /prometheus\nUSER 65534\n"
-    )
-    (folder / "Dockerfile").write_text(made)
-    return {"prometheus": {"image": "qserve-test-prometheus", "build": {"context": str(folder)}}}
-
-
-class TestObserved:
-    """With the profile `observe`: Prometheus finds the gateway by itself."""
-
-    settings: ClassVar[dict[str, str]] = {
-        "COMPOSE_PROFILES": "observe",
-        "QSERVE_APP": "examples.hello",
-        "QSERVE_ADMIN_PORT": "9000",
-        "QSERVE_ADMIN_TOKEN": "token-of-the-operator",
-        "PROMETHEUS_PORT": str(free_port()),
-    }
-    up: ClassVar[list[str]] = ["deploy", "gateway", "worker", "prometheus"]
-    ready: ClassVar[list[str]] = ["/hello"]
-
-    def test_prometheus_scrapes_the_gateway_and_knows_the_alerts(self, stack: Stack) -> None:
-        assert stack.get("/hello") == "Hello world!"
-        prometheus = Prometheus(f"http://127.0.0.1:{self.settings['PROMETHEUS_PORT']}")
-        wait_until(lambda: len(prometheus.query("qserve_nodes == 1")) == 1, 60, shows=lambda: prometheus.get("targets"))
-        (target,) = prometheus.get("targets")["activeTargets"]
-        assert (target["health"], target["lastError"]) == ("up", "")
-        assert prometheus.get("rules")["groups"][0]["name"] == "qserve"
 
 
 class TestOwnApplication:
