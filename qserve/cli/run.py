@@ -109,13 +109,13 @@ def serve_until_ctrl_c(
     found = find_app(app, app_dir)
     imported = import_found(found, overrides)
     serving = serving_options(imported.config, host, port, tls)
-    os.environ.update(console_environment())
     settings = Settings()
     if settings.redis_url:
         require_usable_at(settings.redis_url)
     relay = Relay(everything=verbose)
     with relay.output_of_new_processes():
-        instance = start_instance(*(settings, serving, gateway_workers), environment=relay.environment)
+        environment = {**relay.environment, **console_environment()}
+        instance = start_instance(*(settings, serving, gateway_workers), environment=environment)
     try:
         with termination_as_interrupt():
             record = bring_up(instance, imported, stay_anyway=reload)

@@ -309,3 +309,8 @@ def test_contributors_are_told_of_every_make_target_and_of_no_other() -> None:
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     named = {name for path in documents for name in re.findall(r"`make ([a-z-]+)", path.read_text())}
     assert named <= targets
+
+
+def test_no_two_test_files_share_a_name_so_that_all_can_run_together() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
