@@ -1,6 +1,6 @@
 """Deploying applications, and deleting them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from qserve.broker.instance.state import State
 from qserve.deployments import deploying
@@ -35,7 +35,9 @@ class JointGoal:
                 if wanted.get(owner, spec.route_prefix) == spec.route_prefix:  # else it gives the route up now
                     self._take_route(spec, owner)
         # Those without a route first: one of them may have had the route that another one gets.
-        goals = {spec.name: self._deploy(spec) for spec in sorted(specs, key=lambda spec: spec.route_prefix or "")}
+        ordered = sorted(specs, key=lambda spec: spec.route_prefix or "")
+        moving = {name for name, route in wanted.items() if name in listed and listed[name].spec.route_prefix != route}
+        goals = {spec.name: self._deploy(spec, moving) for spec in ordered}
         self.goals = [goals[spec.name] for spec in specs]
 
     def wait(self) -> None:
@@ -52,9 +54,9 @@ class JointGoal:
         """Delete the deployments that an application has no more."""
         delete_all(self._state, self._stale)
 
-    def _deploy(self, spec: DeploymentSpec) -> deploying.Goal:
+    def _deploy(self, spec: DeploymentSpec, moving: Collection[str]) -> deploying.Goal:
         try:
-            return deploying.deploy(self._state, spec)
+            return deploying.deploy(self._state, spec, moving)
         except ValueError as exc:
             raise ValueError(f"Deployment {spec.name!r}: {exc}") from exc
 

@@ -6,7 +6,7 @@ replicas.
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from logging import getLogger
 
@@ -91,8 +91,13 @@ def _changes_nothing(spec: DeploymentSpec, current: Deployed | None) -> bool:
 # Deploying
 
 
-def deploy(state: State, wanted: DeploymentSpec) -> "Goal":
+def deploy(state: State, wanted: DeploymentSpec, moving: Collection[str] = ()) -> "Goal":
     """Make `wanted` the desired state of its name, and return the goal that tells when it is reached.
+
+    Args:
+        state: Of the instance.
+        wanted: What should run.
+        moving: Deployments that are given another route right after this one, so that theirs are free.
 
     Raises:
         ValueError: `prev_version` is not the version that is deployed, or the route belongs to another deployment.
@@ -105,7 +110,8 @@ def deploy(state: State, wanted: DeploymentSpec) -> "Goal":
             return Goal(state, current, current)
         try:
             former = current if current is not None and current.spec.revision != spec.revision else None
-            return Goal(state, state.deploy(spec, expected=generation, former=former), current)
+            deployed = state.deploy(spec, expected=generation, former=former, moving=moving)
+            return Goal(state, deployed, current)
         except GenerationChanged:
             continue
 

@@ -90,3 +90,10 @@ def test_a_file_is_deployed_again_and_only_what_changed_in_it_changes(served: tu
     assert ask(url, "two")["pid"] != two["pid"]
     assert ask(url, "one") == replaced
     assert get(f"{url}/beside") == "beside"  # it is in no file
+
+    # two applications change their routes with each other
+    three = ask(url, "two")
+    swapped = changed.replace("name: two", "name: three").replace("route_prefix: /one", "route_prefix: /other")
+    shell.write("app.yaml", swapped.replace("prefix: /two", "prefix: /one").replace("prefix: /other", "prefix: /two"))
+    assert shell.run("deploy", "app.yaml").returncode == 0
+    assert (ask(url, "one"), ask(url, "two")) == (three, replaced)

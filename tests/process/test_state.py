@@ -80,6 +80,17 @@ class TestDeploying:
 
         assert state.routes() == {"/x": "B", "/y": "C"}
 
+    def test_two_deployments_may_change_their_routes_with_each_other(self, state: State) -> None:
+        state.deploy(spec("A", route="/x"), expected=0)
+        state.deploy(spec("B", route="/y"), expected=0)
+        with pytest.raises(ValueError, match="already registered"):
+            state.deploy(spec("A", route="/y"), expected=1, moving={"BB", "A"})
+
+        state.deploy(spec("A", route="/y"), expected=1, moving={"A", "B"})
+        state.deploy(spec("B", route="/x"), expected=1, moving={"A", "B"})
+
+        assert state.routes() == {"/x": "B", "/y": "A"}
+
     def test_calls_are_let_in_before_the_first_replica_comes(
         self, state: State, redis_client: "redis.Redis", keys: Keys
     ) -> None:

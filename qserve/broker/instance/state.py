@@ -6,7 +6,7 @@ they may carry pickles.
 """
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from logging import getLogger
 from typing import Any, TypeVar
 
@@ -65,13 +65,16 @@ class State:
         except BrokerUnavailable:
             return False
 
-    def deploy(self, spec: DeploymentSpec, *, expected: int, former: Deployed | None = None) -> Deployed:
+    def deploy(
+        self, spec: DeploymentSpec, *, expected: int, former: Deployed | None = None, moving: Collection[str] = ()
+    ) -> Deployed:
         """Make `spec` the desired state of its name.
 
         Args:
             spec: What should run.
             expected: Generation that `get` or `generation` showed; 0 where the name was never used.
             former: What `former` gives from now on; None leaves that as it is.
+            moving: Deployments that are given another route right after this one, so that theirs are free.
 
         Raises:
             GenerationChanged: The deployment has moved on since.
@@ -81,12 +84,13 @@ class State:
         keys = (names.meta(spec.name), names.deployments, names.log, names.calls(spec.name), names.instance)
         route = spec.route_prefix or ""
         frame = self.signer.seal(encode(SignedSpec(expected + 1, spec)))
-        arguments = (spec.name, expected, frame, GROUP, route, f"{names.base}meta:", secrets.token_hex(16))
+        history, free = secrets.token_hex(16), "\n".join(moving)
+        arguments = (spec.name, expected, frame, GROUP, route, f"{names.base}meta:", history, free)
         fields: list[str | bytes | int] = [*script_fields(spec)]
         if former is not None:
             fields += ["former", self.signer.seal(encode(SignedSpec(former.generation, former.spec)))]
         if self.keys.shards > 1:
-            self._look_around(spec.name, route)
+            self._look_around({spec.name, *moving}, route)
         reach("deploy")
         verdict, *facts = self._run(DEPLOY, keys, *arguments, *fields)
         reach("deployed")
@@ -231,13 +235,13 @@ class State:
         noted: bytes = self._do("XADD", self.keys.log, "MAXLEN", "~", 1000, "*", *change)
         return noted.decode()
 
-    def _look_around(self, name: str, route: str) -> None:
+    def _look_around(self, names: Collection[str], route: str) -> None:
         """Settle the number of shards, and check the route, for which DEPLOY looks at its own shard only: of two
         deployments that take one at the same time, nobody notices."""
         self._do("SET", self.keys.shard_count, self.keys.shards, "NX")
         check_shards(self.keys, self._do("GET", self.keys.shard_count))
         for other in self.names() if route else ():
-            if other != name and self._do("HGET", self.keys.meta(other), "route") == route.encode():
+            if other not in names and self._do("HGET", self.keys.meta(other), "route") == route.encode():
                 raise ValueError(f"route_prefix '{route}' is already registered.")
 
     def _run(self, script: Script, keys: tuple[str, ...], *arguments: Any) -> Any:
