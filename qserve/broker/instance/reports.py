@@ -56,8 +56,8 @@ def withdraw_gateway(connection: Connection, keys: Keys, gateway: str, on_answer
 
 
 def send_replica_report(connection: Connection, keys: Keys, deployment: str, replica: str, info: ReplicaInfo) -> None:
-    """Let everybody know how a replica fares, without waiting for it."""
-    connection.send(ignore_answer, "HSET", keys.replicas(deployment), replica, encode(info))
+    """Let everybody know how a replica fares: now, before its worker can say so, and without waiting for it."""
+    connection.send_now(ignore_answer, "HSET", keys.replicas(deployment), replica, encode(info))
 
 
 def report_replica(client: "redis.Redis", keys: Keys, deployment: str, info: ReplicaInfo) -> None:

@@ -42,7 +42,7 @@ def test_a_burst_brings_replicas_and_quiet_takes_them_away(start_node: StartNode
     start_node("--gateway", "--port", "0")
     deploy(state, notes, seconds=0.05)
     urls = gateways(state)
-    assert serving(state) == 1
+    wait_until(lambda: serving(state) == 1)
     with Load("Loaded", notes, urls=urls, http=1, handles=0, durable=0) as calm:
         with Load("Loaded", notes, urls=urls, http=4, handles=6, durable=2, pause_s=0.001) as burst:
             wait_until(lambda: serving(state) == 3)

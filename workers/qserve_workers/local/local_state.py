@@ -1,7 +1,7 @@
 """What is deployed in this process, in the place of the state in Redis."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from typing import Any
 
 from qserve.broker.instance.observed import Observed
@@ -24,7 +24,9 @@ class LocalState(State):
         self._generations: dict[str, int] = {}
         self._http = HttpSettings()
 
-    def deploy(self, spec: DeploymentSpec, *, expected: int, former: Deployed | None = None) -> Deployed:
+    def deploy(
+        self, spec: DeploymentSpec, *, expected: int, former: Deployed | None = None, moving: Collection[str] = ()
+    ) -> Deployed:
         """Serve a deployment from now on.
 
         Raises:
@@ -34,7 +36,8 @@ class LocalState(State):
         """
         if self.generation(spec.name) != expected:
             raise GenerationChanged(spec.name)
-        if spec.route_prefix is not None and self.routes().get(spec.route_prefix, spec.name) != spec.name:
+        owner = None if spec.route_prefix is None else self.routes().get(spec.route_prefix)
+        if owner not in (None, spec.name, *moving):
             raise ValueError(f"route_prefix '{spec.route_prefix}' is already registered.")
         try:
             self._wait_for(self._client.serve(spec))

@@ -28,7 +28,7 @@ class Intruder:
             name, process = dice.choice(["Safe", "Once"]), dice.choice(processes)
             frames = bad_frames(Settings(), name, self._canary(cluster), process)
             frame = frames[dice.choice([each for each in frames if "a control message" not in each])]
-            if dice.random() < 0.5:
+            if not frame or dice.random() < 0.5:  # an empty one is not refused in an inbox: it only wakes its reader
                 queue(client, Aim(keys, name, (process,)), frame)
             else:
                 inboxes(client, Aim(keys, name, (process,)), frame)
