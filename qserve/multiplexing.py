@@ -10,12 +10,16 @@ from types import FunctionType
 from typing import Any, Final, Protocol, TypeVar, overload
 
 from qserve.context import batch_model, current_call, model_watcher
+from qserve.telemetry.user_metrics import OwnCounter
 
 R = TypeVar("R")
 
 _UNLIMITED: Final = -1
 _MOST: Final = "_qserve_most_models"
 """The attribute of a loader that says how many models it keeps."""
+_asked: Final = OwnCounter("qserve_models_asked_for", "Times that a call asked for a model.")
+_loaded: Final = OwnCounter("qserve_models_loaded", "Times that a model was loaded, because the replica had it not.")
+_let_go: Final = OwnCounter("qserve_models_let_go", "Times that a model left, because there was no room for another.")
 
 
 def get_multiplexed_model_id() -> str:
@@ -122,6 +126,10 @@ class _Models:
             self._watcher.changed(self, model_id)
 
     async def get(self, model_id: str, load: Callable[[], Awaitable[Any]]) -> Any:
+        _asked.count()
+        return await self._find(model_id, load)
+
+    async def _find(self, model_id: str, load: Callable[[], Awaitable[Any]]) -> Any:
         found = self._loaded.get(model_id)
         if found is not None:
             self._loaded.move_to_end(model_id)
@@ -129,8 +137,9 @@ class _Models:
         while self._most != _UNLIMITED and len(self._loaded) >= self._most:
             await self._let_go()
             if model_id in self._loaded:  # another call was quicker
-                return await self.get(model_id, load)
+                return await self._find(model_id, load)
         # A task of its own: the first call that wanted it may be withdrawn, and others wait for it.
+        _loaded.count()
         loading = asyncio.ensure_future(load())
         self._loaded[model_id] = loading
         self._changed(model_id)
@@ -145,6 +154,7 @@ class _Models:
 
     async def _let_go(self) -> None:
         model_id, oldest = self._loaded.popitem(last=False)
+        _let_go.count()
         self._changed(model_id)
         if not oldest.done():
             await asyncio.wait([oldest])

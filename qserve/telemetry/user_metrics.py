@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +89,10 @@ class _Metric:
     """
 
     _kind = ""
+    _reserved: ClassVar = "qserve_"
 
     def __init__(self, name: str, description: str = "", tag_keys: Sequence[str] | None = None) -> None:
-        if _is_name(name) is None or name.startswith("qserve_"):
+        if _is_name(name) is None or name.startswith(self._reserved):
             raise ValueError(
                 f"The metric's name {name!r} is not possible: letters, digits, '_' and ':', and not 'qserve_' first."
             )
@@ -154,6 +155,20 @@ class Counter(_Metric):
         if value <= 0:
             raise ValueError(f"value must be >0, got {value}")
         _registry.add({self._field(tags): round(value * MICRO)})
+
+
+class OwnCounter(Counter):
+    """A number of qserve's own that only grows and is counted where user code runs."""
+
+    _reserved = "user_"
+
+    def __init__(self, name: str, description: str) -> None:
+        super().__init__(name, description)
+        self._untagged = self._field(None)
+
+    def count(self) -> None:
+        """Add one to it."""
+        _registry.add({self._untagged: MICRO})
 
 
 class Gauge(_Metric):

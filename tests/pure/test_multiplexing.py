@@ -1,12 +1,14 @@
 """`serve.multiplexed`: which models are kept, loaded and let go."""
 
 import asyncio
+import json
 from typing import Any, ClassVar
 
 import pytest
 
 from qserve import serve
 from qserve.context import CallInfo, current_call
+from qserve.telemetry.user_metrics import MICRO, take_counts
 
 
 class Model:
@@ -44,6 +46,19 @@ async def test_the_least_recently_used_model_leaves() -> None:
     for model in ("a", "b", "a", "c", "a", "b"):
         assert await host.get(model) == model.upper()
     assert host.loaded == ["a", "b", "c", "b"]
+
+
+async def test_what_is_loaded_and_what_was_there_is_counted() -> None:
+    take_counts()
+    host = Host()
+    for model in ("a", "b", "a", "c", "a", "b"):
+        await host.get(model)
+    counts = {json.loads(field.removeprefix("user "))[1]: count for field, count in take_counts().items()}
+    assert counts == {
+        "qserve_models_asked_for": 6 * MICRO,
+        "qserve_models_loaded": 4 * MICRO,
+        "qserve_models_let_go": 2 * MICRO,
+    }
 
 
 async def test_a_model_is_loaded_once_for_all_who_wait_and_an_error_is_not_kept() -> None:
