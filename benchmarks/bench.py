@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ PEERS = processes.ROOT.parent / "shared" / "peers" / "run.py"
 ROUNDS = 3
 """Bare server and qserve take turns; the table shows medians."""
 LOAD_S = 5
+_SETTLE_S = 5
+"""After the first answer: until then processes import what they do not need for it."""
 UVICORN = ["--loop", "uvloop", "--http", "httptools", "--log-level", "warning", "--no-access-log"]
 
 
@@ -221,6 +224,7 @@ def sleepers_and_burners() -> list[Row]:
 
 def idle_rows(pid: int) -> list[Row]:
     """Measure memory and CPU of an instance that nobody has called yet."""
+    time.sleep(_SETTLE_S)
     parts = processes.Parts(pid)
     cpu = processes.cpu_percent(processes.tree(pid), 10)
     pss = parts.pss_mib()
