@@ -89,7 +89,7 @@ class _Metric:
     """
 
     _kind = ""
-    _reserved: ClassVar = "qserve_"
+    _reserved: ClassVar[tuple[str, ...]] = ("qserve_",)
 
     def __init__(self, name: str, description: str = "", tag_keys: Sequence[str] | None = None) -> None:
         if _is_name(name) is None or name.startswith(self._reserved):
@@ -160,7 +160,7 @@ class Counter(_Metric):
 class OwnCounter(Counter):
     """A number of qserve's own that only grows and is counted where user code runs."""
 
-    _reserved = "user_"
+    _reserved = ()
 
     def __init__(self, name: str, description: str) -> None:
         super().__init__(name, description)
