@@ -23,6 +23,7 @@ SITE = ROOT / "build/site"
 CONFIGURATION = ROOT / "docs/zensical.toml"
 
 _LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
+_FETCHED = re.compile(r'<(?:script|img|iframe|link rel="(?:stylesheet|preload)")[^>]*?(?:src|href)="(https?:[^"]+)')
 _FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -40,7 +41,7 @@ def place_of(page: Path) -> Path | None:
     """
     if page == Path("README.md"):
         return Path("index.md")
-    if page.parts[0] == "docs" and page.suffix in (".md", ".png", ".svg", ".json"):
+    if page.parts[0] == "docs" and page.suffix in (".md", ".png", ".svg", ".json", ".js"):
         return Path(*page.parts[1:])
     if page.suffix == ".md" and (len(page.parts) == 1 or page.parts[0] == "benchmarks"):
         return page
@@ -133,11 +134,22 @@ def write_llms(folder: Path) -> None:
     (folder / "llms-full.txt").write_text("\n\n".join(whole))
 
 
+def check_that_it_needs_no_network(folder: Path) -> None:
+    """Check that the pages of a site fetch nothing from other hosts, so that they can be read and searched anywhere.
+
+    Raises:
+        SystemExit: A page does.
+    """
+    for page in sorted(folder.rglob("*.html")):
+        if (found := _FETCHED.search(page.read_text())) is not None:
+            raise SystemExit(f"{page.relative_to(folder)} fetches {found[1]}: the site has to work without a network")
+
+
 def build(name: str) -> Path:
     """Build the site under the name of a version.
 
     Raises:
-        SystemExit: A link leads nowhere, or the generator fails.
+        SystemExit: A link leads nowhere, a page needs the network, or the generator fails.
     """
     lay_out()
     done = subprocess.run([Path(sys.executable).parent / "zensical", "build", "--strict"], cwd=SOURCE, check=False)
@@ -148,6 +160,7 @@ def build(name: str) -> Path:
     shutil.copytree(SOURCE / "out", target)
     for text in ("llms.txt", "llms-full.txt"):
         shutil.copy(SOURCE / "pages" / text, target / text)
+    check_that_it_needs_no_network(target)
     names = sorted((each.name for each in SITE.iterdir() if each.is_dir()), reverse=True)
     versions = [{"version": each, "title": each, "aliases": []} for each in names]
     (SITE / "versions.json").write_text(json.dumps(versions))
@@ -157,4 +170,6 @@ def build(name: str) -> Path:
 
 if __name__ == "__main__":
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    print(f"The site is in {build(sys.argv[1] if len(sys.argv) > 1 else version).relative_to(ROOT)}/")  # noqa: T201
+    site = build(sys.argv[1] if len(sys.argv) > 1 else version)
+    count = sum(1 for _ in site.rglob("*.html"))
+    print(f"The site was built: {count} pages in {site.relative_to(ROOT)}/, and no link leads nowhere")  # noqa: T201

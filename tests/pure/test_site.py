@@ -82,6 +82,18 @@ def test_pages_for_language_models_name_each_page(tmp_path: Path) -> None:
     assert "<!--" not in (tmp_path / "llms-full.txt").read_text()
 
 
+def test_a_page_that_fetches_from_another_host_ends_the_build(tmp_path: Path) -> None:
+    page = tmp_path / "a/b.html"
+    page.parent.mkdir()
+    page.write_text('<a href="https://x.y/"></a><script src="../own.js"></script>')
+    site.check_that_it_needs_no_network(tmp_path)
+
+    page.write_text('<script async src="https://x.y/z.js"></script>')
+
+    with pytest.raises(SystemExit, match=r"a/b\.html fetches https://x\.y/z\.js"):
+        site.check_that_it_needs_no_network(tmp_path)
+
+
 def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:
     rules = yaml.safe_load((ROOT / "deploy/observability/rules.yml").read_text())
     alerts = {rule["alert"]: rule["annotations"] for group in rules["groups"] for rule in group["rules"]}
