@@ -162,6 +162,7 @@ SETTLE_CALL: Final = _read("settle_call", _RECORDS, _DEAD_LETTERS)
 SUBMIT: Final = _read("submit", _RECORDS)
 
 # What is counted
+ADD_SERIES: Final = _read("add_series")
 COUNT_CALLS: Final = _read("count_calls", _QUEUES)
 
 # The queue of Celery clients

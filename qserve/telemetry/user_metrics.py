@@ -9,17 +9,58 @@ import json
 import logging
 import re
 import threading
+from collections import Counter as Tally
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
+
+from qserve.broker.history.totals import MOST_SERIES, UserSeries
 
 logger = logging.getLogger(__name__)
 
 MICRO: Final = 1_000_000
 """Sums are kept in whole millionths, because what is added up are whole numbers."""
-_MOST_SERIES: Final = 1_000
-"""How many combinations of tags a process has; others are not counted."""
+_MOST_COUNTED: Final = 5_000
+"""How many series of counters and histograms a process has in all."""
+_MOST_GAUGES: Final = 1_000
+"""The same for gauges, all of which a replica tells whenever one has changed."""
+_LONGEST_TAG: Final = 200
+"""Values of tags that have more characters are cut."""
 _TAKEN: Final = ("deployment", "replica", "le")
 _is_name = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*").fullmatch
+
+
+class _Room:
+    """Which series there are: a bounded number, whatever values user code gives to tags."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._known: set[str] = set()
+        self._of_metric: Tally[str] = Tally()
+        self._told: set[str] = set()
+
+    def is_for(self, metric: str, series: str) -> bool:
+        """Whether a series is one of those that are counted."""
+        if series in self._known:
+            return True
+        if self._of_metric[metric] >= MOST_SERIES:
+            self._tell(metric, f"The metric {metric!r} has more than {MOST_SERIES:,} combinations of tags")
+            return False
+        if len(self._known) >= self._most:
+            self._tell("", f"The metrics of this process have more than {self._most:,} combinations of tags together")
+            return False
+        self._known.add(series)
+        self._of_metric[metric] += 1
+        return True
+
+    def _tell(self, metric: str, problem: str) -> None:
+        """Say it once: `metric` is one of few, or of all that there are."""
+        if metric not in self._told:
+            self._told.add(metric)
+            logger.warning(
+                "%s: further ones are not counted. Tags are for what has few values, not for ids or texts of users. "
+                "qserve_user_metrics_dropped_total says whether values are dropped.",
+                problem,
+            )
 
 
 class _Registry:
@@ -27,47 +68,46 @@ class _Registry:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, int] = {}
+        self._counted: dict[str, UserSeries] = {}
+        self._counted_room = _Room(_MOST_COUNTED)
         self._gauges: dict[str, float] = {}
-        self._known: set[str] = set()
+        self._gauge_room = _Room(_MOST_GAUGES)
+        self._dropped = 0
 
-    def add(self, counts: Mapping[str, int]) -> None:
+    def add(self, metric: str, counts: Mapping[str, int]) -> None:
+        """Add to the fields of a series, of which every value counts in the first one."""
+        first = next(iter(counts))
         with self._lock:
+            if not self._counted_room.is_for(metric, first):
+                self._dropped += 1
+                return
+            fields = self._counted.setdefault(first, UserSeries(metric, {})).fields
             for field, count in counts.items():
-                if self._has_room_for(field):
-                    self._counts[field] = self._counts.get(field, 0) + count
+                fields[field] = fields.get(field, 0) + count
 
-    def set(self, field: str, value: float) -> None:
+    def set(self, metric: str, field: str, value: float) -> None:
         with self._lock:
-            if self._has_room_for(field):
+            if self._gauge_room.is_for(metric, field):
                 self._gauges[field] = value
+            else:
+                self._dropped += 1
 
-    def take(self) -> dict[str, int]:
+    def take(self) -> tuple[list[UserSeries], int]:
         with self._lock:
-            counts, self._counts = self._counts, {}
-            return counts
+            counted, self._counted = list(self._counted.values()), {}
+            dropped, self._dropped = self._dropped, 0
+            return counted, dropped
 
     def gauges(self) -> dict[str, float]:
         with self._lock:
             return dict(self._gauges)
 
-    def _has_room_for(self, field: str) -> bool:
-        if field in self._known:
-            return True
-        if len(self._known) == _MOST_SERIES:
-            self._known.add("")
-            logger.warning("More than %d combinations of tags: further ones are not counted.", _MOST_SERIES)
-        if len(self._known) > _MOST_SERIES:
-            return False
-        self._known.add(field)
-        return True
-
 
 _registry: Final = _Registry()
 
 
-def take_counts() -> dict[str, int]:
-    """What was counted since the last time, as fields of the totals of the deployment."""
+def take_counts() -> tuple[list[UserSeries], int]:
+    """What was counted since the last time, and how many values were dropped."""
     return _registry.take()
 
 
@@ -98,6 +138,7 @@ class _Metric:
             )
         if isinstance(tag_keys, str):
             raise TypeError(f"tag_keys must be a tuple of strings, as in ({tag_keys!r},).")
+        self._name = name
         self._head = [self._kind, name, description]
         self._tag_keys = tuple(tag_keys or ())
         self._default_tags: dict[str, str] = {}
@@ -106,10 +147,9 @@ class _Metric:
     @property
     def info(self) -> dict[str, Any]:
         """Its name, description, and tags."""
-        _, name, description = self._head
         return {
-            "name": name,
-            "description": description,
+            "name": self._name,
+            "description": self._head[2],
             "tag_keys": self._tag_keys,
             "default_tags": self._default_tags,
         }
@@ -137,8 +177,16 @@ class _Metric:
         if missing := [key for key in self._tag_keys if key not in given]:
             raise ValueError(f"Missing value for tag key(s): {', '.join(missing)}.")
         return "user " + json.dumps(
-            [*self._head, {key: str(given[key]) for key in sorted(given)}, *more], separators=(",", ":")
+            [*self._head, {key: _tag_value(given[key]) for key in sorted(given)}, *more], separators=(",", ":")
         )
+
+
+def _tag_value(given: object) -> str:
+    text = str(given)
+    if len(text) > _LONGEST_TAG:
+        text = f"{text[: _LONGEST_TAG - 1]}…"
+    # Half a surrogate pair, as in the names of some files, can be shown nowhere.
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 class Counter(_Metric):
@@ -154,7 +202,7 @@ class Counter(_Metric):
         """
         if value <= 0:
             raise ValueError(f"value must be >0, got {value}")
-        _registry.add({self._field(tags): round(value * MICRO)})
+        _registry.add(self._name, {self._field(tags): round(value * MICRO)})
 
 
 class OwnCounter(Counter):
@@ -168,7 +216,7 @@ class OwnCounter(Counter):
 
     def count(self) -> None:
         """Add one to it."""
-        _registry.add({self._untagged: MICRO})
+        _registry.add(self._name, {self._untagged: MICRO})
 
 
 class Gauge(_Metric):
@@ -182,7 +230,7 @@ class Gauge(_Metric):
         Raises:
             ValueError: Tags are missing or unknown.
         """
-        _registry.set(self._field(tags), float(value))
+        _registry.set(self._name, self._field(tags), float(value))
 
 
 class Histogram(_Metric):
@@ -216,5 +264,5 @@ class Histogram(_Metric):
             ValueError: Tags are missing or unknown.
         """
         place = bisect.bisect_left(self._boundaries, value)
-        counted = self._field(tags, self._boundaries, place)
-        _registry.add({counted: 1, self._field(tags, self._boundaries, "sum"): round(value * MICRO)})
+        total = self._field(tags, self._boundaries, "sum")
+        _registry.add(self._name, {total: round(value * MICRO), self._field(tags, self._boundaries, place): 1})

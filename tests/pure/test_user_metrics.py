@@ -17,6 +17,11 @@ def _nothing_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(user_metrics, "_registry", type(user_metrics._registry)())
 
 
+def counted() -> dict[str, int]:
+    """As Redis adds it up."""
+    return {field: count for series in take_counts()[0] for field, count in series.fields.items()}
+
+
 def shown(collected: UserMetrics) -> list[str]:
     class Users(Collector):
         def collect(self) -> Iterator[object]:  # type: ignore[override]
@@ -39,9 +44,9 @@ def test_what_is_counted_is_shown_with_its_tags_and_its_deployment() -> None:
         seconds.observe(value)
 
     collected = UserMetrics()
-    first = take_counts()
+    first = counted()
     collected.add_totals("Model", {**first, "ends done": 3})
-    assert take_counts() == {}
+    assert take_counts() == ([], 0)
     assert sorted(shown(collected)) == sorted(
         [
             'odd_requests_total{deployment="Model",model="a"} 1.5',
@@ -66,11 +71,11 @@ def test_gauges_are_those_of_each_replica() -> None:
 
 def test_of_two_metrics_of_one_name_the_first_is_shown() -> None:
     metrics.Counter("things", tag_keys=("a",)).inc(tags={"a": "1"})
-    mine = take_counts()
+    mine = counted()
     metrics.Counter("things").inc()
     collected = UserMetrics()
     collected.add_totals("One", mine)
-    collected.add_totals("Two", take_counts())
+    collected.add_totals("Two", counted())
     assert shown(collected) == ['things_total{a="1",deployment="One"} 1.0']
 
 
@@ -80,7 +85,7 @@ def test_metrics_that_differ_in_their_description_are_one() -> None:
     for description in ("before", "after"):
         metrics.Counter("things", description).inc()
         metrics.Histogram("sizes", description, boundaries=[1]).observe(0.5)
-        totals |= take_counts()
+        totals |= counted()
     collected.add_totals("One", totals)
     assert len(totals) == 6
     found = shown(collected)
@@ -97,7 +102,7 @@ def test_no_two_samples_have_one_name() -> None:
     for name in ("things_total", "sizes_count", "free"):
         metrics.Gauge(name).set(1)
     collected = UserMetrics()
-    collected.add_totals("One", take_counts())
+    collected.add_totals("One", counted())
     collected.add_gauges("One", "One#1", current_gauges())
     names = [line.partition("{")[0] for line in shown(collected)]
     assert sorted(names) == ["free", "sizes_bucket", "sizes_bucket", "sizes_count", "sizes_sum", "things_total"]
@@ -124,8 +129,46 @@ def test_mistakes_are_told() -> None:
         counter.inc(-1, tags={"model": "1"})
 
 
-def test_a_tag_with_endless_values_fills_nothing() -> None:
-    counter = metrics.Counter("endless", tag_keys=("user",))
+def test_a_tag_with_endless_values_fills_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """What else is counted goes on being counted, and a histogram is whole or not there."""
+    endless = metrics.Histogram("endless", boundaries=[1, 2], tag_keys=("user",))
+    users = metrics.Gauge("users", tag_keys=("user",))
+    for number in range(100_000):
+        endless.observe(1.5, tags={"user": str(number)})
     for number in range(1_100):
-        counter.inc(tags={"user": str(number)})
-    assert len(take_counts()) <= 1_000
+        users.set(1, tags={"user": str(number)})
+    for value in (0.5, 7):
+        endless.observe(value, tags={"user": "0"})
+    metrics.Counter("things").inc()
+    series, dropped = take_counts()
+    assert len(series) == 1_001
+    assert list(series[0].fields.values()) == [9_000_000, 1, 1, 1]
+    assert dropped == 99_000 + 100
+    assert len(current_gauges()) == 1_000
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0].startswith("The metric 'endless' has more than 1,000 combinations of tags: further ones")
+
+    endless.observe(1, tags={"user": "0"})
+    endless.observe(1, tags={"user": "1000000"})
+    assert take_counts()[1] == 1
+    assert len(caplog.messages) == 2
+
+
+def test_endless_names_fill_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(6_000):
+        metrics.Counter(f"of_{number}").inc()
+    series, dropped = take_counts()
+    assert (len(series), dropped) == (5_000, 1_000)
+    assert len(caplog.messages) == 1
+
+
+def test_long_and_broken_values_of_tags_are_shown_as_far_as_they_can_be() -> None:
+    counter = metrics.Counter("files", tag_keys=("name",))
+    counter.inc(tags={"name": "x" * 1_000_000})
+    counter.inc(tags={"name": "caf\udce9"})
+    collected = UserMetrics()
+    collected.add_totals("One", counted())
+    assert shown(collected) == [
+        f'files_total{{deployment="One",name="{"x" * 199}…"}} 1.0',
+        'files_total{deployment="One",name="caf?"} 1.0',
+    ]

@@ -108,6 +108,7 @@ class InstanceCollector(Collector):
         given_up = CounterMetricFamily(
             "qserve_calls_without_result", "Calls refused, or given up by their callers.", labels=[*by, "reason"]
         )
+        dropped = CounterMetricFamily("qserve_user_metrics_dropped", "Values that no metric has room for.", labels=by)
         batches = HistogramMetricFamily("qserve_batch_size", "Calls in a batch of serve.batch.", labels=by)
         started = CounterMetricFamily("qserve_replicas_started", "Processes started as replicas.", labels=by)
         ended = CounterMetricFamily("qserve_replicas_ended", "Processes of replicas that ended.", labels=[*by, "how"])
@@ -127,7 +128,8 @@ class InstanceCollector(Collector):
                     family.add_metric([name, label], counts.of(what).get(label, 0))
             started.add_metric([name], counts.of("replicas").get("started", 0))
             batches.add_metric([name], *counts.sizes())
-        yield from (ends, waits, runs, retries, given_up, batches, started, ended)
+            dropped.add_metric([name], counts.of("user_metrics").get("dropped", 0))
+        yield from (ends, waits, runs, retries, given_up, batches, started, ended, dropped)
 
     def _durable(self, names: Sequence[str]) -> Iterator[Metric]:
         calls = GaugeMetricFamily("qserve_durable_calls", "Records by state.", labels=["deployment", "state"])

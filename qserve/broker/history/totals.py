@@ -6,17 +6,33 @@ a process that is gone has seen stays. Every function that takes a client raises
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
+import msgspec
 import redis
 
 from qserve.broker.connection import Connection, ignore_answer
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import our_errors
+from qserve.broker.scripts import ADD_SERIES
 
 _KEPT_MS: Final = 30 * 24 * 3600 * 1000
 """Of a deployment to which nothing happens for so long, nothing is known any more."""
 _EXPORTER_MS: Final = 60_000
+MOST_SERIES: Final = 1_000
+"""How many combinations of tags a metric of user code has in a deployment; others are not counted."""
+_MOST_FIELDS: Final = 20_000
+"""How many fields a deployment has; beyond them no further series of user code is counted."""
+_SERIES_AT_ONCE: Final = 500
+"""Redis does nothing else meanwhile: about 2 ms."""
+
+
+class UserSeries(NamedTuple):
+    """What was counted of one metric of user code with one combination of tags."""
+
+    metric: str
+    fields: dict[str, int]
+    """The first is one that every value of the series has counted in."""
 
 
 def add_totals(client: redis.Redis, keys: Keys, deployment: str, counts: Mapping[str, int]) -> None:
@@ -28,6 +44,22 @@ def add_totals(client: redis.Redis, keys: Keys, deployment: str, counts: Mapping
     pipeline.pexpire(keys.totals(deployment), _KEPT_MS)
     with our_errors(client):
         pipeline.execute()
+
+
+def add_series(client: redis.Redis, keys: Keys, deployment: str, counted: Sequence[UserSeries]) -> int:
+    """Add what user code has counted since the last time; returns how many series there was no room for."""
+    dropped = 0
+    for first in range(0, len(counted), _SERIES_AT_ONCE):
+        series = [
+            (metric, [part for field, count in fields.items() for part in (field, str(count))])
+            for metric, fields in counted[first : first + _SERIES_AT_ONCE]
+        ]
+        packed = msgspec.msgpack.encode(series)
+        with our_errors(client):
+            dropped += ADD_SERIES.run(
+                *(client, (keys.totals(deployment),), packed, MOST_SERIES, _MOST_FIELDS, _KEPT_MS)
+            )
+    return dropped
 
 
 def send_total(connection: Connection, keys: Keys, deployment: str, field: str, count: int) -> None:

@@ -41,7 +41,7 @@ def fail_remaining(client: redis.Redis, keys: Keys, deployment: str, signer: Sig
 
 
 def forget_remains(client: redis.Redis, keys: Keys, deployment: str) -> None:
-    """Remove the queue of a deleted deployment, and what its replicas and workers reported."""
-    names = (keys.replicas, keys.heartbeats, keys.workers, keys.calls)
+    """Remove the queue of a deleted deployment, what its replicas and workers reported, and its totals."""
+    names = (keys.replicas, keys.heartbeats, keys.workers, keys.calls, keys.totals)
     with our_errors(client):
         client.delete(*(name(deployment) for name in names))

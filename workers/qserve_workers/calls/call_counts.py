@@ -1,6 +1,7 @@
 """What a replica counts of its calls, and notes of those that went wrong, until both are written in one go."""
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -11,7 +12,7 @@ from collections import Counter
 from typing import Final
 
 from qserve.broker.history.buckets import BOUNDS_MS, BUCKET_S, add_counts
-from qserve.broker.history.totals import add_totals
+from qserve.broker.history.totals import UserSeries, add_series, add_totals
 from qserve.broker.history.troubles import LONGEST_TEXT, Trouble, note_troubles
 from qserve.broker.keys import Keys
 from qserve.broker.server import redis_clients
@@ -21,6 +22,8 @@ from qserve.telemetry.user_metrics import take_counts
 from qserve.wire.exceptions import text_of
 from qserve.wire.messages import HTTP, Call, decode_http_request, request_of
 from qserve_workers.calls.running import RunningCall
+
+logger = logging.getLogger(__name__)
 
 _FRAMES_SHOWN: Final = 12
 _MOST_NOTES: Final = 20
@@ -53,6 +56,8 @@ class CallCounts:
         self._notes: list[Trouble] = []
         self._taken: tuple[dict[str, int], list[int], list[int]] | None = None
         self._totals: dict[str, int] = {}
+        self._series: list[UserSeries] = []
+        self._told_of_series = False
         self._taken_notes: list[Trouble] = []
         self._take_at = 0.0
 
@@ -109,18 +114,25 @@ class CallCounts:
         """Make ready what `write` is to write: notes always, counts every ten seconds."""
         if not self._taken_notes:
             self._taken_notes, self._notes = self._notes, []
-        if self._taken is not None or self._totals or (time.monotonic() < self._take_at and not at_once):
+        if (
+            self._taken is not None
+            or self._totals
+            or self._series
+            or (time.monotonic() < self._take_at and not at_once)
+        ):
             return
         self._take_at = time.monotonic() + BUCKET_S
+        self._series, dropped = take_counts()
+        if dropped:
+            self._totals["user_metrics dropped"] = dropped
         ran = sum(self.runs)
         if not (ran or self.others or self.retries or self.lost):
-            self._totals = take_counts()
             return
         ends = {"done": max(0, ran - sum(self.others.values())), **self.others}
         if self.lost:
             ends["failed"] = self.others["failed"] + self.lost
             self.lost = 0
-        self._totals = self._add_up(ends)
+        self._totals |= self._add_up(ends)
         self.waited_ms = self.ran_ms = 0.0
         self.retries.clear()
         self._taken = (ends, self.waits, self.runs)
@@ -136,7 +148,7 @@ class CallCounts:
         while sizes:  # another loop of this process may go on counting
             size, count = sizes.popitem()
             totals[f"batch {size}"] = count
-        return totals | take_counts()
+        return totals
 
     def write(self, client: redis_clients.Client) -> None:
         """Write what is ready, from another thread; what cannot be written stays ready.
@@ -153,6 +165,15 @@ class CallCounts:
         if self._totals:
             add_totals(client, self._keys, self._deployment, self._totals)
             self._totals = {}
+        if self._series:
+            if add_series(client, self._keys, self._deployment, self._series) and not self._told_of_series:
+                self._told_of_series = True
+                logger.warning(
+                    "Deployment %s: its replicas have counted metrics with more combinations of tags than Redis keeps: "
+                    "further ones are not counted. qserve_user_metrics_dropped_total says whether values are dropped.",
+                    self._deployment,
+                )
+            self._series = []
 
 
 def _request_of(call: Call) -> str:
