@@ -1,6 +1,7 @@
 """Calls of requests that are answered without a task: what becomes of the call is written to the connection."""
 
 from functools import partial
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -10,8 +11,10 @@ from qserve.errors import QServeError
 from qserve.wire.channel import Channel
 from qserve.wire.messages import HTTP, HTTP_RESPONSE, HttpResponse, LargeReply, Outcome
 from qserve_gateway.bodies.large_bodies import LargeResponse
+from qserve_gateway.bodies.streaming import ClientDisconnected
 from qserve_gateway.door.direct import DirectProtocol, DirectRequest
 from qserve_gateway.http_calls import StreamedResponse
+from qserve_gateway.request_hooks import RequestHooks, with_trace
 from qserve_gateway.respond import (
     about_to_respond,
     checked,
@@ -67,19 +70,20 @@ class DirectCall(DirectRequest):
 
     def leave(self) -> None:
         """Withdraw the call, because its client has left; without effect where the call has ended."""
-        if self._connection is not None:
-            self._connection = None
-            if not self._route.outlives_client:
-                self._client.cancel(self._pending)
+        self._withdraw()
 
     def give_up(self) -> None:
         """Withdraw the call, and answer that this gateway leaves."""
-        connection = self._connection
-        self.leave()
+        connection = self._withdraw()
         if connection is not None:
-            response = leaving_response()
-            if not connection.respond(*checked(response, self._method, self._request_id)):
-                connection.run_app(self._sending(response))
+            self._respond(connection, leaving_response())
+
+    def _withdraw(self) -> DirectProtocol | None:
+        """End the call; return the connection that has waited for it, if it still did."""
+        connection, self._connection = self._connection, None
+        if connection is not None and not self._route.outlives_client:
+            self._client.cancel(self._pending)
+        return connection
 
     def _on_outcome(self, outcome: Outcome) -> None:
         connection, self._connection = self._connection, None
@@ -88,7 +92,7 @@ class DirectCall(DirectRequest):
         try:
             if type(outcome) is LargeReply and outcome.kind == HTTP_RESPONSE:
                 about_to_respond()
-                connection.run_app(self._sending(LargeResponse(outcome)))
+                self._run(connection, self._sending(LargeResponse(outcome)))
                 return
             try:
                 response = outcome_response(
@@ -97,16 +101,22 @@ class DirectCall(DirectRequest):
             except QServeError as exc:
                 response = local_error_response(exc)
             about_to_respond()
-            if not connection.respond(*checked(response, self._method, self._request_id)):
-                connection.run_app(self._sending(response))
+            self._respond(connection, response)
         except Exception as exc:
-            connection.run_app(_raising(exc))
+            self._run(connection, _raising(exc))
 
     def _on_stream(self, pending: PendingCall, channel: Channel) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             about_to_respond()
-            connection.run_app(self._sending(StreamedResponse(channel, partial(self._client.cancel, pending))))
+            self._run(connection, self._sending(StreamedResponse(channel, partial(self._client.cancel, pending))))
+
+    def _respond(self, connection: DirectProtocol, response: HttpResponse) -> None:
+        if not connection.respond(*checked(response, self._method, self._request_id)):
+            self._run(connection, self._sending(response))
+
+    def _run(self, connection: DirectProtocol, app: ASGIApp) -> None:
+        connection.run_app(app)
 
     def _sending(self, response: HttpResponse | StreamedResponse | LargeResponse) -> ASGIApp:
         async def send_it(scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,6 +126,37 @@ class DirectCall(DirectRequest):
                 await response.write(send, receive, self._method, self._request_id)
 
         return send_it
+
+
+class HookedCall(DirectCall):
+    """A direct call with hooks around it, which have been told that it is about to be put.
+
+    Args:
+        hooks: Tell the hooks how it has ended.
+        scope: The scope of its request.
+    """
+
+    __slots__ = ("_hooks", "_scope")
+
+    def __init__(self, hooks: RequestHooks, scope: Scope, *call: Any, debug: bool) -> None:
+        super().__init__(*call, debug=debug)
+        self._hooks = hooks
+        self._scope = scope
+
+    def leave(self) -> None:
+        """Withdraw the call, because its client has left; without effect where the call has ended."""
+        if self._withdraw() is not None:
+            self._hooks.end(self._scope, 0, ClientDisconnected("the client left before its response was sent"))
+
+    def _respond(self, connection: DirectProtocol, response: HttpResponse) -> None:
+        status, headers, body = checked(response, self._method, self._request_id)
+        if connection.respond(status, with_trace(headers, self._scope["state"]), body):
+            self._hooks.end(self._scope, status)
+        else:
+            self._run(connection, self._sending(response))
+
+    def _run(self, connection: DirectProtocol, app: ASGIApp) -> None:
+        super()._run(connection, self._hooks.around(app))
 
 
 def _raising(error: BaseException) -> ASGIApp:

@@ -17,7 +17,7 @@ from qserve.wire.spec import DeploymentSpec
 from qserve_gateway.api_keys import ApiKeys
 from qserve_gateway.bodies.large_bodies import LargeResponse
 from qserve_gateway.bodies.streaming import ClientDisconnected, read_beginning
-from qserve_gateway.direct_calls import DirectCall
+from qserve_gateway.direct_calls import DirectCall, HookedCall
 from qserve_gateway.door.body_protocol import connection_of
 from qserve_gateway.door.direct import DirectApp, DirectProtocol, DirectRequest
 from qserve_gateway.door.limits import request_ids
@@ -164,14 +164,18 @@ class Gateway(DirectApp):
             route, headers = self._find_route(scope, path, named)
         except Refused:
             return None
-        if route.sleeps or (self._hooks is not None and self._hooks.are_wanted(scope)):
+        if route.sleeps:
             return None
         request_id = scope["state"]["request_id"] = self._request_id(named.get(b"x-request-id"))
-        method = scope["method"]
+        method, client, debug = scope["method"], self._client.of(route.deployment), self._settings.debug
+        if self._hooks is not None and self._hooks.are_wanted(scope):
+            route = self._hooks.before(route, scope, request_id)
+            call: DirectCall = HookedCall(
+                self._hooks, scope, client, connection, route, method, request_id, debug=debug
+            )
+        else:
+            call = DirectCall(client, connection, route, method, request_id, debug=debug)
         request = _request(scope, path, raw_path, headers, route, request_id)
-        call = DirectCall(
-            self._client.of(route.deployment), connection, route, method, request_id, debug=self._settings.debug
-        )
         call.put(encode(request), safe=method in SAFE_METHODS or route.idempotent)
         return call
 

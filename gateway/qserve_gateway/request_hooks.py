@@ -7,6 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qserve.hooks import GatewayHook, GatewayRequest, HookChain, checked_meta
 from qserve_gateway.bodies.streaming import ClientDisconnected
+from qserve_gateway.headers import Headers
 from qserve_gateway.routes import Route
 
 _STATE = "hooks"
@@ -45,6 +46,22 @@ class RequestHooks:
         scope["state"][_STATE] = chain, request, chain.before(request)
         return route._replace(meta=checked_meta(request.meta))
 
+    def end(self, scope: Scope, status: int, error: BaseException | None = None) -> None:
+        """Tell the hooks how a request has ended.
+
+        Args:
+            status: Of the response.
+            error: Why no whole response was sent.
+        """
+        told = scope["state"].pop(_STATE)
+        if isinstance(told, HookChain):
+            return  # it belongs to no deployment
+        chain, request, states = told
+        if error is None:
+            chain.after(request, states, status)
+        else:
+            chain.error(request, states, error)
+
     def around(self, serve: ASGIApp) -> ASGIApp:
         """Make an application that answers requests as `serve` does, and tells the hooks how each has ended."""
 
@@ -53,9 +70,10 @@ class RequestHooks:
             try:
                 await serve(scope, receive, response.send)
             except BaseException as exc:
-                _after(scope, response, exc)
+                self.end(scope, response.status, exc)
                 raise
-            _after(scope, response, None)
+            gone = None if response.is_whole else ClientDisconnected("the client left before its response was sent")
+            self.end(scope, response.status, gone)
 
         def serve_as_chosen(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
             # Not async: a request that no hook wants has no frame more.
@@ -64,19 +82,6 @@ class RequestHooks:
             return serve(scope, receive, send)
 
         return serve_as_chosen
-
-
-def _after(scope: Scope, response: "_Response", error: BaseException | None) -> None:
-    told = scope["state"].pop(_STATE)
-    if isinstance(told, HookChain):
-        return  # it belongs to no deployment
-    chain, request, states = told
-    if error is None and not response.is_whole:
-        error = ClientDisconnected("the client left before its response was sent")
-    if error is None:
-        chain.after(request, states, response.status)
-    else:
-        chain.error(request, states, error)
 
 
 class _Response:
@@ -92,7 +97,7 @@ class _Response:
         kind: Any = message["type"]
         if kind in ("http.response.start", "websocket.http.response.start"):
             self.status = message["status"]
-            message = self._with_trace(message)
+            message = {**message, "headers": with_trace(list(message.get("headers", ())), self._state)}
         elif kind == "websocket.accept":
             self.status = 101
             self.is_whole = True
@@ -102,9 +107,10 @@ class _Response:
         elif kind == "websocket.close" and not self.status:
             self.status, self.is_whole = 403, True  # what the server answers to a handshake that is not accepted
 
-    def _with_trace(self, message: Message) -> Message:
-        """The beginning of a response that names its trace, as W3C Trace Context 2 has it."""
-        told, headers = self._state.get("traceresponse"), list(message.get("headers", ()))
-        if told is None or any(name.lower() == b"traceresponse" for name, _ in headers):
-            return message
-        return {**message, "headers": [*headers, (b"traceresponse", told.encode())]}
+
+def with_trace(headers: Headers, state: Mapping[str, Any]) -> Headers:
+    """The headers of a response, with the name of its trace, as W3C Trace Context 2 has it."""
+    told = state.get("traceresponse")
+    if told is None or any(name.lower() == b"traceresponse" for name, _ in headers):
+        return headers
+    return [*headers, (b"traceresponse", told.encode())]

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 import uvicorn
@@ -12,9 +12,10 @@ from uvicorn.server import ServerState
 from qserve.errors import BackPressureError, GetTimeoutError, ReplicaDied
 from qserve.hooks import GatewayHook, GatewayRequest
 from qserve.settings import Settings
-from qserve.wire.channel import END, HELLO, Chunk
+from qserve.wire.channel import DATA, END, HELLO, Chunk
 from qserve.wire.messages import HTTP_RESPONSE, HttpResponse, Reply, encode
 from qserve.wire.spec import DeploymentSpec, Target
+from qserve_gateway.bodies.streaming import ClientDisconnected
 from qserve_gateway.door.limits import Door
 from qserve_gateway.door.protocol import HttpProtocol
 from qserve_gateway.gateway import Gateway
@@ -177,29 +178,109 @@ async def test_an_answer_gets_the_same_bytes_with_a_task_and_without(
 
 
 class Choosy(GatewayHook):
-    """Wants requests with a query, and counts how often it is asked and told."""
+    """Wants requests with a query, and notes what it is told of them."""
 
     def __init__(self) -> None:
-        self.asked = self.told = 0
+        self.asked = 0
+        self.told: list[Any] = []
 
     def wants(self, scope: Mapping[str, Any]) -> bool:
         self.asked += 1
         return bool(scope["query_string"])
 
+    def before(self, request: GatewayRequest) -> None:
+        request.meta["seen"] = "yes"
+        request.scope["state"]["traceresponse"] = "00-1-2-01"
+
     def after(self, request: GatewayRequest, state: Any, status: int) -> None:
-        self.told += 1
+        self.told.append(status)
+
+    def error(self, request: GatewayRequest, state: Any, error: BaseException) -> None:
+        self.told.append(type(error))
 
 
-@pytest.mark.parametrize(("request_head", "told"), [(GET, 1), (GET.replace(b"?a=1", b""), 0)])
-async def test_a_request_that_no_hook_wants_takes_no_task(calls: FakeCalls, request_head: bytes, told: int) -> None:
+@pytest.mark.parametrize(("request_head", "told"), [(GET, [200]), (GET.replace(b"?a=1", b""), [])])
+async def test_a_request_with_hooks_takes_no_task_either(
+    calls: FakeCalls, request_head: bytes, told: list[Any]
+) -> None:
+    seen = []
+    for direct in (True, False):
+        hook = Choosy()
+        connection = Connection(calls, direct=direct, hooks=[hook])
+        connection.protocol.data_received(request_head)
+        assert connection.tasks == (not direct)
+        written = await connection.answered(b"")
+        seen.append((written, hook.asked, hook.told, calls.last.meta))
+
+    assert seen[0] == seen[1]
+    assert seen[0][1:3] == (1, told)
+    assert (b"\r\ntraceresponse: 00-1-2-01\r\n" in seen[0][0]) == bool(told)
+
+
+class Hooked(NamedTuple):
+    """A request that waits for its answer, and what its hook is told."""
+
+    connection: Connection
+    hook: Choosy
+
+
+def begin_hooked(calls: FakeCalls) -> Hooked:
+    """A request with a hook that has been put, and has no answer yet."""
+    calls.answer = lambda request: None
     hook = Choosy()
     connection = Connection(calls, hooks=[hook])
+    connection.protocol.data_received(GET)
+    return Hooked(connection, hook)
 
-    connection.protocol.data_received(request_head)
 
-    assert connection.tasks == told
-    await until(lambda: b"HTTP/1.1 200" in connection.socket.written and not connection.tasks)
-    assert (hook.asked, hook.told) == (1, told)
+async def test_hooks_are_told_that_a_client_has_left(calls: FakeCalls) -> None:
+    hooked = begin_hooked(calls)
+    hooked.connection.protocol.connection_lost(None)
+    assert hooked.hook.told == [ClientDisconnected]
+    calls.last_put.on_outcome(outcome(HttpResponse(200, [], b"late")))
+    assert hooked.hook.told == [ClientDisconnected]
+
+
+async def test_hooks_are_told_what_a_gateway_that_stops_has_answered(calls: FakeCalls) -> None:
+    hooked = begin_hooked(calls)
+    hooked.connection.protocol.shutdown()
+    hooked.connection.protocol.give_up()
+    hooked.connection.protocol.connection_lost(None)
+    assert hooked.hook.told == [503]
+
+
+async def test_hooks_are_told_of_a_response_once_its_slow_client_has_read_it(calls: FakeCalls) -> None:
+    hooked = begin_hooked(calls)
+    protocol = hooked.connection.protocol
+    protocol.pause_writing()
+    calls.last_put.on_outcome(outcome(HttpResponse(201, [], b"done")))
+    await asyncio.sleep(0)
+    assert hooked.hook.told == []
+    protocol.resume_writing()
+    written = await hooked.connection.answered(b"")
+    assert hooked.hook.told == [201]
+    assert written.count(b"traceresponse") == 1
+
+
+async def test_hooks_are_told_of_an_answer_that_cannot_be_sent(calls: FakeCalls) -> None:
+    hooked = begin_hooked(calls)
+    calls.last_put.on_outcome(outcome(HttpResponse(99, [], b"")))
+    assert (await hooked.connection.answered(b"")).startswith(b"HTTP/1.1 500 ")
+    assert hooked.hook.told == [500]
+
+
+async def test_hooks_are_told_how_a_stream_has_ended(calls: FakeCalls) -> None:
+    hooked = begin_hooked(calls)
+    pending = calls.last_put
+    channel = calls.open_channel(pending)
+    feed: Callable[[Chunk], None] = channel.feed
+    assert pending.on_stream is not None
+    feed(Chunk("replica", DATA, 0, encode(HttpResponse(200, [(b"x-part", b"1")], b""))))
+    pending.on_stream(pending, channel)
+    assert hooked.hook.told == []
+    feed(Chunk("replica", END, 1, b""))
+    assert b"\r\ntraceresponse: 00-1-2-01\r\n" in await hooked.connection.answered(b"")
+    assert hooked.hook.told == [200]
 
 
 async def test_a_response_takes_no_task(calls: FakeCalls) -> None:

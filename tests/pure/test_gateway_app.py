@@ -58,6 +58,7 @@ class Put:
     request: HttpRequest
     timeout_s: float
     safe: bool
+    meta: Mapping[str, str]
 
 
 class FakeCalls(Client):
@@ -85,7 +86,7 @@ class FakeCalls(Client):
         meta: Mapping[str, str] = NO_META,
     ) -> PendingCall:
         assert (kind, method) == (HTTP, "")
-        self.puts.append(Put(deployment, decode_http_request(payload), timeout_s, safe))
+        self.puts.append(Put(deployment, decode_http_request(payload), timeout_s, safe, meta))
         return PendingCall(f"call{next(self._fake_numbers)}", deployment, safe, b"", None, 0.0, on_outcome)
 
     def open_channel(self, pending: PendingCall) -> Channel:
