@@ -128,7 +128,7 @@ class DirectCall(DirectRequest):
         return send_it
 
 
-class HookedCall(DirectCall):
+class HookedDirectCall(DirectCall):
     """A direct call with hooks around it, which have been told that it is about to be put.
 
     Args:

@@ -17,7 +17,7 @@ from qserve.wire.spec import DeploymentSpec
 from qserve_gateway.api_keys import ApiKeys
 from qserve_gateway.bodies.large_bodies import LargeResponse
 from qserve_gateway.bodies.streaming import ClientDisconnected, read_beginning
-from qserve_gateway.direct_calls import DirectCall, HookedCall
+from qserve_gateway.direct_calls import DirectCall, HookedDirectCall
 from qserve_gateway.door.body_protocol import connection_of
 from qserve_gateway.door.direct import DirectApp, DirectProtocol, DirectRequest
 from qserve_gateway.door.limits import request_ids
@@ -170,7 +170,7 @@ class Gateway(DirectApp):
         method, client, debug = scope["method"], self._client.of(route.deployment), self._settings.debug
         if self._hooks is not None and self._hooks.are_wanted(scope):
             route = self._hooks.before(route, scope, request_id)
-            call: DirectCall = HookedCall(
+            call: DirectCall = HookedDirectCall(
                 self._hooks, scope, client, connection, route, method, request_id, debug=debug
             )
         else:
