@@ -166,6 +166,7 @@ class Client:
             self._pending.settle(call, CallCancelled(_STOPPED))
         sender = self._link.sender
         if sender.is_open:
+            self._tell_counts()
             self._receiver.discard()
             sender.flush()
             with contextlib.suppress(BrokerUnavailable, TimeoutError):
@@ -188,17 +189,22 @@ class Client:
             self._pending.settle(call, BrokerUnavailable("Redis cannot be reached; the call was not sent"))
 
     def _tick(self) -> None:
-        now, accepted = time.monotonic(), self._pending.tally["accepted"]
+        now = time.monotonic()
         self.durable.tick()
-        self._pending.troubles.send(self._link.sender, self.settings.keys)
         self.lending.tick()
-        self._reconciler.budget.note(accepted, now)
-        if self._counted_as and self.sender.is_open and accepted > self._counted:
-            count(self.sender, self.settings.keys, self._counted_as, accepted - self._counted)
-            self._counted = accepted
+        self._reconciler.budget.note(self._pending.tally["accepted"], now)
+        self._tell_counts()
         if now >= self._sample_at and self._link.sender.is_open:
             self._sample_at = now + SAMPLE_EVERY_S
             spawn(self._sample_clock())
+
+    def _tell_counts(self) -> None:
+        """Add what has happened since the last time to what Redis counts of all processes."""
+        self._pending.troubles.send(self.sender, self.settings.keys)
+        counted = self._pending.tally["accepted"] + self.durable.submissions.accepted
+        if self._counted_as and self.sender.is_open and counted > self._counted:
+            count(self.sender, self.settings.keys, self._counted_as, counted - self._counted)
+            self._counted = counted
 
     async def _sample_clock(self) -> None:
         """Check whether the clock of Redis has jumped."""

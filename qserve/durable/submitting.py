@@ -62,6 +62,9 @@ class Submissions:
         link: The connection for commands.
         full_queues: The errors for calls that found a full queue.
         watchers: Those who wait for the ends of calls: of one that expires they are not told by a replica.
+
+    Attributes:
+        accepted: How many new calls Redis has taken.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Submissions:
         watchers: Watchers,
     ) -> None:
         self._settings = settings
+        self.accepted = 0
         self._keys = settings.keys
         self._signer = signer
         self._records = records
@@ -181,7 +185,9 @@ class Submissions:
         if each.options.expires_s is not None:  # nobody tells of a call that no replica looks at
             later = each.options.expires_s + _EXPIRY_SHOWS_S
             asyncio.get_running_loop().call_later(later, self._watchers.look_if_watched, each.call.id)
-        each.on_admitted(_verdict(each.call, answer, place, self._full_queues))
+        verdict = _verdict(each.call, answer, place, self._full_queues)
+        self.accepted += verdict == each.call.id
+        each.on_admitted(verdict)
 
     @property
     def unconfirmed(self) -> Container[str]:

@@ -25,10 +25,12 @@ from qserve.errors import (
     DeploymentUnavailable,
     GetTimeoutError,
     Indeterminate,
+    QServeError,
 )
 from qserve.settings import Settings
-from qserve.wire.messages import CONTROL, VALUE, Outcome, Reply, Signer, encode
-from tests.support.calling import Caller, Code, calling, deploy, serving, within
+from qserve.wire.call_record import DurableOptions
+from qserve.wire.messages import CONTROL, PYTHON, VALUE, Outcome, Reply, Signer, encode
+from tests.support.calling import LIMIT_S, Caller, Code, calling, deploy, serving, within
 from tests.support.slowness import patience
 from tests.support.waiting import until, wait_until
 
@@ -464,3 +466,26 @@ async def test_a_forked_child_calls_with_a_client_of_its_own(caller: Caller, cod
 
     assert process.returncode == 0, errors.decode()
     assert code.started == ["before", "warm", "child", "parent"]
+
+
+async def test_what_a_program_has_put_is_counted_when_it_ends_at_once(
+    settings: Settings, redis_client: "redis.Redis", keys: Keys
+) -> None:
+    """Durable calls too, of which one with a known idempotency key is none."""
+    async with calling(settings) as caller, serving(settings, deploy(settings)):
+        for n in range(3):
+            await caller.ask(n)
+        submissions = caller.client.of("Echo").durable.submissions
+        admitted = []
+        for key in ("a", "b", "a"):
+            answer: asyncio.Future[str | QServeError] = asyncio.get_running_loop().create_future()
+            options = DurableOptions(idempotency=key, body_hash="same")
+            packed = caller.codec.pack_arguments((1,), {})
+            submissions.submit(
+                submissions.prepare(
+                    "Echo", kind=PYTHON, method="", payload=packed, options=options, on_admitted=answer.set_result
+                )
+            )
+            admitted.append(await asyncio.wait_for(answer, patience(LIMIT_S)))
+        assert admitted[2] == admitted[0] != admitted[1]
+    assert redis_client.hget(keys.counters, "calls_of_programs") == b"5"
