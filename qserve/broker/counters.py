@@ -21,3 +21,22 @@ another process; sent in chunks through Redis; stored there, because their call 
 def count(connection: Connection, keys: Keys, counter: str, by: int = 1) -> None:
     """Raise a counter."""
     connection.send(ignore_answer, "HINCRBY", keys.counters, counter, by)
+
+
+class ShareOfCounter:
+    """What this process has added to a counter.
+
+    Args:
+        counter: Its name, or "" where others count.
+    """
+
+    def __init__(self, keys: Keys, counter: str) -> None:
+        self._keys = keys
+        self._counter = counter
+        self._told = 0
+
+    def tell(self, connection: Connection, share: int) -> None:
+        """Let the share of this process be so much, if the connection is open."""
+        if self._counter and connection.is_open and share > self._told:
+            count(connection, self._keys, self._counter, share - self._told)
+            self._told = share

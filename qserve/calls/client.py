@@ -15,7 +15,7 @@ from functools import partial
 
 from qserve.background import end, spawn
 from qserve.broker.connection import Connection
-from qserve.broker.counters import count
+from qserve.broker.counters import ShareOfCounter
 from qserve.broker.large.lending import Lending, Loan
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads
@@ -98,8 +98,7 @@ class Client:
         self._link = link = Link(keys.address(settings.redis_url), self._link_up, self._link_lost)
         self._clock = RedisClock()
         self._sample_at = 0.0
-        self._counted = 0
-        self._counted_as = _COUNTED_AS.get(this_process().process, "calls_of_programs")
+        self._share = ShareOfCounter(keys, _COUNTED_AS.get(this_process().process, "calls_of_programs"))
         self.lending = Lending(self.id, keys.address(settings.redis_url), keys, signer)
         self._largest_frame = settings.out_of_line_bytes
         self._pending = pending = PendingCalls(self.lending)
@@ -201,10 +200,7 @@ class Client:
     def _tell_counts(self) -> None:
         """Add what has happened since the last time to what Redis counts of all processes."""
         self._pending.troubles.send(self.sender, self.settings.keys)
-        counted = self._pending.tally["accepted"] + self.durable.submissions.accepted
-        if self._counted_as and self.sender.is_open and counted > self._counted:
-            count(self.sender, self.settings.keys, self._counted_as, counted - self._counted)
-            self._counted = counted
+        self._share.tell(self.sender, self._pending.tally["accepted"] + self.durable.submissions.accepted)
 
     async def _sample_clock(self) -> None:
         """Check whether the clock of Redis has jumped."""

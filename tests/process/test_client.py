@@ -480,7 +480,7 @@ async def test_what_a_program_has_put_is_counted_when_it_ends_at_once(
         for key in ("a", "b", "a"):
             answer: asyncio.Future[str | QServeError] = asyncio.get_running_loop().create_future()
             options = DurableOptions(idempotency=key, body_hash="same")
-            packed = caller.codec.pack_arguments((1,), {})
+            packed = caller.codec.pack_call((1,), {})
             submissions.submit(
                 submissions.prepare(
                     "Echo", kind=PYTHON, method="", payload=packed, options=options, on_admitted=answer.set_result
