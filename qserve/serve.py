@@ -35,7 +35,7 @@ from qserve.deployments.ingress import ingress
 from qserve.deployments.loading import is_at_top_level, is_importing
 from qserve.deployments.option_errors import told_in_words
 from qserve.durable.cron import parse_when
-from qserve.durable.schedules import Declared, Schedules
+from qserve.durable.schedules import Declared
 from qserve.errors import (
     BackPressureError,
     CallCancelled,
@@ -373,7 +373,7 @@ def schedule(
             Declared.plans.append(plan)
         else:
             instance = THIS_PROCESS.current()
-            Schedules(instance.state).put(plan, instance.codec)
+            instance.schedules.put(plan, instance.codec)
     hooked.end(None)
 
 
@@ -384,7 +384,7 @@ def unschedule(name: str) -> None:
         KeyError: There is no schedule of that name.
         NoInstanceError: No instance is running.
     """
-    if not _ignored("unschedule") and not Schedules(THIS_PROCESS.current().state).remove(name):
+    if not _ignored("unschedule") and not THIS_PROCESS.current().schedules.remove(name):
         raise KeyError(f"There is no schedule {name!r}; `qserve schedule ls` lists those that exist.")
 
 

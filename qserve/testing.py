@@ -12,10 +12,11 @@ import tempfile
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qserve import serve
 from qserve.applications.app_import import import_app
+from qserve.calls.durable_ref import CallStatus
 from qserve.calls.handle import DeploymentHandle
 from qserve.deployments.binding import Application
 from qserve.deployments.deployment import Deployment
@@ -51,6 +52,12 @@ class TestInstance:
             deployment.delete()
 
 
+class _LocalCalls(Protocol):
+    def statuses(self) -> list[CallStatus]: ...
+
+    def pass_time(self, seconds: float) -> None: ...
+
+
 @dataclass(frozen=True)
 class LocalServing:
     """Deployments that run in this process.
@@ -62,6 +69,7 @@ class LocalServing:
 
     app: Callable[..., Awaitable[None]]
     handle: DeploymentHandle[Any] | None
+    _calls: "_LocalCalls"
 
     @functools.cached_property
     def client(self) -> "TestClient":
@@ -74,6 +82,18 @@ class LocalServing:
             raise ConfigurationError("the HTTP client of qserve.testing.local needs httpx: pip install httpx") from exc
         return TestClient(self.app)
 
+    def durable_calls(self) -> list[CallStatus]:
+        """How each durable call is doing, in the order in which they were submitted; dead letters have the state
+        "dead"."""
+        return self._calls.statuses()
+
+    def pass_time(self, seconds: float) -> None:
+        """Let delays and schedules see so much time pass: calls that are due within it begin now.
+
+        A schedule makes one call, however many of its moments pass at once.
+        """
+        self._calls.pass_time(seconds)
+
 
 @contextlib.contextmanager
 def local(target: Application[Any] | Deployment[Any] | Sequence[Deployment[Any]] | str) -> Iterator[LocalServing]:
@@ -81,7 +101,8 @@ def local(target: Application[Any] | Deployment[Any] | Sequence[Deployment[Any]]
 
     `serve.run`, `deploy`, `serve.get_deployment` and handles of this process mean these deployments meanwhile. Each has
     one replica. Arguments, results and errors are turned into bytes and back as on their way to a replica, so what
-    cannot be sent fails here, too. Durable calls and schedules need an `instance`.
+    cannot be sent fails here, too. Durable calls are kept in the memory of this process; one that failed and has
+    retries left runs again at once.
 
     Args:
         target: An application (`Deployment.bind(...)`), a deployment, several deployments, or "MODULE" or "MODULE:NAME"
@@ -93,7 +114,7 @@ def local(target: Application[Any] | Deployment[Any] | Sequence[Deployment[Any]]
     """
     with serving_here("qserve.testing.local") as app:
         handle = serve.run(import_app(target) if isinstance(target, str) else target)
-        yield LocalServing(app, handle)
+        yield LocalServing(app, handle, app.calls)
 
 
 @contextlib.contextmanager

@@ -78,6 +78,9 @@ class Client:
         all: All of them.
     """
 
+    confirms_at_once = False
+    """Whether durable calls are submitted and cancelled without waiting for anybody, also from the client's loop."""
+
     def __init__(self, settings: Settings, handoff: Handoff | None = None) -> None:
         keys = settings.keys
         self.settings = settings

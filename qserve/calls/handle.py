@@ -353,8 +353,8 @@ class DurableHandle(_BaseDurableHandle):
         """
         if current_client().is_own_thread():
             raise RuntimeError(
-                "submitting here would block the event loop that receives the confirmation: use a handle made with "
-                "sync=False, and `await handle.remote()`"
+                "submitting here would block the event loop that receives the confirmation: use "
+                f"serve.get_deployment({self._name!r}).get_handle(sync=False) and `await handle.remote()`"
             )
         if refs := collect_refs(args, kwargs):
             args, kwargs = substitute(args, kwargs, {ref: ref.result() for ref in refs})

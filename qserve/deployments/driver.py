@@ -36,6 +36,7 @@ class ConnectedInstance:
         self.settings = settings
         self.state = state or State(settings.redis_url, settings.keys, Signer(settings.secrets))
         self.codec = make_codec(settings, signs=self.state.signer.signs)
+        self.schedules = Schedules(self.state)
 
     def put(self, spec: DeploymentSpec) -> deploying.Goal:
         """Make a spec the desired state of its name; wait for the goal to see it served."""
@@ -43,7 +44,7 @@ class ConnectedInstance:
 
     def put_declared_schedules(self, names: Iterable[str]) -> None:
         """Put the schedules of these deployments that modules have declared at their top level."""
-        Schedules(self.state).put_declared(frozenset(names), self.codec)
+        self.schedules.put_declared(frozenset(names), self.codec)
 
     def delete(self, name: str) -> None:
         """Delete a deployment and wait until it is gone."""

@@ -127,8 +127,12 @@ class Schedules:
         known = self.get(plan.name)
         if known is not None and msgspec.structs.replace(made, created=known.created, meta=known.meta) == known:
             return known
-        write_schedule(self._redis, self._keys, plan.name, self._signer.seal(encode_bare(made)))
+        self.write(made)
         return made
+
+    def write(self, schedule: ScheduleWithMeta) -> None:
+        """Keep a schedule, in place of one with the same name."""
+        write_schedule(self._redis, self._keys, schedule.name, self._signer.seal(encode_bare(schedule)))
 
     def get(self, name: str) -> ScheduleWithMeta | None:
         """The schedule of a name; None if there is none.

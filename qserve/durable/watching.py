@@ -63,7 +63,7 @@ class Watchers:
     def attach(self, call_id: str, watcher: CallWatcher) -> None:
         """Tell a watcher of the end of any call, soon if it has ended already."""
         self.watch(call_id, watcher)
-        self._look(call_id)
+        self.look(call_id)
 
     def forget(self, call_id: str, watcher: CallWatcher) -> None:
         """Forget a watcher, if it is known."""
@@ -87,9 +87,10 @@ class Watchers:
         elif reply.out_of_line:
             spawn(self._fetch(reply))
         else:
-            self._end(reply.id, reply)
+            self.settle(reply.id, reply)
 
-    def _end(self, call_id: str, outcome: Outcome) -> None:
+    def settle(self, call_id: str, outcome: Outcome) -> None:
+        """Tell the watchers of a call how it has ended."""
         for watcher in self._watchers.pop(call_id, ()):
             watcher.on_outcome(outcome)
 
@@ -101,15 +102,16 @@ class Watchers:
             result = await self._payloads.fetch(sender, result_id(reply.id))
             if result is None:
                 raise FrameRejected("it is gone from Redis")
-            self._end(reply.id, Reply(reply.id, ANYONE, reply.kind, result))
+            self.settle(reply.id, Reply(reply.id, ANYONE, reply.kind, result))
         except BrokerUnavailable:
             return
         except (QServeError, msgspec.DecodeError) as exc:
-            self._end(
+            self.settle(
                 reply.id, BrokerUnavailable(f"the call has ended, but its large result could not be fetched: {exc}")
             )
 
-    def _look(self, call_id: str) -> None:
+    def look(self, call_id: str) -> None:
+        """Ask for the record of a call, and tell its watchers what it says."""
         sender = self._link.sender
         if sender.is_open:
             self._records.attach(sender, call_id, self._process, partial(self._looked, call_id))
@@ -117,10 +119,10 @@ class Watchers:
     def _looked(self, call_id: str, answer: Answer) -> None:
         if isinstance(answer, Exception):
             if isinstance(answer, CommandRefused):
-                self._end(call_id, BrokerUnavailable(f"Redis refused to show the record of the call: {answer}"))
+                self.settle(call_id, BrokerUnavailable(f"Redis refused to show the record of the call: {answer}"))
             return
         if answer is None:
-            self._end(call_id, CallNotFound(f"there is no durable call {call_id!r}, or its record has expired"))
+            self.settle(call_id, CallNotFound(f"there is no durable call {call_id!r}, or its record has expired"))
             return
         _, _, _, result, progress, is_late = answer
         try:
@@ -128,21 +130,21 @@ class Watchers:
                 if frame is not None:
                     self.take(self._by_id.open(frame, call_id))
         except (FrameRejected, msgspec.DecodeError) as exc:
-            self._end(call_id, exc if isinstance(exc, QServeError) else FrameRejected(str(exc)))
+            self.settle(call_id, exc if isinstance(exc, QServeError) else FrameRejected(str(exc)))
         if is_late == b"1":
             self._by_id.expire(call_id)
 
     def look_if_watched(self, call_id: str) -> None:
         """Look at the record of a call if anybody here waits for its end."""
         if call_id in self._watchers:
-            self._look(call_id)
+            self.look(call_id)
 
     def look_at_all(self, *, but: Container[str]) -> None:
         """Look at the records of all calls that are watched, except for some that may not have one yet."""
         self._look_at = time.monotonic() + _LOOK_AGAIN_S
         for call_id in list(self._watchers):
             if call_id not in but:
-                self._look(call_id)
+                self.look(call_id)
 
     def tick(self, *, but: Container[str]) -> None:
         """Look at the records now and then; to be called every second."""
@@ -152,4 +154,4 @@ class Watchers:
     def stop(self) -> None:
         """End all waiting. The calls themselves go on."""
         for call_id in list(self._watchers):
-            self._end(call_id, CallCancelled("the client was stopped before the call ended; the call goes on"))
+            self.settle(call_id, CallCancelled("the client was stopped before the call ended; the call goes on"))

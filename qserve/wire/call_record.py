@@ -65,6 +65,14 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
             names |= {failure.type_name, failure.type_name.rpartition(".")[2], f"{failure.module}.{failure.type_name}"}
         return not names.isdisjoint(self.retry_on)
 
+    def state_after(self, error: BaseException, failures: int) -> str:
+        """The state of a call that has failed that often, lastly with this error: SCHEDULED if it runs again."""
+        if not self.retries_after(error):
+            return FAILED
+        if failures <= self.retries:
+            return SCHEDULED
+        return DEAD if self.retries else FAILED
+
     def pause_ms(self, failures: int) -> int:
         """How long to wait after that many failures: exponential, with jitter, 10 minutes at most."""
         longest = min(self.backoff_s * 2.0 ** min(failures - 1, 60), _LONGEST_BACKOFF_S)

@@ -15,6 +15,7 @@ from starlette.requests import Request
 import qserve
 from qserve import serve
 from qserve.testing import LocalServing, local
+from tests.support.waiting import wait_until
 
 app = FastAPI()
 
@@ -144,6 +145,7 @@ def test_a_deadline_passes_and_a_full_queue_refuses() -> None:
         with pytest.raises(qserve.GetTimeoutError):
             ref.result(timeout=10)
         assert ref.done()
+    wait_until(lambda: not isinstance(prices().of.remote("apple").exception(10), qserve.BackPressureError))
 
 
 @pytest.mark.usefixtures("served")

@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from qserve.broker.records import Records, durable_reply
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry
 from qserve.broker.server.clock import RedisClock
-from qserve.context import CallInfo, current_call
+from qserve.context import current_call
 from qserve.errors import (
     BrokerUnavailable,
     CallCancelled,
@@ -34,7 +33,6 @@ from qserve.wire.call_record import (
     DEAD_TTL_S,
     DONE,
     EXPIRED,
-    FAILED,
     NEWS,
     PART,
     PROGRESS,
@@ -59,7 +57,7 @@ from qserve.wire.parts import flat
 from qserve_workers.calls.answers import Answers
 from qserve_workers.calls.arrivals import fetch_payload
 from qserve_workers.calls.call_hooks import with_hooks
-from qserve_workers.calls.durable_parts import CollectedResponse, RecordedParts
+from qserve_workers.calls.durable_parts import CollectedResponse, DurableCallInfo, RecordedParts
 from qserve_workers.calls.running import RunningCall
 from qserve_workers.calls.slots import Slots
 from qserve_workers.celery_calls.celery_results import celery_error, celery_result
@@ -70,15 +68,6 @@ logger = logging.getLogger(__name__)
 
 _NEXT_TRY_S = 0.2
 _LARGEST_PROGRESS = 64 * 1024
-
-
-@dataclass(eq=False, slots=True)
-class DurableCallInfo(CallInfo):
-    """The durable call that is being run; `report` tells how far it has come, from any thread."""
-
-    is_last: bool = True
-    report: Callable[[object], None] = lambda _: None
-    on_chunk: Callable[[object], Awaitable[None]] | None = None
 
 
 class _Settlement(NamedTuple):
@@ -235,14 +224,13 @@ class DurableRuns:
             logger.error("Exception in deployment %r, call %s", call.deployment, call.id, exc_info=error)
         self._slots.counts.others["failed"] += 1
         said = f"{type(error).__name__}: {text_of(error)}"
-        if failures <= call.terms.retries and call.terms.retries_after(error):
+        state = call.terms.state_after(error, failures)
+        if state == SCHEDULED:
             pause_ms = call.terms.pause_ms(failures)
             self._settle(entry, call, SCHEDULED, b"", keep_ms=pause_ms, error=said)
             self._slots.counts.retries["failed"] += 1
             self._on_retry(pause_ms / 1000)
             return
-        exhausted = call.terms.retries > 0 and call.terms.retries_after(error)
-        state = DEAD if exhausted else FAILED
         frame = self._frame(call, ERROR, self._pack_error(error))
         self._settle(entry, call, state, *frame, error=said, celery=celery_error(call, error))
 

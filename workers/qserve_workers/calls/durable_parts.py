@@ -2,12 +2,23 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
+from qserve.context import CallInfo
 from qserve.errors import QServeError, ResultTooLarge, StreamBroken
 from qserve.wire.call_record import Part
 from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
 from qserve.wire.messages import HttpResponse, decode_http_response, encode
+
+
+@dataclass(eq=False, slots=True)
+class DurableCallInfo(CallInfo):
+    """The durable call that is being run; `report` tells how far it has come, from any thread."""
+
+    is_last: bool = True
+    report: Callable[[object], None] = lambda _: None
+    on_chunk: Callable[[object], Awaitable[None]] | None = None
 
 
 class CollectedResponse(Channel):

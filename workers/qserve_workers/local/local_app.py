@@ -8,6 +8,7 @@ from typing import TypeVar
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from qserve_workers.local.local_calls import LocalCalls
 from qserve_workers.local.local_client import LocalClient
 from qserve_workers.local.local_replica import LocalReplica
 from qserve_workers.local.local_state import LocalState
@@ -16,9 +17,14 @@ T = TypeVar("T")
 
 
 class LocalApp:
-    """Hands requests to deployments by their routes, the longest first; may be called on any event loop."""
+    """Hands requests to deployments by their routes, the longest first; may be called on any event loop.
 
-    def __init__(self, client: LocalClient, state: LocalState) -> None:
+    Attributes:
+        calls: The durable calls behind them.
+    """
+
+    def __init__(self, client: LocalClient, state: LocalState, calls: LocalCalls) -> None:
+        self.calls = calls
         self._client = client
         self._state = state
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from qserve.background import end
 from qserve.broker.large.lending import Loan
 from qserve.calls.client import Client
+from qserve.calls.deadlines import Deadlines
 from qserve.calls.handle import codec_of
 from qserve.calls.pending import PendingCall
+from qserve.calls.withdrawing import Withdrawals
 from qserve.errors import BackPressureError, CallCancelled, DeploymentNotFound
 from qserve.hooks import ClientHook, HookChain, load_hooks
 from qserve.settings import Settings
@@ -15,11 +17,14 @@ from qserve.wire.channel import Channel
 from qserve.wire.messages import NO_META, Call, Outcome, Reply, with_meta
 from qserve.wire.parts import Payload, flat
 from qserve.wire.spec import DeploymentSpec
+from qserve_workers.local.local_durable import LocalClock, LocalDurableCalls
 from qserve_workers.local.local_replica import LocalReplica, make_channels
 
 
 class LocalClient(Client):
     """Runs calls in its process, in place of putting them on queues; there is no Redis."""
+
+    confirms_at_once = True
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -28,6 +33,13 @@ class LocalClient(Client):
         self._calls: dict[str, Call] = {}
         self._far_ends: dict[str, Channel] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        withdrawals = _WithdrawalsHere(settings.keys, self.signer, self._link)
+        withdrawals.tasks = self._tasks
+        self._deadlines = Deadlines(settings.keys, self._link, self._pending, withdrawals, settings.dead_after_s)
+        self.clock = LocalClock()
+        self.durable: LocalDurableCalls = LocalDurableCalls(
+            *(settings, self.signer, self._codec, self.id, self._link), replicas=self.replicas, clock=self.clock
+        )
 
     async def start(self) -> None:
         """Take calls from now on.
@@ -43,6 +55,7 @@ class LocalClient(Client):
     async def stop(self) -> None:
         """End the calls that run, and the deployments."""
         await end(*self._tasks.values())
+        await self.durable.end_all()
         for name in list(self.replicas):
             await self.remove(name)
         self._stopped = True
@@ -128,3 +141,13 @@ class LocalClient(Client):
     async def _run(self, replica: LocalReplica, call: PendingCall, sent: Call, far_end: Channel | None) -> None:
         kind, payload = await replica.answer(sent, far_end)
         self._pending.settle(call, Reply(call.id, self.id, kind, payload))
+
+
+class _WithdrawalsHere(Withdrawals):
+    """Calls that nobody waits for any more are cancelled where they run, which is here."""
+
+    tasks: "Mapping[str, asyncio.Task[None]]"
+
+    def withdraw(self, call: PendingCall) -> None:
+        if (task := self.tasks.get(call.id)) is not None:
+            task.cancel()

@@ -9,6 +9,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from qserve.context import CallInfo, current_call
 from qserve.deployments.loading import load_target
+from qserve.wire.call_record import DurableCall
 from qserve.wire.channel import Channel, Chunk
 from qserve.wire.codec import Codec
 from qserve.wire.messages import (
@@ -41,7 +42,8 @@ class LocalReplica:
         self.context: Context = copy_context()
         """What its code sees: which replica it is."""
         self._codec = codec
-        self._slots = asyncio.Semaphore(spec.max_concurrent_queries)
+        self.slots = asyncio.Semaphore(spec.max_concurrent_queries)
+        """One for each call that runs."""
         self.unanswered = 0
         """How many calls wait or run."""
 
@@ -63,7 +65,7 @@ class LocalReplica:
         info = CallInfo(request_of(call), deadline=time.monotonic() + call.ttl_ms / 1000)
         info.lineage, info.model_id = lineage_of(call), call.meta.get(MODEL, "")
         try:
-            async with self._slots:
+            async with self.slots:
                 current_call.set(info)
                 args, kwargs = self._codec.unpack_call(call.payload)
                 if call.kind == STREAM:
@@ -77,9 +79,15 @@ class LocalReplica:
         except BaseException as exc:  # packing a result runs user code, too
             return ERROR, encode(self._codec.pack_error(what_was_raised(exc)))
 
+    async def run(self, call: DurableCall, info: CallInfo) -> bytes:
+        """The packed result of a durable call that has a slot; raises what user code raised."""
+        current_call.set(info)
+        args, kwargs = self._codec.unpack_call(call.payload)
+        return flat(self._codec.pack_result(await self.code.call(call.method, tuple(args), kwargs), whole=True))
+
     async def respond(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         """Answer one HTTP request or WebSocket; raises what user code raised."""
-        async with self._slots:
+        async with self.slots:
             named = dict(scope["headers"])
             asked = named.get(b"x-request-id", b"").decode("latin-1")
             info = CallInfo(asked or request_id, model_id=named.get(_MODEL_HEADER, b"").decode("latin-1"))

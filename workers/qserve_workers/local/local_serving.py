@@ -9,7 +9,9 @@ from qserve.context import set_replica_context
 from qserve.deployments.driver import THIS_PROCESS, ConnectedInstance
 from qserve.settings import Settings
 from qserve_workers.local.local_app import LocalApp
+from qserve_workers.local.local_calls import LocalCalls
 from qserve_workers.local.local_client import LocalClient
+from qserve_workers.local.local_schedules import LocalSchedules
 from qserve_workers.local.local_state import LocalState
 
 _NOWHERE = "redis://127.0.0.1:1"
@@ -23,9 +25,10 @@ def serving_here() -> Iterator[LocalApp]:
     client = LocalClient(settings)
     with using_client(client):
         instance = ConnectedInstance(settings, state := LocalState(client))
+        instance.schedules = schedules = LocalSchedules(state, client.clock)
         with THIS_PROCESS.using(instance):
             try:
-                yield LocalApp(client, state)
+                yield LocalApp(client, state, LocalCalls(client, schedules))
             finally:
                 instance.close()
                 set_replica_context(None)
