@@ -1,24 +1,21 @@
 """`qserve logs`: the log of the instance on this machine."""
 
+import contextlib
 import json
-import re
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
 
 import click
 
 from qserve.cli.output import Failure, note, visible
 from qserve.deployments.local_instance import NO_INSTANCE, find_record
-from qserve.deployments.log_files import newest_log_file
+from qserve.deployments.log_files import files_of, newest_log_file
 from qserve.settings import Settings
-from qserve.this_machine import runtime_folder
+from qserve.telemetry.log_reading import GrowingFile, Records, end_of_lines, last_records
+from qserve.this_machine import is_running, runtime_folder
 
 _POLL_S = 0.2
-_BEGINS = re.compile(r"\{|\[?\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d|\[")
-"""How the first line of a record begins: the others are tracebacks and the like."""
 
 
 @click.command()
@@ -29,24 +26,34 @@ _BEGINS = re.compile(r"\{|\[?\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d|\[")
 @click.argument("name", required=False)
 def logs(name: str | None, follow: bool, call_id: str, lines: int | None, as_json: bool) -> None:
     """Show the log of the instance on this machine: all of it, or what is about the deployment NAME or one call."""
-    path = log_path()
-    wanted = [word for word in (name, call_id) if word]
-    try:
-        with path.open(errors="replace", newline="\n") as file:
-            found = (each for each in records(file) if _is_about(each, wanted))
-            for record in found if lines is None else deque(found, lines):
-                _print(record, as_json)
-            while follow and path.exists():
-                time.sleep(_POLL_S)
-                for record in records(_whole_lines(file)):
-                    if _is_about(record, wanted):
-                        _print(record, as_json)
-    except KeyboardInterrupt:
-        pass
+    path, pid = log_path()
+    words = [word for word in (name, call_id) if word]
+    records, files = Records(words), files_of(path)
+    with contextlib.suppress(KeyboardInterrupt):
+        start = 0
+        if lines is None:
+            for older in files[:0:-1]:
+                with GrowingFile(older) as file:
+                    _print(records.feed(file.lines()), as_json)
+        else:
+            start = end_of_lines(path) if follow else path.stat().st_size
+            _print(last_records(files, words, lines, start), as_json)
+        with GrowingFile(path, start) as log:
+            is_last = False
+            while not is_last:
+                is_last = not follow or pid is None or not is_running(pid)
+                _print(records.feed(log.lines()), as_json)
+                if is_last:
+                    _print(records.feed([log.rest()]), as_json)
+                else:
+                    time.sleep(_POLL_S)
+                _print(records.flush(), as_json)
+        if follow:
+            note("The instance has ended.")
 
 
-def log_path() -> Path:
-    """The log file of the instance on this machine, or of the last one, which may have crashed.
+def log_path() -> tuple[Path, int | None]:
+    """The log file of the instance on this machine, with its pid, or of the last one, which may have crashed.
 
     Raises:
         Failure: There is none, or the instance logs to a terminal.
@@ -58,46 +65,20 @@ def log_path() -> Path:
         if last is None:
             raise Failure(f"{NO_INSTANCE} Nodes that `qserve start` runs log to their own output.")
         note(f"No instance runs; this is the log of the last one, {last}")
-        return last
+        return last, None
     path = Path(record.log_file)
     if not record.log_file or not path.exists():
         raise Failure(
             f"The instance (pid {record.pid}) has no log file: `qserve run` and `qserve start` log to the terminal or "
             "service that started them, such as `journalctl -u UNIT` or `docker logs CONTAINER`."
         )
-    return path
+    return path, record.pid
 
 
-def _whole_lines(file: TextIO) -> Iterator[str]:
-    """The lines that are left in a file, but the beginning of one that is being written."""
-    while True:
-        place = file.tell()
-        line = file.readline()
-        if not line.endswith("\n"):
-            file.seek(place)
-            return
-        yield line
-
-
-def records(file: Iterable[str]) -> Iterator[str]:
-    """The records among the lines of a log, each with the lines that belong to it."""
-    lines: list[str] = []
-    for line in file:
-        if lines and _BEGINS.match(line):
-            yield "".join(lines)
-            lines = []
-        lines.append(line)
-    if lines:
-        yield "".join(lines)
-
-
-def _is_about(record: str, words: list[str]) -> bool:
-    return all(re.search(rf"(?<![\w.-]){re.escape(word)}(?![\w-])", record) for word in words)
-
-
-def _print(record: str, as_json: bool) -> None:
-    text = record.rstrip("\n")
-    if not as_json or text.startswith("{"):
-        click.echo(visible(text))
-    else:
-        click.echo(json.dumps({"record": text}))
+def _print(records: Iterable[str], as_json: bool) -> None:
+    for record in records:
+        text = record.rstrip("\n")
+        if not as_json or text.startswith("{"):
+            click.echo(visible(text))
+        else:
+            click.echo(json.dumps({"record": text}))

@@ -7,6 +7,7 @@ from typing import Final
 
 from qserve.deployments.driver import THIS_PROCESS
 from qserve.screen.terminal import Relay, show_line
+from qserve.telemetry.log_reading import GrowingFile
 
 _LOOK_S: Final = 0.1
 _LAST_LINES_S: Final = 2.0
@@ -45,19 +46,16 @@ class LogFollower:
 
     @staticmethod
     def _run(path: Path, ended: threading.Event) -> None:
-        relay, begun = Relay(everything=False), ""
-        with path.open(errors="replace") as log:
-            while True:
+        relay = Relay(everything=False)
+        with GrowingFile(path) as log:
+            is_last = False
+            while not is_last:
                 is_last = ended.is_set()
-                while text := log.readline():
-                    begun += text
-                    if begun.endswith("\n"):
-                        for shown in relay.feed(begun.rstrip("\n")):
-                            show_line(shown)
-                        begun = ""
-                if is_last:
-                    return
-                ended.wait(_LOOK_S)
+                for line in log.lines():
+                    for shown in relay.feed(line.rstrip("\n")):
+                        show_line(shown)
+                if not is_last:
+                    ended.wait(_LOOK_S)
 
 
 _follower: Final = LogFollower()

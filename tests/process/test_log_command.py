@@ -1,19 +1,23 @@
 """`qserve logs`: the log file of an instance on this machine, found, narrowed down, followed, and safe to look at."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from qserve.cli.command_line import main
+from qserve.deployments import log_files
 from qserve.deployments.local_instance import InstanceRecord, record_path
-from qserve.deployments.log_files import new_log_file
+from qserve.deployments.log_files import log_tail, new_log_file, rotate_if_long
 from qserve.this_machine import runtime_folder
 
 STAMP = "2026-03-01 12:04:00,000 INFO    node[4701] x:"
@@ -85,10 +89,60 @@ def test_what_is_logged_cannot_command_the_terminal(log: Path) -> None:
     assert shown == f"{STAMP} \\x1b]0;title\\x07 \\x1b[2J \\x9b2J red \tend\\r\\x08\n"  # a pipe gets no colors
 
 
+def test_of_a_huge_log_only_the_end_is_read(log: Path) -> None:
+    running(str(log))
+    with log.open("wb") as file:
+        file.truncate(20 << 30)
+        file.seek(0, os.SEEK_END)
+        file.write(f"\n{STAMP} one\n{STAMP} two\nof two\n{STAMP} three \xff\n".encode("latin-1"))
+    assert logs("-n", "2").stdout == f"{STAMP} two\nof two\n{STAMP} three \N{REPLACEMENT CHARACTER}\n"
+    assert log_tail(log).endswith("three \N{REPLACEMENT CHARACTER}")
+
+
+def test_lines_of_any_length_are_records(log: Path) -> None:
+    running(str(log))
+    long = f"{STAMP} [8f3e-17] {'x' * 3_000_000}\n"
+    log.write_text(f"{TEXT}{long}{TEXT}")
+    assert logs("-n", "5").stdout == long + TEXT
+    assert logs("--call", "8f3e-17").stdout.count("x" * 3_000_000) == 1
+    assert logs().stdout == f"{TEXT}{long}{TEXT}"
+
+
+def test_a_log_that_becomes_long_begins_anew_and_what_was_before_is_found(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running(str(log))
+    monkeypatch.setattr(log_files, "LARGEST_BYTES", len(TEXT))
+    rotate_if_long(log)
+    assert log.read_text() == TEXT
+    with log.open("a") as writer:
+        writer.write(f"{STAMP} newer\n")
+        writer.flush()
+        rotate_if_long(log)
+        writer.write(f"{STAMP} newest [8f3e-17]\n")
+    assert log.read_text() == f"{STAMP} newest [8f3e-17]\n"
+    found = logs("--call", "8f3e-17").stdout
+    assert "ValueError: low\n" in found
+    assert found.endswith("newest [8f3e-17]\n")
+    assert logs("-n", "2").stdout == f"{STAMP} newer\n{STAMP} newest [8f3e-17]\n"
+    for _ in range(5):  # the old one goes, with what was before it
+        new_log_file(runtime_folder(), "mine")
+    assert not list(log.parent.glob(f"{log.name}*"))
+
+
+@contextlib.contextmanager
+def following(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-m", "qserve.cli", "logs", "-f", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_what_comes_is_shown_when_its_line_is_whole(log: Path) -> None:
     running(str(log))
-    command = [sys.executable, "-m", "qserve.cli", "logs", "-f", "-n", "0", "--call", "new-1"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     enough = threading.Event()
 
     def write() -> None:
@@ -100,16 +154,54 @@ def test_what_comes_is_shown_when_its_line_is_whole(log: Path) -> None:
                     enough.wait(0.01)
 
     writer = threading.Thread(target=write)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as following:
+    with following("-n", "0", "--call", "new-1") as process:
         try:
-            assert following.stdout is not None
+            assert process.stdout is not None
             writer.start()
-            seen = [following.stdout.readline() for _ in range(3)]
+            seen = [process.stdout.readline() for _ in range(3)]
             assert all(line.endswith(" asked for\n") for line in seen), seen
         finally:
             enough.set()
             writer.join()
-            following.kill()
+
+
+def test_a_log_is_followed_while_it_is_rotated(log: Path) -> None:
+    """Cut short as by `copytruncate`, and replaced by another file while its processes go on writing to the old one."""
+    running(str(log))
+    with following("-n", "1") as process, log.open("a") as writer:
+        assert process.stdout is not None
+        assert process.stdout.readline().endswith('"as JSON"}\n')
+
+        def shows(text: str, file: IO[str]) -> None:
+            file.write(f"{STAMP} {text}\n")
+            file.flush()
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"{STAMP} {text}\n"
+
+        shows("first", writer)
+        os.truncate(log, 0)
+        shows("cut", writer)
+        log.rename(f"{log}.1")
+        shows("to the old one, because there is no other", writer)
+        log.touch()
+        shows("to the old one, although there is another", writer)
+        with log.open("a") as other:
+            shows("to the new one", other)
+
+
+def test_whoever_follows_is_told_that_the_instance_has_ended(log: Path) -> None:
+    shown = logs("-f", "-n", "1")
+    assert shown.stdout.splitlines() == TEXT.splitlines()[-1:]
+    assert "The instance has ended." in shown.stderr
+
+
+def test_a_reader_that_has_enough_may_leave(log: Path) -> None:
+    running(str(log))
+    log.write_text(TEXT * 1000)
+    command = f"{sys.executable} -m qserve.cli logs | head -n 1"
+    shown = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert shown.stdout == TEXT.splitlines(keepends=True)[0]
+    assert shown.stderr == ""
 
 
 def test_an_instance_without_a_log_file_says_where_it_logs(log: Path) -> None:

@@ -26,6 +26,7 @@ import msgspec
 from qserve.broker.server import embedded
 from qserve.deployments.head_start import WAITS, wait_for_orders
 from qserve.deployments.local_instance import InstanceRecord, listening_socket
+from qserve.deployments.log_files import rotate_if_long
 from qserve.errors import ConfigurationError
 from qserve.settings import Settings
 from qserve.telemetry.log_records import log_to_stderr
@@ -161,6 +162,9 @@ class InstanceProcess:
             self._is_forced = self._is_stopping
             self._stop_node()
         self._reap()
+        if self._options.log_file is not None:
+            with contextlib.suppress(OSError):  # it stays as it is meanwhile
+                rotate_if_long(self._options.log_file)
 
     def _stop_node(self) -> None:
         self._is_stopping = True
