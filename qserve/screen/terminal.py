@@ -23,8 +23,6 @@ _RECORD: Final = re.compile(
 )
 """A record of the log: when, how bad, from which process and about which call, from which module, and what."""
 _NOT_CONSTRUCTED: Final = " could not be constructed"
-_OF_CELERY: Final = "worker: "
-"""What begins the one line that Celery prints beside its log."""
 _COLOURS: Final = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 
 
@@ -84,7 +82,7 @@ class Relay:
         """The lines to show now that this one has come."""
         if self._everything:
             return [line]
-        if not line or line.startswith(_OF_CELERY):
+        if not line:
             return []
         if _RECORD.fullmatch(line):
             self._hiding = self.deploying and _NOT_CONSTRUCTED in line

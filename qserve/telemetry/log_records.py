@@ -7,10 +7,14 @@ where there is nothing to say.
 
 import json
 import logging
+import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
 from typing import Any, Final, Literal
 
 from qserve.context import current_call
@@ -56,11 +60,45 @@ def log_to_stderr(process: Process, level: str, log_format: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(log_format))
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    if log_format == "json":
+        _log_what_is_printed(handler)
 
 
 def formatter(log_format: str) -> logging.Formatter:
     """The formatter of every process: `text` or `json`."""
-    return _JsonLines() if log_format == "json" else _Text()
+    return JsonLines() if log_format == "json" else _Text()
+
+
+def _log_what_is_printed(handler: logging.Handler) -> None:
+    """Let warnings, and errors that nobody catches, be records like all others."""
+    logging.captureWarnings(True)
+    logger = logging.getLogger("python")
+
+    def on_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, Exception):
+            logger.critical("uncaught: %s", kind.__name__, exc_info=(kind, error, trace))
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    def on_end_of_thread(told: threading.ExceptHookArgs) -> None:
+        if told.exc_value is not None and told.exc_type is not SystemExit:
+            name = told.thread.name if told.thread is not None else "?"
+            found = (told.exc_type, told.exc_value, told.exc_traceback)
+            logger.error("thread %s ended with %s", name, told.exc_type.__name__, exc_info=found)
+
+    def on_unraisable(told: "sys.UnraisableHookArgs") -> None:
+        if told.exc_value is not None:
+            found = (told.exc_type, told.exc_value, told.exc_traceback)
+            logger.error("%s %r", told.err_msg or "Exception ignored in:", told.object, exc_info=found)
+
+    sys.excepthook, threading.excepthook, sys.unraisablehook = on_uncaught, on_end_of_thread, on_unraisable
+
+
+def log_warnings(handler: logging.Handler) -> None:
+    """Let Python's warnings be records, which this handler writes, however user code configures logging."""
+    logging.captureWarnings(True)
+    logger = logging.getLogger("py.warnings")
+    logger.handlers, logger.propagate = [handler], False
 
 
 class _Tagging:
@@ -101,7 +139,7 @@ def _about(record: logging.LogRecord) -> str:
     return f"[{said}] " if said else ""
 
 
-class _JsonLines(logging.Formatter):
+class JsonLines(logging.Formatter):
     """One JSON object for each record. What user code gives as `extra` is in it, too."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -112,7 +150,7 @@ class _JsonLines(logging.Formatter):
             "process": _HERE.process,
             "pid": record.process,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _message_of(record),
             "deployment": _HERE.deployment,
             "replica": _HERE.replica,
             "request_id": getattr(record, "qserve_request_id", ""),
@@ -120,15 +158,35 @@ class _JsonLines(logging.Formatter):
             "attempt": getattr(record, "qserve_attempt", 0),
             **_trace(),
         }
+        line = {name: value for name, value in line.items() if value or name == "message"}
         for name, value in vars(record).items():
-            if name not in _STANDARD and not name.startswith(_OWN_PREFIX):
+            if name not in _STANDARD and not name.startswith(_OWN_PREFIX) and value is not None:
                 line.setdefault(name, value)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             line["stack"] = record.stack_info
-        told = {name: value for name, value in line.items() if value not in ("", 0, None)}
-        return json.dumps(told, default=_text_of, ensure_ascii=False, skipkeys=True)
+        return _json_of(line)
+
+
+def _message_of(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception:  # the arguments do not fit the text
+        return f"{record.msg} {_text_of(record.args)}"
+
+
+def _json_of(line: dict[str, Any]) -> str:
+    """A line of JSON, whatever users have given."""
+    dump = partial(json.dumps, default=_text_of, ensure_ascii=False, skipkeys=True, allow_nan=False)
+    try:
+        return dump(line)
+    except (ValueError, RecursionError):  # no number, or a value that contains itself
+        return dump({name: value if _is_plain(value) else _text_of(value) for name, value in line.items()})
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int) or value is None or (isinstance(value, float) and math.isfinite(value))
 
 
 def _text_of(value: object) -> str:

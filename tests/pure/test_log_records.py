@@ -3,12 +3,14 @@
 import io
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qserve.context import CallInfo, current_call
@@ -108,3 +110,25 @@ def test_a_setting_that_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         Settings()
     monkeypatch.setenv("QSERVE_LOG_FORMAT", "")
     assert Settings().log_format == "text"
+
+
+def test_whatever_users_add_the_line_is_json_and_nothing_is_lost(logger: logging.Logger) -> None:
+    class Rude:
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    def strict(text: str) -> Any:
+        assert "\n" not in text
+        return json.loads(text, parse_constant=pytest.fail)
+
+    endless: dict[str, Any] = {}
+    endless["more"] = endless
+    found = strict(written(logger, "json", array=np.arange(3), zero=0, no=False, rude=Rude(), keys={(1, 2): 3, "a": 4}))
+    assert found["array"] == "[0 1 2]"
+    assert (found["zero"], found["no"], found["rude"], found["keys"]) == (0, False, "<Rude>", {"a": 4})
+    found = strict(written(logger, "json", endless=endless, nan=math.nan, count=3, text="caf\udce9"))
+    assert found["endless"] == "{'more': {...}}"
+    assert (found["nan"], found["count"], found["text"]) == ("nan", 3, "caf\udce9")
+
+    record = logging.LogRecord("shop", logging.ERROR, "x.py", 1, "%d of %d", ("one",), None)
+    assert strict(log_records.formatter("json").format(record))["message"] == "%d of %d ('one',)"

@@ -62,6 +62,11 @@ class DeploymentWorker(celery_worker.Worker):  # type: ignore[misc]
         """Let `ps` show the deployment instead of Celery's words."""
         set_title(f"qserve: worker of {self.deployment}")
 
+    def install_platform_tweaks(self, worker: Any) -> None:
+        """Let SIGTERM do what it does without a line that is no record of the log."""
+        super().install_platform_tweaks(worker)
+        celery_worker.install_worker_term_handler(worker, verbose=False)
+
     def emit_banner(self) -> None:
         """One line instead of Celery's banner."""
         logger.info(

@@ -22,6 +22,8 @@ from typing import Any
 import billiard.process
 from celery import _state as celery_state
 
+from qserve.telemetry.log_records import JsonLines, log_warnings
+
 logger = logging.getLogger(__name__)
 
 _EXIT = sys.exit
@@ -146,7 +148,10 @@ def _leave_logging_to_user_code() -> None:
         default = logging.StreamHandler()
         default.setFormatter(handlers[0].formatter)
         logging.lastResort = default
-    logging.captureWarnings(False)
+        if isinstance(default.formatter, JsonLines):
+            log_warnings(default)
+        else:
+            logging.captureWarnings(False)
     warnings.resetwarnings()
     for option in sys.warnoptions:
         warnings._processoptions([option])  # type: ignore[attr-defined]
