@@ -12,7 +12,7 @@ from qserve.cli.output import Failure, note, visible
 from qserve.deployments.local_instance import NO_INSTANCE, find_record
 from qserve.deployments.log_files import files_of, newest_log_file
 from qserve.settings import Settings
-from qserve.telemetry.log_reading import GrowingFile, Records, end_of_lines, last_records
+from qserve.telemetry.log_reading import GrowingFile, RecordReader, end_of_lines, last_records
 from qserve.this_machine import is_running, runtime_folder
 
 _POLL_S = 0.2
@@ -28,7 +28,7 @@ def logs(name: str | None, follow: bool, call_id: str, lines: int | None, as_jso
     """Show the log of the instance on this machine: all of it, or what is about the deployment NAME or one call."""
     path, pid = log_path()
     words = [word for word in (name, call_id) if word]
-    records, files = Records(words), files_of(path)
+    records, files = RecordReader(words), files_of(path)
     with contextlib.suppress(KeyboardInterrupt):
         start = 0
         if lines is None:

@@ -17,7 +17,7 @@ _WHOLE_LINES: Final = re.compile(rb"[^\n]*\n|[^\n]+").findall
 """Unlike `splitlines`, it leaves a progress bar in one piece."""
 
 
-class Records:
+class RecordReader:
     """Puts lines together to records, and finds those that name all of some words.
 
     Args:
@@ -113,7 +113,7 @@ def last_records(paths: Iterable[Path], words: Iterable[str], most: int, end: in
         paths: The files of the log, the newest first.
         end: Where to begin in the newest one.
     """
-    wanted, backwards = Records(words), _lines_backwards(paths, end)
+    wanted, backwards = RecordReader(words), _lines_backwards(paths, end)
     found = (record for record in _records_backwards(backwards) if wanted.is_wanted(record))
     return list(itertools.islice(found, most))[::-1]
 
