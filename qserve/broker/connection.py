@@ -25,7 +25,7 @@ Answer = Any
 """A parsed RESP value; a failed command's answer is an exception instance."""
 
 _CONNECT_TIMEOUT_S = 5.0
-_PRIMARY_TIMEOUT_S = 2.0
+PRIMARY_TIMEOUT_S = 2.0
 """For a primary that a sentinel names, which may be the one that has just died."""
 _FOREIGN = ("READONLY", "MASTERDOWN", "UNBLOCKED force unblock")
 """How errors begin that a server answers when it has become a replica."""
@@ -86,11 +86,11 @@ class Connection(asyncio.Protocol):
         """
         broker = parse(url)
         if not broker.guides:
-            return await cls(on_lost)._open_at(broker, _CONNECT_TIMEOUT_S)
+            return await cls(on_lost).open_at(broker, _CONNECT_TIMEOUT_S)
         problems: list[str] = []
         async for address in primaries_async(broker, problems):
             try:
-                return await cls(on_lost, on_moved)._open_at(broker.at(address), _PRIMARY_TIMEOUT_S)
+                return await cls(on_lost, on_moved).open_at(broker.at(address), PRIMARY_TIMEOUT_S)
             except BrokerUnavailable as exc:
                 problems.append(str(exc))
         raise BrokerUnavailable(unreachable(broker, problems))
@@ -99,9 +99,10 @@ class Connection(asyncio.Protocol):
         self, on_lost: Callable[[], None] | None = None, on_moved: Callable[[], None] | None = None
     ) -> "Connection":
         """A second connection to the very server that this one leads to; raises like `open`."""
-        return await Connection(on_lost, on_moved)._open_at(self._server, _PRIMARY_TIMEOUT_S)
+        return await Connection(on_lost, on_moved).open_at(self._server, PRIMARY_TIMEOUT_S)
 
-    async def _open_at(self, server: Broker, timeout_s: float) -> "Connection":
+    async def open_at(self, server: Broker, timeout_s: float) -> "Connection":
+        """Connect this one to the server at an address; raises like `open`."""
         self._loop = asyncio.get_running_loop()
         self._server = server
         try:
@@ -190,6 +191,11 @@ class Connection(asyncio.Protocol):
         """Whether no answer is awaited: then it only costs time to wait for other commands to send along."""
         return not self._waiting
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether there are commands that leave at the end of this tick."""
+        return bool(self._out) and self.is_open
+
     async def call(self, *command: Any) -> Answer:
         """Send a command and return its answer.
 
@@ -273,6 +279,10 @@ class Connection(asyncio.Protocol):
             # The other answers first: their commands may have been carried out before.
             self._loop.call_soon(self._abort)
         return CommandRefused(text)
+
+    def abort(self) -> None:
+        """Close as if it were lost."""
+        self._abort()
 
     def _abort(self) -> None:
         transport = self._transport or self._retired

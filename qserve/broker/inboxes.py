@@ -33,6 +33,10 @@ class Inbox:
         """Wait for messages after the last ones seen; `frames` turns the answer into frames."""
         connection.send_now(on_answer, "XREAD", "COUNT", most, "BLOCK", block_ms, "STREAMS", self._stream, self._last)
 
+    def look(self, connection: Connection, on_answer: Callable[[Answer], None], *, most: int) -> None:
+        """Like `read`, at the end of this tick and without waiting for messages."""
+        connection.send(on_answer, "XREAD", "COUNT", most, "STREAMS", self._stream, self._last)
+
     def frames(self, answer: Answer) -> list[bytes]:
         """The frames of a read's answer, which now count as seen."""
         if not answer:

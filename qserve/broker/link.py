@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from qserve.background import end, spawn
 from qserve.broker.connection import Connection, ignore_answer
+from qserve.broker.lanes.lines import Lines
 from qserve.broker.redis_errors import CommandRefused, refused
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
@@ -30,12 +31,22 @@ class Link:
         url: Redis URL.
         on_up: Awaited with every new pair, before it is used.
         on_long_loss: Called at every failed attempt once the loss has lasted PATIENCE_S.
+        lines: Where the connection for commands is shared with others.
+
+    Attributes:
+        end_of_tick: When what has come meanwhile leaves on a connection that is shared.
     """
 
     def __init__(
-        self, url: str, on_up: Callable[[], Awaitable[None]], on_long_loss: Callable[[], None] = lambda: None
+        self,
+        url: str,
+        on_up: Callable[[], Awaitable[None]],
+        on_long_loss: Callable[[], None] = lambda: None,
+        lines: Lines | None = None,
     ) -> None:
         self._url = url
+        self._open = lines.lane if lines else Connection.open
+        self.end_of_tick = lines.end_of_tick if lines else None
         self._on_up = on_up
         self._on_long_loss = on_long_loss
         self._lost = asyncio.Event()
@@ -104,6 +115,7 @@ class Link:
         if self._silent_checks >= _SILENT_CHECKS:
             logger.warning("Redis has fallen silent")
             self._silent_checks = 0
+            sender.abort()  # for all who share it
             self.lose()
         elif sender.is_idle:
             sender.send(ignore_answer, "PING")  # so that it owes one
@@ -128,7 +140,7 @@ class Link:
 
     async def _connect(self) -> None:
         self._disconnect()  # what is left of a pair that was retired while it came up
-        sender = await Connection.open(self._url, self.lose, self._moved)
+        sender = await self._open(self._url, self.lose, self._moved)
         try:
             # Not asked for again: after a failover sentinels disagree for a while, and what is read from one server
             # cannot be answered on another.

@@ -7,7 +7,7 @@ from functools import partial
 
 from qserve.background import spawn
 from qserve.broker.call_queue import CALLS_PER_ADMIT, CallQueue
-from qserve.broker.connection import Answer
+from qserve.broker.connection import Answer, Connection
 from qserve.broker.keys import Keys
 from qserve.broker.link import Link
 from qserve.broker.redis_errors import NotTaken
@@ -54,6 +54,7 @@ class Admission:
         self._batches: dict[str, list[PendingCall]] = {}
         self._queues: dict[str, CallQueue] = {}
         self._is_stopped = False
+        self._tick = link.end_of_tick
 
     def put(self, call: PendingCall) -> None:
         """Put a call, together with the others of this tick."""
@@ -62,7 +63,10 @@ class Admission:
             batch.append(call)
             return
         if not self._batches:
-            asyncio.get_running_loop().call_soon(self.flush)
+            if self._tick is None:
+                asyncio.get_running_loop().call_soon(self.flush)
+            else:
+                self._tick.put(self._fill)
         self._batches[call.deployment] = [call]
         if self._link.sender.is_idle and (len(self._links) == 1 or all(link.sender.is_idle for link in self._links)):
             self.flush()  # nobody to wait for: the tick's other calls follow in their own batch
@@ -76,14 +80,20 @@ class Admission:
     def flush(self) -> None:
         """Send the calls that were put. While Redis is away they wait, until `give_back` takes them back; when it has
         been away for long, they are refused at once."""
+        if self._batches:
+            self._fill().flush()
+            reach("admit-sent")
+
+    def _fill(self) -> Connection:
+        """Give the calls to the connection for commands, and return that; it has not written them yet."""
         sender = self._link.sender
         if not self._batches:
-            return
+            return sender
         if not sender.is_open:
             if self._link.is_given_up:
                 for call in self.give_back():
                     self._refuse(call, BrokerUnavailable(_UNREACHABLE))
-            return
+            return sender
         reach("admit")
         batches, self._batches = self._batches, {}
         for deployment, batch in batches.items():
@@ -98,8 +108,7 @@ class Admission:
                 latest = self._clock.at_ms(min([c.deadline for c in calls]))
                 frames = [(c.id, c.safe, c.frame) for c in calls]
                 queue.put(sender, frames, partial(self._admitted, calls), latest_ms=latest)
-        sender.flush()
-        reach("admit-sent")
+        return sender
 
     def give_back(self) -> list[PendingCall]:
         """Return the calls that were put but not sent, and forget them."""

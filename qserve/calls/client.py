@@ -16,6 +16,7 @@ from functools import partial
 from qserve.background import end, spawn
 from qserve.broker.connection import Connection
 from qserve.broker.counters import ShareOfCounter
+from qserve.broker.lanes.lines import Lines
 from qserve.broker.large.lending import Lending, Loan
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads
@@ -70,7 +71,7 @@ class Client:
     No write is ever repeated blindly.
 
     Args:
-        handoff: Of another client of this process, on whose event loop this one is to live.
+        handoff, lines: Of another client of this process: its event loop, and the connections that it shares.
 
     Attributes:
         of, of_call: The client of this process for a deployment, or for a durable call: on a cluster each shard has
@@ -81,7 +82,7 @@ class Client:
     confirms_at_once = False
     """Whether durable calls are submitted and cancelled without waiting for anybody, also from the client's loop."""
 
-    def __init__(self, settings: Settings, handoff: Handoff | None = None) -> None:
+    def __init__(self, settings: Settings, handoff: Handoff | None = None, lines: Lines | None = None) -> None:
         keys = settings.keys
         self.settings = settings
         self.signer = signer = Signer(settings.secrets)
@@ -98,7 +99,7 @@ class Client:
         """Whether the caller runs on this client's loop, and so must not block on it."""
         self.run_soon: Callable[[Callable[[], None]], None] = handoff.run
         """Runs something on the loop soon, from any thread, or at once in the thread of the loop."""
-        self._link = link = Link(keys.address(settings.redis_url), self._link_up, self._link_lost)
+        self._link = link = Link(keys.address(settings.redis_url), self._link_up, self._link_lost, lines)
         self._clock = RedisClock()
         self._sample_at = 0.0
         self._share = ShareOfCounter(keys, _COUNTED_AS.get(this_process().process, "calls_of_programs"))
@@ -141,9 +142,9 @@ class Client:
         await self._link.start()
         self._keeper = spawn(self._receiver.keep_alive(self._tick))
 
-    def _join(self, settings: Settings) -> "Client":
+    def _join(self, settings: Settings, lines: Lines) -> "Client":
         """Make a client for another shard, which connects by itself; calls wait until it has."""
-        made = Client(settings, self._handoff)
+        made = Client(settings, self._handoff, lines)
         made.hooks, made._loop = self.hooks, self._loop
         made.of, made.of_call = self.of, self.of_call
 

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 _ENTRIES_PER_READ = 128
 """Each may hold a hundred replies, and all of a read are dealt with before the event loop goes on."""
+_BUSY = 2
+"""Messages in one read, from which on more are about to come: then it is enough to look when calls are sent."""
 _TRIM_EVERY = 512 * 1024
 """Bytes: what is streamed to this process must not pile up behind it."""
 
@@ -35,6 +37,7 @@ class Receiver:
         self._accept = accept
         self._inbox = Inbox(keys, process)
         self._link = link
+        self._tick = link.end_of_tick
         # What scripts write, which cannot sign it: it only makes its reader look.
         self._unsigned = {b"": Reply("", process, CONTROL, encode(Control("move")))}
 
@@ -70,6 +73,13 @@ class Receiver:
         if self._link.waiter.is_open:
             self._inbox.read(self._link.waiter, self._received, block_ms=block_ms, most=_ENTRIES_PER_READ)
 
+    def _read_along(self) -> None:
+        """Read with the commands that are about to leave, if there are any; else wait on the other connection."""
+        if self._link.sender.has_unsent:
+            self._inbox.look(self._link.sender, self._received, most=_ENTRIES_PER_READ)
+        else:
+            self._read()
+
     def _received(self, answer: Answer) -> None:
         if isinstance(answer, Exception):
             if isinstance(answer, CommandRefused):
@@ -77,7 +87,10 @@ class Receiver:
                 self._link.lose()
             return
         frames = self._inbox.frames(answer)
-        self._read(BLOCK_MS if frames else int(1000 * until_next(CHECK_EVERY_S)))
+        if self._tick is not None and len(frames) >= _BUSY:
+            self._tick.read(self._read_along)
+        else:
+            self._read(BLOCK_MS if frames else int(1000 * until_next(CHECK_EVERY_S)))
         for frame in frames:
             try:
                 self._accept(decode_reply(self._signer.open(frame)))

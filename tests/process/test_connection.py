@@ -5,14 +5,17 @@ import contextlib
 import itertools
 import re
 import socket
+import struct
 import subprocess
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import redis
+import uvloop
 from redis.exceptions import RedisError
 
 from qserve.broker.connection import Answer, Connection
@@ -282,6 +285,30 @@ async def test_a_server_that_hangs_up_at_once_is_unavailable() -> None:
         accepted.close()
         with pytest.raises(BrokerUnavailable):
             await opening
+
+
+def test_a_sentinel_that_resets_every_connection_is_one_that_does_not_answer() -> None:
+    """uvloop raises a RuntimeError then, which once ended what makes lost connections anew."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def reset_all() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    accepted, _ = server.accept()
+                    accepted.recv(1)
+                    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    accepted.close()
+
+        async def connect() -> None:
+            for _ in range(20):
+                with pytest.raises(BrokerUnavailable):
+                    await Connection.open(f"redis+sentinel://127.0.0.1:{server.getsockname()[1]}/service")
+
+        resetting = threading.Thread(target=reset_all)
+        resetting.start()
+        uvloop.run(connect())
+        server.shutdown(socket.SHUT_RDWR)
+        resetting.join()
 
 
 async def test_a_script_is_loaded_where_the_server_does_not_know_it(

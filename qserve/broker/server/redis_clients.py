@@ -318,6 +318,13 @@ class _AsyncFinding(_Rested):
                 return
         raise ConnectionError(unreachable(self._broker, problems)) from failure
 
+    async def send_packed_command(self, *args: Any, **options: Any) -> None:
+        try:
+            await super().send_packed_command(*args, **options)  # type: ignore[misc]
+        except RuntimeError as exc:  # what uvloop raises where the other side has reset the connection
+            await self.disconnect(nowait=True)  # type: ignore[attr-defined]
+            raise ConnectionError(f"the connection to {_place(self)} is lost") from exc
+
     async def read_response(self, *args: Any, **options: Any) -> Any:
         try:
             return await super().read_response(*args, **options)  # type: ignore[misc]

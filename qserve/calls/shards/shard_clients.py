@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from qserve.broker.lanes.lines import Lines
 from qserve.settings import Settings, at_shard
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ class ShardClients:
         join: Makes a client for a shard, which is to begin on that loop.
     """
 
-    def __init__(self, main: "Client", join: Callable[["Client", Settings], "Client"]) -> None:
+    def __init__(self, main: "Client", join: Callable[["Client", Settings, Lines], "Client"]) -> None:
         self._main = main
         self._join = join
+        self._lines = Lines()
         self._keys = main.settings.keys
         self._by_shard = {self._keys.shard: main}
         self._by_name: dict[str, Client] = {}
@@ -47,6 +49,6 @@ class ShardClients:
             with self._lock:
                 found = self._by_shard.get(shard)
                 if found is None:
-                    found = self._join(self._main, at_shard(self._main.settings, shard))
+                    found = self._join(self._main, at_shard(self._main.settings, shard), self._lines)
                     self._by_shard[shard] = found
         return found

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -259,6 +260,13 @@ class Cluster:
             return False
 
         self._wait(f"{url} answers", answers)
+
+    def meet_shards(self) -> None:
+        """Let every gateway call every deployment, so that it says in their shards that it lives; the calls fail."""
+        for url in self.gateway_urls:
+            for name in ("Safe", "Once"):
+                with contextlib.suppress(urllib.error.HTTPError):
+                    urllib.request.urlopen(f"{url}/{name}", timeout=_START_S)
 
     def _serving(self, name: str) -> int:
         infos = self.state.observed.replicas(

@@ -208,6 +208,8 @@ class LoadRun:
         setup = replace(self.setup, shards=self.setup.shards or plan.shards)
         setup = replace(setup, replicas=1) if plan.is_slice else setup
         with plan.stage.cluster(setup, self.prepare) as cluster:
+            if setup.shards:
+                cluster.meet_shards()
             base = len(cluster.stored())
             with self.watch(cluster, result):
                 injected = self._hurt(cluster, plan, dice)

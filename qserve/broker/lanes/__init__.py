@@ -1,0 +1,1 @@
+"""Of a cluster: the connections of a process to its servers, which the shards of a server share."""
