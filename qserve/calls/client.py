@@ -90,8 +90,7 @@ class Client:
         self.hooks: HookChain[ClientHook] | None = None
         """The hooks around calls through handles, where there are any."""
         self.on_control: Callable[[str, Control], None] | None = None
-        # Not a method: a frame less per call.
-        self._new_id: Callable[[], str] = map(f"{self.id}%x".__mod__, itertools.count()).__next__
+        self._new_id: Callable[[], str] = map(f"{self.id}%x".__mod__, itertools.count()).__next__  # a frame less
         self._stopped = False
         self._keeper: asyncio.Task[None] | None = None
         self._handoff = handoff = handoff or Handoff()
@@ -208,9 +207,8 @@ class Client:
 
     async def _sample_clock(self) -> None:
         """Check whether the clock of Redis has jumped."""
-        sender = self._link.sender
         with contextlib.suppress(BrokerUnavailable, CommandRefused):
-            if sender.is_open and await self._clock.sample(sender):
+            if self.sender.is_open and await self._clock.sample(self.sender):
                 spawn(self._reconciler.run())  # what was unread in the inbox may have expired
 
     # What others may see of it
