@@ -108,7 +108,7 @@ class Connection(asyncio.Protocol):
         try:
             async with asyncio.timeout(timeout_s):
                 await self._connect(server)
-                await self._greet(server)
+                await _greet(self, server)
         except (OSError, TimeoutError) as exc:
             self.close()
             if problem := tls_problem(exc, server.place):
@@ -126,38 +126,6 @@ class Connection(asyncio.Protocol):
             return
         tls = server.tls.context if server.tls else None
         await self._loop.create_connection(lambda: self, server.host, server.port, ssl=tls)
-
-    async def _greet(self, server: Broker) -> None:
-        if server.username:
-            await self._expect_ok("AUTH", server.username, server.password)
-        elif server.password:
-            await self._expect_ok("AUTH", server.password)
-        if server.db:
-            await self._expect_ok("SELECT", server.db)
-        await self._expect_data(server.place)
-        try:
-            role = await self.call("ROLE")
-        except CommandRefused:  # this user may not ask; a replica shows itself at the first write
-            return
-        if problem := role_problem(role, server.place):
-            raise BrokerUnavailable(problem)
-
-    async def _expect_data(self, place: str) -> None:
-        # While a server reads its file it lets one in, and refuses every other command.
-        try:
-            await self.call("PING")
-        except CommandRefused as exc:
-            if str(exc).startswith("LOADING"):
-                raise BrokerUnavailable(f"Redis at {place} is still loading its data: try again when it has") from exc
-
-    async def _expect_ok(self, *command: Any) -> None:
-        try:
-            await self.call(*command)
-        except CommandRefused as exc:
-            kind: type[QServeError] = ConfigurationError if str(exc).startswith(_WRONG) else BrokerUnavailable
-            raise kind(
-                f"Redis refused {command[0]}: {exc}. Check user, password and database in QSERVE_REDIS_URL"
-            ) from exc
 
     @property
     def is_open(self) -> bool:
@@ -225,7 +193,11 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         """Close without calling `on_lost`; unanswered commands fail."""
         self._on_lost = None
-        self._abort()
+        self.abort()
+
+    def give_up(self) -> None:
+        """Count it as lost, for all who share it."""
+        self.abort()
 
     def retire(self) -> None:
         """Take no commands any more, and close when those that were sent are answered."""
@@ -233,9 +205,9 @@ class Connection(asyncio.Protocol):
             return
         self.flush()
         self._retired, self._transport = self._transport, None
-        self._loop.call_later(_LAST_ANSWERS_S, self._abort)
+        self._loop.call_later(_LAST_ANSWERS_S, self.abort)
         if not self._waiting:
-            self._loop.call_soon(self._abort)
+            self._loop.call_soon(self.abort)
 
     @property
     def is_retiring(self) -> bool:
@@ -265,11 +237,11 @@ class Connection(asyncio.Protocol):
                     if self._retired is None:
                         return  # that answer made its receiver close the connection
                     if not waiting:
-                        self._abort()
+                        self.abort()
                         return
         except hiredis.ProtocolError as exc:
             logger.error("what answers is not Redis: %s", exc)
-            self._abort()
+            self.abort()
 
     def _error(self, text: str) -> Exception:
         if text.startswith(_MOVED):
@@ -277,14 +249,11 @@ class Connection(asyncio.Protocol):
             return NotTaken(_ELSEWHERE)
         if text.startswith(_FOREIGN):
             # The other answers first: their commands may have been carried out before.
-            self._loop.call_soon(self._abort)
+            self._loop.call_soon(self.abort)
         return CommandRefused(text)
 
     def abort(self) -> None:
         """Close as if it were lost."""
-        self._abort()
-
-    def _abort(self) -> None:
         transport = self._transport or self._retired
         if transport is not None:
             transport.abort()
@@ -306,6 +275,39 @@ class Connection(asyncio.Protocol):
                 logger.exception("the receiver of an answer failed on the loss of its connection")
         if self._on_lost is not None:
             self._on_lost()
+
+
+async def _greet(connection: Connection, server: Broker) -> None:
+    if server.username:
+        await _expect_ok(connection, "AUTH", server.username, server.password)
+    elif server.password:
+        await _expect_ok(connection, "AUTH", server.password)
+    if server.db:
+        await _expect_ok(connection, "SELECT", server.db)
+    await _expect_data(connection, server.place)
+    try:
+        role = await connection.call("ROLE")
+    except CommandRefused:  # this user may not ask; a replica shows itself at the first write
+        return
+    if problem := role_problem(role, server.place):
+        raise BrokerUnavailable(problem)
+
+
+async def _expect_data(connection: Connection, place: str) -> None:
+    # While a server reads its file it lets one in, and refuses every other command.
+    try:
+        await connection.call("PING")
+    except CommandRefused as exc:
+        if str(exc).startswith("LOADING"):
+            raise BrokerUnavailable(f"Redis at {place} is still loading its data: try again when it has") from exc
+
+
+async def _expect_ok(connection: Connection, *command: Any) -> None:
+    try:
+        await connection.call(*command)
+    except CommandRefused as exc:
+        kind: type[QServeError] = ConfigurationError if str(exc).startswith(_WRONG) else BrokerUnavailable
+        raise kind(f"Redis refused {command[0]}: {exc}. Check user, password and database in QSERVE_REDIS_URL") from exc
 
 
 def _pack_large(command: tuple[Any, ...], place: int) -> tuple[bytes, bytes, bytes]:

@@ -115,7 +115,7 @@ class Link:
         if self._silent_checks >= _SILENT_CHECKS:
             logger.warning("Redis has fallen silent")
             self._silent_checks = 0
-            sender.abort()  # for all who share it
+            sender.give_up()
             self.lose()
         elif sender.is_idle:
             sender.send(ignore_answer, "PING")  # so that it owes one

@@ -85,7 +85,7 @@ async def test_the_loss_of_the_connection_is_told_to_every_lane(lanes: Two) -> N
     lanes.one.send(answers.append, "ECHO", "1")
     lanes.two.send(answers.append, "ECHO", "2")
 
-    lanes.one.abort()
+    lanes.one.give_up()
 
     assert [type(answer) for answer in answers] == [BrokerUnavailable, BrokerUnavailable]
     assert sorted(lanes.told) == ["one left", "one lost", "two left", "two lost"]

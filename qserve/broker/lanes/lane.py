@@ -53,16 +53,16 @@ class Lane(Connection):
     def flush(self) -> None:
         self._line.flush()
 
-    def abort(self) -> None:
+    def give_up(self) -> None:
         self._line.abort()
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
         if self._transport is not None or self._retired is not None:
             self._lose()
 
     def line_lost(self) -> None:
         """The connection is gone, and every command of this lane has been told so."""
-        self._abort()
+        self.abort()
 
     def _lose(self) -> None:
         super()._lose()
