@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 
-from qserve.background import end, spawn
+from qserve.background import end, spawn, until_next
 from qserve.broker.connection import Connection, ignore_answer
 from qserve.broker.lanes.lines import Lines
 from qserve.broker.redis_errors import CommandRefused, refused
@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK_MS = 1000
 """How long a blocking read waits; short, so that no half-open connection is believed in for long."""
-CHECK_EVERY_S = 1.0
+CHECK_EVERY_S, REST_S = 1.0, 3.0
+"""How often a link is checked, and while it rests."""
 _SILENT_CHECKS = 3
 _UP_TIMEOUT_S = 10.0
 _LONGEST_DELAY_S = 2.0
@@ -35,6 +36,7 @@ class Link:
 
     Attributes:
         end_of_tick: When what has come meanwhile leaves on a connection that is shared.
+        rests: Whether nobody needs this process now, so that whatever it does every second it may do every REST_S.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Link:
         self.sender = self.waiter = Connection()
         """While the pair is lost these are closed connections, which answer every command with `BrokerUnavailable`."""
         self.losses = 0
+        self.rests = False
         self._lost_at: float | None = None
         self._heard = (0, 0)
         self._silent_checks = 0
@@ -98,9 +101,17 @@ class Link:
         self._has_come()
         self._disconnect()
 
+    @property
+    def pause_s(self) -> float:
+        """How long until the next check; blocking reads end then, too."""
+        return until_next(REST_S if self.rests and self._silent_checks < 2 else CHECK_EVERY_S)
+
     def check(self) -> None:
         """Give up a pair of which one owes an answer and has been silent for three of these checks, as a half-open
-        connection is; to be called every CHECK_EVERY_S.
+        connection is; to be called every `pause_s`.
+
+        After a rest a command that was not answered counts for two checks, but a blocking read for one: the server may
+        end it a little late.
 
         Checks are counted instead of seconds: a process that was frozen finds answers it has not read yet.
         """
@@ -109,8 +120,11 @@ class Link:
             self._silent_checks = 0
             return
         heard = (-1 if sender.is_idle else sender.heard, -1 if waiter.is_idle else waiter.heard)
-        is_silent = any(old == new != -1 for old, new in zip(self._heard, heard, strict=True))
-        self._silent_checks = self._silent_checks + 1 if is_silent else 0
+        sender_is_silent, waiter_is_silent = (old == new != -1 for old, new in zip(self._heard, heard, strict=True))
+        if sender_is_silent or waiter_is_silent:
+            self._silent_checks += 2 if sender_is_silent and self.rests else 1
+        else:
+            self._silent_checks = 0
         self._heard = heard
         if self._silent_checks >= _SILENT_CHECKS:
             logger.warning("Redis has fallen silent")

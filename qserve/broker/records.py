@@ -45,7 +45,6 @@ from qserve.wire.messages import DURABLE, ERROR, Control, Reply, Signer, encode,
 POSITIONS_COUNTED = 100
 """Beyond this a call's place in its queue is not counted: that would mean to read what is before it."""
 _MOVED_AT_ONCE = 256
-_LEASE_MS = 3000
 _IDEMPOTENCY_TTL_MS = int(IDEMPOTENCY_TTL_S * 1000)
 _LONGEST_ERROR = 2000
 
@@ -155,11 +154,13 @@ class Records:
         answer = await connection.call("XRANGE", self._keys.parts(record.id), first, last, "COUNT", most)
         return [(int(entry.split(b"-")[1]), int(fields[3]) / 1000, fields[1]) for entry, fields in answer]
 
-    async def move_due(self, connection: Connection, deployment: str, replica: str, *, anyway: bool) -> list[Any]:
+    async def move_due(
+        self, connection: Connection, deployment: str, replica: str, *, lease_s: float, anyway: bool
+    ) -> list[Any]:
         """Put calls on the queue that are due; returns what due.lua returns."""
         keys = self._keys
         names = keys.whole(keys.due(deployment), keys.calls(deployment), keys.mover(deployment), keys.low(deployment))
-        arguments = (keys.base, replica, _LEASE_MS, _MOVED_AT_ONCE, "1" if anyway else "0", GROUP)
+        arguments = (keys.base, replica, int(1000 * lease_s), _MOVED_AT_ONCE, "1" if anyway else "0", GROUP)
         answer: list[Any] = await DUE.call(connection, names, *arguments)
         return answer
 

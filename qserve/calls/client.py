@@ -77,6 +77,7 @@ class Client:
         of, of_call: The client of this process for a deployment, or for a durable call: on a cluster each shard has
             another one, made when it is first needed. From any thread.
         all: All of them.
+        link: Its connections.
     """
 
     confirms_at_once = False
@@ -98,7 +99,7 @@ class Client:
         """Whether the caller runs on this client's loop, and so must not block on it."""
         self.run_soon: Callable[[Callable[[], None]], None] = handoff.run
         """Runs something on the loop soon, from any thread, or at once in the thread of the loop."""
-        self._link = link = Link(keys.address(settings.redis_url), self._link_up, self._link_lost, lines)
+        self.link = link = Link(keys.address(settings.redis_url), self._link_up, self._link_lost, lines)
         self._clock = RedisClock()
         self._sample_at = 0.0
         self._share = ShareOfCounter(keys, _COUNTED_AS.get(this_process().process, "calls_of_programs"))
@@ -138,7 +139,7 @@ class Client:
         self.hooks = HookChain(hooks) if hooks else None
         self._loop = self._handoff.open()
         self._deadlines.open(self._loop)
-        await self._link.start()
+        await self.link.start()
         self._keeper = spawn(self._receiver.keep_alive(self._tick))
 
     def _join(self, settings: Settings, lines: Lines) -> "Client":
@@ -150,7 +151,7 @@ class Client:
         def begin() -> None:
             made._admission.join(self._admission)
             made._deadlines.open(self._loop)
-            made._link.start_soon()
+            made.link.start_soon()
             made._keeper = spawn(made._receiver.keep_alive(made._tick))
 
         self.run_soon(begin)
@@ -166,7 +167,7 @@ class Client:
         self.durable.stop()
         for call in list(self._pending.values()):
             self._pending.settle(call, CallCancelled(_STOPPED))
-        sender = self._link.sender
+        sender = self.link.sender
         if sender.is_open:
             self._tell_counts()
             self._receiver.discard()
@@ -174,7 +175,7 @@ class Client:
             with contextlib.suppress(BrokerUnavailable, TimeoutError):
                 async with asyncio.timeout(1):
                     await sender.settle_all()
-        await self._link.stop()
+        await self.link.stop()
         self.lending.stop()
 
     async def _link_up(self) -> None:
@@ -182,7 +183,7 @@ class Client:
         self._admission.flush()
         self.durable.link_up()
         spawn(self._sample_clock())
-        if self._link.losses:
+        if self.link.losses:
             spawn(self._reconciler.run())
 
     def _link_lost(self) -> None:
@@ -196,7 +197,7 @@ class Client:
         self.lending.tick()
         self._reconciler.budget.note(self._pending.tally["accepted"], now)
         self._tell_counts()
-        if now >= self._sample_at and self._link.sender.is_open:
+        if now >= self._sample_at and self.link.sender.is_open:
             self._sample_at = now + SAMPLE_EVERY_S
             spawn(self._sample_clock())
 
@@ -216,7 +217,7 @@ class Client:
     @property
     def sender(self) -> Connection:
         """The connection for commands; a closed one while Redis is away."""
-        return self._link.sender
+        return self.link.sender
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -235,7 +236,7 @@ class Client:
 
     def descriptors(self) -> list[int]:
         """File descriptors of the open connections, for whoever must close them after a fork."""
-        return [descriptor for each in self.all() for descriptor in each._link.descriptors()]
+        return [descriptor for each in self.all() for descriptor in each.link.descriptors()]
 
     # Calling
 
@@ -353,7 +354,7 @@ class Client:
         outcome: Outcome
         try:
             reach("result-announced")
-            result = await self.lending.borrow(self._link.sender, reply.payload, returns=True)
+            result = await self.lending.borrow(self.link.sender, reply.payload, returns=True)
             outcome = LargeReply(reply.id, reply.kind, result)
         except ValueGone as exc:
             if call.safe and call.frame and call.channel is None:

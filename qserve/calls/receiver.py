@@ -4,12 +4,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from qserve.background import until_next
 from qserve.broker.connection import Answer, Connection
 from qserve.broker.counters import count
 from qserve.broker.inboxes import Inbox
 from qserve.broker.keys import Keys
-from qserve.broker.link import BLOCK_MS, CHECK_EVERY_S, Link
+from qserve.broker.link import BLOCK_MS, Link
 from qserve.broker.redis_errors import CommandRefused
 from qserve.errors import FrameRejected
 from qserve.wire.messages import CONTROL, UNREADABLE, Control, Reply, Signer, decode_reply, encode
@@ -59,9 +58,9 @@ class Receiver:
         return self._inbox.has_seen(message)
 
     async def keep_alive(self, on_tick: Callable[[], None]) -> None:
-        """Say every second that the inbox is read, trim it, notice a silent link, and call `on_tick`."""
+        """Say every second, or REST_S, that the inbox is read, trim it, notice a silent link, and call `on_tick`."""
         while True:
-            await asyncio.sleep(until_next(CHECK_EVERY_S))
+            await asyncio.sleep(self._link.pause_s)
             self._link.check()
             if not self._link.sender.is_open:
                 continue
@@ -90,7 +89,7 @@ class Receiver:
         if self._tick is not None and len(frames) >= _BUSY:
             self._tick.read(self._read_along)
         else:
-            self._read(BLOCK_MS if frames else int(1000 * until_next(CHECK_EVERY_S)))
+            self._read(BLOCK_MS if frames else int(1000 * self._link.pause_s))
         for frame in frames:
             try:
                 self._accept(decode_reply(self._signer.open(frame)))

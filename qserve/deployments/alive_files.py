@@ -9,7 +9,7 @@ import time
 
 from qserve.this_machine import is_running, runtime_folder
 
-SAY_EVERY_S = 2.0
+SAY_EVERY_S = 5.0
 STUCK_AFTER_S = 30.0
 
 

@@ -337,7 +337,7 @@ class TestLostConnections:
     async def test_a_call_put_while_the_connection_is_away_is_sent_when_it_is_back(
         self, caller: Caller, code: Code
     ) -> None:
-        caller.client._link.lose()
+        caller.client.link.lose()
         assert not caller.client.sender.is_open
 
         assert await caller.ask("patient") == "patient"

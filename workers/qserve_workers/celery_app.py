@@ -19,6 +19,8 @@ from qserve_workers.pool import control  # noqa: F401  registers the commands, f
 from qserve_workers.titles import set_title
 
 _CONNECT_TIMEOUT_S = 1.0
+_SELDOM_S = 300.0
+"""How often kombu looks for tasks that were not acknowledged, of which there are none, and for new passwords."""
 
 
 class App(Celery):  # type: ignore[misc]
@@ -101,7 +103,11 @@ def broker_settings(url: str) -> dict[str, Any]:
     broker = parse(url)
     login = quote(broker.username, safe="") + (f":{quote(broker.password, safe='')}" if broker.password else "")
     login += "@" if login else ""
-    options: dict[str, Any] = {"socket_connect_timeout": _CONNECT_TIMEOUT_S}
+    options: dict[str, Any] = {
+        "socket_connect_timeout": _CONNECT_TIMEOUT_S,
+        "unacked_restore_interval": _SELDOM_S,
+        "reauth_check_interval": _SELDOM_S,
+    }
     transport = None
     if broker.path:
         location = f"redis+socket://{login}{quote(broker.path)}?virtual_host={broker.db}"

@@ -6,10 +6,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 
-from qserve.background import end, spawn, until_next
+from qserve.background import end, spawn
 from qserve.broker.connection import Answer
 from qserve.broker.large.lending import Lending
-from qserve.broker.link import CHECK_EVERY_S, Link
+from qserve.broker.link import Link
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry, ReplicaQueue
 from qserve.broker.server.clock import SAMPLE_EVERY_S, RedisClock
@@ -63,6 +63,7 @@ class Consumer:
         mover: Puts calls on the queue that are due.
         slots: The calls that are taken and not answered.
         takeover_wanted: Set when this replica has room for calls of dead ones.
+        on_first_call: Called when a call comes while `link` rests.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Consumer:
         """What runs the calls; None until the first may be taken."""
         self._is_accepting = self._dead_wait = False
         self.takeover_wanted = asyncio.Event()
+        self.on_first_call: Callable[[], None] = lambda: None
         self._tasks: list[asyncio.Task[None]] = []
         self.link = link = Link(settings.keys.address(settings.redis_url), self._link_up)
         self.queue = queue = ReplicaQueue(settings.keys, spec.name, replica)
@@ -244,7 +246,7 @@ class Consumer:
     async def _watch_link(self) -> None:
         sample_at = time.monotonic() + SAMPLE_EVERY_S
         while True:
-            await asyncio.sleep(until_next(CHECK_EVERY_S))
+            await asyncio.sleep(self.link.pause_s)
             self.link.check()
             if self.link.sender.is_open and time.monotonic() >= sample_at:
                 sample_at = time.monotonic() + SAMPLE_EVERY_S
@@ -292,6 +294,8 @@ class Consumer:
         if not isinstance(answer, Exception):
             if answer:
                 reach("taken")
+                if self.link.rests:
+                    self.on_first_call()
             self._take(self.queue.entries(answer))
         elif isinstance(answer, CommandRefused) and self._is_accepting:
             # NOGROUP: the stream is gone. After a deletion that is as it should be; else the link makes it again.

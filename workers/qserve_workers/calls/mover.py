@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 from qserve.background import end, spawn, until_next
-from qserve.broker.link import Link
+from qserve.broker.link import REST_S, Link
 from qserve.broker.records import Records
 from qserve.errors import QServeError
 from qserve.failpoints import reach
@@ -12,7 +12,7 @@ from qserve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S, _LEASE_S = 1.0, 3.0
 _SOON_S = 0.02
 """How often to look while calls of low priority wait for the queue to be empty."""
 
@@ -55,17 +55,21 @@ class Mover:
             await self._woken.wait()
             timer.cancel()
 
+    @property
+    def _pause_s(self) -> float:
+        return self._link.pause_s if self._link.rests else until_next(_LOOK_EVERY_S)
+
     async def _look_once(self) -> None:
         await self._look(anyway=True)
 
     async def _look(self, *, anyway: bool) -> float:
         sender = self._link.sender
         if not sender.is_open:
-            return until_next(_LOOK_EVERY_S)
+            return self._pause_s
         reach("due")
         try:
             ours, moved, next_ms, low = await self._records.move_due(
-                sender, self._deployment, self._replica, anyway=anyway
+                sender, self._deployment, self._replica, lease_s=_LEASE_S + 2 * REST_S * self._link.rests, anyway=anyway
             )
         except QServeError:
             return _LOOK_EVERY_S
@@ -75,8 +79,8 @@ class Mover:
         if moved:
             reach("moved")
         if ours != b"1":
-            return until_next(_LOOK_EVERY_S)
+            return self._pause_s
         if moved and (low or next_ms == 0):
             return 0.01
-        pause = _SOON_S if low else until_next(_LOOK_EVERY_S)
+        pause = _SOON_S if low else self._pause_s
         return pause if next_ms < 0 else min(pause, next_ms / 1000 + 0.002)

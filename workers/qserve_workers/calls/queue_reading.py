@@ -3,9 +3,8 @@
 import asyncio
 from collections.abc import Callable
 
-from qserve.background import until_next
 from qserve.broker.connection import Answer
-from qserve.broker.link import BLOCK_MS, CHECK_EVERY_S, Link
+from qserve.broker.link import BLOCK_MS, Link
 from qserve.broker.replica_queue import ReplicaQueue
 
 
@@ -56,5 +55,5 @@ class QueueReading:
         self.is_under_way = False
         self.most = 0
         self._ended.set()
-        self._block_ms = BLOCK_MS if answer else int(1000 * until_next(CHECK_EVERY_S))
+        self._block_ms = BLOCK_MS if answer else int(1000 * self._link.pause_s)
         self._on_answer(answer)

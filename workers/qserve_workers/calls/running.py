@@ -135,7 +135,7 @@ class Conversations:
     async def watch_callers(self) -> None:
         """Notice callers that died: who waits for their credit, or for their next message, would wait for ever."""
         while True:
-            await asyncio.sleep(_WATCH_EVERY_S)
+            await asyncio.sleep(_WATCH_EVERY_S if self._talking else self._link.pause_s)
             with contextlib.suppress(BrokerUnavailable):
                 for caller in {running.call.reply_to for running in self._talking.values()}:
                     await self._end_if_dead(caller)

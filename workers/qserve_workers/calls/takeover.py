@@ -9,6 +9,7 @@ from qserve.background import end, spawn, until_next
 from qserve.broker.connection import Connection
 from qserve.broker.counters import count
 from qserve.broker.instance.heartbeats import DIED, LEFT
+from qserve.broker.link import REST_S
 from qserve.errors import BrokerUnavailable
 from qserve.failpoints import reach
 from qserve.settings import Settings
@@ -89,16 +90,16 @@ class Takeover:
         self._wanted.set()
 
     async def _watch(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop, link = asyncio.get_running_loop(), self._consumer.link
         while True:
-            pause = until_next(self._look_every_s)
+            pause = link.pause_s if link.rests else until_next(self._look_every_s)
             if self._gone_since:
                 pause = min(pause, _SOON_S)
             timer = loop.call_later(pause, self._wanted.set)
             await self._wanted.wait()
             timer.cancel()
             self._wanted.clear()
-            connection = self._consumer.link.sender
+            connection = link.sender
             if not connection.is_open:
                 self._seen.clear()
                 continue
@@ -117,7 +118,7 @@ class Takeover:
         now = time.monotonic()
         longest_gap_s = self._look_every_s + 2 * self._settings.beat_interval_s
         paused = now - started > _LONGEST_ROUND_S or now - self._last_round > longest_gap_s
-        self._look_every_s = look_every_s(len(beats), self._settings)
+        self._look_every_s = REST_S if self._consumer.link.rests else look_every_s(len(beats), self._settings)
         self._last_round = now
         if paused or not self._beats_myself(beats.get(self._replica, b""), now):
             self._seen.clear()

@@ -14,6 +14,7 @@ from typing import Any
 
 from kombu.message import Message
 
+from qserve.background import until_next
 from qserve.broker.celery_lists import CeleryLists
 from qserve.broker.redis_errors import CommandRefused
 from qserve.errors import BrokerUnavailable, ConfigurationError
@@ -25,7 +26,9 @@ logger = logging.getLogger(__name__)
 
 QUEUE = "qserve"
 """The queue that Celery clients send tasks to."""
-_LOOK_EVERY_S, _OTHERS_LOOK_EVERY_S = 1.0, 3.0
+_LOOK_EVERY_S, _OTHERS_LOOK_EVERY_S = 1.0, 5.0
+_NEW_FOR_S = 5.0
+"""So long a worker that has just started looks as often as the reader: it may come in place of one that was killed."""
 _REST_S = 3.0
 """How long a server is left alone that does not answer: the worker has children to look after."""
 _OVERDUE_S = 10.0
@@ -50,10 +53,12 @@ class CeleryQueue:
         self._waits_since = 0.0
         self._is_troubled = False
         self._rests_until = 0.0
+        self._new_until = 0.0
 
     def start(self, hub: Any) -> None:
         """Begin to read."""
         self._hub = hub
+        self._new_until = time.monotonic() + _NEW_FOR_S
         self._timer = hub.call_later(0, self._look_again_and_again)
 
     def stop(self) -> None:
@@ -69,7 +74,8 @@ class CeleryQueue:
 
     def _look_again_and_again(self) -> None:
         self._look()
-        pause = _LOOK_EVERY_S if self._has_lease else _OTHERS_LOOK_EVERY_S
+        looks_often = self._has_lease or time.monotonic() < self._new_until
+        pause = until_next(_LOOK_EVERY_S if looks_often else _OTHERS_LOOK_EVERY_S)
         self._timer = self._hub.call_later(pause, self._look_again_and_again)
 
     def _look(self) -> None:

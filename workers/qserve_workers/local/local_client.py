@@ -33,12 +33,12 @@ class LocalClient(Client):
         self._calls: dict[str, Call] = {}
         self._far_ends: dict[str, Channel] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        withdrawals = _WithdrawalsHere(settings.keys, self.signer, self._link)
+        withdrawals = _WithdrawalsHere(settings.keys, self.signer, self.link)
         withdrawals.tasks = self._tasks
-        self._deadlines = Deadlines(settings.keys, self._link, self._pending, withdrawals, settings.dead_after_s)
+        self._deadlines = Deadlines(settings.keys, self.link, self._pending, withdrawals, settings.dead_after_s)
         self.clock = LocalClock()
         self.durable: LocalDurableCalls = LocalDurableCalls(
-            *(settings, self.signer, self._codec, self.id, self._link), replicas=self.replicas, clock=self.clock
+            *(settings, self.signer, self._codec, self.id, self.link), replicas=self.replicas, clock=self.clock
         )
 
     async def start(self) -> None:

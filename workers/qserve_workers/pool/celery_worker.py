@@ -100,6 +100,15 @@ class PatientConsumer(consumer.Consumer):  # type: ignore[misc]
         self.first_connection_attempt = False
         return conn
 
+    def connect(self) -> Any:
+        """The connection on which control commands come."""
+        conn = super().connect()
+        # kombu 5.7 wakes every second for queues that expire, of which a worker of ours reads none.
+        expiry = getattr(getattr(conn.transport, "cycle", None), "_binding_expiry_tref", None)
+        if expiry is not None:
+            expiry.cancel()
+        return conn
+
 
 class KeeperStep(bootsteps.Step):  # type: ignore[misc]
     """Gives the pool its keeper, before the first child is forked."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from qserve.background import until_next
 from qserve.deployments.alive_files import SAY_EVERY_S, AliveFile
 from qserve.settings import Settings
 from qserve.wire.autoscaling import Autoscaling
@@ -173,7 +174,7 @@ class Keeper:
         self._alive.touch()
         if self._alive_timer is not None:
             self._alive_timer.cancel()
-        self._alive_timer = self._call_later(SAY_EVERY_S, self.say_alive)
+        self._alive_timer = self._call_later(until_next(SAY_EVERY_S), self.say_alive)
 
     def resume(self) -> None:
         """The event loop is (again) connected to the broker; timers set while it was not are void."""

@@ -10,6 +10,7 @@ import gc
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,7 @@ class ChildProcesses(asynpool.AsynPool):  # type: ignore[misc]
     def __init__(self, *args: Any, keeper: Keeper, **kwargs: Any) -> None:
         self.keeper = keeper
         self._hub: Any = None
+        self._signals: tuple[socket.socket, socket.socket] | None = None
         self._pause = 0.0
         self._no_birth_before = 0.0
         # The parent's objects stay as they are: collecting before a fork gets quick, and children share their pages.
@@ -49,7 +51,18 @@ class ChildProcesses(asynpool.AsynPool):  # type: ignore[misc]
         self._hub = hub
         super().register_with_event_loop(hub)
         hub.add_reader(self.keeper.fileno(), self.keeper.on_readable)
+        self._wake_on_signals(hub)
         self.keeper.resume()
+
+    def _wake_on_signals(self, hub: Any) -> None:
+        """Let signals end the loop's sleep: Python hides from it that one has come."""
+        if self._signals is None:
+            self._signals = reader, writer = socket.socketpair()
+            for each in (reader, writer):
+                each.setblocking(False)
+            signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        reader, _ = self._signals
+        hub.add_reader(reader, reader.recv, 4096)
 
     # Births
 

@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from qserve.background import until_next
 from qserve.broker.instance.heartbeats import beat
+from qserve.broker.link import REST_S
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import redis_clients
 from qserve.errors import QServeError
@@ -25,7 +27,7 @@ _STDERR = 2
 
 
 class Heartbeat:
-    """Beats once per `beat_interval_s` while the loop ticks.
+    """Beats once per `beat_interval_s`, or REST_S while it rests, as long as the loop ticks.
 
     A loop that has not ticked for `max_loop_stall_s` ends the process: the stacks of all threads go to stderr, even if
     user code holds the interpreter lock, and the worker replaces the replica.
@@ -36,6 +38,9 @@ class Heartbeat:
         on_tick: Called on the loop with every beat.
         on_beat: Called on the thread, with its connection, after every beat.
         on_look: Called on the thread with its connection and how long the loop has not done what it was asked to.
+
+    Attributes:
+        rests: Whether nobody would miss the beats between.
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class Heartbeat:
         self._on_look = on_look
         # After this long without a beat others may have taken over calls: the next beat asks which.
         self._gap_s = min(_LONGEST_GAP_S, settings.dead_after_s / 2)
-        self._serving = False
+        self.rests = self._serving = False
         self._held: list[bytes] = []
         self._ticked_at = 0.0
         self._arm_at = 0.0
@@ -80,12 +85,16 @@ class Heartbeat:
         """From now on the beats say that calls are taken, and the loop is watched; call on the loop."""
         self._serving = True
         self._tick()
-        self._next_beat.set()  # callers are told from now on that it has been seen
+        self.beat_now()  # callers are told from now on that it has been seen
+
+    def beat_now(self) -> None:
+        """Do not wait for the next beat to be due."""
+        self._next_beat.set()
 
     def stop(self) -> None:
         """End the thread; waits for a beat under way."""
         self._stop.set()
-        self._next_beat.set()
+        self.beat_now()
         faulthandler.cancel_dump_traceback_later()
         if self._thread.is_alive():
             self._thread.join(timeout=_COMMAND_TIMEOUT_S + 1)
@@ -114,7 +123,7 @@ class Heartbeat:
             if self._ticked_at >= self._asked_at:  # last, so that the two threads need not wait for each other
                 self._asked_at = time.monotonic()
                 self._on_loop(self._tick)
-            self._next_beat.wait(self._settings.beat_interval_s)
+            self._next_beat.wait(until_next(REST_S) if self.rests else self._settings.beat_interval_s)
             self._next_beat.clear()
             if self._stop.is_set():
                 break

@@ -33,6 +33,7 @@ class SelfDescription:
     """The replica as others see it. Belongs to its event loop, except for `measure` and `publish_problem`.
 
     Attributes:
+        state: What it does, one of those in `qserve.wire.spec`.
         problem: What is wrong with the replica, as its event loop knows it; "" if nothing is.
         is_ill: Whether it is to be replaced for that.
         gpus: The GPUs that it has.
@@ -41,7 +42,7 @@ class SelfDescription:
     def __init__(
         self, birth: Birth, replica: str, tag: str, keys: Keys, events: EventWriter, *, slots: Slots, link: Link
     ) -> None:
-        self._state = ""
+        self.state = ""
         self.problem = ""
         self.is_ill = False
         self.gpus = ""
@@ -58,7 +59,7 @@ class SelfDescription:
 
     def enter(self, state: str, deployed: Deployed) -> None:
         """Be in a state from now on."""
-        self._state = state
+        self.state = state
         self._publish(deployed)
         generation, revision = deployed.generation, deployed.spec.revision
         self._events.tell(StateEntered(state=state, generation=generation, revision=revision))
@@ -72,7 +73,7 @@ class SelfDescription:
         self.problem = problem
         self._publish(deployed)
         generation, revision = deployed.generation, deployed.spec.revision
-        self._events.tell(StateEntered(state=self._state, generation=generation, revision=revision))
+        self._events.tell(StateEntered(state=self.state, generation=generation, revision=revision))
 
     def applied(self, deployed: Deployed) -> None:
         """Serve another generation from now on."""
@@ -87,9 +88,14 @@ class SelfDescription:
         if before is not None and after is not None and before.handled != after.handled:
             self._events.tell(CallsCounted(running=after.running, handled=after.handled))
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the worker wants to know what there is to do."""
+        return self._birth.scaled or self._slots.spec.autoscaling is not None
+
     def measure(self, client: redis_clients.Client) -> None:
         """Tell the worker what there is to do, if it wants to know. For the heartbeat thread."""
-        if not self._birth.scaled and self._slots.spec.autoscaling is None:
+        if not self.is_scaled:
             return
         try:
             demand = measure(client, self._keys, self._birth.deployment)
@@ -129,7 +135,7 @@ class SelfDescription:
             pid=os.getpid(),
             generation=deployed.generation,
             revision=deployed.spec.revision,
-            state=UNHEALTHY if self.is_ill and self._state == SERVING else self._state,
+            state=UNHEALTHY if self.is_ill and self.state == SERVING else self.state,
             started_at=self._started_at,
             running=len(self._slots),
             handled=self._slots.handled,

@@ -41,6 +41,7 @@ from qserve_workers.replica.replica_events import (
     StillBusy,
     TurnWanted,
 )
+from qserve_workers.replica.rest import Rest
 from qserve_workers.replica.self_description import SelfDescription
 from qserve_workers.replica.stalls import StallWatch
 from qserve_workers.user.environment import set_environment
@@ -103,6 +104,7 @@ class Service:
             on_beat=self._beaten,
             on_look=stalls.look,
         )
+        self._rest = Rest(settings, client, consumer, self._heartbeat, self._may_rest)
         set_model_watcher(consumer.affinity)
         client.on_control = self._on_control
         client.take_other_chunks(consumer.take_chunk)
@@ -287,6 +289,10 @@ class Service:
         self._consumer.absence.noticed()
         self._consumer.look_for_self_calls(is_only=self._takeover.is_alone)
         self._about.refresh(self._deployed)
+        self._rest.look()
+
+    def _may_rest(self) -> bool:
+        return self._about.state == SERVING and self._takeover.is_alone and not self._about.is_scaled
 
     # The end
 
