@@ -9,7 +9,7 @@ from typing import Any, Final
 from urllib.parse import parse_qs, unquote
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from qserve.broker.instance.state import State
@@ -89,7 +89,7 @@ class Console:
                 headers={**HEADERS, "Cache-Control": "no-store"},
             )
         if path == "/live":
-            return self._live(query.get("of", ""), visitor)
+            return await self._live(query, visitor)
         asked = Asked(unquote(path).rstrip("/"), query, visitor)
         return await asyncio.to_thread(self._page, asked, said)
 
@@ -100,12 +100,10 @@ class Console:
         template, facts = found
         return self._rendering.page(template, **facts, said=said)
 
-    def _live(self, of: str, visitor: Visitor) -> Response:
-        path, _, text = of.removeprefix(prefix.get()).removeprefix(PATH).partition("?")
+    async def _live(self, asks: Mapping[str, str], visitor: Visitor) -> Response:
+        path, _, text = asks.get("of", "").removeprefix(prefix.get()).removeprefix(PATH).partition("?")
         query = {name: values[-1] for name, values in parse_qs(text).items() if name != "done"}
         asked = Asked(unquote(path).rstrip("/"), query, visitor)
-        if self._streams.is_full:
-            return self._message(503, f"{MOST_STREAMS} pages are open already.", visitor)
 
         def render() -> str:
             try:
@@ -116,7 +114,12 @@ class Console:
                 return ""
             return self._rendering.block(found[0], "live", **found[1])
 
-        return self._streams.response(render)
+        if "once" in asks:
+            return HTMLResponse(await asyncio.to_thread(render), headers={**HEADERS, "Cache-Control": "no-store"})
+        if self._streams.is_full:
+            return self._message(503, f"{MOST_STREAMS} pages are open already.", visitor)
+        page = (prefix.get(), asked.path, *sorted(query.items()), visitor.may_act)
+        return self._streams.response(page, render)
 
     # Acting
 

@@ -146,6 +146,19 @@ def test_a_page_shows_what_changes_while_one_looks(shop: Any, console: str, tab:
     assert len([url for url in tab.requested if url.endswith("/calls?deployment=shop")]) == 1
 
 
+def test_a_page_without_a_stream_follows_all_the_same(shop: Any, console: str, tab: Browser) -> None:
+    """As where four other tabs have one, or the gateway refuses it."""
+    log_in(tab, console, OPERATOR)
+    tab.run(
+        "window.stop(), new BroadcastChannel('qserve-console').onmessage = (event) => {"
+        "if (event.data === 'who?') for (let n = 0; n < 4; n++) event.target.postMessage('I'); }"
+    )
+    tab.run("disconnect(), connect()")
+    tab.wait("document.querySelector('.dot').title.startsWith('Live, every')")
+    assert any("once=1" in url for url in tab.requested)
+    assert tab.run("stream") is None
+
+
 def test_a_viewer_finds_nothing_to_press(shop: Any, console: str, tab: Browser) -> None:
     log_in(tab, console, VIEWER)
     for path in ("", "/deployments/shop", "/calls", "/dead", "/schedules"):

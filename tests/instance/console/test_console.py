@@ -395,6 +395,14 @@ def test_the_stream_brings_what_has_changed(shop: Any, operator: httpx.Client) -
         wait_until(lambda: "resume" in next(lines))
 
 
+def test_what_is_live_can_be_asked_for_once(shop: Any, operator: httpx.Client) -> None:
+    """As tabs do that have no stream."""
+    answer = operator.get("/live", params={"once": "1", "of": "/-/console/deployments/shop"})
+    assert answer.status_code == 200
+    assert "shop" in answer.text
+    assert "<html" not in answer.text
+
+
 def test_who_comes_through_a_trusted_proxy_is_who_it_says(running: TestInstance, console: str) -> None:
     variables = {"QSERVE_CONSOLE_USER_HEADER": "X-Forwarded-User", "QSERVE_CONSOLE_OPERATORS": "ada, grace"}
     with console_of(running.settings, **variables) as url:

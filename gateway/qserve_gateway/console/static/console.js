@@ -5,18 +5,51 @@ const live = document.querySelector("[data-live]");
 const pulse = document.getElementById("pulse");
 let stream = null;
 
-// One event stream for each tab, closed while nobody looks at it.
-function connect() {
-  if (!live || stream || document.hidden) return;
+// One event stream for each tab, closed while nobody looks at it. A browser has six connections to a host, for all of its
+// tabs: so only four of them have a stream. The others, and those whose stream is refused, ask again and again.
+const STREAMS = 4;
+const tabs = new BroadcastChannel("qserve-console");
+let others = 0;
+let asking = null;
+tabs.onmessage = (event) => {
+  if (event.data === "who?" && stream) tabs.postMessage("I");
+  if (event.data === "I") others += 1;
+};
+function source(rest) {
   const here = location.pathname + location.search;
-  stream = new EventSource(document.documentElement.dataset.base + "/live?of=" + encodeURIComponent(here));
+  return document.documentElement.dataset.base + "/live?" + rest + "of=" + encodeURIComponent(here);
+}
+function connect() {
+  if (!live || stream || asking || document.hidden) return;
+  others = 0;
+  tabs.postMessage("who?");
+  asking = setTimeout(() => { asking = null; others < STREAMS ? listen() : ask(5); }, 100);
+}
+function listen() {
+  stream = new EventSource(source(""));
   stream.onopen = () => shows("on", "Live");
-  stream.onerror = () => shows("off", "Not connected; trying again");
+  stream.onerror = () => {
+    shows("off", "Not connected; trying again");
+    if (stream.readyState !== EventSource.CLOSED) return;
+    stream = null;
+    ask(5);
+  };
   stream.addEventListener("live", (event) => replace(event.data));
+}
+async function ask(times) {
+  const mine = asking = {};
+  const answer = await fetch(source("once=1&")).catch(() => null);
+  const text = answer && answer.ok ? await answer.text() : null;
+  if (asking !== mine) return;
+  if (text !== null) replace(text);
+  if (answer && answer.status === 401) shows("off", "Logged out: load the page again");
+  else shows(text === null ? "off" : "on", text === null ? "Not connected; trying again" : "Live, every few seconds");
+  asking = setTimeout(() => { asking = null; times ? ask(times - 1) : connect(); }, 4000);
 }
 function disconnect() {
   if (stream) stream.close();
-  stream = null;
+  clearTimeout(asking);
+  stream = asking = null;
   shows("", "Paused");
 }
 function shows(name, title) {
