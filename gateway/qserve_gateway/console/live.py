@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Hashable
+from collections.abc import AsyncGenerator, Callable, Hashable
 from typing import Final
 
 from starlette.responses import StreamingResponse
@@ -56,7 +56,7 @@ class LiveStreams:
         headers = {**HEADERS, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(self._events(page, render), headers=headers, media_type="text/event-stream")
 
-    async def _events(self, page: Hashable, render: Callable[[], str]) -> AsyncIterator[str]:
+    async def _events(self, page: Hashable, render: Callable[[], str]) -> AsyncGenerator[str, None]:
         part = self._parts.setdefault(page, LivePart(render))
         part.streams += 1
         last, quiet, until = "", 0, time.monotonic() + _LASTS_S
