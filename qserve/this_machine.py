@@ -1,13 +1,20 @@
 """What a process knows of this machine without asking anybody: its name, this user's folder, which processes run."""
 
 import contextlib
+import errno
 import functools
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from qserve.errors import ConfigurationError
+
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_RIGHT: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+_NO_MORE_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 @functools.cache
@@ -36,6 +43,35 @@ def runtime_folder() -> Path:
             f"`chmod 700 {folder}` if it is yours, or name another folder in QSERVE_RUNTIME_DIR."
         )
     return folder
+
+
+@contextlib.contextmanager
+def machine_errors() -> Iterator[None]:
+    """Within the block, what the machine does not let us do becomes an error that says what to do about it.
+
+    Raises:
+        ConfigurationError: There is no room, no right, or no more files can be open.
+    """
+    try:
+        yield
+    except OSError as exc:
+        if (text := _refusal(exc)) is None:
+            raise
+        raise ConfigurationError(text) from exc
+
+
+def _refusal(exc: OSError) -> str | None:
+    what = f"{exc.filename}: {exc.strerror}." if exc.filename else f"{exc.strerror}."
+    if exc.errno in _NO_ROOM:
+        free = "Free some, or name another folder in QSERVE_RUNTIME_DIR."
+        return f"This machine has no room for what is to be written: {what} {free}"
+    if exc.errno in _NO_RIGHT:
+        return f"This machine does not allow it: {what} Files of an instance go where QSERVE_RUNTIME_DIR says."
+    if exc.errno in _NO_MORE_FILES:
+        return f"This process may open no more files: {what} Raise `ulimit -n`."
+    if "temporary directory" in str(exc):
+        return f"No file can be written: {exc.strerror}. Free some room, or name a folder in TMPDIR."
+    return None
 
 
 def is_running(pid: int) -> bool:

@@ -13,6 +13,7 @@ from qserve.cli.output import Failure
 from qserve.cli.project.lookup import load_env_file
 from qserve.deployments.head_start import HeadStart
 from qserve.errors import QServeError
+from qserve.this_machine import machine_errors
 
 COMMANDS = {
     "run": ("qserve.cli.run", "Serve a module or a config file from this machine, until Ctrl-C."),
@@ -87,7 +88,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with machine_errors():
+                return super().invoke(ctx)
         except QServeError as exc:
             raise Failure(str(exc)) from exc
         except KeyboardInterrupt:

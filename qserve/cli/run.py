@@ -236,6 +236,8 @@ class Reloader:
             return
         note(f"{', '.join(path.name for path in edited)} changed: deploying again.")
         done = subprocess.run(self._command, env=self._environment, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            note("What was served before goes on. The next change is tried again.")
         if done.stdout:
             self._watcher.watch([Path(name) for name in json.loads(done.stdout)])
 

@@ -30,6 +30,7 @@ from qserve.deployments.log_files import rotate_if_long
 from qserve.errors import ConfigurationError
 from qserve.settings import Settings
 from qserve.telemetry.log_records import log_to_stderr
+from qserve.this_machine import machine_errors
 from qserve.wire.spec import EVERY_NODE
 from qserve_workers.children import (
     adopt_orphans,
@@ -304,10 +305,10 @@ def _be_node(options: NodeOptions, settings: Settings, birth: NodeBirth) -> int:
         birth = replace(birth, template=template)
     set_title("qserve: node")
     try:
-        node = Node(options, settings, birth)
+        with machine_errors():
+            return asyncio.run(Node(options, settings, birth).run())
     except ConfigurationError as exc:
         sys.exit(str(exc))
-    return asyncio.run(node.run())
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from qserve.deployments.local_instance import InstanceRecord
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 from qserve.settings import Settings
 from qserve.telemetry.log_records import log_to_stderr
+from qserve.this_machine import machine_errors
 from qserve.wire.messages import Signer
 from qserve.wire.spec import EVERY_NODE, HEALTHY, NodeInfo
 from qserve_workers.children import Orphans, can_adopt, program
@@ -412,10 +413,10 @@ def main() -> int:
     if os.geteuid() == 0:
         logger.warning("This node runs as root, and so does the code of every deployment.")
     try:
-        node = Node(options, settings)
+        with machine_errors():
+            return asyncio.run(Node(options, settings).run())
     except ConfigurationError as exc:
         sys.exit(str(exc))
-    return asyncio.run(node.run())
 
 
 if __name__ == "__main__":

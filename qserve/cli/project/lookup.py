@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import click
 from dotenv import load_dotenv
 
+from qserve.cli.project.hidden_modules import refuse_hidden_modules
 from qserve.errors import ConfigurationError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -17,11 +18,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _USUAL = ("app.py", "main.py", "app/__init__.py", "app/main.py")
 """What is served if nothing is named, the first of these that exists."""
 _DEPTH = 3
-_OWN = frozenset(
-    {"qserve", "qserve_gateway", "qserve_workers", "celery", "click", "fastapi", "kombu", "msgspec", "pydantic"}
-    | {"redis", "rich", "starlette", "uvicorn", "uvloop"}
-)
-"""Modules that processes of qserve import: a file of such a name in the folder of an application hides them."""
 
 
 def app_argument(command: Command) -> Command:
@@ -77,7 +73,7 @@ def find_app(app: str | None, app_dir: Path | None) -> FoundApp:
     folder = (app_dir or Path.cwd()).resolve()
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-    _refuse_hidden_modules(folder)
+    refuse_hidden_modules(folder)
     return FoundApp(_inside_package(app, folder), folder)
 
 
@@ -117,24 +113,6 @@ def _inside_package(app: str, folder: Path) -> str:
         return app
     file = folder.joinpath(*module.split(".")).with_suffix(".py")
     return f"{file}{colon}{name}" if file.is_file() else app
-
-
-def _refuse_hidden_modules(folder: Path) -> None:
-    """Raise if a file of the application would be imported for a module that qserve itself needs."""
-    if (folder / "qserve" / "cli" / "project" / "lookup.py").is_file():  # qserve's own checkout
-        return
-    for path in sorted(folder.iterdir()):
-        name = path.stem if path.suffix == ".py" or (path / "__init__.py").is_file() else ""
-        if name in _OWN or _is_needed_of_python(name, folder):
-            kind = "the standard module" if name in sys.stdlib_module_names else "the module"
-            raise ConfigurationError(f"{path} hides {kind} {name!r}, which qserve itself needs. Give it another name.")
-
-
-def _is_needed_of_python(name: str, folder: Path) -> bool:
-    if name not in sys.stdlib_module_names or name not in sys.modules:
-        return False
-    file = getattr(sys.modules[name], "__file__", None)
-    return file is None or not Path(file).resolve().is_relative_to(folder)
 
 
 def where_it_was_looked_for(app: FoundApp) -> str:
