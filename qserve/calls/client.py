@@ -80,9 +80,6 @@ class Client:
         link: Its connections.
     """
 
-    confirms_at_once = False
-    """Whether durable calls are submitted and cancelled without waiting for anybody, also from the client's loop."""
-
     def __init__(self, settings: Settings, handoff: Handoff | None = None, lines: Lines | None = None) -> None:
         keys = settings.keys
         self.settings = settings

@@ -18,7 +18,10 @@ class DurableCalls:
         by_id: Reads and ends calls.
         watchers: Those who wait for the ends of calls.
         submissions: Submits calls.
+        confirms_at_once: Whether calls are submitted and cancelled without waiting for anybody, on the loop, too.
     """
+
+    confirms_at_once = False
 
     def __init__(
         self,

@@ -135,7 +135,7 @@ class TaskProcessorAdapter:
     @property
     def _client(self) -> Client:
         client = current_client()
-        return self._beside.client if client.is_own_thread() and not client.confirms_at_once else client
+        return self._beside.client if client.is_own_thread() and not client.durable.confirms_at_once else client
 
     @cached_property
     def _beside(self) -> ClientThread:

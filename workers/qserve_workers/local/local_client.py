@@ -24,8 +24,6 @@ from qserve_workers.local.local_replica import LocalReplica, make_channels
 class LocalClient(Client):
     """Runs calls in its process, in place of putting them on queues; there is no Redis."""
 
-    confirms_at_once = True
-
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.replicas: dict[str, LocalReplica] = {}

@@ -103,6 +103,8 @@ class LocalDurableCalls(DurableCalls):
         replicas: The replica of each deployment.
     """
 
+    confirms_at_once = True
+
     def __init__(
         self,
         settings: Settings,
