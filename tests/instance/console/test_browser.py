@@ -51,6 +51,7 @@ def confirm(tab: Browser, selector: str) -> None:
 
 
 def picture(tab: Browser, name: str) -> None:
+    tab.wait("document.querySelector('.dot.on')")
     if PICTURES:
         tab.picture(Path(PICTURES) / f"{name}.png")
 
