@@ -76,8 +76,7 @@ class Client:
     Attributes:
         of, of_call: The client of this process for a deployment, or for a durable call: on a cluster each shard has
             another one, made when it is first needed. From any thread.
-        all: All of them.
-        link: Its connections.
+        all: All of them, each with its connections, the `link`.
     """
 
     def __init__(self, settings: Settings, handoff: Handoff | None = None, lines: Lines | None = None) -> None:

@@ -20,8 +20,10 @@ class Line:
     def answer(self) -> None:
         self.heard, self.is_idle = self.heard + 1, True
 
-    def close(self) -> None:
+    def give_up(self) -> None:
         self.is_open = False
+
+    close = give_up
 
 
 class Pair:
