@@ -91,7 +91,10 @@ def ingress(app: Any) -> Callable[[C], C]:
             order = " It stands below @serve.deployment, not above it." if isinstance(cls, Deployable) else ""
             raise ValueError(f"@serve.ingress must be used with a class.{order}")
         if any("__call__" in vars(base) for base in cls.__mro__):
-            raise ValueError("Class passed to @serve.ingress may not have __call__ method.")
+            raise ValueError(
+                "Class passed to @serve.ingress may not have __call__ method. The routes of the application answer its "
+                f"requests: give {cls.__name__}.__call__ another name and a route, or leave @serve.ingress out."
+            )
         frozen = None if takes == 0 else _freeze(app, cls)
         cls.__qserve_asgi__ = FrozenApp(frozen, app)  # type: ignore[attr-defined]
         return cls

@@ -46,6 +46,11 @@ def test_what_it_starts_has_pythons_signals(processes: Any) -> None:
     assert processes.signals_of_a_program.remote().result(LIMIT_S) == "True set()"
 
 
+def test_a_breakpoint_says_where_it_would_work(processes: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"no terminal in a replica.*qserve\.testing\.local"):
+        processes.stop_here.remote().result(LIMIT_S)
+
+
 def test_sys_exit_ends_its_call_only(processes: Any) -> None:
     before = processes.names.remote().result(LIMIT_S)
     with pytest.raises(QServeError, match="SystemExit"):
@@ -125,6 +130,7 @@ class TestLogging:
         assert http.get(f"/logs_{mark}", params={"mark": mark}).status_code == 500
         awaited = (f"ValueError: fail-{mark}", f"print-{mark}", f"UserWarning: warn-{mark}", f"warning-{mark}")
         wait_until(lambda: all(each in log.read_text() for each in awaited), shows=log.read_text)
+        assert "for-developers" not in log.read_text()  # what Python does not show unless it is asked to
         deployment.delete()
         lines = [line for line in log.read_text().splitlines() if line.endswith(f"-{mark}")]
         assert f"logs_{mark} | print-{mark}" in lines  # so that the terminal of a script can tell whose it is

@@ -51,6 +51,9 @@ def tell_signals(pipe: Any) -> None:
 class Processes:
     """Starts other processes in all the ways that Python has."""
 
+    def stop_here(self) -> None:
+        breakpoint()
+
     def executor(self, method: str) -> list[int]:
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method)) as executor:
             return list(executor.map(square, range(4)))
@@ -171,6 +174,7 @@ class Logs:
         self.logger.info("info-%s", mark)
         self.logger.warning("warning-%s", mark)
         print(f"print-{mark}")  # noqa: T201
+        warnings.warn(f"for-developers-{mark}", DeprecationWarning, stacklevel=1)
         warnings.warn(f"warn-{mark}", UserWarning, stacklevel=1)
 
     def __call__(self, request: Request) -> None:

@@ -51,8 +51,19 @@ def become_ordinary(own_signals: Iterable[signal.Signals]) -> None:
     _leave_celery()
     _leave_logging_to_user_code()
     _forget_exit_hooks()
+    if "PYTHONBREAKPOINT" not in os.environ:
+        sys.breakpointhook = _refuse_breakpoint
     forks = _Forks(frozenset(own_signals))
     os.register_at_fork(before=forks.before, after_in_parent=forks.after_in_parent, after_in_child=forks.after_in_child)
+
+
+def _refuse_breakpoint(*_args: object, **_kwargs: object) -> None:
+    """A debugger would find no terminal here, and end the call with an error that does not say so."""
+    raise RuntimeError(
+        "breakpoint() finds no terminal in a replica. Run the application in your own process, with "
+        "`qserve.testing.local(app)` or `serve.run(app, _local_testing_mode=True)`, or name a remote debugger in "
+        "PYTHONBREAKPOINT."
+    )
 
 
 def _stay(_signum: int, _frame: object) -> None:
@@ -152,7 +163,15 @@ def _leave_logging_to_user_code() -> None:
             log_warnings(default)
         else:
             logging.captureWarnings(False)
+    _reset_warnings()
+
+
+def _reset_warnings() -> None:
+    """Warnings are shown as in a new interpreter, which leaves out those that are for developers of libraries."""
     warnings.resetwarnings()
+    for category in (ResourceWarning, ImportWarning, PendingDeprecationWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")
     for option in sys.warnoptions:
         warnings._processoptions([option])  # type: ignore[attr-defined]
 
