@@ -226,7 +226,7 @@ class Cluster:
                     yield each
 
     def stored(self) -> set[str]:
-        """The keys in Redis, but for what comes with a first message or mishap: inboxes of those who live, counters."""
+        """The keys in Redis, but for what comes with a first message or mishap: inboxes of those who live, counts."""
         if self.shards is not None:
             found = {key.decode() for node in self.shards.primaries() for key in node.do("KEYS", "*")}
         else:
@@ -235,6 +235,7 @@ class Cluster:
         for keys in {self.keys, *self.keys.all()}:
             owners = {key.removeprefix(keys.inbox("")) for key in found if key.startswith(keys.inbox(""))}
             gone |= {keys.inbox(owner) for owner in owners if keys.alive(owner) in found} | {keys.counters}
+        gone |= {self.keys.buckets(name) for name in ("Safe", "Once")}
         return found - gone
 
     def logs(self) -> str:
