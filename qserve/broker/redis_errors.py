@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 
 _PASSING: Final = ("NOREPLICAS", "MISCONF", "UNBLOCKED", "BUSY ", "CLUSTERDOWN")
 """How errors begin that have nothing to do with the command."""
+_MOVING: Final = ("TRYAGAIN", "ASK ", "UNBLOCKED the stream key no longer exists")
+"""How errors begin that a cluster answers while it moves a slot key by key."""
 _NOT_ALLOWED: Final = "ACL failure in script"
 """Stands in the error of a script that has tried what its user may not do."""
+
+
+ASK_AGAIN_S: Final = 0.02
+"""How soon a command goes out again that was refused because its keys are being moved one by one."""
 
 
 class CommandRefused(ResponseError):
@@ -34,6 +40,11 @@ class CommandRefused(ResponseError):
 
 class NotTaken(BrokerUnavailable):
     """Redis has not carried a command out, because another server of its cluster has, or will have, the keys."""
+
+
+def is_moving(answer: Exception) -> bool:
+    """Whether a command was refused, and nothing done, because a cluster is moving its keys one by one."""
+    return str(answer).startswith(_MOVING)
 
 
 def refused(exc: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from redis.exceptions import NoScriptError
 
 from qserve.broker.connection import Answer, Connection, ignore_answer, settle
-from qserve.broker.redis_errors import CommandRefused, NotTaken
+from qserve.broker.redis_errors import ASK_AGAIN_S, CommandRefused, NotTaken, is_moving
 
 if TYPE_CHECKING:
     import redis
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 _FOLDER: Final = Path(__file__).parent / "lua"
 _SHEBANG: Final = "#!lua flags=allow-oom\n"
 
-_IN_BETWEEN: Final = ("TRYAGAIN", "ASK ")
-"""How errors begin that a cluster answers while it moves a slot key by key: nothing was done."""
-_ASK_AGAIN_S: Final = 0.02
 _MOVES_WITHIN_S: Final = 10.0
 _TOO_LONG: Final = (
     f"Redis has been moving the keys for more than {_MOVES_WITHIN_S:g} s, and this was not done: see CLUSTER NODES"
@@ -53,9 +50,9 @@ class Script:
                 on_answer(answer)
             elif str(answer).startswith("NOSCRIPT"):
                 connection.send(on_answer, "EVAL", self.source, len(keys), *keys, *args)
-            elif str(answer).startswith(_IN_BETWEEN):
+            elif is_moving(answer):
                 again = partial(self._send_again, connection, on_answer, keys, args, time.monotonic() + _MOVES_WITHIN_S)
-                asyncio.get_running_loop().call_later(_ASK_AGAIN_S, again)
+                asyncio.get_running_loop().call_later(ASK_AGAIN_S, again)
             else:
                 on_answer(answer)
 
@@ -72,13 +69,13 @@ class Script:
         """Run a script that a cluster has refused because its keys are being moved one by one."""
 
         def check(answer: Answer) -> None:
-            if not (isinstance(answer, CommandRefused) and str(answer).startswith(_IN_BETWEEN)):
+            if not (isinstance(answer, CommandRefused) and is_moving(answer)):
                 on_answer(answer)
             elif time.monotonic() > until:
                 on_answer(NotTaken(_TOO_LONG))
             else:
                 again = partial(self._send_again, connection, on_answer, keys, args, until)
-                asyncio.get_running_loop().call_later(_ASK_AGAIN_S, again)
+                asyncio.get_running_loop().call_later(ASK_AGAIN_S, again)
 
         if connection.is_open:
             connection.send(check, "EVAL", self.source, len(keys), *keys, *args)

@@ -9,7 +9,7 @@ from qserve.broker.counters import count
 from qserve.broker.inboxes import Inbox
 from qserve.broker.keys import Keys
 from qserve.broker.link import BLOCK_MS, Link
-from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.redis_errors import ASK_AGAIN_S, CommandRefused, is_moving
 from qserve.errors import FrameRejected
 from qserve.wire.messages import CONTROL, UNREADABLE, Control, Reply, Signer, decode_reply, encode
 
@@ -72,6 +72,10 @@ class Receiver:
         if self._link.waiter.is_open:
             self._inbox.read(self._link.waiter, self._received, block_ms=block_ms, most=_ENTRIES_PER_READ)
 
+    def _read_again(self, waiter: Connection) -> None:
+        if waiter is self._link.waiter:  # else a read has begun where the inbox is now
+            self._read()
+
     def _read_along(self) -> None:
         """Read with the commands that are about to leave, if there are any; else wait on the other connection."""
         if self._link.sender.has_unsent:
@@ -81,7 +85,9 @@ class Receiver:
 
     def _received(self, answer: Answer) -> None:
         if isinstance(answer, Exception):
-            if isinstance(answer, CommandRefused):
+            if isinstance(answer, CommandRefused) and is_moving(answer):
+                asyncio.get_running_loop().call_later(ASK_AGAIN_S, self._read_again, self._link.waiter)
+            elif isinstance(answer, CommandRefused):
                 logger.warning("reading replies failed: %s", answer)
                 self._link.lose()
             return

@@ -10,7 +10,7 @@ from qserve.background import end, spawn
 from qserve.broker.connection import Answer
 from qserve.broker.large.lending import Lending
 from qserve.broker.link import Link
-from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.redis_errors import ASK_AGAIN_S, CommandRefused, is_moving
 from qserve.broker.replica_queue import Entry, ReplicaQueue
 from qserve.broker.server.clock import SAMPLE_EVERY_S, RedisClock
 from qserve.broker.stream_ids import order
@@ -297,6 +297,8 @@ class Consumer:
                 if self.link.rests:
                     self.on_first_call()
             self._take(self.queue.entries(answer))
+        elif isinstance(answer, CommandRefused) and is_moving(answer):
+            asyncio.get_running_loop().call_later(ASK_AGAIN_S, self._read_more)
         elif isinstance(answer, CommandRefused) and self._is_accepting:
             # NOGROUP: the stream is gone. After a deletion that is as it should be; else the link makes it again.
             logger.warning("reading the queue of %s failed: %s", self.slots.spec.name, answer)
