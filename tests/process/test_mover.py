@@ -14,10 +14,12 @@ from qserve.wire.messages import PYTHON, Control
 from qserve_workers.calls import mover as mover_module
 from qserve_workers.calls.mover import Mover
 from tests.support.calling import Caller, calling, deploy
+from tests.support.chosen_server import needs_one_server
 from tests.support.replicas import World
 from tests.support.waiting import until
 
 NAME = "Echo"
+pytestmark = needs_one_server  # a replica is played by a client that has its inbox at home
 
 
 async def submit(caller: Caller, **options: Any) -> None:

@@ -41,6 +41,7 @@ def spec(name: str = "Echo", *, route: str | None = None, max_queued: int = 10) 
 
 
 class TestDeploying:
+    @needs_one_server  # on a cluster it was logged twice, in its shard and at home
     def test_a_deployed_spec_is_read_back_with_its_generation(self, state: State) -> None:
         deployed = state.deploy(spec(), expected=0)
 
@@ -248,6 +249,7 @@ class TestFollowing:
         await changes.aclose()
         await client.aclose()
 
+    @needs_one_server  # counts its commands
     @pytest.mark.parametrize("others", [1, 40])
     async def test_what_a_look_at_the_state_costs_does_not_depend_on_how_much_is_deployed(
         self, state: State, settings: Settings, signer: Signer, others: int
