@@ -5,7 +5,9 @@ Both sides check every byte: a value that is torn, or another call's, makes a wr
 
 import contextlib
 import os
+import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -13,7 +15,7 @@ from random import Random
 import psutil
 
 from tests.faults.chaos.checks import takeover
-from tests.faults.chaos.cluster import Cluster, Setup
+from tests.faults.chaos.cluster import Cluster, Setup, kill_at_once
 from tests.faults.chaos.faults import NOTHING, Excuses, Fault, Injected, kill_replica, lose_node
 from tests.faults.chaos.load import Load, Task
 from tests.faults.chaos.play import Evidence, LoadRun, Run, came_true, start_caller
@@ -40,6 +42,32 @@ _UNUSED_S = 20.0
 
 def kill_caller(cluster: Cluster, dice: Random, event: Injected) -> None:
     """SIGKILL of a process that has called with large values, and has arguments and results under way."""
+    with _doomed_caller(cluster, dice) as caller:
+        caller.kill()
+    event.killed.append(caller.pid)
+
+
+def kill_everything(cluster: Cluster, dice: Random, event: Injected) -> None:
+    """SIGKILL of a caller, every gateway, node, worker and replica in one moment; only Redis is left, and all comes
+    back after some seconds."""
+    with _doomed_caller(cluster, dice) as caller:
+        processes = [*cluster.nodes, *cluster.gateways, caller]
+        event.killed += kill_at_once([each for one in processes for each in cluster.tree(one.pid)])
+    for one in processes[:-1]:
+        one.wait()
+    event.began = time.monotonic()
+    time.sleep(2)
+    for number in range(len(cluster.nodes)):
+        cluster.start_node(number)
+    for number in range(len(cluster.gateways)):
+        cluster.start_gateway(number)
+        cluster.wait_for_gateway(number)
+    cluster.wait_until_served()
+
+
+@contextlib.contextmanager
+def _doomed_caller(cluster: Cluster, dice: Random) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that is in the middle of calling, and is dead after the block."""
     name = f"doomed-{dice.getrandbits(32):x}"
     load = replace(_HANDLES, processes=1)
     caller = start_caller(cluster, Task(name, dice.getrandbits(32), load, 60.0, cluster.gateway_urls, ""))
@@ -47,11 +75,10 @@ def kill_caller(cluster: Cluster, dice: Random, event: Injected) -> None:
     assert caller.stdin is not None
     caller.stdout.readline()
     time.sleep(dice.uniform(0.5, 1.5))
-    caller.kill()
+    yield caller
     caller.wait()
     caller.stdout.close()
     caller.stdin.close()
-    event.killed.append(caller.pid)
 
 
 def memory_files(cluster: Cluster) -> dict[str, int]:
@@ -97,6 +124,12 @@ def nothing_is_left(evidence: Evidence) -> None:
 _KILL = Fault("SIGKILL of a replica", kill_replica, _DIED)
 _LOSE = Fault("loss of a node", lose_node, _DIED, grace_s=15)
 _CALLER = Fault("SIGKILL of a caller", kill_caller, NOTHING)
+_EVERYTHING = Fault(
+    "SIGKILL of everything but Redis",
+    kill_everything,
+    Excuses.of(safe="reset", once="reset 502 indeterminate"),
+    grace_s=15,
+)
 
 RUNS: tuple[Run, ...] = (
     LoadRun(
@@ -119,6 +152,17 @@ RUNS: tuple[Run, ...] = (
         seconds=40,
         short_seconds=0,
         load=_HANDLES,
+        checks=(nothing_is_left,),
+    ),
+    LoadRun(
+        "K19-all",
+        "values of 1 to 64 MiB, SIGKILL of everything but Redis",
+        (_EVERYTHING,),
+        every_s=20,
+        seconds=60,
+        short_seconds=0,
+        load=replace(_LARGE, processes=2),
+        setup=Setup(nodes=2),
         checks=(nothing_is_left,),
     ),
 )
