@@ -53,6 +53,12 @@ def _serving_options(command: Command) -> Command:
             redis_url_option,
             click.option("--host", show_default="127.0.0.1", help="Address to listen on."),
             click.option("--port", type=click.IntRange(0, 65535), show_default="8000", help="Port to listen on."),
+            click.option(
+                "--data",
+                type=click.Path(path_type=Path),
+                metavar="DIR",
+                help="Folder in which the server that is started along keeps calls and deployments from run to run.",
+            ),
             click.option("-v", "--verbose", is_flag=True, help="Show all that the processes of the instance log."),
             gateway_options,
             app_argument,
@@ -74,7 +80,9 @@ def run(**options: Any) -> None:
 
     Without MODULE, it is what pyproject.toml names ([tool.qserve] app = "module:name"), or app.py or main.py.
 
-    Without --redis-url a server of its own is started along. Ctrl-C lets calls in flight finish; a second one does not.
+    Without --redis-url a server of its own is started along, which keeps nothing on disk unless --data names a folder.
+
+    Ctrl-C lets calls in flight finish; a second one does not.
     """
     serve_until_ctrl_c(**options)
 
@@ -99,6 +107,7 @@ def serve_until_ctrl_c(
     reload: bool,
     debug: bool,
     verbose: bool,
+    data: Path | None,
     gateway_workers: int,
     **tls: str | None,
 ) -> None:
@@ -115,7 +124,7 @@ def serve_until_ctrl_c(
     relay = Relay(everything=verbose)
     with relay.output_of_new_processes():
         environment = {**relay.environment, **console_environment()}
-        instance = start_instance(*(settings, serving, gateway_workers), environment=environment)
+        instance = start_instance(*(settings, serving, gateway_workers), environment=environment, data=data)
     try:
         with termination_as_interrupt():
             record = bring_up(instance, imported, stay_anyway=reload)
@@ -138,11 +147,13 @@ def start_instance(
     gateway_workers: int,
     *,
     environment: Mapping[str, str],
+    data: Path | None,
 ) -> LocalInstance:
     """Start the processes of this machine.
 
     Raises:
-        ConfigurationError: An instance runs already, the address is taken, or there is no server to run.
+        ConfigurationError: An instance runs already, the address is taken, the folder for data cannot be used, or there
+            is no server to run.
     """
     with start_lock(settings.namespace):
         other = find_record(settings.namespace)
@@ -163,6 +174,7 @@ def start_instance(
             gateway_workers=gateway_workers,
             gateway_arguments=serving.gateway_arguments,
             head_start=click.get_current_context().find_object(HeadStart),
+            data=data,
         )
         return launch(settings, options)
 

@@ -25,9 +25,10 @@ import msgspec
 
 from qserve.broker.instance.state import State
 from qserve.broker.server import embedded
+from qserve.deployments.data_folder import DataFolder
 from qserve.deployments.head_start import FOR_SOME, PROGRAM, HeadStart
 from qserve.deployments.log_files import log_tail, new_log_file
-from qserve.errors import ConfigurationError, NoInstanceError
+from qserve.errors import BrokerUnavailable, ConfigurationError, NoInstanceError
 from qserve.settings import Settings
 from qserve.this_machine import is_running, runtime_folder
 from qserve.wire.messages import Signer
@@ -121,6 +122,7 @@ class LaunchOptions:
         log_to_stderr: Whether its processes log to the standard error of this process, and not to a file.
         environment: What they find in their environment besides that of this process.
         head_start: A process that was started ahead to be the one of this instance, if there is one.
+        data: The folder in which its embedded server keeps its data; None: nowhere.
     """
 
     host: str | None
@@ -132,6 +134,7 @@ class LaunchOptions:
     gateway_workers: int = 1
     gateway_arguments: tuple[str, ...] = ()
     head_start: HeadStart | None = None
+    data: Path | None = None
 
 
 class LocalInstance:
@@ -199,9 +202,10 @@ class LocalInstance:
     def _wait(self, look: Callable[[], Found | None], what: str) -> Found:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
-            found = look()
-            if found is not None:
-                return found
+            with contextlib.suppress(BrokerUnavailable):  # it reads its data, or has ended
+                found = look()
+                if found is not None:
+                    return found
             if self._process.poll() is not None:
                 raise ConfigurationError(f"The instance ended while it was starting.{self._log_tail()}")
             time.sleep(_POLL_S)
@@ -228,14 +232,20 @@ def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
         ConfigurationError: There is no server to run, no folder that can be used, or something is not installed.
     """
     _require_extras(options)
+    secret, data = settings.secret, DataFolder(options.data) if options.data is not None else None
     if not settings.redis_url:
         embedded.find_server()  # fails here if there is none: easier to read than in the log
+        secret = data.prepare(secret) if data is not None else secret or secrets.token_hex(32)
+    elif data is not None:
+        raise ConfigurationError(
+            "A folder for data is for the server that an instance starts for itself, but QSERVE_REDIS_URL or "
+            "--redis-url names one that runs already. Nothing was started: leave out one of the two."
+        )
     folder = _new_folder(settings.namespace)
     flags = ["--exact", "--instance-file", str(record_path(settings.namespace)), "--folder", str(folder)]
     if not settings.redis_url:
-        secret = settings.secret or secrets.token_hex(32)
         settings = settings.model_copy(update={"redis_url": embedded.redis_url(folder), "secret": secret})
-        flags += ["--embedded"]
+        flags += ["--embedded", *(["--data", str(data.path)] if data is not None else [])]
     if options.host is not None:
         flags += ["--gateway", "--host", options.host, "--port", str(options.port)]
         flags += ["--gateway-workers", str(options.gateway_workers)]

@@ -24,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 from qserve.broker.server import embedded
+from qserve.deployments.data_folder import DataFolder
 from qserve.deployments.head_start import WAITS, wait_for_orders
 from qserve.deployments.local_instance import InstanceRecord, listening_socket
 from qserve.deployments.log_files import rotate_if_long
@@ -56,6 +57,15 @@ _GOOD_RUN_S = 10.0
 _LEFT_OVER_S = 30.0
 """How long what a killed node has left behind may take to finish its calls."""
 _VALKEY_S = 3.0
+_KEPT = "It reads its data from disk: durable calls and schedules are there again."
+_UNREADABLE = (
+    "\nIts data is in %s, and was not changed. If a newer server wrote it, install that one; if it is damaged, "
+    "`valkey-check-aof` tells where; or name another folder with --data."
+)
+_LOST = (
+    "Durable calls and schedules are lost: this server keeps nothing on disk. Where that matters, give `qserve run` a "
+    "folder with --data, or name a server that keeps its data in QSERVE_REDIS_URL."
+)
 
 
 class _Part:
@@ -73,11 +83,15 @@ class _Part:
     def ended(self) -> float:
         """Say that it has ended; returns in how many seconds it is due again."""
         now = time.monotonic()
-        if now - self._since > _GOOD_RUN_S:
+        if self.has_run_well:
             self._delay = BACKOFF_S[0]
         delay, self._delay = self._delay, min(2 * self._delay, BACKOFF_S[1])
         self.pid, self.due = 0, now + delay
         return delay
+
+    @property
+    def has_run_well(self) -> bool:
+        return time.monotonic() - self._since > _GOOD_RUN_S
 
     def is_due(self) -> bool:
         return self.due is not None and self.due <= time.monotonic()
@@ -98,6 +112,7 @@ class InstanceProcess:
             self._valkey.due = None
         self._socket: socket.socket | None = None
         self._last_node = ""
+        self._data = DataFolder(options.data) if options.data is not None else None
         self._left_over: set[int] = set()
         self._is_stopping = self._is_forced = False
         self._exit_code = 0
@@ -113,6 +128,9 @@ class InstanceProcess:
             adopt_orphans()
         try:
             self._listen()
+            if self._data is not None:
+                self._data.hold()
+                self._last_node = self._data.last_node
             gc.freeze()  # what nodes share stays shared
             while not self._is_stopping or self._node.pid:
                 if self._valkey.is_due():
@@ -137,7 +155,7 @@ class InstanceProcess:
                 raise ConfigurationError(f"The gateway cannot start: {exc}") from exc
 
     def _start_valkey(self) -> None:
-        command = embedded.command(self._folder)
+        command = embedded.command(self._folder, self._options.data)
         self._valkey.started(start_program(command, death_signal=signal.SIGKILL))
 
     def _fork_node(self) -> NodeBirth | None:
@@ -147,6 +165,9 @@ class InstanceProcess:
         if pid:
             self._node.started(pid)
             self._last_node = birth.id
+            if self._data is not None:
+                with contextlib.suppress(ConfigurationError):  # the next run then waits until this node counts as gone
+                    self._data.note_node(birth.id)
             return None
         if sys.platform.startswith("linux"):
             die_with_parent(keeper, signal.SIGTERM)
@@ -207,19 +228,20 @@ class InstanceProcess:
             )
 
     def _on_valkey_end(self, pid: int, code: int) -> None:
+        cannot_read = self._data is not None and code > 0 and not self._valkey.has_run_well
         delay = self._valkey.ended()
         if self._is_stopping:
             return
-        if not self._has_been_up():
+        if cannot_read or not self._has_been_up():  # it takes connections before it has read all of its data
             log = embedded.log_path(self._folder)
             said = log.read_text().strip() if log.exists() else "no log"
-            self._fail("Valkey did not start (%s): %s", reason_of(code), said)
+            hint = "" if self._data is None else _UNREADABLE % self._data.path
+            self._fail("Valkey did not start (%s): %s%s", reason_of(code), said, hint)
             return
         logger.error(
             "The embedded Valkey (pid %d) ended (%s); it is started again in %.1f s. What is deployed is put back, and "
-            "calls in flight end as after any failure of Redis. Durable calls and schedules are lost: this server "
-            "keeps nothing on disk. Where that matters, name one that does in QSERVE_REDIS_URL.",
-            *(pid, reason_of(code), delay),
+            "calls in flight end as after any failure of Redis. %s",
+            *(pid, reason_of(code), delay, _KEPT if self._data is not None else _LOST),
         )
 
     def _has_been_up(self) -> bool:

@@ -19,6 +19,7 @@ class NodeOptions:
         gateway_arguments: What else stands on their command lines.
         folder: For sockets and ready files; removed at the end.
         embedded: The Valkey is our own, in `folder`.
+        data: Where it keeps its data; None: nowhere.
         owner: Pid of the process to end with.
         instance_file: Where to tell other processes of the user how to reach us.
         http: JSON of the http_options, for the instance file.
@@ -35,6 +36,7 @@ class NodeOptions:
     port: int = 8000
     folder: Path | None = None
     embedded: bool = False
+    data: Path | None = None
     owner: int | None = None
     instance_file: Path | None = None
     http: str = "{}"
@@ -55,6 +57,7 @@ def parse(arguments: list[str], description: str | None = None) -> NodeOptions:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--embedded", action="store_true")
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--owner", type=int)
     parser.add_argument("--instance-file", type=Path)
     parser.add_argument("--http", default="{}")

@@ -30,15 +30,19 @@ def redis_url(folder: Path) -> str:
     return f"unix://{socket_path(folder)}"
 
 
-def command(folder: Path) -> list[str]:
-    """The command that runs a private server in a folder: no TCP port, nothing on disk, never evicting.
+def command(folder: Path, data: Path | None = None) -> list[str]:
+    """The command that runs a private server in a folder: no TCP port, never evicting.
+
+    Args:
+        data: The folder in which it keeps an append-only file; None: it keeps nothing on disk.
 
     Raises:
         ConfigurationError: There is no usable server on this machine.
     """
+    keeps = "no" if data is None else "yes"
     return [
         *(str(find_server()), "--port", "0", "--unixsocket", str(socket_path(folder)), "--unixsocketperm", "700"),
-        *("--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction", "--dir", str(folder)),
+        *("--save", "", "--appendonly", keeps, "--maxmemory-policy", "noeviction", "--dir", str(data or folder)),
         *("--daemonize", "no", "--loglevel", "warning", "--logfile", str(log_path(folder))),
     ]
 
