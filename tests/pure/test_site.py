@@ -1,6 +1,8 @@
 """The documentation site: every page is in its navigation, and every error in its reference."""
 
 import importlib.util
+import inspect
+import pkgutil
 import re
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qserve import errors
+from qserve import errors, serve
 from tests.support.serving import ROOT
 
 
@@ -67,6 +69,23 @@ def test_the_error_reference_has_every_error_with_its_status() -> None:
         if told is not None:
             assert int(told[1]) == cls.status, name
         assert "- What to do:" in sections[name], name
+
+
+def test_the_reference_has_every_function_of_serve_and_names_nothing_that_is_not_there() -> None:
+    page = (ROOT / "docs/reference/serve.md").read_text() + (ROOT / "docs/reference/handles.md").read_text()
+    shown = set()
+    for name, members in re.findall(
+        r"^::: (\S+)(?:\n    options:\n(?:      .*\n)*?      members: \[(.*)\])?", page, re.M
+    ):
+        found = pkgutil.resolve_name(name)
+        shown.add(name.rpartition(".")[2])
+        for member in filter(None, members.split(", ")):
+            assert hasattr(found, member), f"{name} has no {member}"
+            shown.add(member)
+
+    functions = {name for name in serve.__all__ if inspect.isfunction(getattr(serve, name))}
+    assert functions <= shown
+    assert {"Deployment", "DeploymentHandle", "DurableRef", "HTTPOptions", "ReplicaContext", "RunTarget"} <= shown
 
 
 def test_pages_for_language_models_name_each_page(tmp_path: Path) -> None:
