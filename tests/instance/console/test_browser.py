@@ -209,7 +209,7 @@ def test_no_page_is_wider_than_its_window(shop: Any, console: str, tab: Browser,
 def test_pictures_of_the_documentation(running: TestInstance, console: str, tab: Browser) -> None:
     from tests.instance.console.pictures import fill
 
-    with fill() as (failed, names):
+    with fill(running.settings) as (failed, names):
         log_in(tab, console, OPERATOR)
         tab.look(width=1120, height=640)
         wait_until(lambda: len(serve.list_deployments()) == len(names))
