@@ -211,7 +211,8 @@ def _trouble_line(at: float, deployment: str, trouble: Trouble) -> str:
     many = f" x{trouble.times}" if trouble.times > 1 else ""
     ran = f"  {trouble.ran_ms:.0f} ms" if trouble.ran_ms else ""
     method = trouble.method or "__call__"
-    which = f"{deployment}.{method}  {trouble.request or trouble.call}"
+    of_a_call = f"{deployment}.{method}  {trouble.request or trouble.call}"
+    which = f"{deployment}  {trouble.replica}" if trouble.what in ("died", "stacks") else of_a_call
     return f"{_moment(at)}  {trouble.what}{many}{ran}  {which}  {gist(trouble.error)[:100]}"
 
 

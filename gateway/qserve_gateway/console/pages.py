@@ -210,7 +210,7 @@ class Pages:
     def _troubles(self, asked: Asked, _: str) -> dict[str, Any]:
         _known(asked, "deployment", "what", "before")
         name, what = asked.query.get("deployment", ""), asked.query.get("what", "")
-        kinds = {kind: kind for kind in ("", "failed", "slow", "refused", "gave up", "lost", "stacks")}
+        kinds = {kind: kind for kind in ("", "failed", "slow", "refused", "gave up", "lost", "died", "stacks")}
         _choice("what", what, kinds)
         before = asked.query.get("before", "") or "+"
         if before != "+" and re.fullmatch(r"\d{1,16}-\d{1,16}", before) is None:

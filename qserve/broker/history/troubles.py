@@ -21,11 +21,11 @@ class Trouble(msgspec.Struct, frozen=True, omit_defaults=True):
     """One note.
 
     Attributes:
-        what: "failed", "slow", "refused", "gave up" where the caller did not wait any longer, or "lost" where its
-            replica died and it runs again.
+        what: "failed", "slow", "refused", "gave up" where the caller did not wait any longer, "lost" where its
+            replica died and it runs again, "died" for the replica itself, or "stacks" that somebody asked for.
         call: Id of the call; "" where the note is about several.
         request: The X-Request-Id of an HTTP request.
-        times: How many calls the note is about.
+        times: How many calls, or deaths, the note is about.
         error: Class and text of the error.
         traceback: The end of it.
         replica: Tag of the replica, with host and pid.

@@ -270,12 +270,13 @@ def test_a_replica_tells_its_stacks_and_leaves(shop: Any, operator: httpx.Client
     assert act(operator, "stacks", "shop", replica="0" * 32).status_code == 409
 
 
-def test_a_deployment_says_how_many_of_its_replicas_have_died(shop: Any, operator: httpx.Client) -> None:
+def test_a_deployment_says_how_many_of_its_replicas_have_died_and_how(shop: Any, operator: httpx.Client) -> None:
     shop.remote("x").result(patience(LIMIT_S))
     found = re.search(r"pid (\d+)", operator.get("/deployments/shop").text)
     assert found is not None
     os.kill(int(found[1]), signal.SIGKILL)
     wait_until(lambda: "1 died so far" in operator.get("/deployments/shop").text)
+    wait_until(lambda: "killed by SIGKILL" in operator.get("/troubles", params={"what": "died"}).text)
     assert shop.remote("x").result(patience(LIMIT_S))
 
 

@@ -5,9 +5,12 @@ nothing is retried in place, and while Redis is away the newest state is kept an
 """
 
 import logging
+import socket
+import time
 from collections.abc import Callable
 
 from qserve.broker.history.totals import add_totals
+from qserve.broker.history.troubles import Trouble, note_troubles
 from qserve.broker.instance.heartbeats import post_tombstone
 from qserve.broker.instance.presence import say_gone, say_worker_alive
 from qserve.broker.instance.reports import replicas_now, report_death, report_worker
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 _LIMIT_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 ALIVE_EVERY_S = 10.0
+_NOTE_DEATHS_EVERY_S = 60.0
 
 
 class Announcer:
@@ -55,6 +59,8 @@ class Announcer:
         self._info: WorkerInfo | None = None
         self._unwritten: list[Callable[[redis_clients.Client], object]] = []
         self._pause = 0.0
+        self._deaths = 0
+        self._note_deaths_at = 0.0
 
     def start(self) -> None:
         """Make the client; it connects when there is something to write."""
@@ -93,6 +99,17 @@ class Announcer:
         """Let the neighbours of a dead replica know how it died, and take over its calls."""
         self._write(lambda client: report_death(client, self._keys, self._deployment, replica, how))
         self._write(lambda client: post_tombstone(client, self._keys, self._deployment, replica, self._signer))
+
+    def note_death(self, pid: int, how: str) -> None:
+        """Let people know how a replica died; of many that die one after the other, one a minute."""
+        self._deaths += 1
+        if time.monotonic() < self._note_deaths_at:
+            return
+        self._note_deaths_at = time.monotonic() + _NOTE_DEATHS_EVERY_S
+        times, self._deaths = self._deaths, 0
+        who = f"pid {pid} on {socket.gethostname()}"
+        note = Trouble("died", times=times, error=f"the process of a replica ended: {how}", replica=who)
+        self._write(lambda client: note_troubles(client, self._keys, self._deployment, [note]))
 
     def count(self, what: str) -> None:
         """Add one to a total of the deployment."""

@@ -141,6 +141,8 @@ class Keeper:
             "Deployment %s: replica %s (pid %d) has ended, %s",
             *(self.deployment, replica.id or "unnamed", pid, how),
         )
+        if exitcode:
+            self._announcer.note_death(pid, how)
         if replica.id and exitcode:  # who ends with 0 has said goodbye; a tombstone would count as a crash
             self._announcer.bury(replica.id, how)
         self.act()
