@@ -14,17 +14,22 @@ class RedisClock:
 
     When that clock jumps, entries from before the jump have no age any more: they are never called expired, and the
     caller's own timer decides.
+
+    Attributes:
+        round_trip_s: How long the last question took.
     """
 
     def __init__(self) -> None:
         self._offset_ms: float | None = None
         self._trusted_from_ms = 0.0
+        self.round_trip_s = 0.0
 
     async def sample(self, connection: Connection) -> bool:
         """Compare the clocks once; returns whether that of Redis has jumped."""
         before = time.monotonic()
         seconds, microseconds = await connection.call("TIME")
         after = time.monotonic()
+        self.round_trip_s = after - before
         redis_ms = int(seconds) * 1000 + int(microseconds) / 1000
         offset_ms = redis_ms - (before + after) / 2 * 1000
         known = offset_ms if self._offset_ms is None else self._offset_ms

@@ -41,6 +41,8 @@ OLDEST_USABLE = (7, 0, 0)
 """Script flags (`#!lua flags=allow-oom`) and XAUTOCLAIM's third answer came with Redis 7.0."""
 
 _CONFIG_READ = ("appendfsync", "tcp-keepalive", "timeout", "maxmemory-clients")
+_SLOW_S = 0.05
+_WHY_SLOW = "SLOWLOG GET and LATENCY DOCTOR on the server, and its host's load, say why"
 _CLOCK_TOLERANCE_S = 1.0
 _TIMEOUT_S = 2.0
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "")
@@ -104,15 +106,23 @@ def _check_one(redis: "Redis", broker: Broker) -> list[Finding]:
         info: Mapping[str, Any] = _if_allowed(redis.info) or {}
         before = time.time()
         now = _if_allowed(redis.time)
-        middle = (before + time.time()) / 2
+        after = time.time()
         config = _read_config(redis, info)
     except (RedisError, OSError) as exc:
         return [why_unreachable(exc, broker.place, has_password=bool(broker.password))]
     judged = judge(info, config) if info else _UNJUDGED
-    clock = check_clock(now[0] + now[1] / 1e6 - middle) if now else ()
+    clock = check_clock(now[0] + now[1] / 1e6 - (before + after) / 2) if now else ()
+    took = f"the server took {(after - before) * 1000:.0f} ms for an answer; every call needs several"
+    slow = [Finding("latency", WARN, took, _WHY_SLOW)] if after - before >= _SLOW_S else []
     name, version = server_version(info)
     answers = f"{name} {'.'.join(map(str, version))} answers at {broker.place}" if info else f"{broker.place} answers"
-    return [Finding("reachable", OK, answers), *judged, *clock, *check_exposure(broker)]
+    return [
+        Finding("reachable", OK, answers),
+        *slow,
+        *judged,
+        *clock,
+        *check_exposure(broker),
+    ]
 
 
 def check_cluster(broker: Broker) -> Iterator[Finding]:
