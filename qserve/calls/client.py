@@ -76,7 +76,7 @@ class Client:
     Attributes:
         of, of_call: The client of this process for a deployment, or for a durable call: on a cluster each shard has
             another one, made when it is first needed. From any thread.
-        all: All of them, each with its connections, the `link`, and the `clock` of its Redis.
+        all: All of them, each with its connections, the `link`, and the `redis_clock`.
     """
 
     def __init__(self, settings: Settings, handoff: Handoff | None = None, lines: Lines | None = None) -> None:
@@ -96,7 +96,7 @@ class Client:
         self.run_soon: Callable[[Callable[[], None]], None] = handoff.run
         """Runs something on the loop soon, from any thread, or at once in the thread of the loop."""
         self.link = link = Link(keys.address(settings.redis_url), self._link_up, self._link_lost, lines)
-        self.clock = RedisClock()
+        self.redis_clock = RedisClock()
         self._sample_at = 0.0
         self._share = ShareOfCounter(keys, _COUNTED_AS.get(this_process().process, "calls_of_programs"))
         self.lending = Lending(self.id, keys.address(settings.redis_url), keys, signer)
@@ -108,7 +108,7 @@ class Client:
         full_queues = FullQueues(keys, link)
         self._admission = Admission(
             *(keys, link, pending, self._withdrawals),
-            clock=self.clock,
+            clock=self.redis_clock,
             full_queues=full_queues,
             sample_clock=self._sample_clock,
         )
@@ -205,7 +205,7 @@ class Client:
     async def _sample_clock(self) -> None:
         """Check whether the clock of Redis has jumped."""
         with contextlib.suppress(BrokerUnavailable, CommandRefused):
-            if self.sender.is_open and await self.clock.sample(self.sender):
+            if self.sender.is_open and await self.redis_clock.sample(self.sender):
                 spawn(self._reconciler.run())  # what was unread in the inbox may have expired
 
     # What others may see of it
