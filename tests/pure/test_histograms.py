@@ -8,10 +8,12 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.exposition import generate_latest
 
 from qserve.broker.history.buckets import BOUNDS_MS
+from qserve.broker.keys import Keys
 from qserve.settings import Settings
 from qserve_gateway.admin.instance_metrics import _Counts
 from qserve_gateway.admin.metrics import _GatewayCollector
 from qserve_gateway.door.limits import Door
+from qserve_workers.calls.call_counts import CallCounts
 
 
 def test_a_traced_request_is_an_exemplar_of_its_bucket() -> None:
@@ -49,3 +51,12 @@ def test_batches_become_a_histogram_of_sizes() -> None:
     assert buckets[:3] == [("1", 5), ("2", 5), ("4", 8)]
     assert buckets[-1] == ("+Inf", 8)
     assert calls == 15
+
+
+def test_a_sum_never_falls() -> None:
+    """Prometheus would take it for a process that was started again."""
+    counts = CallCounts(Keys("test"), "Echo", slow_s=1.0)
+    counts.waits[0] = counts.runs[0] = 1
+    counts.waited_ms, counts.ran_ms = -0.4, 0.2
+    counts.take()
+    assert (counts._totals["wait_us all"], counts._totals["run_us all"]) == (0, 200)

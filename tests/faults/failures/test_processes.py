@@ -117,7 +117,7 @@ async def test_calls_from_before_and_after_a_jump_of_redis_clock_run(jump_ms: in
         assert await ask(caller, "before") == "before"
 
         # To callers and entries it is the same whether the server's clock jumps or what they know of it.
-        caller.client.redis_clock._offset_ms = (caller.client._clock._offset_ms or 0) - jump_ms
+        caller.client.redis_clock._offset_ms = (caller.client.redis_clock._offset_ms or 0) - jump_ms
         assert await ask(caller, "after") == "after"
 
         it.world.redis.xtrim(it.world.keys.calls(NAME), maxlen=0)

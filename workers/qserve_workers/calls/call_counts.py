@@ -143,7 +143,8 @@ class CallCounts:
         totals |= {f"wait {place}": count for place, count in enumerate(self.waits) if count}
         totals |= {f"run {place}": count for place, count in enumerate(self.runs) if count}
         totals |= {f"retries {why}": count for why, count in self.retries.items()}
-        totals |= {"wait_us all": int(self.waited_ms * 1000), "run_us all": int(self.ran_ms * 1000)}
+        # What a call has waited is told from two clocks, and may come out below 0 by a trifle; a sum never falls.
+        totals |= {"wait_us all": max(0, int(self.waited_ms * 1000)), "run_us all": int(self.ran_ms * 1000)}
         sizes = batch_sizes()
         while sizes:  # another loop of this process may go on counting
             size, count = sizes.popitem()
