@@ -95,7 +95,7 @@ class _GatewayCollector(Collector):
         yield build
         is_open = all(each.sender.is_open for each in self._client.all())
         yield GaugeMetricFamily("qserve_redis_up", "1 while the gateway is connected to Redis.", value=float(is_open))
-        longest = max(each.redis_clock.round_trip_s for each in self._client.all())
+        longest = max((each.redis_clock.round_trip_s for each in self._client.all()), default=0.0)
         yield GaugeMetricFamily("qserve_redis_round_trip_seconds", "What Redis takes to answer.", value=longest)
         yield from self._requests()
         yield from self._connections()
