@@ -25,7 +25,7 @@ import uvloop
 from fastapi import FastAPI, WebSocket
 from websockets.asyncio.client import connect
 
-from benchmarks import processes, small
+from benchmarks import node_growth, processes, small
 from benchmarks.rows import HEADS, Row, machine
 from qserve import serve
 from qserve.broker.instance.state import State
@@ -290,6 +290,12 @@ def running() -> list[Row]:
     ]
 
 
+def nodes() -> list[Row]:
+    """More nodes with the same deployments."""
+    with _empty_state() as (settings, known):
+        return node_growth.growth(settings, known)
+
+
 # The run
 
 
@@ -312,7 +318,7 @@ def _p99(seconds: list[float]) -> float:
 
 
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
-    each.__name__: each for each in (connections, websockets, state, running)
+    each.__name__: each for each in (connections, websockets, state, running, nodes)
 }
 
 
