@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -13,6 +13,7 @@ from qserve.broker.history.totals import read_totals
 from qserve.broker.history.troubles import read_troubles
 from qserve.broker.instance.queue_facts import read_queue_facts
 from qserve.broker.instance.state import State
+from qserve.broker.server.memory import read_memory
 from qserve.broker.server.redis_checks import check_server
 from qserve.durable.dead_letters import DeadLetters
 from qserve.durable.schedules import Schedules, next_moment
@@ -52,6 +53,8 @@ class Asked(NamedTuple):
 
 
 _NOT_SHOWN: Final = frozenset({"target", "init_args", "name", "revision", "user_config", "declared"})
+
+_MUCH_MEMORY: Final = 0.8
 
 _codec = Codec(allow_pickle=False, max_bytes=1 << 24)
 
@@ -126,9 +129,21 @@ class Pages:
             "search": search,
             "sort": sort,
             "totals": totals,
+            "warnings": list(self._warnings()),
             "serving": sum(row["serving"] for row in rows),
             "wanted": sum(row["wanted"] for row in rows),
         }
+
+    def _warnings(self) -> Iterator[str]:
+        """What keeps all deployments from working."""
+        if not self._state.observed.nodes():
+            yield "No node is alive, so calls wait and are not run. Start one with `qserve start`."
+        if self._state.keys.shards > 1:  # that would be a connection to each server for each look
+            return
+        for memory in read_memory(self._state.redis):
+            share = memory.used / memory.limit
+            if share > _MUCH_MEMORY:
+                yield f"Redis uses {share:.0%} of its memory. At the limit it refuses calls: raise its maxmemory."
 
     def _deployment(self, asked: Asked, name: str) -> dict[str, Any]:
         _known(asked, "range")

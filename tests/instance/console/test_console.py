@@ -13,6 +13,7 @@ import pytest
 
 from qserve import serve
 from qserve.broker.instance.state import State
+from qserve.broker.server import redis_clients
 from qserve.testing import TestInstance
 from qserve.wire.messages import Signer
 from tests.instance.console.served import EVIL, OPERATOR, PAGES, VIEWER, act, console_of, visitor
@@ -288,6 +289,17 @@ def test_the_former_version_comes_back(shop: Any, operator: httpx.Client) -> Non
     other.deploy()
     assert "being rolled out" in act(operator, "rollback", "shop").text
     wait_until(lambda: serve.get_deployment("shop").version == "first")
+
+
+def test_the_overview_warns_of_a_redis_that_is_nearly_full(running: TestInstance, operator: httpx.Client) -> None:
+    assert "At the limit" not in operator.get("").text
+    with closing(redis_clients.client(running.settings.redis_url, patience(5))) as server:
+        used = server.info("memory")["used_memory"]
+        server.config_set("maxmemory", int(used * 1.2))
+        try:
+            assert re.search(r"Redis uses 8\d% of its memory\. At the limit", operator.get("").text)
+        finally:
+            server.config_set("maxmemory", 0)
 
 
 def test_a_node_is_drained_and_runs_again(shop: Any, operator: httpx.Client) -> None:
