@@ -31,7 +31,7 @@ from tests.support.serving import free_port
 from tests.support.waiting import wait_until
 
 _NAMES = [f"Noop{number}" for number in range(6)]
-_ROWS = ("one", f"1/{SHARDS}", "3/3", f"3/{SHARDS}", "6/6", f"6/{SHARDS}")
+_ROWS = ("one", f"1/{SHARDS}", f"3/{SHARDS}", f"6/{SHARDS}")
 """Servers and shards of the clusters."""
 _CONNECTIONS, _SECONDS, _ROUNDS = 64, 6, 3
 _FEW = 8
@@ -160,9 +160,9 @@ def _cluster(size: int, shards: int) -> Iterator[tuple[Cluster, Serving]]:
         shutil.rmtree(folder)
 
 
-def _row(what: str, serving: Serving) -> str:
-    serving.measure(_NAMES, _CONNECTIONS, 2)
-    runs = [serving.measure(_NAMES, _CONNECTIONS, _SECONDS) for _ in range(_ROUNDS)]
+def _row(what: str, serving: Serving, connections: int = _CONNECTIONS) -> str:
+    serving.measure(_NAMES, connections, 2)
+    runs = [serving.measure(_NAMES, connections, _SECONDS) for _ in range(_ROUNDS)]
     assert not any(run.failed for run in runs), runs
     cpu = {part: statistics.median(run.cpu_us[part] for run in runs) for part in runs[0].cpu_us}
     figures = [
@@ -170,7 +170,7 @@ def _row(what: str, serving: Serving) -> str:
         f"{statistics.median(r.p50_ms for r in runs):.1f}",
     ]
     figures += [f"{cpu[part]:.0f}" for part in ("gateway", "worker and replica", "servers")]
-    return f"| {what} | {' | '.join(figures)} | {sum(cpu.values()):.0f} |"
+    return f"| {what} | {connections} | {' | '.join(figures)} | {sum(cpu.values()):.0f} |"
 
 
 def _one_down(cluster: Cluster, serving: Serving) -> str:
@@ -200,11 +200,18 @@ def main() -> None:
     """Measure everything, and print the tables."""
     print("# One instance over several servers\n")
     print(f"Measured with `python -m benchmarks.cluster`: {machine()}\n")
-    print(f"Six deployments that do nothing, called in turn over HTTP with {_CONNECTIONS} connections (`wrk -t1`), one")
-    print(f"gateway, one replica each. Medians of {_ROUNDS} runs of {_SECONDS} s. All processes share the processors,")
-    print("so the rate does not grow with the servers here; the processor time of a request is what can be compared.\n")
-    print("| Redis | requests/s | p50 ms | gateway us | replicas us | servers us | all us |")
-    print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    print(
+        f"Six deployments that do nothing, called in turn over HTTP (`wrk -t1`) with {_CONNECTIONS} connections, and with"
+    )
+    print(
+        f"so many for each server; one gateway, one replica each. Medians of {_ROUNDS} runs of {_SECONDS} s. All processes"
+    )
+    print(
+        "share the processors, so the rate does not grow with the servers here; the processor time of a request is what"
+    )
+    print("can be compared.\n")
+    print("| Redis | connections | requests/s | p50 ms | gateway us | replicas us | servers us | all us |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     down = ""
     for what in sys.argv[1:] or _ROWS:
         if what == "one":
@@ -214,6 +221,8 @@ def main() -> None:
         size, _, shards = what.partition("/")
         with _cluster(int(size), int(shards)) as (cluster, serving):
             print(_row(f"cluster of {size}, {shards} shards", serving), flush=True)
+            if int(size) > 1:
+                print(_row(f"cluster of {size}, {shards} shards", serving, _CONNECTIONS * int(size)), flush=True)
             if what == f"3/{SHARDS}":
                 down = _one_down(cluster, serving)
     if down:

@@ -13,6 +13,9 @@ _REUSED_WITHIN_S = 4.0
 """Gateways close a connection that is idle for 5 s. It counts from the last request, because a process that is held up
 reads the response late."""
 
+_HELD_UP_S = 0.5
+"""A request that this process itself has held back for so long may have met a connection that was closed as idle."""
+
 
 class Response(NamedTuple):
     """A whole response."""
@@ -37,6 +40,7 @@ class _Connection(asyncio.Protocol):
         self.transport: asyncio.Transport
         self.asked_at = time.monotonic()
         self.usable = True
+        self.held_up_s = 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -84,10 +88,16 @@ class _Connection(asyncio.Protocol):
 
     async def ask(self, request: bytes) -> Response:
         self._reset()
-        self.waiting = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.waiting = loop.create_future()
         self.asked_at = time.monotonic()
         self.transport.write(request)
+        loop.call_soon(self._note_delay)
         return await self.waiting
+
+    def _note_delay(self) -> None:
+        # uvloop writes at the end of a tick; while one takes long, the gateway may close what it finds idle.
+        self.held_up_s = time.monotonic() - self.asked_at
 
 
 class HttpClient:
@@ -116,14 +126,20 @@ class HttpClient:
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if method == "POST" or body:
             lines.append(f"content-length: {len(body)}")
+        request = ("\r\n".join(lines) + "\r\n\r\n").encode() + body
         async with asyncio.timeout(timeout_s):
             connection = await self._connection()
             try:
-                response = await connection.ask(("\r\n".join(lines) + "\r\n\r\n").encode() + body)
+                response = await connection.ask(request)
             except asyncio.CancelledError:
                 connection.usable = False
                 connection.transport.abort()
                 raise
+            except Broken as exc:
+                if exc.begun or connection.held_up_s < _HELD_UP_S:
+                    raise
+                connection = await self._connection(new=True)
+                response = await connection.ask(request)
         if connection.usable:
             self._idle.append(connection)
         else:
@@ -135,8 +151,8 @@ class HttpClient:
         for connection in self._idle:
             connection.transport.close()
 
-    async def _connection(self) -> _Connection:
-        while self._idle:
+    async def _connection(self, *, new: bool = False) -> _Connection:
+        while self._idle and not new:
             connection = self._idle.pop()
             if connection.usable and time.monotonic() - connection.asked_at < _REUSED_WITHIN_S:
                 return connection

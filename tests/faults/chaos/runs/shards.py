@@ -30,6 +30,14 @@ def move(cluster: Cluster, dice: Random, _event: Injected) -> None:
     cluster.shards.move(slot, dice.choice(others))
 
 
+def move_key_by_key(cluster: Cluster, dice: Random, _event: Injected) -> None:
+    """Move a slot as servers before Valkey 9 do."""
+    assert cluster.shards is not None
+    slot = _slot(cluster, dice)
+    others = [node for node in cluster.shards.primaries() if node is not cluster.shards.primary_of(slot)]
+    cluster.shards.move_key_by_key(slot, dice.choice(others))
+
+
 def fail_over(cluster: Cluster, dice: Random, event: Injected) -> None:
     """Kill a primary, and bring it back as a replica of its successor."""
     shards = cluster.shards
@@ -49,6 +57,15 @@ RUNS: tuple[Run, ...] = (
         "resharding: slots of deployments and of the home move",
         (Fault("a slot moves", move, BROKEN_OFF),),
         every_s=4,
+        seconds=160,
+        setup=Setup(shards=True),
+        checks=(still_deployed,),
+    ),
+    LoadRun(
+        "K19",
+        "resharding key by key: slots are divided for a while, again and again",
+        (Fault("a slot moves key by key", move_key_by_key, BROKEN_OFF),),
+        every_s=2,
         seconds=160,
         setup=Setup(shards=True),
         checks=(still_deployed,),
