@@ -200,16 +200,12 @@ def main() -> None:
     """Measure everything, and print the tables."""
     print("# One instance over several servers\n")
     print(f"Measured with `python -m benchmarks.cluster`: {machine()}\n")
+    print("Six deployments that do nothing, called in turn over HTTP (`wrk -t1`), one gateway, one replica each;")
     print(
-        f"Six deployments that do nothing, called in turn over HTTP (`wrk -t1`) with {_CONNECTIONS} connections, and with"
+        f"{_CONNECTIONS} connections, and as many for each server. Medians of {_ROUNDS} runs of {_SECONDS} s. All processes"
     )
-    print(
-        f"so many for each server; one gateway, one replica each. Medians of {_ROUNDS} runs of {_SECONDS} s. All processes"
-    )
-    print(
-        "share the processors, so the rate does not grow with the servers here; the processor time of a request is what"
-    )
-    print("can be compared.\n")
+    print("share the processors, so the rate does not grow with the servers here; the processor time of a request is")
+    print("what can be compared.\n")
     print("| Redis | connections | requests/s | p50 ms | gateway us | replicas us | servers us | all us |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     down = ""
