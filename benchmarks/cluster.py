@@ -201,11 +201,11 @@ def main() -> None:
     print("# One instance over several servers\n")
     print(f"Measured with `python -m benchmarks.cluster`: {machine()}\n")
     print("Six deployments that do nothing, called in turn over HTTP (`wrk -t1`), one gateway, one replica each;")
+    print(f"{_CONNECTIONS} connections, and as many for each server. Medians of {_ROUNDS} runs of {_SECONDS} s. All")
     print(
-        f"{_CONNECTIONS} connections, and as many for each server. Medians of {_ROUNDS} runs of {_SECONDS} s. All processes"
+        "processes share the processors, so the rate does not grow with the servers here; what can be compared is the"
     )
-    print("share the processors, so the rate does not grow with the servers here; the processor time of a request is")
-    print("what can be compared.\n")
+    print("processor time of a request.\n")
     print("| Redis | connections | requests/s | p50 ms | gateway us | replicas us | servers us | all us |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     down = ""

@@ -8,13 +8,15 @@ event-loop tick leave in one write, and answers go to callbacks in order. Everyt
 import asyncio
 import logging
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import hiredis
 
-from qserve.broker.redis_errors import CommandRefused, NotTaken
+from qserve.broker.redis_errors import ASK_AGAIN_S, MOVES_WITHIN_S, CommandRefused, NotTaken, is_moving
 from qserve.broker.server.address import Broker, parse, tls_problem
 from qserve.broker.server.redis_clients import primaries_async, role_problem, unreachable
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
@@ -165,15 +167,23 @@ class Connection(asyncio.Protocol):
         return bool(self._out) and self.is_open
 
     async def call(self, *command: Any) -> Answer:
-        """Send a command and return its answer.
+        """Send a command and return its answer. While a cluster moves its keys one by one, it is sent again.
 
         Raises:
             BrokerUnavailable: The connection was lost first; the command may have been carried out.
             CommandRefused: Redis refused the command.
         """
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.send(lambda answer: settle(future, answer), *command)
-        return await future
+        until = 0.0
+        while True:
+            future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+            self.send(partial(settle, future), *command)
+            try:
+                return await future
+            except CommandRefused as exc:
+                until = until or time.monotonic() + MOVES_WITHIN_S
+                if not is_moving(exc) or time.monotonic() > until:
+                    raise
+            await asyncio.sleep(ASK_AGAIN_S)
 
     async def settle_all(self) -> None:
         """Wait until everything that was sent before is answered; raises like `call`."""

@@ -32,6 +32,8 @@ _NOT_ALLOWED: Final = "ACL failure in script"
 
 ASK_AGAIN_S: Final = 0.02
 """How soon a command goes out again that was refused because its keys are being moved one by one."""
+MOVES_WITHIN_S: Final = 10.0
+"""For how long that is done."""
 
 
 class CommandRefused(ResponseError):
@@ -45,6 +47,10 @@ class NotTaken(BrokerUnavailable):
 def is_moving(answer: Exception) -> bool:
     """Whether a command was refused, and nothing done, because a cluster is moving its keys one by one."""
     return str(answer).startswith(_MOVING)
+
+
+class StillMoving(NotTaken):
+    """The same, and it takes too long to wait for."""
 
 
 def refused(exc: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from redis.exceptions import NoScriptError
 
 from qserve.broker.connection import Answer, Connection, ignore_answer, settle
-from qserve.broker.redis_errors import ASK_AGAIN_S, CommandRefused, NotTaken, is_moving
+from qserve.broker.redis_errors import ASK_AGAIN_S, MOVES_WITHIN_S, CommandRefused, NotTaken, StillMoving, is_moving
 
 if TYPE_CHECKING:
     import redis
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 _FOLDER: Final = Path(__file__).parent / "lua"
 _SHEBANG: Final = "#!lua flags=allow-oom\n"
 
-_MOVES_WITHIN_S: Final = 10.0
 _TOO_LONG: Final = (
-    f"Redis has been moving the keys for more than {_MOVES_WITHIN_S:g} s, and this was not done: see CLUSTER NODES"
+    f"Redis has been moving the keys for more than {MOVES_WITHIN_S:g} s, and this was not done: see CLUSTER NODES"
 )
 
 
@@ -51,7 +50,7 @@ class Script:
             elif str(answer).startswith("NOSCRIPT"):
                 connection.send(on_answer, "EVAL", self.source, len(keys), *keys, *args)
             elif is_moving(answer):
-                again = partial(self._send_again, connection, on_answer, keys, args, time.monotonic() + _MOVES_WITHIN_S)
+                again = partial(self._send_again, connection, on_answer, keys, args, time.monotonic() + MOVES_WITHIN_S)
                 asyncio.get_running_loop().call_later(ASK_AGAIN_S, again)
             else:
                 on_answer(answer)
@@ -72,7 +71,7 @@ class Script:
             if not (isinstance(answer, CommandRefused) and is_moving(answer)):
                 on_answer(answer)
             elif time.monotonic() > until:
-                on_answer(NotTaken(_TOO_LONG))
+                on_answer(StillMoving(_TOO_LONG))
             else:
                 again = partial(self._send_again, connection, on_answer, keys, args, until)
                 asyncio.get_running_loop().call_later(ASK_AGAIN_S, again)

@@ -10,7 +10,7 @@ from qserve.broker.call_queue import CALLS_PER_ADMIT, CallQueue
 from qserve.broker.connection import Answer, Connection
 from qserve.broker.keys import Keys
 from qserve.broker.link import Link
-from qserve.broker.redis_errors import NotTaken
+from qserve.broker.redis_errors import NotTaken, StillMoving
 from qserve.broker.refusals import FullQueues, refusal_of_all
 from qserve.broker.server.clock import RedisClock
 from qserve.calls.pending import PendingCall, PendingCalls
@@ -120,8 +120,11 @@ class Admission:
         self._is_stopped = True
 
     def _admitted(self, calls: Sequence[PendingCall], answer: Answer) -> None:
-        if isinstance(answer, NotTaken) and not self._is_stopped:
-            asyncio.get_running_loop().call_soon(self._put_again, calls, answer)
+        if isinstance(answer, StillMoving):
+            for call in calls:
+                self._refuse(call, answer)
+        elif isinstance(answer, NotTaken) and not self._is_stopped:
+            asyncio.get_running_loop().call_soon(self._put_again, calls)
         elif isinstance(answer, BrokerUnavailable) and not self._is_stopped:
             for call in calls:
                 call.is_unanswered = True  # Redis may have taken it: the next link finds out
@@ -158,13 +161,10 @@ class Admission:
         for call in calls:
             self._put_if_waited_for(call)
 
-    def _put_again(self, calls: Sequence[PendingCall], error: NotTaken) -> None:
-        """Put calls on their queue where it is now; refuse them if it is nowhere."""
+    def _put_again(self, calls: Sequence[PendingCall]) -> None:
+        """Put calls on their queue where it is now."""
         for call in calls:
-            if self._link.sender.is_open:
-                self._refuse(call, error)
-            else:
-                self._put_if_waited_for(call)
+            self._put_if_waited_for(call)
 
     def _wait_for_state(self, calls: Sequence[PendingCall]) -> None:
         """Put again soon: Redis came back empty, and a process that knows what was deployed is about to restore it."""

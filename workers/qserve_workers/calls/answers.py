@@ -9,7 +9,7 @@ from qserve.broker.connection import Answer
 from qserve.broker.counters import count
 from qserve.broker.large.lending import Lending, Loan
 from qserve.broker.link import Link
-from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.redis_errors import CommandRefused, StillMoving
 from qserve.broker.replica_queue import Entry, ReplicaQueue
 from qserve.errors import BrokerUnavailable, PayloadTooLarge, ResultTooLarge
 from qserve.failpoints import reach
@@ -158,7 +158,7 @@ class Answers:
         self._queue.reply(sender, batch.caller, batch.replies, on_answer, insist=insist or self._insists)
 
     def _confirmed(self, number: int, is_first: bool, answer: Answer) -> None:
-        if isinstance(answer, CommandRefused):
+        if isinstance(answer, (CommandRefused, StillMoving)):
             logger.error("Redis refused answers of %s, which will be sent again: %s", self._queue.deployment, answer)
             asyncio.get_running_loop().call_later(_RETRY_AFTER_S, self._retry, number)
             return

@@ -62,7 +62,7 @@ RUNS: tuple[Run, ...] = (
         checks=(still_deployed,),
     ),
     LoadRun(
-        "K19",
+        "K20",
         "resharding key by key: slots are divided for a while, again and again",
         (Fault("a slot moves key by key", move_key_by_key, BROKEN_OFF),),
         every_s=2,
