@@ -32,6 +32,7 @@ from qserve_gateway.api_keys import load_api_keys
 from qserve_gateway.bodies.streaming import OneLinePerCut
 from qserve_gateway.desired_state import Follower
 from qserve_gateway.door.limits import Door
+from qserve_gateway.door.open_files import possible_connections
 from qserve_gateway.durable.durable_pages import DurablePages
 from qserve_gateway.durable.durable_requests import DurableRequests
 from qserve_gateway.gateway import Gateway
@@ -100,7 +101,8 @@ class GatewayProcess:
         self._routes: dict[str, str] = {}
         self._stopping: asyncio.Future[None]
         self._parent = os.getppid()
-        door = Door(settings)
+        most = possible_connections(settings.http_max_connections)
+        door = Door(settings.model_copy(update={"http_max_connections": most}))
         self._public = Listener(
             self._gateway,
             options.address,
