@@ -116,12 +116,20 @@ def _secret_references(found: Any) -> Iterator[dict[str, str]]:
         (["admin.enabled=true", "pools.a.keda.enabled=true"], "pools.a.keda.deployment is missing"),
         (["pools.Bad_Name.replicas=1"], "Bad_Name"),
         (["settings.lower=1"], "lower"),
+        (["gateway.ingress.enabled=true"], "needs gateway.ingress.hosts"),
+        (["gateway.autoscaling.enabled=true", "gateway.autoscaling.maxReplicas=1"], "is 2, more than its maxReplicas, 1"),
+        (["extraObjects[0]=x"], "extraObjects"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_wrong_values_are_refused_with_a_sentence(sets: list[str], said: str) -> None:
     with pytest.raises(chart.ChartError, match=said):
         chart.render(None, *sets)
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+sentinel", "redis+cluster", "rediss+cluster"])
+def test_a_server_of_every_kind_may_be_named(scheme: str) -> None:
+    assert chart.render(None, f"redis.url={scheme}://host:6379")
 
 
 def test_the_rules_of_the_chart_are_those_for_prometheus() -> None:

@@ -88,6 +88,13 @@ topologySpreadConstraints:
   - {{- toYaml (mergeOverwrite (dict "labelSelector" (dict "matchLabels" $.labels)) .) | nindent 4 }}
   {{- end }}
 {{- end }}
+{{- with .place.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- with .place.dnsConfig }}
+dnsConfig:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 volumes:
   - name: tmp
     emptyDir: {}
