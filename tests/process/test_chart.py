@@ -117,7 +117,10 @@ def _secret_references(found: Any) -> Iterator[dict[str, str]]:
         (["pools.Bad_Name.replicas=1"], "Bad_Name"),
         (["settings.lower=1"], "lower"),
         (["gateway.ingress.enabled=true"], "needs gateway.ingress.hosts"),
-        (["gateway.autoscaling.enabled=true", "gateway.autoscaling.maxReplicas=1"], "is 2, more than its maxReplicas, 1"),
+        (
+            ["gateway.autoscaling.enabled=true", "gateway.autoscaling.maxReplicas=1"],
+            "is 2, more than its maxReplicas, 1",
+        ),
         (["extraObjects[0]=x"], "extraObjects"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
