@@ -30,6 +30,7 @@ from qserve.deployments.local_instance import (
     LocalInstance,
     find_record,
     launch,
+    require_extras,
     start_lock,
 )
 from qserve.errors import ConfigurationError
@@ -116,6 +117,7 @@ def serve_until_ctrl_c(
     if debug:
         os.environ["QSERVE_DEBUG"] = "1"  # for gateway and replicas, which inherit it
     found = find_app(app, app_dir)
+    require_extras(serves_http=False)  # else the first import of the application that needs one would be what is told
     imported = import_found(found, overrides)
     serving = serving_options(imported.config, host, port, tls)
     settings = Settings()

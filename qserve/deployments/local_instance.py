@@ -231,7 +231,7 @@ def launch(settings: Settings, options: LaunchOptions) -> LocalInstance:
     Raises:
         ConfigurationError: There is no server to run, no folder that can be used, or something is not installed.
     """
-    _require_extras(options)
+    require_extras(serves_http=options.host is not None)
     secret, data = settings.secret, DataFolder(options.data) if options.data is not None else None
     if not settings.redis_url:
         embedded.find_server()  # fails here if there is none: easier to read than in the log
@@ -342,9 +342,13 @@ def _spawn(settings: Settings, flags: list[str], options: LaunchOptions, log: Pa
         )
 
 
-def _require_extras(options: LaunchOptions) -> None:
-    """Fail here, and not in a process whose end would have to be explained."""
-    needed = ["celery", "fastapi", "uvloop", *(["httptools", "uvicorn"] if options.host is not None else [])]
+def require_extras(*, serves_http: bool) -> None:
+    """Fail here, and not in a process whose end would have to be explained.
+
+    Raises:
+        ConfigurationError: An instance needs packages that are not installed.
+    """
+    needed = ["celery", "fastapi", "uvloop", *(["httptools", "uvicorn"] if serves_http else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigurationError(

@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -16,6 +17,7 @@ from qserve.cli.command_line import main
 from qserve.cli.project.init import _NAMES
 from qserve.cli.project.lookup import app_argument, find_app
 from qserve.cli.project.overrides import Overrides, override_options
+from qserve.cli.run import serve_until_ctrl_c
 from qserve.deployments.local_instance import LaunchOptions, launch
 from qserve.errors import ConfigurationError
 from qserve.settings import Settings
@@ -189,3 +191,17 @@ def test_what_is_not_installed_is_told_before_anything_is_left_behind(
     with pytest.raises(ConfigurationError, match=r"\(celery, uvicorn\), so nothing was started: pip install"):
         launch(Settings(), LaunchOptions("127.0.0.1", 0, {}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_installed_is_told_before_the_application_asks_for_it(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pip install qserve`, and an application that imports FastAPI."""
+    write("app.py", "import surely_not_installed")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastapi" else find(name))
+    options: dict[str, Any] = dict.fromkeys(("app_dir", "host", "port", "data"))
+    switches: dict[str, Any] = dict.fromkeys(("reload", "debug", "verbose"), False)
+
+    with pytest.raises(ConfigurationError, match=r"\(fastapi\), so nothing was started: pip install 'qserve\[all\]'"):
+        serve_until_ctrl_c(app="app", overrides=Overrides(), gateway_workers=1, **options, **switches)
