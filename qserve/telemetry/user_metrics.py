@@ -78,12 +78,15 @@ class _Registry:
         """Add to the fields of a series, of which every value counts in the first one."""
         first = next(iter(counts))
         with self._lock:
-            if not self._counted_room.is_for(metric, first):
+            series = self._counted.get(first)
+            if series is not None:
+                fields = series.fields
+                for field, count in counts.items():
+                    fields[field] = fields.get(field, 0) + count
+            elif self._counted_room.is_for(metric, first):
+                self._counted[first] = UserSeries(metric, dict(counts))
+            else:
                 self._dropped += 1
-                return
-            fields = self._counted.setdefault(first, UserSeries(metric, {})).fields
-            for field, count in counts.items():
-                fields[field] = fields.get(field, 0) + count
 
     def set(self, metric: str, field: str, value: float) -> None:
         with self._lock:
