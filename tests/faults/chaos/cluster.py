@@ -235,7 +235,8 @@ class Cluster:
         for keys in {self.keys, *self.keys.all()}:
             owners = {key.removeprefix(keys.inbox("")) for key in found if key.startswith(keys.inbox(""))}
             gone |= {keys.inbox(owner) for owner in owners if keys.alive(owner) in found} | {keys.counters}
-        gone |= {self.keys.buckets(name) for name in ("Safe", "Once")}
+        for name in ("Safe", "Once"):
+            gone |= {self.keys.buckets(name), self.keys.troubles(name)}
         return found - gone
 
     def logs(self) -> str:
