@@ -70,7 +70,7 @@ class Serving:
         self._folder = tempfile.mkdtemp(prefix="qs-")
         (Path(self._folder) / "noops.py").write_text(_APP)
         self._environment = environment(self._folder) | {"QSERVE_REDIS_URL": url}
-        self._servers = servers
+        self.servers = servers
         self.port = free_port()
         command = ["start", "--gateway", "--port", str(self.port), "--replicas-per-node", "1"]
         self._node = self._start(*command)
@@ -105,7 +105,7 @@ class Serving:
 
     def _cpu_s(self) -> dict[str, float]:
         found = _parts(self._node.pid)
-        servers = sum(_parts(pid).get("Valkey", 0.0) for pid in self._servers)
+        servers = sum(_parts(pid).get("Valkey", 0.0) for pid in self.servers)
         parts = ("gateway", "worker and replica")
         return {part: found.get(part, 0.0) for part in parts} | {"servers": servers}
 
@@ -180,6 +180,7 @@ def _one_down(cluster: Cluster, serving: Serving) -> str:
     victim = next(node for node in map(cluster.primary_of, slots.values()) if node is not home)
     others = [name for name in _NAMES if cluster.primary_of(slots[name]) is not victim]
     before = serving.measure(others, _FEW, _SECONDS)
+    serving.servers.remove(victim.process.pid)
     victim.kill()
     time.sleep(2)
     meanwhile = serving.measure(others, _FEW, _SECONDS)
