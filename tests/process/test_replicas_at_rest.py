@@ -36,7 +36,7 @@ async def test_a_replica_rests_while_it_is_alone_and_nobody_calls(world: World, 
         return sum(found.get(f"cmdstat_{each}", {"calls": 0})["calls"] for each in _OF_REPLICAS)
 
     await until(rests)
-    await until_beats(1)
+    await until_beats(2)  # the first may have been due already, and the next is at the common moment
     before = commands()
     assert await until_beats(1) > _LOOSE * REST_S
     assert commands() - before <= 20
