@@ -9,8 +9,8 @@ from tests.support.calling import calling, within
 from tests.support.replicas import NAME, World
 from tests.support.waiting import until
 
-_LOOSE = 0.9
-"""Timers may be early by a little, never by so much."""
+_AT_LEAST = 0.6
+"""In parts of a rest: a heartbeat may be seen late, and the next one at once. Awake, it is a third."""
 _OF_REPLICAS = ("evalsha", "hgetall", "ping", "time", "xread", "xreadgroup")
 
 
@@ -38,13 +38,13 @@ async def test_a_replica_rests_while_it_is_alone_and_nobody_calls(world: World, 
     await until(rests)
     await until_beats(2)  # the first may have been due already, and the next is at the common moment
     before = commands()
-    assert await until_beats(1) > _LOOSE * REST_S
-    assert commands() - before <= 20
+    assert await until_beats(1) > _AT_LEAST * REST_S
+    assert commands() - before <= 30
 
     async with calling(settings) as caller:
         assert caller.value(await within(caller.call(None, "pid", deployment=NAME)[1])) == first.pid
-        assert await until_beats(1) < _LOOSE * REST_S  # what runs is said soon, not when the rest would be over
+        assert await until_beats(1) < REST_S  # what runs is said soon, not when the rest would be over
 
     await world.start()
-    assert await until_beats(3) < 3 * _LOOSE * REST_S
+    assert await until_beats(3) < 3 * REST_S
     assert not rests()
