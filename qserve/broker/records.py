@@ -54,6 +54,10 @@ def durable_reply(signer: Signer, call_id: str, kind: int, payload: bytes, *, ou
     return signer.seal(encode(Reply(call_id, ANYONE, kind, payload, out_of_line)))
 
 
+NO_STATE = -4
+"""What submit.lua says where nothing is deployed at all."""
+
+
 class Records:
     """The records of one namespace, over a connection."""
 
@@ -237,5 +241,6 @@ def submit_arguments(
         arguments += (options.idempotency, options.body_hash, _IDEMPOTENCY_TTL_MS)
         arguments += ("" if terms.result_ttl_s == RESULT_TTL_S else int(terms.result_ttl_s * 1000), terms.celery_id)
         arguments += (options.key, options.parent)
-    names = keys.whole(keys.calls(deployment), keys.meta(deployment), keys.due(deployment), keys.low(deployment))
+    queues = (keys.calls(deployment), keys.meta(deployment), keys.due(deployment), keys.low(deployment))
+    names = keys.whole(*queues, keys.instance)
     return names, keys.base, deployment, *arguments

@@ -11,7 +11,7 @@ from qserve.broker.confirming import Confirmed
 from qserve.broker.connection import Answer
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads
-from qserve.broker.records import Records, submit_arguments
+from qserve.broker.records import NO_STATE, Records, submit_arguments
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.refusals import FullQueues, refusal_of_all
 from qserve.context import CallInfo, current_call
@@ -226,6 +226,11 @@ def _nearest(caller: CallInfo) -> str:
 
 def _verdict(call: DurableCall, answer: Answer, place: int, full_queues: FullQueues) -> str | QServeError:
     name = call.deployment
+    if not isinstance(answer, Exception) and answer[0] == NO_STATE:
+        return BrokerUnavailable(
+            f"Redis has lost what was deployed, or nothing was ever deployed, so the call to {name!r} was not taken. A "
+            "node that runs puts the deployments back within seconds: try again then"
+        )
     if (error := refusal_of_all(name, answer)) is not None:
         return error
     found = answer[1 + place]

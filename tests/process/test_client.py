@@ -468,6 +468,18 @@ async def test_a_forked_child_calls_with_a_client_of_its_own(caller: Caller, cod
     assert code.started == ["before", "warm", "child", "parent"]
 
 
+async def submit(caller: Caller, deployment: str, options: DurableOptions) -> str | QServeError:
+    """What becomes of a durable call: its id, or why it was not taken."""
+    submissions = caller.client.of(deployment).durable.submissions
+    verdict: asyncio.Future[str | QServeError] = asyncio.get_running_loop().create_future()
+    packed = caller.codec.pack_call((1,), {})
+    prepared = submissions.prepare(
+        deployment, kind=PYTHON, method="", payload=packed, options=options, on_admitted=verdict.set_result
+    )
+    submissions.submit(prepared)
+    return await asyncio.wait_for(verdict, patience(LIMIT_S))
+
+
 async def test_what_a_program_has_put_is_counted_when_it_ends_at_once(
     settings: Settings, redis_client: "redis.Redis", keys: Keys
 ) -> None:
@@ -475,17 +487,21 @@ async def test_what_a_program_has_put_is_counted_when_it_ends_at_once(
     async with calling(settings) as caller, serving(settings, deploy(settings)):
         for n in range(3):
             await caller.ask(n)
-        submissions = caller.client.of("Echo").durable.submissions
-        admitted = []
-        for key in ("a", "b", "a"):
-            answer: asyncio.Future[str | QServeError] = asyncio.get_running_loop().create_future()
-            options = DurableOptions(idempotency=key, body_hash="same")
-            packed = caller.codec.pack_call((1,), {})
-            submissions.submit(
-                submissions.prepare(
-                    "Echo", kind=PYTHON, method="", payload=packed, options=options, on_admitted=answer.set_result
-                )
-            )
-            admitted.append(await asyncio.wait_for(answer, patience(LIMIT_S)))
+        admitted = [
+            await submit(caller, "Echo", DurableOptions(idempotency=key, body_hash="same")) for key in ("a", "b", "a")
+        ]
         assert admitted[2] == admitted[0] != admitted[1]
     assert redis_client.hget(keys.counters, "calls_of_programs") == b"5"
+
+
+async def test_a_durable_call_to_what_redis_has_lost_may_be_tried_again(
+    settings: Settings, redis_client: "redis.Redis", keys: Keys
+) -> None:
+    """Unlike one to a deployment that does not exist."""
+    async with calling(settings) as caller:
+        lost = await submit(caller, "Echo", DurableOptions())
+        deploy(settings)
+        unknown = await submit(caller, "Nothing", DurableOptions())
+    assert isinstance(lost, BrokerUnavailable)
+    assert "A node that runs puts the deployments back within seconds: try again then" in str(lost)
+    assert isinstance(unknown, DeploymentNotFound)

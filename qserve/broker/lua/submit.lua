@@ -1,14 +1,16 @@
 -- SUBMIT: put durable calls, each with its record, in one step; bounded like ADMIT, but what waits for its time counts.
 -- Submitted again under its id, a call is not put twice: whoever lost the answer may ask again.
--- KEYS[1] call stream, KEYS[2] meta hash, KEYS[3] calls not due yet, KEYS[4] calls of low priority
+-- KEYS[1] call stream, KEYS[2] meta hash, KEYS[3] calls not due yet, KEYS[4] calls of low priority, KEYS[5] name of this
+-- history of the state
 -- ARGV[1] base, ARGV[2] deployment, then per call: id, frame, ms until due, ms until it expires or 0, kind, method,
 --   waiter or '', 'b' low priority or '', idempotency hash or '', body hash, ms an idempotency hash is kept,
 --   ms the record is kept or '' as others are, Celery's task id or '', idempotency key as its caller gave it or '', id of
 --   the call that made it or ''
--- returns {-1} unknown deployment | {-2, reason} refused | {depth before, per call: 'queued' | false: full |
---   'same:<id>' another call has this key | 'other:<id>' and another body}
+-- returns {-1} unknown deployment | {-2, reason} refused | {-4} there is no state at all: this server has lost it, or never
+--   had any | {depth before, per call: 'queued' | false: full | 'same:<id>' another call has this key | 'other:<id>' and
+--   another body}
 local meta = redis.call('HMGET', KEYS[2], 'max_queued', 'refuse')
-if not meta[1] then return {-1} end
+if not meta[1] then return {redis.call('EXISTS', KEYS[5]) == 1 and -1 or -4} end
 if meta[2] then return {-2, meta[2]} end
 local base, deployment, now = ARGV[1], ARGV[2], now_ms()
 local depth = redis.call('XLEN', KEYS[1]) + redis.call('ZCARD', KEYS[3]) + redis.call('ZCARD', KEYS[4])
