@@ -34,10 +34,14 @@ class BulkConnection:
         """Connect to the primary, authenticate and select the database."""
         self = cls(url)
         broker = parse(url)
-        if broker.password:
-            self.call(*(["AUTH", broker.username] if broker.username else ["AUTH"]), broker.password)
-        if broker.db:
-            self.call("SELECT", broker.db)
+        try:
+            if broker.password:
+                self.call(*(["AUTH", broker.username] if broker.username else ["AUTH"]), broker.password)
+            if broker.db:
+                self.call("SELECT", broker.db)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def call(self, *command: Any) -> Any:
@@ -143,22 +147,32 @@ class BulkConnection:
 
 def _connect(broker: Broker) -> socket.socket:
     try:
-        if broker.path:
-            made = socket.socket(socket.AF_UNIX)
-            made.settimeout(_TIMEOUT_S)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ON_THE_WAY)
-            made.connect(broker.path)
-            return made
-        host, port = broker.host, broker.port
-        if broker.guides:
-            problems: list[str] = []
-            found = next(primaries(broker, problems), None)
-            if found is None:
-                raise BrokerUnavailable(unreachable(broker, problems))
-            host, port = found
-        made = socket.create_connection((host, port), _CONNECT_TIMEOUT_S)
-        made.settimeout(_TIMEOUT_S)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return broker.tls.context.wrap_socket(made, server_hostname=host) if broker.tls else made
+        return _connect_here(broker.path) if broker.path else _connect_there(broker)
     except OSError as exc:
         raise BrokerUnavailable(f"cannot connect to Redis at {broker.place}: {exc}") from exc
+
+
+def _connect_here(path: str) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX)
+    try:
+        made.settimeout(_TIMEOUT_S)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ON_THE_WAY)
+        made.connect(path)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _connect_there(broker: Broker) -> socket.socket:
+    host, port = broker.host, broker.port
+    if broker.guides:
+        problems: list[str] = []
+        found = next(primaries(broker, problems), None)
+        if found is None:
+            raise BrokerUnavailable(unreachable(broker, problems))
+        host, port = found
+    made = socket.create_connection((host, port), _CONNECT_TIMEOUT_S)
+    made.settimeout(_TIMEOUT_S)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return broker.tls.context.wrap_socket(made, server_hostname=host) if broker.tls else made
