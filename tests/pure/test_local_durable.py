@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -258,7 +259,8 @@ def test_a_task_can_be_cancelled() -> None:
 def test_a_schedule_is_checked_and_makes_its_calls_as_time_passes(served: LocalServing) -> None:
     with pytest.raises(DeploymentNotFound):
         serve.schedule("never", "every 1h", serve.deployment(name="Nobody")(Broken), "x")
-    serve.schedule("hourly", "every 1h", Jobs, "tick")
+    in_half_an_hour = datetime.now(UTC) + timedelta(minutes=30)
+    serve.schedule("hourly", f"{in_half_an_hour.minute} * * * *", Jobs, "tick")
 
     served.pass_time(60)
     assert served.durable_calls() == []

@@ -171,6 +171,44 @@ async def test_the_application_can_be_called_on_any_event_loop() -> None:
     assert {answer.status_code for answer in answers} == {200}
 
 
+async def test_the_application_can_live_in_a_server_that_runs_lifespans() -> None:
+    told: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+    for event in ("startup", "shutdown"):
+        told.put_nowait({"type": f"lifespan.{event}"})
+    said = []
+
+    async def send(message: Any) -> None:
+        said.append(message["type"])
+
+    with local(plain) as served:
+        await served.app({"type": "lifespan"}, told.get, send)
+    assert said == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+async def test_what_a_server_raises_while_it_sends_reaches_it() -> None:
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    async def send(message: Any) -> None:
+        raise Refused("the client is gone")
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/plain",
+        "query_string": b"",
+        "headers": [],
+        "http_version": "1.1",
+    }
+    with local(plain) as served, pytest.raises(Refused):
+        await served.app(scope, receive, send)
+
+
+def test_a_route_belongs_to_one_deployment() -> None:
+    with local(plain), pytest.raises(ValueError, match="route_prefix '/plain' is already registered"):
+        Prices.options(name="other", route_prefix="/plain").deploy()
+
+
 @serve.deployment(name="Models", route_prefix="/models")
 class Models:
     @serve.multiplexed(max_num_models_per_replica=2)

@@ -10,7 +10,7 @@ import pytest
 
 from qserve.cli.project.hidden_modules import what_hides
 from qserve.errors import ConfigurationError
-from qserve.this_machine import machine_errors
+from qserve.this_machine import is_running, machine_errors, runtime_folder, this_host
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,32 @@ def test_what_the_machine_refuses_is_told_with_what_to_do(error: OSError, says: 
 def test_other_errors_of_the_system_stay_what_they_are() -> None:
     with pytest.raises(FileNotFoundError), machine_errors():
         raise FileNotFoundError(errno.ENOENT, "No such file", "/x")
+
+
+def test_a_folder_for_keys_that_others_may_enter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QSERVE_RUNTIME_DIR", str(tmp_path))
+    assert runtime_folder() == tmp_path / "qserve"
+    assert runtime_folder().stat().st_mode & 0o077 == 0
+    runtime_folder().chmod(0o750)
+    with pytest.raises(ConfigurationError, match=f"`chmod 700 {tmp_path}/qserve` if it is yours"):
+        runtime_folder()
+
+
+def test_a_process_runs_until_it_has_ended() -> None:
+    assert is_running(os.getpid())
+    assert is_running(1)
+    assert not is_running(2**22 + 1), "Linux gives lower pids only"
+
+
+def test_a_machine_that_cannot_be_told_from_others_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert this_host() == this_host()
+    assert ":pid:[" in this_host()
+
+    def missing(*_: object, **__: object) -> str:
+        raise OSError("no /proc here")
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert this_host.__wrapped__() == ""
 
 
 @pytest.fixture

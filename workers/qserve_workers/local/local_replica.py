@@ -139,7 +139,8 @@ async def _read_request(scope: Scope, receive: Receive, request_id: str) -> Http
         more = message.get("more_body", False)
     return HttpRequest(
         *(scope["method"], scope["path"], scope["raw_path"], scope["query_string"], list(scope["headers"])),
-        *(scope["root_path"], scope["scheme"], scope["client"], scope["server"], scope["http_version"]),
+        *(scope["root_path"], scope.get("scheme", "http"), scope.get("client"), scope.get("server")),
+        scope["http_version"],
         *(request_id, body),
     )
 
