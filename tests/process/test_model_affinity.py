@@ -111,6 +111,7 @@ async def test_a_call_withdrawn_while_it_waits_for_its_replica_never_runs(world:
         caller.client.cancel(pending)
         with pytest.raises(CallCancelled):
             await value(caller, unwanted)
+        await until(lambda: world.redis.xlen(world.keys.calls(NAME)) == 1)  # the other one has been withdrawn
         world.books.gate.open()
 
         await value(caller, busy)

@@ -348,8 +348,9 @@ def test_calls_of_low_priority_let_others_go_first(gate: Gate, notes: Notes) -> 
     refs = [durable(held).remote("first")]
     notes.wait_for(1)
 
+    refs.append(durable(held).remote("interactive 0"))  # waits, so that no other is to come before it
     refs += [durable(held, priority="batch").remote(f"batch {number}") for number in range(8)]
-    refs += [durable(held).remote(f"interactive {number}") for number in range(2)]
+    refs.append(durable(held).remote("interactive 1"))
     refs.append(durable(held, delay=0.01).remote("delayed"))
     wait_until(lambda: refs[-1].status().state == "queued")  # the mover has had its chance to be wrong
     gate.open()
