@@ -75,8 +75,13 @@ class BatchQueue:
         batch_model.set(self._model)
         # Ends when nothing waits, so that nothing is left behind on a loop that stops.
         while self._waiting:
-            await self._wait_for_more()
-            batch = [self._waiting.popleft() for _ in range(self._size_of_next())]
+            try:
+                await self._wait_for_more()
+                size = self._size_of_next()
+            except Exception as exc:  # from `batch_size_fn`, and nobody can tell which call it is about
+                self._fail_all(exc)
+                return
+            batch = [self._waiting.popleft() for _ in range(size)]
             batch = [call for call in batch if not call.result.done()]  # its caller has given up
             if not batch:
                 continue
@@ -88,6 +93,12 @@ class BatchQueue:
             task.add_done_callback(self._under_way.discard)
             if len(self._under_way) >= self._terms.max_concurrent_batches:
                 await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+
+    def _fail_all(self, error: Exception) -> None:
+        for call in self._waiting:
+            if not call.result.done():
+                call.result.set_exception(error)
+        self._waiting.clear()
 
     def _size_of_next(self) -> int:
         """How many of the calls that wait fit into a batch; at least one."""

@@ -131,9 +131,9 @@ def flat(payload: "Payload | Source") -> bytes:
     if isinstance(payload, bytes):
         return payload
     if isinstance(payload, Parts):
-        [only] = payload.parts
-        assert isinstance(only, bytes)
-        assert not payload.passed
+        only = payload.parts[0]
+        if len(payload.parts) > 1 or payload.passed or not isinstance(only, bytes):
+            raise TypeError("a payload of several parts where only a small one can be")
         return only
     data = payload.head
     payload.finish()

@@ -301,6 +301,58 @@ async def test_the_size_of_batches_can_be_set() -> None:
     assert sizes == [2, 2]
 
 
+@pytest.mark.parametrize("wait_s", [0, 1000])
+async def test_a_size_that_cannot_be_told_fails_the_calls_that_wait_and_none_after_them(wait_s: float) -> None:
+    def size_of(numbers: list[int]) -> int:
+        return sum(100 // each for each in numbers)
+
+    @batch(max_batch_size=10, batch_wait_timeout_s=wait_s, batch_size_fn=size_of)
+    async def same(numbers: list[int]) -> list[int]:
+        return numbers
+
+    async with asyncio.timeout(patience(10)):
+        outcomes = await asyncio.gather(same(0), same(0), return_exceptions=True)
+        assert [type(each) for each in outcomes] == [ZeroDivisionError, ZeroDivisionError]
+        assert await same(10) == 10
+
+
+async def test_a_batch_is_full_when_its_size_is_what_a_function_says() -> None:
+    @batch(max_batch_size=10, batch_wait_timeout_s=1000, batch_size_fn=sum)
+    async def together(numbers: list[int]) -> list[int]:
+        return [len(numbers)] * len(numbers)
+
+    async with asyncio.timeout(patience(10)):
+        assert await asyncio.gather(*map(together, (3, 3, 4))) == [3, 3, 3]
+
+
+async def test_a_batch_whose_callers_have_all_left_does_not_run() -> None:
+    recorder = Recorder()
+    batched = batch(max_batch_size=1)(recorder.run)
+    first = asyncio.create_task(batched("a"))
+    await recorder.started.wait()
+    gone = asyncio.create_task(batched("gone"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.wait([gone])
+    last = asyncio.create_task(batched("last"))
+    await asyncio.sleep(0)
+    recorder.go.set()
+    assert list(await asyncio.gather(first, last)) == ["A", "LAST"]
+    assert recorder.sizes == [1, 1]
+
+
+async def test_a_batched_function_that_is_cancelled_cancels_its_calls_alone() -> None:
+    @batch
+    async def cancels(items: list[bool]) -> list[bool]:
+        if items[0]:
+            raise asyncio.CancelledError
+        return items
+
+    with pytest.raises(asyncio.CancelledError):
+        await cancels(True)
+    assert await cancels(False) is False
+
+
 # Streams
 
 

@@ -13,7 +13,7 @@ from qserve.errors import FrameRejected, ResultNotSerializable, ValueNotSerializ
 from qserve.wire import arrays
 from qserve.wire.codec import Codec
 from qserve.wire.messages import encode
-from qserve.wire.parts import Parts, Strided, copy, fresh, size_of
+from qserve.wire.parts import Parts, Strided, byte_view, copy, flat, fresh, size_of
 from tests.support.stand_in_torch import torch_or_stand_in
 
 LARGE = 1000
@@ -199,3 +199,19 @@ def test_a_part_that_is_not_there_is_refused() -> None:
     for kind in (arrays.BYTES, arrays.LARGE_BYTEARRAY):
         with pytest.raises(FrameRejected):
             unsigned.unpack(encode([Ext(kind, encode(1))]))
+
+
+def test_a_payload_of_one_part_is_flat_and_one_that_refers_to_others_is_not() -> None:
+    assert flat(b"small") == b"small"
+    assert flat(Parts(b"only")) == b"only"
+    for refers in (Parts(b"head", b"part"), Parts(bytearray(b"head"))):
+        with pytest.raises(TypeError, match="several parts"):
+            flat(refers)
+
+
+def test_bytes_are_seen_where_they_stand_one_after_the_other() -> None:
+    seen = byte_view(np.arange(4, dtype=np.uint16))
+    assert seen is not None
+    assert seen.nbytes == len(seen) == 8
+    assert byte_view(np.arange(8)[::2]) is None
+    assert byte_view("text") is None

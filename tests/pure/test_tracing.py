@@ -6,12 +6,15 @@ from contextvars import copy_context
 import pytest
 
 from qserve.errors import ConfigurationError
-from qserve.hooks import ReplicaCall
+from qserve.hooks import Batch, GatewayRequest, ReplicaCall
 from qserve.settings import Settings
 
 pytest.importorskip("opentelemetry.sdk", reason="qserve[otel] is not installed")
 
+from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from qserve.telemetry import tracing
 
@@ -114,3 +117,91 @@ def test_traces_come_after_the_hooks_of_the_user() -> None:
         "ReplicaSpans",
         "BatchSpans",
     ]
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """The spans that have ended."""
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing, "source", lambda: tracing._Source(provider.get_tracer("test"), 1.0, links=True))
+    monkeypatch.setattr(tracing.source, "cache_clear", lambda: None, raising=False)
+    return exporter
+
+
+def request() -> GatewayRequest:
+    scope = {"type": "http", "method": "POST", "path": "/a/b", "scheme": "http", "http_version": "1.1"}
+    headers = [(b"traceparent", HEADER + b"01"), (b"host", b"x")]
+    return GatewayRequest("Echo", "id-1", scope | {"headers": headers, "state": {}}, route_prefix="/a")
+
+
+@pytest.mark.parametrize(("status", "error_type"), [(200, None), (404, None), (500, "500"), (503, "503")])
+def test_a_request_is_an_error_of_both_spans_from_500_on(
+    ended: InMemorySpanExporter, status: int, error_type: str | None
+) -> None:
+    spans, asked = tracing.GatewaySpans(), request()
+    spans.after(asked, spans.before(asked), status)
+    send, server = ended.get_finished_spans()
+    assert [send.name, server.name] == ["send Echo", "POST /a"]
+    assert send.parent == server.context
+    for span in (send, server):
+        assert (span.attributes or {}).get("error.type") == error_type
+        assert span.status.status_code == (trace.StatusCode.UNSET if error_type is None else trace.StatusCode.ERROR)
+    assert (server.attributes or {})["http.response.status_code"] == status
+    assert asked.scope["state"]["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
+
+
+def test_a_request_that_fails_ends_both_spans_with_the_error(ended: InMemorySpanExporter) -> None:
+    spans, asked = tracing.GatewaySpans(), request()
+    spans.error(asked, spans.before(asked), ConnectionError("the client has left"))
+    send, server = ended.get_finished_spans()
+    for span in (send, server):
+        assert (span.attributes or {})["error.type"] == "ConnectionError"
+        assert span.status.description == "the client has left"
+    assert send.parent == server.context
+
+
+@pytest.mark.parametrize("error", [None, ValueError("of one in it")])
+def test_a_batch_has_a_span_linked_with_those_of_its_calls(
+    ended: InMemorySpanExporter, error: Exception | None
+) -> None:
+    hook, calls = tracing.BatchSpans(), list[dict[str, object]]()
+    traced = trace.NonRecordingSpan(trace.SpanContext(1, 2, is_remote=True, trace_flags=trace.TraceFlags(1)))
+    for call in (trace.INVALID_SPAN, traced):
+        calls.append({})
+        with trace.use_span(call):
+            hook.joins(calls[-1])
+
+    def run() -> bool:
+        batch = Batch("Echo", "predict", calls)
+        state = hook.before(batch)
+        is_current = trace.get_current_span() is state
+        if error is None:
+            hook.after(batch, state)
+        else:
+            hook.error(batch, state, error)
+        return is_current
+
+    assert copy_context().run(run)
+    (span,) = ended.get_finished_spans()
+    assert span.name == "process Echo batch"
+    assert [link.context.span_id for link in span.links] == [2]
+    assert (span.attributes or {})["messaging.batch.message_count"] == 2
+    assert [event.name for event in span.events] == ["exception"] * (error is not None)
+
+
+def test_a_batch_of_calls_that_are_not_traced_has_no_span_and_belongs_to_no_other(ended: InMemorySpanExporter) -> None:
+    hook, meta = tracing.BatchSpans(), dict[str, object]()
+    hook.joins(meta)
+
+    def run() -> trace.Span:
+        other = trace.NonRecordingSpan(trace.SpanContext(1, 2, is_remote=True))
+        with trace.use_span(other):
+            batch = Batch("Echo", "predict", [meta])
+            state = hook.before(batch)
+            hook.after(batch, state)
+            hook.error(batch, state, ValueError())
+            return trace.get_current_span()
+
+    assert copy_context().run(run) is trace.INVALID_SPAN
+    assert not ended.get_finished_spans()
