@@ -147,10 +147,9 @@ def facts_of(call: CallSummary) -> dict[str, Any]:
 def age_of(text: str) -> float:
     """Seconds of an age such as 30s, 5m, 2h or 3d; raises a usage error for anything else."""
     number, unit = text[:-1], text[-1:]
-    try:
-        return float(number) * _UNITS[unit]
-    except (ValueError, KeyError):
-        raise click.UsageError(f"{text!r} is no age: write 30s, 5m, 2h or 3d.") from None
+    if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
+        raise click.UsageError(f"{text!r} is no age: write 30s, 5m, 2h or 3d.")
+    return float(number) * _UNITS[unit]
 
 
 _MOMENTS = {"submitted", "started", "ended", "due"}

@@ -59,35 +59,35 @@ def contents_of(state: State, call: CallSummary, hidden: Sequence[str] = ()) -> 
         letters = DeadLetters(state, 0)
         with contextlib.suppress(CallNotFound):  # dropped
             arguments = letters.contents(letters.get(call.deployment, call.id))
-    result, error = _outcome(state, call)
-    progress = _progress(state, call.id)
+    result, error = _outcome(state, call, hidden)
+    progress = _progress(state, call.id, hidden)
     frames = newest_parts(state.redis, state.keys, call, PARTS_SHOWN) if call.parts else []
-    parts = [_without(_part(state, each), hidden) for each in frames]
+    parts = [_without(_part(state, each, hidden), hidden) for each in frames]
     return CallContents(
         *(_without(arguments, hidden), _without(result, hidden), error or call.error),
         *(_without(progress, hidden), parts),
     )
 
 
-def _part(state: State, frame: bytes) -> Any:
+def _part(state: State, frame: bytes, hidden: Sequence[str]) -> Any:
     try:
         part = decode_part(decode_reply(state.signer.open(frame)).payload)
-        return _plain(part.data) if part.packed else part.data[:_LONGEST_SHOWN].decode("utf-8", "replace")
+        return _plain(part.data, hidden) if part.packed else part.data[:_LONGEST_SHOWN].decode("utf-8", "replace")
     except Exception as exc:  # a pickle, or a class that is not here
         return f"cannot be shown: {exc}"
 
 
-def _progress(state: State, call_id: str) -> Any:
+def _progress(state: State, call_id: str, hidden: Sequence[str]) -> Any:
     frame = progress_frame(state.redis, state.keys, call_id)
     if frame is None:
         return None
     try:
-        return _plain(decode_reply(state.signer.open(frame)).payload)
+        return _plain(decode_reply(state.signer.open(frame)).payload, hidden)
     except Exception as exc:  # a pickle, or a class that is not here
         return f"cannot be shown: {exc}"
 
 
-def _outcome(state: State, call: CallSummary) -> tuple[Any, str]:
+def _outcome(state: State, call: CallSummary, hidden: Sequence[str]) -> tuple[Any, str]:
     frame = result_frame(state.redis, state.keys, call.id)
     if frame is None:
         return None, ""
@@ -102,13 +102,13 @@ def _outcome(state: State, call: CallSummary) -> tuple[Any, str]:
         if reply.kind == HTTP_RESPONSE:
             response = decode_http_response(payload)
             return {"status": response.status, "body": response.body[:_LONGEST_SHOWN].decode("utf-8", "replace")}, ""
-        return _plain(payload), ""
+        return _plain(payload, hidden), ""
     except Exception as exc:  # a pickle, or a class that is not here
         return f"cannot be shown: {exc}", ""
 
 
-def _plain(packed: bytes) -> Any:
-    plain = msgspec.to_builtins(_codec.unpack(packed), enc_hook=repr, str_keys=True)
+def _plain(packed: bytes, hidden: Sequence[str]) -> Any:
+    plain = _without(msgspec.to_builtins(_codec.unpack(packed), enc_hook=repr, str_keys=True), hidden)
     text = msgspec.json.encode(plain).decode()
     return plain if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
@@ -137,4 +137,5 @@ def _hide(found: re.Match[str], hidden: Sequence[str]) -> str:
     return f'"{found[1]}"{found[2]}"(hidden)"' if any(word in name for word in hidden) else found[0]
 
 
-_field = re.compile(r'"([^"]*)"(\s*:\s*)"[^"]*"').sub
+# Text may have been cut within a value, and there may be quotes within one.
+_field = re.compile(r'"([^"]*)"(\s*:\s*)(?:"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[^\s"{}\[\],]+)').sub

@@ -123,6 +123,8 @@ def send_again(state: State, call: CallSummary, out_of_line_bytes: int) -> str:
     said = run_again(state.redis, state.keys, call.deployment, call.id)
     if said == "deleted":
         raise _unknown(call.deployment)
+    if said == "ended" and call.state == FAILED:
+        raise CallNotFound(f"call {call.id} cannot run again, its arguments are not kept: submit it once more")
     if said != "queued":
         raise CallNotFound(f"call {call.id} cannot run again, it is {call.state}: only failed and dead calls can")
     return call.id

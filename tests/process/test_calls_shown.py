@@ -1,0 +1,267 @@
+"""What operators are shown of calls, and what they do to calls and deployments while others change them."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+from click.testing import CliRunner, Result
+
+from qserve.broker.history.troubles import Trouble, note_troubles
+from qserve.broker.instance.state import State
+from qserve.broker.keys import Keys
+from qserve.cli.command_line import main
+from qserve.errors import CallNotFound, DeploymentNotFound
+from qserve.operating import controls
+from qserve.operating.call_contents import contents_of
+from qserve.operating.call_search import find_call
+from qserve.settings import Settings
+from qserve.wire.autoscaling import Autoscaling
+from qserve.wire.call_record import DurableCall, Part, Terms, new_call_id
+from qserve.wire.codec import Codec
+from qserve.wire.messages import (
+    ERROR,
+    HTTP_RESPONSE,
+    PYTHON,
+    VALUE,
+    ErrorInfo,
+    HttpResponse,
+    Reply,
+    Signer,
+    encode,
+)
+from qserve.wire.spec import Deployed
+from tests.support.calling import deploy
+
+CODEC = Codec(allow_pickle=True, max_bytes=1_000_000)
+CANNOT = "cannot be shown: "
+
+
+class Record:
+    """The record of a durable call, written as the scripts write it."""
+
+    def __init__(self, at: State, **fields: Any) -> None:
+        self.state, self.id = at, new_call_id()
+        given = {"state": "done", "deployment": "Echo", "kind": PYTHON, "attempts": 1, "submitted": 1000}
+        self.put(**given | fields)
+
+    def put(self, **fields: Any) -> None:
+        mapping: Any = fields
+        self.state.redis.hset(self.state.keys.call(self.id), mapping=mapping)
+
+    def sealed(self, kind: int, payload: bytes, *, out_of_line: bool = False) -> bytes:
+        return self.state.signer.seal(encode(Reply(self.id, "", kind, payload, out_of_line=out_of_line)))
+
+    def shown(self, *hidden: str) -> Any:
+        return contents_of(self.state, find_call(self.state, self.id), hidden)
+
+
+class Opaque:
+    """Comes only as a pickle."""
+
+
+def test_what_a_call_returned_is_shown_whatever_it_is(state: State) -> None:
+    record = Record(state)
+    assert record.shown() == (None, None, "", None, [])
+    for kind, payload, result, error in (
+        (VALUE, CODEC.pack([1, {"a": "b"}]), [1, {"a": "b"}], ""),
+        (HTTP_RESPONSE, encode(HttpResponse(201, [], b"made")), {"status": 201, "body": "made"}, ""),
+        (ERROR, encode(ErrorInfo("", "KeyError", "builtins", "'x'")), None, "KeyError: 'x'"),
+    ):
+        record.put(result=record.sealed(kind, payload))
+        assert record.shown()[1:3] == (result, error)
+
+
+def test_what_cannot_be_shown_says_so_and_runs_no_code(state: State) -> None:
+    record = Record(state, result=b"not ours", progress=b"not ours", frame=b"not ours")
+    shown = record.shown()
+    assert shown.result.startswith(CANNOT)
+    assert shown.progress.startswith(CANNOT)
+    assert "contents" in shown.arguments
+    record.put(result=record.sealed(VALUE, CODEC.pack(Opaque())))
+    assert record.shown().result.startswith(CANNOT)
+    record.put(result=record.sealed(VALUE, b"", out_of_line=True))
+    assert record.shown().result == "the result is not kept any more"
+
+
+def test_arguments_progress_and_parts_are_shown(state: State, signer: Signer) -> None:
+    record = Record(state, state="running", part=3)
+    payload = CODEC.pack_call((3,), {"key": "k"})
+    call = DurableCall(record.id, "Echo", "", 1000, PYTHON, "", True, payload, terms=Terms())
+    record.put(frame=signer.seal(encode(call)), progress=record.sealed(VALUE, CODEC.pack(0.5)))
+    parts = [Part(1, 1, True, CODEC.pack("a")), Part(1, 2, False, b"raw")]
+    frames = [record.sealed(VALUE, encode(part)) for part in parts]
+    for number, frame in enumerate([*frames, b"not ours"], 1):
+        state.redis.xadd(state.keys.parts(record.id), {"d": frame}, id=f"1-{number}")
+
+    shown = record.shown("key")
+
+    assert shown.arguments == {"args": [3], "kwargs": {"key": "(hidden)"}}
+    assert shown.progress == 0.5
+    assert shown.parts[:2] == ["a", "raw"]
+    assert shown.parts[2].startswith(CANNOT)
+
+
+@pytest.mark.parametrize("before", [0, 3_900], ids=["whole", "cut"])
+def test_hidden_fields_are_hidden_in_long_values_too(state: State, before: int) -> None:
+    secret = 'x"SECRET ' * 20
+    value = {"first": "-" * before, "token": secret, "tokens": ["SECRET"], "last": "-" * 4_000}
+    record = Record(state)
+    record.put(result=record.sealed(VALUE, CODEC.pack(value)))
+    assert "SECRET" in str(record.shown().result)
+    assert "SECRET" not in str(record.shown("token").result)
+    for body in (json.dumps(value), json.dumps({"token": 'x"SECRET'}), json.dumps({"token": 12345})):
+        record.put(result=record.sealed(HTTP_RESPONSE, encode(HttpResponse(200, [], body.encode()))))
+        shown = record.shown("token").result["body"]
+        assert '"token": "(hidden)"' in shown
+        assert 'x\\"SECRET' not in shown
+        assert "12345" not in shown
+
+
+# What is done to them
+
+
+def test_a_change_that_meets_another_one_is_made_on_top_of_it(
+    state: State, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = deploy(settings)
+    state.deploy(
+        msgspec.structs.replace(spec, revision="r2"),
+        expected=state.generation("Echo"),
+        former=state.get("Echo"),
+    )
+    put, others = state.deploy, [7]
+
+    def deploy_late(*args: Any, **kwargs: Any) -> Any:
+        if others:
+            current = present()
+            changed = msgspec.structs.replace(current.spec, max_queued_requests=others.pop())
+            put(changed, expected=current.generation)
+        return put(*args, **kwargs)
+
+    def present() -> Deployed:
+        found = state.get("Echo")
+        assert found is not None
+        return found
+
+    monkeypatch.setattr(state, "deploy", deploy_late)
+    controls.scale(state, "Echo", 3)
+    assert (present().spec.num_replicas, present().spec.max_queued_requests) == (3, 7)
+    others.append(8)
+    controls.roll_back(state, "Echo")
+    assert present().spec == spec
+    controls.roll_back(state, "Echo")
+    assert (present().spec.num_replicas, present().spec.max_queued_requests) == (3, 8)
+
+
+def test_bounds_that_hold_already_change_nothing(state: State, settings: Settings) -> None:
+    spec = msgspec.structs.replace(deploy(settings), autoscaling=Autoscaling(min_replicas=1, max_replicas=4))
+    state.deploy(spec, expected=state.generation("Echo"))
+    generation = state.generation("Echo")
+    assert controls.scale_between(state, "Echo", 1, None).max_replicas == 4
+    assert controls.set_bound(state, "Echo", spec.max_queued_requests) is None
+    assert state.generation("Echo") == generation
+    with pytest.raises(ValueError, match="follows the load, from 1 to 4"):
+        controls.scale(state, "Echo", 2)
+    with pytest.raises(ValueError, match="min_replicas"):
+        controls.scale_between(state, "Echo", 5, None)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda state: controls.pause(state, "Echo", ""),
+        lambda state: controls.resume(state, "Echo"),
+        lambda state: controls.scale(state, "Echo", 2),
+        lambda state: controls.send_again(state, find_call(state, Record(state, state="failed", again=b"x").id), 1000),
+    ],
+    ids=["pause", "resume", "scale", "send_again"],
+)
+def test_what_does_not_exist_is_said(state: State, act: Callable[[State], object]) -> None:
+    with pytest.raises(DeploymentNotFound, match="no deployment 'Echo': `qserve status`"):
+        act(state)
+
+
+def test_only_calls_that_failed_run_again_and_only_replicas_that_live_are_told(
+    state: State, settings: Settings
+) -> None:
+    deploy(settings)
+    with pytest.raises(CallNotFound, match="cannot run again, it is done"):
+        controls.send_again(state, find_call(state, Record(state).id), 1000)
+    with pytest.raises(CallNotFound, match="its arguments are not kept"):
+        controls.send_again(state, find_call(state, Record(state, state="failed").id), 1000)
+    with pytest.raises(ValueError, match="no version of 'Echo' before"):
+        controls.roll_back(state, "Echo")
+    assert not controls.stop_replica(state, "gone")
+    state.redis.set(state.keys.alive("here"), 1)
+    assert controls.dump_stacks(state, "here")
+    assert state.redis.xlen(state.keys.inbox("here")) == 1
+
+
+# The commands
+
+
+@pytest.fixture
+def calls(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run `qserve calls` against the instance of the test's Redis."""
+    monkeypatch.setenv("QSERVE_REDIS_URL", settings.redis_url)
+    monkeypatch.setenv("QSERVE_NAMESPACE", settings.namespace)
+    monkeypatch.setenv("QSERVE_SECRET", settings.secret)
+    return lambda *words: CliRunner().invoke(main, ["calls", *words])
+
+
+def test_troubled_calls_are_listed_with_what_is_known_of_each(
+    calls: Callable[..., Result], redis_client: "redis.Redis", keys: Keys, settings: Settings
+) -> None:
+    assert "There are no such calls." in calls("ls", "--troubled").output
+    deploy(settings)
+    note_troubles(redis_client, keys, "Echo", [Trouble("slow", "c1", "req", "run", ran_ms=1500.0)])
+    note_troubles(redis_client, keys, "Echo", [Trouble("failed", "c2", times=3, error="KeyError: 'x'")])
+    note_troubles(redis_client, keys, "Echo", [Trouble("died", replica="Echo#1", error="killed")])
+    text = calls("ls", "--troubled", "Echo").output
+    assert "slow  1500 ms  Echo.run  req" in text
+    assert "failed x3  Echo.__call__  c2  KeyError: 'x'" in text
+    assert "died  Echo  Echo#1  killed" in text
+    (line,) = calls("ls", "--troubled", "--json", "--error", "keyerror", "--since", "1h").output.splitlines()
+    assert json.loads(line)["times"] == 3
+    assert len(calls("ls", "--troubled", "--limit", "2").output.splitlines()) == 2
+
+
+@pytest.mark.parametrize("age", ["5", "m", "5y", "nans", "infd", "-5m", "1e3s", "1.5.2h"])
+def test_what_is_no_age_is_refused(calls: Callable[..., Result], age: str) -> None:
+    result = calls("ls", f"--since={age}")
+    assert result.exit_code == 2
+    assert "is no age: write 30s, 5m, 2h or 3d" in result.output
+
+
+def test_a_list_that_is_longer_says_so(calls: Callable[..., Result], state: State, settings: Settings) -> None:
+    deploy(settings)
+    for number in range(3):
+        record = Record(state, error="KeyError: 'x'", ended=2000)
+        state.redis.zadd(state.keys.index("Echo", "done"), {record.id: time.time() * 1000 + number})
+    assert "There are more: --limit 4" in calls("ls", "--limit", "2").output
+    assert len(calls("ls", "--json", "--since", "1.5h").output.splitlines()) == 3
+
+
+def test_several_calls_are_tried_each_and_the_failures_counted(
+    calls: Callable[..., Result], state: State, settings: Settings
+) -> None:
+    deploy(settings)
+    done = Record(state)
+    result = calls("retry", done.id, "nonsense")
+    assert result.exit_code == 1
+    assert f"{done.id}: call {done.id} cannot run again, it is done" in result.output
+    assert "nonsense: there is no durable call 'nonsense'" in result.output
+    assert "2 of 2 calls were left as they are." in result.output
+    assert "There are no such calls." in calls("retry", "--all", "Echo").output
+    assert calls("cancel", done.id).output.strip() == f"{done.id}: ended"
+    child = Record(state, parent=done.id)
+    state.redis.hset(state.keys.call(done.id), mapping={"children": 2, "c1": child.id, "c2": "d" + "0" * 32})
+    shown = calls("show", done.id).output
+    assert f"> {done.id}  done" in shown
+    assert f"    {child.id}  done" in shown
+    family = json.loads(calls("show", "--json", done.id).output)["family"]
+    assert [each["id"] for each in family][:2] == [done.id, child.id]
