@@ -105,7 +105,7 @@ class Watchers:
             self.settle(reply.id, Reply(reply.id, ANYONE, reply.kind, result))
         except BrokerUnavailable:
             return
-        except (QServeError, msgspec.DecodeError) as exc:
+        except (QServeError, CommandRefused, msgspec.DecodeError) as exc:
             self.settle(
                 reply.id, BrokerUnavailable(f"the call has ended, but its large result could not be fetched: {exc}")
             )

@@ -82,6 +82,8 @@ class GrowingFile:
                     yield self.rest()
             if not self._was_rotated():
                 return
+            if self._rest:  # of the old file, which nobody will complete
+                yield self.rest() + "\n"
 
     def rest(self) -> str:
         """The beginning of a line that is not whole."""
@@ -96,13 +98,14 @@ class GrowingFile:
             return True
         try:
             there = self._path.stat()
+            # Who writes may do so to the old one until it is told.
+            if there.st_ino == here.st_ino or there.st_size == 0:
+                return False
+            newer = self._path.open("rb")
         except FileNotFoundError:  # between two files
             return False
-        # Who writes may do so to the old one until it is told.
-        if there.st_ino == here.st_ino or there.st_size == 0:
-            return False
         self._file.close()
-        self._file = self._path.open("rb")
+        self._file = newer
         return True
 
 
