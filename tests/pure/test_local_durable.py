@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from qserve import serve
+from qserve.calls.planned_call import plan_call
 from qserve.deployments.binding import Application
+from qserve.durable.schedules import Declared
 from qserve.errors import (
     BackPressureError,
     CallCancelled,
@@ -271,3 +273,15 @@ def test_a_schedule_is_checked_and_makes_its_calls_as_time_passes(served: LocalS
     serve.unschedule("hourly")
     served.pass_time(7200)
     assert len(served.durable_calls()) == 1
+
+
+def test_a_schedule_that_is_declared_takes_effect_in_every_test_that_deploys_what_it_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans = [plan_call(name, "every 1h", Jobs.get_handle(), (name,), {}) for name in ("tick", "other")]
+    monkeypatch.setattr(Declared, "plans", [plans[0], plans[1]._replace(deployment="Nobody")])
+    for _ in range(2):
+        with local(Jobs) as served:
+            served.pass_time(3660)
+            [made] = served.durable_calls()
+            assert serve.get_ref(made.id).result(LIMIT_S) == "done tick"
