@@ -227,6 +227,9 @@ def shown_contents(kind: int, payload: bytes) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    plain = msgspec.to_builtins(value, enc_hook=repr, str_keys=True)
+    try:
+        plain = msgspec.to_builtins(value, enc_hook=repr, str_keys=True)
+    except TypeError:  # keys that JSON does not know, such as tuples
+        plain = repr(value)
     text = json.dumps(plain)
     return plain if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."

@@ -89,7 +89,7 @@ def test_what_cannot_be_shown_says_so_and_runs_no_code(state: State) -> None:
 
 def test_arguments_progress_and_parts_are_shown(state: State, signer: Signer) -> None:
     record = Record(state, state="running", part=3)
-    payload = CODEC.pack_call((3,), {"key": "k"})
+    payload = CODEC.pack_call(({(1, 2): 3},), {"key": "k"})
     call = DurableCall(record.id, "Echo", "", 1000, PYTHON, "", True, payload, terms=Terms())
     record.put(frame=signer.seal(encode(call)), progress=record.sealed(VALUE, CODEC.pack(0.5)))
     parts = [Part(1, 1, True, CODEC.pack("a")), Part(1, 2, False, b"raw")]
@@ -99,7 +99,7 @@ def test_arguments_progress_and_parts_are_shown(state: State, signer: Signer) ->
 
     shown = record.shown("key")
 
-    assert shown.arguments == {"args": [3], "kwargs": {"key": "(hidden)"}}
+    assert shown.arguments == {"args": "({(1, 2): 3},)", "kwargs": {"key": "(hidden)"}}
     assert shown.progress == 0.5
     assert shown.parts[:2] == ["a", "raw"]
     assert shown.parts[2].startswith(CANNOT)
