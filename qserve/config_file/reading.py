@@ -98,15 +98,19 @@ def read_config_file(path: Path) -> FileWithLines:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except yaml.YAMLError as exc:
+        mistaken = list(_mistaken_keys(root))
+    except (yaml.YAMLError, ValueError) as exc:  # the latter for 2001-99-99, which looks like a date
         raise ConfigurationError(f"{path} is no YAML: {exc}") from exc
+    except RecursionError:
+        raise ConfigurationError(
+            f"{path} cannot be read: it is nested too deeply, or an alias (`*name`) stands within what it stands for."
+        ) from None
     if root is None or not isinstance(values, dict):
         raise ConfigurationError(
             f"{path} has to be a mapping with `applications:`, a list. `qserve build MODULE:NAME` writes an example."
         )
     file = FileWithLines(path, root)
-    changed = [(place, f"{shown(place[:-1]) or 'the file'}: {said}") for place, said in keys_changed_silently(root)]
-    if mistaken := [*_doubled_keys(root), *changed]:
+    if mistaken:
         raise file.mistakes(mistaken)
     try:
         file.config = ConfigFile.model_validate(values)
@@ -146,6 +150,14 @@ def _mistakes_of(exc: ValidationError, file: FileWithLines, values: dict[str, An
 
 def _is_of_key(error: Any) -> bool:
     return bool(error["type"] == "invalid_key" or error["loc"][-1:] == ("[key]",))
+
+
+def _mistaken_keys(root: yaml.Node | None) -> Iterator[tuple[Place, str]]:
+    if root is None:
+        return
+    yield from _doubled_keys(root)
+    for place, said in keys_changed_silently(root):
+        yield place, f"{shown(place[:-1]) or 'the file'}: {said}"
 
 
 def _doubled_keys(node: yaml.Node, place: Place = ()) -> Iterator[tuple[Place, str]]:

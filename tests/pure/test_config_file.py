@@ -136,6 +136,10 @@ MISTAKES = {
         one("deployments: [{name: Price, user_config: {switch: [{on: 1}]}}]"),
         'user_config.switch[0]: YAML takes the key on for a truth value. For text, put it between quotes: "on"',
     ),
+    "a key is nothing, after one that is text": (
+        one('runtime_env: {env_vars: {A: "x", ~: "x"}}'),
+        'env_vars: YAML takes the key ~ for no value. For text, put it between quotes: "~"',
+    ),
     "a key is a number": (
         one('runtime_env: {env_vars: {8080: "x"}}'),
         'env_vars: YAML takes the key 8080 for a number. For text, put it between quotes: "8080"',
@@ -175,6 +179,9 @@ MISTAKES = {
         "import_path: shop:app\ndeployments: []\n",
         "Put it into a list: `applications:`",
     ),
+    "a variable is a list": (one("runtime_env: {env_vars: {A: [1]}}"), "applications[0].runtime_env.env_vars.A"),
+    "a date is none": (one("args: {day: 2001-99-99}"), "is no YAML: month must be in 1..12"),
+    "an alias is within itself": (one("args: &all {x: *all}"), "an alias (`*name`) stands within what it stands for"),
     "the file is no YAML": ("applications: [", "is no YAML"),
     "the file is empty": ("", "has to be a mapping with `applications:`"),
 }
