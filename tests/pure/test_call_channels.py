@@ -14,14 +14,7 @@ from qserve.calls.pending import PendingCall
 from qserve.errors import StreamBroken
 from qserve.wire.channel import ABORT, CREDIT, DATA, HELLO, Chunk
 from qserve.wire.messages import Signer
-
-
-class OpenConnection(Connection):
-    """To nobody, which is said to be open."""
-
-    @property
-    def is_open(self) -> bool:
-        return True
+from tests.support.open_connection import OpenConnection
 
 
 class Process:

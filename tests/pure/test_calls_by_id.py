@@ -12,19 +12,12 @@ from qserve.durable.by_id import CallsById
 from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.wire.call_record import PART, CallRecord, Part
 from qserve.wire.messages import VALUE, Reply, Signer, encode
+from tests.support.open_connection import OpenConnection
 
 SIGNER = Signer((b"key",))
 RECORD = CallRecord(
     *("d1", "running", "Echo", 0, "", 2, 0.0, 0.0, None, None, None, "", None, (), 3), has_parts=True, is_late=False
 )
-
-
-class OpenConnection(Connection):
-    """To nobody, which is said to be open."""
-
-    @property
-    def is_open(self) -> bool:
-        return True
 
 
 class Told:

@@ -17,16 +17,9 @@ from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, Signer
 from qserve_workers.calls import durable_calls
 from qserve_workers.calls.durable_calls import DurableRuns
+from tests.support.open_connection import OpenConnection
 
 ENTRY = Entry(b"1-0", b"", durable=True, call=b"d1")
-
-
-class OpenConnection(Connection):
-    """To nobody, which is said to be open."""
-
-    @property
-    def is_open(self) -> bool:
-        return True
 
 
 class Replica:

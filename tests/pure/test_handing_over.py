@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qserve.broker.connection import Answer, Connection
+from qserve.broker.connection import Answer
 from qserve.broker.link import Link
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import ReplicaQueue
@@ -14,15 +14,8 @@ from qserve.settings import Settings
 from qserve.wire.messages import Control, Signer
 from qserve_workers.calls import model_affinity
 from qserve_workers.calls.model_affinity import ModelAffinity
+from tests.support.open_connection import OpenConnection
 from tests.support.waiting import until
-
-
-class OpenConnection(Connection):
-    """To nobody, which is said to be open."""
-
-    @property
-    def is_open(self) -> bool:
-        return True
 
 
 class Replica:

@@ -14,17 +14,10 @@ from qserve.durable.watching import CallWatcher, Watchers
 from qserve.errors import BrokerUnavailable, CallCancelled, CallNotFound, FrameRejected
 from qserve.wire.call_record import ANYONE, NEWS, PROGRESS
 from qserve.wire.messages import VALUE, Outcome, Reply, Signer
+from tests.support.open_connection import OpenConnection
 from tests.support.waiting import until
 
 SIGNER = Signer((b"key",))
-
-
-class OpenConnection(Connection):
-    """To nobody, which is said to be open."""
-
-    @property
-    def is_open(self) -> bool:
-        return True
 
 
 class Server:
