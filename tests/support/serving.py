@@ -94,16 +94,16 @@ def serving(command: list[str], port: int, runtime: Path, folder: Path, ready: s
 
 
 def wait_for_answer(instance: Serving, path: str) -> None:
-    """Wait until the path answers with a status below 500."""
+    """Wait until the path answers with a status below 500, and the routes with one at least."""
 
     def answers() -> bool:
         assert instance.process.poll() is None, instance.output.read_text()
         try:
-            urllib.request.urlopen(instance.url + path, timeout=patience(5)).close()
+            with urllib.request.urlopen(instance.url + path, timeout=patience(5)) as response:
+                return path != "/-/routes" or response.read() != b"{}"
         except urllib.error.HTTPError as error:
             return error.code < 500 and error.code != 404
         except OSError:
             return False
-        return True
 
     wait_until(answers, 50, shows=instance.output.read_text)
