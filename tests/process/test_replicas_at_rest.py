@@ -47,4 +47,4 @@ async def test_a_replica_rests_while_it_is_alone_and_nobody_calls(world: World, 
 
     await world.start()
     assert await until_beats(3) < 3 * REST_S
-    assert not rests()
+    await until(lambda: not rests())  # the lease that was taken while it rested is longer
