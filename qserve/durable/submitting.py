@@ -185,7 +185,10 @@ class Submissions:
         if each.options.expires_s is not None:  # nobody tells of a call that no replica looks at
             later = each.options.expires_s + _EXPIRY_SHOWS_S
             asyncio.get_running_loop().call_later(later, self._watchers.look_if_watched, each.call.id)
-        verdict = _verdict(each.call, answer, place, self._full_queues)
+        if self._keys.shards == 1 and not isinstance(answer, Exception) and answer[0] == NO_STATE:
+            verdict: str | QServeError = _lost(each.call.deployment)
+        else:  # a shard of a cluster knows its own deployments only
+            verdict = _verdict(each.call, answer, place, self._full_queues)
         self.accepted += verdict == each.call.id
         each.on_admitted(verdict)
 
@@ -224,13 +227,15 @@ def _nearest(caller: CallInfo) -> str:
     return next((each for each in reversed(lineage) if is_call_id(each)), lineage[-1])
 
 
+def _lost(name: str) -> QServeError:
+    return BrokerUnavailable(
+        f"Redis has lost what was deployed, or nothing was ever deployed, so the call to {name!r} was not taken. A "
+        "node that runs puts the deployments back within seconds: try again then"
+    )
+
+
 def _verdict(call: DurableCall, answer: Answer, place: int, full_queues: FullQueues) -> str | QServeError:
     name = call.deployment
-    if not isinstance(answer, Exception) and answer[0] == NO_STATE:
-        return BrokerUnavailable(
-            f"Redis has lost what was deployed, or nothing was ever deployed, so the call to {name!r} was not taken. A "
-            "node that runs puts the deployments back within seconds: try again then"
-        )
     if (error := refusal_of_all(name, answer)) is not None:
         return error
     found = answer[1 + place]
