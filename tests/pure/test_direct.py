@@ -12,7 +12,7 @@ from uvicorn.server import ServerState
 from qserve.errors import BackPressureError, GetTimeoutError, ReplicaDied
 from qserve.hooks import GatewayHook, GatewayRequest
 from qserve.settings import Settings
-from qserve.wire.channel import DATA, END, HELLO, Chunk
+from qserve.wire.channel import DATA, END, Chunk
 from qserve.wire.messages import HTTP_RESPONSE, HttpResponse, Reply, encode
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_gateway.bodies.streaming import ClientDisconnected
@@ -217,6 +217,16 @@ async def test_a_request_with_hooks_takes_no_task_either(
     assert (b"\r\ntraceresponse: 00-1-2-01\r\n" in seen[0][0]) == bool(told)
 
 
+def begin_stream(calls: FakeCalls) -> Callable[[Chunk], None]:
+    """Answer the call that was put last with the beginning of a stream; returns what takes its further chunks."""
+    pending = calls.last_put
+    channel = calls.open_channel(pending)
+    assert pending.on_stream is not None
+    channel.feed(Chunk("replica", DATA, 0, encode(HttpResponse(200, [(b"x-part", b"1")], b""))))
+    pending.on_stream(pending, channel)
+    return channel.feed
+
+
 class Hooked(NamedTuple):
     """A request that waits for its answer, and what its hook is told."""
 
@@ -271,12 +281,7 @@ async def test_hooks_are_told_of_an_answer_that_cannot_be_sent(calls: FakeCalls)
 
 async def test_hooks_are_told_how_a_stream_has_ended(calls: FakeCalls) -> None:
     hooked = begin_hooked(calls)
-    pending = calls.last_put
-    channel = calls.open_channel(pending)
-    feed: Callable[[Chunk], None] = channel.feed
-    assert pending.on_stream is not None
-    feed(Chunk("replica", DATA, 0, encode(HttpResponse(200, [(b"x-part", b"1")], b""))))
-    pending.on_stream(pending, channel)
+    feed = begin_stream(calls)
     assert hooked.hook.told == []
     feed(Chunk("replica", END, 1, b""))
     assert b"\r\ntraceresponse: 00-1-2-01\r\n" in await hooked.connection.answered(b"")
@@ -393,13 +398,7 @@ async def test_a_stream_goes_on_in_a_task(calls: FakeCalls, leaves: bool) -> Non
     calls.answer = lambda request: None
     connection = Connection(calls)
     connection.protocol.data_received(GET)
-    pending = calls.last_put
-    channel = calls.open_channel(pending)
-    feed: Callable[[Chunk], None] = channel.feed
-    assert pending.on_stream is not None
-
-    feed(Chunk("replica", HELLO, 0, encode(HttpResponse(200, [(b"x-part", b"1")], b""))))
-    pending.on_stream(pending, channel)
+    feed = begin_stream(calls)
     assert connection.tasks == 1
     if leaves:
         connection.protocol.connection_lost(None)
