@@ -140,7 +140,6 @@ class Connection(asyncio.Protocol):
             lost = BrokerUnavailable("the connection to Redis is lost, and this was not sent: try again in a moment")
             asyncio.get_running_loop().call_soon(on_answer, lost)
             return
-        self._waiting.append(on_answer)
         if not self._out:
             self._loop.call_soon(self.flush)
         last = command[-1]
@@ -150,6 +149,7 @@ class Connection(asyncio.Protocol):
             self._out += _pack_large(command, 2)
         else:
             self._out.append(hiredis.pack_command(command))
+        self._waiting.append(on_answer)  # not before: packing raises where an argument is nothing that Redis takes
 
     def send_now(self, on_answer: Callable[[Answer], None], *command: Any) -> None:
         """Like `send`, but does not wait for the end of the tick."""

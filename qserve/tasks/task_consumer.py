@@ -3,7 +3,6 @@
 import asyncio
 import inspect
 import logging
-import traceback
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Final, TypeVar, overload
@@ -13,6 +12,7 @@ from qserve.deployments.loading import Deployable
 from qserve.errors import DeploymentNotFound
 from qserve.tasks.task_config import TaskProcessorConfig
 from qserve.tasks.task_processor import TaskProcessorAdapter
+from qserve.wire.exceptions import text_of, traceback_of
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +120,10 @@ class _FailedTasks:
         call = current_call.get()
         if call is None or not is_last_attempt():
             return
-        text = "".join(traceback.format_exception(error))
         try:
-            self._adapter.enqueue_task_sync(task_name, [call.request_id, str(error), list(args), kwargs, text])
+            self._adapter.enqueue_task_sync(
+                task_name, [call.request_id, text_of(error), list(args), kwargs, traceback_of(error)]
+            )
         except DeploymentNotFound as exc:
             logger.info("A failed task stays a dead letter only: %s", exc)
         except Exception:

@@ -46,7 +46,7 @@ def describe_error(exc: BaseException, pack: Pack) -> ErrorInfo:
     """
     try:
         info = _describe(exc, pack, _DEEPEST)
-        return msgspec.structs.replace(info, traceback_text=_clean(_traceback_of(exc))[-_LONGEST_TEXT:])
+        return msgspec.structs.replace(info, traceback_text=traceback_of(exc)[-_LONGEST_TEXT:])
     except BaseException:  # a class may lie about anything, and its methods may raise anything
         return ErrorInfo(code="", type_name="Exception", module="builtins", message="an error that cannot be described")
 
@@ -63,9 +63,9 @@ def _describe(exc: BaseException, pack: Pack, room: int) -> ErrorInfo:
     members = origin.exceptions[:_MOST_MEMBERS] if isinstance(origin, BaseExceptionGroup) and room else ()
     return ErrorInfo(
         code=code,
-        type_name=_clean(type_name),
-        module=_clean(module),
-        message=_clean(message or text_of(exc))[:_LONGEST_TEXT],
+        type_name=plain_text(type_name),
+        module=plain_text(module),
+        message=plain_text(message or text_of(exc))[:_LONGEST_TEXT],
         args=packed_content(origin, pack),
         cause=None if cause is None else _describe(cause, pack, room - 1),
         members=tuple(_describe(member, pack, room - 1) for member in members),
@@ -149,23 +149,24 @@ def _task_error_and(cls: Any) -> type[TaskError] | None:
 
 
 def text_of(exc: BaseException) -> str:
-    """Its text; never raises."""
+    """Its text, as `plain_text` says it; never raises."""
     try:
-        return str(exc)
+        return plain_text(exc)
     except BaseException:  # a user's __str__
         return "<its text cannot be had: str() of it raised>"
 
 
-def _traceback_of(exc: BaseException) -> str:
+def traceback_of(exc: BaseException) -> str:
+    """Its traceback from the user's code on, as `plain_text` says it; never raises."""
     first = exc.__traceback__
     while first is not None and str(first.tb_frame.f_globals.get("__name__")).partition(".")[0] in _MACHINERY:
         first = first.tb_next
     try:
-        return "".join(traceback.format_exception(type(exc), exc, first or exc.__traceback__))
+        return plain_text("".join(traceback.format_exception(type(exc), exc, first or exc.__traceback__)))
     except BaseException:  # it looks into user objects
         return ""
 
 
-def _clean(text: object) -> str:
-    """The text without lone surrogates, which the wire refuses."""
+def plain_text(text: object) -> str:
+    """The text with its lone surrogates spelled out: neither Redis nor JSON nor msgpack takes them."""
     return str(text).encode("utf-8", "backslashreplace").decode()

@@ -147,6 +147,18 @@ async def test_an_error_is_the_answer_of_its_own_command_only(connection: Connec
     assert "wrong number of arguments" in str(wrong)
 
 
+async def test_a_command_that_cannot_be_packed_leaves_the_answers_of_the_others_in_order(
+    connection: Connection,
+) -> None:
+    before = asyncio.ensure_future(connection.call("ECHO", "before"))
+    await asyncio.sleep(0)
+    for command in (("ECHO", "\ud800"), ("ECHO", None), ("SET", "\ud800", bytes(100_000))):
+        with pytest.raises((UnicodeEncodeError, TypeError)):
+            await connection.call(*command)
+    assert await connection.call("ECHO", "after") == b"after"
+    assert await before == b"before"
+
+
 async def test_a_lost_connection_fails_every_open_command_once(
     peer: tuple[Peer, Connection, asyncio.Event],
 ) -> None:

@@ -52,6 +52,13 @@ async def test_each_lane_gets_the_answers_to_its_own_commands(lanes: Two) -> Non
     assert (lanes.one.is_idle, lanes.two.is_idle) == (True, True)
 
 
+async def test_a_command_that_cannot_be_packed_shifts_nobodys_answers(lanes: Two) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        await lanes.one.call("ECHO", "\ud800")
+    one, two = await asyncio.gather(lanes.one.call("ECHO", 1), lanes.two.call("ECHO", 2))
+    assert (one, two) == (b"1", b"2")
+
+
 async def test_where_one_shard_has_moved_the_others_stay(lanes: Two) -> None:
     answers: list[Answer] = []
     lanes.one.send(answers.append, *MOVED)

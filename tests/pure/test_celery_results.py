@@ -37,3 +37,10 @@ def test_an_error_arrives_with_type_arguments_and_traceback() -> None:
 def test_an_error_whose_text_cannot_be_had_is_told_all_the_same() -> None:
     (said,) = told(failed_task("task-1", Mute(object())))["result"]["exc_message"]
     assert "text cannot be had" in said
+
+
+def test_a_text_that_json_cannot_hold_is_told_with_what_stands_for_it() -> None:
+    """As names of files that are no UTF-8."""
+    task = told(failed_task("task-1", ValueError("caf\udce9", 3)))
+    assert task["result"]["exc_message"] == ["caf\\udce9", 3]
+    assert "ValueError: ('caf" in task["traceback"]

@@ -33,8 +33,8 @@ class Lane(Connection):
         if self._transport is None:
             super().send(on_answer, *command)
             return
-        self._waiting.append(on_answer)
         self._line.send(self._answered, *command)
+        self._waiting.append(on_answer)
 
     def _answered(self, answer: Answer) -> None:
         if not self._waiting:

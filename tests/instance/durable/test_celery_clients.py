@@ -146,7 +146,9 @@ def test_what_is_no_call_fails_and_nothing_is_left_in_celerys_queue(
     pickled = send(client, "calc", "add", [1], serializer="pickle")
     sent.append(client.send_task("os.system", args=["true"]))
     with Redis.from_url(qserve_instance.settings.redis_url) as redis:
-        redis.lpush(queue, b"no message", b"[]", b'{"headers": 1}', b"\xff")
+        nameless = {"headers": {"id": "\ud800", "task": "qserve.call"}, "properties": {}, "body": "[[], {}, {}]"}
+        nameless |= {"content-type": "application/json", "content-encoding": "utf-8"}
+        redis.lpush(queue, b"no message", b"[]", b'{"headers": 1}', b"\xff", json.dumps(nameless))
 
         assert send(client, "calc", "add", [1], ignore_result=True).id
         assert send(client, "calc", "add", [2]).get(patience(LIMIT_S)) == 3

@@ -302,6 +302,30 @@ def test_a_call_is_tried_again_after_the_errors_it_names(notes: Notes) -> None:
     assert notes.read() == ["os"] * 3 + ["value"] * 4
 
 
+def test_an_error_whose_text_redis_does_not_take_arrives_and_harms_no_other_call(qserve_instance: TestInstance) -> None:
+    """The names of some files have half a surrogate pair in them, and stand in the texts of errors."""
+
+    @serve.deployment
+    def picky(name: str) -> str:
+        if name.isascii():
+            return name
+        raise ValueError(f"cannot read {name}")
+
+    picky.deploy()
+    names = ["caf\udce9", "plain"] * 10
+    refs = [handle.remote(name) for handle in (picky.get_handle(), durable(picky)) for name in names]
+
+    for name, ref in zip(names * 2, refs, strict=True):
+        if name == "plain":
+            assert ref.result(patience(LIMIT_S)) == "plain"
+            continue
+        with pytest.raises(ValueError, match=r"cannot read caf\\udce9"):
+            ref.result(patience(LIMIT_S))
+    settings = qserve_instance.settings
+    with client_of(settings.redis_url) as redis:
+        wait_until(lambda: redis.xlen(settings.keys.of("picky").troubles("picky")))
+
+
 def test_retries_come_to_an_end_in_the_dead_letters() -> None:
     @serve.deployment
     def broken() -> None:

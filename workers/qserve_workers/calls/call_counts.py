@@ -19,7 +19,7 @@ from qserve.broker.server import redis_clients
 from qserve.context import batch_sizes
 from qserve.errors import FrameRejected
 from qserve.telemetry.user_metrics import take_counts
-from qserve.wire.exceptions import text_of
+from qserve.wire.exceptions import text_of, traceback_of
 from qserve.wire.messages import HTTP, Call, decode_http_request, request_of
 from qserve_workers.calls.running import RunningCall
 
@@ -76,7 +76,7 @@ class CallCounts:
             self._note("failed", running, ran_ms, error, "")
         else:
             said = f"{type(error).__name__}: {text_of(error)}"
-            self._note("failed", running, ran_ms, said, "".join(traceback.format_exception(error)))
+            self._note("failed", running, ran_ms, said, traceback_of(error))
 
     def note_lost(self, call: Call, error: str, *, ends: bool) -> None:
         """Note a call whose replica died while it had it.

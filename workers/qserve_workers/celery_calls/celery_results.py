@@ -3,7 +3,6 @@
 JSON without its braces: Celery's state and the task's id are added where the end is written (lua/shared_records.lua).
 """
 
-import traceback
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +10,7 @@ import msgspec
 
 from qserve.errors import ResultNotSerializable, TaskError, failure_of
 from qserve.wire.call_record import DurableCall
-from qserve.wire.exceptions import text_of
+from qserve.wire.exceptions import plain_text, text_of, traceback_of
 
 
 def celery_result(value: object) -> bytes:
@@ -41,9 +40,11 @@ def _failure(error: BaseException) -> bytes:
     name, module = type(error).__qualname__, type(error).__module__
     if isinstance(error, TaskError) and (failure := failure_of(error)).type_name:
         name, module = failure.type_name, failure.module
-    said = list(error.args) if all(isinstance(each, str | int | float) for each in error.args) else [text_of(error)]
+    said: list[object] = [plain_text(each) if isinstance(each, str) else each for each in error.args]
+    if not all(isinstance(each, str | int | float) for each in said):
+        said = [text_of(error)]
     facts = {"exc_type": name, "exc_message": said, "exc_module": module}
-    return _outcome(facts, "".join(traceback.format_exception(error)))
+    return _outcome(facts, traceback_of(error))
 
 
 def _outcome(result: Any, text: str) -> bytes:

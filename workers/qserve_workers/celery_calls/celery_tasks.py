@@ -29,6 +29,7 @@ from qserve.errors import (
 from qserve.settings import Settings
 from qserve.wire.call_record import ANYONE, NEVER_MS, RESULT_TTL_S, DurableCall, DurableOptions, Terms
 from qserve.wire.codec import Codec
+from qserve.wire.exceptions import plain_text
 from qserve.wire.messages import PYTHON, Signer
 from qserve.wire.names import is_name
 from qserve_workers.celery_calls.celery_results import failed_task
@@ -92,7 +93,7 @@ class Desk:
 
     def refuse(self, headers: dict[str, Any], error: Exception) -> None:
         """Let the task of a message fail, as far as it has an id."""
-        task = str(headers.get("id", ""))
+        task = plain_text(headers.get("id", ""))
         logger.warning("task %s is no call: %s", task or "without an id", error)
         if task:
             self._end(task, error)

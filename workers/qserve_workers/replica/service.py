@@ -5,7 +5,6 @@ import contextlib
 import logging
 import socket
 import time
-import traceback
 from collections.abc import Sequence
 
 from msgspec.structs import replace
@@ -24,6 +23,7 @@ from qserve.hooks import HookChain, ReplicaHook
 from qserve.multiplexing import room_for_models
 from qserve.settings import Settings
 from qserve.tracebacks import users_part
+from qserve.wire.exceptions import text_of, traceback_of
 from qserve.wire.messages import Control
 from qserve.wire.spec import DRAINING, SERVING, STANDBY, STARTING, Deployed
 from qserve_workers.calls.consumer import Consumer
@@ -144,7 +144,7 @@ class Service:
             await self._health.first(self._code)
         except Exception as exc:
             logger.exception("Exception in deployment %r: replica %s could not be constructed", spec.name, self._tag)
-            text = str(exc) if isinstance(exc, QServeError) else _traceback_of(exc)
+            text = text_of(exc) if isinstance(exc, QServeError) else _users_traceback(exc)
             generation = self._deployed.generation
             self._events.tell(ConstructionFailed(generation=generation, revision=spec.revision, error=text))
             return None
@@ -238,7 +238,7 @@ class Service:
                 await code.reconfigure(config)
             except Exception as exc:
                 logger.exception("Exception in deployment %r: reconfigure failed", self._name)
-                self._events.tell(ReconfigureFailed(generation=deployed.generation, error=_traceback_of(exc)))
+                self._events.tell(ReconfigureFailed(generation=deployed.generation, error=_users_traceback(exc)))
                 return
             finally:
                 self._start_taking(code)
@@ -341,5 +341,5 @@ class Service:
             client.close()
 
 
-def _traceback_of(error: Exception) -> str:
-    return users_part("".join(traceback.format_exception(what_was_raised(error))))
+def _users_traceback(error: Exception) -> str:
+    return users_part(traceback_of(what_was_raised(error)))
