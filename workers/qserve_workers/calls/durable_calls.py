@@ -22,6 +22,7 @@ from qserve.errors import (
     PayloadTooLarge,
     QServeError,
     ResultTooLarge,
+    StreamBroken,
     ValueNotSerializable,
 )
 from qserve.failpoints import reach
@@ -208,7 +209,12 @@ class DurableRuns:
             collected.append(CollectedResponse(self._max_bytes, parts.body))
             return collected[-1]
 
-        response = await code.http(request, open_channel)
+        try:
+            response = await code.http(request, open_channel)
+        except StreamBroken:
+            for each in collected:
+                each.check()
+            raise
         packed = encode(response if response is not None else collected[0].response())
         if len(packed) > self._max_bytes:
             raise ResultTooLarge(

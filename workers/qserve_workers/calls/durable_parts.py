@@ -30,6 +30,7 @@ class CollectedResponse(Channel):
         self._on_part = on_part
         self._parts: list[bytes] = []
         self._size = 0
+        self._too_large: ResultTooLarge | None = None
         self._closed = asyncio.Event()
 
     def greet(self) -> None:
@@ -39,9 +40,10 @@ class CollectedResponse(Channel):
         """Take in the head of a response, then each part of it."""
         self._size += len(data)
         if self._size > self._limit:
-            raise ResultTooLarge(
+            self._too_large = ResultTooLarge(
                 f"the response has more than {self._limit:,} bytes, the limit: raise QSERVE_MAX_VALUE_BYTES"
             )
+            raise self._too_large
         self._parts.append(data)
         if len(self._parts) > 1 and data:
             await self._on_part(data)
@@ -55,8 +57,14 @@ class CollectedResponse(Channel):
         """The response is complete."""
         self._closed.set()
 
+    def check(self) -> None:
+        """Raise ResultTooLarge if it was, whatever the application has made of that error."""
+        if self._too_large is not None:
+            raise self._too_large
+
     def response(self) -> HttpResponse:
-        """What was sent."""
+        """What was sent; raises like `check`."""
+        self.check()
         head = decode_http_response(self._parts[0])
         return HttpResponse(head.status, head.headers, b"".join(self._parts[1:]))
 
