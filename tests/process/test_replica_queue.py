@@ -1,5 +1,6 @@
 """A queue as a replica sees it over its own connection: what is there, what is its own, and who has died."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -45,6 +46,13 @@ async def test_the_group_is_made_where_it_is_missing_and_begins_with_the_first_c
     assert len(queue.read("A")) == 1
 
 
+async def test_replicas_that_come_at_the_same_moment_make_one_group(connection: Connection, queue: Queue) -> None:
+    await asyncio.gather(*(ReplicaQueue(KEYS, "Echo", name).open(connection) for name in "ABC"))
+    queue.put("a")
+    assert len(queue.read("A")) == 1
+    assert queue.read("B") == []
+
+
 async def test_a_key_that_is_no_queue_is_refused(connection: Connection, redis_client: "redis.Redis") -> None:
     redis_client.set(STREAM, "x")
     with pytest.raises(CommandRefused, match="WRONGTYPE"):
@@ -72,6 +80,19 @@ async def test_the_history_is_what_this_replica_has_and_has_not_answered(
     assert [(entry.id, entry.deliveries) for entry in await me.history(connection)] == [(mine, 1)]
     assert me.entries(None) == []
     assert await me.length(connection) == 2
+
+
+async def test_the_history_is_without_what_others_take_while_it_is_read(
+    connection: Connection, me: ReplicaQueue, queue: Queue
+) -> None:
+    """Calls that were handed over to this replica, and not started, are anyone's for the taking."""
+    queue.put("mine", "lost")
+    mine, lost = queue.read("A", 2)
+    queue.redis.xclaim(STREAM, GROUP, "A", 0, [mine, lost], retrycount=0)
+    history = asyncio.ensure_future(me.history(connection))
+    await asyncio.sleep(0)
+    await connection.call("XCLAIM", STREAM, GROUP, "B", 0, lost)
+    assert [(entry.id, entry.frame) for entry in await history] == [(mine, b"mine")]
 
 
 async def test_a_replica_with_calls_and_no_heartbeat_gets_one_that_never_moves(
