@@ -354,7 +354,8 @@ class Client:
             outcome = LargeReply(reply.id, reply.kind, result)
         except ValueGone as exc:
             if call.safe and call.frame and call.channel is None:
-                self._reconciler.send_again(call)
+                if call.id in self._pending:  # else it has ended meanwhile
+                    self._reconciler.send_again(call)
                 return
             outcome = Indeterminate(f"the call has run, but its large result is lost: {exc}")
         except (BrokerUnavailable, FrameRejected) as exc:

@@ -33,13 +33,12 @@ class NotReachable(Exception):
 class _Mapped:
     """A segment of another process, mapped here."""
 
-    def __init__(self, pid: int, fd: int, size: int) -> None:
+    def __init__(self, pid: int, fd: int, size: int, mapped: mmap.mmap) -> None:
         self.pid = pid
         self.fd = fd
         self.size = size
         self.used_at = 0.0
-        self.map = mmap.mmap(fd, size)
-        self.map.madvise(mmap.MADV_DONTFORK)
+        self.map = mapped
         self.pages = MappedPages(self.map, size, writes=False)
 
     def __del__(self) -> None:
@@ -244,9 +243,14 @@ def _open(lent: Lent, end: int) -> _Mapped:
         raise NotReachable from exc
     try:
         _check(fd, lent, end)
-        return _Mapped(lent.pid, fd, os.fstat(fd).st_size)
-    except BaseException:
+        size = os.fstat(fd).st_size
+        mapped = mmap.mmap(fd, size)
+        mapped.madvise(mmap.MADV_DONTFORK)
+        return _Mapped(lent.pid, fd, size, mapped)
+    except BaseException as exc:
         os.close(fd)
+        if isinstance(exc, OSError):  # no descriptors left, or no room for another map
+            raise NotReachable from exc
         raise
 
 

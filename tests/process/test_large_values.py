@@ -1,7 +1,9 @@
 """Large values: lent on one host, sent where that is not possible, and nothing of them left behind."""
 
 import asyncio
+import errno
 import hashlib
+import mmap
 import os
 import threading
 from collections.abc import AsyncIterator
@@ -15,7 +17,7 @@ from qserve.broker.keys import Keys
 from qserve.broker.large import transfers
 from qserve.broker.large.lending import Lending, Loan
 from qserve.broker.large.transfers import CHUNK, TransferBroken, Transfers
-from qserve.errors import FrameRejected, GetTimeoutError, Indeterminate, PayloadTooLarge
+from qserve.errors import CallCancelled, FrameRejected, GetTimeoutError, Indeterminate, PayloadTooLarge
 from qserve.settings import Settings
 from qserve.values import borrowing, segments
 from qserve.values.borrowing import Borrowing, NotReachable, ValueGone
@@ -23,7 +25,8 @@ from qserve.wire.messages import Lent, Signer, decode_lent
 from qserve.wire.parts import Parts
 from tests.support.calling import Caller, Code, calling, deploy, serving, within
 from tests.support.lender import lent_by_another_process
-from tests.support.waiting import until
+from tests.support.slowness import patience
+from tests.support.waiting import LIMIT_S, until
 
 if TYPE_CHECKING:
     import redis
@@ -154,6 +157,29 @@ class TestCalls:
             with pytest.raises(Indeterminate, match="the call has run, but its large result is lost"):
                 caller.value(await within(outcome))
 
+    async def test_a_call_that_ended_while_its_result_was_fetched_is_not_sent_again(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        spec = deploy(settings)
+        async with calling(settings) as caller, serving(settings, spec) as (_, code):
+            fetching, let_go = asyncio.Event(), asyncio.Event()
+
+            async def gone(*_args: object, **_options: object) -> None:
+                fetching.set()
+                await let_go.wait()
+                raise ValueGone("a large value was lost with the process that had it")
+
+            monkeypatch.setattr(caller.client.lending, "borrow", gone)
+            pending, outcome = caller.call(b"x" * MIB, safe=True)
+            await asyncio.wait_for(fetching.wait(), patience(LIMIT_S))
+            caller.client.cancel(pending)
+            let_go.set()
+            with pytest.raises(CallCancelled):
+                caller.value(await within(outcome))
+            assert await caller.ask("next") == "next"
+            assert len(code.started) == 2
+        assert "background task failed" not in caplog.text
+
 
 class TestLending:
     async def test_a_result_is_kept_until_it_is_copied_out(self, lending: Lending) -> None:
@@ -237,6 +263,18 @@ class TestLending:
         for loan in loans:
             lending.end(loan, is_read=True)
         assert lending.lend(b"x" * MIB).segment.is_file
+
+    async def test_what_cannot_be_mapped_has_to_be_sent(
+        self, lending: Lending, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lent = decode_lent(lending.lend(b"x" * MIB).frame)
+
+        def no_room(*_: object) -> None:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        monkeypatch.setattr(mmap, "mmap", no_room)
+        with pytest.raises(NotReachable):
+            Borrowing().open(lent, returns=False)
 
     async def test_a_value_larger_than_free_memory_is_refused(
         self, lending: Lending, monkeypatch: pytest.MonkeyPatch

@@ -4,13 +4,14 @@ import asyncio
 import gc
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from qserve.broker.keys import Keys
 from qserve.broker.large.lending import Lending, Loan
 from qserve.values.borrowing import Borrowed, Borrowing
-from qserve.values.segments import COPIED, HELD
+from qserve.values.segments import COPIED, HELD, Segment
 from qserve.wire.messages import (
     HTTP_RESPONSE,
     HttpRequest,
@@ -25,6 +26,7 @@ from qserve.wire.messages import (
 from qserve_gateway.bodies import large_bodies
 from qserve_gateway.bodies.large_bodies import LargeBodies, LargeResponse
 from qserve_gateway.bodies.streaming import ClientDisconnected
+from qserve_gateway.door.body_protocol import BodyReader
 
 MIB = 2**20
 LEAST = 1000
@@ -113,6 +115,21 @@ def test_small_ones_huge_ones_and_too_many_are_sent_on_as_they_come_in(
     assert bodies.begin(lending, REQUEST, 2 * MIB) is None
     bodies.end(first)
     assert bodies.begin(lending, REQUEST, 2 * MIB) is not None
+
+
+@pytest.mark.parametrize("end", ["connection_lost", "stop"])
+async def test_a_reader_that_has_ended_keeps_no_memory(end: str) -> None:
+    """Its connection, which is part of a cycle, is collected much later where little happens."""
+    segment = Segment(MIB)
+    reader = BodyReader(asyncio.Protocol(), Mock(), segment.read(64, 1000), lambda _size: None)
+    reader.get_buffer(1000)[:10] = bytes(10)
+    reader.buffer_updated(10)
+
+    reader.stop() if end == "stop" else reader.connection_lost(None)
+
+    segment.close()
+    assert reader.size == 10
+    assert segment._map.closed, "there is still a view of it"
 
 
 class TestResponses:

@@ -17,6 +17,7 @@ MOST_UNWANTED = 1024 * 1024
 """How much of a body is read after its response; where more may come, the connection is closed instead."""
 _NOT_PARSED = 64 * 1024
 """Bytes from which on a body of known length spares the parser, which would copy it and find nothing new."""
+_NOWHERE = memoryview(b"")
 _CONNECTION = "qserve.connection"
 """The extension of a request's scope by which `connection_of` finds its connection."""
 
@@ -53,8 +54,13 @@ class BodyReader(asyncio.BufferedProtocol):
     def stop(self) -> None:
         """Let the protocol read what is still to come; without effect where this is over."""
         if not self.over.done():
-            self.over.set_result(None)
+            self._end()
             self._switch_to(self._protocol)
+
+    def _end(self) -> None:
+        self.over.set_result(None)
+        # Connection and transport know this reader for longer: a view would keep the memory of a body that broke off.
+        self._place = _NOWHERE
 
     def _switch_to(self, protocol: asyncio.BaseProtocol) -> None:
         self._transport.set_protocol(protocol)
@@ -80,7 +86,7 @@ class BodyReader(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """As the protocol has it."""
         if not self.over.done():
-            self.over.set_result(None)
+            self._end()
         self._protocol.connection_lost(exc)
 
     def pause_writing(self) -> None:

@@ -11,11 +11,12 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import Response
 from starlette.background import BackgroundTask
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from qserve import serve
 from qserve.testing import TestInstance
-from tests.support.gates import Gate
+from tests.support.gates import Gate, Notes
+from tests.support.gateways import gateway
 from tests.support.processes import connect
 from tests.support.raw_http import read_response
 from tests.support.slowness import patience
@@ -28,12 +29,18 @@ LARGE = os.urandom(3 * MIB + 5)
 
 
 @pytest.fixture(autouse=True)
-def _served(qserve_instance: TestInstance, gate: Gate) -> None:
+def _served(qserve_instance: TestInstance, gate: Gate, notes: Notes) -> None:
     app = FastAPI()
 
     @app.post("/")
     async def digest(request: Request) -> str:
         return hashlib.sha256(await request.body()).hexdigest()
+
+    @app.post("/begun")
+    async def begun(request: Request) -> None:
+        notes.add("begun")
+        with contextlib.suppress(ClientDisconnect):
+            await request.body()
 
     @app.get("/made/{number}/{mib}")
     async def made(number: int, mib: int) -> Response:
@@ -111,3 +118,15 @@ def test_the_memory_of_responses_is_used_again(path: str, http: httpx.Client, ga
     for _ in range(20):
         pid = http.get(path).headers["pid"]
     wait_until(lambda: segments_of(pid) <= 4, LIMIT_S)
+
+
+def test_the_memory_of_an_upload_that_breaks_off_is_given_back(qserve_instance: TestInstance, notes: Notes) -> None:
+    """Half of it was read into memory that the replica has already been lent."""
+    head = b"POST /served/begun HTTP/1.1\r\nhost: HOST\r\ncontent-length: %d\r\n\r\n" % len(LARGE)
+    with gateway(qserve_instance.settings) as it:
+        for number in range(1, 4):
+            with it.address.connect() as connection:
+                connection.sendall(head + LARGE[: 2 * MIB])
+                notes.wait_for(number)
+                assert segments_of(str(it.process.pid)) > 0
+        wait_until(lambda: segments_of(str(it.process.pid)) == 0, LIMIT_S)
