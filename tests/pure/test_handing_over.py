@@ -7,8 +7,8 @@ import pytest
 
 from qserve.broker.connection import Answer
 from qserve.broker.link import Link
-from qserve.broker.redis_errors import CommandRefused
-from qserve.broker.replica_queue import ReplicaQueue
+from qserve.broker.redis_errors import CommandRefused, NotTaken, StillMoving
+from qserve.broker.replica_queue import Entry, ReplicaQueue
 from qserve.errors import BrokerUnavailable
 from qserve.settings import Settings
 from qserve.wire.messages import Control, Signer
@@ -80,6 +80,8 @@ async def replica(monkeypatch: pytest.MonkeyPatch) -> Replica:
         ([-1], [""], "forget"),
         ([BrokerUnavailable("lost")], [""], "forget"),
         ([CommandRefused("NOPERM")], [""], "keep"),
+        ([b"B", NotTaken("moved")], ["", "B"], "keep"),  # a cluster moves the slot: nothing was done
+        ([StillMoving("moving")], [""], "keep"),
     ],
 )
 async def test_a_call_is_run_here_or_forgotten_and_never_both(
@@ -102,7 +104,11 @@ async def test_who_runs_a_call_hears_that_its_caller_has_left(replica: Replica) 
 
 @pytest.mark.parametrize(
     ("answer", "is_here"),
-    [(1, False), (0, True), (-1, False), (BrokerUnavailable("lost"), False), (CommandRefused("NOPERM"), True)],
+    [
+        *((1, False), (0, True), (-1, False)),
+        *((BrokerUnavailable("lost"), False), (CommandRefused("NOPERM"), True)),
+        *((NotTaken("moved"), True), (StillMoving("moving"), True)),
+    ],
 )
 async def test_a_call_that_nobody_takes_back_stays(replica: Replica, answer: Answer, is_here: bool) -> None:
     replica.affinity.take(Control("adopt", "1-0 lion"), "B")
@@ -135,3 +141,28 @@ async def test_a_call_cannot_start_while_its_connection_is_lost(
     await until(lambda: not replica.starting)
     assert not begun
     assert not replica.affinity.waiting
+
+
+@pytest.mark.parametrize("refusal", [NotTaken("moved"), StillMoving("moving"), CommandRefused("NOPERM")])
+async def test_a_call_that_redis_refuses_to_start_is_started_later(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch, refusal: Exception
+) -> None:
+    entry = Entry(b"1-0", b"frame")
+    outcomes: list[Exception | Entry] = [refusal, entry]
+
+    async def adopt(*_: Any) -> Entry:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(ReplicaQueue, "adopt", adopt)
+    monkeypatch.setattr(model_affinity, "_PATIENCE_S", 0.01)
+    begun: list[Entry] = []
+    replica.affinity.take(Control("take_back", "1-0"), "B")
+    replica.affinity.start(1, begun.append)
+    assert replica.starting == {b"1-0"}, "a link that comes up meanwhile takes it for one that was lost"
+    await until(lambda: b"1-0" in replica.affinity.waiting)
+    replica.affinity.start(1, begun.append)
+    await until(lambda: begun == [entry])
+    assert not replica.starting

@@ -11,7 +11,7 @@ import pytest
 
 from qserve.broker.server.clock import RedisClock
 from qserve.errors import ReplicaDied
-from qserve.settings import Settings
+from qserve.settings import Settings, at_deployment
 from qserve.wire.messages import PYTHON, Call, encode
 from qserve_workers.calls.takeover import Takeover
 from tests.faults.failures.systems import NAME, System, ask, calling, put, system, value
@@ -183,8 +183,8 @@ async def test_a_call_that_takes_longer_than_deaths_do_runs_once() -> None:
 async def test_what_a_killed_worker_told_is_forgotten_and_what_live_ones_tell_stays(settings: Settings) -> None:
     spec = deploy(settings)
     async with serving(settings, spec) as (consumer, _):
-        takeover, sender, keys = Takeover(settings, consumer, "me"), consumer.link.sender, settings.keys
-        assert sender is not None
+        here = at_deployment(settings, spec.name)  # a node says in each shard of a cluster that it lives
+        takeover, sender, keys = Takeover(here, consumer, "me"), consumer.link.sender, here.keys
         for node in ("killed", "alive", "late"):
             await sender.call("HSET", keys.workers(spec.name), node, b"told")
         await sender.call("SET", keys.alive("alive"), 1)

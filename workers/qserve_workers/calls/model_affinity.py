@@ -1,7 +1,6 @@
 """Calls for one of many models: they go to a replica that holds the model, if it has room, and else to anybody."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -12,7 +11,7 @@ from qserve.broker.connection import Answer
 from qserve.broker.inboxes import send_control
 from qserve.broker.instance.held_models import HeldModels
 from qserve.broker.link import Link
-from qserve.broker.redis_errors import CommandRefused
+from qserve.broker.redis_errors import CommandRefused, NotTaken
 from qserve.broker.replica_queue import Entry, ReplicaQueue
 from qserve.context import ModelShelf
 from qserve.errors import BrokerUnavailable
@@ -160,7 +159,7 @@ class ModelAffinity:
         if answer == 1:
             asked.forget()
             self._note_given(asked.entry, other)
-        elif answer == -1 or isinstance(answer, BrokerUnavailable):
+        elif answer == -1 or (isinstance(answer, Exception) and not _is_refusal(answer)):
             asked.forget()  # if it is still this replica's, the next link brings it again
         else:
             if isinstance(answer, Exception):
@@ -230,12 +229,24 @@ class ModelAffinity:
 
     async def _start(self, entry_id: bytes, begin: Callable[[Entry], None]) -> None:
         entry = None
-        with contextlib.suppress(BrokerUnavailable, CommandRefused):  # the next link brings it again
+        try:
             entry = await self._queue.adopt(self._link.sender, entry_id)
+        except (BrokerUnavailable, CommandRefused) as exc:
+            if _is_refusal(exc):
+                logger.warning("could not start a call that was handed over, and will try again: %s", exc)
+                asyncio.get_running_loop().call_later(_PATIENCE_S, self._start_later, entry_id)
+                return
+            # Else the next link brings it again.
         self._starting.discard(entry_id)
         if entry is not None:
             begin(entry)
         self._on_change()
+
+    def _start_later(self, entry: bytes) -> None:
+        if entry in self._starting:
+            self._starting.discard(entry)
+            self.waiting[entry] = _Adopted("", None)
+            self._on_change()
 
     def forget(self, entries: Iterable[bytes]) -> None:
         """Leave some to other replicas, which have taken them."""
@@ -261,6 +272,14 @@ class ModelAffinity:
         self._starting.discard(entry)
         if answer == 1:
             self._note_given(entry, sender)
-        elif answer == 0 or not isinstance(answer, (int, BrokerUnavailable)):
+        elif answer == 0 or (isinstance(answer, Exception) and _is_refusal(answer)):
             self.waiting[entry] = _Adopted("", None)  # nobody takes it back
         self._on_change()
+
+
+def _is_refusal(answer: Exception) -> bool:
+    """Whether what was asked has not been done, for sure, so that the call is still where it was.
+
+    No new connection has to follow on it, which would bring the call again.
+    """
+    return not isinstance(answer, BrokerUnavailable) or isinstance(answer, NotTaken)
