@@ -15,7 +15,8 @@ from starlette.requests import Request
 import qserve
 from qserve import serve
 from qserve.testing import LocalServing, local
-from tests.support.waiting import wait_until
+from tests.support.slowness import patience
+from tests.support.waiting import until, wait_until
 
 app = FastAPI()
 
@@ -83,6 +84,20 @@ def plain(request: Request) -> Any:
     if request.query_params.get("how") == "parts":
         return (f"{n}\n" for n in range(3))
     return {"path": request.url.path, "method": request.method}
+
+
+begun, ended = threading.Event(), threading.Event()
+
+
+@serve.deployment(max_concurrent_queries=1)
+async def one_at_a_time(request: Request) -> str:
+    if not request.query_params:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+    return "done"
 
 
 shop = Shop.bind(Prices.bind(cents=45))
@@ -169,6 +184,17 @@ async def test_the_application_can_be_called_on_any_event_loop() -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             answers = await asyncio.gather(*(client.get("/plain") for _ in range(5)))
     assert {answer.status_code for answer in answers} == {200}
+
+
+async def test_a_client_that_gives_up_ends_its_request_and_makes_room() -> None:
+    with local(one_at_a_time) as served:
+        transport = httpx.ASGITransport(app=served.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            slow = asyncio.create_task(client.get("/one_at_a_time"))
+            await until(begun.is_set)
+            slow.cancel()
+            await until(ended.is_set)
+            assert (await asyncio.wait_for(client.get("/one_at_a_time?now=1"), patience(5))).text == "done"
 
 
 async def test_the_application_can_live_in_a_server_that_runs_lifespans() -> None:

@@ -42,14 +42,23 @@ class LocalApp:
         there = self._client.loop
         here = asyncio.get_running_loop()
         respond = replica.respond(told, _calling(receive, here), _calling(send, here), uuid.uuid4().hex)
+        tasks: list[asyncio.Task[None]] = []
 
         def begin() -> None:
             task = there.create_task(respond, context=replica.context.copy())
             task.add_done_callback(lambda task: here.call_soon_threadsafe(_pass_on, task, done))
+            tasks.append(task)
+
+        def end() -> None:
+            tasks[0].cancel()
 
         done: asyncio.Future[None] = here.create_future()
         there.call_soon_threadsafe(begin)
-        await done
+        try:
+            await done
+        except asyncio.CancelledError:  # the client has left, or the user's code was cancelled
+            there.call_soon_threadsafe(end)
+            raise
 
     def _find(self, path: str) -> tuple[str, LocalReplica] | None:
         routes = self._state.routes()
