@@ -14,6 +14,7 @@ from qserve.cli.output import Failure, redis_url_option
 from qserve.deployments.local_instance import find_settings
 from qserve.errors import MethodNotFound, TaskError, failure_of
 from qserve.tracebacks import users_part
+from qserve.wire.exceptions import plain_text
 
 _FRAME = '  File "'
 
@@ -78,9 +79,9 @@ def parse_value(text: str) -> Any:
 def show(result: object) -> str:
     """JSON where the value survives it, else its repr."""
     try:
-        return json.dumps(result, ensure_ascii=False, allow_nan=False)
+        return plain_text(json.dumps(result, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError):
-        return repr(result)
+        return plain_text(repr(result))
 
 
 def describe(exc: TaskError) -> str:

@@ -1,7 +1,6 @@
 """Dead letters: calls that were given up on, to be listed, shown, sent again or dropped."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -38,6 +37,7 @@ from qserve.wire.call_record import (
     new_call_id,
 )
 from qserve.wire.codec import Codec
+from qserve.wire.exceptions import plain_text
 from qserve.wire.messages import DURABLE, HTTP, Call, Signer, decode_call, decode_http_request
 
 _LONGEST_SHOWN = 2000
@@ -229,7 +229,7 @@ def shown_contents(kind: int, payload: bytes) -> dict[str, Any]:
 def _shown(value: Any) -> Any:
     try:
         plain = msgspec.to_builtins(value, enc_hook=repr, str_keys=True)
-    except TypeError:  # keys that JSON does not know, such as tuples
-        plain = repr(value)
-    text = json.dumps(plain)
+        text = msgspec.json.encode(plain).decode()
+    except (TypeError, UnicodeEncodeError):  # tuples as keys, or half a surrogate pair
+        plain = text = plain_text(repr(value))
     return plain if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."

@@ -105,6 +105,22 @@ def test_arguments_progress_and_parts_are_shown(state: State, signer: Signer) ->
     assert shown.parts[2].startswith(CANNOT)
 
 
+def test_text_that_no_terminal_and_no_browser_takes_is_spelled_out(
+    state: State, signer: Signer, calls: Callable[..., Result]
+) -> None:
+    """The names of some files have half a surrogate pair in them."""
+    record = Record(state)
+    payload = CODEC.pack_call(("caf\udce9",), {"key": {"name": "caf\udce9"}})
+    call = DurableCall(record.id, "Echo", "", 1000, PYTHON, "", True, payload, terms=Terms())
+    record.put(frame=signer.seal(encode(call)), result=record.sealed(VALUE, CODEC.pack("caf\udce9")))
+
+    assert record.shown().arguments == {"args": "('caf\\udce9',)", "kwargs": "{'key': {'name': 'caf\\udce9'}}"}
+    msgspec.json.encode(record.shown())
+    for words in (["show"], ["show", "--json"]):
+        shown = calls(*words, record.id)
+        assert (shown.exit_code, "udce9" in shown.output) == (0, True)
+
+
 @pytest.mark.parametrize("before", [0, 3_900], ids=["whole", "cut"])
 def test_hidden_fields_are_hidden_in_long_values_too(state: State, before: int) -> None:
     secret = 'x"SECRET ' * 20

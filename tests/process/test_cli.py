@@ -86,7 +86,14 @@ def test_an_argument_after_a_keyword_is_a_usage_error() -> None:
 
 @pytest.mark.parametrize(
     ("result", "text"),
-    [("häh", '"häh"'), ({"a": [1, None]}, '{"a": [1, null]}'), (b"raw", "b'raw'"), ({3}, "{3}"), (1.5, "1.5")],
+    [
+        ("häh", '"häh"'),
+        ({"a": [1, None]}, '{"a": [1, null]}'),
+        (b"raw", "b'raw'"),
+        ({3}, "{3}"),
+        (1.5, "1.5"),
+        ("\udce9", r'"\udce9"'),
+    ],
 )
 def test_results_are_json_where_they_can_be(result: object, text: str) -> None:
     assert show(result) == text
