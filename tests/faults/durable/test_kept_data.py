@@ -67,3 +67,17 @@ def test_durable_calls_run_after_everything_was_killed(shell: Shell) -> None:
         wait_until(lambda: set(runs.read_text().split()) == {str(number) for number in range(20)})
         other = Shell(shell.folder, Path(tempfile.gettempdir()), {"QSERVE_NAMESPACE": "another"})
         assert "is in use by another instance" in other.error(*command)
+
+
+def test_data_that_cannot_be_read_is_named_and_left_alone(shell: Shell) -> None:
+    manifest = shell.folder / "data" / "appendonlydir" / "appendonly.aof.manifest"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("damaged")
+
+    done = shell.run("run", "app", "--port", "0", "--data", "data")
+
+    assert done.returncode == 1
+    assert "Valkey did not start (exit code 1)" in done.stderr
+    assert f"Its data is in {shell.folder / 'data'}, and was not changed." in done.stderr
+    assert "or name another folder with --data" in done.stderr
+    assert manifest.read_text() == "damaged"
