@@ -26,6 +26,7 @@ CLIENT_LEFT = 499
 LAST_CHANCE_S = 0.4
 """Seconds that an idle connection stays open when the gateway stops, since a request may be on its way."""
 _NO_LINGER = struct.pack("ii", 1, 0)
+_SERVICE_RESTART = 1012
 
 
 class HttpProtocol(BodyProtocol):
@@ -162,6 +163,9 @@ class HttpProtocol(BodyProtocol):
         if self._active is not None and not self._active.response_complete:
             refuse("a WebSocket's handshake before the response to an earlier request", "framing")
         super().handle_websocket_upgrade()
+        websocket = self.transport.get_protocol()
+        if self._leaving and isinstance(websocket, WebSocketProtocol):
+            websocket.shutdown()
 
     # What goes out
 
@@ -302,6 +306,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def __init__(self, door: Door, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
         self._door = door
+        self._leaving = False
         self._began = monotonic()
 
     async def send(self, message: Any) -> None:
@@ -309,6 +314,30 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         await super().send(message)
         if self.initial_response is not None and self.close_sent:
             self.handshake_complete = True  # uvicorn forgets that a denial completes it, and logs an error
+        if self._leaving:
+            self.shutdown()
+
+    def shutdown(self) -> None:
+        """Close it because the gateway leaves, once its handshake is complete, and give the client a moment to answer.
+
+        uvicorn hangs up at once. If the client is sending then, the connection is reset, and a proxy that has not
+        passed the close frame on yet never does.
+        """
+        self._leaving = True
+        if not self.handshake_complete or self.transport.is_closing():
+            return
+        self.stop_keepalive()
+        if not self.close_sent:
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": _SERVICE_RESTART})
+            self.conn.send_close(_SERVICE_RESTART)
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.close_sent = self.disconnected = True  # what the application sends now is for nobody
+            if self.read_paused:
+                self.read_paused = False
+                self.transport.resume_reading()
+        if self.close_timer is not None:
+            self.close_timer.cancel()
+        self.close_timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count the WebSocket out and note it."""

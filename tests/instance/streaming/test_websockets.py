@@ -18,7 +18,7 @@ from websockets.frames import Close
 
 from qserve import serve
 from qserve.testing import TestInstance, instance
-from tests.support.gates import Notes
+from tests.support.gates import Gate, Notes
 from tests.support.processes import gateway_pid
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S
@@ -340,7 +340,8 @@ async def test_a_redeploy_closes_with_1012_at_once(qserve_instance: TestInstance
         assert time.monotonic() - began < patience(15)  # nobody has waited for the grace period of 20 s
 
 
-async def test_a_gateway_that_leaves_closes_with_1012(notes: Notes) -> None:
+async def test_a_gateway_that_leaves_closes_with_1012(notes: Notes, gate: Gate) -> None:
+    """Also where a handshake is under way, or the client is sending."""
     app = FastAPI()
 
     @app.websocket("/")
@@ -351,12 +352,26 @@ async def test_a_gateway_that_leaves_closes_with_1012(notes: Notes) -> None:
         except WebSocketDisconnect as gone:
             notes.add(gone.code)
 
+    @app.websocket("/late")
+    async def late(socket: WebSocket) -> None:
+        notes.add("late")
+        await gate.passed()
+        await wait(socket)
+
+    async def connect_late(running: TestInstance) -> Close:
+        async with _connected(running, "/served/late") as socket:
+            return await _closed(socket)
+
     with instance() as running:
         await _deploy(app)
+        connecting = asyncio.create_task(connect_late(running))
+        await asyncio.to_thread(notes.wait_for, 1)
         async with _connected(running, "/served/") as socket:
             os.kill(gateway_pid(running), signal.SIGTERM)
             assert (await _closed(socket)).code == 1012
-        assert await asyncio.to_thread(notes.wait_for, 1) == ["1012"]
+        gate.open()
+        assert (await connecting).code == 1012
+        assert await asyncio.to_thread(notes.wait_for, 3) == ["late", "1012", "1012"]
 
 
 async def test_reconfiguring_does_not_wait_for_open_sockets(qserve_instance: TestInstance) -> None:
