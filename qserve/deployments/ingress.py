@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
-from qserve.deployments.app_copy import copy_app, is_documentation, rebuild_route, walk
+from qserve.deployments.app_copy import ChangeRoute, copy_app, is_documentation, rebuild_route, walk
 from qserve.deployments.loading import Deployable
 
 logger = logging.getLogger(__name__)
@@ -120,8 +120,9 @@ def bind_app(
     if not isinstance(frozen.app, Starlette):
         return frozen.app
 
-    def bind(route: BaseRoute) -> BaseRoute:
-        return _bind(route, instance, on_thread)
+    def bind(route: BaseRoute) -> BaseRoute | None:
+        # A mounted application may have got methods of classes that were decorated later.
+        return _bind(route, instance, on_thread) if _belongs(route, type(instance)) else None
 
     if before is not None and contents_of(type(instance)) != before:
         bound = _with_additions(frozen, before, bind)
@@ -153,7 +154,7 @@ def contents_of(cls: type) -> Contents | None:
     return Contents([*walk(app.routes)], len(app.routes), {what: count(app) for what, count in _COUNTED.items()})
 
 
-def _with_additions(frozen: FrozenApp, before: Contents, bind: Callable[[BaseRoute], BaseRoute]) -> Any:
+def _with_additions(frozen: FrozenApp, before: Contents, bind: ChangeRoute) -> Any:
     """The application with what its class serves and what the constructor has added."""
     served = {id(route) for route in walk(frozen.app.routes)}
     late = {id(route) for route in before.routes} - served

@@ -437,6 +437,51 @@ async def test_class_methods_on_an_included_router() -> None:
         assert (await other.get("/v1/outer/inner/word")).status == 404
 
 
+class Stamped:
+    """A middleware that leaves a header."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def stamp(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-stamp", b"yes")]
+            await send(message)
+
+        await self.app(scope, receive, stamp)
+
+
+async def test_the_middleware_of_a_mounted_router_stays_around_the_methods_of_each_class() -> None:
+    class Stamping(APIRouter):
+        """Has it for all of its routes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.middleware_stack = Stamped(self.app)
+
+    app, inside = FastAPI(), Stamping()
+    app.mount("/inside", inside)
+
+    @ingress(app)
+    class First:
+        @inside.get("/first")
+        def first(self) -> str:
+            return type(self).__name__
+
+    @ingress(app)
+    class Second:
+        @inside.get("/second")
+        def second(self) -> str:
+            return type(self).__name__
+
+    async with running(First) as one, running(Second) as two:
+        for replica, name, other in ((one, "First", "second"), (two, "Second", "first")):
+            answer = await replica.get(f"/inside/{name.lower()}")
+            assert (answer.json(), answer.header("x-stamp")) == (name, "yes")
+            assert (await replica.get(f"/inside/{other}")).status == 404
+
+
 @pytest.mark.parametrize("prefix", ["/", "/a", "/api/v1"])
 async def test_mounted_applications_redirects_and_urls_work_below_a_prefix(prefix: str) -> None:
     app = FastAPI()
