@@ -173,6 +173,19 @@ def test_a_change_that_meets_another_one_is_made_on_top_of_it(
     assert (present().spec.num_replicas, present().spec.max_queued_requests) == (3, 8)
 
 
+def test_what_is_changed_is_a_new_generation_and_what_holds_already_is_none(state: State, settings: Settings) -> None:
+    spec = deploy(settings)
+    before = state.generation("Echo")
+    assert controls.scale(state, "Echo", spec.num_replicas) is None
+    assert state.generation("Echo") == before
+    assert controls.set_bound(state, "Echo", 7) is not None
+    found = state.get("Echo")
+    assert found is not None
+    assert (found.generation, found.spec.max_queued_requests) == (before + 1, 7)
+    with pytest.raises(ValueError, match="'Echo' does not follow the load: give it one number"):
+        controls.scale_between(state, "Echo", 1, 2)
+
+
 def test_bounds_that_hold_already_change_nothing(state: State, settings: Settings) -> None:
     spec = msgspec.structs.replace(deploy(settings), autoscaling=Autoscaling(min_replicas=1, max_replicas=4))
     state.deploy(spec, expected=state.generation("Echo"))
