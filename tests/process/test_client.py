@@ -16,7 +16,6 @@ import pytest
 import redis
 
 from qserve.broker.keys import Keys
-from qserve.broker.server import embedded
 from qserve.errors import (
     BackPressureError,
     BrokerUnavailable,
@@ -31,8 +30,9 @@ from qserve.settings import Settings
 from qserve.wire.call_record import DurableOptions
 from qserve.wire.messages import CONTROL, PYTHON, VALUE, Outcome, Reply, Signer, encode
 from tests.support.calling import LIMIT_S, Caller, Code, calling, deploy, serving, within
+from tests.support.servers import Server
 from tests.support.slowness import patience
-from tests.support.waiting import until, wait_until
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -341,30 +341,6 @@ class TestLostConnections:
         assert not caller.client.sender.is_open
 
         assert await caller.ask("patient") == "patient"
-
-
-class Server:
-    """A Valkey that can be killed and started again."""
-
-    def __init__(self, folder: Path, *, keeps_data: bool) -> None:
-        self.url = embedded.redis_url(folder)
-        self._command = embedded.command(folder)
-        if keeps_data:
-            self._command[self._command.index("--appendonly") + 1] = "yes"
-        self.start()
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(self._command)
-        wait_until(self._answers)
-
-    def _answers(self) -> bool:
-        with contextlib.suppress(redis.exceptions.RedisError), redis.Redis.from_url(self.url) as client:
-            return bool(client.ping())
-        return False
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 @pytest.fixture
