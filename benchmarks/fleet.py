@@ -47,6 +47,8 @@ WEBSOCKETS = 1_000
 FEW_DEPLOYMENTS, MANY_DEPLOYMENTS, RUNNING = 10, 1_000, 200
 _DEPLOYS = 9
 _AT_ONCE = 100
+_AFTERMATH_S = 15.0
+"""How long deployments that have just started, and been called, are left alone before it is measured what they take."""
 _LIMITS = {"QSERVE_HTTP_KEEP_ALIVE_S": "600", "QSERVE_HTTP_MAX_CONNECTIONS": "12000"}
 _app = FastAPI()
 
@@ -282,6 +284,7 @@ def running() -> list[Row]:
         used_mib = (memory - psutil.virtual_memory().available) / 2**20
         record = find_record(it.settings.namespace)
         assert record is not None
+        time.sleep(_AFTERMATH_S)
         idle = processes.cpu_percent(processes.tree(record.pid), 10)
     return [
         Row(f"{RUNNING} deployments with a replica each, until all serve", f"{seconds:.0f} s"),
