@@ -147,17 +147,20 @@ class ReplicaQueue:
         on_answer: Callable[[Answer], None],
         *,
         insist: bool = True,
+        again_on: Connection | None = None,
     ) -> None:
         """Answer (entry id, frame) pairs of one caller; `on_answer` gets how many were the first answer.
 
         Args:
             insist: Drop them if the caller seems dead; else nothing is done then, and `on_answer` gets -1.
+            again_on: As for `Script.send`.
         """
         arguments: list[bytes] = []
         for pair in replies:
             arguments += pair
         keys = (self._stream, self._keys.inbox(caller), self._keys.alive(caller))
-        REPLY.send(connection, on_answer, keys, GROUP, INBOX_TTL_MS, "1" if insist else "0", *arguments)
+        told = "1" if insist else "0"
+        REPLY.send(connection, on_answer, keys, GROUP, INBOX_TTL_MS, told, *arguments, again_on=again_on)
 
     async def give_up(self, connection: Connection, entry: bytes, reason: str, caller: str, frame: bytes) -> bool:
         """Move an entry to the dead letters and answer its caller (none if `frame` is empty)."""

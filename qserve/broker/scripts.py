@@ -36,21 +36,30 @@ class Script:
         self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
     def send(
-        self, connection: Connection, on_answer: Callable[[Answer], None], keys: tuple[str, ...], *args: Any
+        self,
+        connection: Connection,
+        on_answer: Callable[[Answer], None],
+        keys: tuple[str, ...],
+        *args: Any,
+        again_on: Connection | None = None,
     ) -> None:
         """Run the script at the end of this tick.
 
         A script the server has forgotten is sent again whole: NOSCRIPT means that nothing was done, so this is no
         blind retry.
+
+        Args:
+            again_on: The connection on which it is sent again, where a blocking read follows it on `connection`.
         """
 
         def check(answer: Answer) -> None:
             if not isinstance(answer, CommandRefused):
                 on_answer(answer)
             elif str(answer).startswith("NOSCRIPT"):
-                connection.send(on_answer, "EVAL", self.source, len(keys), *keys, *args)
+                (again_on or connection).send(on_answer, "EVAL", self.source, len(keys), *keys, *args)
             elif is_moving(answer):
-                again = partial(self._send_again, connection, on_answer, keys, args, time.monotonic() + MOVES_WITHIN_S)
+                other, until = again_on or connection, time.monotonic() + MOVES_WITHIN_S
+                again = partial(self._send_again, other, on_answer, keys, args, until)
                 asyncio.get_running_loop().call_later(ASK_AGAIN_S, again)
             else:
                 on_answer(answer)

@@ -92,10 +92,6 @@ class Receiver:
                 self._link.lose()
             return
         frames = self._inbox.frames(answer)
-        if self._tick is not None and len(frames) >= _BUSY:
-            self._tick.read(self._read_along)
-        else:
-            self._read(BLOCK_MS if frames else int(1000 * self._link.pause_s))
         for frame in frames:
             try:
                 self._accept(decode_reply(self._signer.open(frame)))
@@ -104,6 +100,11 @@ class Receiver:
                     self._accept(known)
                 else:
                     self._reject(exc)
+        # After the replies, for which somebody waits.
+        if self._tick is not None and len(frames) >= _BUSY:
+            self._tick.read(self._read_along)
+        else:
+            self._read(BLOCK_MS if frames else int(1000 * self._link.pause_s))
         if self._inbox.untrimmed >= _TRIM_EVERY and self._link.sender.is_open:
             self._inbox.trim(self._link.sender)
 

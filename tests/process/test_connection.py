@@ -332,6 +332,19 @@ async def test_a_script_is_loaded_where_the_server_does_not_know_it(
         assert await script.call(connection, ("key",), "argument") == [b"key", b"argument"]
 
 
+async def test_a_script_that_a_blocking_read_follows_is_loaded_over_another_connection(
+    connection: Connection, redis_client: "redis.Redis"
+) -> None:
+    script, answered = Script("return ARGV[1]"), asyncio.get_running_loop().create_future()
+    reading = await connection.another()
+    redis_client.script_flush()
+    script.send(reading, answered.set_result, (), "argument", again_on=connection)
+    reading.send(lambda _answer: None, "XREAD", "BLOCK", 0, "STREAMS", "nothing-comes", "$")  # for ever
+
+    assert await asyncio.wait_for(answered, patience(10)) == b"argument"
+    reading.close()
+
+
 async def test_a_link_comes_back_by_itself_and_tells_when(redis_server: str, redis_client: "redis.Redis") -> None:
     ups = 0
     up = asyncio.Event()

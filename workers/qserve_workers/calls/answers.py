@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from qserve.broker.connection import Answer
+from qserve.broker.connection import Answer, Connection
 from qserve.broker.counters import count
 from qserve.broker.large.lending import Lending, Loan
 from qserve.broker.link import Link
@@ -35,12 +36,25 @@ class _Batch(NamedTuple):
 class Answers:
     """The answers of one replica. Belongs to its event loop.
 
-    All answers of one event-loop tick to one caller leave as one script. An answer whose confirmation is lost with the
+    All answers of one event-loop tick to one caller leave as one script, in the write of the next read where there is
+    one: that spares replica and server a write and a read for each. An answer whose confirmation is lost with the
     connection is sent again: REPLY takes only the first one for an entry, so this is no blind repetition, and the call
     behind it never runs again for want of an answer.
+
+    Args:
+        at_end_of_tick: Sees to it that `flush` is called at the end of this tick.
     """
 
-    def __init__(self, settings: Settings, signer: Signer, queue: ReplicaQueue, link: Link, lending: Lending) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        signer: Signer,
+        queue: ReplicaQueue,
+        link: Link,
+        lending: Lending,
+        at_end_of_tick: Callable[[], None],
+    ) -> None:
+        self._at_end_of_tick = at_end_of_tick
         self._keys = settings.keys
         self._signer = signer
         self.lending = lending
@@ -64,7 +78,7 @@ class Answers:
             replies.append((entry, frame))
             return
         if not self._collected:
-            asyncio.get_running_loop().call_soon(self.flush)
+            self._at_end_of_tick()
         self._collected[call.reply_to] = [(entry, frame)]
 
     async def prepared(self, payload: Payload) -> Payload | Loan:
@@ -80,17 +94,21 @@ class Answers:
         except PayloadTooLarge as exc:
             raise ResultTooLarge(str(exc)) from exc
 
-    def flush(self) -> None:
-        """Send what was collected; kept while Redis is away."""
-        sender = self._link.sender
-        if not self._collected or not sender.is_open:
+    def flush(self, ahead_of_read: Connection | None = None) -> None:
+        """Send what was collected; kept while Redis is away.
+
+        Args:
+            ahead_of_read: A connection on which a read is sent next; what is collected then leaves in the same write.
+        """
+        if not self._collected or not self._link.sender.is_open:
             return
         reach("reply")
         collected, self._collected = self._collected, {}
         for caller, replies in collected.items():
             self._batches += 1
-            self._send(self._batches, _Batch(caller, replies), is_first=True)
-        sender.flush()
+            self._send(self._batches, _Batch(caller, replies), is_first=True, ahead_of_read=ahead_of_read)
+        if ahead_of_read is None:
+            self._link.sender.flush()
         reach("reply-sent")
 
     def resend(self) -> None:
@@ -149,13 +167,22 @@ class Answers:
         except BrokerUnavailable as exc:
             logger.debug("could not give up entry %s: %s", entry.id, exc)
 
-    def _send(self, number: int, batch: _Batch, *, is_first: bool, insist: bool = False) -> None:
+    def _send(
+        self,
+        number: int,
+        batch: _Batch,
+        *,
+        is_first: bool,
+        insist: bool = False,
+        ahead_of_read: Connection | None = None,
+    ) -> None:
         sender = self._link.sender
         if not sender.is_open:
             return
         self._sent[number] = batch
         on_answer = partial(self._confirmed, number, is_first)
-        self._queue.reply(sender, batch.caller, batch.replies, on_answer, insist=insist or self._insists)
+        to, insist = ahead_of_read or sender, insist or self._insists
+        self._queue.reply(to, batch.caller, batch.replies, on_answer, insist=insist, again_on=sender)
 
     def _confirmed(self, number: int, is_first: bool, answer: Answer) -> None:
         if isinstance(answer, (CommandRefused, StillMoving)):

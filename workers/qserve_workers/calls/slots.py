@@ -129,12 +129,16 @@ class Slots:
             return 0  # a call waits for the thread: leave the next one to a replica that is free
         return self.spec.max_concurrent_queries - running
 
-    def room(self, code: UserCode) -> int:
-        """How many calls to ask for now."""
+    def room(self, code: UserCode, begun: int = 0) -> int:
+        """How many calls to ask for now.
+
+        Args:
+            begun: How many ran after the last read; some of them may have ended.
+        """
         free = self.free(code)
         if code.only_sync:
             return free
-        return min(free, 1 + len(self))  # a burst spreads over the replicas instead of filling the first
+        return min(free, 1 + max(begun, len(self)))  # a burst spreads over the replicas instead of filling the first
 
     @property
     def longest_s(self) -> float:

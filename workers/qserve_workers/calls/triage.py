@@ -61,6 +61,7 @@ class Triage:
         self._suspects = suspects
         self._withdrawn = withdrawn
         self._affinity = affinity
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def begin(self, entry: Entry, code: UserCode | None) -> None:
         """Decide on an entry."""
@@ -112,10 +113,12 @@ class Triage:
     def _start(self, entry: Entry, call: Call, code: UserCode) -> None:
         running = RunningCall(entry, call, code.needs_thread(call.method))
         self._slots.take(running)
+        # asyncio.create_task makes a system call to find the loop.
+        loop = self._loop = self._loop or asyncio.get_running_loop()
         if isinstance(call, DurableCall):
-            running.task = asyncio.create_task(self._durable.run(running, call, code))
+            running.task = loop.create_task(self._durable.run(running, call, code))
         elif not self._arrivals.claims or self._slots.may_run_again(call):
-            running.task = asyncio.create_task(self._ordinary.run(running, code))
+            running.task = loop.create_task(self._ordinary.run(running, code))
         else:
             self._arrivals.claim(call, partial(self._claimed, running, code))
 
