@@ -176,7 +176,9 @@ class GatewaySpans(GatewayHook):
         """Begin both, and tell the replica."""
         scope, tracer = request.scope, source().tracer
         headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _HEADERS}
-        parent = _W3C.extract(headers, context=context.Context())
+        parent = context.Context()
+        if headers:
+            parent = _W3C.extract(headers, context=parent)
         is_socket = scope["type"] == "websocket"
         method = "GET" if is_socket else scope["method"]
         attributes = {
