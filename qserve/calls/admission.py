@@ -45,7 +45,6 @@ class Admission:
     ) -> None:
         self._keys = keys
         self._link = link
-        self._links = [link]
         self._pending = pending
         self._withdrawals = withdrawals
         self._clock = clock
@@ -68,14 +67,6 @@ class Admission:
             else:
                 self._tick.put(self._fill)
         self._batches[call.deployment] = [call]
-        if self._link.sender.is_idle and (len(self._links) == 1 or all(link.sender.is_idle for link in self._links)):
-            self.flush()  # nobody to wait for: the tick's other calls follow in their own batch
-
-    def join(self, other: "Admission") -> None:
-        """Wait for the end of the tick while this process is busy with any shard: what has come for this one meanwhile
-        then leaves together."""
-        self._links = other._links
-        self._links.append(self._link)
 
     def flush(self) -> None:
         """Send the calls that were put. While Redis is away they wait, until `give_back` takes them back; when it has

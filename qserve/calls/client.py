@@ -145,7 +145,6 @@ class Client:
         made.of, made.of_call = self.of, self.of_call
 
         def begin() -> None:
-            made._admission.join(self._admission)
             made._deadlines.open(self._loop)
             made.link.start_soon()
             made._keeper = spawn(made._receiver.keep_alive(made._tick))

@@ -128,6 +128,15 @@ async def test_a_call_that_comes_back_waits_here_once(replica: Replica) -> None:
     assert not replica.affinity.waiting
 
 
+async def test_a_call_whose_caller_has_left_is_ended_without_room(replica: Replica) -> None:
+    for entry in ("1-0", "2-0", "3-0"):
+        replica.affinity.take(Control("adopt", f"{entry} lion"), "B")
+    replica.withdrawn.add(b"2-0")
+    replica.affinity.start(0, lambda _entry: None)
+    assert replica.starting == {b"2-0"}
+    assert list(replica.affinity.waiting) == [b"1-0", b"3-0"]
+
+
 async def test_a_call_cannot_start_while_its_connection_is_lost(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:

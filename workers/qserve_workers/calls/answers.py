@@ -42,7 +42,7 @@ class Answers:
     behind it never runs again for want of an answer.
 
     Args:
-        at_end_of_tick: Sees to it that `flush` is called at the end of this tick.
+        before_sending: Called at the end of a tick, before what is left is sent: a read begun there takes it along.
     """
 
     def __init__(
@@ -52,9 +52,11 @@ class Answers:
         queue: ReplicaQueue,
         link: Link,
         lending: Lending,
-        at_end_of_tick: Callable[[], None],
+        before_sending: Callable[[], None],
     ) -> None:
-        self._at_end_of_tick = at_end_of_tick
+        self._before_sending = before_sending
+        self._tick_ends = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._keys = settings.keys
         self._signer = signer
         self.lending = lending
@@ -78,7 +80,7 @@ class Answers:
             replies.append((entry, frame))
             return
         if not self._collected:
-            self._at_end_of_tick()
+            self.at_end_of_tick()
         self._collected[call.reply_to] = [(entry, frame)]
 
     async def prepared(self, payload: Payload) -> Payload | Loan:
@@ -93,6 +95,18 @@ class Answers:
             return await self.lending.aside(partial(self.lending.lend_result, payload), len(payload))
         except PayloadTooLarge as exc:
             raise ResultTooLarge(str(exc)) from exc
+
+    def at_end_of_tick(self) -> None:
+        """Read on, and send what is collected, once everything that is ready to run now has run."""
+        if not self._tick_ends:
+            self._tick_ends = True
+            loop = self._loop = self._loop or asyncio.get_running_loop()
+            loop.call_soon(self._end_tick)
+
+    def _end_tick(self) -> None:
+        self._tick_ends = False
+        self._before_sending()
+        self.flush()
 
     def flush(self, ahead_of_read: Connection | None = None) -> None:
         """Send what was collected; kept while Redis is away.

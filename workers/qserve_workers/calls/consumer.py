@@ -83,16 +83,14 @@ class Consumer:
         self._changed = asyncio.Event()
         self._code: UserCode | None = None
         """What runs the calls; None until the first may be taken."""
-        self._begun = 0
-        """How many calls ran after the last read, before any of them ended."""
-        self._is_accepting = self._dead_wait = self._tick_ends = False
+        self._is_accepting = self._dead_wait = False
         self.takeover_wanted = asyncio.Event()
         self.on_first_call: Callable[[], None] = lambda: None
         self._tasks: list[asyncio.Task[None]] = []
         self.link = link = Link(settings.keys.address(settings.redis_url), self._link_up)
         self.queue = queue = ReplicaQueue(settings.keys, spec.name, replica)
-        self._reading = QueueReading(queue, link, self._arrived)
-        self._answers = Answers(settings, signer, queue, link, lending, self._at_end_of_tick)
+        self._answers = Answers(settings, signer, queue, link, lending, self._read_more)
+        self._reading = QueueReading(queue, link, self._answers, self._arrived)
         self.mover = Mover(settings, spec.name, replica, link)
         self._conversations = conversations = Conversations(
             *(settings, signer, link, replica),
@@ -123,7 +121,6 @@ class Consumer:
 
     async def connect(self) -> None:
         """Open the queue without taking anything from it."""
-        self._loop = asyncio.get_running_loop()
         await self.link.start()
         await self.queue.introduce(self.link.sender)
         self._tasks = [spawn(self._watch_link()), spawn(self._conversations.watch_callers())]
@@ -272,26 +269,13 @@ class Consumer:
                 spawn(self._try(entry, code))
             if suspects.want_to_be_alone:
                 return
-        room = self.slots.room(code, self._begun) - len(suspects.starting)
+        room = self.slots.room(code, self._reading.begun) - len(suspects.starting)
         if room <= 0:
             return
         if self._dead_wait:
             self.takeover_wanted.set()
         else:
-            self._begun = 0
-            self._answers.flush(ahead_of_read=self.link.waiter)
             self._reading.read(room)
-
-    def _at_end_of_tick(self) -> None:
-        """Answer and read when what is ready to run has run: all of it then leaves in one write."""
-        if not self._tick_ends:
-            self._tick_ends = True
-            self._loop.call_soon(self._end_tick)
-
-    def _end_tick(self) -> None:
-        self._tick_ends = False
-        self._read_more()
-        self._answers.flush()
 
     def _start_handed_over(self, code: UserCode) -> None:
         """Start calls that others have handed over, before new ones are read."""
@@ -313,6 +297,8 @@ class Consumer:
                 if self.link.rests:
                     self.on_first_call()
             self._take(self.queue.entries(answer))
+            if self._reading.more_wait and self._reading.begun > 1:
+                self._read_more()  # they come while these run
         elif isinstance(answer, CommandRefused) and is_moving(answer):
             asyncio.get_running_loop().call_later(ASK_AGAIN_S, self._read_more)
         elif isinstance(answer, CommandRefused) and self._is_accepting:
@@ -329,12 +315,14 @@ class Consumer:
     def _begin_all(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             self._triage.begin(entry, self._code)
-        self._begun = len(self.slots)
-        self._at_end_of_tick()
+        self._reading.begun = len(self.slots)
+        self._answers.at_end_of_tick()
 
     def _freed(self, running: RunningCall) -> None:
         self._suspects.end_trial(running.entry.id)
-        self._at_end_of_tick()
+        if self._reading.more_wait and running.needs_thread:
+            self._read_more()  # the thread stands still until the next call is there
+        self._answers.at_end_of_tick()
 
     async def _note_start(self, entry: Entry) -> bool:
         return await self.queue.note_start(self.link.sender, entry.id)

@@ -191,6 +191,8 @@ class ModelAffinity:
         other = self._given.pop(entry, None)
         if other is None:
             self._withdrawn.withdraw(entry, inherited=inherited)
+            if entry in self.waiting:
+                self._on_change()
         else:
             self._pass_on(entry, other, inherited=inherited)
 
@@ -221,8 +223,10 @@ class ModelAffinity:
             self._give_back(entry)
 
     def start(self, room: int, begin: Callable[[Entry], None]) -> None:
-        """Start so many of them."""
-        for entry in list(self.waiting)[: max(room, 0)]:
+        """Start so many of them; those whose callers have left need no room, as they only have to be ended."""
+        unwanted = [entry for entry in self.waiting if entry in self._withdrawn]
+        wanted = [entry for entry in self.waiting if entry not in self._withdrawn]
+        for entry in unwanted + wanted[: max(room, 0)]:
             self._take(entry)
             self._starting.add(entry)
             spawn(self._start(entry, begin))
