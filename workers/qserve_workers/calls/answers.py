@@ -105,30 +105,38 @@ class Answers:
 
     def _end_tick(self) -> None:
         self._tick_ends = False
-        self._before_sending()
-        self.flush()
+        try:
+            self._before_sending()
+        finally:
+            self.flush()
 
-    def flush(self, ahead_of_read: Connection | None = None) -> None:
-        """Send what was collected; kept while Redis is away.
+    def flush(self) -> None:
+        """Send what was collected; kept while Redis is away."""
+        sender = self._link.sender
+        if self.put_on(sender):
+            sender.flush()
+            self.were_sent()
 
-        Args:
-            ahead_of_read: A connection on which a read is sent next; what is collected then leaves in the same write.
-        """
+    def put_on(self, connection: Connection) -> bool:
+        """Give what was collected to a connection, which is flushed next; False where there is nothing to send."""
         if not self._collected or not self._link.sender.is_open:
-            return
+            return False
         reach("reply")
         collected, self._collected = self._collected, {}
         for caller, replies in collected.items():
             self._batches += 1
-            self._send(self._batches, _Batch(caller, replies), is_first=True, ahead_of_read=ahead_of_read)
-        if ahead_of_read is None:
-            self._link.sender.flush()
+            self._send(self._batches, _Batch(caller, replies), connection, is_first=True)
+        return True
+
+    @staticmethod
+    def were_sent() -> None:
+        """They are on their way."""
         reach("reply-sent")
 
     def resend(self) -> None:
         """Send again, on a new connection, what the last one did not confirm."""
         for number, batch in list(self._sent.items()):
-            self._send(number, batch, is_first=False)
+            self._send(number, batch, self._link.sender, is_first=False)
         self.flush()
 
     def has(self, entry: bytes) -> bool:
@@ -140,7 +148,7 @@ class Answers:
         """There is no time left: answers to callers that seem dead are dropped."""
         self._insists = True
         for number, batch in list(self._sent.items()):
-            self._send(number, batch, is_first=False)
+            self._send(number, batch, self._link.sender, is_first=False)
 
     @property
     def unconfirmed(self) -> bool:
@@ -182,21 +190,14 @@ class Answers:
             logger.debug("could not give up entry %s: %s", entry.id, exc)
 
     def _send(
-        self,
-        number: int,
-        batch: _Batch,
-        *,
-        is_first: bool,
-        insist: bool = False,
-        ahead_of_read: Connection | None = None,
+        self, number: int, batch: _Batch, connection: Connection, *, is_first: bool, insist: bool = False
     ) -> None:
         sender = self._link.sender
         if not sender.is_open:
             return
         self._sent[number] = batch
-        on_answer = partial(self._confirmed, number, is_first)
-        to, insist = ahead_of_read or sender, insist or self._insists
-        self._queue.reply(to, batch.caller, batch.replies, on_answer, insist=insist, again_on=sender)
+        on_answer, insist = partial(self._confirmed, number, is_first), insist or self._insists
+        self._queue.reply(connection, batch.caller, batch.replies, on_answer, insist=insist, again_on=sender)
 
     def _confirmed(self, number: int, is_first: bool, answer: Answer) -> None:
         if isinstance(answer, (CommandRefused, StillMoving)):
@@ -229,4 +230,4 @@ class Answers:
 
     def _retry(self, number: int, *, insist: bool = False) -> None:
         if number in self._sent:
-            self._send(number, self._sent[number], is_first=True, insist=insist)
+            self._send(number, self._sent[number], self._link.sender, is_first=True, insist=insist)

@@ -42,9 +42,12 @@ class QueueReading:
         """Wait for up to so many calls."""
         self.is_under_way = True
         self.most, self.begun = most, 0
-        if self._link.sender.is_idle:  # else they might overtake what was sent before, such as parts of a stream
-            self._answers.flush(ahead_of_read=self._link.waiter)
-        self._queue.read(self._link.waiter, self._answered, most=most, block_ms=self._block_ms)
+        link, answers = self._link, self._answers
+        # Else they might overtake what was sent before, such as parts of a stream.
+        takes_answers = link.sender.is_idle and answers.put_on(link.waiter)
+        self._queue.read(link.waiter, self._answered, most=most, block_ms=self._block_ms)
+        if takes_answers:
+            answers.were_sent()
 
     def cut_short(self) -> None:
         """Let the read end now.
