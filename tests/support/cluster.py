@@ -59,6 +59,11 @@ class ClusterNode(ServerProcess):
             ]
         )
 
+    def announce(self, port: int) -> None:
+        """Let the cluster tell another port of it, of a proxy before it."""
+        self.announced = port
+        self.do("CONFIG", "SET", "cluster-announce-port", port)
+
     def do(self, *command: Any) -> Any:
         """The answer to a command, by this very server."""
         with redis.Redis(port=self.port, protocol=2, socket_timeout=patience(5)) as client:
@@ -143,6 +148,11 @@ class Cluster:
             return all(role[0] == b"master" or role[3] == b"connected" for role in roles)
 
         wait_until(is_whole)
+
+    def wait_until_announced(self) -> None:
+        """Wait until every node has heard of the ports that the others announce."""
+        ports = {node.announced for node in self.nodes[: self.size]}
+        wait_until(lambda: all({primary for _, _, primary in _slots(node)} == ports for node in self.nodes))
 
     def primary_of(self, slot: int) -> ClusterNode:
         """The node that has a slot, as the live ones see it."""

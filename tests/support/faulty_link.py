@@ -56,7 +56,7 @@ class FaultyLink:
         """Listen on a free port of 127.0.0.1."""
         self._thread.start()
         self._listener = self._run(asyncio.start_server(self._accept, "127.0.0.1", 0, limit=_SEGMENT))
-        self._port: int = self._listener.sockets[0].getsockname()[1]
+        self.port: int = self._listener.sockets[0].getsockname()[1]
 
     def stop(self) -> None:
         """Reset every connection and listen no more."""
@@ -78,7 +78,7 @@ class FaultyLink:
     def url(self) -> str:
         """The server's URL by way of this proxy."""
         user = f"{self._server.username}:{self._server.password}@" if self._server.password else ""
-        return f"redis://{user}127.0.0.1:{self._port}/{self._server.db}"
+        return f"redis://{user}127.0.0.1:{self.port}/{self._server.db}"
 
     def lose_replies(self) -> None:
         """What is sent is carried out, but nobody learns of it."""

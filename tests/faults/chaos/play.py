@@ -174,6 +174,7 @@ class LoadRun:
         watch: Entered with the cluster for as long as there is load: takes measurements, which it puts into the result.
         throughout: Excuses that hold for the whole run, because the load itself does the damage.
         checks: Look at what is left; see `checks`.
+        prepares_shards: `prepare` knows a Redis cluster, too.
         needs_one_server: Its faults are about a server that is no cluster.
     """
 
@@ -191,6 +192,7 @@ class LoadRun:
     watch: Callable[[Cluster, Result], AbstractContextManager[None]] = lambda cluster, result: nullcontext()
     throughout: Fault | None = None
     checks: tuple[Check, ...] = ()
+    prepares_shards: bool = False
     needs_one_server: bool = False
 
     def length(self, plan: Plan) -> float:
@@ -200,7 +202,9 @@ class LoadRun:
 
     @property
     def _goes_with_shards(self) -> bool:
-        return not (self.needs_one_server or self.prepare or self.setup.sentinels or "server" in self.setup.environment)
+        is_prepared = self.prepare is None or self.prepares_shards
+        own_server = self.needs_one_server or self.setup.sentinels or "server" in self.setup.environment
+        return is_prepared and not own_server
 
     def play(self, plan: Plan) -> Result:
         """Start a cluster, hurt it under load, and judge."""

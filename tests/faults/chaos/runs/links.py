@@ -25,31 +25,46 @@ _RESET_SHARE = 0.01
 
 
 class Line:
-    """A proxy for the length of a run, before some of the processes of its cluster: all of them under ""."""
+    """A proxy for the length of a run, before some of the processes of its cluster: all of them under "".
+
+    Before a Redis cluster it is a proxy for each server, whose port that server announces. So it is before all
+    processes, and between primaries and their replicas.
+    """
 
     def __init__(self, role: str) -> None:
         self._role = role
-        self._link: FaultyLink | None = None
+        self._links: list[FaultyLink] = []
 
     def prepare(self, cluster: Cluster) -> None:
         """Put it before them."""
-        if self._link is not None:  # of a run before
-            self._link.stop()
-        self._link = FaultyLink(cluster.server.url)
-        self._link.start()
-        cluster.environment.setdefault(self._role, {})["QSERVE_REDIS_URL"] = self._link.url
+        for link in self._links:  # of a run before
+            link.stop()
+        nodes = cluster.shards.nodes if cluster.shards else []
+        self._links = [FaultyLink(f"redis://127.0.0.1:{node.port}") for node in nodes] or [
+            FaultyLink(cluster.server.url)
+        ]
+        for link in self._links:
+            link.start()
+        url = self._links[0].url
+        if cluster.shards:
+            for node, link in zip(nodes, self._links, strict=True):
+                node.announce(link.port)
+            cluster.shards.wait_until_announced()
+            url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.announced}" for node in nodes)
+        cluster.environment.setdefault(self._role, {})["QSERVE_REDIS_URL"] = url
 
     def fault(self, name: str, do: Callable[[FaultyLink], None], excuses: Excuses, *lasts_s: float) -> Fault:
         """The line is spoiled for some seconds, one time after the other."""
         turns = itertools.cycle(lasts_s)
 
         def act(cluster: Cluster, _dice: Random, event: Injected) -> None:
-            assert self._link is not None
             if self._role.startswith("gateway-"):
                 event.via = cluster.gateway_urls[int(self._role.removeprefix("gateway-"))]
-            do(self._link)
+            for link in self._links:
+                do(link)
             time.sleep(next(turns))
-            self._link.heal()
+            for link in self._links:
+                link.heal()
 
         return Fault(name, act, excuses, grace_s=10)
 
@@ -84,6 +99,7 @@ def _run(name: str, title: str, line: Line, fault: Fault, *, short: float = 0.0,
         seconds=100,
         short_seconds=short,
         prepare=line.prepare,
+        prepares_shards=line is _ALL,
         checks=(recovery(answered_s=10, serving_s=10), nothing_is_put_twice),
     )
 
