@@ -116,6 +116,8 @@ class Cluster:
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.gateways: list[subprocess.Popen[bytes]] = []
         self.gateway_urls = [f"http://127.0.0.1:{free_port()}" for _ in range(setup.gateways)]
+        self.calls_before_load = 0
+        """How many calls each deployment was sent that are none of the load."""
         self._kept = dict(os.environ)
 
     # Life cycle
@@ -266,6 +268,7 @@ class Cluster:
     def meet_shards(self) -> None:
         """Let every gateway call every deployment, so that it says in their shards that it lives; the calls fail."""
         for url in self.gateway_urls:
+            self.calls_before_load += 1
             for name in ("Safe", "Once"):
                 with contextlib.suppress(urllib.error.HTTPError):
                     urllib.request.urlopen(f"{url}/{name}", timeout=_START_S)
