@@ -1,5 +1,6 @@
 """What the failpoint tests deploy: writes down every run."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -30,10 +31,11 @@ class Work:
         return bytes(LARGE)
 
     async def parts(self, name: str) -> AsyncIterator[int]:
-        """A result in parts."""
+        """A result in parts, each of which leaves by itself: those of one turn leave together with the answer."""
         self._note(name)
         for part in range(3):
             yield part
+            await asyncio.sleep(0)
 
     async def fragile(self, name: str) -> list[object]:
         """Its first run ends the process."""
