@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
 
+_PLAIN = frozenset({str, bool, int, float})
 _RANDOM = 0x02
 """The flag of W3C Trace Context 2 for traces whose id is random."""
 
@@ -117,10 +118,12 @@ class LaterSpan(trace.Span):
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Set several attributes."""
         with self._tracer.lock:
-            if self._made is not None:
-                self._made.set_attributes(attributes)
-            elif self._end_ns is None:
+            if self._end_ns is not None:
+                return
+            if self._made is None and all(type(value) in _PLAIN for value in attributes.values()):
                 self.noted.update(attributes)
+            else:  # which copies what may change until it is sent
+                self._sdk_span().set_attributes(attributes)
 
     def set_attribute(self, key: str, value: Any) -> None:
         """Set an attribute."""

@@ -119,6 +119,16 @@ def test_what_has_ended_takes_nothing_more(sent: Sent) -> None:
     assert (made.end_time, dict(made.attributes)) == (span.start_ns + 5, {})
 
 
+def test_a_list_that_changes_later_is_sent_as_it_was(sent: Sent) -> None:
+    items = ["pear"]
+
+    def tell(span: Any) -> None:
+        span.set_attribute("items", items)
+        items.append("fig")
+
+    assert sent.of(sent.later, tell, parent=False).attributes["items"] == ("pear",)
+
+
 def test_user_code_finds_in_it_what_spans_of_the_sdk_have(sent: Sent) -> None:
     span = sent.later.start_span("call", Context(), attributes={"a": 1})
     with trace.use_span(span):
