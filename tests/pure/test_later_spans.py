@@ -83,6 +83,22 @@ def events_of(span: Any) -> list[tuple[str, object]]:
     return [(event.name, (event.attributes or {}).get("exception.message")) for event in span.events]
 
 
+@pytest.mark.parametrize("limit", ["", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT=1", "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT=3"])
+def test_limits_of_the_environment_hold(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if limit:
+        monkeypatch.setenv(*limit.split("="))
+    sent = Sent()
+
+    def tell(span: Any) -> None:
+        span.set_attribute("name", "a long one")
+
+    expected, found = (sent.of(tracer, tell, parent=False) for tracer in (sent.at_once, sent.later))
+    assert (dict(found.attributes), found.dropped_attributes) == (
+        dict(expected.attributes),
+        expected.dropped_attributes,
+    )
+
+
 @pytest.mark.parametrize("tell", [nothing, attributes, fails, everything_else])
 @pytest.mark.parametrize("parent", [False, True])
 def test_it_is_sent_as_a_span_of_the_sdk(sent: Sent, tell: Callable[[Any], None], parent: bool) -> None:
