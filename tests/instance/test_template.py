@@ -112,6 +112,13 @@ class TestAFork:
         assert worker.ppid() == node.pid
         assert os.getsid(worker.pid) == worker.pid
 
+    def test_ends_with_its_worker(self, fresh: Any) -> None:
+        replica = psutil.Process(fresh.remote().result(LIMIT_S)["pid"])
+        worker = replica.parent()
+        assert worker is not None
+        worker.kill()
+        replica.wait(LIMIT_S)
+
 
 class TestAGateway:
     def test_is_forked_too_and_comes_back_at_its_port(self, fresh: Any, qserve_instance: TestInstance) -> None:

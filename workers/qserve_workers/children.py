@@ -90,9 +90,15 @@ def _dies_with_parent(signum: signal.Signals) -> Callable[[], None] | None:
     return ask_for_signal
 
 
+def set_death_signal(signum: int) -> None:
+    """Get a signal when the parent of this process dies, on Linux."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signum))
+
+
 def die_with_parent(parent: int, signum: int) -> None:
     """Get a signal when the parent of this process dies, and end now if it has died already."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
+    set_death_signal(signum)
     if os.getppid() != parent:
         os._exit(1)
 

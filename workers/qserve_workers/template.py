@@ -5,7 +5,9 @@ standard input of this program; see `qserve_workers.node_template`.
 """
 
 import contextlib
+import functools
 import gc
+import hmac
 import importlib
 import logging
 import os
@@ -13,18 +15,20 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from types import ModuleType
 from typing import Final
 
 import msgspec
-from billiard.util import get_pdeathsig
+import redis
+import redis.utils
+from celery import platforms as celery_platforms
 from celery.bin.base import CLIContext
 from celery.bin.worker import worker
 
 from qserve.deployments.head_start import FOR_SOME
 from qserve_workers.celery_app import celery, settings_found
-from qserve_workers.children import die_with_parent
+from qserve_workers.children import die_with_parent, set_death_signal
 from qserve_workers.node_template import WITH_GATEWAY, FirstTemplate, Forked, ForkOrder
 from qserve_workers.titles import set_title
 
@@ -68,9 +72,21 @@ def import_everything(more: Iterable[str] = (), *, gateway: bool = False) -> Non
     for name in (*_IMPORTED, *((_GATEWAY,) if gateway else ()), *more):
         importlib.import_module(name)
     celery.finalize()
-    get_pdeathsig()  # which imports a parser of C where there is one
+    celery_platforms._set_pdeathsig = set_death_signal  # else each child parses C for it, where there is a parser
+    redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)  # else read for each connection
+    _rehearse()
     gc.collect()
     gc.freeze()
+
+
+def _rehearse() -> None:
+    """Do once what each worker does as it starts, where that fills caches or writes to many objects."""
+    context = CLIContext(app=celery, no_color=True, workdir=None, quiet=False)
+    worker.make_context("celery worker", [], obj=context, resilient_parsing=True)
+    for kind in (list, tuple, str, Generator, int):
+        issubclass(kind, Mapping)  # which asks all its subclasses the first time
+    redis.Connection()  # type: ignore[no-untyped-call]  # opens nothing
+    hmac.digest(b"key", b"message", "sha256")  # for which OpenSSL reads its settings
 
 
 def import_for_some() -> None:
@@ -78,6 +94,7 @@ def import_for_some() -> None:
     for name in FOR_SOME:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    _rehearse()  # again, because a new class may be a subclass of one that was asked
     gc.freeze()
 
 
