@@ -65,6 +65,7 @@ WRONG = {number for number, line in enumerate(PROGRAM.splitlines(), 1) if line.e
 REVEALED = ["Ref[str]", "StreamHandle", "DurableHandle", "Ref[str]"]
 
 DECORATED = """
+from abc import ABC
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -75,6 +76,10 @@ class Counter:
     def __init__(self, start: int = 0) -> None: ...
     def add(self, amount: int) -> int:
         return amount
+    limit: int = 3
+
+@serve.deployment
+class Abstract(ABC): ...
 
 @serve.deployment
 async def double(number: int) -> str:
@@ -87,6 +92,9 @@ reveal_type(handle.add)
 handle.subtract
 deployed: serve.Deployment[Callable[[int], Coroutine[Any, Any, str]]] = double
 counter: Counter = Counter.func_or_class()
+reveal_type(handle.limit)
+reveal_type(double.get_handle().anything)
+reveal_type(Abstract)
 """
 
 COMPLETED = """
@@ -153,6 +161,9 @@ def test_with_its_plugin_mypy_knows_classes_as_deployments_and_the_methods_of_ha
             '[def (amount: int | qserve.calls.ref.Ref[Any]) -> int]"',
         ),
         ("error", 'Deployment of "Counter" has no method "subtract"  [misc]'),
+        ("note", 'Revealed type is "qserve.calls.handle.DeploymentHandle[int]"'),
+        ("note", 'Revealed type is "qserve.calls.handle.DeploymentHandle[Any]"'),  # of a function, anything
+        ("note", 'Revealed type is "def () -> decorated.Abstract"'),  # it keeps the metaclass it has
     ]
 
 
