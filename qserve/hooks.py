@@ -159,6 +159,9 @@ class GatewayHook:
 class ReplicaHook:
     """What surrounds the calls that a replica runs."""
 
+    needs_meta = False
+    """Whether `wants` is only ever true of calls that carry meta. Then it is not asked about others."""
+
     def wants(self, meta: Mapping[str, str]) -> bool:
         """Whether the hook is to be run around a call, given what the caller's hooks have put into its meta."""
         return True
@@ -259,14 +262,22 @@ class HookChain(Generic[Hook]):
         self._reported: set[tuple[Hook, str]] = set()
         everything = {ClientHook.wants, GatewayHook.wants, ReplicaHook.wants, BatchHook.wants}
         self._choosy = any(type(hook).wants not in everything for hook in hooks)
-
-    def choose(self, *facts: Any) -> "HookChain[Hook] | None":
+        self.needs_meta = all(isinstance(hook, ReplicaHook) and hook.needs_meta for hook in hooks)
+        """Whether no hook wants a call that carries no meta, so that there is nothing to `choose` for it."""
+        self.choose: Callable[..., HookChain[Hook] | None] = self._choose_one if len(hooks) == 1 else self._choose_some
         """Those that want the call, the request or the batch of which these are the facts; None if none does."""
+
+    def _choose_one(self, *facts: Any) -> "HookChain[Hook] | None":
+        try:
+            return self if self._hooks[0].wants(*facts) else None
+        except BaseException as exc:
+            self._report(self._hooks[0], "wants", exc)
+            return self
+
+    def _choose_some(self, *facts: Any) -> "HookChain[Hook] | None":
         if not self._choosy:
             return self
         try:
-            if len(self._hooks) == 1:  # a third of the time that the list takes
-                return self if self._hooks[0].wants(*facts) else None
             chosen = [hook for hook in self._hooks if hook.wants(*facts)]
         except BaseException as exc:
             self._report(self._hooks[0], "wants", exc)

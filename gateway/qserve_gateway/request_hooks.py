@@ -22,11 +22,11 @@ class RequestHooks:
     """
 
     def __init__(self, hooks: Sequence[GatewayHook]) -> None:
-        self._chain = HookChain(hooks)
+        self._choose = HookChain(hooks).choose
 
     def are_wanted(self, scope: Scope) -> bool:
         """Decide, once for each request, whether hooks are run around it."""
-        chain = self._chain.choose(scope)
+        chain = self._choose(scope)
         if chain is None:
             return False
         scope["state"][_STATE] = chain

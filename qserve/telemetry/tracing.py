@@ -7,7 +7,8 @@ and meets no hook.
 
 import os
 import random
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points, version
 from typing import Any, NamedTuple
@@ -46,6 +47,8 @@ except ModuleNotFoundError as exc:
 
 _W3C = CompositePropagator([TraceContextTextMapPropagator(), W3CBaggagePropagator()])
 _HEADER = b"traceparent"
+_PLAIN = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+"""A `traceparent` as `_tell` writes it."""
 _HEADERS = frozenset({b"traceparent", b"tracestate", b"baggage"})
 
 
@@ -54,17 +57,13 @@ class _Source(NamedTuple):
 
     Attributes:
         tracer: Makes them. Where the provider is ours, it makes all it is asked for.
-        ratio: The share of new traces that are kept; None: the provider of the user decides.
+        begins: Whether a call that is part of no trace shall begin one.
         links: Durable calls begin a trace of their own, which is linked with that of their caller.
     """
 
     tracer: Any
-    ratio: float | None
+    begins: Callable[[], bool]
     links: bool
-
-    def begins(self) -> bool:
-        """Whether a call that is part of no trace shall begin one."""
-        return self.ratio is None or random.random() < self.ratio  # noqa: S311 (nothing to guess)
 
 
 @cache
@@ -73,7 +72,7 @@ def source() -> _Source:
     links, name = Settings().trace_durable == "link", ("qserve", version("qserve"))
     provider: Any = trace.get_tracer_provider()
     if not isinstance(provider, trace.ProxyTracerProvider):
-        return _Source(provider.get_tracer(*name), None, links)
+        return _Source(provider.get_tracer(*name), lambda: True, links)  # its own sampler decides
     here = this_process()
     about = {"service.name": here.deployment or f"qserve-{here.process}", "service.instance.id": here.replica}
     standard = Resource.create()  # what OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say wins
@@ -87,7 +86,8 @@ def source() -> _Source:
         processor = BatchSpanProcessor(MakingExporter(exporter()))
         provider.add_span_processor(processor)  # which flushes it when the process ends
         own.add_processor(processor)
-    return _Source(own, _ratio(), links)
+    ratio, draw = _ratio(), random.random
+    return _Source(own, lambda: draw() < ratio, links)
 
 
 def check() -> None:
@@ -168,10 +168,10 @@ class GatewaySpans(GatewayHook):
 
     def wants(self, scope: Mapping[str, Any]) -> bool:
         """Requests of a trace that is kept; those that bring none may begin one."""
-        for name, value in scope["headers"]:
-            if name == _HEADER:
-                return bool(value[-1:] in b"13579bdf") and value[-3:-2] == b"-"
-        return source().begins()
+        parent = dict(scope["headers"]).get(_HEADER)
+        if parent is None:
+            return source().begins()
+        return bool(parent[-1:] in b"13579bdf") and parent[-3:-2] == b"-"
 
     def before(self, request: GatewayRequest) -> Any:
         """Begin both, and tell the replica."""
@@ -225,14 +225,15 @@ class GatewaySpans(GatewayHook):
 class ReplicaSpans(ReplicaHook):
     """A span "process NAME" for each attempt of a call, under which those of user code hang."""
 
+    needs_meta = True
+
     def wants(self, meta: Mapping[str, str]) -> bool:
         """Calls whose callers have traced them."""
         return "traceparent" in meta
 
     def before(self, call: ReplicaCall) -> Any:
         """Begin it, and make it the current span of user code."""
-        sent = _W3C.extract(call.meta, context=context.Context())
-        sender = trace.get_current_span(sent).get_span_context()
+        sent, sender = _told(call.meta)
         is_linked = call.durable and source().links
         links = [Link(sender)] if is_linked or call.attempt > 1 else []
         attributes = _messaging(call.deployment, "process") | _what(call.method, call.kind, call.durable)
@@ -318,6 +319,17 @@ def _tell(meta: dict[str, str], span: Any, here: context.Context) -> None:
         _W3C.inject(meta, context=trace.set_span_in_context(span, here))
     else:  # the same, in a tenth of the time
         meta["traceparent"] = f"00-{about.trace_id:032x}-{about.span_id:016x}-{about.trace_flags:02x}"
+
+
+def _told(meta: Mapping[str, str]) -> tuple[context.Context, trace.SpanContext]:
+    """What `_tell` has told: the context of the sender, and the span in it."""
+    plain = None if "tracestate" in meta or "baggage" in meta else _PLAIN.fullmatch(meta["traceparent"])
+    if plain is None:
+        sent = _W3C.extract(meta, context=context.Context())
+        return sent, trace.get_current_span(sent).get_span_context()
+    trace_id, span_id, flags = (int(number, 16) for number in plain.groups())
+    sender = trace.SpanContext(trace_id, span_id, is_remote=True, trace_flags=trace.TraceFlags(flags))
+    return trace.set_span_in_context(trace.NonRecordingSpan(sender), context.Context()), sender
 
 
 def _end(span: Any, error: BaseException | None = None) -> None:

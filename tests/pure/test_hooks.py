@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from qserve import hooks
+from qserve.broker.server.clock import RedisClock
 from qserve.errors import ConfigurationError
 from qserve.hooks import ClientCall, ClientHook, GatewayHook, HookChain, ReplicaHook, checked_meta, load_hooks
 from qserve.wire.call_record import DurableCall, DurableCallWithMeta, Terms, decode_durable_call
 from qserve.wire.messages import Call, CallWithMeta, decode_call, decoder_of, encode, encode_bare
+from qserve_workers.calls.call_hooks import with_hooks
 
 PLAIN = ("id", "Echo", "caller", 1000, 0, "", False, b"payload")
 CALL = ClientCall("Echo", "", "call")
@@ -163,3 +165,18 @@ def test_a_hook_that_cannot_say_what_it_wants_gets_the_call(caplog: pytest.LogCa
     chain = HookChain([Broken()])
     assert [chain.choose("Echo") for _ in range(2)] == [chain, chain]
     assert caplog.text.count("Broken raised in wants()") == 1
+
+
+class Told(ReplicaHook):
+    needs_meta = True
+
+
+@pytest.mark.parametrize(("hooks", "asked"), [([Told()], False), ([Told(), Told()], False), ([Told(), Mine()], True)])
+def test_hooks_that_need_meta_are_not_asked_about_calls_without_it(hooks: list[ReplicaHook], asked: bool) -> None:
+    async def run(*_arguments: object) -> tuple[int, str]:
+        return 0, ""
+
+    plain, told = with_hooks(run, HookChain(hooks), RedisClock())
+    assert (plain is not run) == asked
+    assert told is not run
+    assert with_hooks(run, None, RedisClock()) == (run, run)

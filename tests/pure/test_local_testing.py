@@ -14,7 +14,10 @@ from starlette.requests import Request
 
 import qserve
 from qserve import serve
+from qserve.broker.instance.state import GenerationChanged
+from qserve.deployments.driver import THIS_PROCESS
 from qserve.testing import LocalServing, local
+from qserve.wire.spec import HttpSettings
 from tests.support.slowness import patience
 from tests.support.waiting import until, wait_until
 
@@ -301,6 +304,28 @@ def test_a_new_config_reaches_the_instance_and_deleting_ends_it() -> None:
         assert serve.list_deployments() == {}
         with pytest.raises(qserve.DeploymentNotFound):
             Prices.get_handle().of.remote("pear").result(timeout=10)
+
+
+@serve.deployment(route_prefix=None)
+class Deploys:
+    async def __call__(self) -> None:
+        Prices.deploy()
+
+
+def test_deploying_from_the_loop_that_would_do_it_is_refused() -> None:
+    with local(Deploys), pytest.raises(RuntimeError, match="would block the event loop"):
+        Deploys.get_handle().remote().result(timeout=10)
+
+
+def test_what_nobody_else_deploys_is_only_what_was_deployed_here() -> None:
+    with local(plain):
+        state = THIS_PROCESS.current().state
+        spec = state.list()["plain"].spec
+        with pytest.raises(GenerationChanged):
+            state.deploy(spec, expected=0)
+        assert state.delete("nobody") is None
+        state.set_http(HttpSettings(root_path="/shop"))
+        assert state.get_http().root_path == "/shop"
 
 
 def test_a_constructor_that_raises_says_so() -> None:

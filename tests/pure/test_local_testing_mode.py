@@ -1,6 +1,7 @@
 """`serve.run(..., _local_testing_mode=True)`, as Ray Serve has it."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,9 @@ def test_applications_run_in_this_process_until_shutdown(tmp_path: Path, monkeyp
     serve.shutdown()
     with pytest.raises(qserve.NoInstanceError):
         serve.list_deployments()
+
+
+def test_without_its_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qserve_workers.local.local_serving", None)
+    with pytest.raises(qserve.ConfigurationError, match=r"not installed: pip install 'qserve\[workers\]'"):
+        serve.run(Prices.bind(), _local_testing_mode=True)

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from qserve import cli
 from qserve.cli.project.hidden_modules import what_hides
 from qserve.errors import ConfigurationError
 from qserve.this_machine import is_running, machine_errors, runtime_folder, this_host
@@ -79,6 +80,28 @@ def test_a_file_on_pythonpath_that_hides_a_module_is_named(hidden: Path) -> None
         said = what_hides(error)
         assert said is not None
         assert said.startswith(f"{hidden} hides the module 'redis'")
+
+
+def test_the_command_says_so_and_shows_other_errors(hidden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cli, "command_line", raising=False)
+    broken = _Broken(ImportError("cannot import name 'Redis'", name="redis", path=str(hidden)))
+    monkeypatch.setitem(sys.modules, "qserve.cli.command_line", None)
+    with pytest.raises(ModuleNotFoundError, match="command_line"):
+        cli.main()
+    monkeypatch.setitem(sys.modules, "qserve.cli.command_line", broken)
+    with pytest.raises(SystemExit, match=f"^Error: {hidden} hides the module 'redis'"):
+        cli.main()
+
+
+class _Broken(ModuleType):
+    """A module that cannot do what it is there for."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__("broken")
+        self._error = error
+
+    def main(self) -> None:
+        raise self._error
 
 
 def test_an_installed_module_hides_nothing(hidden: Path, monkeypatch: pytest.MonkeyPatch) -> None:

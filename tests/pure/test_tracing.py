@@ -29,7 +29,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def decided_by(monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
-    monkeypatch.setattr(tracing, "source", lambda: tracing._Source(None, ratio, links=True))
+    monkeypatch.setattr(tracing, "source", lambda: tracing._Source(None, lambda: ratio > 0, links=True))
     monkeypatch.setattr(tracing.source, "cache_clear", lambda: None, raising=False)
 
 
@@ -97,7 +97,7 @@ def test_durable_calls_are_linked_or_children(
     monkeypatch: pytest.MonkeyPatch, durable: bool, links: bool, in_trace: bool
 ) -> None:
     tracer = TracerProvider().get_tracer("test")
-    monkeypatch.setattr(tracing, "source", lambda: tracing._Source(tracer, 1.0, links))
+    monkeypatch.setattr(tracing, "source", lambda: tracing._Source(tracer, lambda: True, links))
     monkeypatch.setattr(tracing.source, "cache_clear", lambda: None, raising=False)
     meta = {"traceparent": HEADER.decode() + "01"}
     call = ReplicaCall("8f-1", "Echo", "", "call", 1, durable, meta, waited_s=0.25)
@@ -124,7 +124,9 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     """The spans that have ended."""
     provider, exporter = TracerProvider(), InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(tracing, "source", lambda: tracing._Source(provider.get_tracer("test"), 1.0, links=True))
+    monkeypatch.setattr(
+        tracing, "source", lambda: tracing._Source(provider.get_tracer("test"), lambda: True, links=True)
+    )
     monkeypatch.setattr(tracing.source, "cache_clear", lambda: None, raising=False)
     return exporter
 

@@ -27,7 +27,7 @@ class Slowness:
             self._measured.append((now, self._measure()))
             while now - self._measured[0][0] > _REMEMBERED_S:
                 self._measured.popleft()
-        return max(factor for _, factor in self._measured)
+        return max(factor for _, factor in tuple(self._measured))  # other threads measure, too
 
     def _measure(self) -> float:
         began = time.perf_counter()

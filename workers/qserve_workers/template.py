@@ -5,7 +5,6 @@ standard input of this program; see `qserve_workers.node_template`.
 """
 
 import contextlib
-import functools
 import gc
 import hmac
 import importlib
@@ -20,12 +19,11 @@ from types import ModuleType
 from typing import Final
 
 import msgspec
-import redis
-import redis.utils
 from celery import platforms as celery_platforms
 from celery.bin.base import CLIContext
 from celery.bin.worker import worker
 
+from qserve.broker.server import redis_clients
 from qserve.deployments.head_start import FOR_SOME
 from qserve_workers.celery_app import celery, settings_found
 from qserve_workers.children import die_with_parent, set_death_signal
@@ -73,7 +71,7 @@ def import_everything(more: Iterable[str] = (), *, gateway: bool = False) -> Non
         importlib.import_module(name)
     celery.finalize()
     celery_platforms._set_pdeathsig = set_death_signal  # else each child parses C for it, where there is a parser
-    redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)  # else read for each connection
+    redis_clients.prepare_forks()
     _rehearse()
     gc.collect()
     gc.freeze()
@@ -85,7 +83,6 @@ def _rehearse() -> None:
     worker.make_context("celery worker", [], obj=context, resilient_parsing=True)
     for kind in (list, tuple, str, Generator, int):
         issubclass(kind, Mapping)  # which asks all its subclasses the first time
-    redis.Connection()  # type: ignore[no-untyped-call]  # opens nothing
     hmac.digest(b"key", b"message", "sha256")  # for which OpenSSL reads its settings
 
 

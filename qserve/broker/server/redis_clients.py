@@ -4,12 +4,14 @@ All connections of a process are made alike, whatever the URL: no command is eve
 asks what it is connected to, and one whose server has become a replica is given up.
 """
 
+import functools
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final
 
 import redis
 import redis.asyncio
+import redis.utils
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     AskError,
@@ -54,6 +56,15 @@ def client(url: str, timeout_s: float, *, any_role: bool = False, **options: Any
     if not broker.nodes or broker.slot >= 0:
         return _client(broker, timeout_s, greet, options)
     return ClusterClient(lambda slot: _client(broker.of_slot(slot), timeout_s, greet, options))
+
+
+def prepare_forks() -> None:
+    """Do once what each process does for its first connection, before processes are forked: it fills caches.
+
+    No connection is opened.
+    """
+    redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)  # else read for each connection
+    redis.Connection()  # type: ignore[no-untyped-call]
 
 
 def asyncio_client(url: str, timeout_s: float) -> "redis.asyncio.Redis":

@@ -16,13 +16,16 @@ RunsCall = Callable[..., Awaitable[tuple[int, Any]]]
 _KINDS: Final[dict[int, CallKind]] = {PYTHON: "call", STREAM: "stream", HTTP: "http", WEBSOCKET: "websocket"}
 
 
-def with_hooks(run: RunsCall, hooks: HookChain[ReplicaHook] | None, clock: RedisClock) -> RunsCall:
-    """The function with hooks around it; without hooks the function itself, so that none cost nothing."""
+def with_hooks(run: RunsCall, hooks: HookChain[ReplicaHook] | None, clock: RedisClock) -> tuple[RunsCall, RunsCall]:
+    """The function with hooks around it, for calls without meta and for those with it.
+
+    Where no hook can want a call, it is the function itself, so that it costs nothing more.
+    """
     if hooks is None:
-        return run
+        return run, run
 
     def run_as_chosen(running: RunningCall, *arguments: Any) -> Awaitable[tuple[int, Any]]:
-        # Not async: a call that no hook wants has no frame more.
+        # Not async: a call that no hook wants has one frame less.
         chain = hooks.choose(running.call.meta)
         return run(running, *arguments) if chain is None else run_with_hooks(chain, running, *arguments)
 
@@ -40,7 +43,7 @@ def with_hooks(run: RunsCall, hooks: HookChain[ReplicaHook] | None, clock: Redis
             chain.after(call, states)
         return answer
 
-    return run_as_chosen
+    return run if hooks.needs_meta else run_as_chosen, run_as_chosen
 
 
 def _described(running: RunningCall, clock: RedisClock) -> ReplicaCall:

@@ -113,7 +113,7 @@ class DurableRuns:
         self._slots = slots
         self._answers = answers
         self._on_retry = on_retry
-        self._result = with_hooks(self._run_user_code, hooks, clock)
+        self._run_plain, self._run_told = with_hooks(self._run_user_code, hooks, clock)
         self._records = Records(settings.keys)
         self._unconfirmed: dict[bytes, _Settlement] = {}
 
@@ -165,7 +165,8 @@ class DurableRuns:
         try:
             if running.unwanted:
                 raise asyncio.CancelledError
-            kind, result = await self._result(running, code, parts)
+            run = self._run_told if call.meta else self._run_plain
+            kind, result = await run(running, code, parts)
         except asyncio.CancelledError:
             if entry.id in self._slots:  # else abandoned or taken over: somebody else settles it
                 self._slots.counts.others["cancelled"] += 1

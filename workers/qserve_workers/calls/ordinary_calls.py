@@ -82,7 +82,7 @@ class OrdinaryRuns:
         self._answers = answers
         self._clock = clock
         self._conversations = conversations
-        self._result = with_hooks(self._run_user_code, hooks, clock)
+        self._run_plain, self._run_told = with_hooks(self._run_user_code, hooks, clock)
 
     async def run(self, running: RunningCall, code: UserCode) -> None:
         """Run a call that this replica has taken: all of its outcomes."""
@@ -93,7 +93,8 @@ class OrdinaryRuns:
             if running.unwanted:
                 raise CallCancelled("the caller left before the call ran")
             reach("run")
-            kind, result = await self._result(running, code)
+            run = self._run_told if call.meta else self._run_plain
+            kind, result = await run(running, code)
         except asyncio.CancelledError:
             if entry.id not in self._slots:
                 self._slots.end_background(running)

@@ -176,7 +176,7 @@ document.addEventListener("keydown", (event) => {
     row = Math.max(0, Math.min(all.length - 1, row + (event.key === "j" ? 1 : -1)));
     mark();
     all[row].scrollIntoView({block: "nearest"});
-  } else if (event.key === "Enter" && row >= 0 && !event.target.matches("a, button, summary")) {
+  } else if (event.key === "Enter" && row >= 0 && (event.target.closest("dialog") || !event.target.matches("a, button, summary"))) {
     const link = all[row].querySelector("a, summary");
     if (link) link.click();
   } else if (event.key === "x" && row >= 0) {
