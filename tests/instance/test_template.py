@@ -118,6 +118,7 @@ class TestAFork:
         assert worker is not None
         worker.kill()
         replica.wait(LIMIT_S)
+        assert fresh.remote().result(LIMIT_S)["pid"] != replica.pid
 
 
 class TestAGateway:

@@ -71,7 +71,7 @@ def test_a_call_that_is_sent_again_answers_its_own_id(broken: Any, gate: Gate) -
 
     done = dead("retry", "broken", ref.id)
 
-    assert done.output.strip() == ref.id, done.output
+    assert done.stdout.strip() == ref.id, done.output
     assert serve.get_ref(ref.id).result(patience(LIMIT_S)) == "ab"
     assert serve.get_ref(ref.id).status().state == "done"
     assert listed("broken") == []
@@ -110,7 +110,7 @@ def test_an_ordinary_call_is_sent_again_as_a_durable_one(
         assert json.loads(dead("show", "poison", letter["letter"]).stdout)["request"] == "GET /poison"
         gate.open()
 
-        call_id = dead("retry", "poison", letter["letter"]).output.strip()
+        call_id = dead("retry", "poison", letter["letter"]).stdout.strip()
 
         assert http.get(f"/-/calls/{call_id}", params={"wait": 20}).json()["response"]["body"] == "fine"
     assert listed("poison") == []
