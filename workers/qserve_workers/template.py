@@ -190,8 +190,12 @@ def serve(node: socket.socket) -> None:
     set_title("qserve: template")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     order = wait_for_birth(node)
-    if order is None:
-        return
+    if order is not None:
+        _be(order)
+
+
+def _be(order: ForkOrder) -> None:
+    """Be the process that was asked for, in a fork of the template."""
     set_title(f"qserve: {order.program}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
@@ -219,18 +223,23 @@ def fork_template(environment: Mapping[str, str], unwanted: int | None) -> First
     if pid:
         there.close()
         return FirstTemplate(pid, here.detach())
-    os.setsid()
-    die_with_parent(node, signal.SIGKILL)
     here.close()
     if unwanted is not None:
         os.close(unwanted)
+    _be_template(node, environment)
+    return there
+
+
+def _be_template(node: int, environment: Mapping[str, str]) -> None:
+    """Be a template, in a fork of a process that will be a node."""
+    os.setsid()
+    die_with_parent(node, signal.SIGKILL)
     os.environ.update(environment)
     gc.disable()
     logging.getLogger().handlers.clear()  # each program sets up its own logging
     logging.getLogger().setLevel(logging.WARNING)
     celery.use(settings_found())
     gc.freeze()
-    return there
 
 
 def main() -> None:
