@@ -171,7 +171,8 @@ class TaskProcessorAdapter:
         return get_handle(name).options(durable=True, method_name=task_name, **terms)
 
     def _cancel(self, client: Client, task_id: str) -> "Future[bool]":
-        ref, cancelled = _unattached(client.of_call(task_id), task_id), Future[bool]()
+        client = client.of_call(task_id)
+        ref, cancelled = _unattached(client, task_id), Future[bool]()
 
         def answered(answer: Any) -> None:
             if isinstance(answer, Exception):
