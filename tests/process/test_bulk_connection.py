@@ -15,6 +15,7 @@ from qserve.broker.large.bulk_connection import BulkConnection
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import embedded
 from qserve.errors import BrokerUnavailable
+from tests.support.chosen_server import needs_one_server
 from tests.support.serving import free_port
 from tests.support.waiting import wait_until
 
@@ -48,6 +49,7 @@ def listens(port: int) -> bool:
         return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
+@needs_one_server
 def test_answers_of_every_kind_come_in_order(connection: BulkConnection) -> None:
     connection.send(
         ("SET", "a", [b"head ", bytes(100_000), b"tail"], "PX", 60_000),
@@ -61,6 +63,7 @@ def test_answers_of_every_kind_come_in_order(connection: BulkConnection) -> None
     assert [connection.answer() for _ in range(7)] == [b"OK", 100_009, None, b"head ", 2, [b"1", b"2"], None]
 
 
+@needs_one_server
 def test_a_refused_command_harms_none_of_the_others(connection: BulkConnection) -> None:
     connection.send(("INCR", "a", "b"), ("PING",))
     with pytest.raises(CommandRefused, match="wrong number of arguments"):
@@ -72,6 +75,7 @@ def test_a_refused_command_harms_none_of_the_others(connection: BulkConnection) 
         connection.answer_into(memoryview(bytearray(1)))
 
 
+@needs_one_server
 def test_a_string_is_read_into_places_of_its_size_and_no_other(connection: BulkConnection) -> None:
     connection.call("SET", "a", b"x" * 32 + b"y" * 200_000)
     tag, place = bytearray(32), bytearray(200_000)

@@ -44,7 +44,7 @@ class Record:
     """The record of a durable call, written as the scripts write it."""
 
     def __init__(self, at: State, **fields: Any) -> None:
-        self.state, self.id = at, new_call_id()
+        self.state, self.id = at, new_call_id(at.keys.of("Echo").shard)
         given = {"state": "done", "deployment": "Echo", "kind": PYTHON, "attempts": 1, "submitted": 1000}
         self.put(**given | fields)
 
@@ -225,9 +225,10 @@ def test_only_calls_that_failed_run_again_and_only_replicas_that_live_are_told(
     with pytest.raises(ValueError, match="no version of 'Echo' before"):
         controls.roll_back(state, "Echo")
     assert not controls.stop_replica(state, "gone")
-    state.redis.set(state.keys.alive("here"), 1)
+    keys = state.keys.of("Echo")
+    state.redis.set(keys.alive("here"), 1)
     assert controls.dump_stacks(state, "here")
-    assert state.redis.xlen(state.keys.inbox("here")) == 1
+    assert state.redis.xlen(keys.inbox("here")) == 1
 
 
 # The commands

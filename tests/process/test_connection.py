@@ -28,6 +28,7 @@ from qserve.broker.server.address import Broker
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.wire.messages import Signer
 from qserve.wire.spec import HttpSettings
+from tests.support.chosen_server import needs_one_server
 from tests.support.servers import wait_until_accepting
 from tests.support.serving import free_port
 from tests.support.slowness import patience
@@ -123,6 +124,7 @@ async def test_commands_of_one_tick_leave_together(peer: tuple[Peer, Connection,
     assert other.received[0].count(b"ECHO") == 3
 
 
+@needs_one_server
 @pytest.mark.parametrize("options", [(), ("PX", 60_000), ("PX", 60_000, "NX")])
 async def test_a_large_value_arrives_whole_wherever_it_stands_in_its_command(
     connection: Connection, options: tuple[object, ...]
@@ -323,6 +325,7 @@ def test_a_sentinel_that_resets_every_connection_is_one_that_does_not_answer() -
         resetting.join()
 
 
+@needs_one_server
 async def test_a_script_is_loaded_where_the_server_does_not_know_it(
     connection: Connection, redis_client: "redis.Redis"
 ) -> None:

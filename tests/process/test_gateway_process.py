@@ -105,9 +105,9 @@ class Replica:
 
     def __init__(self, client: "redis.Redis", settings: Settings, deployment: str) -> None:
         self.redis = client
-        self.keys = settings.keys
+        self.keys = settings.keys.of(deployment)
         self.signer = Signer(settings.secrets)
-        self.queue = settings.keys.calls(deployment)
+        self.queue = self.keys.calls(deployment)
 
     def waiting(self) -> int:
         return int(self.redis.xlen(self.queue))
@@ -185,7 +185,7 @@ def test_an_address_that_cannot_be_had_is_told_in_one_line(start: Start, host: s
 
 
 def test_a_wrong_redis_password_is_told_and_ends_it(start: Start, settings: Settings) -> None:
-    failed = start(QSERVE_REDIS_URL=settings.redis_url.replace("unix://", "unix://user:wrong@"))
+    failed = start(QSERVE_REDIS_URL=settings.redis_url.replace("://", "://user:wrong@"))
     assert failed.process.wait(patience(10)) == 1
     assert failed.ready["error"]
 

@@ -32,7 +32,9 @@ async def lanes(redis_server: str) -> AsyncIterator[Two]:
         found.one.line_lost()
         found.two.line_lost()
 
-    line = await Connection(lost, lambda: None).open_at(parse(redis_server), patience(5))
+    broker = parse(redis_server)
+    broker = broker.at(broker.nodes[0]) if broker.nodes else broker
+    line = await Connection(lost, lambda: None).open_at(broker, patience(5))
     found = Two(line)
     yield found
     line.close()

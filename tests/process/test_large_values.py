@@ -35,6 +35,12 @@ MIB = 2**20
 
 
 @pytest.fixture
+def keys(settings: Settings) -> Keys:
+    """Those of the shard in which the deployment of these tests lies."""
+    return settings.keys.of("Echo")
+
+
+@pytest.fixture
 async def both(settings: Settings) -> AsyncIterator[tuple[Caller, Code]]:
     """A caller and a replica."""
     spec = deploy(settings)
@@ -318,7 +324,7 @@ class TestTransfers:
     async def test_a_chunk_that_is_missing_cut_or_forged_is_noticed(
         self, settings: Settings, signer: Signer, redis_client: "redis.Redis", keys: Keys
     ) -> None:
-        ours = Transfers(settings.redis_url, keys, signer)
+        ours = Transfers(keys.address(settings.redis_url), keys, signer)
         for name, data, complaint in (
             ("missing", None, "is missing"),
             ("cut", b"x" * 10, "is cut"),
@@ -333,7 +339,7 @@ class TestTransfers:
     async def test_redis_holds_no_more_than_a_window(
         self, settings: Settings, signer: Signer, redis_client: "redis.Redis", keys: Keys
     ) -> None:
-        ours = Transfers(settings.redis_url, keys, signer)
+        ours = Transfers(keys.address(settings.redis_url), keys, signer)
         data = os.urandom((transfers.WINDOW + 5) * CHUNK + 17)
         sending = asyncio.create_task(asyncio.to_thread(ours.send, "t", [memoryview(data)], lambda: True))
         await until(lambda: redis_client.llen(keys.transfer("t", "ready")) == transfers.WINDOW)
@@ -347,7 +353,7 @@ class TestTransfers:
         assert all(redis_client.pttl(key) > 0 for key in redis_client.keys(keys.transfer("t", "*")))
 
     async def test_what_was_taken_back_is_not_waited_for(self, settings: Settings, signer: Signer, keys: Keys) -> None:
-        ours = Transfers(settings.redis_url, keys, signer)
+        ours = Transfers(keys.address(settings.redis_url), keys, signer)
         await asyncio.to_thread(ours.refuse, "t")
         with pytest.raises(TransferBroken, match="taken it back"):
             await asyncio.to_thread(ours.receive, "t", [100])

@@ -88,7 +88,9 @@ class Letters:
 
     def durable(self) -> DurableCall:
         payload = CODEC.pack_call((3,), {})
-        call = DurableCall(new_call_id(), "Echo", "", 1000, PYTHON, "", True, payload, terms=Terms())
+        call = DurableCall(
+            new_call_id(self.state.keys.of("Echo").shard), "Echo", "", 1000, PYTHON, "", True, payload, terms=Terms()
+        )
         self.put(self.signer.seal(encode(call)), DURABLE)
         return call
 

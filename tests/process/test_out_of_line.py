@@ -18,6 +18,7 @@ from qserve.wire.messages import PYTHON, Call, Signer, encode
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.celery_calls.celery_tasks import Desk
 from tests.support.calling import LIMIT_S, calling, deploy, serving, within
+from tests.support.chosen_server import needs_one_server
 from tests.support.slowness import patience
 from tests.support.waiting import until
 
@@ -71,6 +72,7 @@ def test_of_a_schedule(queue: State, payloads: Payloads) -> None:
     assert argument(queue, payloads, submitted(queue)) == WORD
 
 
+@needs_one_server
 def test_of_a_celery_client_also_when_its_message_is_delivered_again(
     queue: State, small: Settings, payloads: Payloads
 ) -> None:
@@ -100,14 +102,14 @@ async def test_of_a_call_and_its_result_it_is_not_in_redis_at_all(small: Setting
     async with calling(small) as caller:
         pending, outcome = caller.call(WORD)
         await until(lambda: pending.entry is not None)
-        assert list(state.redis.scan_iter(state.keys.payload("*"))) == []
+        assert list(state.redis.scan_iter(state.keys.of("Echo").payload("*"))) == []
         async with serving(small, spec):
             assert caller.value(await within(outcome)) == WORD
-    assert list(state.redis.scan_iter(state.keys.payload("*"))) == []
+    assert list(state.redis.scan_iter(state.keys.of("Echo").payload("*"))) == []
 
 
 async def test_of_a_durable_call(queue: State, small: Settings, payloads: Payloads) -> None:
-    async with calling(small) as caller:
+    async with calling(small, "x") as caller:
         admitted: asyncio.Future[str | QServeError] = asyncio.get_running_loop().create_future()
         submission = caller.client.durable.submissions.prepare(
             "x",

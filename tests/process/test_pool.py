@@ -21,6 +21,7 @@ import redis
 from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
 from qserve.broker.server import embedded
+from qserve.broker.server.redis_clients import client
 from qserve.settings import Settings
 from qserve.wire.spec import DEPLOY_FAILED, HEALTHY, DeploymentSpec, Target, WorkerInfo
 from qserve_workers.celery_app import broker_settings
@@ -107,8 +108,8 @@ class RunningWorker:
     def info(self) -> WorkerInfo | None:
         """What the worker tells the world."""
         bodies: Any = []
-        with redis.Redis.from_url(self.settings.redis_url) as client, contextlib.suppress(redis.ConnectionError):
-            bodies = client.hvals(self.settings.keys.workers("Echo"))
+        with client(self.settings.redis_url, 5.0) as server, contextlib.suppress(redis.ConnectionError):
+            bodies = server.hvals(self.settings.keys.of("Echo").workers("Echo"))
         return msgspec.msgpack.decode(bodies[0], type=WorkerInfo) if bodies else None
 
     def wait_for(self, what: Callable[[], Any], timeout_s: float = LONG_S) -> Any:
@@ -178,9 +179,9 @@ def test_a_worker_runs_as_many_replicas_as_its_concurrency_and_says_so(start_wor
     info = worker.wait_until(1)
     assert (info.ready, info.wanted, info.pid) == (2, 2, worker.process.pid)
     assert len(worker.serving("a")) == 2
-    with redis.Redis.from_url(worker.settings.redis_url) as client:  # no node speaks for it
+    with client(worker.settings.redis_url, 5.0) as server:  # no node speaks for it
         assert info.node == info.id
-        assert client.exists(keys.alive(info.id))
+        assert server.exists(keys.of("Echo").alive(info.id))
 
 
 def test_under_a_node_the_worker_reports_as_the_nodes_and_follows_num_replicas(start_worker: StartWorker) -> None:
@@ -230,7 +231,7 @@ def test_a_killed_replica_is_replaced_at_once_twenty_times_out_of_twenty(
         os.kill(victim, signal.SIGKILL)
         [born] = worker.wait_for(partial(worker.born_besides, before))
         delays.append(born["at"] - killed_at)
-        buried = worker.wait_for(partial(redis_client.hget, keys.heartbeats("Echo"), f"replica-{victim}"))
+        buried = worker.wait_for(partial(redis_client.hget, keys.of("Echo").heartbeats("Echo"), f"replica-{victim}"))
         assert buried == b"dead"
     # Without the watch on the process it is up to 5 s, and 2.5 s in the middle.
     assert sorted(delays)[10] < min(patience(0.75), 1.9)
@@ -286,8 +287,8 @@ def test_a_replica_that_left_by_itself_gets_no_tombstone(
     worker.wait_for(partial(is_gone, old))
     [new] = worker.serving("b")
     os.kill(new, signal.SIGKILL)  # the worker, which deals with ends one by one, has dealt with the other before
-    worker.wait_for(lambda: redis_client.hgetall(keys.heartbeats("Echo")))
-    assert redis_client.hkeys(keys.heartbeats("Echo")) == [f"replica-{new}".encode()]
+    worker.wait_for(lambda: redis_client.hgetall(keys.of("Echo").heartbeats("Echo")))
+    assert redis_client.hkeys(keys.of("Echo").heartbeats("Echo")) == [f"replica-{new}".encode()]
 
 
 def test_a_broken_revision_leaves_the_old_one_serving(start_worker: StartWorker) -> None:
@@ -364,7 +365,7 @@ def test_ctrl_c_drains_and_a_second_one_ends_everything_now(
     worker.process.wait(patience(LONG_S))
     assert "Traceback" not in worker.output.read_text()
     worker.wait_for(partial(is_gone, replica))
-    worker.wait_for(lambda: redis_client.hget(keys.heartbeats("Echo"), f"replica-{replica}") == b"dead")
+    worker.wait_for(lambda: redis_client.hget(keys.of("Echo").heartbeats("Echo"), f"replica-{replica}") == b"dead")
 
 
 def test_replicas_can_be_listed_stopped_and_drained_with_celery_commands(

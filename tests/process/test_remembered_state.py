@@ -9,6 +9,7 @@ from qserve.broker.keys import Keys
 from qserve.settings import Settings
 from qserve.wire.messages import Signer
 from qserve.wire.spec import Deployed, DeploymentSpec, HttpSettings, Target
+from tests.support.chosen_server import empty, needs_one_server
 
 
 def deploy(state: State, name: str, route: str | None = None) -> Deployed:
@@ -27,7 +28,7 @@ async def test_what_is_forgotten_is_put_back_as_it_was(
     memory, client = RememberedState(keys, signer, restores=True), connect_asyncio(settings.redis_url)
     before = await memory.compare(client, await read_snapshot(client, keys, signer))
 
-    redis_client.flushall()
+    empty(settings.redis_url)
     after = await memory.compare(client, await read_snapshot(client, keys, signer))
 
     assert {name: deployed.spec for name, deployed in after.deployments.items()} == {
@@ -37,7 +38,7 @@ async def test_what_is_forgotten_is_put_back_as_it_was(
     assert after.deployments["B"].paused == before.deployments["B"].paused != ""
     assert after.deployments["A"].paused == ""
     assert (after.http, after.instances) == (before.http, before.instances)
-    assert redis_client.xlen(keys.calls("A")) == 0
+    assert redis_client.xlen(keys.of("A").calls("A")) == 0
     await client.aclose()
 
 
@@ -56,10 +57,10 @@ async def test_what_was_deleted_or_deployed_since_stays_so(
 
 
 async def test_of_two_that_remember_the_newer_wins(
-    settings: Settings, keys: Keys, signer: Signer, state: State, redis_client: "redis.Redis"
+    settings: Settings, keys: Keys, signer: Signer, state: State
 ) -> None:
     first, second = deploy(state, "A"), deploy(state, "A")
-    redis_client.flushall()
+    empty(settings.redis_url)
     client = connect_asyncio(settings.redis_url)
 
     assert [await restore(client, keys, signer, [each]) for each in (first, second, first)] == [1, 1, 0]
@@ -67,6 +68,7 @@ async def test_of_two_that_remember_the_newer_wins(
     await client.aclose()
 
 
+@needs_one_server  # on a cluster a shard in which nobody has deployed since goes on as before
 async def test_without_autorestore_nothing_is_written_and_nothing_is_undeployed(
     settings: Settings, keys: Keys, signer: Signer, state: State, redis_client: "redis.Redis"
 ) -> None:
@@ -74,7 +76,7 @@ async def test_without_autorestore_nothing_is_written_and_nothing_is_undeployed(
     memory, client = RememberedState(keys, signer, restores=False), connect_asyncio(settings.redis_url)
     await memory.compare(client, await read_snapshot(client, keys, signer))
 
-    redis_client.flushall()
+    empty(settings.redis_url)
     lost = await memory.compare(client, await read_snapshot(client, keys, signer))
     assert list(lost.deployments) == ["A"]
     assert redis_client.keys() == []
@@ -85,6 +87,7 @@ async def test_without_autorestore_nothing_is_written_and_nothing_is_undeployed(
     await client.aclose()
 
 
+@needs_one_server
 async def test_whoever_may_not_put_it_back_goes_on_until_somebody_does(
     settings: Settings, keys: Keys, signer: Signer, state: State, redis_client: "redis.Redis"
 ) -> None:
@@ -94,7 +97,7 @@ async def test_whoever_may_not_put_it_back_goes_on_until_somebody_does(
     memory = RememberedState(keys, signer, restores=True)
     before = await memory.compare(client, await read_snapshot(client, keys, signer))
 
-    redis_client.flushall()
+    empty(settings.redis_url)
     lost = await memory.compare(client, await read_snapshot(client, keys, signer))
     assert list(lost.deployments) == ["A"]
     other = connect_asyncio(settings.redis_url)

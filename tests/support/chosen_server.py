@@ -104,6 +104,6 @@ def empty(url: str) -> None:
         with client_of(url) as plain:
             plain.flushall()
         return
-    for address in primaries_of_cluster(broker, [])[0]:
+    for address in primaries_of_cluster(broker, {})[0]:
         with client_at(broker, address, patience(20)) as primary:
             primary.flushall()

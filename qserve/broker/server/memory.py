@@ -35,7 +35,7 @@ def read_memory(redis: "Redis") -> Iterator[Memory]:
     if not broker.nodes:
         yield from _read(redis, broker.place)
         return
-    for address in redis_clients.primaries_of_cluster(broker, [])[0]:
+    for address in redis_clients.primaries_of_cluster(broker, {})[0]:
         with redis_clients.client_at(broker, address, _TIMEOUT_S) as server:
             yield from _read(server, host_and_port(address))
 

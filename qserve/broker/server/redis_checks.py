@@ -27,7 +27,7 @@ from redis.exceptions import (
 
 from qserve.broker.redis_errors import broker_of
 from qserve.broker.server import redis_clients
-from qserve.broker.server.address import SLOTS, Broker, host_and_port, tls_problem
+from qserve.broker.server.address import SLOTS, Address, Broker, host_and_port, tls_problem
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
 logger = logging.getLogger(__name__)
@@ -127,13 +127,10 @@ def _check_one(redis: "Redis", broker: Broker) -> list[Finding]:
 
 def check_cluster(broker: Broker) -> Iterator[Finding]:
     """Check every primary of a cluster, and whether the others go on while one is down."""
-    problems: list[str] = []
-    found, slots = redis_clients.primaries_of_cluster(broker, problems)
+    failures: dict[Address, Exception] = {}
+    found, slots = redis_clients.primaries_of_cluster(broker, failures)
     if not found:
-        is_none = all("cluster support disabled" in problem for problem in problems)
-        advice = "Write redis:// for a server that is no cluster" if is_none else "See whether they run"
-        said = "; ".join(problems)
-        yield Finding("cluster", FAIL, f"no node of {broker.place} answers: {said}", advice, retry=not is_none)
+        yield _why_no_node(broker, failures)
         return
     if slots == SLOTS:
         yield Finding("cluster", OK, f"{len(found)} servers have all {SLOTS} slots")
@@ -361,12 +358,8 @@ def check_exposure(broker: Broker) -> Iterator[Finding]:
     if broker.path or (broker.host in _LOCAL_HOSTS and not broker.sentinels):
         return
     if not broker.password:
-        yield Finding(
-            "exposure",
-            WARN,
-            "the server is on the network and asks for no password",
-            "Set requirepass (or an ACL user) and put it into the URL; set QSERVE_SECRET to sign calls",
-        )
+        advice = "Set requirepass (or an ACL user) and put it into the URL; set QSERVE_SECRET to sign calls"
+        yield Finding("exposure", WARN, "the server is on the network and asks for no password", advice)
 
 
 def why_unreachable(exc: Exception, place: str, *, has_password: bool) -> Finding:
@@ -377,20 +370,26 @@ def why_unreachable(exc: Exception, place: str, *, has_password: bool) -> Findin
     if problem := tls_problem(exc, place):
         return Finding("tls", FAIL, *problem)
     if isinstance(exc, BusyLoadingError):
-        return Finding(
-            "reachable", FAIL, f"Redis at {place} is still loading its data", "Try again in a moment", retry=True
-        )
+        text = f"Redis at {place} is still loading its data"
+        return Finding("reachable", FAIL, text, "Try again in a moment", retry=True)
     if isinstance(exc, InvalidResponse):
         return Finding("reachable", FAIL, f"What answers at {place} is not Redis ({text})", "Check host and port")
     if isinstance(exc, ConnectionError | TimeoutError | OSError):
-        return Finding(
-            "reachable",
-            FAIL,
-            f"Redis cannot be reached at {place}: {text}",
-            "Is it running, and is the URL right? It is read from --redis-url or QSERVE_REDIS_URL",
-            retry=True,
-        )
+        advice = "Is it running, and is the URL right? It is read from --redis-url or QSERVE_REDIS_URL"
+        return Finding("reachable", FAIL, f"Redis cannot be reached at {place}: {text}", advice, retry=True)
     return Finding("reachable", FAIL, f"Redis at {place} refuses to be looked at: {text}", "See the server's log")
+
+
+def _why_no_node(broker: Broker, failures: Mapping[Address, Exception]) -> Finding:
+    said = "; ".join(f"node {host_and_port(address)}: {str(exc).rstrip('.')}" for address, exc in failures.items())
+    text = f"no node of {broker.place} answers: {said}"
+    if all("cluster support disabled" in str(exc) for exc in failures.values()):
+        return Finding("cluster", FAIL, text, "Write redis:// for a server that is no cluster")
+    for address, exc in failures.items():
+        finding = why_unreachable(exc, host_and_port(address), has_password=bool(broker.password))
+        if not finding.retry:
+            return finding
+    return Finding("cluster", FAIL, text, "See whether they run", retry=True)
 
 
 def _wrong_password(place: str, text: str, *, has_password: bool) -> Finding:

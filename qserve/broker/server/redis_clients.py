@@ -126,14 +126,15 @@ async def primaries_async(broker: Broker, problems: list[str]) -> AsyncIterator[
             yield primary
 
 
-def primaries_of_cluster(broker: Broker, problems: list[str]) -> tuple[list[Address], int]:
-    """Where all primaries of a cluster are, and how many slots they have."""
+def primaries_of_cluster(broker: Broker, failures: dict[Address, Exception]) -> tuple[list[Address], int]:
+    """Where all primaries of a cluster are, and how many slots they have; why each node that was asked did not say it
+    is added to `failures`."""
     for address in list(broker.nodes):
         try:
             with _client(broker.guide(address), _GUIDE_TIMEOUT_S, None, {}) as guide:
                 return primaries_and_slots(guide.execute_command("CLUSTER SLOTS"), address)
         except (RedisError, OSError) as exc:
-            problems.append(f"node {host_and_port(address)}: {_reason(exc)}")
+            failures[address] = exc
     return [], 0
 
 

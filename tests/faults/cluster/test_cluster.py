@@ -1,5 +1,6 @@
 """One instance over a cluster of six servers: its deployments lie on all of them, and slots move and primaries die."""
 
+import re
 import time
 
 import httpx
@@ -10,7 +11,7 @@ from qserve import serve
 from qserve.calls import process_client
 from tests.faults.cluster.conftest import another_primary, slot_of_deployment, slot_of_home
 from tests.faults.failover.load import Load
-from tests.support.cluster import Cluster
+from tests.support.cluster import PASSWORD, Cluster
 from tests.support.shell import Shell
 from tests.support.slowness import patience
 from tests.support.started import StartedInstance, assert_control_works
@@ -55,8 +56,19 @@ def test_what_is_asked_about_a_call_waits_for_the_first_connection_to_its_shard(
 def test_operators_see_all_shards(served: StartedInstance) -> None:
     shown = served.shell.run("status")
     assert all(name in shown.stdout for name in ("echo", "Echo2", "Chain")), shown.stdout
-    assert served.shell.run("calls", "ls").stdout.count("done") >= 2
+    for name in ("echo", "Echo2"):
+        assert qserve.get(serve.get_deployment(name).get_handle().options(durable=True).remote(7)) == 7
+    listed = served.shell.run("calls", "ls").stdout
+    assert all(re.search(rf"\b{name}\b.*\bdone\b|\bdone\b.*\b{name}\b", listed) for name in ("echo", "Echo2")), listed
     assert_control_works(served.shell)
+
+
+def test_whoever_cannot_log_in_is_told_so_and_need_not_wait(served: StartedInstance, cluster: Cluster) -> None:
+    wrong = cluster.url.replace(PASSWORD, "guess")
+    for command in (["deploy", "app"], ["start"], ["status"]):
+        said = served.shell.error(*command, "--redis-url", wrong)
+        assert "does not accept the user name and password" in said
+        assert "guess" not in said
 
 
 def test_a_call_wakes_a_deployment_without_replicas(served: StartedInstance) -> None:
@@ -92,7 +104,7 @@ def test_a_user_with_the_rights_of_a_worker_was_refused_nothing(served: StartedI
     denied = [
         dict(zip(entry[::2], entry[1::2], strict=True)) for node in cluster.nodes for entry in node.raw("ACL LOG")
     ]
-    assert {entry[b"object"] for entry in denied} - {b"config|get", b"client|setinfo"} == set()
+    assert {entry[b"object"] for entry in denied} - {b"AUTH", b"config|get", b"client|setinfo"} == set()
 
 
 def test_a_primary_that_dies_stops_nobody_elses_calls(served: StartedInstance, cluster: Cluster, shell: Shell) -> None:
