@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
-import redis
 
 from benchmarks import processes, slots
 from benchmarks.openloop import Generator, Phase, Plan, Request
 from benchmarks.rows import machine
 from benchmarks.steps import Step, Verdict, ended, table
+from qserve.broker.server import redis_clients
 from qserve.settings import Settings
 from qserve.testing import instance
 from qserve.wire.spec import ReplicaInfo
@@ -103,7 +103,7 @@ class Stage:
         stream = self.settings.keys.calls(deployment)
 
         def sample() -> None:
-            with redis.Redis.from_url(self.settings.redis_url, protocol=2) as client:
+            with redis_clients.client(self.settings.redis_url, 5.0) as client:
                 while not over.wait(_SAMPLE_S):
                     samples.append((time.monotonic(), client.xlen(stream)))
 
@@ -118,7 +118,7 @@ class Stage:
     def left_over(self, deployment: str) -> tuple[int, int]:
         """How many calls the queue still holds, and how many more or fewer ran than callers had answers to."""
         keys = self.settings.keys
-        with redis.Redis.from_url(self.settings.redis_url, protocol=2) as client:
+        with redis_clients.client(self.settings.redis_url, 5.0) as client:
             end = time.monotonic() + 5
             while True:  # replicas say once a second how many they have run
                 infos: list[bytes] = client.hvals(keys.replicas(deployment))

@@ -20,6 +20,7 @@ from qserve.broker.scripts import (
     DESCRIBE,
     DUE,
     END_CALL,
+    NOTE_CHILD,
     NOTE_PART,
     NOTE_PROGRESS,
     REJECT_CALL,
@@ -78,6 +79,10 @@ class Records:
     ) -> None:
         """Put (call, its sealed frame, options); `on_answer` gets what submit.lua returns."""
         SUBMIT.send(connection, on_answer, *submit_arguments(self._keys, deployment, calls, waiter))
+
+    def note_child(self, connection: Connection, parent: str, call_id: str) -> None:
+        """Note that a call has made another one, which lies in another shard."""
+        NOTE_CHILD.send(connection, ignore_answer, (self._keys.call(parent),), call_id)
 
     def attach(self, connection: Connection, call_id: str, waiter: str, on_answer: Callable[[Answer], None]) -> None:
         """Ask for the outcome, and be told of it if there is none yet; `on_answer` gets what attach.lua returns."""

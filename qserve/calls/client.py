@@ -115,7 +115,10 @@ class Client:
         self._receiver = Receiver(keys, self.id, signer, link, self._accept)
         self._reconciler = Reconciler(keys, signer, link, self._receiver, pending, self._admission, new_id=self._new_id)
         payloads = Payloads(keys, signer, settings.out_of_line_bytes)
-        self.durable = DurableCalls(settings, signer, payloads, self.id, link, full_queues)
+        self.durable = DurableCalls(
+            *(settings, signer, payloads, self.id, link, full_queues),
+            submissions_of=lambda call_id: self.of_call(call_id).durable.submissions,
+        )
         self.of: Callable[[str], Client] = lambda _name: self
         self.of_call: Callable[[str], Client] = self.of
         self.all: Callable[[], list[Client]] = lambda: [self]

@@ -1,5 +1,7 @@
 """What a process does with durable calls: submit them, wait for their ends, and reach any of them by its id."""
 
+from collections.abc import Callable
+
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads
 from qserve.broker.records import Records
@@ -13,6 +15,9 @@ from qserve.wire.messages import Signer
 
 class DurableCalls:
     """The durable calls of one client. Belongs to its event loop.
+
+    Args:
+        submissions_of: Finds the submissions of this process to the shard in which a call lies.
 
     Attributes:
         by_id: Reads and ends calls.
@@ -31,12 +36,16 @@ class DurableCalls:
         process: str,
         link: Link,
         full_queues: FullQueues,
+        submissions_of: Callable[[str], Submissions],
     ) -> None:
         records = Records(settings.keys)
         self.by_id = CallsById(records, settings.keys, signer, link)
         self.watchers = Watchers(records, payloads, self.by_id, process, link)
         self.submissions = Submissions(
-            *(settings, signer, records, payloads, process, link), full_queues=full_queues, watchers=self.watchers
+            *(settings, signer, records, payloads, process, link),
+            full_queues=full_queues,
+            watchers=self.watchers,
+            of_call=submissions_of,
         )
 
     def link_up(self) -> None:

@@ -62,6 +62,7 @@ class Submissions:
         link: The connection for commands.
         full_queues: The errors for calls that found a full queue.
         watchers: Those who wait for the ends of calls: of one that expires they are not told by a replica.
+        of_call: Finds those of this process to the shard in which a call lies.
 
     Attributes:
         accepted: How many new calls Redis has taken.
@@ -78,6 +79,7 @@ class Submissions:
         *,
         full_queues: FullQueues,
         watchers: Watchers,
+        of_call: Callable[[str], "Submissions"],
     ) -> None:
         self._settings = settings
         self.accepted = 0
@@ -89,6 +91,7 @@ class Submissions:
         self._link = link
         self._full_queues = full_queues
         self._watchers = watchers
+        self._of_call = of_call
         self._collected: dict[str, list[Submission]] = {}
         self._unconfirmed: dict[str, Submission] = {}
         address = settings.keys.address(settings.redis_url)
@@ -189,8 +192,18 @@ class Submissions:
             verdict: str | QServeError = _lost(each.call.deployment)
         else:  # a shard of a cluster knows its own deployments only
             verdict = _verdict(each.call, answer, place, self._full_queues)
-        self.accepted += verdict == each.call.id
+        if verdict == each.call.id:
+            self.accepted += 1
+            parent = each.options.parent
+            if parent and (its := self._of_call(parent)) is not self:
+                spawn(its.note_child(parent, each.call.id))
         each.on_admitted(verdict)
+
+    async def note_child(self, parent: str, call_id: str) -> None:
+        """Note that a call of this shard has made one of another shard, unless Redis cannot be reached now."""
+        sender = await self._link.first_sender()
+        if sender.is_open:
+            self._records.note_child(sender, parent, call_id)
 
     @property
     def unconfirmed(self) -> Container[str]:

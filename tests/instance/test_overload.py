@@ -10,13 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-import redis
 
 from benchmarks.openloop import Phase
 from benchmarks.overload import Stage, exact, second_gateway
 from benchmarks.slots import Slots
 from qserve import BackPressureError, serve
 from qserve.testing import TestInstance
+from tests.support.chosen_server import client_of
 from tests.support.deployed import GatedCode
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
@@ -81,7 +81,7 @@ class Crowd:
 
     def depth(self) -> int:
         """Calls queued and running."""
-        with redis.Redis.from_url(self.instance.settings.redis_url, protocol=2) as client:
+        with client_of(self.instance.settings.redis_url) as client:
             return int(client.xlen(self.instance.settings.keys.calls("Gated")))
 
     def ran(self) -> list[str]:

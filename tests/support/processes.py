@@ -11,12 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
-import redis
 
 from qserve.broker.instance.state import State
 from qserve.settings import Settings
 from qserve.testing import TestInstance
 from qserve.wire.messages import Signer
+from tests.support.chosen_server import client_of
 from tests.support.slowness import patience
 
 
@@ -51,9 +51,9 @@ def command_line(process: psutil.Process) -> str:
         return ""
 
 
-def valkey_pid(settings: Settings) -> int:
-    """The process that carries the calls."""
-    with redis.Redis.from_url(settings.redis_url, protocol=2) as client:
+def valkey_pid(settings: Settings, deployment: str) -> int:
+    """The process that carries the calls of a deployment."""
+    with client_of(settings.keys.of(deployment).address(settings.redis_url)) as client:
         found: Any = client.info("server")
         return int(found["process_id"])
 

@@ -6,6 +6,7 @@ from typing import cast
 import msgspec
 import redis
 
+from qserve.broker.history.buckets import KEPT_S
 from qserve.broker.inboxes import tell_now
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import our_errors
@@ -41,7 +42,11 @@ def fail_remaining(client: redis.Redis, keys: Keys, deployment: str, signer: Sig
 
 
 def forget_remains(client: redis.Redis, keys: Keys, deployment: str) -> None:
-    """Remove the queue of a deleted deployment, what its replicas and workers reported, and its totals."""
+    """Remove the queue of a deleted deployment, what its replicas and workers reported, and its totals.
+
+    The calls that had trouble can be looked at for as long as the counts of those days.
+    """
     names = (keys.replicas, keys.heartbeats, keys.workers, keys.calls, keys.totals)
     with our_errors(client):
         client.delete(*(name(deployment) for name in names))
+        client.expire(keys.troubles(deployment), KEPT_S)

@@ -50,6 +50,13 @@ local function note(record, n, now, event, data, ...)
   redis.call('PUBLISH', record, n)
 end
 
+-- Note in the record of a durable call, if it lies here, that it has made another one.
+local function note_child(record, id)
+  if redis.call('EXISTS', record) == 0 then return end
+  local count = redis.call('HINCRBY', record, 'children', 1)
+  if count <= CHILDREN_KEPT then redis.call('HSET', record, 'c' .. count, id) end
+end
+
 -- Put a frame into the inbox of every process that waits for the call, if it lives.
 local function tell(base, waiters, frame, inbox_ttl)
   for waiter in string.gmatch(waiters or '', '%S+') do

@@ -26,14 +26,6 @@ local function remember_key(base, key, id, now, ttl)
   redis.call('PEXPIRE', calls, ttl)
 end
 
--- Note in the record of a durable call that it has made another one.
-local function adopt(base, parent, id)
-  local record = base .. 'call:' .. parent
-  if redis.call('EXISTS', record) == 0 then return end
-  local count = redis.call('HINCRBY', record, 'children', 1)
-  if count <= CHILDREN_KEPT then redis.call('HSET', record, 'c' .. count, id) end
-end
-
 local is_first = false  -- a call waits now before which none did: whoever moves them does not know of it
 
 local function submit(id, frame, delay, expires, kind, method, waiter, low, idem, body, idem_ttl, ttl, celery, key, parent)
@@ -50,7 +42,7 @@ local function submit(id, frame, delay, expires, kind, method, waiter, low, idem
   room = room - 1
   if idem ~= '' then redis.call('SET', base .. 'idem:' .. idem, id .. ' ' .. body, 'PX', idem_ttl) end
   if key ~= '' then remember_key(base, key, id, now, idem_ttl) end
-  if parent ~= '' then adopt(base, parent, id) end
+  if parent ~= '' then note_child(base .. 'call:' .. parent, id) end
   redis.call('PERSIST', base .. 'p:' .. id)
   local fields = {'state', 'queued', 'deployment', deployment, 'kind', kind, 'method', method, 'attempts', 0,
     'submitted', whole(now), 'waiters', waiter}

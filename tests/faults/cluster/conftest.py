@@ -50,6 +50,9 @@ APP = """
             for number in range(limit):
                 yield number
 
+        async def orders(self, value):
+            return (await self.echo.options(durable=True).remote(value)).id
+
         async def same(self, data):
             return data
 """

@@ -1,5 +1,6 @@
 """One instance over a cluster of six servers: its deployments lie on all of them, and slots move and primaries die."""
 
+import json
 import re
 import time
 
@@ -51,6 +52,19 @@ def test_what_is_asked_about_a_call_waits_for_the_first_connection_to_its_shard(
     process_client.close_current_client()
     serve.get_ref(ids[1]).cancel()
     wait_until(lambda: serve.get_ref(ids[1]).status().state == "cancelled")
+
+
+def test_a_call_shows_what_it_has_made_in_another_shard(served: StartedInstance) -> None:
+    ref = serve.get_deployment("Chain").get_handle().options(durable=True).orders.remote(7)
+    made = qserve.get(ref)
+    assert qserve.get(serve.get_ref(made)) == 7
+    assert slot_of_deployment("Chain") != slot_of_deployment("echo")
+
+    def family(of: str) -> list[str]:
+        return [each["id"] for each in json.loads(served.shell.run("calls", "show", of, "--json").stdout)["family"]]
+
+    wait_until(lambda: family(ref.id) == [ref.id, made])
+    assert family(made) == [ref.id, made]
 
 
 def test_operators_see_all_shards(served: StartedInstance) -> None:

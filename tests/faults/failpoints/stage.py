@@ -13,19 +13,19 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import redis
 from celery import Celery
 
 from qserve.broker.instance.heartbeats import DIED, post_tombstone
 from qserve.broker.instance.state import State
 from qserve.broker.keys import GROUP
 from qserve.broker.large.lending import Lending
+from qserve.broker.server.redis_clients import client
 from qserve.calls.streams import ResultStream
 from qserve.deployments.loading import load_target
 from qserve.durable.watching import CallWatcher
 from qserve.errors import QServeError, TaskError
 from qserve.failpoints import VARIABLE
-from qserve.settings import Settings
+from qserve.settings import Settings, at_deployment
 from qserve.wire.call_record import DurableOptions
 from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, STREAM, Outcome, Reply, Signer
@@ -45,7 +45,7 @@ from tests.support.waiting import until
 NAME = "Work"
 GHOST = "ghost"
 LIMIT_S = 60.0
-_FOREVER = re.compile("meta|deployments|log|q|hb|replicas|workers|gateways|counters|instance|dead|call")
+_FOREVER = re.compile("meta|deployments|log|q|hb|replicas|workers|gateways|counters|instance|dead|call|troubles")
 """Kinds of keys that need not expire: what is deployed, and what lives as long as it."""
 _codec = Codec(allow_pickle=True, max_bytes=2**24)
 
@@ -108,16 +108,16 @@ class Stage:
             dead_after_s=patience(1.5),
             celery_calls=True,
         )
-        self.keys = self.settings.keys
+        self.keys = self.settings.keys.of(NAME)
         self.signer = Signer(self.settings.secrets)
-        self.redis = redis.Redis.from_url(redis_url)
-        self.state = State(redis_url, self.keys, self.signer)
+        self.redis = client(redis_url, patience(20))
+        self.state = State(redis_url, self.settings.keys, self.signer)
         self._processes: list[Victim] = []
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "Stage":
         self.state.deploy(work_spec(str(self.folder)), expected=0)
-        self.caller = Caller(self.settings)
+        self.caller = Caller(self.settings, NAME)
         await self.caller.client.start()
         self._stack.push_async_callback(self.caller.client.stop)
         return self
@@ -128,8 +128,9 @@ class Stage:
         for each in self._processes:
             await asyncio.to_thread(each.process.wait)
         await self._stack.aclose()
-        for key in self.redis.scan_iter(self.keys.base + "*"):
-            self.redis.delete(key)
+        for keys in dict.fromkeys((self.keys, self.settings.keys)):
+            for key in self.redis.scan_iter(keys.base + "*"):
+                self.redis.delete(key)
         self.state.close()
         self.redis.close()
 
@@ -181,10 +182,11 @@ class Stage:
         spec = work_spec(str(self.folder))
         code = UserCode(spec, load_target(spec.target), "survivor", _codec)
         await code.construct()
-        lending = Lending(replica, self.settings.redis_url, self.keys, self.signer)
-        consumer = Consumer(self.settings, self.signer, _codec, spec, replica, lending)
+        settings = at_deployment(self.settings, NAME)
+        lending = Lending(replica, self.keys.address(settings.redis_url), self.keys, self.signer)
+        consumer = Consumer(settings, self.signer, _codec, spec, replica, lending)
         await consumer.connect()
-        takeover = Takeover(self.settings, consumer, replica)
+        takeover = Takeover(settings, consumer, replica)
         takeover.start()
         consumer.start(code)
         try:
@@ -265,7 +267,7 @@ class Stage:
     async def send_task(self, method: str = "work") -> str:
         """Have a Celery client send a task; its id."""
         found = broker_settings(self.settings.redis_url)
-        found["broker_transport_options"]["global_keyprefix"] = self.keys.celery_prefix
+        found["broker_transport_options"]["global_keyprefix"] = self.settings.keys.celery_prefix
         with Celery(set_as_current=False) as app:
             app.conf.update(found)
             task = await asyncio.to_thread(app.send_task, TASK, [NAME, method, [method]], queue=QUEUE)
@@ -291,7 +293,7 @@ class Stage:
 
     def records(self) -> list[str]:
         """States of the durable calls there are."""
-        states: Any = [self.redis.hget(key, "state") for key in self.redis.scan_iter(self.keys.call("*"))]
+        states: Any = [self.redis.hget(key, "state") for key in self.redis.scan_iter(f"{self.keys.base}call:*")]
         return [state.decode() for state in states if state is not None]
 
     def letters(self) -> int:

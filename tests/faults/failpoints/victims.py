@@ -6,7 +6,7 @@ import sys
 from qserve.broker.instance.state import State
 from qserve.calls.client import Client
 from qserve.calls.handle import codec_of
-from qserve.settings import Settings
+from qserve.settings import Settings, at_deployment
 from qserve.wire.call_record import DurableOptions
 from qserve.wire.channel import Channel
 from qserve.wire.messages import PYTHON, STREAM, Outcome, Signer
@@ -67,7 +67,7 @@ async def main() -> None:
     if what == "deploy":
         deploy(settings)
         return
-    client = Client(settings)
+    client = Client(at_deployment(settings, NAME))
     await client.start()
     # A process that dies with answers unread resets its connection: the server may not read what was sent last.
     await client.sender.call("PING")

@@ -15,6 +15,7 @@ import qserve
 from qserve import serve
 from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
+from tests.support.chosen_server import needs_one_server
 from tests.support.gates import Gate, Notes, is_alive
 from tests.support.own_instance import node_of, part_of, record_of
 from tests.support.slowness import patience
@@ -224,6 +225,7 @@ class TestAnInstance:
         wait_until(lambda: not is_alive(int(before)))
         assert len(serve.status()["held"].replicas) == 1
 
+    @needs_one_server  # which is the instance's own
     def test_whose_server_is_killed_has_its_deployments_again(
         self, qserve_instance: TestInstance, http: httpx.Client
     ) -> None:

@@ -17,6 +17,7 @@ from qserve.broker.server import redis_clients
 from qserve.testing import TestInstance
 from qserve.wire.messages import Signer
 from tests.instance.console.served import EVIL, OPERATOR, PAGES, VIEWER, act, console_of, visitor
+from tests.support.chosen_server import needs_one_server
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
 
@@ -291,6 +292,7 @@ def test_the_former_version_comes_back(shop: Any, operator: httpx.Client) -> Non
     wait_until(lambda: serve.get_deployment("shop").version == "first")
 
 
+@needs_one_server
 def test_the_overview_warns_of_a_redis_that_is_nearly_full(running: TestInstance, operator: httpx.Client) -> None:
     assert "At the limit" not in operator.get("").text
     with closing(redis_clients.client(running.settings.redis_url, patience(5))) as server:

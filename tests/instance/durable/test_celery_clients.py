@@ -17,9 +17,12 @@ from qserve.settings import Settings
 from qserve.testing import TestInstance
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.celery_calls.celery_tasks import Desk
+from tests.support.chosen_server import needs_one_server
 from tests.support.gates import Gate, Notes
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
+
+pytestmark = needs_one_server
 
 sent: list[Any] = []
 

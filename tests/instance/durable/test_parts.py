@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
-from redis import Redis
 from starlette.responses import StreamingResponse
 
 import qserve
 from qserve import serve
 from qserve.testing import TestInstance
+from tests.support.chosen_server import client_of
 from tests.support.gates import Gate, Notes
 from tests.support.shell import elsewhere
 from tests.support.slowness import patience
@@ -153,5 +153,5 @@ def test_what_a_call_gives_is_bounded_and_goes_with_its_record(qserve_instance: 
     with pytest.raises(qserve.ResultTooLarge):
         list(ref)
 
-    with Redis.from_url(qserve_instance.settings.redis_url) as redis:
+    with client_of(qserve_instance.settings.redis_url) as redis:
         assert 0 < redis.ttl(qserve_instance.settings.keys.parts(ref.id)) <= 50

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 
-import redis
-
 from qserve.testing import TestInstance
+from tests.support.chosen_server import client_of
 
 GOOD_HEAD = b"GET /a HTTP/1.1\r\nHost: x\r\n"
 
@@ -219,5 +218,5 @@ def handshake(*lines: bytes) -> bytes:
 
 def calls_of(instance: TestInstance, deployment: str) -> int:
     """How many calls a deployment has, waiting and running."""
-    with redis.Redis.from_url(instance.settings.redis_url, protocol=2) as client:
+    with client_of(instance.settings.redis_url) as client:
         return int(client.xlen(instance.settings.keys.calls(deployment)))

@@ -6,11 +6,11 @@ import random
 import signal
 import time
 from collections.abc import AsyncIterator
+from itertools import chain
 from pathlib import Path
 
 import httpx
 import pytest
-import redis
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from starlette.requests import Request
@@ -22,6 +22,7 @@ from qserve.errors import CallCancelled, GetTimeoutError
 from qserve.testing import TestInstance, instance
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_gateway.gateway import Gateway
+from tests.support.chosen_server import client_of
 from tests.support.gates import Gate, Notes
 from tests.support.processes import connect, gateway_pid, read_until
 from tests.support.slowness import patience
@@ -158,7 +159,7 @@ def test_a_queued_call_of_a_client_that_left_never_reaches_a_replica(
 
 
 def _until_queued(at: TestInstance, count: int) -> None:
-    with redis.Redis.from_url(at.settings.redis_url, protocol=2) as client:
+    with client_of(at.settings.redis_url) as client:
         wait_until(lambda: client.xlen(at.settings.keys.calls("served")) == count)
 
 
@@ -398,7 +399,7 @@ async def test_a_thousand_disconnects_leave_nothing_behind(qserve_instance: Test
 
     await asyncio.gather(*(come_and_go(number) for number in range(1000)))
 
-    with redis.Redis.from_url(settings.redis_url, protocol=2) as client:
+    with client_of(settings.redis_url) as client:
         await asyncio.to_thread(wait_until, lambda: client.xlen(settings.keys.calls("served")) == 0)
     await asyncio.to_thread(wait_until, lambda: http.get("/served/running").json() == 0)
     await asyncio.to_thread(wait_until, lambda: _lasting_keys(qserve_instance) <= base)
@@ -406,8 +407,9 @@ async def test_a_thousand_disconnects_leave_nothing_behind(qserve_instance: Test
 
 def _lasting_keys(at: TestInstance) -> set[bytes]:
     """All keys but inboxes, which come with the first message and go when none has come for a minute."""
-    with redis.Redis.from_url(at.settings.redis_url, protocol=2) as client:
-        return {key for key in client.scan_iter(count=1000) if b":inbox:" not in key and b":alive:" not in key}
+    with client_of(at.settings.redis_url) as client:
+        found = chain.from_iterable(client.scan_iter(f"{keys.base}*", count=1000) for keys in at.settings.keys.all())
+        return {key for key in found if b":inbox:" not in key and b":alive:" not in key}
 
 
 async def test_a_gateway_keeps_no_future_of_a_client_that_left(qserve_instance: TestInstance) -> None:
@@ -484,7 +486,7 @@ async def test_cancelling_a_ref_in_the_moment_it_is_put(qserve_instance: TestIns
         ref.cancel()
         with pytest.raises(CallCancelled):
             qserve.get(ref)
-    with redis.Redis.from_url(qserve_instance.settings.redis_url, protocol=2) as client:
+    with client_of(qserve_instance.settings.redis_url) as client:
         stream = qserve_instance.settings.keys.calls("Worker")
         await asyncio.to_thread(wait_until, lambda: client.xlen(stream) == 0)
     seen = notes.read()

@@ -381,7 +381,7 @@ def test_a_slow_reader_pauses_the_generator_and_memory_stays_flat(qserve_instanc
     connection = connect(qserve_instance, b"GET /served/ HTTP/1.1\r\nhost: HOST\r\nconnection: close\r\n\r\n")
     with connection:
         replica = int(notes.wait_for(1)[0])
-        pids = (gateway_pid(qserve_instance), replica, valkey_pid(qserve_instance.settings))
+        pids = (gateway_pid(qserve_instance), replica, valkey_pid(qserve_instance.settings, "served"))
         with PeakMemory(*pids) as memory:
             made = _rest(notes)
             assert made * 65536 < 32 * MIB  # what fits into buffers: the sockets' and a window

@@ -204,7 +204,7 @@ def test_a_slow_handler_slows_the_client_and_memory_stays_flat(qserve_instance: 
     with connect(qserve_instance, head) as connection:
         connection.sendall(block)
         replica = int(notes.wait_for(1)[0])
-        pids = (gateway_pid(qserve_instance), replica, valkey_pid(qserve_instance.settings))
+        pids = (gateway_pid(qserve_instance), replica, valkey_pid(qserve_instance.settings, "served"))
         with PeakMemory(*pids) as memory:
             for _ in range(total // len(block) - 1):
                 connection.sendall(block)

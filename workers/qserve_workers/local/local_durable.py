@@ -131,6 +131,7 @@ class LocalDurableCalls(DurableCalls):
             *(settings, signer, records, payloads, process, link),
             full_queues=FullQueues(settings.keys, link),
             watchers=watchers,
+            of_call=lambda _call_id: self.submissions,
         )
         self.submissions.take = self._take
 
