@@ -14,7 +14,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any, Generic, Literal, TypeVar
 
 from qserve.errors import ConfigurationError
@@ -295,29 +295,39 @@ class HookChain(Generic[Hook]):
         meta: dict[str, Any] = {}
         for hook in self._hooks:
             if isinstance(hook, BatchHook):
-                self._guarded(hook, "joins", partial(hook.joins, meta))
+                try:
+                    hook.joins(meta)
+                except BaseException as exc:
+                    self._report(hook, "joins", exc)
         return meta
 
     def before(self, subject: Any) -> tuple[Any, ...]:
         """Run every `before`; the states go to `after` or `error`."""
-        return tuple(self._guarded(hook, "before", partial(hook.before, subject)) for hook in self._hooks)
+        states: tuple[Any, ...] = ()
+        for hook in self._hooks:
+            state = None
+            try:
+                state = hook.before(subject)
+            except BaseException as exc:
+                self._report(hook, "before", exc)
+            states += (state,)
+        return states
 
     def after(self, subject: Any, states: tuple[Any, ...], *facts: Any) -> None:
         """Run every `after` with its own state."""
-        for hook, state in zip(reversed(self._hooks), reversed(states), strict=True):
-            self._guarded(hook, "after", partial(hook.after, subject, state, *facts))
+        for hook, state in zip(self._hooks[::-1], states[::-1], strict=True):
+            try:
+                hook.after(subject, state, *facts)
+            except BaseException as exc:
+                self._report(hook, "after", exc)
 
     def error(self, subject: Any, states: tuple[Any, ...], error: BaseException) -> None:
         """Run every `error` with its own state."""
-        for hook, state in zip(reversed(self._hooks), reversed(states), strict=True):
-            self._guarded(hook, "error", partial(hook.error, subject, state, error))
-
-    def _guarded(self, hook: Hook, method: str, run: Callable[[], Any]) -> Any:
-        try:
-            return run()
-        except BaseException as exc:
-            self._report(hook, method, exc)
-            return None
+        for hook, state in zip(self._hooks[::-1], states[::-1], strict=True):
+            try:
+                hook.error(subject, state, error)
+            except BaseException as exc:
+                self._report(hook, "error", exc)
 
     def _report(self, hook: Hook, method: str, error: BaseException) -> None:
         if (hook, method) not in self._reported:

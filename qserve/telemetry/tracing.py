@@ -200,8 +200,8 @@ class GatewaySpans(GatewayHook):
         send = tracer.start_span(f"send {request.deployment}", inside, kind=SpanKind.PRODUCER, attributes=about)
         _tell(request.meta, send, parent)
         here = server.get_span_context()
-        scope["state"]["trace_id"] = f"{here.trace_id:032x}"
-        scope["state"]["traceresponse"] = f"00-{here.trace_id:032x}-{here.span_id:016x}-{here.trace_flags:02x}"
+        scope["state"]["trace_id"] = trace_id = f"{here.trace_id:032x}"
+        scope["state"]["traceresponse"] = f"00-{trace_id}-{here.span_id:016x}-{here.trace_flags:02x}"
         return server, send
 
     def after(self, request: GatewayRequest, state: Any, status: int) -> None:
@@ -315,7 +315,7 @@ def _tell(meta: dict[str, str], span: Any, here: context.Context) -> None:
     if not span.is_recording():
         return  # the sampler of the user does not want it
     about = span.get_span_context()
-    if about.trace_state or baggage.get_all(here):
+    if about.trace_state or (here and baggage.get_all(here)):
         _W3C.inject(meta, context=trace.set_span_in_context(span, here))
     else:  # the same, in a tenth of the time
         meta["traceparent"] = f"00-{about.trace_id:032x}-{about.span_id:016x}-{about.trace_flags:02x}"
