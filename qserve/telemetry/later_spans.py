@@ -50,24 +50,23 @@ class LaterTracer:
     def start_span(
         self,
         name: str,
-        context: Context | None = None,
-        kind: SpanKind = SpanKind.INTERNAL,
-        attributes: dict[str, Any] | None = None,
+        parent: SpanContext,
+        kind: SpanKind,
+        attributes: dict[str, Any],
         links: Sequence[Link] = (),
     ) -> "LaterSpan":
-        """Begin a span, as OpenTelemetry's tracers do.
+        """Begin a span.
 
         Args:
-            context: Of the span that is its parent, where there is one; None: what is current.
+            parent: Of its parent, invalid where it has none.
             attributes: Belongs to the span from now on.
         """
-        parent = trace.get_current_span(context).get_span_context()
         if parent.is_valid:
             flags = TraceFlags(TraceFlags.SAMPLED | (parent.trace_flags & _RANDOM))
             about = SpanContext(parent.trace_id, _random_id(64), False, flags, parent.trace_state)
         else:
             about = SpanContext(_random_id(128), _random_id(64), False, TraceFlags(TraceFlags.SAMPLED | _RANDOM))
-        return LaterSpan(self, name, parent, about, kind, {} if attributes is None else attributes, links)
+        return LaterSpan(self, name, parent, about, kind, attributes, links)
 
     def make(self, span: "LaterSpan") -> Any:
         """The SDK's span; to be called with `lock` held."""

@@ -8,7 +8,7 @@ and meets no hook.
 import os
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points, version
 from typing import Any, NamedTuple
@@ -46,6 +46,7 @@ except ModuleNotFoundError as exc:
     ) from exc
 
 _W3C = CompositePropagator([TraceContextTextMapPropagator(), W3CBaggagePropagator()])
+_NOWHERE = context.Context()
 _HEADER = b"traceparent"
 _PLAIN = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 """A `traceparent` as `_tell` writes it."""
@@ -136,6 +137,22 @@ def _exporter_classes() -> list[Any]:
     return found
 
 
+def _start(
+    name: str,
+    kind: SpanKind,
+    attributes: dict[str, Any],
+    parent: trace.SpanContext = trace.INVALID_SPAN_CONTEXT,
+    around: context.Context = _NOWHERE,
+    links: Sequence[Link] = (),
+) -> Any:
+    """Begin a span; a sampler of the user's is told what is `around` it, such as baggage."""
+    tracer = source().tracer
+    if isinstance(tracer, LaterTracer):
+        return tracer.start_span(name, parent, kind, attributes, links)
+    inside = trace.set_span_in_context(trace.NonRecordingSpan(parent), around)
+    return tracer.start_span(name, inside, kind, attributes, links)
+
+
 class ClientSpans(ClientHook):
     """A span "send NAME" for each call through a handle, from `remote()` to its result; of a durable call, until it is
     accepted."""
@@ -150,8 +167,10 @@ class ClientSpans(ClientHook):
     def before(self, call: ClientCall) -> Any:
         """Begin the span, and tell the replica of it."""
         attributes = _messaging(call.deployment, "send") | _what(call.method, call.kind, call.durable)
-        span = source().tracer.start_span(f"send {call.deployment}", kind=SpanKind.PRODUCER, attributes=attributes)
-        _tell(call.meta, span, context.get_current())
+        here = context.get_current()
+        parent = trace.get_current_span(here).get_span_context()
+        span = _start(f"send {call.deployment}", SpanKind.PRODUCER, attributes, parent, here)
+        _tell(call.meta, span, here)
         return span
 
     def after(self, call: ClientCall, state: Any) -> None:
@@ -175,11 +194,12 @@ class GatewaySpans(GatewayHook):
 
     def before(self, request: GatewayRequest) -> Any:
         """Begin both, and tell the replica."""
-        scope, tracer = request.scope, source().tracer
+        scope = request.scope
         headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _HEADERS}
-        parent = context.Context()
+        parent, around = trace.INVALID_SPAN_CONTEXT, _NOWHERE
         if headers:
-            parent = _W3C.extract(headers, context=parent)
+            around = _W3C.extract(headers, context=_NOWHERE)
+            parent = trace.get_current_span(around).get_span_context()
         is_socket = scope["type"] == "websocket"
         method = "GET" if is_socket else scope["method"]
         attributes = {
@@ -190,16 +210,12 @@ class GatewaySpans(GatewayHook):
             "network.protocol.version": scope["http_version"],
             "qserve.request_id": request.request_id,
         }
-        server = tracer.start_span(
-            f"{method} {request.route_prefix}", context=parent, kind=SpanKind.SERVER, attributes=attributes
-        )
-        about = _messaging(request.deployment, "send") | _what(
-            "", "websocket" if is_socket else "http", request.durable
-        )
-        inside = trace.set_span_in_context(server, parent)
-        send = tracer.start_span(f"send {request.deployment}", inside, kind=SpanKind.PRODUCER, attributes=about)
-        _tell(request.meta, send, parent)
+        server = _start(f"{method} {request.route_prefix}", SpanKind.SERVER, attributes, parent, around)
+        kind = "websocket" if is_socket else "http"
+        about = _messaging(request.deployment, "send") | _what("", kind, request.durable)
         here = server.get_span_context()
+        send = _start(f"send {request.deployment}", SpanKind.PRODUCER, about, here, around)
+        _tell(request.meta, send, around)
         scope["state"]["trace_id"] = trace_id = f"{here.trace_id:032x}"
         scope["state"]["traceresponse"] = f"00-{trace_id}-{here.span_id:016x}-{here.trace_flags:02x}"
         return server, send
@@ -233,7 +249,7 @@ class ReplicaSpans(ReplicaHook):
 
     def before(self, call: ReplicaCall) -> Any:
         """Begin it, and make it the current span of user code."""
-        sent, sender = _told(call.meta)
+        sender, around = _told(call.meta)
         is_linked = call.durable and source().links
         links = [Link(sender)] if is_linked or call.attempt > 1 else []
         attributes = _messaging(call.deployment, "process") | _what(call.method, call.kind, call.durable)
@@ -243,14 +259,9 @@ class ReplicaSpans(ReplicaHook):
             "qserve.queue_time_s": round(call.waited_s, 6),
             "qserve.replica": this_process().replica,
         }
-        span = source().tracer.start_span(
-            f"process {call.deployment}",
-            context=context.Context() if is_linked else sent,
-            kind=SpanKind.CONSUMER,
-            attributes=attributes,
-            links=links,
-        )
-        context.attach(trace.set_span_in_context(span, sent))  # for as long as the call's own context
+        parent, beside = (trace.INVALID_SPAN_CONTEXT, _NOWHERE) if is_linked else (sender, around)
+        span = _start(f"process {call.deployment}", SpanKind.CONSUMER, attributes, parent, beside, links)
+        context.attach(trace.set_span_in_context(span, around))  # for as long as the call's own context
         return span
 
     def after(self, call: ReplicaCall, state: Any) -> None:
@@ -275,15 +286,12 @@ class BatchSpans(BatchHook):
         spans = [meta["span"] for meta in batch.calls]
         links = [Link(span) for span in spans if span.is_valid and span.trace_flags.sampled]
         if not links:
-            context.attach(context.Context())  # else it would count as the first call's
+            context.attach(_NOWHERE)  # else it would count as the first call's
             return None
         attributes = _messaging(batch.deployment, "process")
         attributes |= {"qserve.method": batch.function, "messaging.batch.message_count": len(batch.calls)}
-        name = f"process {batch.deployment} batch"
-        span = source().tracer.start_span(
-            name, context=context.Context(), kind=SpanKind.CONSUMER, attributes=attributes, links=links
-        )
-        context.attach(trace.set_span_in_context(span, context.Context()))
+        span = _start(f"process {batch.deployment} batch", SpanKind.CONSUMER, attributes, links=links)
+        context.attach(trace.set_span_in_context(span, _NOWHERE))
         return span
 
     def after(self, batch: Batch, state: Any) -> None:
@@ -321,15 +329,14 @@ def _tell(meta: dict[str, str], span: Any, here: context.Context) -> None:
         meta["traceparent"] = f"00-{about.trace_id:032x}-{about.span_id:016x}-{about.trace_flags:02x}"
 
 
-def _told(meta: Mapping[str, str]) -> tuple[context.Context, trace.SpanContext]:
-    """What `_tell` has told: the context of the sender, and the span in it."""
+def _told(meta: Mapping[str, str]) -> tuple[trace.SpanContext, context.Context]:
+    """What `_tell` has told: the span of the sender, and what was around it."""
     plain = None if "tracestate" in meta or "baggage" in meta else _PLAIN.fullmatch(meta["traceparent"])
     if plain is None:
-        sent = _W3C.extract(meta, context=context.Context())
-        return sent, trace.get_current_span(sent).get_span_context()
-    trace_id, span_id, flags = (int(number, 16) for number in plain.groups())
-    sender = trace.SpanContext(trace_id, span_id, is_remote=True, trace_flags=trace.TraceFlags(flags))
-    return trace.set_span_in_context(trace.NonRecordingSpan(sender), context.Context()), sender
+        sent = _W3C.extract(meta, context=_NOWHERE)
+        return trace.get_current_span(sent).get_span_context(), sent
+    trace_id, span_id, flags = plain.groups()
+    return trace.SpanContext(int(trace_id, 16), int(span_id, 16), True, trace.TraceFlags(int(flags, 16))), _NOWHERE
 
 
 def _end(span: Any, error: BaseException | None = None) -> None:
