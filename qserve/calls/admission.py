@@ -132,7 +132,7 @@ class Admission:
                     continue
                 accepted += 1
                 call.admitted(entry, idempotent)
-                if call.id not in self._pending:  # ended before it was admitted
+                if call.id not in self._pending and not call.is_answered:  # given up before it was admitted
                     self._withdrawals.withdraw(call)
             self._pending.tally["accepted"] += accepted
 

@@ -20,8 +20,8 @@ class PendingCall:
     """A call whose outcome somebody waits for."""
 
     __slots__ = (
-        *("channel", "deadline", "deployment", "entry", "frame", "id", "inherited", "is_unanswered"),
-        *("is_strict", "loan", "on_outcome", "on_stream", "row", "safe", "stateless_since", "timeout_s", "timer"),
+        *("channel", "deadline", "deployment", "entry", "frame", "id", "inherited", "is_answered", "is_strict"),
+        *("is_unanswered", "loan", "on_outcome", "on_stream", "row", "safe", "stateless_since", "timeout_s", "timer"),
     )
 
     def __init__(
@@ -45,6 +45,8 @@ class PendingCall:
         self.on_outcome = on_outcome
         self.entry: bytes | None = None
         self.stateless_since = 0.0
+        self.is_answered = False
+        """Its reply has come, which may be read before what Redis says to the call itself."""
         self.is_unanswered = False
         """The connection was lost before Redis said whether it took the call."""
         self.row: dict[PendingCall, None] | None = None
@@ -118,6 +120,7 @@ class PendingCalls(dict[str, PendingCall]):
             self._lending.end(call.loan, is_read=not isinstance(outcome, QServeError))
             call.loan = None
         if not isinstance(outcome, QServeError):
+            call.is_answered = True
             self.tally["ended error" if outcome.kind == ERROR else "ended result"] += 1
         elif call.entry is not None or call.is_unanswered:
             self.tally[f"ended {outcome.code}"] += 1
