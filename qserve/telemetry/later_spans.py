@@ -68,6 +68,18 @@ class LaterTracer:
             about = SpanContext(_random_id(128), _random_id(64), False, TraceFlags(TraceFlags.SAMPLED | _RANDOM))
         return LaterSpan(self, name, parent, about, kind, attributes, links)
 
+    def noted(
+        self,
+        name: str,
+        parent: SpanContext,
+        context: SpanContext,
+        kind: SpanKind,
+        attributes: dict[str, Any],
+        start_ns: int,
+    ) -> "LaterSpan":
+        """A span that has begun before."""
+        return LaterSpan(self, name, parent, context, kind, attributes, (), start_ns)
+
     def make(self, span: "LaterSpan") -> Any:
         """The SDK's span; to be called with `lock` held."""
         self._ids.given = span.context
@@ -90,8 +102,8 @@ class LaterTracer:
             instrumentation_scope=self._scope,
         )
 
-    def end(self, span: "LaterSpan") -> None:
-        """Hand on a span that has ended."""
+    def end(self, span: "LaterSpan | LaterSpans") -> None:
+        """Hand on a span that has ended, or several."""
         processed: Any = span
         for processor in self._processors:
             processor.on_end(processed)
@@ -112,6 +124,7 @@ class LaterSpan(trace.Span):
         kind: SpanKind,
         noted: dict[str, Any],
         links: Sequence[Link],
+        start_ns: int = 0,
     ) -> None:
         self._tracer = tracer
         self._made: Any = None
@@ -122,7 +135,7 @@ class LaterSpan(trace.Span):
         self.kind = kind
         self.noted = noted
         self.links = links
-        self.start_ns = time.time_ns()
+        self.start_ns = start_ns or time.time_ns()
 
     def get_span_context(self) -> SpanContext:
         """Its ids."""
@@ -171,13 +184,18 @@ class LaterSpan(trace.Span):
 
     def end(self, end_time: int | None = None) -> None:
         """End it; it takes nothing more then."""
+        if self.close(end_time or time.time_ns()):
+            self._tracer.end(self)
+
+    def close(self, end_ns: int) -> bool:
+        """End it without handing it on; False if it has ended already."""
         with self._tracer.lock:
             if self._end_ns is not None:
-                return
-            self._end_ns = end_time or time.time_ns()
+                return False
+            self._end_ns = end_ns
             if self._made is not None:
-                self._made.end(self._end_ns)
-        self._tracer.end(self)
+                self._made.end(end_ns)
+            return True
 
     def made(self) -> ReadableSpan:
         """The same span as the SDK has them."""
@@ -199,6 +217,19 @@ class LaterSpan(trace.Span):
         return getattr(self._sdk_span(), name)
 
 
+class LaterSpans:
+    """Spans that have ended, of which not even attributes were noted yet."""
+
+    __slots__ = ()
+
+    context = SpanContext(1, 1, False, TraceFlags(TraceFlags.SAMPLED))
+    """What processors look at: they are all kept."""
+
+    def made(self) -> list[ReadableSpan]:
+        """The spans as the SDK has them."""
+        raise NotImplementedError
+
+
 class MakingExporter(SpanExporter):
     """Sends spans with another exporter, after those that are not made yet were made."""
 
@@ -207,7 +238,13 @@ class MakingExporter(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send them."""
-        return self._exporter.export([span.made() if isinstance(span, LaterSpan) else span for span in spans])
+        made: list[ReadableSpan] = []
+        for span in spans:
+            if isinstance(span, LaterSpans):
+                made += span.made()
+            else:
+                made.append(span.made() if isinstance(span, LaterSpan) else span)
+        return self._exporter.export(made)
 
     def shutdown(self) -> None:
         """As the other exporter."""

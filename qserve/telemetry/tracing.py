@@ -8,6 +8,7 @@ and meets no hook.
 import os
 import random
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points, version
@@ -34,12 +35,12 @@ try:
     from opentelemetry.baggage.propagation import W3CBaggagePropagator
     from opentelemetry.propagators.composite import CompositePropagator
     from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.trace import Link, SpanKind, Status, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    from qserve.telemetry.later_spans import LaterTracer, MakingExporter
+    from qserve.telemetry.later_spans import LaterSpans, LaterTracer, MakingExporter
 except ModuleNotFoundError as exc:
     raise ConfigurationError(
         f"QSERVE_TRACES is set, but {exc.name} is not installed here: pip install 'qserve[otel]', or unset it."
@@ -47,6 +48,8 @@ except ModuleNotFoundError as exc:
 
 _W3C = CompositePropagator([TraceContextTextMapPropagator(), W3CBaggagePropagator()])
 _NOWHERE = context.Context()
+_KEPT = trace.TraceFlags(0x03)
+"""Of a trace that is kept, and whose id is random."""
 _HEADER = b"traceparent"
 _PLAIN = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 """A `traceparent` as `_tell` writes it."""
@@ -194,27 +197,18 @@ class GatewaySpans(GatewayHook):
 
     def before(self, request: GatewayRequest) -> Any:
         """Begin both, and tell the replica."""
-        scope = request.scope
+        scope, tracer = request.scope, source().tracer
         headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _HEADERS}
+        if not headers and isinstance(tracer, LaterTracer):
+            return _LaterRequest(tracer, request)
         parent, around = trace.INVALID_SPAN_CONTEXT, _NOWHERE
         if headers:
             around = _W3C.extract(headers, context=_NOWHERE)
             parent = trace.get_current_span(around).get_span_context()
-        is_socket = scope["type"] == "websocket"
-        method = "GET" if is_socket else scope["method"]
-        attributes = {
-            "http.request.method": method,
-            "http.route": request.route_prefix,
-            "url.path": scope["path"],
-            "url.scheme": scope["scheme"],
-            "network.protocol.version": scope["http_version"],
-            "qserve.request_id": request.request_id,
-        }
-        server = _start(f"{method} {request.route_prefix}", SpanKind.SERVER, attributes, parent, around)
-        kind = "websocket" if is_socket else "http"
-        about = _messaging(request.deployment, "send") | _what("", kind, request.durable)
+        facts = _facts(request)
+        server = _start(facts.name, SpanKind.SERVER, facts.of_server(), parent, around)
         here = server.get_span_context()
-        send = _start(f"send {request.deployment}", SpanKind.PRODUCER, about, here, around)
+        send = _start(f"send {facts.deployment}", SpanKind.PRODUCER, facts.of_send(), here, around)
         _tell(request.meta, send, around)
         scope["state"]["trace_id"] = trace_id = f"{here.trace_id:032x}"
         scope["state"]["traceresponse"] = f"00-{trace_id}-{here.span_id:016x}-{here.trace_flags:02x}"
@@ -222,20 +216,114 @@ class GatewaySpans(GatewayHook):
 
     def after(self, request: GatewayRequest, state: Any, status: int) -> None:
         """End both; a status of 500 and more is an error."""
-        server, send = state
-        server.set_attribute("http.response.status_code", status)
-        if status >= 500:
-            server.set_attribute("error.type", str(status))
-            server.set_status(Status(StatusCode.ERROR))
-            send.set_attribute("error.type", str(status))
-            send.set_status(Status(StatusCode.ERROR))
-        send.end()
-        server.end()
+        if isinstance(state, _LaterRequest):
+            state.end(status)
+        else:
+            _end_request(state, status)
 
     def error(self, request: GatewayRequest, state: Any, error: BaseException) -> None:
         """End both with the error."""
-        for span in reversed(state):
-            _end(span, error)
+        if isinstance(state, _LaterRequest):
+            state.end(0, error)
+        else:
+            _end_request(state, 0, error)
+
+
+class _Facts(NamedTuple):
+    """What the spans of a request say of it."""
+
+    deployment: str
+    durable: bool
+    kind: str
+    method: str
+    route: str
+    path: str
+    scheme: str
+    http_version: str
+    request_id: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.route}"
+
+    def of_server(self) -> dict[str, Any]:
+        return {
+            "http.request.method": self.method,
+            "http.route": self.route,
+            "url.path": self.path,
+            "url.scheme": self.scheme,
+            "network.protocol.version": self.http_version,
+            "qserve.request_id": self.request_id,
+        }
+
+    def of_send(self) -> dict[str, Any]:
+        return _messaging(self.deployment, "send") | _what("", self.kind, self.durable)
+
+
+def _facts(request: GatewayRequest) -> _Facts:
+    scope = request.scope
+    kind, method = ("http", scope["method"]) if scope["type"] == "http" else ("websocket", "GET")
+    return _Facts(
+        *(request.deployment, request.durable, kind, method, request.route_prefix, scope["path"], scope["scheme"]),
+        *(scope["http_version"], request.request_id),
+    )
+
+
+class _LaterRequest(LaterSpans):
+    """The spans of a request whose trace begins here: until they are sent, their ids and what they will say."""
+
+    __slots__ = ("_end_ns", "_error", "_facts", "_ids", "_start_ns", "_status", "_tracer")
+
+    def __init__(self, tracer: LaterTracer, request: GatewayRequest) -> None:
+        self._tracer = tracer
+        self._facts = _facts(request)
+        self._start_ns = time.time_ns()
+        self._ids = ids = f"{random.getrandbits(256):064x}"
+        state, trace_id = request.scope["state"], ids[:32]
+        request.meta["traceparent"] = f"00-{trace_id}-{ids[32:48]}-03"
+        state["trace_id"] = trace_id
+        state["traceresponse"] = f"00-{trace_id}-{ids[48:]}-03"
+
+    def end(self, status: int, error: BaseException | None = None) -> None:
+        """Hand them on."""
+        self._end_ns = time.time_ns()
+        self._status = status
+        self._error = None if error is None else (type(error).__qualname__, str(error)[:500])  # without its traceback
+        self._tracer.end(self)
+
+    def made(self) -> list[ReadableSpan]:
+        """The spans as the SDK has them."""
+        trace_id, facts = int(self._ids[:32], 16), self._facts
+        of_send, of_server = (
+            trace.SpanContext(trace_id, int(each, 16), False, _KEPT) for each in (self._ids[32:48], self._ids[48:])
+        )
+        begins = trace.INVALID_SPAN_CONTEXT
+        server = self._tracer.noted(facts.name, begins, of_server, SpanKind.SERVER, facts.of_server(), self._start_ns)
+        send = self._tracer.noted(
+            *(f"send {facts.deployment}", of_server, of_send, SpanKind.PRODUCER, facts.of_send(), self._start_ns)
+        )
+        _note_end(server, send, self._status, self._error)
+        for span in (send, server):
+            span.close(self._end_ns)
+        return [server.made(), send.made()]
+
+
+def _end_request(spans: tuple[Any, Any], status: int, error: BaseException | None = None) -> None:
+    server, send = spans
+    _note_end(server, send, status, None if error is None else (type(error).__qualname__, str(error)[:500]))
+    send.end()
+    server.end()
+
+
+def _note_end(server: Any, send: Any, status: int, error: tuple[str, str] | None) -> None:
+    if status:
+        server.set_attribute("http.response.status_code", status)
+    if error is None and status < 500:
+        return
+    what, text = error or (str(status), None)
+    for span in (send, server):
+        span.set_attribute("error.type", what)
+        span.set_status(Status(StatusCode.ERROR, text))
 
 
 class ReplicaSpans(ReplicaHook):
