@@ -6,11 +6,14 @@ from collections.abc import AsyncIterator
 import pytest
 
 from qserve.broker.connection import Answer, Connection
+from qserve.broker.keys import Keys
 from qserve.broker.lanes.end_of_tick import EndOfTick
 from qserve.broker.lanes.lane import Lane
+from qserve.broker.lanes.lines import Lines
 from qserve.broker.redis_errors import NotTaken
-from qserve.broker.server.address import parse
+from qserve.broker.server.address import SHARDS, parse
 from qserve.errors import BrokerUnavailable
+from tests.support.serving import free_port
 from tests.support.slowness import patience
 
 MOVED = ("EVAL", "return redis.error_reply('MOVED 7 127.0.0.1:1')", 0)
@@ -117,3 +120,9 @@ async def test_reads_leave_with_the_calls_of_their_tick(lanes: Two) -> None:
     await asyncio.sleep(0)
 
     assert seen == [True, False]
+
+
+async def test_a_lane_to_a_cluster_that_is_gone_says_what_was_tried() -> None:
+    nowhere = Keys("test", SHARDS).of("Echo").address(f"redis+cluster://127.0.0.1:{free_port()}")
+    with pytest.raises(BrokerUnavailable, match=r"found nothing to connect to .* \(cluster 127\..*\): node 127\."):
+        await Lines().lane(nowhere)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextvars import copy_context
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,13 @@ from qserve.settings import Settings
 pytest.importorskip("opentelemetry.sdk", reason="qserve[otel] is not installed")
 
 from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from qserve.telemetry import tracing
+from qserve.telemetry.later_spans import LaterTracer, MakingExporter
 
 HEADER = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-"
 
@@ -161,6 +164,49 @@ def test_a_request_that_fails_ends_both_spans_with_the_error(ended: InMemorySpan
         assert (span.attributes or {})["error.type"] == "ConnectionError"
         assert span.status.description == "the client has left"
     assert send.parent == server.context
+
+
+def spans_of_a_new_trace(
+    monkeypatch: pytest.MonkeyPatch, tracer: Any, exporter: InMemorySpanExporter, status: int, error: Exception | None
+) -> tuple[GatewayRequest, dict[str, ReadableSpan]]:
+    monkeypatch.setattr(tracing, "source", lambda: tracing._Source(tracer, lambda: True, links=True))
+    monkeypatch.setattr(tracing.source, "cache_clear", lambda: None, raising=False)
+    spans, asked = tracing.GatewaySpans(), request()
+    asked.scope["headers"].pop(0)
+    state = spans.before(asked)
+    if error is None:
+        spans.after(asked, state, status)
+    else:
+        spans.error(asked, state, error)
+    return asked, {span.name: span for span in exporter.get_finished_spans()}
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(200, None), (503, None), (0, ConnectionError("the client has left"))], ids=str
+)
+def test_what_a_request_is_told_to_be_later_is_what_it_would_be_at_once(
+    monkeypatch: pytest.MonkeyPatch, status: int, error: Exception | None
+) -> None:
+    told, kept = InMemorySpanExporter(), InMemorySpanExporter()
+    provider, later = TracerProvider(), LaterTracer(Resource({}), "qserve", "1")
+    provider.add_span_processor(SimpleSpanProcessor(told))
+    later.add_processor(SimpleSpanProcessor(MakingExporter(kept)))
+    at_once = provider.get_tracer("test")
+    _, expected = spans_of_a_new_trace(monkeypatch, at_once, told, status, error)
+    asked, found = spans_of_a_new_trace(monkeypatch, later, kept, status, error)
+
+    server, send = found["POST /a"], found["send Echo"]
+    for span in (server, send):
+        like = expected[span.name]
+        assert (span.kind, dict(span.attributes or {})) == (like.kind, dict(like.attributes or {}))
+        assert (span.status.status_code, span.status.description) == (like.status.status_code, like.status.description)
+        assert (span.end_time or 0) >= (span.start_time or 0) > 0
+    assert (server.parent, send.parent) == (None, server.context)
+    assert send.context.trace_id == server.context.trace_id
+    ids = f"00-{server.context.trace_id:032x}-"
+    assert asked.meta["traceparent"] == f"{ids}{send.context.span_id:016x}-{send.context.trace_flags:02x}"
+    assert asked.scope["state"]["traceresponse"] == f"{ids}{server.context.span_id:016x}-03"
+    assert asked.scope["state"]["trace_id"] == ids[3:-1]
 
 
 @pytest.mark.parametrize("error", [None, ValueError("of one in it")])

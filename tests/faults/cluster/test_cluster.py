@@ -9,6 +9,8 @@ import pytest
 
 import qserve
 from qserve import serve
+from qserve.broker.server import redis_clients
+from qserve.broker.server.memory import read_memory
 from qserve.calls import process_client
 from tests.faults.cluster.conftest import another_primary, slot_of_deployment, slot_of_home
 from tests.faults.failover.load import Load
@@ -67,7 +69,7 @@ def test_a_call_shows_what_it_has_made_in_another_shard(served: StartedInstance)
     assert family(made) == [ref.id, made]
 
 
-def test_operators_see_all_shards(served: StartedInstance) -> None:
+def test_operators_see_all_shards(served: StartedInstance, cluster: Cluster) -> None:
     shown = served.shell.run("status")
     assert all(name in shown.stdout for name in ("echo", "Echo2", "Chain")), shown.stdout
     for name in ("echo", "Echo2"):
@@ -75,6 +77,10 @@ def test_operators_see_all_shards(served: StartedInstance) -> None:
     listed = served.shell.run("calls", "ls").stdout
     assert all(re.search(rf"\b{name}\b.*\bdone\b|\bdone\b.*\b{name}\b", listed) for name in ("echo", "Echo2")), listed
     assert_control_works(served.shell)
+    with redis_clients.client(cluster.url, patience(5)) as redis:
+        assert {memory.server for memory in read_memory(redis)} == {
+            f"127.0.0.1:{node.port}" for node in cluster.nodes[:3]
+        }
 
 
 def test_whoever_cannot_log_in_is_told_so_and_need_not_wait(served: StartedInstance, cluster: Cluster) -> None:
