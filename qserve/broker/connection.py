@@ -317,7 +317,8 @@ async def _expect_ok(connection: Connection, *command: Any) -> None:
         await connection.call(*command)
     except CommandRefused as exc:
         kind: type[QServeError] = ConfigurationError if str(exc).startswith(_WRONG) else BrokerUnavailable
-        raise kind(f"Redis refused {command[0]}: {exc}. Check user, password and database in QSERVE_REDIS_URL") from exc
+        why = str(exc).rstrip(".")
+        raise kind(f"Redis refused {command[0]}: {why}. Check user, password and database in QSERVE_REDIS_URL") from exc
 
 
 def _pack_large(command: tuple[Any, ...], place: int) -> tuple[bytes, bytes, bytes]:

@@ -55,8 +55,9 @@ class StillMoving(NotTaken):
 
 def refused(exc: Exception) -> str:
     """What to say where Redis does not let this process in, or does not let it do its work."""
+    why = str(exc).rstrip(".")
     return (
-        f"Redis refuses this process: {exc}. Check user and password in QSERVE_REDIS_URL; "
+        f"Redis refuses this process: {why}. Check user and password in QSERVE_REDIS_URL; "
         "`qserve redis-acl` prints what its user has to be allowed"
     )
 

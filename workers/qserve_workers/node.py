@@ -281,12 +281,15 @@ class Node:
         return await self._read_state()
 
     async def _read_state(self) -> Snapshot:
+        told = ""
         while True:
             try:
                 found = await read_snapshot(self._redis, self._keys, self._signer)
                 return await self._remembered.compare(self._redis, found)
             except QServeError as exc:
-                logger.warning("Cannot read the state, trying again: %s", exc)
+                if str(exc) != told:  # once for each reason, not each second
+                    told = str(exc)
+                    logger.warning("Cannot read the state, trying again: %s", told)
                 await asyncio.sleep(_TICK_S[0])
 
     async def _keep_in_step(self) -> None:
