@@ -4,6 +4,7 @@ Where one request in a hundred is traced, the SDK's code and data have left the 
 that a span takes several times as long as one behind the other. Until a span is sent it only notes what it is told.
 """
 
+import os
 import random
 import threading
 import time
@@ -21,6 +22,10 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
 
 _PLAIN = frozenset({str, bool, int, float})
+CHANCE = random.Random()  # noqa: S311
+"""Not the generator of the `random` module: programs that seed that one would all make the same ids, and would find
+numbers missing that were drawn here."""
+os.register_at_fork(after_in_child=CHANCE.seed)
 _RANDOM = 0x02
 """The flag of W3C Trace Context 2 for traces whose id is random."""
 
@@ -271,4 +276,4 @@ class _GivenIds(IdGenerator):
 
 
 def _random_id(bits: int) -> int:
-    return random.getrandbits(bits) or _random_id(bits)
+    return CHANCE.getrandbits(bits) or _random_id(bits)

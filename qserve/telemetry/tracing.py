@@ -6,7 +6,6 @@ and meets no hook.
 """
 
 import os
-import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +39,7 @@ try:
     from opentelemetry.trace import Link, SpanKind, Status, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    from qserve.telemetry.later_spans import LaterSpans, LaterTracer, MakingExporter
+    from qserve.telemetry.later_spans import CHANCE, LaterSpans, LaterTracer, MakingExporter
 except ModuleNotFoundError as exc:
     raise ConfigurationError(
         f"QSERVE_TRACES is set, but {exc.name} is not installed here: pip install 'qserve[otel]', or unset it."
@@ -90,7 +89,7 @@ def source() -> _Source:
         processor = BatchSpanProcessor(MakingExporter(exporter()))
         provider.add_span_processor(processor)  # which flushes it when the process ends
         own.add_processor(processor)
-    ratio, draw = _ratio(), random.random
+    ratio, draw = _ratio(), CHANCE.random
     return _Source(own, lambda: draw() < ratio, links)
 
 
@@ -278,7 +277,7 @@ class _LaterRequest(LaterSpans):
         self._tracer = tracer
         self._facts = _facts(request)
         self._start_ns = time.time_ns()
-        self._ids = ids = f"{random.getrandbits(256):064x}"
+        self._ids = ids = f"{CHANCE.getrandbits(256):064x}"
         state, trace_id = request.scope["state"], ids[:32]
         request.meta["traceparent"] = f"00-{trace_id}-{ids[32:48]}-03"
         state["trace_id"] = trace_id

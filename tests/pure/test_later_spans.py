@@ -1,5 +1,6 @@
 """Spans that the SDK makes when they are sent: they are what it would have made at once."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -155,3 +156,14 @@ def test_user_code_finds_in_it_what_spans_of_the_sdk_have(sent: Sent) -> None:
     assert child.parent == span.context
     with pytest.raises(AttributeError, match="colour"):
         _ = here.colour
+
+
+def test_programs_that_seed_their_random_numbers_make_different_ids_and_miss_none(sent: Sent) -> None:
+    ids = set()
+    for _ in range(2):
+        random.seed(42)
+        before = random.getstate()
+        span = sent.later.start_span("call", trace.INVALID_SPAN_CONTEXT, trace.SpanKind.INTERNAL, {})
+        ids.add(span.context.trace_id)
+        assert random.getstate() == before
+    assert len(ids) == 2

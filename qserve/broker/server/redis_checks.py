@@ -381,7 +381,7 @@ def why_unreachable(exc: Exception, place: str, *, has_password: bool) -> Findin
 
 
 def _why_no_node(broker: Broker, failures: Mapping[Address, Exception]) -> Finding:
-    said = "; ".join(f"node {host_and_port(address)}: {str(exc).rstrip('.')}" for address, exc in failures.items())
+    said = "; ".join(f"node {host_and_port(address)}: {redis_clients.reason(exc)}" for address, exc in failures.items())
     text = f"no node of {broker.place} answers: {said}"
     if all("cluster support disabled" in str(exc) for exc in failures.values()):
         return Finding("cluster", FAIL, text, "Write redis:// for a server that is no cluster")

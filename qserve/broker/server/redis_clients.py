@@ -102,7 +102,7 @@ def primaries(broker: Broker, problems: list[str]) -> Iterator[Address]:
             with _client(broker.guide(address), _GUIDE_TIMEOUT_S, None, {}) as guide:
                 answer = guide.execute_command(*_question(broker))
         except (RedisError, OSError) as exc:
-            problems.append(f"{_kind_of_guide(broker)} {host_and_port(address)}: {_reason(exc)}")
+            problems.append(f"{_kind_of_guide(broker)} {host_and_port(address)}: {reason(exc)}")
             continue
         primary = _understand(broker, address, answer, problems)
         if primary is not None and primary not in told:
@@ -118,7 +118,7 @@ async def primaries_async(broker: Broker, problems: list[str]) -> AsyncIterator[
             async with _asyncio_client(broker.guide(address), _GUIDE_TIMEOUT_S, None) as guide:
                 answer: Any = await guide.execute_command(*_question(broker))  # type: ignore[no-untyped-call]
         except (RedisError, OSError) as exc:
-            problems.append(f"{_kind_of_guide(broker)} {host_and_port(address)}: {_reason(exc)}")
+            problems.append(f"{_kind_of_guide(broker)} {host_and_port(address)}: {reason(exc)}")
             continue
         primary = _understand(broker, address, answer, problems)
         if primary is not None and primary not in told:
@@ -143,7 +143,8 @@ def client_at(broker: Broker, address: Address, timeout_s: float) -> redis.Redis
     return _client(broker.at(address), timeout_s, None, {})
 
 
-def _reason(exc: Exception) -> str:
+def reason(exc: Exception) -> str:
+    """What an error says, in a form to which a sentence can be added."""
     return str(exc).rstrip(".") or type(exc).__name__
 
 
@@ -257,7 +258,7 @@ class _Finding(_Rested):
                 raise
             except (ConnectionError, TimeoutError, OSError) as exc:
                 failure = exc
-                problems.append(_reason(exc))
+                problems.append(reason(exc))
             else:
                 return
         raise ConnectionError(unreachable(self._broker, problems)) from failure
@@ -325,7 +326,7 @@ class _AsyncFinding(_Rested):
                 raise
             except (ConnectionError, TimeoutError, OSError) as exc:
                 failure = exc
-                problems.append(_reason(exc))
+                problems.append(reason(exc))
             else:
                 return
         raise ConnectionError(unreachable(self._broker, problems)) from failure
