@@ -35,6 +35,7 @@ class Link:
         lines: Where the connection for commands is shared with others.
 
     Attributes:
+        expect: Called when this process has sent something that is answered in its inbox.
         end_of_tick: When what has come meanwhile leaves on a connection that is shared.
         rests: Whether nobody needs this process now, so that whatever it does every second it may do every REST_S.
     """
@@ -49,6 +50,7 @@ class Link:
         self._url = url
         self._open = lines.lane if lines else Connection.open
         self.end_of_tick = lines.end_of_tick if lines else None
+        self.expect: Callable[[], None] = _nothing
         self._on_up = on_up
         self._on_long_loss = on_long_loss
         self._lost = asyncio.Event()
@@ -213,3 +215,7 @@ class Link:
             self._has_come()
             if self.losses:
                 logger.info("connected to Redis again")
+
+
+def _nothing() -> None:
+    """No inbox is read."""

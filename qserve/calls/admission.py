@@ -74,6 +74,7 @@ class Admission:
         if self._batches:
             self._fill().flush()
             reach("admit-sent")
+            self._link.expect()
 
     def _fill(self) -> Connection:
         """Give the calls to the connection for commands, and return that; it has not written them yet."""

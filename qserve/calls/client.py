@@ -112,7 +112,7 @@ class Client:
             full_queues=full_queues,
             sample_clock=self._sample_clock,
         )
-        self._receiver = Receiver(keys, self.id, signer, link, self._accept)
+        self._receiver = Receiver(keys, self.id, signer, link, self._accept, is_awaited=self._is_awaited)
         self._reconciler = Reconciler(keys, signer, link, self._receiver, pending, self._admission, new_id=self._new_id)
         payloads = Payloads(keys, signer, settings.out_of_line_bytes)
         self.durable = DurableCalls(
@@ -340,6 +340,9 @@ class Client:
             spawn(self._fetch(call, reply))
         else:
             self._pending.settle(call, reply)
+
+    def _is_awaited(self) -> bool:
+        return bool(self._pending or self.durable.watchers or self.on_control is not None)
 
     def _take_control(self, about: str, control: Control) -> None:
         if control.verb == "send":

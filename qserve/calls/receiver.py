@@ -28,21 +28,35 @@ class Receiver:
 
     Args:
         accept: Gets every message whose signature holds; raises FrameRejected for one that is not for this process.
+        is_awaited: Whether a message may come that somebody waits for, although nothing is sent any more.
     """
 
-    def __init__(self, keys: Keys, process: str, signer: Signer, link: Link, accept: Callable[[Reply], None]) -> None:
+    def __init__(
+        self,
+        keys: Keys,
+        process: str,
+        signer: Signer,
+        link: Link,
+        accept: Callable[[Reply], None],
+        *,
+        is_awaited: Callable[[], bool],
+    ) -> None:
         self._keys = keys
         self._signer = signer
         self._accept = accept
         self._inbox = Inbox(keys, process)
         self._link = link
         self._tick = link.end_of_tick
+        self._is_awaited = is_awaited
+        self._rests = False
+        link.expect = self._end_rest
         # What scripts write, which cannot sign it: it only makes its reader look.
         self._unsigned = {b"": Reply("", process, CONTROL, encode(Control("move")))}
 
     async def open(self) -> None:
         """Begin to read, or go on, because the link is up. From now on replies are accepted."""
         await self._inbox.open(self._link.sender)
+        self._rests = False
         self._read()
 
     def discard(self) -> None:
@@ -62,6 +76,7 @@ class Receiver:
         while True:
             await asyncio.sleep(self._link.pause_s)
             self._link.check()
+            self._end_rest()
             if not self._link.sender.is_open:
                 continue
             self._inbox.say_alive(self._link.sender)
@@ -71,6 +86,12 @@ class Receiver:
     def _read(self, block_ms: int = BLOCK_MS) -> None:
         if self._link.waiter.is_open:
             self._inbox.read(self._link.waiter, self._received, block_ms=block_ms, most=_ENTRIES_PER_READ)
+
+    def _end_rest(self) -> None:
+        """Read again: something was sent that is answered here, or a second has passed."""
+        if self._rests:
+            self._rests = False
+            self._read()
 
     def _read_again(self, waiter: Connection) -> None:
         if waiter is self._link.waiter:  # else a read has begun where the inbox is now
@@ -103,6 +124,8 @@ class Receiver:
         # After the replies, for which somebody waits.
         if self._tick is not None and len(frames) >= _BUSY:
             self._tick.read(self._read_along)
+        elif frames and self._tick is None and not self._is_awaited():
+            self._rests = True  # the next call goes first, and Redis looks at it and at the read in one turn
         else:
             self._read(BLOCK_MS if frames else int(1000 * self._link.pause_s))
         if self._inbox.untrimmed >= _TRIM_EVERY and self._link.sender.is_open:

@@ -59,6 +59,10 @@ class Watchers:
     def watch(self, call_id: str, watcher: CallWatcher) -> None:
         """Tell a watcher of the end of a call that this client submits."""
         self._watchers.setdefault(call_id, []).append(watcher)
+        self._link.expect()
+
+    def __len__(self) -> int:
+        return len(self._watchers)
 
     def attach(self, call_id: str, watcher: CallWatcher) -> None:
         """Tell a watcher of the end of any call, soon if it has ended already."""

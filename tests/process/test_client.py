@@ -16,6 +16,7 @@ import pytest
 import redis
 
 from qserve.broker.keys import Keys
+from qserve.durable.watching import CallWatcher
 from qserve.errors import (
     BackPressureError,
     BrokerUnavailable,
@@ -197,6 +198,46 @@ class TestPayloads:
 
         assert isinstance(outcome, BrokerUnavailable)
         assert "its large result could not be fetched" in str(outcome)
+
+
+class TestWhatNobodyWaitsFor:
+    async def test_an_inbox_in_which_nothing_is_awaited_is_read_with_the_next_call(
+        self, caller: Caller, code: Code
+    ) -> None:
+        await caller.ask(1)
+        assert caller.client.link.waiter.is_idle
+
+        pending, future = caller.call("next", "wait")
+        await until(lambda: pending.entry is not None)
+        assert not caller.client.link.waiter.is_idle
+        caller.client.cancel(pending)
+        code.gate.set()
+        assert isinstance(await within(future), CallCancelled)
+
+    async def test_what_comes_all_the_same_is_read_within_a_second(
+        self, caller: Caller, code: Code, redis_client: "redis.Redis", keys: Keys
+    ) -> None:
+        await caller.ask(1)
+
+        redis_client.xadd(keys.inbox(caller.client.id), {"d": b"x"})
+
+        await until(lambda: redis_client.hget(keys.counters, "rejected_frames") == b"1")
+
+    async def test_an_inbox_is_read_on_while_a_durable_call_is_watched_or_controls_may_come(
+        self, caller: Caller, code: Code
+    ) -> None:
+        await caller.ask(1)
+
+        watcher = CallWatcher(lambda _outcome: None, lambda _progress: None)
+        caller.client.durable.watchers.watch("somebody's", watcher)
+        assert not caller.client.link.waiter.is_idle
+        await caller.ask(2)
+        assert not caller.client.link.waiter.is_idle
+
+        caller.client.durable.watchers.forget("somebody's", watcher)
+        caller.client.on_control = lambda _about, _control: None
+        await caller.ask(3)
+        assert not caller.client.link.waiter.is_idle
 
 
 class TestFramesOfStrangers:
