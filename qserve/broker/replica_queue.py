@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from qserve.broker.connection import Answer, Connection, ignore_answer
@@ -29,6 +30,8 @@ from qserve.wire.messages import DURABLE
 from qserve.wire.spec import ReplicaInfo
 
 _MOST_PENDING = 10_000
+_CALLERS_KNOWN = 64
+"""Of how many callers the names of keys are kept."""
 
 
 class Entry(NamedTuple):
@@ -72,7 +75,11 @@ class ReplicaQueue:
         self._models = keys.models(deployment)
         self._dead_letters = keys.dead_letters(deployment)
         self._replica = self.replica = replica
+        self._keys_of = lru_cache(_CALLERS_KNOWN)(self._reply_keys)
         self.deployment = deployment
+
+    def _reply_keys(self, caller: str) -> tuple[str, str, str]:
+        return self._stream, self._keys.inbox(caller), self._keys.alive(caller)
 
     async def open(self, connection: Connection) -> None:
         """Make sure the group exists, from the beginning of the stream: nothing put before counts as read."""
@@ -158,7 +165,7 @@ class ReplicaQueue:
         arguments: list[bytes] = []
         for pair in replies:
             arguments += pair
-        keys = (self._stream, self._keys.inbox(caller), self._keys.alive(caller))
+        keys = self._keys_of(caller)
         told = "1" if insist else "0"
         REPLY.send(connection, on_answer, keys, GROUP, INBOX_TTL_MS, told, *arguments, again_on=again_on)
 

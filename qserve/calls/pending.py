@@ -82,9 +82,8 @@ class PendingCall:
             self.timer = None
 
     def end_channel(self, outcome: Outcome) -> None:
-        """End the channel, if there is one, as the call has ended."""
-        if self.channel is None:
-            return
+        """End the channel, as the call has ended."""
+        assert self.channel is not None
         if isinstance(outcome, QServeError):
             self.channel.close(outcome)
         elif outcome.kind == ERROR:
@@ -125,7 +124,8 @@ class PendingCalls(dict[str, PendingCall]):
         elif call.entry is not None or call.is_unanswered:
             self.tally[f"ended {outcome.code}"] += 1
             self.troubles.note(call.deployment, call.id, GAVE_UP, outcome)
-        call.end_channel(outcome)
+        if call.channel is not None:
+            call.end_channel(outcome)
         # Who waits often holds the call, too, and the collector comes seldom.
         on_outcome, call.on_outcome, call.on_stream = call.on_outcome, _nobody_waits, None
         try:

@@ -4,7 +4,7 @@ uvicorn runs the application in a task for each request, and looks at each heade
 together are a fifth of what a small request costs the gateway.
 """
 
-from typing import Any, cast
+from typing import Any
 
 from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -54,7 +54,7 @@ class DirectProtocol(HttpToolsProtocol):
         """Begin to answer the active request without a task; False where that cannot be."""
         if self._begin is None or cycle.waiting_for_100_continue:
             return False
-        direct = self._begin(cast(Scope, cycle.scope), self)
+        direct = self._begin(cycle.scope, self)  # type: ignore[arg-type]
         if direct is None:
             return False
         if self._active is cycle and not cycle.response_complete:

@@ -185,7 +185,8 @@ class HttpProtocol(BodyProtocol):
         self._note()
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         if self.pipeline:
             cycle, app = self.pipeline.pop()
             if self._leaving and not self.pipeline:

@@ -155,20 +155,25 @@ class OrdinaryRuns:
         running.info.deadline = running.started_at + self._time_left(running.entry, call)
         if call.kind == PYTHON:
             args, kwargs = await self._arguments(payload)
-            result = self._codec.pack_result(await code.call(call.method, tuple(args), kwargs))
-            return VALUE, await self._answers.prepared(result)
-        return await self._converse(running, code, payload)
+            kind, result = VALUE, self._codec.pack_result(await code.call(call.method, tuple(args), kwargs))
+        else:
+            kind, result = await self._converse(running, code, payload)
+        if len(result) <= self._answers.largest_frame:
+            return kind, result
+        return kind, await self._answers.prepared(result)
 
     async def _arguments(self, payload: bytes | Source) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if type(payload) is bytes:
             return self._codec.unpack_call(payload)
         return await unpacked(self._lending, self._codec.unpack_call, payload)  # type: ignore[arg-type]
 
-    async def _converse(self, running: RunningCall, code: UserCode, payload: bytes | Source) -> Result:
+    async def _converse(self, running: RunningCall, code: UserCode, payload: bytes | Source) -> tuple[int, Payload]:
         """Run a call whose traffic may go over its channel; its reply then says how many parts there were."""
         call = running.call
         if call.kind == HTTP:
-            request = await self._decode_request(running, payload)
+            # Without a coroutine where nothing is awaited, as with most requests.
+            request = decode_http_request(payload) if type(payload) is bytes else await self._decode_request(payload)
+            self._note_id(running, request)
             response = await code.http(
                 request, partial(self._conversations.open, running), partial(self._complete, running)
             )
@@ -178,12 +183,13 @@ class OrdinaryRuns:
                 return VALUE, b""  # it has its answer
             if early is not None:
                 early.cancel()
-            kind, packed = self._reply(running, response)
-            return kind, await self._answers.prepared(packed)
+            return self._reply(running, response)
         if call.kind == WEBSOCKET:
             channel = self._conversations.open(running)
             channel.greet()
-            await code.websocket(await self._decode_request(running, payload), channel)
+            request = await self._decode_request(payload)
+            self._note_id(running, request)
+            await code.websocket(request, channel)
         else:
             args, kwargs = await self._arguments(payload)
             await code.stream(call.method, tuple(args), kwargs, self._conversations.open(running))
@@ -223,14 +229,15 @@ class OrdinaryRuns:
             kind, result = ERROR, self.pack_error(exc)
         self._answer(running, kind, result, goes_on=True)
 
-    async def _decode_request(self, running: RunningCall, payload: bytes | Source) -> HttpRequest:
+    async def _decode_request(self, payload: bytes | Source) -> HttpRequest:
         if isinstance(payload, bytes):
-            request = decode_http_request(payload)
-        else:
-            request = await unpacked(self._lending, partial(unpack_http, decode_http_request), payload)
-        # In logs and for the user's code it has the id that its client knows.
+            return decode_http_request(payload)
+        return await unpacked(self._lending, partial(unpack_http, decode_http_request), payload)
+
+    @staticmethod
+    def _note_id(running: RunningCall, request: HttpRequest) -> None:
+        """In logs and for the user's code a request has the id that its client knows."""
         running.info.request_id = request.request_id or running.call.id
-        return request
 
     def _time_left(self, entry: Entry, call: Call) -> float:
         """Seconds until a call's deadline; raises where it is over."""

@@ -65,7 +65,9 @@ class Slots:
             ran: It ran to its end, and so counts as handled.
             goes_on: Its code goes on after its answer, and so keeps its place until `end_background`.
         """
-        self._conversations.close(running)
+        running.unwanted = True
+        if running.channel is not None:
+            self._conversations.close(running)
         if self._running.pop(running.entry.id, None) is None:
             return False
         if goes_on:

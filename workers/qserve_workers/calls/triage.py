@@ -76,7 +76,9 @@ class Triage:
             self._ordinary.refuse(entry, call, CallCancelled("the caller left first"))
         elif entry.deliveries > 1:
             self._begin_again(entry, call)
-        elif (again or self._is_from_before(entry)) and not self._slots.may_run_again(call):
+        elif (again or (self.before is not None and order(entry.id) <= self.before)) and not self._slots.may_run_again(
+            call
+        ):
             # The server has forgotten that it gave this call out, to us or, where it is strict about it, to anybody.
             count(self._link.sender, self._keys, "indeterminate")
             self._ordinary.refuse(entry, call, Indeterminate(_FORGOTTEN))
@@ -93,9 +95,6 @@ class Triage:
     def _is_placed(self, entry: Entry, call: Call, code: UserCode) -> bool:
         keep = partial(self._start_if_wanted, entry, call, code)
         return self._affinity.places(entry.id, call.meta.get(MODEL, ""), keep, partial(self._arrivals.forget, call.id))
-
-    def _is_from_before(self, entry: Entry) -> bool:
-        return self.before is not None and order(entry.id) <= self.before
 
     def _reject(self, entry: Entry, error: FrameRejected) -> None:
         if entry.durable:

@@ -61,6 +61,9 @@ class UserCode:
         target: The class or function, as `load_target` gives it.
         tag: Tag of the replica.
         rank: Its number among the replicas of its worker.
+
+    Attributes:
+        only_sync: Whether every call waits for a thread of the replica.
     """
 
     def __init__(self, spec: DeploymentSpec, target: object, tag: str, codec: Codec, rank: int = 0) -> None:
@@ -71,6 +74,7 @@ class UserCode:
         self._codec = codec
         self._instance: Any = None
         self._methods: dict[str, UserMethod] = {}
+        self.only_sync = True
         self._app: ASGIApp | None = None
         self._lifespan: Lifespan | None = None
         self._sockets: set[Socket] = set()
@@ -91,11 +95,12 @@ class UserCode:
         else:
             self._instance = self._target
             self._set_context()
-            self._methods = {CALL: describe_method(self._target, self._threads.run)}
+            self._know({CALL: describe_method(self._target, self._threads.run)})
         if self._spec.user_config is not None:
             await self._reconfigure(self._spec.user_config)
         if self._spec.is_ingress:
             self._app = bind_app(self._instance, before, self._threads.endpoint)
+            self.only_sync = False
             self._lifespan = Lifespan(self._app)
             await self._lifespan.startup()
         adopt_celery_app()
@@ -126,7 +131,11 @@ class UserCode:
         config = self._codec.unpack(packed)
         ranked = {"rank": self._rank} if "rank" in inspect.signature(reconfigure).parameters else {}
         await describe_method(reconfigure, self._threads.run).run(config, **ranked)
-        self._methods = class_methods(self._instance, self._threads.run)
+        self._know(class_methods(self._instance, self._threads.run))
+
+    def _know(self, methods: dict[str, UserMethod]) -> None:
+        self._methods = methods
+        self.only_sync = self._app is None and not any(method.is_async for method in methods.values())
 
     @property
     def has_health_check(self) -> bool:
@@ -160,11 +169,6 @@ class UserCode:
         if not self._spec.is_class:
             return []
         return available_methods(self._instance)
-
-    @property
-    def only_sync(self) -> bool:
-        """Whether every call waits for a thread of the replica."""
-        return self._app is None and not any(method.is_async for method in self._methods.values())
 
     def needs_thread(self, method: str) -> bool:
         """Whether a call of this method waits for a thread of the replica."""
@@ -295,7 +299,7 @@ class UserCode:
             await self._instance.__init__(*args, **kwargs)
         else:
             await construct(self._threads.run, self._instance.__init__, args, kwargs)
-        self._methods = class_methods(self._instance, self._threads.run)
+        self._know(class_methods(self._instance, self._threads.run))
 
     def _http_method(self, request: HttpRequest) -> UserMethod:
         name = CALL
