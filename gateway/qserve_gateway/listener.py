@@ -14,6 +14,7 @@ from typing import Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
+from qserve.background import until_next
 from qserve.errors import ConfigurationError
 from qserve_gateway.door.limits import Door
 from qserve_gateway.door.protocol import HttpProtocol, WebSocketProtocol
@@ -138,7 +139,7 @@ class Listener:
         """Take no more connections and wait for the requests in flight; without effect before it has started."""
         if self._server is None or self.serving is None:
             return
-        self._server.should_exit = True
+        self._server.leave()
         try:
             await self.serving
         finally:
@@ -186,11 +187,27 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, started: asyncio.Future[None]) -> None:
         super().__init__(config)
         self._started = started
+        self._leaving = asyncio.Event()
+
+    def leave(self) -> None:
+        """Take no more connections, and end when the requests in flight have."""
+        self.should_exit = True
+        self._leaving.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections."""
         await super().startup(sockets)
         self._started.set_result(None)
+
+    async def main_loop(self) -> None:
+        """Renew the date of responses once a second, until it is time to leave.
+
+        uvicorn looks ten times a second whether it is, and an idle gateway would wake for little else.
+        """
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(until_next(1.0)):
+                    await self._leaving.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, but serve those the kernel has taken for us: closing would reset them."""
