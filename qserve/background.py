@@ -1,8 +1,10 @@
-"""Background tasks: started so that a failure is logged, ended so that none is left, and awake at the same moments."""
+"""Background tasks: started so that a failure is logged, ended so that none is left, and awake at the same moments or,
+where many processes wait for one thing, at different ones."""
 
 import asyncio
 import logging
 import os
+import random
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -13,6 +15,13 @@ _INSIST_EVERY_S = 0.1
 _SHORTEST = 0.1
 _GOLDEN = 0.6180339887498949
 """Its multiples lie evenly between two integers, so processes do not all wake at once."""
+CHANCE = random.Random()  # noqa: S311
+"""For pauses that differ from process to process, and for ids that nobody has to guess.
+
+Not the generator of the `random` module: programs that seed that one would all wait alike and make the same ids, and
+would find numbers missing that were drawn here.
+"""
+os.register_at_fork(after_in_child=CHANCE.seed)
 _running: set["asyncio.Task[None]"] = set()
 
 

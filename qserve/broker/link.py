@@ -2,11 +2,10 @@
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable
 
-from qserve.background import end, spawn, until_next
+from qserve.background import CHANCE, end, spawn, until_next
 from qserve.broker.connection import Connection, ignore_answer
 from qserve.broker.lanes.lines import Lines
 from qserve.broker.redis_errors import CommandRefused, refused
@@ -209,7 +208,7 @@ class Link:
                     if time.monotonic() - lost_at > PATIENCE_S:
                         self._has_come()
                         self._on_long_loss()
-                    await asyncio.sleep(random.uniform(0, delay))  # noqa: S311
+                    await asyncio.sleep(CHANCE.uniform(0, delay))
                     delay = min(delay * 2, _LONGEST_DELAY_S)
             self._lost_at = None
             self._has_come()

@@ -1,9 +1,9 @@
 """How fast deployments work off their queues, so that whoever is turned away knows when to come back."""
 
-import random
 import time
 from typing import Any
 
+from qserve.background import CHANCE
 from qserve.broker.connection import Answer, Connection
 
 SHORTEST_S, LONGEST_S = 1.0, 30.0
@@ -37,11 +37,11 @@ class Pace:
     def wait_s(self, depth: int) -> float:
         """The seconds in which so many calls will have left, give or take a quarter, so that not all return at once."""
         if self._per_s is None:
-            return random.uniform(SHORTEST_S, 3)  # noqa: S311
+            return CHANCE.uniform(SHORTEST_S, 3)
         expected = depth / self._per_s if self._per_s else LONGEST_S
         # Spread after the upper limit is applied, or a crowd told to wait for longest would return together.
-        wait = min(expected, LONGEST_S / 1.25) * random.uniform(0.75, 1.25)  # noqa: S311
-        return max(wait, random.uniform(SHORTEST_S, 1.25 * SHORTEST_S))  # noqa: S311
+        wait = min(expected, LONGEST_S / 1.25) * CHANCE.uniform(0.75, 1.25)
+        return max(wait, CHANCE.uniform(SHORTEST_S, 1.25 * SHORTEST_S))
 
     def _take(self, answer: Answer) -> None:
         if isinstance(answer, Exception):

@@ -38,7 +38,6 @@ class Admission:
         link: Link,
         pending: PendingCalls,
         withdrawals: Withdrawals,
-        *,
         clock: RedisClock,
         full_queues: FullQueues,
         sample_clock: Callable[[], Awaitable[None]],

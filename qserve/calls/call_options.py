@@ -55,6 +55,8 @@ class DurableTerms(TypedDict, total=False):
 _WITHOUT_EFFECT = frozenset({"use_new_handle_api", "_prefer_local_routing", "_by_reference", "serialization"})
 """What handles of Ray Serve take besides."""
 
+_SENT = frozenset({"method_name", "multiplexed_model_id"})
+
 
 def changed_options(
     options: CallOptions, method_name: str | None, changes: dict[str, Any], *, stream: bool, durable: bool
@@ -74,10 +76,21 @@ def changed_options(
     given = {key: value for key, value in changes.items() if key not in terms and value is not None}
     if method_name is not None:
         given["method_name"] = method_name
+    for name in _SENT.intersection(given):
+        _check_text(name, given[name])
     if "http_headers" in given:
         given["http_headers"] = tuple(dict(given["http_headers"]).items())
     changed = options._replace(**given)
     return changed, _durable_options(durable, changed, terms)
+
+
+def _check_text(option: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{option} is a string, not {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{option}={text!a} cannot be sent: it contains half a character") from None
 
 
 def _durable_options(durable: bool, changed: CallOptions, given: dict[str, Any]) -> DurableOptions | None:

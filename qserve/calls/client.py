@@ -107,10 +107,7 @@ class Client:
         self._channels = CallChannels(self.id, keys, signer, link, pending, self._deadlines)
         full_queues = FullQueues(keys, link)
         self._admission = Admission(
-            *(keys, link, pending, self._withdrawals),
-            clock=self.redis_clock,
-            full_queues=full_queues,
-            sample_clock=self._sample_clock,
+            *(keys, link, pending, self._withdrawals, self.redis_clock, full_queues, self._sample_clock)
         )
         self._receiver = Receiver(keys, self.id, signer, link, self._accept, is_awaited=self._is_awaited)
         self._reconciler = Reconciler(keys, signer, link, self._receiver, pending, self._admission, new_id=self._new_id)

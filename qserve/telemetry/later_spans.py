@@ -4,8 +4,6 @@ Where one request in a hundred is traced, the SDK's code and data have left the 
 that a span takes several times as long as one behind the other. Until a span is sent it only notes what it is told.
 """
 
-import os
-import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -21,11 +19,9 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
 
+from qserve.background import CHANCE
+
 _PLAIN = frozenset({str, bool, int, float})
-CHANCE = random.Random()  # noqa: S311
-"""Not the generator of the `random` module: programs that seed that one would all make the same ids, and would find
-numbers missing that were drawn here."""
-os.register_at_fork(after_in_child=CHANCE.seed)
 _RANDOM = 0x02
 """The flag of W3C Trace Context 2 for traces whose id is random."""
 

@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import entry_points, version
 from typing import Any, NamedTuple
 
+from qserve.background import CHANCE
 from qserve.context import current_call
 from qserve.errors import ConfigurationError
 from qserve.hooks import (
@@ -39,7 +40,7 @@ try:
     from opentelemetry.trace import Link, SpanKind, Status, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    from qserve.telemetry.later_spans import CHANCE, LaterSpans, LaterTracer, MakingExporter
+    from qserve.telemetry.later_spans import LaterSpans, LaterTracer, MakingExporter
 except ModuleNotFoundError as exc:
     raise ConfigurationError(
         f"QSERVE_TRACES is set, but {exc.name} is not installed here: pip install 'qserve[otel]', or unset it."

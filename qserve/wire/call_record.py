@@ -4,13 +4,13 @@ The record is a hash, which lua/shared_records.lua describes. It holds the state
 whoever knows the id of the call. The id is random: knowing it is the permission to see the result.
 """
 
-import random
 import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
+from qserve.background import CHANCE
 from qserve.errors import QServeError, TaskError, failure_of
 from qserve.wire.messages import Call, decoder_of
 
@@ -76,7 +76,7 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
     def pause_ms(self, failures: int) -> int:
         """How long to wait after that many failures: exponential, with jitter, 10 minutes at most."""
         longest = min(self.backoff_s * 2.0 ** min(failures - 1, 60), _LONGEST_BACKOFF_S)
-        return int(longest * random.uniform(500, 1000))  # noqa: S311
+        return int(longest * CHANCE.uniform(500, 1000))
 
 
 class DurableCall(Call, frozen=True, array_like=True, gc=False, kw_only=True):

@@ -1,11 +1,14 @@
 """What a process does again and again."""
 
 import os
+import random
 import time
 
 import pytest
 
-from qserve.background import until_next
+from qserve.background import CHANCE, until_next
+from qserve.broker.retry_after import Pace
+from qserve.wire.call_record import Terms
 
 
 @pytest.mark.parametrize("interval_s", [0.05, 1.0, 30.0])
@@ -30,3 +33,14 @@ def test_processes_have_moments_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
         pauses.append(until_next(1.0))
     gaps = [later - before for before, later in zip(sorted(pauses), sorted(pauses)[1:], strict=False)]
     assert max(gaps) < 0.1
+
+
+def test_pauses_do_not_depend_on_numbers_that_a_program_seeds_and_take_none_of_them() -> None:
+    def pauses() -> list[float]:
+        random.seed(1)
+        before = random.getstate()
+        found = [Pace("calls").wait_s(5), Terms(backoff_s=60).pause_ms(3), CHANCE.random()]
+        assert random.getstate() == before
+        return found
+
+    assert set(pauses()).isdisjoint(pauses())

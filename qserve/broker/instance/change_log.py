@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import random
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from qserve.background import CHANCE
 from qserve.broker.instance.state import META_FIELDS, check_shards, checked, decode_deployed, decode_http, names_of
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import our_errors
@@ -184,7 +184,7 @@ async def follow(redis_url: str, keys: Keys, from_id: str = "$") -> AsyncGenerat
         finally:
             with contextlib.suppress(RedisError, OSError):
                 await client.aclose()
-        await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 jitter
+        await asyncio.sleep(delay * CHANCE.uniform(0.5, 1.0))
         delay = min(2 * delay, _RECONNECT_S[1])
 
 
