@@ -26,7 +26,7 @@ from qserve_workers.user.asgi import ASGIApp, Lifespan, OnComplete, Socket, run_
 from qserve_workers.user.constructor_loop import construct
 from qserve_workers.user.ordinary_process import adopt_celery_app, settle_log_level
 from qserve_workers.user.plain_responses import make_request, make_response, stream_chunks, text_response
-from qserve_workers.user.user_entry import UserThreads, enter
+from qserve_workers.user.user_entry import enter
 from qserve_workers.user.user_methods import (
     CALL,
     HEALTH_CHECK,
@@ -37,6 +37,7 @@ from qserve_workers.user.user_methods import (
     has_health_check,
     is_computed,
 )
+from qserve_workers.user.user_threads import UserThreads
 
 logger = logging.getLogger(__name__)
 
