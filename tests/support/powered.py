@@ -35,7 +35,7 @@ class Machine:
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.node.process.pid)
             for each in [process, *process.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(each.pid, signal.SIGKILL)
         self.node.process.wait(patience(20))
         self.http.close()
