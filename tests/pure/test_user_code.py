@@ -8,6 +8,7 @@ import gc
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
 from typing import Any
 from uuid import UUID
 
@@ -24,6 +25,8 @@ from qserve.context import CallInfo, ReplicaRank, current_call, get_replica_cont
 from qserve.errors import MethodNotFound, QServeError, ResultNotSerializable
 from tests.support.local_code import CODEC, running
 from tests.support.slowness import patience
+
+precision: ContextVar[int] = ContextVar("precision")
 
 # Construction
 
@@ -47,6 +50,29 @@ async def test_init_may_return_something_and_may_be_async() -> None:
 
     async with running(Sync, 1) as one, running(Async, 2) as two:
         assert (await one.call("get"), await two.call("get")) == (1, 2)
+
+
+async def test_what_constructors_and_reconfigure_set_in_the_context_holds_for_all_calls() -> None:
+    class Sync:
+        def __init__(self) -> None:
+            precision.set(5)
+
+        def reconfigure(self, config: int) -> None:
+            precision.set(precision.get() + config)
+
+    class Async:
+        async def __init__(self) -> None:  # type: ignore[misc]
+            precision.set(6)
+
+        async def reconfigure(self, config: int) -> None:
+            precision.set(precision.get() + config)
+
+    async with running(Sync) as one, running(Async) as two:
+        assert (one.code.context[precision], two.code.context[precision]) == (5, 6)
+        for each in (one, two):
+            await each.code.reconfigure(CODEC.pack(10))
+        assert (one.code.context[precision], two.code.context[precision]) == (15, 16)
+    assert precision.get(None) is None
 
 
 async def test_new_gets_the_arguments_where_the_class_has_one() -> None:

@@ -49,6 +49,16 @@ async def test_what_a_function_returns_or_raises_comes_back_and_it_sees_the_call
         await threads.run(lambda: 1 / 0)
 
 
+async def test_what_a_function_sets_in_the_context_is_lost_or_kept() -> None:
+    threads = UserThreads("some", 1)
+    asked.set("by me")
+
+    await threads.run(asked.set, "by it")
+    assert asked.get() == "by me"
+    await threads.run_and_keep(asked.set, "by it")
+    assert asked.get() == "by it"
+
+
 @pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()])
 async def test_nothing_that_a_function_raises_ends_its_thread(raised: BaseException) -> None:
     def fail() -> None:

@@ -115,9 +115,9 @@ class Triage:
         # asyncio.create_task makes a system call to find the loop.
         loop = self._loop = self._loop or asyncio.get_running_loop()
         if isinstance(call, DurableCall):
-            running.task = loop.create_task(self._durable.run(running, call, code))
+            running.task = loop.create_task(self._durable.run(running, call, code), context=code.context.copy())
         elif not self._arrivals.claims or self._slots.may_run_again(call):
-            running.task = loop.create_task(self._ordinary.run(running, code))
+            running.task = loop.create_task(self._ordinary.run(running, code), context=code.context.copy())
         else:
             self._arrivals.claim(call, partial(self._claimed, running, code))
 
@@ -126,7 +126,7 @@ class Triage:
         entry = running.entry
         if first is True and entry.id in self._slots:
             running.unwanted = running.unwanted or entry.id in self._withdrawn
-            running.task = asyncio.create_task(self._ordinary.run(running, code))
+            running.task = asyncio.create_task(self._ordinary.run(running, code), context=code.context.copy())
         elif self._slots.give_back(running):
             if isinstance(first, BrokerUnavailable):
                 self._ordinary.refuse(entry, running.call, first)

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from contextvars import Context, copy_context
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
@@ -39,8 +38,7 @@ class LocalReplica:
     def __init__(self, spec: DeploymentSpec, codec: Codec) -> None:
         self.spec = spec
         self.code = UserCode(spec, load_target(spec.target), f"{spec.name}#local", codec)
-        self.context: Context = copy_context()
-        """What its code sees: which replica it is."""
+        self.context = self.code.context
         self._codec = codec
         self.slots = asyncio.Semaphore(spec.max_concurrent_queries)
         """One for each call that runs."""
@@ -49,7 +47,7 @@ class LocalReplica:
 
     async def start(self) -> None:
         """Construct; raises what user code raised."""
-        await asyncio.get_running_loop().create_task(self.code.construct(), context=self.context)
+        await self.code.construct()
 
     @property
     def is_full(self) -> bool:

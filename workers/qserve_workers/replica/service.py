@@ -6,6 +6,7 @@ import logging
 import socket
 import time
 from collections.abc import Sequence
+from contextvars import copy_context
 
 from msgspec.structs import replace
 
@@ -136,10 +137,11 @@ class Service:
             set_environment(spec, self._codec)
             if spec.num_gpus and not await self._wait_for_gpus(spec.num_gpus):
                 return None
-            # Importing may take long and must not stop the loop.
-            target = await enter(asyncio.to_thread, load_user_code, spec.target)
+            # Importing may take long and must not stop the loop. What it sets in the context holds for all calls.
+            loop, context = asyncio.get_running_loop(), copy_context()
+            target = await enter(loop.run_in_executor, None, context.run, load_user_code, spec.target)
             self._consumer.affinity.expect_models(room_for_models(target))
-            self._code = UserCode(spec, target, self._tag, self._codec, self._rank)
+            self._code = UserCode(spec, target, self._tag, self._codec, self._rank, context=context)
             await self._code.construct()
             await self._health.first(self._code)
         except Exception as exc:

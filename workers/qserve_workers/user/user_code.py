@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
 from types import AsyncGeneratorType, GeneratorType, new_class
 from typing import Any
 
@@ -62,12 +63,25 @@ class UserCode:
         target: The class or function, as `load_target` gives it.
         tag: Tag of the replica.
         rank: Its number among the replicas of its worker.
+        context: The context in which it was imported; that of the caller where it is not given.
 
     Attributes:
+        context: The context variables as importing and constructing have left them, `decimal.getcontext()` and
+            `numpy.seterr()` among them. Each call runs in a copy of it.
         only_sync: Whether every call waits for a thread of the replica.
     """
 
-    def __init__(self, spec: DeploymentSpec, target: object, tag: str, codec: Codec, rank: int = 0) -> None:
+    def __init__(
+        self,
+        spec: DeploymentSpec,
+        target: object,
+        tag: str,
+        codec: Codec,
+        rank: int = 0,
+        *,
+        context: Context | None = None,
+    ) -> None:
+        self.context = context or copy_context()
         self._spec = spec
         self._rank = ReplicaRank(rank, local_rank=rank)
         self._target: Any = target
@@ -87,7 +101,7 @@ class UserCode:
         Raises:
             Exception: What user code raised.
         """
-        await enter(self._construct)
+        await self._in_context(enter(self._construct))
 
     async def _construct(self) -> None:
         before = contents_of(self._target) if self._spec.is_ingress else None
@@ -108,6 +122,9 @@ class UserCode:
         await self._threads.run(adopt_celery_app)
         settle_log_level()
 
+    async def _in_context(self, work: Coroutine[Any, Any, None]) -> None:
+        await asyncio.get_running_loop().create_task(work, context=self.context)
+
     def _set_context(self) -> None:
         spec = self._spec
         name = own_name(spec.application, spec.name)
@@ -121,7 +138,7 @@ class UserCode:
             ValueError: A function, or a class without `reconfigure`.
             Exception: What `reconfigure` raised.
         """
-        await enter(self._reconfigure, packed)
+        await self._in_context(enter(self._reconfigure, packed))
 
     async def _reconfigure(self, packed: bytes) -> None:
         if not self._spec.is_class:
@@ -131,7 +148,7 @@ class UserCode:
             raise ValueError(f"user_config specified but deployment {self._spec.name!r} is missing reconfigure method.")
         config = self._codec.unpack(packed)
         ranked = {"rank": self._rank} if "rank" in inspect.signature(reconfigure).parameters else {}
-        await describe_method(reconfigure, self._threads.run).run(config, **ranked)
+        await describe_method(reconfigure, self._threads.run_and_keep).run(config, **ranked)
         self._know(class_methods(self._instance, self._threads.run))
 
     def _know(self, methods: dict[str, UserMethod]) -> None:
@@ -160,9 +177,9 @@ class UserCode:
 
         if describe_method(check, self._threads.run).is_async:
             on_start()
-            await enter(check)
+            await self._in_context(enter(check))
         else:
-            await enter(self._threads.run, begin)
+            await self._in_context(enter(self._threads.run, begin))
 
     @property
     def available_methods(self) -> list[str]:
@@ -299,7 +316,7 @@ class UserCode:
         if inspect.iscoroutinefunction(cls.__init__):
             await self._instance.__init__(*args, **kwargs)
         else:
-            await construct(self._threads.run, self._instance.__init__, args, kwargs)
+            await construct(self._threads.run_and_keep, self._instance.__init__, args, kwargs)
         self._know(class_methods(self._instance, self._threads.run))
 
     def _http_method(self, request: HttpRequest) -> UserMethod:

@@ -45,6 +45,16 @@ class UserThreads:
         """Run a function on a thread, in a copy of the caller's context; an awaitable that it returns is awaited."""
         return await self._run(copy_context(), function, args, kwargs)
 
+    async def run_and_keep(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Like `run`, and what the function sets in its context holds for the caller from then on."""
+        context = copy_context()
+        try:
+            return await self._run(context, function, args, kwargs)
+        finally:
+            for variable, value in context.items():
+                if variable.get(_EXHAUSTED) is not value:
+                    variable.set(value)
+
     async def iterate(self, generator: Any) -> AsyncGenerator[Any, None]:
         """What a generator yields. A sync one advances on a thread, always in the same context; both are closed."""
         if isinstance(generator, AsyncGeneratorType):

@@ -1,4 +1,4 @@
-"""Context variables set by middleware, dependencies and the application's start."""
+"""Context variables set by the module, middleware, dependencies and the application's start."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +14,8 @@ from tests.instance.differential.case import Case
 
 user: ContextVar[str] = ContextVar("user", default="nobody")
 steps: ContextVar[list[str]] = ContextVar("steps")
+imported: ContextVar[str] = ContextVar("imported", default="nowhere")
+imported.set("by the module")
 
 
 class SetUser:
@@ -61,6 +63,16 @@ async def asynchronous() -> str:
     return found
 
 
+@app.get("/imported")
+def from_the_module() -> str:
+    return imported.get()
+
+
+@app.get("/imported-async")
+async def from_the_module_too() -> str:
+    return imported.get()
+
+
 @app.get("/stream")
 def stream() -> StreamingResponse:
     async def parts() -> AsyncIterator[str]:
@@ -76,6 +88,8 @@ class Served: ...
 CASES = [
     Case("in threads", "GET", "/sync", {"X-User": "ada"}),
     Case("on the loop", "GET", "/async", {"X-User": "bob"}),
+    Case("set by the module", "GET", "/imported"),
+    Case("set by the module, on the loop", "GET", "/imported-async"),
     Case("in a stream", "GET", "/stream", {"X-User": "eve"}),
     Case("nothing is left by requests", "GET", "/async"),
     Case("nor by that one", "GET", "/sync"),
