@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from qserve import QServeError, serve
 from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
-from tests.support import ordinary_code
+from tests.support import ordinary_code, thread_bound_code
 from tests.support.gates import is_alive
 from tests.support.waiting import LIMIT_S, wait_until
 
@@ -56,6 +57,19 @@ def test_sys_exit_ends_its_call_only(processes: Any) -> None:
     with pytest.raises(QServeError, match="SystemExit"):
         processes.exits.remote().result(LIMIT_S)
     assert processes.names.remote().result(LIMIT_S) == before
+
+
+def test_modules_constructors_and_def_methods_share_a_thread_and_async_code_is_told_of_it(
+    qserve_instance: TestInstance,
+) -> None:
+    deployment = serve.deployment(name="thread_bound")(thread_bound_code.ThreadBound)
+    deployment.deploy()
+    handle: Any = deployment.get_handle()
+    assert handle.query.remote().result(LIMIT_S) == [1, 1]
+    assert handle.set_by.remote().result(LIMIT_S) == ["the module", "the constructor"]
+    with pytest.raises(sqlite3.ProgrammingError, match="Open the connection where it is used"):
+        handle.query_on_the_loop.remote().result(LIMIT_S)
+    deployment.delete()
 
 
 @pytest.mark.parametrize("how", ["killed", "deleted"])

@@ -48,6 +48,7 @@ from qserve_workers.replica.stalls import StallWatch
 from qserve_workers.user.environment import set_environment
 from qserve_workers.user.user_code import UserCode, load_user_code
 from qserve_workers.user.user_entry import enter, what_was_raised
+from qserve_workers.user.user_threads import UserThreads
 
 logger = logging.getLogger(__name__)
 
@@ -137,11 +138,13 @@ class Service:
             set_environment(spec, self._codec)
             if spec.num_gpus and not await self._wait_for_gpus(spec.num_gpus):
                 return None
-            # Importing may take long and must not stop the loop. What it sets in the context holds for all calls.
-            loop, context = asyncio.get_running_loop(), copy_context()
-            target = await enter(loop.run_in_executor, None, context.run, load_user_code, spec.target)
+            # Importing may take long and must not stop the loop. What it leaves in its context, or on its thread, is
+            # there for the calls.
+            context, threads = copy_context(), UserThreads(f"qserve-{spec.name}", spec.max_threads)
+            loading = enter(threads.run_and_keep, load_user_code, spec.target)
+            target = await asyncio.get_running_loop().create_task(loading, context=context)
             self._consumer.affinity.expect_models(room_for_models(target))
-            self._code = UserCode(spec, target, self._tag, self._codec, self._rank, context=context)
+            self._code = UserCode(*(spec, target, self._tag, self._codec, self._rank), context=context, threads=threads)
             await self._code.construct()
             await self._health.first(self._code)
         except Exception as exc:

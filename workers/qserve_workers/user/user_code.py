@@ -64,6 +64,7 @@ class UserCode:
         tag: Tag of the replica.
         rank: Its number among the replicas of its worker.
         context: The context in which it was imported; that of the caller where it is not given.
+        threads: Those of its `def` code, on one of which it was imported; where none are given, it gets some.
 
     Attributes:
         context: The context variables as importing and constructing have left them, `decimal.getcontext()` and
@@ -80,6 +81,7 @@ class UserCode:
         rank: int = 0,
         *,
         context: Context | None = None,
+        threads: UserThreads | None = None,
     ) -> None:
         self.context = context or copy_context()
         self._spec = spec
@@ -93,7 +95,7 @@ class UserCode:
         self._app: ASGIApp | None = None
         self._lifespan: Lifespan | None = None
         self._sockets: set[Socket] = set()
-        self._threads = UserThreads(f"qserve-{spec.name}", spec.max_threads)
+        self._threads = threads or UserThreads(f"qserve-{spec.name}", spec.max_threads)
 
     async def construct(self) -> None:
         """Build the instance, give it its user_config, run the startup hooks of its application.

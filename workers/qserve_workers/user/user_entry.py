@@ -13,6 +13,12 @@ from qserve.wire.exceptions import text_of
 
 Result = TypeVar("Result")
 
+_OTHER_THREAD = "SQLite objects created in a thread"
+_WHERE_CODE_RUNS = (
+    "The modules, the `def __init__` and the `def` methods of a deployment run on threads of their own, and its "
+    "`async def` code on that of the event loop. Open the connection where it is used, or with check_same_thread=False."
+)
+
 
 class UserCodeEscape(RuntimeError):
     """User code raised something that is no `Exception`; this one is raised in its place.
@@ -35,7 +41,9 @@ async def enter(function: Callable[..., Awaitable[Result]], /, *args: Any, **kwa
     """
     try:
         return await function(*args, **kwargs)
-    except Exception:
+    except Exception as exc:
+        if type(exc).__module__ == "sqlite3" and str(exc).startswith(_OTHER_THREAD) and not hasattr(exc, "__notes__"):
+            exc.add_note(_WHERE_CODE_RUNS)
         raise
     except BaseException as exc:
         if _is_cancellation(exc):
