@@ -83,7 +83,7 @@ class UserCode:
         context: Context | None = None,
         threads: UserThreads | None = None,
     ) -> None:
-        self.context = context or copy_context()
+        self.context = copy_context() if context is None else context  # an empty one is false
         self._spec = spec
         self._rank = ReplicaRank(rank, local_rank=rank)
         self._target: Any = target
