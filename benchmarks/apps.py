@@ -12,6 +12,12 @@ class Sleeper:
         await asyncio.sleep(0.1)
 
 
+@serve.deployment(route_prefix="/plain")
+class Plain:
+    def __call__(self) -> str:
+        return "ok"
+
+
 class Burn:
     """Uses 20 ms of CPU time in a plain `def`, however busy the machine is."""
 

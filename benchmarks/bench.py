@@ -212,9 +212,11 @@ def sleepers_and_burners() -> list[Row]:
         processes.running(command, f"http://127.0.0.1:{port}/-/routes", runtime_dir),
     ):
         figures = measure_handles(runtime_dir)
+        plain = load.median_of([load.drive(f"http://127.0.0.1:{port}/plain", 64, LOAD_S) for _ in range(ROUNDS)])
     seconds, one, two = figures["thousand_sleepers_s"], figures["one_burner_per_s"], figures["two_burners_per_s"]
     return [
         Row("1,000 calls that sleep 100 ms, 1 async replica", f"{seconds:.2f} s", "<= 0.4 s", seconds <= 0.4),
+        Row("a `def` that does nothing, one at a time, 1 replica, 64 connections", _rate(plain)),
         Row("20 ms CPU-bound `def`, 1 replica", f"{one:.1f} calls/s"),
         Row(
             "20 ms CPU-bound `def`, 2 replicas", f"{two:.1f} calls/s = {two / one:.2f} x", ">= 1.8 x", two / one >= 1.8
