@@ -1,5 +1,6 @@
 """A replica is an ordinary process: what Celery sets up in its children does not show in user code."""
 
+import asyncio
 import os
 import re
 import signal
@@ -69,6 +70,18 @@ def test_modules_constructors_and_def_methods_share_a_thread_and_async_code_is_t
     assert handle.set_by.remote().result(LIMIT_S) == ["the module", "the constructor"]
     with pytest.raises(sqlite3.ProgrammingError, match="Open the connection where it is used"):
         handle.query_on_the_loop.remote().result(LIMIT_S)
+    deployment.delete()
+
+
+def test_a_module_may_use_the_event_loop_while_it_is_imported(qserve_instance: TestInstance) -> None:
+    async def deploy() -> Any:
+        from tests.support.module_with_tasks import UsesTasks  # here, too, it wants a loop
+
+        return serve.deployment(name="uses_tasks")(UsesTasks)
+
+    deployment = asyncio.run(deploy())
+    deployment.deploy()
+    assert deployment.get_handle().started.remote().result(LIMIT_S) == (True, True, "complete")
     deployment.delete()
 
 

@@ -45,6 +45,7 @@ from qserve_workers.replica.replica_events import (
 from qserve_workers.replica.rest import Rest
 from qserve_workers.replica.self_description import SelfDescription
 from qserve_workers.replica.stalls import StallWatch
+from qserve_workers.user.constructor_loop import lend_loop
 from qserve_workers.user.environment import set_environment
 from qserve_workers.user.user_code import UserCode, load_user_code
 from qserve_workers.user.user_entry import enter, what_was_raised
@@ -141,7 +142,7 @@ class Service:
             # Importing may take long and must not stop the loop. What it leaves in its context, or on its thread, is
             # there for the calls.
             context, threads = copy_context(), UserThreads(f"qserve-{spec.name}", spec.max_threads)
-            loading = enter(threads.run_and_keep, load_user_code, spec.target)
+            loading = enter(lend_loop, threads.run_and_keep, load_user_code, (spec.target,), {})
             target = await asyncio.get_running_loop().create_task(loading, context=context)
             self._consumer.affinity.expect_models(room_for_models(target))
             self._code = UserCode(*(spec, target, self._tag, self._codec, self._rank), context=context, threads=threads)

@@ -1,9 +1,10 @@
-"""The event loop for a `def __init__`, which runs on a thread, so that it may block, and may use the loop all the same.
+"""The event loop for modules and for a `def __init__`: they run on a thread, so that they may block, and may use the
+loop all the same.
 
-Programs for Ray Serve start background tasks and open client sessions in their constructors. While one runs,
-`asyncio.get_running_loop()`, `create_task()` and so on find the replica's loop on the thread of the constructor. What
-is begun there starts when the constructor has returned: it finds the instance complete, and no loop is touched by a
-thread that is not its own.
+Programs for Ray Serve start background tasks and open client sessions in their constructors, and uvicorn imports
+modules while its loop runs. Meanwhile `asyncio.get_running_loop()`, `create_task()` and so on find the loop of the
+replica on that thread. What is begun there starts afterwards: it finds instance and module complete, and no loop is
+touched by a thread that is not its own.
 """
 
 import asyncio
@@ -15,19 +16,18 @@ from contextvars import Context
 from typing import Any
 
 
-async def construct(run: Callable[..., Awaitable[Any]], init: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Run a `def __init__`; raises what it raises.
+async def lend_loop(run: Callable[..., Awaitable[Any]], function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run a function on a thread that finds the event loop there; returns what it returns, and raises what it raises.
 
     Args:
         run: Runs a function on a thread.
     """
     loop = asyncio.get_running_loop()
     if _is_lent(loop):  # to the constructor of another deployment, in a unit test
-        await run(init, *args, **kwargs)
-        return
+        return await run(function, *args, **kwargs)
     constructor = _Constructor(loop)
     with constructor.lending():
-        await run(constructor.call, init, args, kwargs)
+        return await run(constructor.call, function, args, kwargs)
 
 
 class _Constructor:

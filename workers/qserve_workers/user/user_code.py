@@ -24,7 +24,7 @@ from qserve.wire.codec import Codec
 from qserve.wire.messages import HttpRequest, HttpResponse, WebSocketEvent, encode
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.user.asgi import ASGIApp, Lifespan, OnComplete, Socket, run_asgi
-from qserve_workers.user.constructor_loop import construct
+from qserve_workers.user.constructor_loop import lend_loop
 from qserve_workers.user.ordinary_process import adopt_celery_app, settle_log_level
 from qserve_workers.user.plain_responses import make_request, make_response, stream_chunks, text_response
 from qserve_workers.user.user_entry import enter
@@ -318,7 +318,7 @@ class UserCode:
         if inspect.iscoroutinefunction(cls.__init__):
             await self._instance.__init__(*args, **kwargs)
         else:
-            await construct(self._threads.run_and_keep, self._instance.__init__, args, kwargs)
+            await lend_loop(self._threads.run_and_keep, self._instance.__init__, args, kwargs)
         self._know(class_methods(self._instance, self._threads.run))
 
     def _http_method(self, request: HttpRequest) -> UserMethod:
