@@ -95,26 +95,32 @@ class OrdinaryRuns:
             reach("run")
             run = self._run_told if call.meta else self._run_plain
             kind, result = await run(running, code)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as exc:
             if entry.id not in self._slots:
                 self._slots.end_background(running)
                 return  # answered, abandoned or taken over
-            self._slots.counts.others["cancelled"] += 1
-            kind, result = ERROR, self.pack_error(CallCancelled("the call was cancelled while it ran"))
+            if running.unwanted:
+                self._slots.counts.others["cancelled"] += 1
+                kind, result = ERROR, self.pack_error(CallCancelled("the call was cancelled while it ran"))
+            else:  # by user code, such as a task group one of whose tasks has raised what is no Exception
+                kind, result = self._failure(running, exc)
         except FrameRejected as exc:
             if self._slots.give_back(running):
                 spawn(self._answers.reject(entry, exc, call, self.pack_error(exc)))
             return
         except BaseException as exc:  # packing a result runs user code, too
-            error = what_was_raised(exc)
-            if not isinstance(error, Exception) or (call.kind == HTTP and not isinstance(error, QServeError)):
-                place = (call.deployment, running.info.request_id)
-                logger.error("Exception in deployment %r, request %s", *place, exc_info=error)
-            self._slots.counts.note_failed(running, error)
-            kind, result = ERROR, self.pack_error(error)
-            del error  # its traceback holds this frame, and those hold the arguments; the collector comes seldom
+            kind, result = self._failure(running, what_was_raised(exc))
         if not self._answer(running, kind, result):
             self._slots.end_background(running)
+
+    def _failure(self, running: RunningCall, error: BaseException) -> Result:
+        """Count and log what user code has raised, and the reply that says so."""
+        call = running.call
+        if not isinstance(error, Exception) or (call.kind == HTTP and not isinstance(error, QServeError)):
+            place = (call.deployment, running.info.request_id)
+            logger.error("Exception in deployment %r, request %s", *place, exc_info=error)
+        self._slots.counts.note_failed(running, error)
+        return ERROR, self.pack_error(error)
 
     def _answer(self, running: RunningCall, kind: int, result: Payload | Loan, *, goes_on: bool = False) -> bool:
         """Answer a call that ran; False if it has had its answer, or somebody else gives it."""
