@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from qserve import QServeError, serve
+from qserve import QServeError, TaskError, serve
 from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
 from tests.support import ordinary_code, thread_bound_code
@@ -83,6 +83,13 @@ def test_a_module_may_use_the_event_loop_while_it_is_imported(qserve_instance: T
     deployment.deploy()
     assert deployment.get_handle().started.remote().result(LIMIT_S) == (True, True, "complete")
     deployment.delete()
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_call_that_cancels_itself_has_failed(processes: Any, durable: bool) -> None:
+    ref = processes.options(method_name="cancels_itself", durable=durable).remote()
+    with pytest.raises(TaskError, match="CancelledError"):
+        ref.result(LIMIT_S)
 
 
 @pytest.mark.parametrize("how", ["killed", "deleted"])

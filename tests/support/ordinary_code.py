@@ -105,6 +105,12 @@ class Processes:
         assert child.pid is not None
         return [os.getpid(), child.pid, subprocess.Popen(["sleep", "600"]).pid]
 
+    async def cancels_itself(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(60)
+
     def exits(self) -> None:
         sys.exit(3)
 

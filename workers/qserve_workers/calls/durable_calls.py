@@ -167,10 +167,14 @@ class DurableRuns:
                 raise asyncio.CancelledError
             run = self._run_told if call.meta else self._run_plain
             kind, result = await run(running, code, parts)
-        except asyncio.CancelledError:
-            if entry.id in self._slots:  # else abandoned or taken over: somebody else settles it
+        except asyncio.CancelledError as exc:
+            if entry.id not in self._slots:
+                return  # abandoned or taken over: somebody else settles it
+            if running.unwanted:
                 self._slots.counts.others["cancelled"] += 1
                 self._settle(entry, call, CANCELLED, self._error_frame(call, CallCancelled("the call was cancelled")))
+            else:  # by user code, as in `OrdinaryRuns.run`
+                self._failed(entry, call, exc, failures + 1)
             return
         except BaseException as exc:  # packing a result runs user code, too
             if isinstance(exc, FrameRejected):
