@@ -2,14 +2,20 @@
 
 import asyncio
 import gc
+import socket
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import uvicorn
+import uvloop
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
 
 from qserve.broker.keys import Keys
 from qserve.broker.large.lending import Lending, Loan
+from qserve.settings import Settings
 from qserve.values.borrowing import Borrowed, Borrowing
 from qserve.values.segments import COPIED, HELD, Segment
 from qserve.wire.messages import (
@@ -27,6 +33,10 @@ from qserve_gateway.bodies import large_bodies
 from qserve_gateway.bodies.large_bodies import LargeBodies, LargeResponse
 from qserve_gateway.bodies.streaming import ClientDisconnected
 from qserve_gateway.door.body_protocol import BodyReader
+from qserve_gateway.door.limits import Door
+from qserve_gateway.door.protocol import HttpProtocol
+from tests.support.slowness import patience
+from tests.support.waiting import LIMIT_S
 
 MIB = 2**20
 LEAST = 1000
@@ -165,3 +175,35 @@ class TestResponses:
         loan = lending.lend_result(pack_http(HttpResponse(200, [(b"a\r\nb", b"")], BODY), LEAST))
         start, *_ = await self.written(LargeResponse(LargeReply("call", HTTP_RESPONSE, opened(loan))), "GET")
         assert start["status"] == 500
+
+    @pytest.mark.parametrize("size", [*range(128 * 1024, 384 * 1024, 16 * 1024), 2 * MIB, 2 * MIB + 7])
+    def test_the_connection_holds_nothing_of_one_that_is_written(self, lending: Lending, size: int) -> None:
+        """Its replica uses the memory again; uvloop sends from it, as far as the network has not taken it before."""
+        body = BODY[:5] * (size // 5 + 1)
+        loan = lending.lend_result(pack_http(HttpResponse(200, [], body[:size]), LEAST))
+
+        async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+            await LargeResponse(LargeReply("call", HTTP_RESPONSE, opened(loan))).write(send, receive, "GET", "id")
+            for part in loan.parts():
+                part[:] = bytes(len(part))
+
+        async def answered() -> bytes:
+            server, client = socket.socketpair()
+            config = uvicorn.Config(app, lifespan="off", log_config=None, interface="asgi3", proxy_headers=False)
+            config.load()
+            door = Door(Settings(), has_log=False)
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: HttpProtocol(door, config=config, server_state=ServerState(), app_state={}), server
+            )
+            reader, writer = await asyncio.open_connection(sock=client)
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            async with asyncio.timeout(patience(LIMIT_S)):
+                _, received = await reader.readuntil(b"\r\n\r\n"), await reader.readexactly(size)
+            writer.close()
+            return received
+
+        loop = uvloop.new_event_loop()
+        try:
+            assert loop.run_until_complete(answered()) == body[:size]
+        finally:
+            loop.close()

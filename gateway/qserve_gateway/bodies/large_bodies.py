@@ -16,7 +16,8 @@ from qserve.values.segments import Segment
 from qserve.wire.messages import HttpRequest, LargeReply, decode_http_response, encode
 from qserve.wire.parts import Source
 from qserve_gateway.bodies.streaming import ClientDisconnected, body_too_large
-from qserve_gateway.door.body_protocol import BodyProtocol, BodyReader, is_of_connection
+from qserve_gateway.door.body_protocol import BodyProtocol, BodyReader, cycle_of
+from qserve_gateway.door.transport import WRITTEN_AT_ONCE
 from qserve_gateway.respond import Unsendable, send_response, start_message
 
 _LARGEST = 64 * 2**20
@@ -30,8 +31,6 @@ _PATIENCE_S = 1.0
 beginning of a slow upload before its end."""
 _STEP = 1024 * 1024
 """Bytes of a response that are written at a time, with time for other requests in between."""
-_OWN = 128 * 1024
-"""Bytes at the end of a response that are copied, twice what uvicorn lets a connection hold before it has to wait."""
 
 
 class LargeBody:
@@ -193,17 +192,29 @@ class LargeResponse:
         except Unsendable:
             await send_response(send, response, method, request_id)
             return
-        if method != "HEAD" and response.status not in {204, 304}:
-            await _send_body(send, source.view(1))
-        await send({"type": "http.response.body", "body": b""})
+        has_body = method != "HEAD" and response.status not in {204, 304}
+        await _send_body(send, source.view(1) if has_body else memoryview(b""))
 
 
 async def _send_body(send: Send, body: memoryview) -> None:
-    # The connection holds less than _OWN bytes when it takes the next message: then it has nothing of `body` any more.
-    # Middlewares get bytes, as ASGI has it.
-    own = max(0, len(body) - _OWN) if is_of_connection(send) else 0
-    pieces = [*range(0, own, _STEP), *range(own, len(body), _STEP)]
-    for start, end in zip(pieces, [*pieces[1:], len(body)], strict=True):
-        piece = body[start:end]
-        await send({"type": "http.response.body", "body": piece if start < own else bytes(piece), "more_body": True})
-        await asyncio.sleep(0)  # others have their turn
+    cycle = cycle_of(send)
+    if cycle is None:  # a middleware gets bytes, as ASGI has it
+        for start in range(0, len(body), _STEP):
+            await send(_part(bytes(body[start : start + _STEP]), more=True))
+        await send(_part(b"", more=False))
+        return
+    # With these limits a connection that has taken a message holds nothing of the one before.
+    cycle.transport.set_write_buffer_limits(0)
+    try:
+        for start in range(0, len(body), _STEP):
+            if start:
+                await asyncio.sleep(0)  # others have their turn
+            piece = body[start : start + _STEP]
+            await send(_part(piece if len(piece) >= WRITTEN_AT_ONCE else bytes(piece), more=True))
+        await send(_part(b"", more=False))
+    finally:
+        cycle.transport.set_write_buffer_limits()
+
+
+def _part(body: bytes | memoryview, *, more: bool) -> MutableMapping[str, Any]:
+    return {"type": "http.response.body", "body": body, "more_body": more}

@@ -189,14 +189,15 @@ class BodyProtocol(DirectProtocol):
             self.cycle.keep_alive = self._keep_alive and not self._leaving
 
 
-def is_of_connection(function: Receive | Send) -> bool:
-    """Whether an application's `receive` or `send` is that of the connection, with no middleware around it."""
-    return isinstance(getattr(function, "__self__", None), RequestResponseCycle)
+def cycle_of(function: Receive | Send) -> RequestResponseCycle | None:
+    """The request whose connection an application's `receive` or `send` is; None if a middleware is around it."""
+    found = getattr(function, "__self__", None)
+    return found if isinstance(found, RequestResponseCycle) else None
 
 
 def connection_of(scope: Scope, receive: Receive) -> BodyProtocol | None:
     """The connection over which a large body comes in, if nobody else has to see it: see `BodyProtocol.divert`."""
     found: BodyProtocol | None = None
-    if is_of_connection(receive):
+    if cycle_of(receive) is not None:
         found = scope.get("extensions", {}).get(_CONNECTION, {}).get(_CONNECTION)
     return found

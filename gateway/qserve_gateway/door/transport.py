@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-_LARGE = 64 * 1024
+WRITTEN_AT_ONCE = 64 * 1024
 """Bytes of a piece that is not held, nor copied to be one with others."""
 
 
@@ -39,7 +39,7 @@ class TickTransport(asyncio.Transport):
         self.sent += size
         if self.head is None and data[9:10] != b"1":  # "HTTP/1.1 100 Continue" is no response yet
             self.head = data
-        if size >= _LARGE:
+        if size >= WRITTEN_AT_ONCE:
             held, self._held = self._held, []
             self._transport.writelines([*held, data])
             return
