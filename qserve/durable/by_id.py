@@ -11,7 +11,7 @@ from qserve.broker.link import Link
 from qserve.broker.records import Records, durable_reply
 from qserve.errors import BrokerUnavailable, CallCancelled, FrameRejected, GetTimeoutError, QServeError
 from qserve.failpoints import reach
-from qserve.wire.call_record import ANYONE, CANCELLED, EXPIRED, PART, CallRecord, Part, decode_part
+from qserve.wire.call_record import ANYONE, CANCELLED, EXPIRED, HAS_EXPIRED, PART, CallRecord, Part, decode_part
 from qserve.wire.messages import ERROR, Control, ErrorInfo, Reply, Signer, decode_reply, encode
 
 _AWAY = "Redis cannot be reached now; the call goes on: ask again in a moment"
@@ -92,7 +92,7 @@ class CallsById:
 
     def expire(self, call_id: str, on_answer: Callable[[Answer], None] | None = None) -> None:
         """End a call that has expired."""
-        self._end_call(call_id, EXPIRED, GetTimeoutError("the call expired before it ran"), on_answer)
+        self._end_call(call_id, EXPIRED, GetTimeoutError(HAS_EXPIRED), on_answer)
 
     def _end_call(
         self, call_id: str, state: str, error: QServeError, on_answer: Callable[[Answer], None] | None

@@ -19,6 +19,11 @@ SCHEDULED, QUEUED, RUNNING = "scheduled", "queued", "running"
 DONE, FAILED, CANCELLED, DEAD, EXPIRED = "done", "failed", "cancelled", "dead", "expired"
 """How a call can end. A dead one may be sent again."""
 ENDS = frozenset({DONE, FAILED, CANCELLED, DEAD, EXPIRED})
+HAS_EXPIRED = (
+    "the call expired before it ran, or before it was tried again: its record says how often it was tried, and how "
+    "that failed (status() of its ref, or qserve calls show)"
+)
+"""Who lets a call expire does not always know whether it was tried before."""
 
 ANYONE = ""
 """Receiver of a durable call's result: whoever asks for it by its id."""

@@ -357,3 +357,29 @@ class TestTransfers:
         await asyncio.to_thread(ours.refuse, "t")
         with pytest.raises(TransferBroken, match="taken it back"):
             await asyncio.to_thread(ours.receive, "t", [100])
+
+
+async def test_another_content_of_the_same_memory_is_not_sent_for_the_one_that_was_asked_for(
+    settings: Settings, signer: Signer, lending: Lending
+) -> None:
+    ours = Transfers(settings.redis_url, settings.keys, signer)
+    lent = decode_lent((loan := lending.lend(b"x" * MIB)).frame)
+    lending.end(loan, is_read=True)
+    assert lending.lend(b"y" * MIB).segment is loan.segment
+    lending.send("t", f"{lent.cookie.hex()}:{lent.generation}")
+    with pytest.raises(TransferBroken, match="taken it back"):
+        await asyncio.to_thread(ours.receive, "t", lent.sizes)
+
+
+async def test_a_value_that_is_taken_back_while_it_is_sent_does_not_arrive(
+    settings: Settings, signer: Signer, lending: Lending, redis_client: "redis.Redis", keys: Keys
+) -> None:
+    ours = Transfers(settings.redis_url, settings.keys, signer)
+    size = (transfers.WINDOW + 5) * CHUNK
+    lent = decode_lent((loan := lending.lend(b"x" * size)).frame)
+    lending.send("t", f"{lent.cookie.hex()}:{lent.generation}")
+    await until(lambda: redis_client.llen(keys.transfer("t", "ready")) == transfers.WINDOW)
+    lending.end(loan, is_read=True)
+    assert lending.lend(b"y" * size).segment is loan.segment
+    with pytest.raises(TransferBroken, match="taken it back"):
+        await asyncio.to_thread(ours.receive, "t", lent.sizes)

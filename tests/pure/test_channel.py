@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from qserve.errors import Indeterminate, StreamBroken
-from qserve.wire.channel import ABORT, CREDIT, HELLO, LARGEST_PART, WINDOW, Channel, Chunk
+from qserve.wire.channel import ABORT, CREDIT, DATA, HELLO, LARGEST_PART, WINDOW, Channel, Chunk
 from tests.support.slowness import patience
 
 
@@ -209,3 +209,12 @@ async def test_several_readers_may_wait_for_the_end() -> None:
     await asyncio.sleep(0)
     wire.server.abort("it is over")
     await asyncio.wait_for(asyncio.gather(*waiting), patience(1))
+
+
+async def test_a_part_that_comes_twice_breaks_the_stream_instead_of_doubling_it() -> None:
+    channel = Channel("me", lambda _to, _chunk: None, peer="you")
+    for number in (0, 1, 1):
+        channel.feed(Chunk("you", DATA, number, b"x"))
+    assert [await channel.receive(), await channel.receive()] == [b"x", b"x"]
+    with pytest.raises(StreamBroken):
+        await channel.receive()

@@ -174,3 +174,11 @@ def test_num_replicas_ends_autoscaling_and_the_reverse() -> None:
     fixed = scaled.options(num_replicas=3)
     assert (fixed.num_replicas, fixed.autoscaling_config) == (3, None)
     assert fixed.options(autoscaling_config={"max_replicas": 2}).num_replicas == 1
+
+
+def test_a_moment_of_few_calls_begins_no_time_that_later_ones_are_added_to() -> None:
+    worker = Clock(Autoscaling(1, 8, target_ongoing_requests=2, upscale_delay_s=5, downscale_delay_s=30))
+    assert worker.pass_seconds(6, calls=8) == 4
+    assert worker.pass_seconds(1, calls=0) == 4
+    assert {worker.pass_seconds(1, calls=8) for _ in range(60)} == {4}
+    assert worker.pass_seconds(5, calls=0) == 4  # five seconds are not thirty

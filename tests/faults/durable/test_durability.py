@@ -58,6 +58,14 @@ def test_a_call_is_on_the_disk_when_it_is_submitted(submit: Any) -> None:
         assert {ref.status().state for ref in refs} == {"queued"}
 
 
+def test_a_call_that_is_not_on_the_disk_yet_is_told(submit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server would write it down at some time, and says that it has not."""
+    monkeypatch.setattr(confirming, "PATIENCE_S", 0.2)
+    not_on_disk = pytest.raises(qserve.BrokerUnavailable, match="has not written it to its disk")
+    with server("--appendonly", "yes", "--appendfsync", "no") as url, not_on_disk:
+        submit(url, "fsync")
+
+
 def test_a_server_that_writes_nothing_down_is_told_with_the_id(submit: Any) -> None:
     with server() as url:
         with pytest.raises(qserve.BrokerUnavailable, match=r"durability='fsync'.*appendonly.*get_ref") as caught:

@@ -362,6 +362,23 @@ def test_a_call_that_expired_does_not_run(gate: Gate, notes: Notes) -> None:
     assert notes.read() == ["1", "3"]
 
 
+def test_a_call_that_expires_between_two_attempts_does_not_say_that_it_never_ran(notes: Notes) -> None:
+    @serve.deployment
+    def broken() -> None:
+        notes.add("tried")
+        raise ValueError("the disk is full")
+
+    broken.deploy()
+
+    ref = durable(broken, retries=5, backoff=30, expires=1).remote()
+
+    notes.wait_for(1)
+    with pytest.raises(qserve.GetTimeoutError, match="or before it was tried again"):
+        ref.result(patience(LIMIT_S))
+    status = ref.status()
+    assert (status.state, status.attempts, status.error) == ("expired", 1, "ValueError: the disk is full")
+
+
 def test_calls_of_low_priority_let_others_go_first(gate: Gate, notes: Notes) -> None:
     @serve.deployment
     def held(name: str) -> None:

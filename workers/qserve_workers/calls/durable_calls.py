@@ -34,6 +34,7 @@ from qserve.wire.call_record import (
     DEAD_TTL_S,
     DONE,
     EXPIRED,
+    HAS_EXPIRED,
     NEWS,
     PART,
     PROGRESS,
@@ -142,7 +143,7 @@ class DurableRuns:
             elif verdict == b"cancelled":
                 self._settle(entry, call, CANCELLED, facts[0])
             elif verdict == b"expired":
-                error = GetTimeoutError("the call expired before a replica was free; it was not run")
+                error = GetTimeoutError(HAS_EXPIRED)
                 self._settle(entry, call, EXPIRED, self._error_frame(call, error))
         finally:
             self._slots.give_back(running, ran=ran)

@@ -31,6 +31,7 @@ from qserve.wire.call_record import (
     CANCELLED,
     DONE,
     EXPIRED,
+    HAS_EXPIRED,
     NEWS,
     PROGRESS,
     QUEUED,
@@ -202,7 +203,7 @@ class LocalDurableCalls(DurableCalls):
                 return
             async with replica.slots:
                 if kept.expires is not None and self._clock.now() > kept.expires:
-                    error = GetTimeoutError("the call expired before a replica was free; it was not run")
+                    error = GetTimeoutError(HAS_EXPIRED)
                     self._end(kept, EXPIRED, error)
                     return
                 await self._attempt(kept, replica)
