@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
-from types import AsyncGeneratorType, GeneratorType, new_class
+from types import AsyncGeneratorType, GeneratorType
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -19,6 +19,7 @@ from qserve.context import ReplicaContext, ReplicaRank, current_call, set_replic
 from qserve.deployments.ingress import bind_app, contents_of
 from qserve.deployments.loading import importing, load_target
 from qserve.errors import MethodNotFound
+from qserve.objects.user_objects import forget_destructor
 from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
 from qserve.wire.messages import HttpRequest, HttpResponse, WebSocketEvent, encode
@@ -304,7 +305,7 @@ class UserCode:
                 await enter(describe_method(destructor, self._threads.run).run)
             except Exception:
                 logger.exception("Exception in __del__ of deployment %r", self._spec.name)
-            _forget_destructor(self._instance)
+            forget_destructor(self._instance)
         self._threads.close()
 
     async def _construct_instance(self) -> None:
@@ -349,19 +350,3 @@ class UserCode:
         return MethodNotFound(
             f"Tried to call a method {name!r} that does not exist. Available methods: {self.available_methods}."
         )
-
-
-def _nothing(self: object) -> None:
-    """In place of a `__del__` that has run."""
-
-
-def _without_destructor(namespace: dict[str, Any]) -> None:
-    namespace |= {"__slots__": (), "__del__": _nothing}
-
-
-def _forget_destructor(instance: Any) -> None:
-    cls = type(instance)
-    try:
-        instance.__class__ = new_class(cls.__name__, (cls,), exec_body=_without_destructor)
-    except TypeError:  # a layout Python does not let us exchange; then the collector calls __del__ once more
-        logger.debug("__del__ of %r may run again", cls.__name__)
