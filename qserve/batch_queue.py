@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qserve.context import batch_hooks, batch_model, batch_sizes, current_call, get_replica_context
+from qserve.context import batch_hooks, batch_sizes, get_replica_context, shared_context
 from qserve.errors import QServeError
 from qserve.hooks import Batch, BatchHook, HookChain
 from qserve.wire.messages import NO_META
@@ -67,56 +67,62 @@ class BatchQueue:
         self._waiting.append(_Waiting(arguments, result, meta))
         self._arrived.set()
         if self._runner is None or self._runner.done():
-            self._runner = self.loop.create_task(self._run_batches())
+            self._runner = self.loop.create_task(self._run_batches(), context=shared_context(self._model))
         return result
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits or runs."""
+        return not self._waiting and not self._under_way and (self._runner is None or self._runner.done())
+
     async def _run_batches(self) -> None:
-        current_call.set(None)  # a batch belongs to no single call
-        batch_model.set(self._model)
         # Ends when nothing waits, so that nothing is left behind on a loop that stops.
         while self._waiting:
-            try:
-                await self._wait_for_more()
-                size = self._size_of_next()
-            except Exception as exc:  # from `batch_size_fn`, and nobody can tell which call it is about
-                self._fail_all(exc)
-                return
-            batch = [self._waiting.popleft() for _ in range(size)]
-            batch = [call for call in batch if not call.result.done()]  # its caller has given up
+            await self._wait_for_more()
+            batch = self._next_batch()
             if not batch:
                 continue
-            if self._terms.max_concurrent_batches == 1:
-                await self._run_batch(batch)
-                continue
-            task = asyncio.create_task(self._run_batch(batch))
+            # In a context of its own, so that it finds nothing there that another batch has set.
+            task = self.loop.create_task(self._run_batch(batch), context=shared_context(self._model))
             self._under_way.add(task)
             task.add_done_callback(self._under_way.discard)
             if len(self._under_way) >= self._terms.max_concurrent_batches:
                 await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
 
-    def _fail_all(self, error: Exception) -> None:
-        for call in self._waiting:
-            if not call.result.done():
-                call.result.set_exception(error)
-        self._waiting.clear()
-
-    def _size_of_next(self) -> int:
-        """How many of the calls that wait fit into a batch; at least one."""
+    def _next_batch(self) -> list[_Waiting]:
+        """Take the calls of a batch; none if all that could be taken have given up or failed."""
         most, size_of = self._terms.max_batch_size, self._terms.batch_size_fn
-        if size_of is None:
-            return min(len(self._waiting), most)
-        items: list[Any] = []
-        for call in self._waiting:
-            items.append(call.arguments[0])
-            if size_of(items) > most:
-                return max(1, len(items) - 1)
-        return len(items)
+        if size_of is not None:
+            return self._next_of_size(most, size_of)
+        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), most))]
+        return [call for call in batch if not call.result.done()]  # else its caller has given up
+
+    def _next_of_size(self, most: int, size_of: Callable[[list[Any]], int]) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        while self._waiting:
+            call = self._waiting[0]
+            if not call.result.done():
+                try:
+                    is_too_large = size_of([each.arguments[0] for each in (*batch, call)]) > most
+                except BaseException as exc:  # SystemExit too, which would end the loop here
+                    is_too_large = True
+                    if not batch:  # asked about alone, so that it is clear which call is to blame
+                        _fail(call, exc)
+                if is_too_large and batch:
+                    break
+                if not call.result.done():
+                    batch.append(call)
+            self._waiting.popleft()
+        return batch
 
     def _is_full(self) -> bool:
         most, size_of = self._terms.max_batch_size, self._terms.batch_size_fn
         if size_of is None:
             return len(self._waiting) >= most
-        return size_of([call.arguments[0] for call in self._waiting]) >= most
+        try:
+            return size_of([call.arguments[0] for call in self._waiting]) >= most
+        except BaseException:  # `_next_of_size` finds out which call it is about
+            return True
 
     async def _wait_for_more(self) -> None:
         if self._terms.batch_wait_timeout_s == 0:
@@ -146,14 +152,16 @@ class BatchQueue:
             for call in batch:
                 if isinstance(exc, asyncio.CancelledError):
                     call.result.cancel()
-                elif not call.result.done():
-                    call.result.set_exception(exc)
+                else:
+                    _fail(call, exc)
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             return
         for call, result in zip(batch, results, strict=True):
-            if not call.result.done():
+            if isinstance(result, Exception):
+                _fail(call, result)
+            elif not call.result.done():
                 call.result.set_result(result)
 
     async def _run_with_hooks(
@@ -168,3 +176,11 @@ class BatchQueue:
             raise
         hooks.after(batch, states)
         return results
+
+
+def _fail(call: _Waiting, error: BaseException) -> None:
+    if call.result.done():
+        return
+    if isinstance(error, StopIteration):  # which no future takes
+        error = RuntimeError(f"a batched function, or its batch_size_fn, raised {error!r}")
+    call.result.set_exception(error)

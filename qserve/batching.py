@@ -9,8 +9,9 @@ from inspect import BoundArguments, Parameter
 from typing import Any, Protocol, TypeVar, cast, overload
 
 from qserve.batch_queue import BatchQueue, BatchTerms
-from qserve.context import current_call
+from qserve.context import model_here
 from qserve.errors import QServeError
+from qserve.objects.user_objects import kept_in
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -74,8 +75,10 @@ def batch(
     """Run many calls of an `async def` function or method as one call with a list in place of each argument.
 
     The function returns a list of as many results, in the same order; its callers pass and get single values. What it
-    raises, each of its callers gets. Each instance has a queue of its own, and one for each model (`multiplexed`). The
-    function that comes out has `set_max_batch_size` and `set_batch_wait_timeout_s`, for `reconfigure`.
+    raises, each of its callers gets; an exception in the place of a result is raised in that call only. Each instance
+    has a queue of its own, and one for each model (`multiplexed`). A batch belongs to no single call, and sees no
+    context variables that one of them has set. The function that comes out has `set_max_batch_size` and
+    `set_batch_wait_timeout_s`, for `reconfigure`.
 
     An `async def` generator yields lists, each with the next part for every call; `StopIteration` in the place of a
     part ends that call's stream. Its callers get an asynchronous iterator of their own parts.
@@ -129,13 +132,15 @@ class _Batched:
         self._function = function
         self._terms = terms
         self._queues: dict[str, BatchQueue] = {}
-        self._key = f"_qserve_batches_of_{function.__name__}"
         in_class_body, _, self._name = function.__qualname__.rpartition(".")
         self._may_be_method = bool(in_class_body) and not in_class_body.endswith("<locals>")
         self._signature = inspect.signature(function)
         kinds = {each.kind for each in self._signature.parameters.values()}
         if kinds & {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}:
             raise TypeError("Functions decorated with @serve.batch may not take *args or **kwargs")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_queues": {}}  # what waits stays where it is when code is sent
 
     def as_function(self) -> Callable[..., Any]:
         """The function that replaces the decorated one."""
@@ -173,14 +178,23 @@ class _Batched:
         return tuple(bound.arguments.values())[skip:]
 
     def _queue(self, instance: Any) -> BatchQueue:
-        queues = self._queues if instance is None else instance.__dict__
-        call = current_call.get()
-        model = call.model_id if call is not None else ""
-        key = self._key + model
-        queue: BatchQueue | None = queues.get(key)
-        if queue is None or queue.loop is not asyncio.get_running_loop():
-            queue = queues[key] = BatchQueue(self._runner(instance), self._terms, self._function.__name__, model)
+        queues = self._queues if instance is None else self._queues_in(instance)
+        model, loop = model_here(), asyncio.get_running_loop()
+        queue = queues.get(model)
+        if queue is None or queue.loop is not loop:
+            # Callers name models as they please, so a queue stays only while there is something in it.
+            for name, each in list(queues.items()):
+                if each.is_idle or each.loop is not loop:
+                    del queues[name]
+            queue = queues[model] = BatchQueue(self._runner(instance), self._terms, self._function.__name__, model)
         return queue
+
+    def _queues_in(self, instance: Any) -> dict[str, BatchQueue]:
+        kept = kept_in(instance, "@serve.batch")
+        queues: dict[str, BatchQueue] | None = kept.get(self)  # not by its name, which a method of a base class has too
+        if queues is None:
+            queues = kept[self] = {}
+        return queues
 
     def _runner(self, instance: Any) -> Callable[..., Awaitable[Sequence[Any]]]:
         first = () if instance is None else (instance,)
@@ -205,10 +219,12 @@ class _Share:
     def __init__(self) -> None:
         self.parts: asyncio.Queue[Any] = asyncio.Queue()
         self.is_open = True
+        self.error: Exception | None = None
 
-    def close(self) -> None:
-        """There are no more parts, or nobody reads them."""
+    def close(self, error: Exception | None = None) -> None:
+        """There are no more parts, or nobody reads them; or the error comes in their place."""
         self.is_open = False
+        self.error = self.error or error
         self.parts.put_nowait(_End)
 
 
@@ -225,6 +241,8 @@ class _BatchedStream(_Batched):
             try:
                 while (part := await share.parts.get()) is not _End:
                     yield part
+                if share.error is not None:
+                    raise share.error
                 if ended.done():
                     ended.result()  # raises what the batch has raised
             finally:
@@ -260,5 +278,7 @@ def _hand_out(parts: Sequence[Any], shares: Sequence[_Share]) -> None:
     for part, share in zip(parts, shares, strict=True):
         if part is StopIteration or part is StopAsyncIteration:
             share.close()
+        elif isinstance(part, Exception):
+            share.close(part)
         elif share.is_open:
             share.parts.put_nowait(part)

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -69,8 +69,14 @@ def is_last_attempt() -> bool:
     return bool(getattr(current_call.get(), "is_last", False))
 
 
-batch_model: ContextVar[str] = ContextVar("qserve_batch_model", default="")
-"""The model that the calls of a running batch are for."""
+_shared_model: ContextVar[str] = ContextVar("qserve_shared_model", default="")
+"""The model that a running batch is for, or that is being loaded."""
+
+
+def model_here() -> str:
+    """The model that the running call, batch or loader is for; "" if there is none."""
+    call = current_call.get()
+    return call.model_id if call is not None else _shared_model.get()
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,8 @@ class ReplicaContext:
 
 _replica_of_task: ContextVar[ReplicaContext | None] = ContextVar("qserve_replica", default=None)
 """Tells replicas apart that share a process, in tests of applications; see `qserve.testing.local`."""
+_variables_of_task: ContextVar[Context | None] = ContextVar("qserve_replica_variables", default=None)
+"""Those of this replica; see `set_replica_context`."""
 
 
 class ModelShelf(Protocol):
@@ -162,15 +170,42 @@ class ModelWatcher(Protocol):
 
 class _ReplicaHere:
     replica: ReplicaContext | None = None
+    variables: Context | None = None
     batch_hooks: HookChain[BatchHook] | None = None
     batch_sizes: ClassVar[Counter[int]] = Counter()
     model_watcher: ModelWatcher | None = None
 
 
-def set_replica_context(context: ReplicaContext | None) -> None:
-    """Make this process a replica, or with None no longer one. Only the worker calls this."""
+def set_replica_context(context: ReplicaContext | None, variables: Context | None = None) -> None:
+    """Make this process a replica, or with None no longer one. Only the worker calls this.
+
+    Args:
+        variables: The context variables with which each call begins.
+    """
     _ReplicaHere.replica = context
+    _ReplicaHere.variables = variables
     _replica_of_task.set(context)
+    _variables_of_task.set(variables)
+
+
+def shared_context(model: str) -> Context:
+    """A context for work that belongs to no single call, such as a batch: what modules and constructors have set holds
+    there, and what a call has set does not. Outside of a replica it is a copy of the current one.
+
+    Args:
+        model: What `model_here` gives there.
+    """
+    variables = _variables_of_task.get()
+    if variables is None:
+        variables = _ReplicaHere.variables
+    context = copy_context() if variables is None else variables.copy()
+    context.run(_belong_to_no_call, model)
+    return context
+
+
+def _belong_to_no_call(model: str) -> None:
+    current_call.set(None)
+    _shared_model.set(model)
 
 
 def set_model_watcher(watcher: ModelWatcher) -> None:

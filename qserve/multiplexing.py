@@ -9,7 +9,7 @@ from functools import wraps
 from types import FunctionType
 from typing import Any, Final, Protocol, TypeVar, overload
 
-from qserve.context import batch_model, current_call, model_watcher
+from qserve.context import model_here, model_watcher
 from qserve.telemetry.user_metrics import OwnCounter
 
 R = TypeVar("R")
@@ -25,8 +25,7 @@ _let_go: Final = OwnCounter("qserve_models_let_go", "Times that a model left, be
 def get_multiplexed_model_id() -> str:
     """The model that the running call is for: `handle.options(multiplexed_model_id=...)`, or the header
     `serve_multiplexed_model_id`; "" if the caller named none. In a batch, that of all its calls."""
-    call = current_call.get()
-    return call.model_id if call is not None else batch_model.get()
+    return model_here()
 
 
 class LoaderDecorator(Protocol):

@@ -1,13 +1,18 @@
 """`@serve.batch`: when batches run, what they get, and what their callers get."""
 
 import asyncio
+import gc
 import inspect
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
 
+from qserve import serve
+from qserve.batch_queue import BatchQueue
 from qserve.batching import batch
+from qserve.context import CallInfo, current_call
 from qserve.errors import QServeError
 from tests.support.local_code import running
 from tests.support.slowness import patience
@@ -169,6 +174,16 @@ async def test_an_exception_fails_every_call_of_its_batch_and_no_other() -> None
     assert [type(result) for result in results] == [ZeroDivisionError, ZeroDivisionError, float, float]
 
 
+async def test_an_exception_in_the_place_of_a_result_is_raised_in_that_call_only() -> None:
+    @batch(max_batch_size=3)
+    async def divide(items: list[int]) -> list[object]:
+        return [1 / item if item else ZeroDivisionError(item) for item in items]
+
+    calls = [asyncio.create_task(divide(item)) for item in (1, 0, 2)]
+    await asyncio.wait(calls)
+    assert [type(call.exception()) for call in calls] == [type(None), ZeroDivisionError, type(None)]
+
+
 async def test_a_result_of_another_length_is_refused() -> None:
     @batch
     async def shorter(items: list[int]) -> list[int]:
@@ -224,6 +239,83 @@ async def test_each_instance_has_a_queue_of_its_own() -> None:
     one, two = Model(), Model()
     await asyncio.gather(one.run(1), two.run(2), one.run(3))
     assert [one.sizes, two.sizes] == [[2], [1]]
+
+
+async def test_a_method_may_call_that_of_its_base_class() -> None:
+    class Base:
+        @batch
+        async def run(self, items: list[int]) -> list[int]:
+            return [2 * item for item in items]
+
+    class Sub(Base):
+        @batch
+        async def run(self, items: list[int]) -> list[int]:
+            return [1 + each for each in await asyncio.gather(*map(super().run, items))]
+
+    async with asyncio.timeout(patience(10)):
+        assert await Sub().run(5) == 11
+
+
+async def test_nothing_is_left_of_the_models_that_callers_have_named() -> None:
+    class Model:
+        @batch
+        async def run(self, items: list[int]) -> list[int]:
+            return items
+
+    model = Model()
+
+    async def call(name: str) -> None:
+        current_call.set(CallInfo("id", model_id=name))
+        await model.run(1)
+
+    for number in range(50):
+        await asyncio.create_task(call(f"model {number}"))
+    gc.collect()
+    assert sum(isinstance(each, BatchQueue) and each._model.startswith("model ") for each in gc.get_objects()) == 1
+
+
+async def test_a_batch_within_a_batch_is_for_the_same_model() -> None:
+    class Model:
+        @batch
+        async def outer(self, items: list[int]) -> list[str]:
+            return list(await asyncio.gather(*map(self.inner, items)))
+
+        @batch
+        async def inner(self, items: list[int]) -> list[str]:
+            return [serve.get_multiplexed_model_id() for _ in items]
+
+    model = Model()
+
+    async def call(name: str) -> str:
+        current_call.set(CallInfo("id", model_id=name))
+        return await model.outer(1)
+
+    assert list(await asyncio.gather(call("a"), call("b"))) == ["a", "b"]
+
+
+async def test_an_instance_without_room_for_a_queue_is_told_of() -> None:
+    class Model:
+        __slots__ = ()
+
+        @batch
+        async def run(self, items: list[int]) -> list[int]:
+            return items
+
+    with pytest.raises(TypeError, match=r"@serve\.batch keeps its state in the instance.* Add '__dict__' to"):
+        await Model().run(1)
+
+
+async def test_a_function_that_has_run_can_be_sent_to_a_replica() -> None:
+    @batch
+    async def double(items: list[int]) -> list[int]:
+        return [2 * each for each in items]
+
+    async def function(number: int) -> int:
+        return await double(number)
+
+    assert await function(1) == 2
+    async with running(function, travel=True) as replica:
+        assert await replica.call("", 2) == 4
 
 
 async def test_static_methods_are_functions() -> None:
@@ -302,18 +394,41 @@ async def test_the_size_of_batches_can_be_set() -> None:
 
 
 @pytest.mark.parametrize("wait_s", [0, 1000])
-async def test_a_size_that_cannot_be_told_fails_the_calls_that_wait_and_none_after_them(wait_s: float) -> None:
+async def test_a_size_that_cannot_be_told_fails_the_call_that_it_is_about_and_no_other(wait_s: float) -> None:
     def size_of(numbers: list[int]) -> int:
+        if 13 in numbers:
+            return next(iter(()))
         return sum(100 // each for each in numbers)
+
+    sizes = []
 
     @batch(max_batch_size=10, batch_wait_timeout_s=wait_s, batch_size_fn=size_of)
     async def same(numbers: list[int]) -> list[int]:
+        sizes.append(len(numbers))
         return numbers
 
     async with asyncio.timeout(patience(10)):
-        outcomes = await asyncio.gather(same(0), same(0), return_exceptions=True)
-        assert [type(each) for each in outcomes] == [ZeroDivisionError, ZeroDivisionError]
+        outcomes = await asyncio.gather(*map(same, (50, 50, 0, 50, 13, 0, 50, 10)), return_exceptions=True)
+        kinds = [type(each) if isinstance(each, Exception) else each for each in outcomes]
+        assert kinds == [50, 50, ZeroDivisionError, 50, RuntimeError, ZeroDivisionError, 50, 10]
         assert await same(10) == 10
+
+
+async def test_calls_whose_size_cannot_be_told_together_run_one_after_another() -> None:
+    def size_of(items: list[str]) -> int:
+        if len({type(each) for each in items}) > 1:
+            raise TypeError("items of several kinds")
+        return len(items)
+
+    sizes = []
+
+    @batch(max_batch_size=10, batch_size_fn=size_of)
+    async def same(items: list[object]) -> list[object]:
+        sizes.append(len(items))
+        return items
+
+    assert await asyncio.gather(*map(same, ("a", "b", 1, 2, 3))) == ["a", "b", 1, 2, 3]
+    assert sizes == [2, 3]
 
 
 async def test_a_batch_is_full_when_its_size_is_what_a_function_says() -> None:
@@ -351,6 +466,51 @@ async def test_a_batched_function_that_is_cancelled_cancels_its_calls_alone() ->
     with pytest.raises(asyncio.CancelledError):
         await cancels(True)
     assert await cancels(False) is False
+
+
+async def test_a_batch_that_cancels_its_task_ends_no_other_batch() -> None:
+    @batch(max_batch_size=1)
+    async def cancels(items: list[bool]) -> list[bool]:
+        task = asyncio.current_task()
+        assert task is not None
+        if items[0]:
+            task.cancel()
+        await asyncio.sleep(0)
+        return items
+
+    async with asyncio.timeout(patience(10)):
+        outcomes = await asyncio.gather(cancels(True), cancels(False), return_exceptions=True)
+    assert [type(each) for each in outcomes] == [asyncio.CancelledError, bool]
+
+
+# What a batch finds in its context
+
+WHO = ContextVar("WHO", default="nobody")
+
+
+async def test_a_batch_sees_what_the_constructor_has_set_and_nothing_of_its_calls_or_of_other_batches() -> None:
+    class Model:
+        def __init__(self) -> None:
+            WHO.set("constructor")
+
+        @batch(max_batch_size=1)
+        async def run(self, items: list[str]) -> list[tuple[str, object]]:
+            found = WHO.get(), current_call.get()
+            WHO.set(f"batch of {items}")
+            return [found]
+
+        @batch(max_batch_size=2)
+        async def stream(self, items: list[str]) -> AsyncIterator[list[str]]:
+            yield [WHO.get() for _ in items]
+
+        async def __call__(self, name: str) -> list[object]:
+            WHO.set(name)
+            current_call.set(CallInfo(name))
+            return [await self.run(name), [part async for part in self.stream(name)]]
+
+    async with running(Model) as replica:
+        calls = [asyncio.create_task(replica.call("", name)) for name in "abc"]
+        assert await asyncio.gather(*calls) == [[("constructor", None), ["constructor"]]] * 3
 
 
 # Streams
@@ -411,6 +571,23 @@ async def test_a_batched_generator_that_raises_ends_every_stream_of_its_batch() 
     assert sorted(seen) == [1, 2]
     short = await asyncio.gather(parts_of(model.short(1)), parts_of(model.short(2)), return_exceptions=True)
     assert all("doesn't preserve batch size" in str(each) for each in short)
+
+
+async def test_an_exception_in_the_place_of_a_part_ends_that_stream_only() -> None:
+    @batch(max_batch_size=2, batch_wait_timeout_s=10)
+    async def parts(items: list[int]) -> AsyncIterator[list[object]]:
+        yield list(items)
+        yield [item if item else KeyError(item) for item in items]
+
+    async def read(item: int) -> list[object]:
+        stream = parts(item)
+        first = await anext(stream)
+        try:
+            return [first, await anext(stream)]
+        except KeyError:
+            return [first, KeyError]
+
+    assert list(await asyncio.gather(read(0), read(1))) == [[0, KeyError], [1, 1]]
 
 
 async def test_a_batched_generator_ends_when_all_its_readers_have_left() -> None:

@@ -132,7 +132,8 @@ class UserCode:
         spec = self._spec
         name = own_name(spec.application, spec.name)
         replicas = spec.num_replicas
-        set_replica_context(ReplicaContext(name, self._tag, self._instance, spec.application, replicas, self._rank))
+        here = ReplicaContext(name, self._tag, self._instance, spec.application, replicas, self._rank)
+        set_replica_context(here, self.context)
 
     async def reconfigure(self, packed: bytes) -> None:
         """Hand the instance a user_config.
