@@ -1,6 +1,7 @@
 """`serve.multiplexed`: which models are kept, loaded and let go."""
 
 import asyncio
+import gc
 from typing import Any, ClassVar
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from qserve import serve
 from qserve.context import CallInfo, current_call
 from qserve.telemetry.user_metrics import MICRO, take_counts
+from tests.support.local_code import Running, running
+from tests.support.slowness import patience
 
 
 class Model:
@@ -79,15 +82,134 @@ async def test_a_withdrawn_call_takes_the_model_from_nobody() -> None:
     assert host.loaded == ["a"]
 
 
-@pytest.mark.filterwarnings("ignore:coroutine 'Model.__del__' was never awaited")
-async def test_an_asynchronous_destructor_is_awaited_when_a_model_leaves() -> None:
-    @serve.multiplexed(max_num_models_per_replica=1)
-    async def get(model_id: str) -> Model:
+class Gated:
+    """Its loader waits until the test lets it go on, and fails the first time."""
+
+    def __init__(self) -> None:
+        self.begun, self.go, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.times = 0
+
+    @serve.multiplexed
+    async def get(self, model_id: str) -> str:
+        self.times += 1
+        self.begun.set()
+        await self.go.wait()
+        self.ended.set()
+        if self.times == 1:
+            raise ConnectionError("the store does not answer")
+        return model_id.upper()
+
+
+async def test_a_model_whose_loading_failed_when_nobody_waited_any_more_is_loaded_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    host = Gated()
+    first = asyncio.create_task(host.get("a"))
+    await host.begun.wait()
+    first.cancel()
+    await asyncio.wait([first])
+    host.go.set()
+    await host.ended.wait()
+    assert await host.get("a") == "A"
+    assert host.times == 2
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Model 'a' could not be loaded. No call waits for it")
+    assert record.exc_info is not None
+
+
+async def test_a_loader_belongs_to_no_call() -> None:
+    seen = []
+
+    @serve.multiplexed
+    async def get(model_id: str) -> str:
+        seen.append((current_call.get(), serve.get_multiplexed_model_id()))
+        return model_id
+
+    async def call() -> str:
+        current_call.set(CallInfo("id", model_id="b"))
+        return await get("a") + await get()
+
+    assert await asyncio.create_task(call()) == "ab"
+    assert seen == [(None, "a"), (None, "b")]
+
+
+async def test_what_a_loader_raises_ends_no_more_than_the_calls_that_wait_for_it() -> None:
+    @serve.multiplexed
+    async def get(model_id: str) -> str:
+        await asyncio.sleep(0)
+        raise SystemExit(model_id) if model_id == "exit" else asyncio.CancelledError
+
+    with pytest.raises(SystemExit):
+        await get("exit")
+    with pytest.raises(asyncio.CancelledError):
+        await get("cancelled")
+
+
+async def test_a_loader_may_call_that_of_its_base_class() -> None:
+    class Base:
+        @serve.multiplexed
+        async def get(self, model_id: str) -> str:
+            return f"base of {model_id}"
+
+    class Sub(Base):
+        @serve.multiplexed
+        async def get(self, model_id: str) -> str:
+            return f"{await super().get(model_id)}, and more"
+
+    async with asyncio.timeout(patience(10)):
+        assert await Sub().get("a") == "base of a, and more"
+
+
+class Zoo:
+    @serve.multiplexed(max_num_models_per_replica=2)
+    async def get(self, model_id: str) -> Model:
         return Model(model_id)
 
-    await get("one")
-    await get("two")
-    assert Model.gone == ["one"]
+    async def __call__(self, model_id: str) -> str:
+        return (await self.get(model_id)).name
+
+    def __del__(self) -> None:
+        Model.gone.append("the zoo")
+
+
+async def test_an_asynchronous_destructor_is_awaited_when_a_model_leaves_and_when_its_replica_ends() -> None:
+    def call(replica: Running, name: str) -> asyncio.Task[Any]:
+        return asyncio.create_task(replica.call("", name), context=replica.code.context.copy())
+
+    Model.gone.clear()
+    async with running(Zoo) as other:
+        async with running(Zoo) as replica:
+            assert await call(other, "four") == "four"
+            for name in ("one", "two", "three"):
+                assert await call(replica, name) == name
+            assert Model.gone == ["one"]
+        assert Model.gone == ["one", "the zoo", "two", "three"]
+    assert Model.gone.count("four") == 1
+    gc.collect()  # where a destructor would run once more, and not be awaited
+
+
+async def test_a_destructor_that_raises_fails_no_call(caplog: pytest.LogCaptureFixture) -> None:
+    class Bad:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        async def __del__(self) -> None:
+            raise SystemExit if self.name == "exit" else OSError("the device is busy")
+
+    class BadZoo:
+        @serve.multiplexed(max_num_models_per_replica=1)
+        async def get(self, model_id: str) -> Bad:
+            return Bad(model_id)
+
+        async def __call__(self, model_id: str) -> str:
+            return (await self.get(model_id)).name
+
+    async with running(BadZoo) as replica:
+        for name in ("one", "exit", "three"):
+            assert await replica.call("", name) == name
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Exception in __del__ of model {name!r}, which has left all the same" for name in ("one", "exit", "three")
+    ]
 
 
 async def test_batches_are_split_by_model() -> None:

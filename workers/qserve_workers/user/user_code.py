@@ -19,6 +19,7 @@ from qserve.context import ReplicaContext, ReplicaRank, current_call, set_replic
 from qserve.deployments.ingress import bind_app, contents_of
 from qserve.deployments.loading import importing, load_target
 from qserve.errors import MethodNotFound
+from qserve.multiplexing import unload_models
 from qserve.objects.user_objects import forget_destructor
 from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
@@ -294,7 +295,7 @@ class UserCode:
         await enter(self._app, {**scope, "state": self._lifespan.state.copy()}, receive, send)
 
     async def close(self) -> None:
-        """Run the shutdown hooks, then `__del__` once. What they raise is logged: the replica goes all the same."""
+        """Run the shutdown hooks, then `__del__` once, and let go of the models. What they raise is logged."""
         if self._lifespan is not None:
             try:
                 await self._lifespan.shutdown()
@@ -307,6 +308,7 @@ class UserCode:
             except Exception:
                 logger.exception("Exception in __del__ of deployment %r", self._spec.name)
             forget_destructor(self._instance)
+        await asyncio.get_running_loop().create_task(unload_models(), context=self.context.copy())
         self._threads.close()
 
     async def _construct_instance(self) -> None:
