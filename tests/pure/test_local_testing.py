@@ -46,6 +46,12 @@ class Prices:
     def count(self, most: int) -> Iterator[int]:
         yield from range(most)
 
+    async def count_here(self, most: int) -> AsyncIterator[int]:
+        for number in range(most):
+            yield number
+        if most == 2:
+            raise Refused("2")
+
     def reconfigure(self, config: dict[str, int]) -> None:
         self.cents = config["cents"]
 
@@ -82,10 +88,17 @@ class Shop:
         await socket.send_text((await socket.receive_text()).upper())
 
 
+async def async_parts() -> AsyncIterator[str]:
+    for number in range(3):
+        yield f"{number}\n"
+
+
 @serve.deployment
 def plain(request: Request) -> Any:
     if request.query_params.get("how") == "parts":
         return (f"{n}\n" for n in range(3))
+    if request.query_params.get("how") == "async parts":
+        return async_parts()
     return {"path": request.url.path, "method": request.method}
 
 
@@ -151,7 +164,18 @@ def test_what_cannot_be_sent_fails_here_too() -> None:
 
 @pytest.mark.usefixtures("served")
 def test_a_stream_comes_in_parts() -> None:
-    assert list(prices().options(stream=True).count.remote(3)) == [0, 1, 2]
+    streaming = prices().options(stream=True)
+    assert list(streaming.count.remote(3)) == [0, 1, 2]
+    for _ in range(5):
+        assert list(streaming.count_here.remote(3)) == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("served")
+def test_the_parts_before_an_error_are_not_lost() -> None:
+    stream = iter(prices().options(stream=True).count_here.remote(2))
+    assert [next(stream), next(stream)] == [0, 1]
+    with pytest.raises(Refused):
+        next(stream)
 
 
 @pytest.mark.usefixtures("served")
@@ -177,7 +201,8 @@ def test_a_call_that_is_cancelled_makes_room() -> None:
 def test_a_plain_deployment_gets_a_request_and_may_stream() -> None:
     with local(plain) as served:
         assert served.client.post("/plain/x").json() == {"path": "/plain/x", "method": "POST"}
-        assert served.client.get("/plain", params={"how": "parts"}).text == "0\n1\n2\n"
+        for how in ("parts", "async parts"):
+            assert served.client.get("/plain", params={"how": how}).text == "0\n1\n2\n"
         assert served.handle is not None
 
 

@@ -138,7 +138,9 @@ class LocalClient(Client):
 
     async def _run(self, replica: LocalReplica, call: PendingCall, sent: Call, far_end: Channel | None) -> None:
         kind, payload = await replica.answer(sent, far_end)
-        self._pending.settle(call, Reply(call.id, self.id, kind, payload))
+        reply = Reply(call.id, self.id, kind, payload)
+        # In the next tick, because the last parts of a stream are on their way until then.
+        asyncio.get_running_loop().call_soon(self._pending.settle, call, reply)
 
 
 class _WithdrawalsHere(Withdrawals):
