@@ -21,6 +21,7 @@ from qserve.wire.spec import SERVING
 
 _FOR_EVER: Final = 10**8
 _ANSWER_S: Final = 10.0
+_SHORTEST_S: Final = 0.001
 _STATUS: Final = {DONE: "SUCCESS", CANCELLED: "REVOKED", RUNNING: "STARTED"}
 
 
@@ -49,11 +50,11 @@ class TaskProcessorAdapter:
 
         Args:
             args, kwargs: The arguments of the handler.
-            options: Celery's `countdown`, `eta` and `expires`; or the options of durable calls.
+            options: Celery's `countdown`, `eta` and `expires`, and the options of durable calls.
 
         Raises:
             DeploymentNotFound: No deployment consumes the queue.
-            ValueError: The one that does has no handler for the task.
+            ValueError, TypeError: The one that does has no handler for the task, or an option is impossible.
             BackPressureError, BrokerUnavailable: The task was not taken.
         """
         client = self._client
@@ -210,18 +211,37 @@ def _result(state: str, attempts: int, submitted: float, task_id: str, value: An
 
 
 def _terms(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a durable call, from those of a task as Celery takes them."""
     terms = dict(options)
-    if "countdown" in terms:
-        terms["delay"] = terms.pop("countdown")
-    if (eta := terms.pop("eta", None)) is not None:
-        terms["delay"] = _seconds_until(eta)
-    if isinstance(terms.get("expires"), datetime.datetime):
-        terms["expires"] = _seconds_until(terms["expires"])
+    countdown, eta, expires = (terms.pop(name, None) for name in ("countdown", "eta", "expires"))
+    if countdown:
+        terms["delay"] = max(_number("countdown", countdown), 0.0)
+    elif eta is not None:
+        terms["delay"] = max(_seconds_until("eta", eta), 0.0)
+    if expires is not None:
+        is_moment = isinstance(expires, str | datetime.date)
+        terms["expires"] = _seconds_until("expires", expires) if is_moment else _number("expires", expires)
+        if terms["expires"] <= 0:  # Celery takes such a task, too, and it never runs
+            terms["expires"] = _SHORTEST_S
+            terms["delay"] = max(terms.get("delay", 0.0), 2 * _SHORTEST_S)
     return terms
 
 
-def _seconds_until(moment: datetime.datetime) -> float:
-    now = datetime.datetime.now(datetime.UTC)
+def _number(option: str, given: Any) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise TypeError(f"{option} must be a number of seconds, not {given!r}")
+    return given
+
+
+def _seconds_until(option: str, given: Any) -> float:
+    moment = given
+    if isinstance(given, str):
+        try:
+            moment = datetime.datetime.fromisoformat(given)
+        except ValueError:
+            raise ValueError(f"{option}={given!r} is not a moment in the form of ISO 8601") from None
+    if not isinstance(moment, datetime.datetime):
+        raise TypeError(f"{option} must be a datetime, or the text of one in the form of ISO 8601, not {given!r}")
     if moment.tzinfo is None:  # Celery takes it for UTC, too
         moment = moment.replace(tzinfo=datetime.UTC)
-    return max(0.0, (moment - now).total_seconds())
+    return (moment - datetime.datetime.now(datetime.UTC)).total_seconds()

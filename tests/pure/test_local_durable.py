@@ -255,6 +255,47 @@ def test_a_task_can_be_cancelled() -> None:
         assert not adapter.cancel_task_sync(task.id)
 
 
+MOMENT = datetime(2001, 2, 3, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"countdown": None}, {"countdown": -5}, {"countdown": 0, "eta": None}, {"expires": None}),
+        *({"eta": MOMENT}, {"eta": MOMENT.isoformat()}, {"eta": "2001-02-03"}, {"expires": 60}),
+    ],
+)
+def test_a_task_that_is_due_runs(options: dict[str, Any]) -> None:
+    with local(front()):
+        task = instantiate_adapter_from_config(CONFIG).enqueue_task_sync("cut", args=["a"], **options)
+        assert serve.get_ref(task.id).result(LIMIT_S) == "cut a"
+
+
+@pytest.mark.parametrize("expires", [MOMENT, MOMENT.isoformat(), 0, -1.5])
+def test_a_task_that_has_expired_is_taken_and_never_runs(expires: object) -> None:
+    with local(front()):
+        task = instantiate_adapter_from_config(CONFIG).enqueue_task_sync("cut", args=["a"], expires=expires)
+        assert isinstance(serve.get_ref(task.id).exception(LIMIT_S), GetTimeoutError)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"countdown": "soon"}, "countdown must be a number of seconds, not 'soon'"),
+        ({"eta": "tomorrow"}, "eta='tomorrow' is not a moment in the form of ISO 8601"),
+        ({"eta": 5}, "eta must be a datetime, or the text of one in the form of ISO 8601, not 5"),
+        ({"expires": MOMENT.date()}, "expires must be a datetime, or the text of one"),
+        ({"expires": "never"}, "expires='never' is not a moment in the form of ISO 8601"),
+        ({"expires": [1]}, r"expires must be a number of seconds, not \[1\]"),
+    ],
+)
+def test_a_moment_that_is_none_is_told_of(options: dict[str, Any], text: str) -> None:
+    with local(front()):
+        adapter = instantiate_adapter_from_config(CONFIG)
+        with pytest.raises((ValueError, TypeError), match=text):
+            adapter.enqueue_task_sync("cut", args=["a"], **options)
+
+
 # Schedules
 
 

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from qserve import serve
-from qserve.errors import CallNotFound, DeploymentNotFound
+from qserve.errors import CallNotFound, DeploymentNotFound, GetTimeoutError
 from qserve.tasks import (
     CeleryAdapterConfig,
     TaskProcessorAdapter,
@@ -150,6 +150,13 @@ async def test_tasks_are_cancelled_and_put_off(adapter: TaskProcessorAdapter, ga
         assert (await asyncio.to_thread(ended, adapter, each.id)).status == "REVOKED"
         assert not await adapter.cancel_task_async(each.id)
     assert notes.read() == ["upload cat"]
+
+
+def test_a_task_that_has_expired_is_taken_and_never_runs(adapter: TaskProcessorAdapter, notes: Notes) -> None:
+    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+    expired = ended(adapter, adapter.enqueue_task_sync("upload", ["cat"], expires=yesterday).id)
+    assert isinstance(expired.result, GetTimeoutError)
+    assert notes.read() == []
 
 
 def test_mistakes_are_told_when_a_task_is_enqueued(adapter: TaskProcessorAdapter) -> None:
