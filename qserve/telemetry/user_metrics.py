@@ -7,6 +7,7 @@ They count in replicas. Every ten seconds what a replica has counted is added up
 import bisect
 import json
 import logging
+import math
 import re
 import threading
 from collections import Counter as Tally
@@ -23,6 +24,8 @@ _MOST_COUNTED: Final = 5_000
 """How many series of counters and histograms a process has in all."""
 _MOST_GAUGES: Final = 1_000
 """The same for gauges, all of which a replica tells whenever one has changed."""
+_MOST_TOLD: Final = 100
+"""Of so many metrics the log says that they were given values that cannot be counted."""
 _LONGEST_TAG: Final = 200
 """Values of tags that have more characters are cut."""
 _TAKEN: Final = ("deployment", "replica", "le")
@@ -72,6 +75,7 @@ class _Registry:
         self._counted_room = _Room(_MOST_COUNTED)
         self._gauges: dict[str, float] = {}
         self._gauge_room = _Room(_MOST_GAUGES)
+        self._told: set[str] = set()
         self._dropped = 0
 
     def add(self, metric: str, counts: Mapping[str, int]) -> None:
@@ -87,6 +91,20 @@ class _Registry:
                 self._counted[first] = UserSeries(metric, dict(counts))
             else:
                 self._dropped += 1
+
+    def drop(self, metric: str, value: float) -> None:
+        """Count nothing for a value that no sum can take in, and say so once for each metric."""
+        with self._lock:
+            self._dropped += 1
+            if metric in self._told or len(self._told) >= _MOST_TOLD:
+                return
+            self._told.add(metric)
+        logger.warning(
+            "The metric %r was given %r, which is no finite number: such values are not counted. "
+            "qserve_user_metrics_dropped_total says whether values are dropped.",
+            metric,
+            value,
+        )
 
     def set(self, metric: str, field: str, value: float) -> None:
         with self._lock:
@@ -183,6 +201,14 @@ class _Metric:
             [*self._head, {key: _tag_value(given[key]) for key in sorted(given)}, *more], separators=(",", ":")
         )
 
+    def _millionths(self, value: float) -> int | None:
+        """A value as it is added up; None, for which the registry cares, where it cannot be."""
+        try:
+            return round(value * MICRO)
+        except (ValueError, OverflowError):  # a measurement that went wrong is no reason to fail the call
+            _registry.drop(self._name, value)
+            return None
+
 
 def _tag_value(given: object) -> str:
     text = str(given)
@@ -198,14 +224,16 @@ class Counter(_Metric):
     _kind = "counter"
 
     def inc(self, value: float = 1.0, tags: Mapping[str, str] | None = None) -> None:
-        """Add to it.
+        """Add to it. What is no finite number is not counted.
 
         Raises:
             ValueError: The value is not positive, or tags are missing or unknown.
         """
-        if value <= 0:
+        if -math.inf < value <= 0:
             raise ValueError(f"value must be >0, got {value}")
-        _registry.add(self._name, {self._field(tags): round(value * MICRO)})
+        field, millionths = self._field(tags), self._millionths(value)
+        if millionths is not None:
+            _registry.add(self._name, {field: millionths})
 
 
 class OwnCounter(Counter):
@@ -261,11 +289,12 @@ class Histogram(_Metric):
             raise ValueError("boundaries must be numbers above 0, each larger than the one before.")
 
     def observe(self, value: float, tags: Mapping[str, str] | None = None) -> None:
-        """Count a value.
+        """Count a value. What is no finite number is not counted.
 
         Raises:
             ValueError: Tags are missing or unknown.
         """
         place = bisect.bisect_left(self._boundaries, value)
-        total = self._field(tags, self._boundaries, "sum")
-        _registry.add(self._name, {total: round(value * MICRO), self._field(tags, self._boundaries, place): 1})
+        total, millionths = self._field(tags, self._boundaries, "sum"), self._millionths(value)
+        if millionths is not None:
+            _registry.add(self._name, {total: millionths, self._field(tags, self._boundaries, place): 1})

@@ -1,14 +1,16 @@
 """Metrics of user code: what they count, and how they are shown."""
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from qserve.serve import metrics
 from qserve.telemetry import user_metrics
-from qserve.telemetry.user_metrics import current_gauges, take_counts
+from qserve.telemetry.user_metrics import MICRO, current_gauges, take_counts
 from qserve_gateway.admin.metrics_of_users import UserMetrics
 
 
@@ -127,6 +129,23 @@ def test_mistakes_are_told() -> None:
         counter.inc(tags={"other": "1"})
     with pytest.raises(ValueError, match="value must be >0"):
         counter.inc(-1, tags={"model": "1"})
+
+
+def test_a_value_that_is_no_finite_number_fails_no_call_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    counter, seconds = metrics.Counter("things"), metrics.Histogram("load_seconds", boundaries=[1])
+    for value in (math.nan, math.inf, -math.inf, 1e308, float(np.float32("nan"))):
+        counter.inc(value)
+        seconds.observe(value)
+    assert take_counts() == ([], 10)
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        "The metric 'things' was given nan",
+        "The metric 'load_seconds' was given nan",
+    ]
+    counter.inc(2)
+    seconds.observe(0.5)
+    assert sorted(counted().values()) == [1, MICRO / 2, 2 * MICRO]
+    metrics.Gauge("loss").set(math.nan)
+    assert str(current_gauges()) != "{}"
 
 
 def test_a_tag_with_endless_values_fills_nothing(caplog: pytest.LogCaptureFixture) -> None:
