@@ -17,7 +17,7 @@ from qserve.broker.keys import Keys
 from qserve.broker.large import transfers
 from qserve.broker.large.lending import Lending, Loan
 from qserve.broker.large.transfers import CHUNK, TransferBroken, Transfers
-from qserve.errors import CallCancelled, FrameRejected, GetTimeoutError, Indeterminate, PayloadTooLarge
+from qserve.errors import BrokerUnavailable, CallCancelled, FrameRejected, Indeterminate, PayloadTooLarge
 from qserve.settings import Settings
 from qserve.values import borrowing, segments
 from qserve.values.borrowing import Borrowing, NotReachable, ValueGone
@@ -144,7 +144,7 @@ class TestCalls:
             caller.client.lending.end(pending.loan, is_read=True)
             caller.client.lending.lend(b"y" * MIB)
             async with serving(settings, spec) as (_, code):
-                with pytest.raises(GetTimeoutError, match=r"the call was not run: .* taken it back"):
+                with pytest.raises(BrokerUnavailable, match=r"the call was not run: .* taken it back"):
                     caller.value(await within(outcome))
                 assert code.started == []
 

@@ -121,8 +121,7 @@ async def borrow_payload(lending: Lending, link: Link, call: Call, *, views: boo
     """The large payload of an ordinary call, which its caller has.
 
     Raises:
-        BrokerUnavailable: It has to be sent, and Redis cannot be reached.
-        GetTimeoutError: It is gone.
+        BrokerUnavailable: It is gone, or has to be sent and did not arrive.
         FrameRejected: It is not what the call says.
     """
     with payload_is_there():
@@ -136,11 +135,11 @@ def _fetched(payload: T) -> T:
 
 @contextlib.contextmanager
 def payload_is_there() -> Iterator[None]:
-    """Within the block, what is gone ends the call: nobody waits for it any more."""
+    """Within the block, what is gone ends the call: mostly nobody waits for it any more."""
     try:
         yield
     except ValueGone as exc:
-        raise GetTimeoutError(f"the call was not run: {exc}") from exc
+        raise BrokerUnavailable(f"the call was not run: {exc}") from exc
 
 
 async def unpacked(lending: Lending, unpack: Callable[[Source], T], source: Source) -> T:
