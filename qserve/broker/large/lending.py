@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import secrets
 import threading
 import time
 from collections import deque
@@ -14,7 +13,6 @@ from weakref import WeakValueDictionary
 
 from qserve.broker.connection import Connection
 from qserve.broker.counters import count
-from qserve.broker.inboxes import send_control
 from qserve.broker.keys import Keys
 from qserve.broker.large.transfers import TransferBroken, Transfers
 from qserve.broker.redis_errors import CommandRefused
@@ -22,7 +20,7 @@ from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.this_machine import this_host
 from qserve.values.borrowing import Borrowed, Borrowing, NotReachable, ValueGone, numbered
 from qserve.values.segments import COPIED, HELD, LENT, Segment, SegmentPool, place_of
-from qserve.wire.messages import Control, Lent, Signer, decode_lent, encode
+from qserve.wire.messages import Lent, Signer, decode_lent, encode
 from qserve.wire.parts import Part, Parts, Payload, Source, size_of
 
 logger = logging.getLogger(__name__)
@@ -34,12 +32,13 @@ RESULT_TTL_S = 60.0
 ON_THE_LOOP = 4 * 2**20
 """What is larger than so many bytes is copied on a thread, so that no event loop waits for it."""
 _LAST_WORD_S = 5.0
+_SENT_AT_ONCE = _RECEIVED_AT_ONCE = 8
 
 
 class Loan:
     """A value that this process lends: a segment, and which of its contents."""
 
-    __slots__ = ("frame", "generation", "passed", "segment", "since", "sizes")
+    __slots__ = ("frame", "generation", "passed", "segment", "sendings", "since", "sizes")
 
     def __init__(self, segment: Segment, frame: bytes, sizes: Sequence[int], passed: Sequence[Borrowed] = ()) -> None:
         self.segment = segment
@@ -48,6 +47,8 @@ class Loan:
         self.sizes = sizes
         self.passed = passed
         """Values of other processes that it refers to, and whose memory this process keeps meanwhile."""
+        self.sendings = 0
+        """To how many processes it is being sent, or will be once a thread is free."""
         self.since = time.monotonic()
 
     def __len__(self) -> int:
@@ -116,7 +117,6 @@ class Lending:
     def __init__(self, process: str, url: str, keys: Keys, signer: Signer) -> None:
         self._process = process
         self._keys = keys
-        self._signer = signer
         self._pool = SegmentPool(self._aside)
         self._borrowing = Borrowing()
         self._transfers = Transfers(url, keys, signer)
@@ -126,7 +126,9 @@ class Lending:
         self._results: deque[Loan] = deque()
         self._copying = ThreadPoolExecutor(2, thread_name_prefix="qserve-copying")
         self._freeing = ThreadPoolExecutor(1, thread_name_prefix="qserve-freeing")
-        self._sending = ThreadPoolExecutor(8, thread_name_prefix="qserve-sending")
+        self._sending = ThreadPoolExecutor(_SENT_AT_ONCE, thread_name_prefix="qserve-sending")
+        # Others than those that send: two processes that send to each other would each wait for the other to receive.
+        self._receiving = ThreadPoolExecutor(_RECEIVED_AT_ONCE, thread_name_prefix="qserve-receiving")
 
     # Lending
 
@@ -198,7 +200,7 @@ class Lending:
         kept = []
         for loan in results:
             state = loan.segment.state
-            if state in (LENT, HELD) and loan.since > before:
+            if state in (LENT, HELD) and (loan.since > before or loan.sendings):
                 kept.append(loan)
             else:
                 self.end(loan, is_read=state == COPIED)
@@ -227,7 +229,7 @@ class Lending:
             self._results.clear()
         for loan in lent.values():
             loan.segment.close()
-        for threads in (self._copying, self._sending):
+        for threads in (self._copying, self._sending, self._receiving):
             threads.shutdown(wait=False, cancel_futures=True)
         self._freeing.shutdown(wait=False)  # it does what it has to
         self._pool.close()
@@ -246,8 +248,11 @@ class Lending:
         cookie = bytes.fromhex(known)
         with self._lock:
             found = self._lent.get(cookie) or self._passed.get(cookie)
-        is_there = found is not None and str(found.generation) == generation
-        self._sending.submit(self._send, name, found if is_there else None)
+            if found is not None and str(found.generation) != generation:
+                found = None
+            if isinstance(found, Loan):
+                found.sendings += 1
+        self._sending.submit(self._send, name, found)
 
     def _send(self, name: str, value: Loan | Borrowed | None) -> None:
         try:
@@ -261,10 +266,14 @@ class Lending:
             logger.warning("a large value could not be sent: %s", exc)
 
     def _send_own(self, name: str, loan: Loan) -> None:
-        self._transfers.send(name, loan.parts(), lambda: self._lent.get(loan.segment.cookie) is loan)
-        with self._lock:
-            if self._lent.get(loan.segment.cookie) is loan:
-                loan.segment.note_copied()
+        try:
+            self._transfers.send(name, loan.parts(), lambda: self._lent.get(loan.segment.cookie) is loan)
+            with self._lock:
+                if self._lent.get(loan.segment.cookie) is loan:
+                    loan.segment.note_copied()
+        finally:
+            with self._lock:
+                loan.sendings -= 1
 
     # Borrowing
 
@@ -272,7 +281,7 @@ class Lending:
         """What another process has lent.
 
         Args:
-            sender: The connection for asking.
+            sender: The connection for counting it.
             frame: What its message says of it.
             returns: Tell the lender when it has been copied out: nobody else reads it.
             views: Give read-only views of the lender's memory instead of copies, where it can be opened.
@@ -298,13 +307,9 @@ class Lending:
             return await self._receive(sender, lent)
 
     async def _receive(self, sender: Connection, lent: Lent) -> Sent:
-        name = secrets.token_hex(16)
-        control = Control("send", f"{name} {lent.cookie.hex()}:{lent.generation}")
-        send_control(sender, self._keys, self._signer, lent.owner, control)
-        sender.flush()
         loop = asyncio.get_running_loop()
         try:
-            parts = await loop.run_in_executor(self._sending, self._transfers.receive, name, lent.sizes)
+            parts = await loop.run_in_executor(self._receiving, self._transfers.fetch, lent)
         except TransferBroken as exc:
             raise ValueGone(str(exc)) from exc
         except CommandRefused as exc:

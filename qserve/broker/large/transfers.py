@@ -3,16 +3,22 @@
 The sender stores chunks under keys of their own and says in a list that they are there; the receiver takes them away
 and says in another list that there is room for more. So Redis holds `WINDOW` chunks at most, and each is sent, stored,
 taken and checked while others are on their way. Each is signed, together with the name of the transfer and its place.
+
+The receiver asks when it has a thread that takes what comes, so no sender waits for one that is busy. A sender that is
+busy begins later: as long as its process lives, it is waited for.
 """
 
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+from qserve.broker.inboxes import INBOX_TTL_MS, control_frame
 from qserve.broker.keys import Keys
 from qserve.broker.large.bulk_connection import BulkConnection
+from qserve.broker.scripts import TELL
 from qserve.errors import FrameRejected, QServeError
-from qserve.wire.messages import TAG_BYTES, Signer
+from qserve.wire.messages import TAG_BYTES, Control, Lent, Signer
 from qserve.wire.parts import fresh
 
 CHUNK = 1024 * 1024
@@ -23,6 +29,7 @@ _TTL_MS = 30_000
 _PATIENCE_S = 10
 _ON_THEIR_WAY = 8
 _GONE = b"gone"
+_SENDER_GONE = "the process that had a large value is gone, or did not send it in time"
 
 
 class TransferBroken(QServeError):
@@ -83,46 +90,67 @@ class Transfers:
         connection.call("RPUSH", ready, _GONE)
         connection.call("PEXPIRE", ready, _TTL_MS)
 
-    def receive(self, name: str, sizes: Sequence[int]) -> list[memoryview]:
-        """Receive parts of these sizes.
+    def fetch(self, lent: Lent) -> list[memoryview]:
+        """Ask the process that has lent a value for its parts, and receive them.
 
         Raises:
             TransferBroken: They are gone, or their sender is.
             FrameRejected: A chunk is missing, cut, or not signed with an accepted key.
             BrokerUnavailable, CommandRefused: Redis cannot be used.
         """
+        name = secrets.token_hex(16)
+        control = Control("send", f"{name} {lent.cookie.hex()}:{lent.generation}")
+        frame = control_frame(self.signer, lent.owner, control)
+        with closing(BulkConnection.open(self.url)) as connection:
+            names = (self.keys.inbox(lent.owner), self.keys.alive(lent.owner))
+            if not connection.call("EVAL", TELL.source, len(names), *names, INBOX_TTL_MS, frame):
+                raise TransferBroken(_SENDER_GONE)
+            return self._receive(connection, name, lent.sizes, lent.owner)
+
+    def receive(self, name: str, sizes: Sequence[int]) -> list[memoryview]:
+        """Receive parts of these sizes from whoever sends them under that name; raises like `fetch`."""
+        with closing(BulkConnection.open(self.url)) as connection:
+            return self._receive(connection, name, sizes, "")
+
+    def _receive(self, connection: BulkConnection, name: str, sizes: Sequence[int], sender: str) -> list[memoryview]:
         parts = [fresh(size) for size in sizes]
         places = list(_chunks(parts))
-        with closing(BulkConnection.open(self.url)) as connection:
-            try:
-                asked = 0
-                for number, place in enumerate(places):
-                    while asked < len(places) and asked < number + _ON_THEIR_WAY:
-                        self._ask(connection, name, asked)
-                        asked += 1
-                    self._take(connection, name, number, place)
-            except BaseException:
-                self._clean_up(name, len(places))
-                raise
+        try:
+            asked = 0
+            for number, place in enumerate(places):
+                if not number:
+                    self._await_first(connection, name, sender)
+                while asked < len(places) and asked < number + _ON_THEIR_WAY:
+                    self._ask(connection, name, asked)
+                    asked += 1
+                self._take(connection, name, number, place)
+        except BaseException:
+            self._clean_up(name, len(places))
+            raise
         return parts
+
+    def _await_first(self, connection: BulkConnection, name: str, sender: str) -> None:
+        """Wait until the first chunk is there: a sender that lives may have others to send to first."""
+        ready = self.keys.transfer(name, "ready")
+        while (said := connection.call("BLPOP", ready, _PATIENCE_S)) is None:
+            if not connection.call("EXISTS", self.keys.alive(sender)):
+                break
+        _check(said)
 
     def _ask(self, connection: BulkConnection, name: str, number: int) -> None:
         room = self.keys.transfer(name, "room")
-        take = (
-            ("BLPOP", self.keys.transfer(name, "ready"), _PATIENCE_S),
-            ("GETDEL", self.keys.transfer(name, str(number))),
-        )
+        wait = ("BLPOP", self.keys.transfer(name, "ready"), _PATIENCE_S)
+        take = ("GETDEL", self.keys.transfer(name, str(number)))
         if _gives_room(number):
-            connection.send(*take, ("RPUSH", room, "1"), ("PEXPIRE", room, _TTL_MS))
+            connection.send(wait, take, ("RPUSH", room, "1"), ("PEXPIRE", room, _TTL_MS))
+        elif number:
+            connection.send(wait, take)
         else:
-            connection.send(*take)
+            connection.send(take)
 
     def _take(self, connection: BulkConnection, name: str, number: int, place: memoryview) -> None:
-        said = connection.answer()
-        if said is None:
-            raise TransferBroken("the process that had a large value is gone, or did not send it in time")
-        if said[1] == _GONE:
-            raise TransferBroken("a large value is there no more: its sender has taken it back")
+        if number:
+            _check(connection.answer())
         tag = bytearray(TAG_BYTES)
         size = connection.answer_into(memoryview(tag), place)
         if size != TAG_BYTES + len(place):
@@ -136,6 +164,14 @@ class Transfers:
         with closing(BulkConnection.open(self.url)) as connection:
             keys = [self.keys.transfer(name, str(number)) for number in range(count)]
             connection.call("DEL", *keys, self.keys.transfer(name, "ready"), self.keys.transfer(name, "room"))
+
+
+def _check(said: list[bytes] | None) -> None:
+    """Look at what the sender says of the next chunk, which is None if it has said nothing for long."""
+    if said is None:
+        raise TransferBroken(_SENDER_GONE)
+    if said[1] == _GONE:
+        raise TransferBroken("a large value is there no more: its sender has taken it back")
 
 
 def _gives_room(number: int) -> bool:
