@@ -26,15 +26,23 @@ local function remember_key(base, key, id, now, ttl)
   redis.call('PEXPIRE', calls, ttl)
 end
 
+-- A call that is there already is written once more as it is: whoever waits for what he has written to be on the disk or on a
+-- replica would have nothing to wait for, and the first who submitted it may have waited in vain.
+local function write_again(record) redis.call('HINCRBY', record, 'n', 0) end
+
 local is_first = false  -- a call waits now before which none did: whoever moves them does not know of it
 
 local function submit(id, frame, delay, expires, kind, method, waiter, low, idem, body, idem_ttl, ttl, celery, key, parent)
   local record = base .. 'call:' .. id
-  if redis.call('EXISTS', record) == 1 then return 'queued' end
+  if redis.call('EXISTS', record) == 1 then
+    write_again(record)
+    return 'queued'
+  end
   local known = idem ~= '' and redis.call('GET', base .. 'idem:' .. idem)
   if known then
     local first, hash = string.match(known, '^(%S+) (%S+)$')
     if redis.call('EXISTS', base .. 'call:' .. first) == 1 then
+      write_again(base .. 'call:' .. first)
       return (hash == body and 'same:' or 'other:') .. first
     end
   end
