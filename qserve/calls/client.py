@@ -355,11 +355,10 @@ class Client:
             result = await self.lending.borrow(self.link.sender, reply.payload, returns=True)
             outcome = LargeReply(reply.id, reply.kind, result)
         except ValueGone as exc:
-            if call.safe and call.frame and call.channel is None:
-                if call.id in self._pending:  # else it has ended meanwhile
-                    self._reconciler.send_again(call)
-                return
-            outcome = Indeterminate(f"the call has run, but its large result is lost: {exc}")
+            if call.id not in self._pending or self._reconciler.run_again(call):
+                return  # else it has ended meanwhile
+            text = f"the call has run, but its large result is lost: {exc}"
+            outcome = BrokerUnavailable(f"{text}. It can be sent again") if call.safe else Indeterminate(text)
         except (BrokerUnavailable, FrameRejected) as exc:
             outcome = BrokerUnavailable(f"the call has run, but its large result could not be fetched: {exc}")
         self._pending.settle(call, outcome)

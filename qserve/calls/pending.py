@@ -21,7 +21,18 @@ class PendingCall:
 
     __slots__ = (
         *("channel", "deadline", "deployment", "entry", "frame", "id", "inherited", "is_answered", "is_strict"),
-        *("is_unanswered", "loan", "on_outcome", "on_stream", "row", "safe", "stateless_since", "timeout_s", "timer"),
+        *(
+            "is_unanswered",
+            "loan",
+            "lost_results",
+            "on_outcome",
+            "on_stream",
+            "row",
+            "safe",
+            "stateless_since",
+            "timeout_s",
+            "timer",
+        ),
     )
 
     def __init__(
@@ -45,6 +56,8 @@ class PendingCall:
         self.on_outcome = on_outcome
         self.entry: bytes | None = None
         self.stateless_since = 0.0
+        self.lost_results = 0
+        """How often it has run in vain, because its large result did not arrive."""
         self.is_answered = False
         """Its reply has come, which may be read before what Redis says to the call itself."""
         self.is_unanswered = False

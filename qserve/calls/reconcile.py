@@ -23,6 +23,8 @@ _POLL_S = 0.01
 _SECOND_LOOK_S = 0.5
 """What a lost connection still held may arrive so much later."""
 _MARGIN_MS = 10_000
+_MOST_RUNS = 3
+"""How often a call may run whose results are lost: as often as one whose replicas die."""
 _WINDOW_S, _SHARE, _FEWEST = 10.0, 0.1, 10
 
 _LOST = "Redis lost the call or its answer while it was away; it may have run"
@@ -33,7 +35,8 @@ _LATER = "Redis lost the call while it was away, and many others with it; it can
 class RetryBudget:
     """How many calls may be sent again: a tenth of those sent in the last ten seconds, or a few.
 
-    When Redis loses calls it loses those of many clients. If all were sent again at once, they would overload it.
+    When Redis loses calls, or large results, it loses those of many clients. If all were sent again at once, they would
+    overload it.
     """
 
     def __init__(self) -> None:
@@ -143,9 +146,7 @@ class Reconciler:
                 continue
             if not call.safe:
                 self._give_up(call, Indeterminate(_UNTAKEN if call.is_unanswered else _LOST))
-            elif call.frame and call.channel is None and self.budget.take(time.monotonic()):
-                self.send_again(call)
-            else:
+            elif not self._send_again(call):
                 self._give_up(call, BrokerUnavailable(_LATER))
 
     def _give_up(self, call: PendingCall, error: QServeError) -> None:
@@ -153,8 +154,20 @@ class Reconciler:
             count(self._link.sender, self._keys, "indeterminate")
         self._pending.settle(call, error)
 
-    def send_again(self, call: PendingCall) -> None:
-        """Put a call once more, under another id: the first copy may still be somewhere, and is answered apart."""
+    def run_again(self, call: PendingCall) -> bool:
+        """Put a call once more that has run, but whose result is lost; returns whether it may run again."""
+        if not call.safe or call.lost_results >= _MOST_RUNS - 1:
+            return False
+        call.lost_results += 1
+        return self._send_again(call)
+
+    def _send_again(self, call: PendingCall) -> bool:
+        """Put a safe call once more, within the budget; returns whether that could be done.
+
+        It gets another id: the first copy may still be somewhere, and is answered apart.
+        """
+        if not call.frame or call.channel is not None or not self.budget.take(time.monotonic()):
+            return False
         lost = decode_call(self._signer.open(call.frame))
         del self._pending[call.id]
         call.id = self._new_id()
@@ -165,3 +178,4 @@ class Reconciler:
         self._pending[call.id] = call
         self._pending.tally["sent again"] += 1
         self._admission.put(call)
+        return True

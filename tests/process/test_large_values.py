@@ -163,6 +163,25 @@ class TestCalls:
             with pytest.raises(Indeterminate, match="the call has run, but its large result is lost"):
                 caller.value(await within(outcome))
 
+    async def test_a_safe_call_whose_results_are_lost_runs_three_times(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        spec = deploy(settings)
+        async with calling(settings) as caller, serving(settings, spec) as (_, code):
+
+            async def gone(*_args: object, **_options: object) -> None:
+                raise ValueGone("a large value was lost with the process that had it")
+
+            monkeypatch.setattr(caller.client.of("Echo").lending, "borrow", gone)
+            with pytest.raises(BrokerUnavailable, match="the call has run, but its large result is lost"):
+                caller.value(await within(caller.call(b"x" * MIB, safe=True)[1]))
+            assert len(code.started) == 3
+
+            monkeypatch.setattr(caller.client.of("Echo")._reconciler.budget, "take", lambda _now: False)
+            with pytest.raises(BrokerUnavailable, match="the call has run, but its large result is lost"):
+                caller.value(await within(caller.call(b"x" * MIB, safe=True)[1]))
+            assert len(code.started) == 4
+
     async def test_a_call_that_ended_while_its_result_was_fetched_is_not_sent_again(
         self, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
