@@ -10,14 +10,14 @@ from qserve.broker.instance.state import State
 from qserve.broker.payloads import Payloads
 from qserve.durable.dead_letters import DeadLetters
 from qserve.durable.schedules import Plan, Schedules
-from qserve.errors import FrameRejected, QServeError
+from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnavailable, FrameRejected, QServeError
 from qserve.settings import Settings
 from qserve.wire.call_record import DurableCall, DurableOptions, decode_durable_call
 from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, Call, Signer, encode
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.celery_calls.celery_tasks import Desk
-from tests.support.calling import LIMIT_S, calling, deploy, serving, within
+from tests.support.calling import LIMIT_S, Caller, calling, deploy, serving, within
 from tests.support.chosen_server import needs_one_server
 from tests.support.slowness import patience
 from tests.support.waiting import until
@@ -110,19 +110,53 @@ async def test_of_a_call_and_its_result_it_is_not_in_redis_at_all(small: Setting
 
 async def test_of_a_durable_call(queue: State, small: Settings, payloads: Payloads) -> None:
     async with calling(small, "x") as caller:
-        admitted: asyncio.Future[str | QServeError] = asyncio.get_running_loop().create_future()
-        submission = caller.client.durable.submissions.prepare(
-            "x",
-            kind=PYTHON,
-            method="",
-            payload=CODEC.pack_call((WORD,), {}),
-            options=DurableOptions(),
-            on_admitted=admitted.set_result,
-        )
-        caller.client.durable.submissions.submit(submission)
-        assert await asyncio.wait_for(admitted, patience(LIMIT_S)) == submission.call.id
+        call_id, said = await submit(caller)
+        assert said == call_id
 
     assert argument(queue, payloads, submitted(queue)) == WORD
+
+
+@pytest.mark.parametrize(
+    ("meta", "key", "refusal"),
+    [
+        ({"max_queued": 1}, "", BackPressureError),
+        ({}, "key", str),
+        ({"refuse": "it does not start"}, "", DeploymentUnavailable),
+        (None, "", DeploymentNotFound),
+    ],
+    ids=["full", "known", "refused", "unknown"],
+)
+async def test_of_a_durable_call_that_is_not_taken_nothing_is_left(
+    queue: State, small: Settings, payloads: Payloads, meta: Any, key: str, refusal: type
+) -> None:
+    async with calling(small, "x") as caller:
+        first, said = await submit(caller, key)
+        assert said == first
+        if meta is None:
+            queue.redis.delete(queue.keys.meta("x"))
+        elif meta:
+            queue.redis.hset(queue.keys.meta("x"), mapping=meta)
+
+        second, said = await submit(caller, key)
+
+        assert isinstance(said, refusal)
+        assert payloads.fetch_now(queue.redis, second) is None
+        assert payloads.fetch_now(queue.redis, first) is not None
+
+
+async def submit(caller: Caller, key: str = "") -> tuple[str, str | QServeError]:
+    """Submit a durable call; returns its id, and what came of it."""
+    admitted: asyncio.Future[str | QServeError] = asyncio.get_running_loop().create_future()
+    submission = caller.client.durable.submissions.prepare(
+        "x",
+        kind=PYTHON,
+        method="",
+        payload=CODEC.pack_call((WORD,), {}),
+        options=DurableOptions(idempotency=key, body_hash="body", key=key),
+        on_admitted=admitted.set_result,
+    )
+    caller.client.durable.submissions.submit(submission)
+    return submission.call.id, await asyncio.wait_for(admitted, patience(LIMIT_S))
 
 
 def test_a_payload_stands_for_its_own_call_only(payloads: Payloads) -> None:

@@ -9,10 +9,21 @@
 -- returns {-1} unknown deployment | {-2, reason} refused | {-4} there is no state at all: this server has lost it, or never
 --   had any | {depth before, per call: 'queued' | false: full | 'same:<id>' another call has this key | 'other:<id>' and
 --   another body}
-local meta = redis.call('HMGET', KEYS[2], 'max_queued', 'refuse')
-if not meta[1] then return {redis.call('EXISTS', KEYS[5]) == 1 and -1 or -4} end
-if meta[2] then return {-2, meta[2]} end
 local base, deployment, now = ARGV[1], ARGV[2], now_ms()
+
+-- The large payload of a call that is not taken has been stored before.
+local function forget(id) redis.call('DEL', base .. 'p:' .. id) end
+
+local function refuse_all(answer)
+  for i = 3, #ARGV, 15 do
+    if redis.call('EXISTS', base .. 'call:' .. ARGV[i]) == 0 then forget(ARGV[i]) end
+  end
+  return answer
+end
+
+local meta = redis.call('HMGET', KEYS[2], 'max_queued', 'refuse')
+if not meta[1] then return refuse_all({redis.call('EXISTS', KEYS[5]) == 1 and -1 or -4}) end
+if meta[2] then return refuse_all({-2, meta[2]}) end
 local depth = redis.call('XLEN', KEYS[1]) + redis.call('ZCARD', KEYS[3]) + redis.call('ZCARD', KEYS[4])
 local room = tonumber(meta[1]) - depth
 local SEEN_IN_TIME_MS, INBOX_TTL_MS = 1500, 35000
@@ -43,10 +54,14 @@ local function submit(id, frame, delay, expires, kind, method, waiter, low, idem
     local first, hash = string.match(known, '^(%S+) (%S+)$')
     if redis.call('EXISTS', base .. 'call:' .. first) == 1 then
       write_again(base .. 'call:' .. first)
+      forget(id)
       return (hash == body and 'same:' or 'other:') .. first
     end
   end
-  if room <= 0 then return false end
+  if room <= 0 then
+    forget(id)
+    return false
+  end
   room = room - 1
   if idem ~= '' then redis.call('SET', base .. 'idem:' .. idem, id .. ' ' .. body, 'PX', idem_ttl) end
   if key ~= '' then remember_key(base, key, id, now, idem_ttl) end
