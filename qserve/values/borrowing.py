@@ -186,8 +186,8 @@ class Borrowing:
             FrameRejected: It is not what it says.
         """
         _, end = place_of(lent.sizes)
-        if views:  # a map of its own, which goes with the last view
-            mapped = _open(lent, end)
+        if views:  # a map of its own, which goes with the last view, and which user code may still read after a fork
+            mapped = _open(lent, end, forks=True)
         else:
             key = (lent.pid, lent.inode, lent.cookie)
             with self._lock:
@@ -226,7 +226,7 @@ class Borrowing:
             self._mapped.clear()
 
 
-def _open(lent: Lent, end: int) -> _Mapped:
+def _open(lent: Lent, end: int, *, forks: bool = False) -> _Mapped:
     if lent.fd < 0 or not lent.host or lent.host != this_host():
         raise NotReachable
     path = f"/proc/{lent.pid}/fd/{lent.fd}"
@@ -245,7 +245,8 @@ def _open(lent: Lent, end: int) -> _Mapped:
         _check(fd, lent, end)
         size = os.fstat(fd).st_size
         mapped = mmap.mmap(fd, size)
-        mapped.madvise(mmap.MADV_DONTFORK)
+        if not forks:
+            mapped.madvise(mmap.MADV_DONTFORK)
         return _Mapped(lent.pid, fd, size, mapped)
     except BaseException as exc:
         os.close(fd)

@@ -269,6 +269,15 @@ class TestLending:
         assert view.readonly
         assert bytes(view) == b"x" * MIB
 
+    @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+    def test_views_can_be_read_in_a_forked_process(self, lending: Lending) -> None:
+        loan = lending.lend(Parts(b"head", memoryview(b"x" * MIB)))
+        view = Borrowing().open(decode_lent(loan.frame), returns=False, views=True).take(1)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if view[0] == view[-1] == ord("x") else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
     async def test_a_reader_notices_that_the_memory_was_used_again(self, lending: Lending) -> None:
         loan = lending.lend(b"x" * MIB)
         found = Borrowing().open(decode_lent(loan.frame), returns=False)
