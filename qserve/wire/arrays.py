@@ -6,6 +6,7 @@ Neither numpy nor torch is imported before the first array or tensor is there.
 
 import importlib
 import sys
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,10 @@ def bytearray_to_wire(value: bytearray, beside: Beside) -> object:
 
 
 def memoryview_to_wire(value: memoryview, beside: Beside) -> object:
-    """An extension with format, shape and bytes."""
+    """An extension with format, shape and bytes; None where no memoryview can be made from these."""
     view = byte_view(value) if value.c_contiguous and value.nbytes else memoryview(value.tobytes())
-    assert view is not None
+    if view is None or _shaped(view, value.format, value.shape or ()) is None:
+        return None
     number = beside(view, view.nbytes)
     return Ext(MEMORYVIEW, _encode((value.format, value.shape, view if number is None else number)))
 
@@ -116,8 +118,21 @@ def read_memoryview(data: memoryview, source: Source | None) -> memoryview:
     """A memoryview of the same format and shape."""
     kind, shape, raw = _decode_view(data)
     taken = bytes(raw) if isinstance(raw, memoryview) else _source(source).take_bytes(raw)
-    view = memoryview(taken)
-    return view.cast("B").cast(kind, shape) if shape and taken else view  # type: ignore[call-overload]
+    view = _shaped(memoryview(taken), kind, shape)
+    if view is None:
+        raise FrameRejected(f"a memoryview of format {kind!r} and shape {shape}")
+    return view
+
+
+def _shaped(view: memoryview, kind: str, shape: tuple[int, ...]) -> memoryview | None:
+    """Bytes as a memoryview of that format and shape; None where Python makes none, such as of complex numbers."""
+    try:
+        if view.nbytes:
+            return view.cast(kind, shape)  # type: ignore[call-overload, no-any-return]
+        # Nothing that is empty can be cast.
+        return memoryview(array(kind)).toreadonly() if len(shape) == 1 else None
+    except (TypeError, ValueError):
+        return None
 
 
 def read_array(data: memoryview, source: Source | None) -> "numpy.ndarray[Any, Any]":

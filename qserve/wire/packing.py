@@ -213,6 +213,9 @@ class ToWire:
             wire = arrays.bytearray_to_wire(value, self._put_beside)
         elif kind is memoryview:
             wire = arrays.memoryview_to_wire(value, self._put_beside)
+            if wire is None:  # pickled it would arrive as bytes
+                what = f"a memoryview of format {value.format!r} and shape {value.shape}"
+                raise CannotTravelError(f"{what} cannot be sent: send the array that it shows, or its `tobytes()`")
         elif numpy is not None and (kind is numpy.ndarray or isinstance(value, numpy.generic)):
             wire = arrays.array_to_wire(value, self._put_beside)
             name = f"a numpy array of dtype {value.dtype}"

@@ -219,6 +219,28 @@ def test_values_at_the_edges_arrive_as_they_were_sent(value: object) -> None:
     assert repr(travel(value)) == repr(value)
 
 
+@pytest.mark.parametrize(
+    "array",
+    [np.arange(6, dtype="i4").reshape(2, 3), np.array(5.0), np.array([], "f8"), np.array([True]), np.arange(9)[::2]],
+    ids=repr,
+)
+def test_memoryviews_keep_format_shape_and_content(array: "np.ndarray[Any, Any]") -> None:
+    sent = array.data
+    got = travel(sent)
+    assert (got.format, got.shape, got.tobytes()) == (sent.format, sent.shape, sent.tobytes())
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.array([1], "f2"), np.array([1], ">i4"), np.array([1j]), np.zeros((0, 3)), np.zeros(0, "?"), np.array([b"ab"])],
+    ids=repr,
+)
+def test_memoryviews_that_python_cannot_make_are_refused(array: "np.ndarray[Any, Any]") -> None:
+    for codec in (unsigned, signed):
+        with pytest.raises(ValueNotSerializable, match=r"a memoryview of format '.*' and shape \(.*\) cannot be sent"):
+            codec.pack(array.data)
+
+
 def test_a_zone_only_the_sender_knows_keeps_the_moment() -> None:
     class Odd(tzinfo):
         def tzname(self, when: datetime | None) -> str:
