@@ -175,8 +175,10 @@ class ToWire:
                 raise
         if self._plain.issuperset(map(type, done)):
             return done
-        # msgspec takes no extensions as keys
         keys = self._items(list(done), room)
+        if PLAIN.issuperset(map(type, keys)):  # now that each was looked at
+            return dict(zip(keys, done.values(), strict=True))
+        # msgspec takes no extensions as keys
         return self._ext(kinds.PAIRS, [[key, item] for key, item in zip(keys, done.values(), strict=True)])
 
     def _instance(self, value: Any, kind: type, room: int) -> object:

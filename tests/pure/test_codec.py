@@ -537,6 +537,14 @@ def test_nesting_has_a_limit_that_every_receiver_can_take(wrap: Callable[[Any], 
                 codec.pack(over)
 
 
+def test_dataclasses_may_be_nested_as_deep_whatever_is_in_them() -> None:
+    for inmost in (1, 2**70, "\ud800"):
+        deep: Any = Point(inmost)  # type: ignore[arg-type]
+        for _ in range(MAX_DEPTH - 2):
+            deep = Frozen(datetime(2024, 1, 1), deep)
+        assert travel(deep) == deep
+
+
 def test_a_list_that_holds_itself_is_refused() -> None:
     loop: list[Any] = []
     loop.append(loop)
