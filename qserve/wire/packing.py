@@ -187,10 +187,17 @@ class ToWire:
         name = [kind.__module__, kind.__qualname__]
         if isinstance(value, Enum):
             return self._ext(kinds.ENUM, [*name, value.name, self.value(value.value, room - 1)])
-        if classes.is_model(kind):
-            fields = self._mapping(classes.model_state_of(value), room, ".{}")
+        is_model = classes.is_model(kind)
+        state = classes.model_state_of(value) if is_model else classes.state_of(value)
+        # No receiver could make what follows from its fields alone.
+        if state is None:
+            return self._pickled(value, f"{_name(kind)}, of which a field is not set,")
+        if not is_model and (base := classes.base_with_content(kind)) is not None:
+            return self._pickled(value, f"{_name(kind)}, a dataclass based on {base.__name__},")
+        fields = self._mapping(state, room, ".{}")
+        if is_model:
             return self._ext(kinds.MODEL, [*name, fields, list(value.model_fields_set)])
-        return self._ext(kinds.DATACLASS, [*name, self._mapping(classes.state_of(value), room, ".{}")])
+        return self._ext(kinds.DATACLASS, [*name, fields])
 
     def _handle(self, handle: Any, room: int) -> object:
         if unawaited := what_to_await(handle):

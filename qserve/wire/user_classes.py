@@ -7,7 +7,7 @@ imported because a message names it. Elsewhere they arrive as a plain dict (an e
 import dataclasses
 import sys
 from enum import Enum
-from types import ModuleType
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 
@@ -40,17 +40,29 @@ def is_model(cls: type) -> bool:
     return base is not None and issubclass(cls, base)
 
 
-def state_of(value: Any) -> dict[str, object]:
-    """Fields and other attributes of a dataclass instance, as pickle would carry them."""
+def base_with_content(cls: type) -> type | None:
+    """The built-in class, such as `list`, that gives instances content beside their attributes; None for most."""
+    if cls.__new__ is object.__new__:  # type: ignore[comparison-overlap]
+        return None
+    base = next(base for base in cls.__mro__ if isinstance(base.__dict__.get("__new__"), BuiltinFunctionType))
+    return None if base is object else base
+
+
+def state_of(value: Any) -> dict[str, object] | None:
+    """Fields and other attributes of a dataclass instance, as pickle would carry them; None if a field is not set."""
     names = [field.name for field in dataclasses.fields(value)]
-    return {name: getattr(value, name) for name in names if hasattr(value, name)} | getattr(value, "__dict__", {})
+    try:
+        return {name: getattr(value, name) for name in names} | getattr(value, "__dict__", {})
+    except AttributeError:
+        return None
 
 
-def model_state_of(value: Any) -> dict[str, object]:
-    """Fields of a pydantic model, extra ones included; private attributes stay behind."""
-    content = vars(value)
-    fields = {name: content[name] for name in type(value).model_fields if name in content}
-    return fields | (value.__pydantic_extra__ or {})
+def model_state_of(value: Any) -> dict[str, object] | None:
+    """Fields of a pydantic model, extra ones included; private attributes stay behind. None if a field is not set."""
+    content, names = vars(value), type(value).model_fields
+    if not names.keys() <= content.keys():
+        return None
+    return {name: content[name] for name in names} | (value.__pydantic_extra__ or {})
 
 
 def rebuild_enum(module: str, qualname: str, name: str | None, value: object) -> object:

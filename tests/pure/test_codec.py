@@ -326,6 +326,50 @@ def test_dataclasses_arrive_as_they_were_without_running_their_constructor() -> 
     assert vars(got) == vars(sent) == {"x": 2.0, "tags": ("a",), "length": 7, "extra": {1}}
 
 
+@dataclass
+class Row(list[int]):
+    tag: str = ""
+
+
+@dataclass
+class Refused(Exception):
+    code: int
+
+
+@dataclass
+class Made:
+    """Has a field that its constructor does not set, and a `__new__` of its own."""
+
+    given: int
+    later: int = field(init=False)
+
+    def __new__(cls, *_: object) -> "Made":
+        return super().__new__(cls)
+
+
+ROW = Row("tag")
+ROW.extend([1, 2])
+WITHOUT_ITS_FIELDS = [ROW, Refused(5), Made(1), Item.model_construct(tags=set())]
+
+
+@pytest.mark.parametrize("value", WITHOUT_ITS_FIELDS, ids=lambda value: type(value).__name__)
+def test_what_cannot_be_made_from_its_fields_is_pickled_or_refused(value: Any) -> None:
+    found = travel(value, signed)
+    assert type(found) is type(value)
+    assert vars(found) == vars(value)
+    assert not isinstance(value, list) or list(found) == [1, 2]
+    with pytest.raises(
+        ValueNotSerializable, match=r"based on (list|Exception), cannot be|field is not set, cannot be sent"
+    ):
+        unsigned.pack(value)
+
+
+def test_a_constructor_of_its_own_makes_no_dataclass_another() -> None:
+    made = Made(1)
+    made.later = 2
+    assert vars(travel(made)) == {"given": 1, "later": 2}
+
+
 def test_pydantic_models_arrive_as_they_were() -> None:
     sent = Item(name="n", seen={1, 2}, pixels=np.arange(3), remark="r")
     got = travel(sent)
