@@ -230,7 +230,7 @@ class Settings(BaseSettings):
         default="memory",
         description=(
             "Where Redis must have stored a [durable call](durable-calls.md) before it counts as submitted: in "
-            "`memory`, on its disk (`fsync`), or also on a `replica`."
+            "`memory`, on its disk (`fsync`), or in the memory of a `replica`, too."
         ),
     )
     celery_calls: Annotated[bool | None, Shown("`1` where nothing is signed, and on instances of one machine")] = Field(

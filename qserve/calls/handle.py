@@ -165,8 +165,8 @@ class DeploymentHandle(_BaseHandle, Generic[T_co]):
                 takes.
             priority: "batch" calls run while no other ones wait.
             result_ttl: Seconds for which the result is kept.
-            durability: Where Redis has the call when `remote()` returns: "memory"; "fsync": its disk; "replica": a
-                replica of it, too. Else as QSERVE_DURABILITY says.
+            durability: Where Redis has the call when `remote()` returns: "memory"; "fsync": its disk; "replica": the
+                memory of a replica, too. Else as QSERVE_DURABILITY says.
         """
         changed, terms = changed_options(self._options, method_name, others, stream=stream, durable=durable)
         if terms is not None:
