@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from qserve.broker.large.lending import Lending, Loan, Sent
 from qserve.broker.large.transfers import TransferBroken, Transfers
 from qserve.calls.client import Client
 from qserve.settings import Settings
-from qserve.values.borrowing import Borrowing, NotReachable
+from qserve.values.borrowing import Borrowing, NotReachable, ValueGone
 from qserve.wire.messages import Control, Signer, decode_lent
 from qserve.wire.parts import Parts
 from tests.support.calling import calling
@@ -110,6 +111,35 @@ async def test_a_sender_that_is_busy_is_waited_for_as_long_as_it_lives(
     assert await asyncio.wait_for(reading, patience(LIMIT_S)) == contents(loans)
 
 
+@pytest.mark.parametrize("end", ["cancelled", "stopped"])
+async def test_what_nobody_wants_any_more_is_not_waited_for(
+    two: tuple[Client, Client], monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    owner, reader = two
+    monkeypatch.setattr(transfers, "_PATIENCE_S", 0.05)
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(owner.lending, "send", lambda *wanted: asked.append(wanted))
+    ended = threading.Event()
+    real = Transfers.fetch
+
+    def fetch(self: Transfers, *args: Any) -> Any:
+        try:
+            return real(self, *args)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(Transfers, "fetch", fetch)
+    reading = asyncio.create_task(fetched(reader, lent(owner, 1)))
+    await until(lambda: asked)
+    if end == "stopped":
+        reader.lending.stop()
+    else:
+        reading.cancel()
+    await until(ended.is_set)
+    with pytest.raises((ValueGone, asyncio.CancelledError)):
+        await reading
+
+
 async def test_a_sender_that_is_gone_is_not_waited_for(
     two: tuple[Client, Client], redis_client: "redis.Redis", monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,10 +149,10 @@ async def test_a_sender_that_is_gone_is_not_waited_for(
     found = msgspec.structs.replace(decode_lent(lent(owner, 1)[0].frame), owner="another")
     monkeypatch.setattr(transfers, "_PATIENCE_S", 0.05)
     with pytest.raises(TransferBroken, match="gone, or did not send it in time"):
-        await asyncio.to_thread(ours.fetch, found)
+        await asyncio.to_thread(ours.fetch, found, lambda: True)
 
     redis_client.set(keys.alive("another"), 1)
-    fetching = asyncio.create_task(asyncio.to_thread(ours.fetch, found))
+    fetching = asyncio.create_task(asyncio.to_thread(ours.fetch, found, lambda: True))
     await until(lambda: redis_client.xlen(keys.inbox("another")) == 1)
     redis_client.delete(keys.alive("another"))
     with pytest.raises(TransferBroken, match="gone, or did not send it in time"):

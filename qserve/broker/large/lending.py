@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar, cast
 from weakref import WeakValueDictionary
 
@@ -121,6 +122,7 @@ class Lending:
         self._borrowing = Borrowing()
         self._transfers = Transfers(url, keys, signer)
         self._lock = threading.Lock()
+        self._stopped = False
         self._lent: dict[bytes, Loan] = {}
         self._passed: WeakValueDictionary[bytes, Borrowed] = WeakValueDictionary()
         self._results: deque[Loan] = deque()
@@ -224,6 +226,7 @@ class Lending:
 
     def stop(self) -> None:
         """Give up everything."""
+        self._stopped = True
         with self._lock:
             lent, self._lent = self._lent, {}
             self._results.clear()
@@ -308,12 +311,16 @@ class Lending:
 
     async def _receive(self, sender: Connection, lent: Lent) -> Sent:
         loop = asyncio.get_running_loop()
+        given_up = threading.Event()
+        fetch = partial(self._transfers.fetch, lent, lambda: not (given_up.is_set() or self._stopped))
         try:
-            parts = await loop.run_in_executor(self._receiving, self._transfers.fetch, lent)
+            parts = await loop.run_in_executor(self._receiving, fetch)
         except TransferBroken as exc:
             raise ValueGone(str(exc)) from exc
         except CommandRefused as exc:
             raise BrokerUnavailable(f"Redis refused to pass a large value on: {exc}") from exc
+        finally:
+            given_up.set()
         count(sender, self._keys, "values_sent")
         return Sent(parts)
 

@@ -90,8 +90,11 @@ class Transfers:
         connection.call("RPUSH", ready, _GONE)
         connection.call("PEXPIRE", ready, _TTL_MS)
 
-    def fetch(self, lent: Lent) -> list[memoryview]:
+    def fetch(self, lent: Lent, is_wanted: Callable[[], bool]) -> list[memoryview]:
         """Ask the process that has lent a value for its parts, and receive them.
+
+        Args:
+            is_wanted: Whether it is still worth waiting for a sender that is busy.
 
         Raises:
             TransferBroken: They are gone, or their sender is.
@@ -105,21 +108,27 @@ class Transfers:
             names = (self.keys.inbox(lent.owner), self.keys.alive(lent.owner))
             if not connection.call("EVAL", TELL.source, len(names), *names, INBOX_TTL_MS, frame):
                 raise TransferBroken(_SENDER_GONE)
-            return self._receive(connection, name, lent.sizes, lent.owner)
+
+            def is_coming() -> bool:
+                return is_wanted() and bool(connection.call("EXISTS", names[1]))
+
+            return self._receive(connection, name, lent.sizes, is_coming)
 
     def receive(self, name: str, sizes: Sequence[int]) -> list[memoryview]:
         """Receive parts of these sizes from whoever sends them under that name; raises like `fetch`."""
         with closing(BulkConnection.open(self.url)) as connection:
-            return self._receive(connection, name, sizes, "")
+            return self._receive(connection, name, sizes, lambda: False)
 
-    def _receive(self, connection: BulkConnection, name: str, sizes: Sequence[int], sender: str) -> list[memoryview]:
+    def _receive(
+        self, connection: BulkConnection, name: str, sizes: Sequence[int], is_coming: Callable[[], bool]
+    ) -> list[memoryview]:
         parts = [fresh(size) for size in sizes]
         places = list(_chunks(parts))
         try:
             asked = 0
             for number, place in enumerate(places):
                 if not number:
-                    self._await_first(connection, name, sender)
+                    self._await_first(connection, name, is_coming)
                 while asked < len(places) and asked < number + _ON_THEIR_WAY:
                     self._ask(connection, name, asked)
                     asked += 1
@@ -129,12 +138,12 @@ class Transfers:
             raise
         return parts
 
-    def _await_first(self, connection: BulkConnection, name: str, sender: str) -> None:
+    def _await_first(self, connection: BulkConnection, name: str, is_coming: Callable[[], bool]) -> None:
         """Wait until the first chunk is there: a sender that lives may have others to send to first."""
-        ready = self.keys.transfer(name, "ready")
-        while (said := connection.call("BLPOP", ready, _PATIENCE_S)) is None:
-            if not connection.call("EXISTS", self.keys.alive(sender)):
-                break
+        wait = ("BLPOP", self.keys.transfer(name, "ready"), _PATIENCE_S)
+        said = connection.call(*wait)
+        while said is None and is_coming():
+            said = connection.call(*wait)
         _check(said)
 
     def _ask(self, connection: BulkConnection, name: str, number: int) -> None:
