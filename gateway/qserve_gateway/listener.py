@@ -17,7 +17,8 @@ from starlette.types import ASGIApp
 from qserve.background import until_next
 from qserve.errors import ConfigurationError
 from qserve_gateway.door.limits import Door
-from qserve_gateway.door.protocol import HttpProtocol, WebSocketProtocol
+from qserve_gateway.door.protocol import HttpProtocol
+from qserve_gateway.door.websocket_protocol import WebSocketProtocol
 
 BACKLOG = 2048
 _LAST_WORD_S = 1.0

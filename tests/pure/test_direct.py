@@ -57,6 +57,9 @@ class Socket(asyncio.Transport):
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self.protocol = protocol
 
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self.protocol
+
     def get_write_buffer_size(self) -> int:
         return 0
 

@@ -7,7 +7,6 @@ from time import monotonic
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from qserve_gateway.door.body_protocol import BodyProtocol
 from qserve_gateway.door.gate import (
@@ -20,13 +19,13 @@ from qserve_gateway.door.gate import (
 from qserve_gateway.door.http_1_0 import ended_by_closing
 from qserve_gateway.door.limits import LINGER_S, Door
 from qserve_gateway.door.transport import TickTransport
+from qserve_gateway.door.websocket_protocol import WebSocketProtocol
 
 CLIENT_LEFT = 499
 """The status that stands for a client which left before its response was complete, as in nginx."""
 LAST_CHANCE_S = 0.4
 """Seconds that an idle connection stays open when the gateway stops, since a request may be on its way."""
 _NO_LINGER = struct.pack("ii", 1, 0)
-_SERVICE_RESTART = 1012
 
 
 class HttpProtocol(BodyProtocol):
@@ -164,8 +163,10 @@ class HttpProtocol(BodyProtocol):
             refuse("a WebSocket's handshake before the response to an earlier request", "framing")
         super().handle_websocket_upgrade()
         websocket = self.transport.get_protocol()
-        if self._leaving and isinstance(websocket, WebSocketProtocol):
-            websocket.shutdown()
+        if isinstance(websocket, WebSocketProtocol):
+            websocket.deny_unreadable()
+            if self._leaving:
+                websocket.shutdown()
 
     # What goes out
 
@@ -295,55 +296,3 @@ class HttpProtocol(BodyProtocol):
         too_slow = floor and waited > door.body_timeout_s + self._received / floor
         if too_slow or now - self._heard > door.body_timeout_s:
             self._refuse(Refusal(408, "its body comes too slowly", "slow"))
-
-
-class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket connection, which the door counts and the access log notes.
-
-    Args:
-        door: Where it is counted.
-    """
-
-    def __init__(self, door: Door, **uvicorns: Any) -> None:
-        super().__init__(**uvicorns)
-        self._door = door
-        self._leaving = False
-        self._began = monotonic()
-
-    async def send(self, message: Any) -> None:
-        """Send an ASGI message of the application."""
-        await super().send(message)
-        if self.initial_response is not None and self.close_sent:
-            self.handshake_complete = True  # uvicorn forgets that a denial completes it, and logs an error
-        if self._leaving:
-            self.shutdown()
-
-    def shutdown(self) -> None:
-        """Close it because the gateway leaves, once its handshake is complete, and give the client a moment to answer.
-
-        uvicorn hangs up at once. If the client is sending then, the connection is reset, and a proxy that has not
-        passed the close frame on yet never does.
-        """
-        self._leaving = True
-        if not self.handshake_complete or self.transport.is_closing():
-            return
-        self.stop_keepalive()
-        if not self.close_sent:
-            self.queue.put_nowait({"type": "websocket.disconnect", "code": _SERVICE_RESTART})
-            self.conn.send_close(_SERVICE_RESTART)
-            self.transport.write(b"".join(self.conn.data_to_send()))
-            self.close_sent = self.disconnected = True  # what the application sends now is for nobody
-            if self.read_paused:
-                self.read_paused = False
-                self.transport.resume_reading()
-        if self.close_timer is not None:
-            self.close_timer.cancel()
-        self.close_timer = self.loop.call_later(LINGER_S, self.transport.close)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Count the WebSocket out and note it."""
-        self._door.leave_websocket(self.client[0] if self.client else "")
-        if self._door.log is not None and self.handshake_initiated:
-            seconds = monotonic() - self._began
-            self._door.log.add(self.scope, 101 if self.handshake_complete else 0, 0, seconds)
-        super().connection_lost(exc)

@@ -1,0 +1,73 @@
+"""One WebSocket: how it is counted and noted, and how it ends."""
+
+from time import monotonic
+from typing import Any
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from qserve_gateway.door.limits import LINGER_S, Door
+
+_SERVICE_RESTART = 1012
+_UNREADABLE = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket connection, which the door counts and the access log notes.
+
+    Args:
+        door: Where it is counted.
+    """
+
+    def __init__(self, door: Door, **uvicorns: Any) -> None:
+        super().__init__(**uvicorns)
+        self._door = door
+        self._leaving = False
+        self._began = monotonic()
+
+    def deny_unreadable(self) -> None:
+        """Deny a handshake that has come, but which is none for the WebSocket library: uvicorn would wait for another.
+
+        The library reads lines up to 8 KiB.
+        """
+        if not self.handshake_initiated:
+            self.handshake_complete = self.close_sent = True
+            self.transport.write(b"".join(self.conn.data_to_send()) or _UNREADABLE)
+            self.transport.close()
+
+    async def send(self, message: Any) -> None:
+        """Send an ASGI message of the application."""
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            self.handshake_complete = True  # uvicorn forgets that a denial completes it, and logs an error
+        if self._leaving:
+            self.shutdown()
+
+    def shutdown(self) -> None:
+        """Close it because the gateway leaves, once its handshake is complete, and give the client a moment to answer.
+
+        uvicorn hangs up at once. If the client is sending then, the connection is reset, and a proxy that has not
+        passed the close frame on yet never does.
+        """
+        self._leaving = True
+        if not self.handshake_complete or self.transport.is_closing():
+            return
+        self.stop_keepalive()
+        if not self.close_sent:
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": _SERVICE_RESTART})
+            self.conn.send_close(_SERVICE_RESTART)
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.close_sent = self.disconnected = True  # what the application sends now is for nobody
+            if self.read_paused:
+                self.read_paused = False
+                self.transport.resume_reading()
+        if self.close_timer is not None:
+            self.close_timer.cancel()
+        self.close_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Count the WebSocket out and note it."""
+        status = 101 if self.handshake_complete else 0
+        super().connection_lost(exc)
+        self._door.leave_websocket(self.client[0] if self.client else "")
+        if self._door.log is not None and hasattr(self, "scope"):  # uvicorn makes none for a malformed handshake
+            self._door.log.add(self.scope, status, 0, monotonic() - self._began)

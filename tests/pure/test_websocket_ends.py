@@ -1,0 +1,88 @@
+"""WebSockets at the door, without a network: what is left of them when they end."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import uvicorn
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from qserve.background import end
+from qserve.settings import Settings
+from qserve_gateway.door.access_log import AccessLog
+from qserve_gateway.door.limits import Door
+from qserve_gateway.door.protocol import HttpProtocol
+from qserve_gateway.door.websocket_protocol import WebSocketProtocol
+from tests.pure.test_direct import Socket
+from tests.support.waiting import until
+
+HANDSHAKE = (
+    b"GET /a?b=1 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+WITHOUT_KEY = HANDSHAKE.replace(b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b"")
+LONG_LINE = HANDSHAKE.replace(b"Host: x", b"Host: x\r\nCookie: " + b"a" * 9000)
+
+
+class Connection:
+    """One that begins with a handshake, and the application behind it, which does what it is told."""
+
+    def __init__(self, log: int) -> None:
+        self.door = Door(Settings(), has_log=False)
+        self.door.log = AccessLog("json", log)
+        self.tells: asyncio.Queue[Message | None] = asyncio.Queue()
+        config = uvicorn.Config(
+            cast(Any, self._answer),
+            ws=cast(Any, partial(WebSocketProtocol, self.door)),
+            lifespan="off",
+            log_config=None,
+            interface="asgi3",
+            proxy_headers=False,
+        )
+        config.load()
+        self.state = ServerState()
+        self.protocol = HttpProtocol(self.door, config=config, server_state=self.state, app_state={})
+        self.socket = Socket()
+        self.socket.set_protocol(self.protocol)
+        self.protocol.connection_made(self.socket)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        while (message := await self.tells.get()) is not None:
+            await send(message)
+
+    def begin(self, handshake: bytes = HANDSHAKE) -> None:
+        self.protocol.data_received(handshake)
+
+    async def tell(self, *messages: Message | None) -> None:
+        """Have the application send these; it ends with None."""
+        for message in messages:
+            self.tells.put_nowait(message)
+        await until(self.tells.empty)
+        await asyncio.sleep(0)
+
+    def lose(self) -> None:
+        self.socket.get_protocol().connection_lost(None)
+
+
+@pytest.fixture
+async def connection(tmp_path: Path) -> AsyncIterator[Connection]:
+    with (tmp_path / "log").open("wb") as log:
+        made = Connection(log.fileno())
+        yield made
+        await end(*made.state.tasks)
+        await made.door.close()
+
+
+@pytest.mark.parametrize(("handshake", "status"), [(WITHOUT_KEY, 400), (LONG_LINE, 431)])
+async def test_nothing_is_left_of_a_malformed_handshake(connection: Connection, handshake: bytes, status: int) -> None:
+    connection.begin(handshake)
+    await asyncio.sleep(0)
+    assert connection.socket.written.startswith(b"HTTP/1.1 %d " % status)
+    assert connection.socket.is_closing()
+    connection.lose()
+    assert connection.state.connections == set(), "a gateway that leaves would wait for it"
+    assert connection.door.connections == 0
