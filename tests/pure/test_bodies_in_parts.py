@@ -187,7 +187,7 @@ async def test_a_response_to_http_1_0_that_is_cut_is_an_error_to_its_client(monk
     protocol: Any = connection.protocol
     protocol.app = parts_of(b"a", cut=True)
     reset = asyncio.Event()
-    monkeypatch.setattr(protocol, "_reset", reset.set)
+    monkeypatch.setattr(protocol._client_end, "reset", reset.set)
     protocol.data_received(GET.replace(b"1.1", b"1.0"))
     await asyncio.wait_for(reset.wait(), 10)
     assert connection.socket.written.endswith(b"\r\n\r\na")

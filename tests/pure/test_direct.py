@@ -1,6 +1,7 @@
 """Requests that are answered without a task: byte for byte as those that are answered over ASGI."""
 
 import asyncio
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -33,6 +34,7 @@ class Socket(asyncio.Transport):
         self.written = b""
         self.closed = asyncio.Event()
         self.reads = True
+        self.real: socket.socket | None = None
 
     def write(self, data: Any) -> None:
         self.written += bytes(data)
@@ -46,7 +48,8 @@ class Socket(asyncio.Transport):
         return self.closed.is_set()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return {"peername": ("127.0.0.1", 5), "sockname": ("127.0.0.1", 80)}.get(name, default)
+        known = {"peername": ("127.0.0.1", 5), "sockname": ("127.0.0.1", 80), "socket": self.real}
+        return known.get(name, default)
 
     def pause_reading(self) -> None:
         self.reads = False
@@ -342,17 +345,6 @@ async def test_a_call_may_outlive_its_client(calls: FakeCalls) -> None:
 
     assert calls.cancelled == []
     assert connection.socket.written == b""
-
-
-async def test_a_client_that_leaves_behind_a_pipelined_request_is_noticed(calls: FakeCalls) -> None:
-    calls.answer = lambda request: None
-    connection = Connection(calls)
-    connection.protocol.data_received(GET + GET)
-    assert not connection.socket.reads
-
-    connection.protocol.look(connection.door.now)
-
-    assert connection.socket.reads
 
 
 async def test_a_gateway_that_stops_waits_no_longer(calls: FakeCalls) -> None:

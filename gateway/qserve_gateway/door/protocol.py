@@ -1,14 +1,13 @@
 """One connection: what of its input reaches uvicorn's HTTP parser, and when the connection is closed."""
 
 import asyncio
-import socket
-import struct
 from time import monotonic
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from qserve_gateway.door.body_protocol import BodyProtocol
+from qserve_gateway.door.client_end import ClientEnd
 from qserve_gateway.door.gate import (
     LARGEST_HEAD,
     Refusal,
@@ -25,7 +24,6 @@ CLIENT_LEFT = 499
 """The status that stands for a client which left before its response was complete, as in nginx."""
 LAST_CHANCE_S = 0.4
 """Seconds that an idle connection stays open when the gateway stops, since a request may be on its way."""
-_NO_LINGER = struct.pack("ii", 1, 0)
 
 
 class HttpProtocol(BodyProtocol):
@@ -48,15 +46,15 @@ class HttpProtocol(BodyProtocol):
         self._deaf = False
         self._refusal: Refusal | None = None
         """What to answer once earlier requests have been answered."""
-        self._unsent = 0
-        """Bytes that the network had not taken at the last look; their number is the same since `_unsent_since`."""
-        self._unsent_since = 0.0
+        self._waiting = b""
+        """What has come in behind requests that wait for their turn."""
         self._began = 0.0
         """When the application was given the request of `_active`."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to watch a connection; one too many is refused."""
         super().connection_made(TickTransport(transport, self.loop))
+        self._client_end = ClientEnd(self._door, self.transport)
         self._ip = self.client[0] if self.client else ""
         self._since = self._door.now
         try:
@@ -87,14 +85,22 @@ class HttpProtocol(BodyProtocol):
     def data_received(self, data: bytes) -> None:
         """Give the parser what is in order, one request after the other."""
         try:
-            if data == self._plain and self._body is None and not self._head and not self._deaf:
+            if data == self._plain and self._body is None and not (self._head or self.pipeline or self._deaf):
                 # The same request again, as clients that poll or call in a loop send it: 3 us less.
                 self._feed(data)
                 if self._leaving:
                     self.cycle.keep_alive = False
                 return
             while data and not self._deaf:
-                data = self._take_head(data) if self._body is None else self._take_body(data)
+                if self._body is not None:
+                    data = self._take_body(data)
+                elif not self.pipeline:
+                    data = self._take_head(data)
+                else:
+                    # Each request that is parsed takes a hundred times the memory of its bytes.
+                    self._waiting += data
+                    self.flow.pause_reading()
+                    return
         except Refusal as refusal:
             self._refuse(refusal)
 
@@ -174,7 +180,7 @@ class HttpProtocol(BodyProtocol):
         self._active = cycle
         self._began = monotonic()
         if cycle.scope["http_version"] == "1.0":
-            app = ended_by_closing(app, cycle, self._reset)
+            app = ended_by_closing(app, cycle, self._client_end.reset)
         elif self.begin(cycle):
             return
         self.run_app(app)
@@ -186,8 +192,6 @@ class HttpProtocol(BodyProtocol):
         self._note()
         if self.transport.is_closing():
             return
-        if self.flow.read_paused:
-            self.flow.resume_reading()
         if self.pipeline:
             cycle, app = self.pipeline.pop()
             if self._leaving and not self.pipeline:
@@ -195,6 +199,17 @@ class HttpProtocol(BodyProtocol):
             self._start_asgi_task(cycle, app)
         elif self._refusal is not None:
             self._answer(self._refusal)
+        if self.flow.read_paused or self._waiting:
+            self._read_on()
+
+    def _read_on(self) -> None:
+        if self.transport.is_closing():
+            return
+        data, self._waiting = self._waiting, b""
+        if data:
+            self.data_received(data)
+        if not self._waiting:
+            self.flow.resume_reading()
 
     def _note(self) -> None:
         transport = self.transport
@@ -245,14 +260,15 @@ class HttpProtocol(BodyProtocol):
 
     def look(self, now: float) -> None:
         """Close the connection if one of its deadlines has passed."""
-        if self._is_unread(now) or self._refusal is not None:
+        if self._client_end.is_unread(now) or self._refusal is not None:
             return  # until the requests before have been answered
         if self._deaf:
             if now - self._since > LINGER_S:
                 self.transport.close()
         elif self.flow.read_paused:
-            if self._direct is not None:
-                self.flow.resume_reading()  # or it would not be noticed that the client leaves
+            if self.pipeline and self._client_end.has_left():
+                self.transport.abort()
+                return
             # Somebody here takes his time, not the client.
             self._since, self._heard = self._since + (now - self._heard), now
         elif self._head or self._body is not None:
@@ -268,23 +284,6 @@ class HttpProtocol(BodyProtocol):
             self.transport.abort()
         else:
             self.transport.close()
-
-    def _is_unread(self, now: float) -> bool:
-        """Whether responses wait for the client to read them; resets the connection when they have waited too long."""
-        unsent = self.transport.get_write_buffer_size()
-        if unsent != self._unsent:
-            self._unsent, self._unsent_since = unsent, now
-        elif unsent and now - self._unsent_since > self._door.send_timeout_s:
-            self._door.refused["unread"] += 1
-            self._reset()
-        return unsent > 0
-
-    def _reset(self) -> None:
-        """Close without a last attempt to send, or the kernel would keep what is not read for minutes."""
-        sock = self.transport.get_extra_info("socket")
-        if sock is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-        self.transport.abort()
 
     def _look_at_request(self, door: Door, now: float) -> None:
         waited = now - self._since
