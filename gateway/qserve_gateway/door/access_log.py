@@ -1,10 +1,15 @@
 """The access log: one line for each response, written on a thread."""
 
 import asyncio
+import contextlib
 import os
+import select
+import threading
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import msgspec
@@ -12,6 +17,8 @@ import msgspec
 FLUSH_S = 0.25
 MOST_HELD = 100_000
 """How many lines are held while nobody reads them; further ones are dropped and counted."""
+_LAST_WORD_S = 1.0
+"""How long a gateway that ends waits for somebody to read the last lines."""
 
 
 class Line(NamedTuple):
@@ -33,6 +40,8 @@ class Line(NamedTuple):
 class AccessLog:
     """Collects lines and writes them four times a second, on a thread.
 
+    Where nobody reads them the thread waits for ever, so it is one that a process does not wait for when it ends.
+
     Args:
         style: "short", "text" or "json".
         descriptor: The file descriptor to write to.
@@ -44,6 +53,11 @@ class AccessLog:
         self._lines: list[Line] = []
         self._dropped = 0
         self._writing: asyncio.Task[None] | None = None
+        self._thread: threading.Thread | None = None
+        self._given: SimpleQueue[tuple[list[Line], int]] = SimpleQueue()
+        """What the thread is to write: lines, and how many were dropped after them."""
+        self._written = asyncio.Event()
+        self._closing = asyncio.Event()
 
     def add(self, scope: Mapping[str, Any], status: int, size: int, seconds: float) -> None:
         """Add a line about a response."""
@@ -70,28 +84,49 @@ class AccessLog:
             self._writing = asyncio.get_running_loop().create_task(self._write_soon())
 
     async def close(self) -> None:
-        """Write the lines that are left."""
+        """Write the lines that are left, if whoever reads them does so soon."""
+        self._closing.set()
         if self._writing is not None:
-            self._writing.cancel()
-        await asyncio.to_thread(self._write)
+            await asyncio.wait({self._writing}, timeout=_LAST_WORD_S)
 
     async def _write_soon(self) -> None:
-        await asyncio.sleep(FLUSH_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_S):
+                await self._closing.wait()
+        if self._thread is None:
+            write = partial(self._write, asyncio.get_running_loop())
+            self._thread = threading.Thread(target=write, name="qserve-access-log", daemon=True)
+            self._thread.start()
         while self._lines:
-            await asyncio.to_thread(self._write)
+            self._written.clear()
+            self._given.put((self._lines, self._dropped))
+            self._lines, self._dropped = [], 0
+            await self._written.wait()
         self._writing = None
 
-    def _write(self) -> None:
-        lines, self._lines = self._lines, []
-        dropped, self._dropped = self._dropped, 0
-        text = b"".join(map(self._put_into_words, lines))
-        if dropped:
-            text += b'{"dropped":%d}\n' % dropped if self._put_into_words is as_json else b"%d dropped\n" % dropped
-        while text:
-            try:
-                text = text[os.write(self._descriptor, text) :]
-            except OSError:
-                return  # nobody reads them any more
+    def _write(self, loop: asyncio.AbstractEventLoop) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            while True:
+                lines, dropped = self._given.get()
+                text = b"".join(map(self._put_into_words, lines))
+                if dropped:
+                    text += (
+                        b'{"dropped":%d}\n' % dropped if self._put_into_words is as_json else b"%d dropped\n" % dropped
+                    )
+                _write_all(self._descriptor, memoryview(text))
+                loop.call_soon_threadsafe(self._written.set)
+
+
+def _write_all(descriptor: int, text: memoryview) -> None:
+    while text:
+        try:
+            text = text[os.write(descriptor, text) :]
+        except BlockingIOError:  # standard output may be shared with a program that has set it so
+            poll = select.poll()
+            poll.register(descriptor, select.POLLOUT)
+            poll.poll()
+        except OSError:
+            return  # nobody reads them any more
 
 
 def as_text(line: Line) -> bytes:

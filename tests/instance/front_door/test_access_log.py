@@ -74,7 +74,7 @@ def test_a_client_that_leaves_has_a_line_too(impatient: TestInstance, gate: Gate
         assert [json.loads(line)["status"] for line in logged.output().splitlines()] == [499]
 
 
-def test_nobody_who_does_not_read_the_log_stops_the_gateway(impatient: TestInstance) -> None:
+def test_nobody_who_does_not_read_the_log_holds_up_the_gateway_or_its_end(impatient: TestInstance) -> None:
     """The pipe is full after 64 KiB."""
     with gateway(impatient.settings, QSERVE_ACCESS_LOG="json") as logged:
         address: Address = logged.address
@@ -82,6 +82,8 @@ def test_nobody_who_does_not_read_the_log_stops_the_gateway(impatient: TestInsta
             for _ in range(1_000):
                 connection.sendall(get(target=b"/-/healthz?" + b"a" * 200))
                 assert read_response(connection)[0] == 200
+        logged.process.terminate()
+        assert logged.process.wait(patience(20)) == 0
 
 
 @pytest.fixture
