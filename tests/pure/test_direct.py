@@ -13,7 +13,7 @@ from uvicorn.server import ServerState
 from qserve.errors import BackPressureError, GetTimeoutError, ReplicaDied
 from qserve.hooks import GatewayHook, GatewayRequest
 from qserve.settings import Settings
-from qserve.wire.channel import DATA, END, Chunk
+from qserve.wire.channel import ABORT, DATA, END, Chunk
 from qserve.wire.messages import HTTP_RESPONSE, HttpResponse, Reply, encode
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_gateway.bodies.streaming import ClientDisconnected
@@ -402,6 +402,31 @@ async def test_a_stream_goes_on_in_a_task(calls: FakeCalls, leaves: bool) -> Non
     await until(lambda: not connection.tasks)
 
     assert calls.cancelled == ["call0"]  # as every stream's, which has no effect where it has ended
+
+
+async def test_a_stream_that_breaks_off_has_not_failed_because_of_its_client(calls: FakeCalls) -> None:
+    calls.answer = lambda request: None
+    connection = Connection(calls)
+    connection.protocol.data_received(GET)
+    feed = begin_stream(calls)
+    feed(Chunk("replica", ABORT, 1, b"the replica is gone"))
+    await connection.socket.closed.wait()
+    connection.protocol.connection_lost(None)
+
+    counts = connection.door.counts.series
+    assert {key: series.count for key, series in counts.items()} == {("hello", 5): 1}
+
+
+async def test_a_client_that_leaves_after_a_stream_has_left_all_the_same(calls: FakeCalls) -> None:
+    calls.answer = lambda request: None
+    connection = Connection(calls)
+    connection.protocol.data_received(GET)
+    begin_stream(calls)(Chunk("replica", END, 1, b""))
+    await connection.answered(GET)
+    connection.protocol.connection_lost(None)
+
+    counts = connection.door.counts.series
+    assert {key: series.count for key, series in counts.items()} == {("hello", 2): 1, ("hello", 4): 1}
 
 
 async def test_the_rest_of_a_large_body_is_read_past_the_parser_and_what_follows_it_waits(calls: FakeCalls) -> None:

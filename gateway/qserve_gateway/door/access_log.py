@@ -110,9 +110,7 @@ class AccessLog:
                 lines, dropped = self._given.get()
                 text = b"".join(map(self._put_into_words, lines))
                 if dropped:
-                    text += (
-                        b'{"dropped":%d}\n' % dropped if self._put_into_words is as_json else b"%d dropped\n" % dropped
-                    )
+                    text += (b'{"dropped":%d}\n' if self._put_into_words is as_json else b"%d dropped\n") % dropped
                 _write_all(self._descriptor, memoryview(text))
                 loop.call_soon_threadsafe(self._written.set)
 

@@ -4,6 +4,7 @@ uvicorn runs the application in a task for each request, and looks at each heade
 together are a fifth of what a small request costs the gateway.
 """
 
+import asyncio
 from typing import Any
 
 from starlette.types import ASGIApp, Scope
@@ -47,6 +48,8 @@ class DirectProtocol(HttpToolsProtocol):
         """The request whose response is being made; `cycle` is the newest one, which may wait behind it."""
         self._direct: DirectRequest | None = None
         """The same, where it is answered without a task."""
+        self._task: asyncio.Task[None] | None = None
+        """Answers it, or answered the last one that was answered in a task."""
         self._defaults: list[tuple[bytes, bytes]] = []
         self._default_lines = b""
 
@@ -94,7 +97,7 @@ class DirectProtocol(HttpToolsProtocol):
         cycle = self._active
         assert cycle is not None
         self._direct = None
-        task = self.loop.create_task(cycle.run_asgi(app))  # type: ignore[arg-type]
+        self._task = task = self.loop.create_task(cycle.run_asgi(app))  # type: ignore[arg-type]
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 

@@ -20,6 +20,8 @@ from qserve_gateway.door.limits import LINGER_S, Door
 from qserve_gateway.door.transport import TickTransport
 from qserve_gateway.door.websocket_protocol import WebSocketProtocol
 
+BROKEN_OFF = 500
+"""The status that stands for a response that was cut off here after it had begun, whatever its head said."""
 CLIENT_LEFT = 499
 """The status that stands for a client which left before its response was complete, as in nginx."""
 LAST_CHANCE_S = 0.4
@@ -68,8 +70,10 @@ class HttpProtocol(BodyProtocol):
         if self._active is not None and not self._active.response_complete:
             self._active.disconnected = True  # uvicorn tells the newest only
             self._active.message_event.set()
-            seconds = monotonic() - self._began
-            self._door.note(self._active.scope, CLIENT_LEFT, self.transport.sent, seconds)
+            # Where what answers has ended before, the connection was closed because it has failed half-way.
+            failed = self._direct is None and self._task is not None and self._task.done()
+            status, seconds = BROKEN_OFF if failed else CLIENT_LEFT, monotonic() - self._began
+            self._door.note(self._active.scope, status, self.transport.sent, seconds)
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
