@@ -128,7 +128,7 @@ class Settings(BaseSettings):
     http_send_timeout_s: float = Field(
         default=60.0,
         gt=0,
-        description="A client that reads nothing of its response for this long is disconnected.",
+        description="A client that reads nothing of its response, or of its WebSocket, for this long is disconnected.",
     )
     http_keep_alive_s: float = Field(
         default=5.0,

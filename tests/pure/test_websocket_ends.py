@@ -13,6 +13,7 @@ from uvicorn.server import ServerState
 
 from qserve.background import end
 from qserve.settings import Settings
+from qserve_gateway.door import websocket_protocol
 from qserve_gateway.door.access_log import AccessLog
 from qserve_gateway.door.limits import Door
 from qserve_gateway.door.protocol import HttpProtocol
@@ -28,11 +29,29 @@ WITHOUT_KEY = HANDSHAKE.replace(b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\
 LONG_LINE = HANDSHAKE.replace(b"Host: x", b"Host: x\r\nCookie: " + b"a" * 9000)
 
 
+ACCEPT = {"type": "websocket.accept"}
+
+
+class UnreadSocket(Socket):
+    """What its client does not read keeps it open when it is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aborted = asyncio.Event()
+
+    def get_write_buffer_size(self) -> int:
+        return 5
+
+    def abort(self) -> None:
+        self.closed.set()
+        self.aborted.set()
+
+
 class Connection:
     """One that begins with a handshake, and the application behind it, which does what it is told."""
 
     def __init__(self, log: int) -> None:
-        self.door = Door(Settings(), has_log=False)
+        self.door = Door(Settings(http_send_timeout_s=0.01), has_log=False)
         self.door.log = AccessLog("json", log)
         self.tells: asyncio.Queue[Message | None] = asyncio.Queue()
         config = uvicorn.Config(
@@ -46,7 +65,7 @@ class Connection:
         config.load()
         self.state = ServerState()
         self.protocol = HttpProtocol(self.door, config=config, server_state=self.state, app_state={})
-        self.socket = Socket()
+        self.socket = UnreadSocket()
         self.socket.set_protocol(self.protocol)
         self.protocol.connection_made(self.socket)
 
@@ -86,3 +105,28 @@ async def test_nothing_is_left_of_a_malformed_handshake(connection: Connection, 
     connection.lose()
     assert connection.state.connections == set(), "a gateway that leaves would wait for it"
     assert connection.door.connections == 0
+
+
+async def test_a_client_that_does_not_read_is_cut_off(connection: Connection) -> None:
+    connection.door.open()
+    connection.begin()
+    await connection.tell(ACCEPT)
+    await connection.socket.aborted.wait()
+    assert connection.door.refused["unread"] == 1
+    assert connection.door.connections == connection.door.websockets == 1
+    connection.lose()
+    assert connection.door.connections == connection.door.websockets == 0
+
+
+@pytest.mark.parametrize("closing", [True, False])
+async def test_a_gateway_that_leaves_waits_for_none_that_does_not_read(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch, closing: bool
+) -> None:
+    monkeypatch.setattr(websocket_protocol, "LINGER_S", 0.01)
+    connection.begin()
+    await connection.tell(ACCEPT)
+    if closing:
+        connection.socket.close()
+    for each in connection.state.connections:
+        each.shutdown()
+    await connection.socket.aborted.wait()

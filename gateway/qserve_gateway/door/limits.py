@@ -100,7 +100,7 @@ class Door:
     @property
     def connections(self) -> int:
         """How many connections are open, WebSockets included."""
-        return len(self._looks) + self.websockets
+        return len(self._looks)
 
     def enter(self, look: Look, ip: str) -> None:
         """Count a new connection and begin to watch it.
@@ -118,22 +118,20 @@ class Door:
     def leave(self, look: Look, ip: str) -> None:
         """Count out a connection that is gone."""
         self._looks.discard(look)
-        self._count_out(ip)
-
-    def become_websocket(self, look: Look) -> None:
-        """Count a connection as a WebSocket from now on, which has its own deadlines."""
-        self._looks.discard(look)
-        self.websockets += 1
-
-    def leave_websocket(self, ip: str) -> None:
-        """Count out a WebSocket that is gone."""
-        self.websockets -= 1
-        self._count_out(ip)
-
-    def _count_out(self, ip: str) -> None:
         self._by_ip[ip] -= 1
         if self._by_ip[ip] <= 0:
             del self._by_ip[ip]
+
+    def become_websocket(self, before: Look, look: Look) -> None:
+        """Count a connection as a WebSocket from now on, which has deadlines of its own."""
+        self._looks.discard(before)
+        self._looks.add(look)
+        self.websockets += 1
+
+    def leave_websocket(self, look: Look, ip: str) -> None:
+        """Count out a WebSocket that is gone."""
+        self.websockets -= 1
+        self.leave(look, ip)
 
     def note(self, scope: Mapping[str, Any], status: int, size: int, seconds: float) -> None:
         """Count a response and write it to the access log."""

@@ -123,8 +123,9 @@ class HttpProtocol(BodyProtocol):
             raise Refusal(413, reason, "size")
         self._feed(head)
         if websocket:
-            if self.transport.get_protocol() is not self:
-                self._door.become_websocket(self.look)
+            became = self.transport.get_protocol()
+            if isinstance(became, WebSocketProtocol):
+                self._door.become_websocket(self.look, became.look)
                 self._deaf = True
         elif length:
             self._begin_body(length)

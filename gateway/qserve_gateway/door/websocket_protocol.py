@@ -1,10 +1,12 @@
 """One WebSocket: how it is counted and noted, and how it ends."""
 
+import asyncio
 from time import monotonic
 from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from qserve_gateway.door.client_end import ClientEnd
 from qserve_gateway.door.limits import LINGER_S, Door
 
 _SERVICE_RESTART = 1012
@@ -12,10 +14,10 @@ _UNREADABLE = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length:
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket connection, which the door counts and the access log notes.
+    """uvicorn's WebSocket connection, which the door counts and watches, and the access log notes.
 
     Args:
-        door: Where it is counted.
+        door: Its limits, and where it is counted.
     """
 
     def __init__(self, door: Door, **uvicorns: Any) -> None:
@@ -23,6 +25,15 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._door = door
         self._leaving = False
         self._began = monotonic()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to watch the connection."""
+        super().connection_made(transport)
+        self._client_end = ClientEnd(self._door, self.transport)
+
+    def look(self, now: float) -> None:
+        """Close the connection if its client has read nothing for too long."""
+        self._client_end.is_unread(now)
 
     def deny_unreadable(self) -> None:
         """Deny a handshake that has come, but which is none for the WebSocket library: uvicorn would wait for another.
@@ -46,13 +57,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         """Close it because the gateway leaves, once its handshake is complete, and give the client a moment to answer.
 
         uvicorn hangs up at once. If the client is sending then, the connection is reset, and a proxy that has not
-        passed the close frame on yet never does.
+        passed the close frame on yet never does. One that does not read is not waited for any longer, either.
         """
         self._leaving = True
-        if not self.handshake_complete or self.transport.is_closing():
+        if not self.handshake_complete:
             return
         self.stop_keepalive()
-        if not self.close_sent:
+        if not (self.close_sent or self.transport.is_closing()):
             self.queue.put_nowait({"type": "websocket.disconnect", "code": _SERVICE_RESTART})
             self.conn.send_close(_SERVICE_RESTART)
             self.transport.write(b"".join(self.conn.data_to_send()))
@@ -62,12 +73,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
                 self.transport.resume_reading()
         if self.close_timer is not None:
             self.close_timer.cancel()
-        self.close_timer = self.loop.call_later(LINGER_S, self.transport.close)
+        self.close_timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count the WebSocket out and note it."""
         status = 101 if self.handshake_complete else 0
         super().connection_lost(exc)
-        self._door.leave_websocket(self.client[0] if self.client else "")
+        self._door.leave_websocket(self.look, self.client[0] if self.client else "")
         if self._door.log is not None and hasattr(self, "scope"):  # uvicorn makes none for a malformed handshake
             self._door.log.add(self.scope, status, 0, monotonic() - self._began)
