@@ -152,17 +152,17 @@ class Door:
         if not same_host(origin, header_in(head, b"host").decode("latin-1")):
             raise Refusal(403, "WebSockets are not open to pages of this origin (QSERVE_WEBSOCKET_ORIGINS)", "origin")
 
-    def refusal_response(self, refusal: Refusal) -> tuple[list[tuple[bytes, bytes]], bytes]:
-        """Make the headers and the body of the answer, and count it."""
+    def refusal_response(self, refusal: Refusal) -> tuple[str, list[tuple[bytes, bytes]], bytes]:
+        """Make the request's id, and the headers and the body of the answer, and count it."""
         self.refused[refusal.kind] += 1
         request_id = next(self._ids)
         about = "Bad request" if refusal.status == 400 else "Refused"
         body = f"{about}: {refusal.reason}. Request {request_id}.".encode()
         headers = [(b"x-request-id", request_id.encode()), (b"connection", b"close")]
         if refusal.status == 204:
-            return headers, b""
+            return request_id, headers, b""
         text = (b"content-type", b"text/plain; charset=utf-8")
-        return [text, (b"content-length", b"%d" % len(body)), *headers], body
+        return request_id, [text, (b"content-length", b"%d" % len(body)), *headers], body
 
 
 def request_ids() -> Iterator[str]:

@@ -246,9 +246,10 @@ class HttpProtocol(BodyProtocol):
             self._answer(refusal)
 
     def _answer(self, refusal: Refusal) -> None:
-        headers, body = self._door.refusal_response(refusal)
+        request_id, headers, body = self._door.refusal_response(refusal)
         if self._door.log is not None:
-            about = {"client": self.client, "method": "-", "raw_path": b"-", "http_version": "1.1"}
+            noted = {"request_id": request_id}
+            about = {"client": self.client, "method": "-", "raw_path": b"-", "http_version": "1.1", "state": noted}
             self._door.log.add(about, refusal.status, len(body), 0.0)
         lines = [b"%b: %b\r\n" % field for field in (*self.server_state.default_headers, *headers)]
         self.transport.write(b"".join((STATUS_LINE[refusal.status], *lines, b"\r\n", body)))

@@ -42,7 +42,7 @@ def test_each_response_has_a_line(impatient: TestInstance, style: str) -> None:
                 connection.sendall(request)
                 read_response(connection)
             connection.sendall(get(host=b""))
-            read_response(connection)
+            refused = read_response(connection)[1][b"x-request-id"].decode()
         logged.address.ask(get(b"Connection: close"))
         lines = logged.output().decode().splitlines()
     assert len(lines) == 5
@@ -51,6 +51,7 @@ def test_each_response_has_a_line(impatient: TestInstance, style: str) -> None:
         assert [line["status"] for line in told] == [200, 200, 500, 400, 200]
         assert [line["deployment"] for line in told] == ["tell", "", "fail", "", "tell"]
         assert (told[0]["path"], told[0]["request_id"], told[0]["method"]) == ("/a%22b?q=1", "mine", "GET")
+        assert told[3]["request_id"] == refused
         assert told[0]["client"] == "127.0.0.1"
         assert told[0]["bytes"] > 100
         assert 0 < told[0]["ms"] < patience(5000)
