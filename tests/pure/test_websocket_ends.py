@@ -1,6 +1,7 @@
 """WebSockets at the door, without a network: what is left of them when they end."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -50,9 +51,10 @@ class UnreadSocket(Socket):
 class Connection:
     """One that begins with a handshake, and the application behind it, which does what it is told."""
 
-    def __init__(self, log: int) -> None:
+    def __init__(self, log: Path, descriptor: int) -> None:
+        self.log = log
         self.door = Door(Settings(http_send_timeout_s=0.01), has_log=False)
-        self.door.log = AccessLog("json", log)
+        self.door.log = AccessLog("json", descriptor)
         self.tells: asyncio.Queue[Message | None] = asyncio.Queue()
         config = uvicorn.Config(
             cast(Any, self._answer),
@@ -86,11 +88,17 @@ class Connection:
     def lose(self) -> None:
         self.socket.get_protocol().connection_lost(None)
 
+    async def logged(self) -> list[tuple[str, int]]:
+        """The paths and statuses in the access log."""
+        await self.door.close()
+        lines = map(json.loads, self.log.read_text().splitlines())
+        return [(line["path"], line["status"]) for line in lines]
+
 
 @pytest.fixture
 async def connection(tmp_path: Path) -> AsyncIterator[Connection]:
     with (tmp_path / "log").open("wb") as log:
-        made = Connection(log.fileno())
+        made = Connection(tmp_path / "log", log.fileno())
         yield made
         await end(*made.state.tasks)
         await made.door.close()
@@ -105,6 +113,7 @@ async def test_nothing_is_left_of_a_malformed_handshake(connection: Connection, 
     connection.lose()
     assert connection.state.connections == set(), "a gateway that leaves would wait for it"
     assert connection.door.connections == 0
+    assert await connection.logged() == [("-", status)]
 
 
 async def test_a_client_that_does_not_read_is_cut_off(connection: Connection) -> None:
@@ -130,3 +139,30 @@ async def test_a_gateway_that_leaves_waits_for_none_that_does_not_read(
     for each in connection.state.connections:
         each.shutdown()
     await connection.socket.aborted.wait()
+
+
+@pytest.mark.parametrize(
+    ("messages", "status"),
+    [
+        ([ACCEPT, {"type": "websocket.close"}], 101),
+        ([{"type": "websocket.close"}], 403),
+        (
+            [
+                {"type": "websocket.http.response.start", "status": 418, "headers": []},
+                {"type": "websocket.http.response.body", "body": b"no"},
+            ],
+            418,
+        ),
+        ([None], 500),
+        ([], 499),
+    ],
+)
+async def test_how_a_handshake_was_answered_is_noted(
+    connection: Connection, messages: list[Message | None], status: int
+) -> None:
+    connection.begin()
+    await connection.tell(*messages)
+    connection.lose()
+    counted = {key: series.count for key, series in connection.door.counts.series.items()}
+    assert counted == ({("", status // 100): 1} if status != 101 else {})
+    assert await connection.logged() == [("/a?b=1", status)]

@@ -13,6 +13,8 @@ from qserve_gateway.door.access_log import AccessLog
 from qserve_gateway.door.gate import Refusal, header_in
 from qserve_gateway.door.request_counts import RequestCounts
 
+CLIENT_LEFT = 499
+"""The status that stands for a client which left before its response was complete, as in nginx."""
 SWEEP_S = 0.5
 _LOOKS_AT_ONCE = 50
 _SHORTEST_PAUSE_S = 0.005

@@ -16,14 +16,12 @@ from qserve_gateway.door.gate import (
     refuse,
 )
 from qserve_gateway.door.http_1_0 import ended_by_closing
-from qserve_gateway.door.limits import LINGER_S, Door
+from qserve_gateway.door.limits import CLIENT_LEFT, LINGER_S, Door
 from qserve_gateway.door.transport import TickTransport
 from qserve_gateway.door.websocket_protocol import WebSocketProtocol
 
 BROKEN_OFF = 500
 """The status that stands for a response that was cut off here after it had begun, whatever its head said."""
-CLIENT_LEFT = 499
-"""The status that stands for a client which left before its response was complete, as in nginx."""
 LAST_CHANCE_S = 0.4
 """Seconds that an idle connection stays open when the gateway stops, since a request may be on its way."""
 

@@ -1,13 +1,16 @@
 """One WebSocket: how it is counted and noted, and how it ends."""
 
 import asyncio
+from collections.abc import Mapping
 from time import monotonic
 from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import State
 
 from qserve_gateway.door.client_end import ClientEnd
-from qserve_gateway.door.limits import LINGER_S, Door
+from qserve_gateway.door.limits import CLIENT_LEFT, LINGER_S, Door
+from qserve_gateway.door.transport import TickTransport
 
 _SERVICE_RESTART = 1012
 _UNREADABLE = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -19,6 +22,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     Args:
         door: Its limits, and where it is counted.
     """
+
+    transport: TickTransport
 
     def __init__(self, door: Door, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
@@ -76,9 +81,15 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.close_timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Count the WebSocket out and note it."""
-        status = 101 if self.handshake_complete else 0
+        """Count the WebSocket out and note it, or the response that its handshake got instead."""
         super().connection_lost(exc)
         self._door.leave_websocket(self.look, self.client[0] if self.client else "")
-        if self._door.log is not None and hasattr(self, "scope"):  # uvicorn makes none for a malformed handshake
-            self._door.log.add(self.scope, status, 0, monotonic() - self._began)
+        # uvicorn makes no scope for a handshake that is malformed.
+        unknown: dict[str, Any] = {"client": self.client, "raw_path": b"-", "http_version": "1.1", "state": {}}
+        scope: Mapping[str, Any] = getattr(self, "scope", unknown)
+        seconds = monotonic() - self._began
+        if self.conn.state is State.CONNECTING:
+            head = self.transport.head
+            self._door.note(scope, CLIENT_LEFT if head is None else int(head[9:12]), self.transport.sent, seconds)
+        elif self._door.log is not None:
+            self._door.log.add(scope, 101, 0, seconds)
