@@ -129,7 +129,7 @@ class Listener:
             ConfigurationError: The certificates cannot be used, or nobody can listen there.
         """
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._server = _Server(self._uvicorn_config(), started)
+        self._server = _Server(self._uvicorn_config(), started, self._door.header_timeout_s)
         self.serving = asyncio.create_task(self._server.serve([self._socket]))
         self._door.open()
         await asyncio.wait({started, self.serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -183,11 +183,15 @@ class _Server(uvicorn.Server):
 
     Args:
         started: Resolved when connections are accepted.
+        handshake_timeout_s: How long a TLS handshake may take; until it is complete the door knows of no connection.
     """
 
-    def __init__(self, config: uvicorn.Config, started: asyncio.Future[None]) -> None:
+    def __init__(self, config: uvicorn.Config, started: asyncio.Future[None], handshake_timeout_s: float) -> None:
         super().__init__(config)
         self._started = started
+        self._tls: dict[str, Any] = {"ssl": config.ssl}
+        if config.ssl is not None:
+            self._tls["ssl_handshake_timeout"] = handshake_timeout_s
         self._leaving = asyncio.Event()
 
     def leave(self) -> None:
@@ -197,7 +201,13 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections."""
-        await super().startup(sockets)
+        loop = asyncio.get_running_loop()
+        backlog = self.config.backlog
+        self.servers = [
+            await loop.create_server(self._new_protocol, sock=sock, backlog=backlog, **self._tls)
+            for sock in sockets or []
+        ]
+        self.started = True
         self._started.set_result(None)
 
     async def main_loop(self) -> None:
@@ -222,7 +232,7 @@ class _Server(uvicorn.Server):
                 with contextlib.suppress(BlockingIOError, ConnectionError):
                     while True:
                         connection, _ = sock.accept()
-                        await loop.connect_accepted_socket(self._new_protocol, connection, ssl=self.config.ssl)
+                        await loop.connect_accepted_socket(self._new_protocol, connection, **self._tls)
         await super().shutdown(sockets)
         # Whoever still waits is told so: uvicorn has cancelled tasks only where nobody has forced it to end.
         for protocol in list(self.server_state.connections):

@@ -279,6 +279,17 @@ def test_https_is_served(impatient: TestInstance, certificate: Path) -> None:
             assert b"200" not in ask(plain, get())
 
 
+def test_a_connection_without_its_tls_handshake_ends_as_one_without_headers_does(
+    impatient: TestInstance, certificate: Path
+) -> None:
+    files = ("--ssl-certfile", str(certificate / "cert.pem"), "--ssl-keyfile", str(certificate / "key.pem"))
+    with (
+        gateway(impatient.settings, *files, QSERVE_HTTP_HEADER_TIMEOUT_S=0.8) as secure,
+        secure.address.connect(10) as connection,
+    ):
+        assert connection.recv(1) == b""
+
+
 def test_a_certificate_that_cannot_be_used_is_told_in_one_line(impatient: TestInstance, tmp_path: Path) -> None:
     with gateway(impatient.settings, "--ssl-certfile", str(tmp_path / "none.pem")) as failed:
         assert "TLS certificate" in failed.ready["error"]
