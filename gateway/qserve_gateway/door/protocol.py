@@ -268,7 +268,7 @@ class HttpProtocol(BodyProtocol):
             return  # until the requests before have been answered
         if self._deaf:
             if now - self._since > LINGER_S:
-                self.transport.close()
+                self._close()
         elif self.flow.read_paused:
             if self.pipeline and self._client_end.has_left():
                 self.transport.abort()
@@ -280,9 +280,9 @@ class HttpProtocol(BodyProtocol):
         elif self._active is None or self._active.response_complete:
             patience = LAST_CHANCE_S if self._leaving else self._door.keep_alive_s
             if now - self._since > patience:
-                self._close_idle()
+                self._close()
 
-    def _close_idle(self) -> None:
+    def _close(self) -> None:
         """Close; without more ado if that has begun before: a TLS client that does not read never agrees to it."""
         if self.transport.is_closing():
             self.transport.abort()

@@ -346,8 +346,9 @@ def test_an_idle_connection_ends_soon_when_the_gateway_leaves(impatient: TestIns
         assert leaving.process.wait(patience(10)) == 0
 
 
-def test_an_idle_client_of_https_that_does_not_agree_to_the_end_holds_up_nobody(
-    impatient: TestInstance, certificate: Path
+@pytest.mark.parametrize("first", [get(), get(host=b"")], ids=["idle", "refused"])
+def test_a_client_of_https_that_does_not_agree_to_the_end_holds_up_nobody(
+    impatient: TestInstance, certificate: Path, first: bytes
 ) -> None:
     files = ("--ssl-certfile", str(certificate / "cert.pem"), "--ssl-keyfile", str(certificate / "key.pem"))
     context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
@@ -356,7 +357,7 @@ def test_an_idle_client_of_https_that_does_not_agree_to_the_end_holds_up_nobody(
         leaving.address.connect() as plain,
         context.wrap_socket(plain, server_hostname="localhost") as connection,
     ):
-        connection.sendall(get())
+        connection.sendall(first)
         read_response(connection)
         began = time.monotonic()
         leaving.process.terminate()
