@@ -70,7 +70,8 @@ class _Registry:
     """What this process has counted since the last time that it was taken. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant: the collector may run here, and a `__del__` that counts, or a handler that logs what is told here.
+        self._lock = threading.RLock()
         self._counted: dict[str, UserSeries] = {}
         self._counted_room = _Room(_MOST_COUNTED)
         self._gauges: dict[str, float] = {}
@@ -83,14 +84,14 @@ class _Registry:
         first = next(iter(counts))
         with self._lock:
             series = self._counted.get(first)
-            if series is not None:
-                fields = series.fields
-                for field, count in counts.items():
-                    fields[field] = fields.get(field, 0) + count
-            elif self._counted_room.is_for(metric, first):
-                self._counted[first] = UserSeries(metric, dict(counts))
-            else:
-                self._dropped += 1
+            if series is None:
+                if not self._counted_room.is_for(metric, first):
+                    self._dropped += 1
+                    return
+                series = self._counted.setdefault(first, UserSeries(metric, {}))
+            fields = series.fields
+            for field, count in counts.items():
+                fields[field] = fields.get(field, 0) + count
 
     def drop(self, metric: str, value: float) -> None:
         """Count nothing for a value that no sum can take in, and say so once for each metric."""

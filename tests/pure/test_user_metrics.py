@@ -1,6 +1,8 @@
 """Metrics of user code: what they count, and how they are shown."""
 
+import logging
 import math
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,10 +10,12 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from qserve.broker.history.totals import MOST_SERIES
 from qserve.serve import metrics
 from qserve.telemetry import user_metrics
 from qserve.telemetry.user_metrics import MICRO, current_gauges, take_counts
 from qserve_gateway.admin.metrics_of_users import UserMetrics
+from tests.support.waiting import joined
 
 
 @pytest.fixture(autouse=True)
@@ -191,3 +195,26 @@ def test_long_and_broken_values_of_tags_are_shown_as_far_as_they_can_be() -> Non
         f'files_total{{deployment="One",name="{"x" * 199}…"}} 1.0',
         'files_total{deployment="One",name="caf?"} 1.0',
     ]
+
+
+def test_what_is_counted_while_something_is_counted_counts_too() -> None:
+    requests = metrics.Counter("requests", tag_keys=("path",))
+    warnings = metrics.Counter("warnings")
+
+    class Counting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            warnings.inc()
+
+    def count() -> None:
+        for number in range(MOST_SERIES + 1):
+            requests.inc(tags={"path": str(number)})
+
+    handler = Counting()
+    user_metrics.logger.addHandler(handler)
+    try:
+        thread = threading.Thread(target=count, daemon=True)
+        thread.start()
+        joined(thread)
+    finally:
+        user_metrics.logger.removeHandler(handler)
+    assert sum(counted().values()) == (MOST_SERIES + 1) * user_metrics.MICRO
