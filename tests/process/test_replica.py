@@ -341,6 +341,49 @@ class TestLeaving:
             await until(lambda: host.reports("applied"))
             assert await value(caller, put(caller, "get_config", "after")) == ["new", "new"]
 
+    async def test_a_new_config_waits_no_longer_than_the_grace_time_and_can_be_tried_again(self, world: World) -> None:
+        world.deploy(user_config=world.codec.pack("old"), graceful_shutdown_timeout_s=0.0)
+        (host,) = await world.start()
+        async with calling(world.settings, NAME) as caller:
+            stuck = put(caller, "get_config", "stuck")
+            await world.started("stuck")
+            world.deploy(user_config=world.codec.pack("new"), graceful_shutdown_timeout_s=0.0)
+            await until(lambda: host.reports("asks_to_apply"))
+            host.kill(signal.SIGUSR2)
+
+            (failed,) = await until(lambda: host.reports("reconfigure_failed"))
+            assert failed["generation"] == 2
+            assert "still runs calls that began under it: get_config, for 1 s" in failed["error"]
+            assert await value(caller, put(caller, "pid", None)) == host.pid  # it serves on
+
+            world.books.gate.open()
+            assert await value(caller, stuck) == ["old", "old"]
+            world.deploy(user_config=world.codec.pack("new"), graceful_shutdown_timeout_s=60.0)
+            await until(lambda: len(host.reports("asks_to_apply")) == 2)
+            host.kill(signal.SIGUSR2)
+            await until(lambda: host.reports("applied"))
+            assert await value(caller, put(caller, "get_config", "after")) == ["new", "new"]
+
+    async def test_a_replica_that_is_told_to_leave_waits_for_no_new_config(self, world: World) -> None:
+        world.deploy(user_config=world.codec.pack("old"), graceful_shutdown_timeout_s=300.0)
+        (host,) = await world.start()
+        async with calling(world.settings, NAME) as caller:
+            before = put(caller, "get_config", "before")
+            await world.started("before")
+            world.deploy(user_config=world.codec.pack("new"), graceful_shutdown_timeout_s=300.0)
+            await until(lambda: host.reports("asks_to_apply"))
+            host.kill(signal.SIGUSR2)
+            put(caller, "pid", None)
+            await until(lambda: world.redis.xlen(world.keys.calls(NAME)) == 2)
+
+            host.kill(signal.SIGTERM)
+            await host.reached("DRAINING")
+            world.books.gate.open()
+
+            assert await value(caller, before) == ["old", "old"]
+            assert await host.ended() == 0
+        assert not host.reports("reconfigure_failed")
+
 
 class TestFrames:
     async def test_what_is_no_call_of_ours_is_rejected_counted_and_kept_among_the_dead_letters(

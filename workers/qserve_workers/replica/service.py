@@ -34,13 +34,13 @@ from qserve_workers.replica.deployment_watch import DeploymentWatch
 from qserve_workers.replica.gpus import GpuLedger, gpus_here, wait_for_gpus
 from qserve_workers.replica.health import HealthChecks
 from qserve_workers.replica.heartbeat import Heartbeat
+from qserve_workers.replica.reconfiguring import Reconfiguring
 from qserve_workers.replica.replica_events import (
     ConstructionFailed,
     EventWriter,
     HealthLost,
     ReconfigureFailed,
     StillBusy,
-    TurnWanted,
 )
 from qserve_workers.replica.rest import Rest
 from qserve_workers.replica.self_description import SelfDescription
@@ -98,6 +98,7 @@ class Service:
         self._health = HealthChecks(tag, consumer.slots, self._health_changed)
         self._checking: asyncio.Task[None] | None = None
         stalls = StallWatch(tag, consumer.slots, self._health.overdue_s, self._about.publish_problem)
+        self._reconfiguring = Reconfiguring(tag, consumer, wishes, watch.changed, events)
         self._takeover = Takeover(settings, consumer, client.id)
         self._heartbeat = Heartbeat(
             *(settings, self._name, client.id),
@@ -230,33 +231,33 @@ class Service:
     async def _apply(self, deployed: Deployed, code: UserCode) -> None:
         """Take up a change that needs no new process."""
         config = deployed.spec.user_config
-        if config == self._deployed.spec.user_config:
-            config = None
-        elif config is not None and not await self._has_turn(deployed.generation):
-            return
-        self._deployed = self._watch.served = deployed
-        self._consumer.slots.spec = deployed.spec
-        if config is not None:
+        if config is None or config == self._deployed.spec.user_config:
+            self._follow(deployed)
+            self._about.applied(deployed)
+        elif await self._reconfiguring.has_turn(deployed.generation):
             # Calls taken before see the old config, calls taken after the new one; meanwhile they wait in the queue.
             await self._consumer.pause()
-            await self._consumer.finish(float("inf"), streams=False)
             try:
-                await code.reconfigure(config)
-            except Exception as exc:
-                logger.exception("Exception in deployment %r: reconfigure failed", self._name)
-                self._events.tell(ReconfigureFailed(generation=deployed.generation, error=_users_traceback(exc)))
-                return
+                await self._reconfigure(deployed, code, config)
             finally:
-                self._start_taking(code)
-        self._about.applied(deployed)
+                if not self._wishes.shall_leave.is_set():
+                    self._start_taking(code)
 
-    async def _has_turn(self, generation: int) -> bool:
-        """Serve on until the parent says it is this replica's turn to reconfigure; False if something else comes."""
-        wishes = self._wishes
-        wishes.may_serve.clear()
-        self._events.tell(TurnWanted(generation=generation))
-        await first_of(wishes.may_serve, self._watch.changed, wishes.shall_leave)
-        return wishes.may_serve.is_set() and not wishes.shall_leave.is_set()
+    async def _reconfigure(self, deployed: Deployed, code: UserCode, config: bytes) -> None:
+        if not await self._reconfiguring.may_begin(deployed):
+            return
+        self._follow(deployed)
+        try:
+            await code.reconfigure(config)
+        except Exception as exc:
+            logger.exception("Exception in deployment %r: reconfigure failed", self._name)
+            self._events.tell(ReconfigureFailed(generation=deployed.generation, error=_users_traceback(exc)))
+        else:
+            self._about.applied(deployed)
+
+    def _follow(self, deployed: Deployed) -> None:
+        self._deployed = self._watch.served = deployed
+        self._consumer.slots.spec = deployed.spec
 
     async def _is_current(self) -> bool:
         """Whether this replica, back from an absence, serves what is deployed, or nobody serves anything newer."""
