@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 
 import pytest
@@ -113,6 +113,63 @@ async def test_what_is_cancelled_while_it_waits_for_a_thread_does_not_run(gate: 
     gate.opened.set()
     await first
     assert await threads.run(lambda: gate.entered) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_generator_that_nobody_reads_any_more_is_closed_once_its_step_has_ended(
+    gate: Gate, caplog: pytest.LogCaptureFixture, count: int
+) -> None:
+    closed = []
+
+    def generate() -> Iterator[str]:
+        try:
+            yield "first"
+            yield gate.pass_through()
+        finally:
+            closed.append(asked.get())
+
+    threads = UserThreads("generating", count)
+    asked.set("by me")
+    chunks = threads.iterate(generate())
+    assert await anext(chunks) == "first"
+    second = asyncio.create_task(anext(chunks))
+    await until(lambda: gate.entered == 1)
+    second.cancel()
+    if count > 1:
+        assert await threads.run(lambda: len(closed)) == 0  # and no other thread waits for it
+
+    gate.opened.set()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    assert closed == ["by me"]
+    assert not caplog.records
+
+
+async def test_a_generator_makes_no_step_that_was_not_begun_when_its_reader_left(gate: Gate) -> None:
+    steps = []
+
+    def generate() -> Iterator[int]:
+        try:
+            steps.append("first")
+            yield 1
+            steps.append("second")
+            yield 2
+        finally:
+            steps.append("closed")
+
+    threads = UserThreads("generating", 1)
+    chunks = threads.iterate(generate())
+    assert await anext(chunks) == 1
+    before = asyncio.create_task(threads.run(gate.pass_through))
+    await until(lambda: gate.entered == 1)
+    second = asyncio.create_task(anext(chunks))
+    await asyncio.sleep(0)
+    second.cancel()
+    gate.opened.set()
+    await before
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    assert steps == ["first", "closed"]
 
 
 async def test_at_the_end_what_runs_goes_on_and_what_waits_is_dropped(gate: Gate) -> None:

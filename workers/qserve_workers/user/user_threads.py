@@ -12,6 +12,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from contextvars import Context, copy_context
+from functools import partial
 from queue import Empty, SimpleQueue
 from types import AsyncGeneratorType, FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -64,13 +65,16 @@ class UserThreads:
             finally:
                 await enter(generator.aclose)
             return
-        context = copy_context()
+        context, rests = copy_context(), asyncio.Event()
+        rests.set()
         try:
-            while (chunk := await enter(self._run, context, next, (generator, _EXHAUSTED), {})) is not _EXHAUSTED:
+            while (
+                chunk := await enter(self._run, context, next, (generator, _EXHAUSTED), {}, rests)
+            ) is not _EXHAUSTED:
                 yield chunk
         finally:
             # In a task of its own: anyio cancels this one again and again, and a thread may not be free at once.
-            await enter(asyncio.shield, spawn(self._run(context, generator.close, (), {})))
+            await enter(asyncio.shield, spawn(self._close(generator, context, rests)))
 
     def endpoint(self, method: MethodType) -> Callable[..., Any]:
         """What a method does, on a thread, as an endpoint that FastAPI and Starlette await.
@@ -102,6 +106,7 @@ class UserThreads:
                 work = self._queue.get_nowait()
                 if work is not None:
                     work.future.cancel()
+                    work.settle(work.future, None, None)
         self.end_when_idle()
 
     def end_when_idle(self) -> None:
@@ -109,21 +114,44 @@ class UserThreads:
         self._is_closed = True
         self._queue.put(None)
 
-    async def _run(self, context: Context, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    async def _close(self, generator: Any, context: Context, rests: asyncio.Event) -> None:
+        await rests.wait()  # nobody waits for its last step any more, which may still run
+        await self._run(context, generator.close, (), {})
+
+    async def _run(
+        self, context: Context, function: Callable[..., Any], args: Any, kwargs: Any, rests: asyncio.Event | None = None
+    ) -> Any:
+        """Run a function in a context.
+
+        Args:
+            rests: Cleared now, and set once the function has ended or will not begin, also if nobody waits for it.
+        """
         if self._is_closed:
             raise RuntimeError("this replica has ended, and runs nothing on its threads any more")
+        settle = self._settle
+        if rests is not None:
+            rests.clear()
+            settle = partial(self._settle, rests=rests)
         if self._busy >= self._started < self._most:
             threading.Thread(target=_work_off, args=(self._queue,), name=f"{self._name}_{self._started}").start()
             self._started += 1
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         self._busy += 1
-        self._queue.put(_Work(loop, future, self._settle, context, function, args, kwargs))
+        self._queue.put(_Work(loop, future, settle, context, function, args, kwargs))
         result = await future
         return await result if type(result) not in _NOT_AWAITED and inspect.isawaitable(result) else result
 
-    def _settle(self, future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
+    def _settle(
+        self,
+        future: "asyncio.Future[Any]",
+        result: Any,
+        error: BaseException | None,
+        rests: asyncio.Event | None = None,
+    ) -> None:
         self._busy -= 1
+        if rests is not None:
+            rests.set()
         if future.done():
             return  # cancelled
         if error is None:
