@@ -274,7 +274,11 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
     ] = True
     graceful_shutdown_timeout_s: Annotated[
         NonNegativeFloat,
-        Option("How long a replica that leaves may take to finish its calls. Then its process is killed."),
+        Option(
+            "How long a replica that leaves may take to finish its calls, and then the shutdown hooks of its "
+            "application and its `__del__`. Then its process is killed. A new `user_config` waits as long for the "
+            "calls that run."
+        ),
     ] = 20.0
     graceful_shutdown_wait_loop_s: Annotated[
         PositiveFloat, Option("Accepted because Ray Serve has it, and without effect: qserve does not poll.")

@@ -303,6 +303,22 @@ class TestLeaving:
         assert sorted(world.books.starts()) == sorted([first.pid] * 2 + [second.pid] * 3)
         assert world.redis.hkeys(world.keys.heartbeats(NAME)) == [second.id.encode()]
 
+    async def test_a_destructor_has_what_is_left_of_the_grace_time(self, world: World) -> None:
+        world.deploy("Parting", graceful_shutdown_timeout_s=300.0)
+        (host,) = await world.start()
+
+        def beats() -> int:
+            return int(world.redis.hget(world.keys.heartbeats(NAME), host.id) or 0)
+
+        host.kill(signal.SIGTERM)
+        await world.started("goodbye")
+        beats_before = beats()
+        await until(lambda: beats() > beats_before + 15)  # 3 s
+        world.books.gate.open()
+
+        assert await host.ended() == 0
+        assert world.books.ended() == ["goodbye"]
+
     async def test_what_waits_to_run_again_is_handed_on_by_a_replica_that_leaves(self, world: World) -> None:
         world.deploy()
         async with calling(world.settings, NAME) as caller:

@@ -29,7 +29,9 @@ from starlette.routing import Mount, Route, Router
 from qserve.deployments.deployment import deployment
 from qserve.deployments.ingress import FrozenApp, ingress
 from qserve.errors import StreamBroken
+from qserve_workers.user import last_words
 from tests.support.local_code import running
+from tests.support.slowness import patience
 
 # What can be an ingress
 
@@ -808,6 +810,47 @@ async def test_hooks_run_in_order_around_the_instance() -> None:
         assert story == ["constructor", "startup"]
         assert (await replica.get("/")).json() == ["by startup", "lifespan state", "by startup"]
     assert story == ["constructor", "startup", "shutdown", "destructor"]
+
+
+async def test_a_shutdown_hook_that_takes_too_long_is_told_and_the_destructor_runs_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = patience(30)
+    monkeypatch.setattr(last_words, "_KEPT_S", kept)
+    story: list[str] = []
+    may_end = asyncio.Event()
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        while not may_end.is_set():
+            try:
+                await may_end.wait()
+            except asyncio.CancelledError:
+                story.append("cancelled")
+
+    @ingress(FastAPI(lifespan=lifespan))
+    class Views:
+        async def __del__(self) -> None:
+            story.append("destructor")
+
+    async with running(Views) as replica:
+        await replica.code.close(kept + 0.1)
+        assert story == ["cancelled", "destructor"]
+        (told,) = caplog.messages
+        assert told.startswith("Deployment Views: a shutdown hook has not ended within the 0.1 s that were left")
+        may_end.set()
+
+
+async def test_a_destructor_that_takes_too_long_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Slow:
+        async def __del__(self) -> None:
+            await asyncio.Event().wait()
+
+    async with running(Slow) as replica:
+        await replica.code.close(0.1)
+        (told,) = caplog.messages
+        assert told.startswith("Deployment Slow: __del__ has not ended within the 0.1 s that were left")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

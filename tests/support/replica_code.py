@@ -153,6 +153,13 @@ class Patient(Code):
             await asyncio.sleep(0.01)
 
 
+class Parting(Code):
+    """Takes its time to go."""
+
+    async def __del__(self) -> None:
+        await self.wait("goodbye")
+
+
 class SyncPatient:
     """Sync code only, with a check of its own."""
 

@@ -1,7 +1,6 @@
 """A replica while something is deployed: it constructs, takes calls, follows changes, and leaves."""
 
 import asyncio
-import contextlib
 import logging
 import socket
 import time
@@ -131,7 +130,7 @@ class Service:
                 await self._take_calls(code)
         finally:
             end_by = time.monotonic() + self._deployed.spec.graceful_shutdown_timeout_s
-            await self._leave()
+            await self._leave(end_by)
         return end_by
 
     async def _construct(self) -> UserCode | None:
@@ -313,7 +312,7 @@ class Service:
             self._start_taking(code)
         self._events.tell(StillBusy(running=len(self._consumer.slots)))
 
-    async def _leave(self) -> None:
+    async def _leave(self, end_by: float) -> None:
         self._about.enter(DRAINING, self._deployed)
         await end(self._checking)
         await self._consumer.pause()
@@ -324,9 +323,7 @@ class Service:
         await self._takeover.stop()
         all_answered = await self._consumer.stop()
         if self._code is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_QUICK_TIMEOUT_S):
-                    await self._code.close()
+            await self._code.close(max(end_by - time.monotonic(), _QUICK_TIMEOUT_S))
         self._heartbeat.stop()
         self._consumer.slots.counts.take(at_once=True)
         await asyncio.to_thread(self._say_goodbye, all_answered)

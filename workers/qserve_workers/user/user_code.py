@@ -27,6 +27,7 @@ from qserve.wire.messages import HttpRequest, HttpResponse, WebSocketEvent, enco
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_workers.user.asgi import ASGIApp, Lifespan, OnComplete, Socket, run_asgi
 from qserve_workers.user.constructor_loop import lend_loop
+from qserve_workers.user.last_words import LastWords
 from qserve_workers.user.ordinary_process import adopt_celery_app, settle_log_level
 from qserve_workers.user.plain_responses import make_request, make_response, stream_chunks, text_response
 from qserve_workers.user.user_entry import enter
@@ -294,22 +295,29 @@ class UserCode:
         assert self._lifespan is not None
         await enter(self._app, {**scope, "state": self._lifespan.state.copy()}, receive, send)
 
-    async def close(self) -> None:
-        """Run the shutdown hooks, then `__del__` once, and let go of the models. What they raise is logged."""
+    async def close(self, within_s: float | None = None) -> None:
+        """Run the shutdown hooks, then `__del__` once, and let go of the models.
+
+        What they raise is logged: the replica goes all the same.
+
+        Args:
+            within_s: How long they may take together; None: as long as they please. What takes longer is cancelled.
+        """
+        words = LastWords(self._spec.name, within_s)
         if self._lifespan is not None:
-            try:
-                await self._lifespan.shutdown()
-            except Exception:
-                logger.exception("Exception in a shutdown hook of deployment %r", self._spec.name)
+            await words.of("a shutdown hook", self._lifespan.shutdown())
         destructor = getattr(self._instance, "__del__", None) if self._spec.is_class else None
+        await words.of("__del__", self._destroy(destructor), is_last=True)
         if destructor is not None:
-            try:
-                await enter(describe_method(destructor, self._threads.run).run)
-            except Exception:
-                logger.exception("Exception in __del__ of deployment %r", self._spec.name)
             forget_destructor(self._instance)
-        await asyncio.get_running_loop().create_task(unload_models(), context=self.context.copy())
         self._threads.close()
+
+    async def _destroy(self, destructor: Callable[[], object] | None) -> None:
+        try:
+            if destructor is not None:
+                await enter(describe_method(destructor, self._threads.run).run)
+        finally:
+            await asyncio.get_running_loop().create_task(unload_models(), context=self.context.copy())
 
     async def _construct_instance(self) -> None:
         cls = self._target
