@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import pydantic
 import pytest
+from fastapi import HTTPException as FastAPIException
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -656,6 +657,39 @@ async def test_an_exception_is_raised_and_an_http_exception_is_a_response() -> N
     async with running(refuse) as replica:
         answer = await replica.get()
         assert (answer.status, answer.text, answer.header("x-pot")) == (418, "short and stout", "tea")
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "body"),
+    [
+        (HTTPException(404, "no such thing"), "text/plain; charset=utf-8", b"no such thing"),
+        (FastAPIException(422, {"code": 7, "why": [None]}), "application/json", b'{"detail":{"code":7,"why":[null]}}'),
+        (FastAPIException(422, [datetime.date(2026, 1, 2)]), "application/json", b'{"detail":["2026-01-02"]}'),
+        (FastAPIException(422, 0), "application/json", b'{"detail":0}'),
+        (HTTPException(204), None, b""),
+        (HTTPException(304, "as before", headers={"etag": "a"}), None, b""),
+    ],
+)
+async def test_an_http_exception_is_text_or_as_fastapi_shows_it(
+    raised: HTTPException, kind: str | None, body: bytes
+) -> None:
+    async def refuse() -> None:
+        raise raised
+
+    async def refuse_to_stream() -> Any:
+        raise raised
+        yield "never"
+
+    def refuse_to_stream_on_a_thread() -> Any:
+        raise raised
+        yield "never"
+
+    for code in (refuse, refuse_to_stream, refuse_to_stream_on_a_thread):
+        async with running(code) as replica:
+            answer = await replica.get()
+            headers = dict(answer.headers)
+            assert (answer.status, headers.get("content-type"), answer.body) == (raised.status_code, kind, body)
+            assert headers.get("content-length") == (str(len(body)) if kind else None)
 
 
 # Context

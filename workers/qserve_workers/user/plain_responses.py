@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from pydantic_core import PydanticSerializationError, to_jsonable_python
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -60,11 +61,21 @@ async def make_response(
     return HttpResponse(200, [_JSON, (b"content-length", b"%d" % len(body))], body)
 
 
-def text_response(status: int, text: str, headers: dict[str, str] | None = None) -> HttpResponse:
-    """A plain-text response."""
-    body = text.encode()
-    extra = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in (headers or {}).items()]
-    return HttpResponse(status, [_TEXT, (b"content-length", b"%d" % len(body)), *extra], body)
+def error_response(error: HTTPException) -> HttpResponse:
+    """The response that user code has raised: text as it is, any other detail as FastAPI shows it.
+
+    Raises:
+        ResultNotSerializable: Its detail is nothing that JSON can say.
+    """
+    status = error.status_code
+    headers = [
+        (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in (error.headers or {}).items()
+    ]
+    if status < 200 or status in (204, 304):
+        return HttpResponse(status, headers, b"")
+    detail: object = error.detail
+    kind, body = (_TEXT, detail.encode()) if isinstance(detail, str) else (_JSON, _compact({"detail": detail}))
+    return HttpResponse(status, [kind, (b"content-length", b"%d" % len(body)), *headers], body)
 
 
 async def stream_chunks(chunks: AsyncIterator[object]) -> Response:
@@ -100,6 +111,10 @@ def to_json(value: object) -> bytes:
     """
     # json's own indenting is pure Python: 20 times slower than compact JSON indented by msgspec.
     return msgspec.json.format(_to_json_text(value).encode(), indent=2)
+
+
+def _compact(value: object) -> bytes:
+    return msgspec.json.format(_to_json_text(value).encode(), indent=-1)
 
 
 def _to_json_text(value: object) -> str:

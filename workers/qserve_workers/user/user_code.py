@@ -29,7 +29,7 @@ from qserve_workers.user.asgi import ASGIApp, Lifespan, OnComplete, Socket, run_
 from qserve_workers.user.constructor_loop import lend_loop
 from qserve_workers.user.last_words import LastWords
 from qserve_workers.user.ordinary_process import adopt_celery_app, settle_log_level
-from qserve_workers.user.plain_responses import make_request, make_response, stream_chunks, text_response
+from qserve_workers.user.plain_responses import error_response, make_request, make_response, stream_chunks
 from qserve_workers.user.user_entry import enter
 from qserve_workers.user.user_methods import (
     CALL,
@@ -283,10 +283,14 @@ class UserCode:
         try:
             result = await enter(found.run, *args)
         except HTTPException as exc:
-            return text_response(exc.status_code, exc.detail, dict(exc.headers or {}))
+            return error_response(exc)
         if isinstance(result, GeneratorType | AsyncGeneratorType):
             async with contextlib.aclosing(self._threads.iterate(result)) as chunks:
-                return await make_response(await stream_chunks(chunks), request, open_channel, on_complete)
+                try:
+                    streamed = await stream_chunks(chunks)
+                except HTTPException as exc:  # before its first chunk
+                    return error_response(exc)
+                return await make_response(streamed, request, open_channel, on_complete)
         return await make_response(result, request, open_channel, on_complete)
 
     async def asgi(self, scope: Scope, receive: Receive, send: Send) -> None:
