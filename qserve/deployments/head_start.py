@@ -7,6 +7,7 @@ This module imports nothing of qserve, so that a command can begin with it.
 """
 
 import contextlib
+import io
 import json
 import os
 import select
@@ -110,7 +111,26 @@ def wait_for_orders(meanwhile: Callable[[], object]) -> bool:
         os.dup2(descriptor, place)
     os.close(nothing)
     os.close(output)
+    _open_output_again()
     sys.argv[1:] = arguments
     os.environ.clear()
     os.environ.update(environment)
     return True
+
+
+def _open_output_again() -> None:
+    """What Python has found out about its output, such as whether one can seek in it, was found out before."""
+    for name in ("stdout", "stderr"):
+        before = getattr(sys, name)
+        raw = io.FileIO(before.fileno(), "w", closefd=False)
+        raw.name = before.name
+        made = io.TextIOWrapper(
+            raw if isinstance(before.buffer, io.RawIOBase) else io.BufferedWriter(raw),  # PYTHONUNBUFFERED
+            before.encoding,
+            before.errors,
+            newline="\n",
+            line_buffering=before.line_buffering,
+            write_through=before.write_through,
+        )
+        setattr(sys, name, made)
+        setattr(sys, f"__{name}__", made)

@@ -45,6 +45,25 @@ def test_it_becomes_what_it_is_told_to_be(ahead: HeadStart, tmp_path: Path) -> N
     assert error == "an error"
 
 
+def test_its_output_can_be_set_up_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is a pipe, while that of a process that waits is not."""
+    program = f"""{PROGRAM}
+    sys.stdout.reconfigure(encoding="utf-16-le", line_buffering=True)
+    print("é", sys.stdout.name, sys.stderr.name, sys.stderr.errors, sys.stdout is sys.__stdout__)
+"""
+    monkeypatch.setattr(head_start, "PROGRAM", (sys.executable, "-c", program))
+    started = HeadStart()
+    reader, writer = os.pipe()
+    process = started.begin([], {**os.environ, "TOLD": "", "GONE": ""}, writer)
+    os.close(writer)
+    assert process is not None
+    with open(reader, "rb") as output:  # noqa: PTH123 (a descriptor)
+        said = output.read()
+    assert process.wait(60) == 0, said
+    assert "é <stdout> <stderr> backslashreplace True\n".encode("utf-16-le") in said
+    started.cancel()
+
+
 def test_it_ends_when_nobody_wants_it(ahead: HeadStart) -> None:
     ahead.cancel()
     ahead.cancel()
