@@ -18,6 +18,7 @@ from qserve.deployments.local_instance import find_record
 from qserve.testing import TestInstance
 from tests.support import ordinary_code, thread_bound_code
 from tests.support.gates import is_alive
+from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
 
 
@@ -83,6 +84,23 @@ def test_a_module_may_use_the_event_loop_while_it_is_imported(qserve_instance: T
     deployment.deploy()
     assert deployment.get_handle().started.remote().result(LIMIT_S) == (True, True, "complete")
     deployment.delete()
+
+
+def test_user_code_may_take_signals_for_itself_and_is_replaced_as_ever(qserve_instance: TestInstance) -> None:
+    def deployment(version: str) -> Any:
+        return serve.deployment(name="dumping", version=version)(ordinary_code.Dumping)
+
+    deployment("1").deploy()
+    handle: Any = deployment("1").get_handle()
+    pid = handle.remote().result(LIMIT_S)
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(pid, signum)
+    assert handle.remote().result(LIMIT_S) == pid
+
+    goal = deployment("2").deploy(_blocking=False)  # the new replica is told that it may serve
+    assert goal.wait(patience(LIMIT_S))
+    assert handle.remote().result(LIMIT_S) != pid
+    deployment("2").delete()
 
 
 @pytest.mark.parametrize("durable", [False, True])

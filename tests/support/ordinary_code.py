@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import contextlib
+import faulthandler
 import logging
 import logging.config
 import multiprocessing
@@ -19,6 +20,8 @@ from typing import Any
 
 from celery import Celery, shared_task
 from starlette.requests import Request
+
+from qserve_workers.pool import child_signals
 
 project = Celery("project", broker="memory://", backend="cache+memory://")
 project.conf.task_always_eager = True
@@ -44,8 +47,19 @@ def square(x: int) -> int:
 
 
 def tell_signals(pipe: Any) -> None:
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    handlers = {signum: signal.getsignal(signum) for signum in child_signals.ALL}
     pipe.send([handler == signal.SIG_DFL for handler in handlers.values()] + [signal.set_wakeup_fd(-1)])
+
+
+class Dumping:
+    """Can be asked by signals where its threads are."""
+
+    def __init__(self) -> None:
+        for signum in (signal.SIGUSR1, signal.SIGUSR2):
+            faulthandler.register(signum, file=2)
+
+    def __call__(self) -> int:
+        return os.getpid()
 
 
 class Processes:

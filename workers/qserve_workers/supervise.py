@@ -142,4 +142,9 @@ class KeptProcess:
 
 def reason_of(code: int) -> str:
     """How a process ended that has this exit code."""
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:  # most real-time signals have no name
+        return f"killed by signal {-code}"

@@ -18,11 +18,9 @@ from typing import Any, NoReturn
 
 from celery.concurrency import asynpool
 
+from qserve_workers.pool import child_signals
 from qserve_workers.replica.replica_process import ReplicaProcess
 from qserve_workers.user.ordinary_process import become_ordinary, run_exit_hooks
-
-FORK_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
-"""Blocked while the pool forks, so that none is lost before the child has its handlers."""
 
 _LONGEST_HEARING_S = 1.0
 """A Celery task on the main thread may take longer than whoever waits for signals to be heard has time."""
@@ -37,7 +35,7 @@ class Child(asynpool.Worker):  # type: ignore[misc]
         """Become a replica: forget the parent, take over the signals, start, and return at once."""
         _forget_sockets()
         super().after_fork()
-        become_ordinary(FORK_SIGNALS)
+        become_ordinary(child_signals.ALL)
         self._replica = self.make_replica()
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
@@ -46,21 +44,21 @@ class Child(asynpool.Worker):  # type: ignore[misc]
             self._poll.register(fd, select.POLLIN)
         self._leaving = False
         self._orders: list[Callable[[], None]] = []
-        for signum in FORK_SIGNALS:
+        for signum in child_signals.ALL:
             signal.signal(signum, self._on_signal)
         # A signal that comes just before the poll, or on another thread, does not end it: Python runs `_on_signal` only
         # after it. This wakes it at once.
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORK_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, child_signals.ALL)
         self._replica.start(self._hear_signals)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         match signum:
-            case signal.SIGTERM:
+            case child_signals.LEAVE:
                 self._leaving = True
-            case signal.SIGUSR1:
+            case child_signals.RELEASE:
                 self._orders.append(self._replica.release)
-            case signal.SIGUSR2:
+            case child_signals.SERVE:
                 self._orders.append(self._replica.serve)
         with contextlib.suppress(BlockingIOError):  # woken often enough
             os.write(self._wake_writer, b"\0")

@@ -22,6 +22,7 @@ from qserve.settings import Settings
 from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.messages import Signer
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, WorkerInfo
+from qserve_workers.pool import child_signals
 from qserve_workers.pool.announce import Announcer
 from qserve_workers.pool.rollout import Action, Kill, Publish, Release, Resize, Rollout, Serve, Status, Stop
 from qserve_workers.pool.scaling import Scaler, WorkerDemand
@@ -203,11 +204,11 @@ class Keeper:
         match action:
             case Stop(pid):
                 logger.info("Deployment %s: pid %d is to drain and leave", self.deployment, pid)
-                _signal(pid, signal.SIGTERM)
+                _signal(pid, child_signals.LEAVE)
             case Release(pid):
-                _signal(pid, signal.SIGUSR1)
+                _signal(pid, child_signals.RELEASE)
             case Serve(pid):
-                _signal(pid, signal.SIGUSR2)
+                _signal(pid, child_signals.SERVE)
             case Kill(pid, why):
                 logger.warning("Deployment %s: killing pid %d: %s", self.deployment, pid, why)
                 _signal(pid, signal.SIGKILL)
@@ -238,7 +239,7 @@ class Keeper:
         """Let one replica drain and leave; another takes its place. False if it is leaving already."""
         stopped = self.rollout.stop(pid, time.monotonic())
         if stopped:
-            _signal(pid, signal.SIGTERM)
+            _signal(pid, child_signals.LEAVE)
             self.act()
         return stopped
 
@@ -304,6 +305,6 @@ class Keeper:
                     self._demand = WorkerDemand.from_event(event, now)
 
 
-def _signal(pid: int, signum: signal.Signals) -> None:
+def _signal(pid: int, signum: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # it was faster; the pool will hear of its death
         os.kill(pid, signum)

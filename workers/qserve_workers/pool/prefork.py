@@ -19,7 +19,8 @@ from billiard.pool import RUN, TERMINATE, WorkersJoined
 from celery.concurrency import asynpool, prefork
 from celery.worker import state as worker_state
 
-from qserve_workers.pool.child import FORK_SIGNALS, Child
+from qserve_workers.pool import child_signals
+from qserve_workers.pool.child import Child
 from qserve_workers.pool.keeper import Keeper
 from qserve_workers.user.ordinary_process import end_group
 
@@ -74,7 +75,8 @@ class ChildProcesses(asynpool.AsynPool):  # type: ignore[misc]
         return process
 
     def _create_worker_process(self, i: int) -> Any:
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, FORK_SIGNALS)
+        # So that none is lost before the child has its handlers.
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, child_signals.ALL)
         try:
             process = super()._create_worker_process(i)
         finally:

@@ -34,7 +34,7 @@ _CELERY_LOGGERS = ("celery", "celery.task", "celery.redirected", "multiprocessin
 _CELERY_VARIABLES = ("CELERY_LOG_", "_MP_FORK_LOG")
 
 
-def become_ordinary(own_signals: Iterable[signal.Signals]) -> None:
+def become_ordinary(own_signals: Iterable[int]) -> None:
     """Take back what Celery and billiard have set up in this process. On its main thread.
 
     Args:
@@ -76,9 +76,9 @@ class _Forks(threading.local):
     They are blocked meanwhile: one that came before the new process has its own handlers would be lost.
     """
 
-    def __init__(self, own: frozenset[signal.Signals]) -> None:
+    def __init__(self, own: frozenset[int]) -> None:
         self._own = own
-        self._mask: set[signal.Signals | int] = set()
+        self._mask: set[int] = set()
 
     def before(self) -> None:
         self._mask = set(signal.pthread_sigmask(signal.SIG_BLOCK, self._own | {signal.SIGINT}))
