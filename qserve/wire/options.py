@@ -284,7 +284,7 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
         PositiveFloat, Option("Accepted because Ray Serve has it, and without effect: qserve does not poll.")
     ] = 2.0
     initialization_timeout_s: Annotated[
-        PositiveFloat, Option("How long a constructor may take. One that takes longer has failed.")
+        PositiveFloat, Option("How long a constructor or `reconfigure` may take. One that takes longer has failed.")
     ] = 600.0
     max_constructor_retry_count: Annotated[
         PositiveInt,

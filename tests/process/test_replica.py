@@ -380,6 +380,19 @@ class TestLeaving:
             await until(lambda: host.reports("applied"))
             assert await value(caller, put(caller, "get_config", "after")) == ["new", "new"]
 
+    async def test_a_reconfigure_that_takes_too_long_has_failed(self, world: World) -> None:
+        world.deploy("Stuck", user_config=world.codec.pack("old"))
+        (host,) = await world.start()
+        async with calling(world.settings, NAME) as caller:
+            world.deploy("Stuck", user_config=world.codec.pack("new"), initialization_timeout_s=0.1)
+            await until(lambda: host.reports("asks_to_apply"))
+            host.kill(signal.SIGUSR2)
+
+            (failed,) = await until(lambda: host.reports("reconfigure_failed"))
+            assert failed["error"] == "reconfigure took over 0.1 s (initialization_timeout_s)."
+            world.books.gate.open()
+            assert await value(caller, put(caller, "get_config", "after")) == ["old", "old"]
+
     async def test_a_replica_that_is_told_to_leave_waits_for_no_new_config(self, world: World) -> None:
         world.deploy(user_config=world.codec.pack("old"), graceful_shutdown_timeout_s=300.0)
         (host,) = await world.start()

@@ -153,6 +153,15 @@ class Patient(Code):
             await asyncio.sleep(0.01)
 
 
+class Stuck(Code):
+    """Does not get over one of its configs."""
+
+    async def reconfigure(self, config: object) -> None:  # type: ignore[override]
+        if config == "new":
+            await self.wait("reconfigure")
+        self.config = config
+
+
 class Parting(Code):
     """Takes its time to go."""
 

@@ -246,11 +246,15 @@ class Service:
         if not await self._reconfiguring.may_begin(deployed):
             return
         self._follow(deployed)
+        limit = asyncio.timeout(deployed.spec.initialization_timeout_s)
         try:
-            await code.reconfigure(config)
+            async with limit:
+                await code.reconfigure(config)
         except Exception as exc:
             logger.exception("Exception in deployment %r: reconfigure failed", self._name)
-            self._events.tell(ReconfigureFailed(generation=deployed.generation, error=_users_traceback(exc)))
+            took = f"reconfigure took over {deployed.spec.initialization_timeout_s:g} s (initialization_timeout_s)."
+            error = took if limit.expired() else _users_traceback(exc)
+            self._events.tell(ReconfigureFailed(generation=deployed.generation, error=error))
         else:
             self._about.applied(deployed)
 
