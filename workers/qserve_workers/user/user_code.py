@@ -300,9 +300,7 @@ class UserCode:
         await enter(self._app, {**scope, "state": self._lifespan.state.copy()}, receive, send)
 
     async def close(self, within_s: float | None = None) -> None:
-        """Run the shutdown hooks, then `__del__` once, and let go of the models.
-
-        What they raise is logged: the replica goes all the same.
+        """Run the shutdown hooks, then `__del__` once, and let go of the models. What they raise is logged.
 
         Args:
             within_s: How long they may take together; None: as long as they please. What takes longer is cancelled.
@@ -311,17 +309,10 @@ class UserCode:
         if self._lifespan is not None:
             await words.of("a shutdown hook", self._lifespan.shutdown())
         destructor = getattr(self._instance, "__del__", None) if self._spec.is_class else None
-        await words.of("__del__", self._destroy(destructor), is_last=True)
+        await words.of("__del__", _destroy(destructor, self._threads, self.context), is_last=True)
         if destructor is not None:
             forget_destructor(self._instance)
         self._threads.close()
-
-    async def _destroy(self, destructor: Callable[[], object] | None) -> None:
-        try:
-            if destructor is not None:
-                await enter(describe_method(destructor, self._threads.run).run)
-        finally:
-            await asyncio.get_running_loop().create_task(unload_models(), context=self.context.copy())
 
     async def _construct_instance(self) -> None:
         cls = self._target
@@ -365,3 +356,11 @@ class UserCode:
         return MethodNotFound(
             f"Tried to call a method {name!r} that does not exist. Available methods: {self.available_methods}."
         )
+
+
+async def _destroy(destructor: Callable[[], object] | None, threads: UserThreads, context: Context) -> None:
+    try:
+        if destructor is not None:
+            await enter(describe_method(destructor, threads.run).run)
+    finally:
+        await asyncio.get_running_loop().create_task(unload_models(), context=context.copy())
