@@ -19,12 +19,13 @@ from qserve.broker.server.redis_checks import connect, require_usable
 from qserve.cli.output import Failure, note
 from qserve.cli.project.lookup import FoundApp, is_config_file, where_it_was_looked_for
 from qserve.cli.project.overrides import Overrides
-from qserve.cli.project.source import content_version, project_files
+from qserve.cli.project.source import content_version
 from qserve.config_file.configured import configured_graph
 from qserve.config_file.reading import read_config_file
 from qserve.config_file.sections import ConfigFile
 from qserve.deployments.deployment import Deployment
 from qserve.deployments.driver import make_codec
+from qserve.deployments.source_files import project_files
 from qserve.durable.schedules import Declared, Schedules
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.screen.progress import show_progress

@@ -95,17 +95,23 @@ def _scale_between(name: str, least: int | None, most: int | None, as_json: bool
 @click.option("--timeout", type=click.FloatRange(min=0), default=120.0, show_default=True, help="Seconds to wait.")
 @click.argument("name")
 def rollback(name: str, timeout: float, as_json: bool) -> None:
-    """Deploy the version of NAME again that was served before the present one; done twice, it leads back."""
+    """Deploy the version of NAME again that was served before the present one; done twice, it leads back.
+
+    Its options and arguments come back, and code that was pickled. Replicas import other code from the files that are
+    on their machines: if these have changed since on this one, nothing is done.
+    """
     with connected() as state:
         try:
-            goal = controls.roll_back(state, name)
+            goal, caveat = controls.roll_back(state, name)
         except ValueError as exc:
             raise Failure(f"{exc}.") from exc
         if not goal.wait(timeout):
             raise Failure(f"The former version of {name} is not up after {timeout:g} s: `qserve status` shows how far.")
         version = goal.deployed.spec.version
-        _done(state, name, "roll back", as_json, version=version, generation=goal.deployed.generation)
-    note(f"{name} serves {f'version {version}' if version else 'its former version'} again.")
+        facts: dict[str, Any] = {"version": version, "generation": goal.deployed.generation, "caveat": caveat}
+        _done(state, name, "roll back", as_json, **facts)
+    shown = f"version {version}" if version else "its former version"
+    note(f"{name} is deployed again as {shown} was. {caveat}" if caveat else f"{name} serves {shown} again.")
 
 
 @click.command()

@@ -61,6 +61,7 @@ def next_spec(wanted: DeploymentSpec, current: Deployed | None) -> DeploymentSpe
         wanted,
         revision=running.revision,
         target=running.target,
+        sources=running.sources,
         init_args=running.init_args,
         is_class=running.is_class,
         is_ingress=running.is_ingress,

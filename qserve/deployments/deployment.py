@@ -17,6 +17,7 @@ from qserve.deployments.checked_options import changed_options, complete_options
 from qserve.deployments.driver import THIS_PROCESS
 from qserve.deployments.loading import Deployable, importing, is_importing, make_target
 from qserve.deployments.readable_options import ReadableOptions
+from qserve.deployments.source_files import source_digests
 from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.codec import Codec
 from qserve.wire.options import DECLARED, Backpressure, Default, GivenOptions
@@ -168,8 +169,10 @@ class Deployment(ReadableOptions, Deployable, Generic[T_co]):
             "ray_actor_options": codec.pack(actor_options, f"ray_actor_options of {name!r}") if actor_options else b"",
         }
         task_queue, task_names = getattr(code, "__qserve_tasks__", ("", ()))
+        target = self._target or make_target(code, allow_pickle=codec.allow_pickle)
         return DeploymentSpec(
-            target=self._target or make_target(code, allow_pickle=codec.allow_pickle),
+            target=target,
+            sources=source_digests(target, getattr(code, "__module__", None) or ""),
             revision=uuid.uuid4().hex,
             is_class=inspect.isclass(code),
             is_ingress=hasattr(code, "__qserve_asgi__"),

@@ -4,7 +4,9 @@ Every function raises `BrokerUnavailable`, `ConfigurationError` or `CommandRefus
 told.
 """
 
+import socket
 from collections.abc import Callable
+from typing import NamedTuple
 
 from msgspec.structs import asdict, replace
 from pydantic import ValidationError
@@ -14,6 +16,7 @@ from qserve.broker.inboxes import control_frame, tell_now
 from qserve.broker.instance.state import GenerationChanged, State
 from qserve.broker.records import end_now
 from qserve.deployments.deploying import Goal
+from qserve.deployments.source_files import changed_files
 from qserve.durable.dead_letters import DeadLetters
 from qserve.errors import CallCancelled, CallNotFound, DeploymentNotFound
 from qserve.operating.call_search import CallFilter, find_calls
@@ -93,21 +96,65 @@ def set_bound(state: State, name: str, bound: int) -> Goal | None:
     return _change(state, name, lambda spec: replace(spec, max_queued_requests=bound))
 
 
-def roll_back(state: State, name: str) -> Goal:
+class RolledBack(NamedTuple):
+    """What came of a `roll_back`.
+
+    Attributes:
+        goal: The former version, on its way to being served.
+        caveat: A sentence about code that replicas import and that could not be compared; "" if there is none.
+    """
+
+    goal: Goal
+    caveat: str
+
+
+def roll_back(state: State, name: str) -> RolledBack:
     """Deploy again what was served before the present version. Done twice, it leads back.
 
     Raises:
         DeploymentNotFound: There is none of this name.
-        ValueError: There was no other version before.
+        ValueError: There was no other version before, or files that its code is imported from are others by now.
     """
     while True:
         current, former = _deployed(state, name), state.former(name)
         if former is None:
             raise ValueError(f"there is no version of {name!r} before the present one")
+        caveat = _caveat(state, former, is_served=former.revision == current.spec.revision)
         try:
-            return Goal(state, state.deploy(former, expected=current.generation, former=current), current)
+            deployed = state.deploy(former, expected=current.generation, former=current)
+            return RolledBack(Goal(state, deployed, current), caveat)
         except GenerationChanged:
             continue
+
+
+def _caveat(state: State, former: DeploymentSpec, *, is_served: bool) -> str:
+    if former.target.pickled and not former.sources:
+        return ""
+    changed = changed_files(former.sources)
+    if changed is None:
+        what = former.target.import_path or "the modules that its pickled code uses"
+        return (
+            f"Its code was not compared, because that cannot be done from here: replicas import {what} from the files "
+            "that are on their machines. If these are newer, put the former ones, or the former image, back there, and "
+            "roll back again."
+        )
+    if changed:
+        files = ", ".join(changed[:3]) + (f" and {len(changed) - 3} others" if len(changed) > 3 else "")
+        if is_served:
+            return f"Its replicas stay, but others that start will import what is in the files now: {files} changed."
+        raise ValueError(
+            f"the former version of {former.name!r} does not come back by this: replicas import its code from files, "
+            f"and since it was deployed these have changed: {files}. Nothing was done. Put the former files, or the "
+            f"former image, back where replicas run, and `qserve rollback {former.name}` again, or deploy code that "
+            "works"
+        )
+    elsewhere = sorted({node.host for node in state.observed.nodes().values()} - {socket.gethostname()})
+    if not elsewhere:
+        return ""
+    return (
+        f"The files on this machine are those of that version. Replicas on {', '.join(elsewhere)} import the files "
+        "there, which were not compared."
+    )
 
 
 def send_again(state: State, call: CallSummary, out_of_line_bytes: int) -> str:

@@ -50,6 +50,7 @@ class DeploymentSpec(DeploymentOptions, frozen=True, kw_only=True):
             from, as JSON: `import_path` and `args`. Otherwise "".
         task_queue: The queue whose tasks it consumes; "" if it consumes none.
         task_names: The names of the tasks that it has handlers for.
+        sources: The source files that the code is imported from, each with a digest, as they were when it was deployed.
     """
 
     target: Target
@@ -62,6 +63,7 @@ class DeploymentSpec(DeploymentOptions, frozen=True, kw_only=True):
     declared: str = ""
     task_queue: str = ""
     task_names: tuple[str, ...] = ()
+    sources: tuple[tuple[str, str], ...] = ()
 
 
 class SignedSpec(msgspec.Struct, frozen=True, array_like=True):

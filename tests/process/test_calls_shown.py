@@ -1,8 +1,10 @@
 """What operators are shown of calls, and what they do to calls and deployments while others change them."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -33,7 +35,7 @@ from qserve.wire.messages import (
     Signer,
     encode,
 )
-from qserve.wire.spec import Deployed
+from qserve.wire.spec import Deployed, DeploymentSpec, NodeInfo
 from tests.support.calling import deploy
 
 CODEC = Codec(allow_pickle=True, max_bytes=1_000_000)
@@ -171,6 +173,38 @@ def test_a_change_that_meets_another_one_is_made_on_top_of_it(
     assert present().spec == spec
     controls.roll_back(state, "Echo")
     assert (present().spec.num_replicas, present().spec.max_queued_requests) == (3, 8)
+
+
+def test_a_roll_back_says_what_it_could_not_compare_and_does_nothing_where_files_are_others(
+    state: State, settings: Settings, tmp_path: Path
+) -> None:
+    file = tmp_path / "shop.py"
+    file.write_text("good")
+    spec = deploy(settings)
+    known = msgspec.structs.replace(spec, sources=((str(file), hashlib.sha256(b"good").hexdigest()[:16]),))
+
+    def deploy_over(former: DeploymentSpec) -> Deployed:
+        changed = msgspec.structs.replace(spec, revision="newer")
+        return state.deploy(changed, expected=state.generation("Echo"), former=Deployed(former, 1))
+
+    deploy_over(spec)
+    assert "cannot be done from here: replicas import" in controls.roll_back(state, "Echo").caveat
+    deploy_over(known)
+    assert controls.roll_back(state, "Echo").caveat == ""
+    deploy_over(known)
+    node = NodeInfo(id="n1", host="elsewhere", pid=1)
+    state.redis.hset(state.keys.nodes, "n1", encode(node))
+    state.redis.set(state.keys.alive("n1"), 1)
+    assert "Replicas on elsewhere import the files there" in controls.roll_back(state, "Echo").caveat
+    file.write_text("worse")
+    newer = deploy_over(known)
+    with pytest.raises(ValueError, match=r"these have changed: \S+shop\.py\. Nothing was done"):
+        controls.roll_back(state, "Echo")
+    assert state.generation("Echo") == newer.generation
+    state.deploy(known, expected=newer.generation, former=Deployed(known, 1))
+    assert f"Its replicas stay, but others that start will import what is in the files now: {file} changed" in (
+        controls.roll_back(state, "Echo").caveat
+    )
 
 
 def test_what_is_changed_is_a_new_generation_and_what_holds_already_is_none(state: State, settings: Settings) -> None:

@@ -62,7 +62,12 @@ ACTIONS: Final = {
         "Set range", "Change how few and how many replicas {about} may have?", deployment_actions.scale_between
     ),
     "bound": Action("Set bound", "Change the bound of the queue of {about}?", deployment_actions.bound),
-    "rollback": Action("Roll back", "Serve the former version of {about} again?", deployment_actions.roll_back),
+    "rollback": Action(
+        "Roll back",
+        "Deploy {about} again as its former version was? Replicas import code that is not pickled from the files that "
+        "are on their machines now: put the former files, or the former image, back there first.",
+        deployment_actions.roll_back,
+    ),
     "delete": Action("Delete", "Delete {about}? Calls that wait get an error.", deployment_actions.delete),
     "call": Action("Call", "Call {about}?", deployment_actions.call),
     "stop-replica": Action(

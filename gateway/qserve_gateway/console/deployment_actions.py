@@ -52,10 +52,10 @@ def bound(order: Order) -> Done:
 
 def roll_back(order: Order) -> Done:
     try:
-        controls.roll_back(order.state, order.about)
+        caveat = controls.roll_back(order.state, order.about).caveat
     except ValueError as exc:
         raise NotPossible(str(exc)) from exc
-    return Done(f"The former version of {order.about} is being rolled out.")
+    return Done(f"The former version of {order.about} is being rolled out. {caveat}".rstrip())
 
 
 def delete(order: Order) -> Done:

@@ -1,8 +1,6 @@
-"""Which files an application is made of: to notice an edit, and to tell versions apart."""
+"""Versions made of the content of an application, and edits of its files."""
 
 import hashlib
-import sys
-import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,26 +13,9 @@ _NOT_CONTENT = {
     "revision",
     "deployed_at",
     "declared",
+    "sources",
     *(each.field for each in DECLARED if not each.option.makes_version),
 }
-
-
-def project_files(folder: Path, modules: Iterable[str] = ()) -> list[Path]:
-    """Source files of the imported modules below `folder`, without installed ones, and of the named modules."""
-    folder = folder.resolve()
-    own = ("qserve", "qserve_gateway", "qserve_workers")
-    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")}
-    named = set(modules)
-    found: set[Path] = set()
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if not file or name.partition(".")[0] in own:
-            continue
-        path = Path(file).resolve()
-        inside = path.is_relative_to(folder) and not any(path.is_relative_to(place) for place in installed)
-        if inside or name in named:
-            found.add(path)
-    return sorted(found)
 
 
 def content_version(spec: DeploymentSpec, folder: Path, files: Iterable[Path]) -> str:
