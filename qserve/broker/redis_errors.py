@@ -15,7 +15,7 @@ from redis.exceptions import (
     TimeoutError,  # noqa: A004
 )
 
-from qserve.broker.server.address import Broker, tls_problem
+from qserve.broker.server.address import Broker, database_problem, tls_problem
 from qserve.errors import BrokerUnavailable, ConfigurationError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def our_errors(client: "redis.Redis | redis.asyncio.Redis") -> Iterator[None]:
 
     Raises:
         BrokerUnavailable: It cannot be reached, or does not take the command now.
-        ConfigurationError: It refuses us, or the TLS options do not fit.
+        ConfigurationError: It refuses us, lacks our database, or the TLS options do not fit.
         CommandRefused: It refuses the command.
     """
     try:
@@ -97,4 +97,6 @@ def our_errors(client: "redis.Redis | redis.asyncio.Redis") -> Iterator[None]:
             raise BrokerUnavailable(f"Redis does not take this now: {exc}. Try again in a moment") from exc
         if _NOT_ALLOWED in str(exc):
             raise ConfigurationError(refused(exc)) from exc
+        if problem := database_problem(exc, broker_of(client)):
+            raise ConfigurationError(". ".join(problem)) from exc
         raise CommandRefused(str(exc)) from exc

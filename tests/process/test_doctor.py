@@ -10,14 +10,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.exceptions import ResponseError
 
 from qserve import serve
+from qserve.broker.instance.state import State
+from qserve.broker.keys import Keys
 from qserve.broker.server import embedded, redis_checks
-from qserve.broker.server.address import parse
+from qserve.broker.server.address import Broker, parse
 from qserve.broker.server.redis_checks import (
     FAIL,
     OK,
@@ -28,8 +32,10 @@ from qserve.broker.server.redis_checks import (
     connect,
     judge,
     require_usable,
+    why_unreachable,
 )
 from qserve.errors import BrokerUnavailable, ConfigurationError
+from qserve.wire.messages import Signer
 from tests.support.servers import wait_until_accepting
 from tests.support.serving import free_port
 from tests.support.slowness import patience
@@ -263,6 +269,33 @@ def test_a_user_who_may_not_look_is_told_so(start_server: StartServer) -> None:
         warned = the_only([finding for finding in check_server(redis) if finding.check == "permission"])
     assert warned.level == WARN
     assert "+info" in warned.advice
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+def test_a_database_that_does_not_exist_is_named(start_server: StartServer, cluster: bool) -> None:
+    url = f"{start_server('--cluster-enabled', 'yes' if cluster else 'no', tcp=True)}/99"
+    with connect(url) as redis:
+        found = the_only(check_server(redis))
+    assert (found.check, found.level) == ("database", FAIL)
+    assert "has no database 99, which the URL names" in refusal(url)
+    with (
+        closing(State(url, Keys("qs"), Signer(()))) as state,
+        pytest.raises(ConfigurationError, match="no database 99"),
+    ):
+        state.names()
+
+
+def test_what_a_server_in_cluster_mode_says_of_a_database_is_understood() -> None:
+    said = ResponseError("SELECT is not allowed in cluster mode")
+    found = why_unreachable(said, Broker(db=3))
+    assert (found.check, found.level, "has no database 3" in found.text) == ("database", FAIL, True)
+
+
+def test_a_server_without_info_is_not_taken_for_one_that_forbids_it(start_server: StartServer) -> None:
+    with connect(start_server("--rename-command", "INFO", "")) as redis:
+        warned = the_only([finding for finding in check_server(redis) if finding.check == "permission"])
+    assert "the server does not answer INFO (unknown command" in warned.text
+    assert "+info" not in warned.advice
 
 
 def test_a_user_who_may_not_read_settings_can_work(start_server: StartServer) -> None:

@@ -48,6 +48,8 @@ def test_a_url_says_everything(url: str, broker: Broker) -> None:
         ("http://:geheim@localhost", "it has to begin with one of redis://"),
         (":geheim@localhost", "it has to begin with one of redis://"),
         ("redis://user:geh/eim@localhost", "its port is not a number"),
+        ("redis://:geheim@localhost:65536", "its port is too large a number"),
+        ("redis://:geheim@localhost/3000000000", "its database is too large a number"),
         ("redis://:geheim@localhost/abc", "its database is not a number"),
         ("redis://:geheim@localhost?password=geheim", "option 'password' is not one of db"),
         ("redis://:geheim@localhost?ssl_cert_reqs=none", "option 'ssl_cert_reqs' is not one of db"),

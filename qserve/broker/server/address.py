@@ -27,6 +27,11 @@ SHARDS: Final = 16
 """Over how many slots of a cluster an instance spreads its deployments, unless the URL says otherwise."""
 _MOST_SHARDS: Final = 255
 
+_LARGEST_PORT: Final = 65535
+_DIGITS: Final = 9
+_NO_DATABASE: Final = ("DB index is out of range", "SELECT is not allowed in cluster mode")
+"""How a server begins that does not have the database of a URL."""
+
 _TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _TLS_OPTIONS = (*_TLS_FILES, "ssl_cert_reqs", "ssl_check_hostname")
 _SENTINEL_OPTIONS = ("sentinel_username", "sentinel_password")
@@ -211,6 +216,17 @@ def tls_problem(error: BaseException, place: str) -> tuple[str, str] | None:
     return text, "Name the file of its authority in the URL: ?ssl_ca_certs=FILE"
 
 
+def database_problem(error: BaseException, broker: Broker) -> tuple[str, str] | None:
+    """What is wrong with the database of a URL, and what to do about it; None for an error of another kind."""
+    if not str(error).startswith(_NO_DATABASE):
+        return None
+    said = str(error).rstrip(".")
+    return (
+        f"Redis at {broker.place} has no database {broker.db}, which the URL names ({said})",
+        "Name one that it has in --redis-url or QSERVE_REDIS_URL; /0 is always there",
+    )
+
+
 def _parse(url: str) -> Broker:
     # By hand: urlsplit wants one host, and its errors show parts of passwords.
     scheme, colon, rest = url.partition("://")
@@ -277,6 +293,8 @@ def _number(text: str | None, what: str, default: int = 0) -> int:
         return default
     if not text.isdecimal():
         raise ValueError(f"its {what} is not a number")  # and may be a part of a password
+    if len(text) > _DIGITS or (what == "port" and int(text) > _LARGEST_PORT):
+        raise ValueError(f"its {what} is too large a number")
     return int(text)
 
 

@@ -8,7 +8,7 @@ The judgements are plain functions over what INFO and CONFIG GET answered; only 
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal
@@ -20,6 +20,7 @@ from redis.exceptions import (
     BusyLoadingError,
     ConnectionError,  # noqa: A004
     InvalidResponse,
+    NoPermissionError,
     RedisError,
     ResponseError,
     TimeoutError,  # noqa: A004
@@ -27,7 +28,7 @@ from redis.exceptions import (
 
 from qserve.broker.redis_errors import broker_of
 from qserve.broker.server import redis_clients
-from qserve.broker.server.address import SLOTS, Address, Broker, host_and_port, tls_problem
+from qserve.broker.server.address import SLOTS, Address, Broker, database_problem, host_and_port, tls_problem
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 
 logger = logging.getLogger(__name__)
@@ -102,15 +103,16 @@ def check_server(redis: "Redis") -> list[Finding]:
 
 
 def _check_one(redis: "Redis", broker: Broker) -> list[Finding]:
+    refusals: list[ResponseError] = []
     try:
-        info: Mapping[str, Any] = _if_allowed(redis.info) or {}
+        info: Mapping[str, Any] = _if_allowed(redis.info, refusals) or {}
         before = time.time()
         now = _if_allowed(redis.time)
         after = time.time()
         config = _read_config(redis, info)
     except (RedisError, OSError) as exc:
-        return [why_unreachable(exc, broker.place, has_password=bool(broker.password))]
-    judged = judge(info, config) if info else _UNJUDGED
+        return [why_unreachable(exc, broker)]
+    judged = judge(info, config) if info else _unjudged(refusals)
     clock = check_clock(now[0] + now[1] / 1e6 - (before + after) / 2) if now else ()
     took = f"the server took {(after - before) * 1000:.0f} ms for an answer; every call needs several"
     slow = [Finding("latency", WARN, took, _WHY_SLOW)] if after - before >= _SLOW_S else []
@@ -362,13 +364,14 @@ def check_exposure(broker: Broker) -> Iterator[Finding]:
         yield Finding("exposure", WARN, "the server is on the network and asks for no password", advice)
 
 
-def why_unreachable(exc: Exception, place: str, *, has_password: bool) -> Finding:
+def why_unreachable(exc: Exception, broker: Broker) -> Finding:
     """Return the finding for a server that did not let us look."""
-    text = str(exc).rstrip(".")
+    place, has_password, text = broker.place, bool(broker.password), str(exc).rstrip(".")
     if isinstance(exc, AuthenticationError | AuthorizationError):
         return _wrong_password(place, text, has_password=has_password)
-    if problem := tls_problem(exc, place):
-        return Finding("tls", FAIL, *problem)
+    for check, problem in (("tls", tls_problem(exc, place)), ("database", database_problem(exc, broker))):
+        if problem:
+            return Finding(check, FAIL, *problem)
     if isinstance(exc, BusyLoadingError):
         text = f"Redis at {place} is still loading its data"
         return Finding("reachable", FAIL, text, "Try again in a moment", retry=True)
@@ -386,7 +389,7 @@ def _why_no_node(broker: Broker, failures: Mapping[Address, Exception]) -> Findi
     if all("cluster support disabled" in str(exc) for exc in failures.values()):
         return Finding("cluster", FAIL, text, "Write redis:// for a server that is no cluster")
     for address, exc in failures.items():
-        finding = why_unreachable(exc, host_and_port(address), has_password=bool(broker.password))
+        finding = why_unreachable(exc, broker.at(address))
         if not finding.retry:
             return finding
     return Finding("cluster", FAIL, text, "See whether they run", retry=True)
@@ -408,20 +411,21 @@ def _wrong_password(place: str, text: str, *, has_password: bool) -> Finding:
     )
 
 
-_UNJUDGED = [
-    Finding(
-        "permission",
-        WARN,
-        "the user of the URL may not ask for INFO, so version, role, eviction and persistence were not looked at",
-        "Look with another user, or allow it: +info",
-    )
-]
+def _unjudged(refusals: Sequence[ResponseError]) -> Iterator[Finding]:
+    forbidden, said = any(isinstance(exc, NoPermissionError) for exc in refusals), "; ".join(map(str, refusals))
+    what = "the user of the URL may not ask for INFO" if forbidden else f"the server does not answer INFO ({said})"
+    advice = "Look with another user, or allow it: +info" if forbidden else "Look on the server itself"
+    text = f"{what}, so version, role, eviction and persistence were not looked at"
+    yield Finding("permission", WARN, text, advice)
 
 
-def _if_allowed(ask: Callable[[], Any]) -> Any:
+def _if_allowed(ask: Callable[[], Any], refusals: list[ResponseError] | None = None) -> Any:
     try:
         return ask()
-    except ResponseError:  # forbidden or renamed by whoever hosts it
+    except ResponseError as exc:  # forbidden or renamed by whoever hosts it
+        if database_problem(exc, Broker()):
+            raise
+        (refusals if refusals is not None else []).append(exc)
         return None
 
 
