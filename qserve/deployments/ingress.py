@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 C = TypeVar("C", bound=type)
 
 _OWNER = "__qserve_class__"
+_SERVED = "__qserve_served__"
+"""Is on the routes that some class serves."""
+_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,10 @@ def bind_app(
         return _bind(route, instance, on_thread) if _belongs(route, type(instance)) else None
 
     if before is not None and contents_of(type(instance)) != before:
+        _warn_of_late_routes(frozen, before.routes, type(instance))
         bound = _with_additions(frozen, before, bind)
     else:
+        _warn_of_late_routes(frozen, walk(getattr(frozen.original, "routes", ())), type(instance))
         if isinstance(frozen.original, Starlette):
             _warn_of_late_additions(frozen, type(instance))
         bound = copy_app(frozen.app, bind)
@@ -157,7 +162,11 @@ def contents_of(cls: type) -> Contents | None:
 def _with_additions(frozen: FrozenApp, before: Contents, bind: ChangeRoute) -> Any:
     """The application with what its class serves and what the constructor has added."""
     served = {id(route) for route in walk(frozen.app.routes)}
-    late = {id(route) for route in before.routes} - served
+    known = {id(route) for route in before.routes}
+    late = known - served
+    for route in walk(frozen.original.routes):
+        if id(route) not in known:
+            setattr(route, _SERVED, True)  # by what another instance in this process has added, too
 
     def change(route: BaseRoute) -> BaseRoute | None:
         return None if id(route) in late and not is_documentation(route) else bind(route)
@@ -174,6 +183,20 @@ def _warn_of_late_additions(frozen: FrozenApp, cls: type) -> None:
             "add them above the class.",
             " and ".join(late).capitalize(),
             cls.__qualname__,
+        )
+
+
+def _warn_of_late_routes(frozen: FrozenApp, routes: Iterable[BaseRoute], cls: type) -> None:
+    """Warn of routes of the application that no class serves, because they were added after all of them."""
+    served = {id(route) for route in walk(frozen.app.routes)}
+    late = [route for route in routes if id(route) not in served and not hasattr(route, _SERVED)]
+    owners = [(route, getattr(_function_of(route), _OWNER, cls)) for route in late if not is_documentation(route)]
+    paths = [str(getattr(route, "path", route)) for route, owner in owners if owner in cls.__mro__]
+    if paths:
+        logger.warning(
+            "Routes were added to the application after @serve.ingress had decorated %s and are not served, requests "
+            "get 404: %s. Add them above the class.",
+            *(cls.__qualname__, ", ".join(paths[:_MOST_SHOWN]) + (", ..." if len(paths) > _MOST_SHOWN else "")),
         )
 
 
@@ -223,11 +246,14 @@ def _as_application(app: Any) -> Any:
     return app
 
 
-def _freeze(app: Any, cls: type) -> Any:
-    app = _as_application(app)
+def _freeze(original: Any, cls: type) -> Any:
+    app = _as_application(original)
     if not isinstance(app, Starlette):
         return app
     _claim(walk(app.routes), cls)
+    for route in walk(original.routes):
+        if _belongs(route, cls):
+            setattr(route, _SERVED, True)
     return copy_app(app, lambda route: route if _belongs(route, cls) else None)
 
 
@@ -276,7 +302,9 @@ def _bind(
     is_async = inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)
     # FastAPI before 0.135 streams no generators: it calls them like any other function
     is_list = inspect.isgeneratorfunction(method) and not hasattr(route, "stream_item_type")
-    return rebuild_route(route, method if on_thread is None or is_async or is_list else on_thread(method))
+    made = rebuild_route(route, method if on_thread is None or is_async or is_list else on_thread(method))
+    setattr(made, _SERVED, True)
+    return made
 
 
 def _method_of(route: BaseRoute, instance: object) -> MethodType | None:

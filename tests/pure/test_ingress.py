@@ -616,8 +616,61 @@ async def test_routes_after_the_class_may_be_for_another_one(caplog: pytest.LogC
     @app.get("/late")
     def late() -> None: ...
 
-    async with running(Views):
+    @ingress(app)
+    class Others: ...
+
+    async with running(Views), running(Others) as others:
+        assert (await others.get("/late")).status == 200
         assert caplog.text == ""
+
+
+@pytest.mark.parametrize("adds", [False, True])
+async def test_routes_that_no_class_serves_are_named(caplog: pytest.LogCaptureFixture, adds: bool) -> None:
+    app, router, early = FastAPI(), APIRouter(), APIRouter()
+    app.include_router(early)
+
+    @ingress(app)
+    class Views:
+        def __init__(self) -> None:
+            if adds:
+                app.add_api_route("/added", self.word)
+
+        @app.get("/word")
+        def word(self) -> str:
+            return "word"
+
+        @router.get("/method")
+        def method(self) -> None: ...
+
+    @app.get("/late")
+    def late() -> None: ...
+
+    app.include_router(router)
+    app.mount("/mounted", lambda *_: None)
+
+    async with running(Views) as replica:
+        assert (await replica.get("/word")).json() == "word"
+        assert (await replica.get("/late")).status == 404
+    said = "Views and are not served, requests get 404: /late, /method, /mounted. Add them above"
+    assert said in caplog.text
+    caplog.clear()
+    async with running(Views):
+        assert said in caplog.text
+
+
+async def test_routes_of_a_router_that_serves_by_itself_are_named_too(caplog: pytest.LogCaptureFixture) -> None:
+    router = APIRouter()
+
+    @ingress(router)
+    class Views:
+        @router.get("/word")
+        def word(self) -> str:
+            return "word"
+
+    router.add_api_route("/late", lambda: None)
+    async with running(Views) as replica:
+        assert (await replica.get("/word")).json() == "word"
+    assert "requests get 404: /late. Add" in caplog.text
 
 
 @pytest.mark.parametrize(("prefix", "root_path"), [("/", "/own"), ("/own", "/own"), ("/other", "/other")])
