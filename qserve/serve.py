@@ -5,7 +5,7 @@ import copyreg
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from qserve.applications.application_goal import JointGoal, delete_all, deployments_of
 from qserve.applications.application_handles import get_app_handle, get_deployment_handle
@@ -30,7 +30,7 @@ from qserve.context import ReplicaContext, ReplicaRank, get_replica_context
 from qserve.deployments.binding import Application
 from qserve.deployments.deployment import Deployment, deployment, unpickle_deployment
 from qserve.deployments.driver import THIS_PROCESS
-from qserve.deployments.http_options import HTTPOptions, Location
+from qserve.deployments.http_options import HTTPOptions, Location, ProxyLocation
 from qserve.deployments.ingress import ingress
 from qserve.deployments.loading import is_at_top_level, is_importing
 from qserve.deployments.option_errors import told_in_words
@@ -49,9 +49,10 @@ from qserve.screen.replica_output import before_start, show_output
 from qserve.screen.script import serve_in_foreground
 from qserve.settings import Settings
 from qserve.telemetry import user_metrics as metrics
-from qserve.wire.autoscaling import AutoscalingConfig, AutoscalingPolicy
+from qserve.telemetry.user_metrics import Counter, Gauge, Histogram
+from qserve.wire.autoscaling import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from qserve.wire.options import Default
-from qserve.wire.ray_names import warn_of
+from qserve.wire.ray_names import MODULES_OF_SERVE, refuse_missing, warn_of
 
 __all__ = [
     "Application",
@@ -59,8 +60,10 @@ __all__ = [
     "ApplicationStatusOverview",
     "AsyncDeploymentHandle",
     "AutoscalingConfig",
+    "AutoscalingContext",
     "AutoscalingPolicy",
     "BackPressureError",
+    "Counter",
     "Deployment",
     "DeploymentHandle",
     "DeploymentResponse",
@@ -68,9 +71,12 @@ __all__ = [
     "DeploymentStatus",
     "DeploymentUnavailableError",
     "DurableRef",
+    "Gauge",
     "HTTPOptions",
+    "Histogram",
     "Location",
     "LoggingConfig",
+    "ProxyLocation",
     "RayServeException",
     "ReplicaContext",
     "ReplicaRank",
@@ -116,23 +122,20 @@ ReplicaUnavailableError = ReplicaDied
 
 # Pickles, tracebacks and reprs name these by the path that stays, whatever module they stand in.
 for _public in (
-    *(Application, ApplicationStatus, DeploymentStatus, RunTarget, ServeStatus),
-    *(AutoscalingConfig, AutoscalingPolicy, get_app_handle, get_deployment_handle),
-    *(
-        AsyncDeploymentHandle,
-        Deployment,
-        DeploymentHandle,
-        DurableRef,
-        HTTPOptions,
-        Location,
-        ReplicaContext,
-        ReplicaRank,
-    ),
-    LoggingConfig,
-    unpickle_handle,
-    unpickle_deployment,
+    *(Application, ApplicationStatus, DeploymentStatus, RunTarget, ServeStatus, get_app_handle, get_deployment_handle),
+    *(AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, HTTPOptions, Location, LoggingConfig, ProxyLocation),
+    *(AsyncDeploymentHandle, Deployment, DeploymentHandle, DurableRef, ReplicaContext, ReplicaRank),
+    *(Counter, Gauge, Histogram, unpickle_handle, unpickle_deployment),
 ):
     _public.__module__ = __name__
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name in MODULES_OF_SERVE:
+            return sys.modules[__name__]
+        refuse_missing(name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
 
 
 def start(

@@ -21,6 +21,14 @@ class Location(StrEnum):
     NO_SERVER = "NoServer"
 
 
+class ProxyLocation(StrEnum):
+    """`Location` as Ray Serve 2.x has it, for `serve.start(proxy_location=...)`."""
+
+    Disabled = "Disabled"
+    HeadOnly = "HeadOnly"
+    EveryNode = EVERY_NODE
+
+
 _OF_TLS = ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")
 
 

@@ -73,6 +73,10 @@ class AutoscalingPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
 
+class AutoscalingContext:
+    """What policies of Ray Serve are called with: only a name to annotate them with, since none is called here."""
+
+
 class AutoscalingConfig(_AutoscalingFields):  # type: ignore[misc]
     """`Autoscaling` as users give it, and checked. Its name is that of Ray Serve."""
 

@@ -35,6 +35,40 @@ REFUSED: Final[Mapping[str, str]] = {
 }
 """Options that cannot be had, with the sentence that says so."""
 
+MODULES_OF_SERVE: Final = frozenset({"api", "config", "exceptions", "handle", "schema"})
+"""Modules of Ray Serve whose names are in `qserve.serve` itself."""
+
+_NO_ROUTERS: Final = REFUSED["request_router_config"]
+_NO_GRPC: Final = "There is no gRPC: deployments are called over HTTP and through handles."
+_NO_SCHEMAS: Final = (
+    "Config files are read, written and described by commands: `qserve deploy`, `qserve build`, `qserve schema`. "
+    "`serve.status()` tells what runs."
+)
+_NO_LLM: Final = "There is no ray.serve.llm: make the engine in the constructor of a deployment, and stream from it."
+_NO_GRADIO: Final = "There is no integration of Gradio: mount it in a FastAPI app, and serve that with @serve.ingress."
+
+MISSING: Final[Mapping[str, str]] = {
+    **dict.fromkeys(
+        ("RequestRouterConfig", "RequestRouter", "PendingRequest", "ReplicaID", "ReplicaResult"), _NO_ROUTERS
+    ),
+    **dict.fromkeys(("RunningReplica", "FIFOMixin", "LocalityMixin", "MultiplexMixin"), _NO_ROUTERS),
+    **dict.fromkeys(("gRPCOptions", "RayServegRPCContext", "gRPCInputStream"), _NO_GRPC),
+    **dict.fromkeys(("ServeDeploySchema", "ServeApplicationSchema", "DeploymentSchema"), _NO_SCHEMAS),
+    **dict.fromkeys(("ServeInstanceDetails", "ApplicationDetails", "DeploymentDetails"), _NO_SCHEMAS),
+    **dict.fromkeys(("LLMConfig", "LLMServer", "LLMRouter", "build_llm_deployment", "build_openai_app"), _NO_LLM),
+    **dict.fromkeys(("GradioIngress", "GradioServer"), _NO_GRADIO),
+    "GangSchedulingConfig": REFUSED["gang_scheduling_config"],
+    "DeploymentActorConfig": REFUSED["deployment_actors"],
+    "DeploymentMode": "Use qserve.serve.Location.",
+    "DAGDriver": "Bind deployments as arguments of a deployment that has the routes, with @serve.ingress.",
+    "llm": _NO_LLM,
+    "request_router": _NO_ROUTERS,
+    **dict.fromkeys(
+        ("task_consumer", "task_handler", "task_processor", "instantiate_adapter_from_config"), "It is in qserve.tasks."
+    ),
+}
+"""Names of Ray Serve's modules that `qserve.serve` does not have, with what there is instead."""
+
 _told: set[str] = set()
 
 
@@ -61,3 +95,13 @@ def refuse_unavailable(names: Iterable[str]) -> None:
     for name in names:
         if name in REFUSED:
             raise ValueError(f"{name} is not available in qserve. {REFUSED[name]}")
+
+
+def refuse_missing(name: str) -> None:
+    """Raise for a name of Ray Serve that does not exist here.
+
+    Raises:
+        ImportError: It is one; `from qserve.serve import` would hide the sentence of an AttributeError.
+    """
+    if name in MISSING:
+        raise ImportError(f"qserve.serve has no {name!r}, which Ray Serve has. {MISSING[name]}", name=name)

@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route, Router
+from starlette.staticfiles import StaticFiles
 
 from qserve.deployments.deployment import deployment
 from qserve.deployments.ingress import FrozenApp, ingress
@@ -646,7 +647,7 @@ async def test_routes_that_no_class_serves_are_named(caplog: pytest.LogCaptureFi
     def late() -> None: ...
 
     app.include_router(router)
-    app.mount("/mounted", lambda *_: None)
+    app.mount("/mounted", StaticFiles(directory="/", html=False))
 
     async with running(Views) as replica:
         assert (await replica.get("/word")).json() == "word"

@@ -11,7 +11,7 @@ from qserve import serve
 from qserve.deployments.deployment import Deployment
 from qserve.deployments.http_options import HTTPOptions
 from qserve.wire.options import Backpressure
-from qserve.wire.ray_names import REFUSED
+from qserve.wire.ray_names import MISSING, REFUSED
 from qserve_workers.user.plain_responses import to_json
 from tests.support.local_code import CODEC
 
@@ -126,6 +126,28 @@ def test_environment_variables_are_strings() -> None:
 
 def test_mappings_are_json_objects() -> None:
     assert to_json(QueryParams("a=b&c=d")) == b'{\n  "a": "b",\n  "c": "d"\n}'
+
+
+def test_modules_of_ray_serve_are_serve_itself_and_its_names_are_there() -> None:
+    for path in (
+        *("handle.DeploymentHandle", "config.AutoscalingConfig", "config.AutoscalingContext", "config.ProxyLocation"),
+        *("exceptions.RayServeException", "schema.LoggingConfig", "metrics.Counter", "api.run"),
+        *("Counter", "Gauge", "Histogram"),
+    ):
+        found: object = serve
+        for name in path.split("."):
+            found = getattr(found, name)
+    assert serve.ProxyLocation.Disabled == "Disabled"
+    assert not hasattr(serve, "no_such_name")
+    with pytest.raises(AttributeError, match=r"module 'qserve.serve' has no attribute 'deploymnt'"):
+        serve.deploymnt  # type: ignore[attr-defined]  # noqa: B018
+    assert not [name for name in serve.__all__ if name in MISSING]
+
+
+@pytest.mark.parametrize("name", sorted(MISSING))
+def test_a_name_that_only_ray_serve_has_says_what_there_is_instead(name: str) -> None:
+    with pytest.raises(ImportError, match=f"qserve.serve has no '{name}', which Ray Serve has. [A-Z]"):
+        exec(f"from qserve.serve import {name}")
 
 
 def test_where_http_is_served() -> None:
