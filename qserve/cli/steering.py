@@ -9,6 +9,7 @@ import click
 from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, note, redis_url_option
+from qserve.deployments import deploying
 from qserve.operating import controls, nodes
 from qserve.operating.operators import user_of_this_machine, write_down
 
@@ -56,7 +57,7 @@ def resume(name: str, as_json: bool) -> None:
 def scale(name: str, replicas: int | None, least: int | None, most: int | None, timeout: float, as_json: bool) -> None:
     """Give the deployment NAME another number of REPLICAS, or another range of it, until it is deployed again.
 
-    Nodes that were started with --replicas-per-node keep to that number.
+    Nodes that were started with `qserve start` keep to their --replicas-per-node. Where all nodes do, nothing changes.
     """
     if replicas is None:
         if least is None and most is None:
@@ -74,8 +75,14 @@ def scale(name: str, replicas: int | None, least: int | None, most: int | None, 
             raise Failure(
                 f"{name} does not have {replicas} replicas after {timeout:g} s: `qserve status` shows how far."
             )
+        total = deploying.wanted(state, name)
         _done(state, name, f"scale to {replicas}", as_json, replicas=replicas)
-    note(f"{name} has {replicas} replicas." if goal is not None else f"{name} has {replicas} replicas already.")
+    if total == replicas:
+        note(f"{name} has {replicas} replicas{'' if goal is not None else ' already'}.")
+    elif total:
+        note(f"{name} has {total} replicas in all: nodes of `qserve start` keep to their --replicas-per-node.")
+    else:
+        note(f"{name} is to have {replicas} replicas. Nothing runs it at the moment.")
 
 
 def _scale_between(name: str, least: int | None, most: int | None, as_json: bool) -> None:

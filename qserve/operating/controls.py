@@ -50,7 +50,7 @@ def scale(state: State, name: str, replicas: int) -> Goal | None:
 
     Raises:
         DeploymentNotFound: There is none of this name.
-        ValueError: Its number follows the load.
+        ValueError: Its number follows the load, or all nodes that run it have numbers of their own.
     """
     deployed = _deployed(state, name)
     if deployed.spec.autoscaling is not None:
@@ -59,6 +59,13 @@ def scale(state: State, name: str, replicas: int) -> Goal | None:
             f"the number of replicas of {name!r} follows the load, from {bounds.min_replicas} to "
             f"{bounds.max_replicas}: change these two (`qserve scale {name} --min N --max N`), or deploy it without "
             "autoscaling_config"
+        )
+    nodes = [each for each in state.observed.nodes().values() if not each.only or name in each.only]
+    if nodes and all(each.replicas_per_node is not None for each in nodes):
+        numbers = ", ".join(sorted(f"{each.replicas_per_node} on {each.host}" for each in nodes))
+        raise ValueError(
+            f"{name!r} does not get {replicas} replicas by this: each node runs as many as it was started with "
+            f"({numbers}). Nothing was changed. Start other nodes, or start these anew with another --replicas-per-node"
         )
     if deployed.spec.num_replicas == replicas:
         return None

@@ -35,7 +35,7 @@ from qserve.wire.messages import (
     Signer,
     encode,
 )
-from qserve.wire.spec import Deployed, DeploymentSpec, NodeInfo
+from qserve.wire.spec import Deployed, DeploymentSpec, NodeInfo, WorkerInfo
 from tests.support.calling import deploy
 
 CODEC = Codec(allow_pickle=True, max_bytes=1_000_000)
@@ -192,10 +192,8 @@ def test_a_roll_back_says_what_it_could_not_compare_and_does_nothing_where_files
     deploy_over(known)
     assert controls.roll_back(state, "Echo").caveat == ""
     deploy_over(known)
-    node = NodeInfo(id="n1", host="elsewhere", pid=1)
-    state.redis.hset(state.keys.nodes, "n1", encode(node))
-    state.redis.set(state.keys.alive("n1"), 1)
-    assert "Replicas on elsewhere import the files there" in controls.roll_back(state, "Echo").caveat
+    put_node(state, "n1")
+    assert "Replicas on host-n1 import the files there" in controls.roll_back(state, "Echo").caveat
     file.write_text("worse")
     newer = deploy_over(known)
     with pytest.raises(ValueError, match=r"these have changed: \S+shop\.py\. Nothing was done"):
@@ -218,6 +216,27 @@ def test_what_is_changed_is_a_new_generation_and_what_holds_already_is_none(stat
     assert (found.generation, found.spec.max_queued_requests) == (before + 1, 7)
     with pytest.raises(ValueError, match="'Echo' does not follow the load: give it one number"):
         controls.scale_between(state, "Echo", 1, 2)
+
+
+def put_node(state: State, id_: str, **fields: Any) -> None:
+    """A node that lives, as it describes itself."""
+    state.redis.hset(state.keys.nodes, id_, encode(NodeInfo(id=id_, host=f"host-{id_}", pid=1, **fields)))
+    state.redis.set(state.keys.alive(id_), 1)
+
+
+def test_a_number_that_no_node_follows_is_refused(state: State, settings: Settings) -> None:
+    deploy(settings)
+    generation = state.generation("Echo")
+    put_node(state, "n1", replicas_per_node=2)
+    put_node(state, "n2", replicas_per_node=1)
+    put_node(state, "n3", only=("Other",))
+    with pytest.raises(
+        ValueError, match=r"does not get 5 replicas by this: .* \(1 on host-n2, 2 on host-n1\)\. Nothing"
+    ):
+        controls.scale(state, "Echo", 5)
+    assert state.generation("Echo") == generation
+    put_node(state, "n4")
+    assert controls.scale(state, "Echo", 5) is not None
 
 
 def test_bounds_that_hold_already_change_nothing(state: State, settings: Settings) -> None:
@@ -269,12 +288,37 @@ def test_only_calls_that_failed_run_again_and_only_replicas_that_live_are_told(
 
 
 @pytest.fixture
-def calls(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Run `qserve calls` against the instance of the test's Redis."""
+def qs(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run `qserve` against the instance of the test's Redis."""
     monkeypatch.setenv("QSERVE_REDIS_URL", settings.redis_url)
     monkeypatch.setenv("QSERVE_NAMESPACE", settings.namespace)
     monkeypatch.setenv("QSERVE_SECRET", settings.secret)
-    return lambda *words: CliRunner().invoke(main, ["calls", *words])
+    return lambda *words: CliRunner().invoke(main, list(words))
+
+
+@pytest.fixture
+def calls(qs: Callable[..., Result]) -> Callable[..., Result]:
+    """Run `qserve calls` against it."""
+    return lambda *words: qs("calls", *words)
+
+
+def test_a_number_of_replicas_is_claimed_only_where_they_are(
+    qs: Callable[..., Result], state: State, settings: Settings
+) -> None:
+    deploy(settings)
+    said = qs("scale", "Echo", "3").output
+    assert "Echo is to have 3 replicas. Nothing runs it at the moment." in said
+    put_node(state, "n1", replicas_per_node=2)
+    worker = WorkerInfo(id="n1", node="n1", host="h", pid=1, generation=9, state="HEALTHY", wanted=2, ready=2)
+    state.redis.hset(state.keys.of("Echo").workers("Echo"), "n1", encode(worker))
+    refused = qs("scale", "Echo", "5")
+    assert refused.exit_code == 1
+    assert "'Echo' does not get 5 replicas by this" in refused.output
+    put_node(state, "n2", only=("Echo",))
+    state.redis.hset(
+        state.keys.of("Echo").workers("Echo"), "n2", encode(msgspec.structs.replace(worker, id="n2", node="n2"))
+    )
+    assert "Echo has 4 replicas in all: nodes of `qserve start` keep to" in qs("scale", "Echo", "5").output
 
 
 def test_troubled_calls_are_listed_with_what_is_known_of_each(
