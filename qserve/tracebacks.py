@@ -1,34 +1,62 @@
 """Tracebacks as users want to read them: from their own code on."""
 
 import re
+from pathlib import Path
+from typing import Final
 
 _TRACEBACK = "Traceback (most recent call last):"
-_OWN_FRAME = re.compile(r'  File "[^"]*/(qserve_workers|concurrent/futures|asyncio)/[^"]+", line')
+_USERS, _PYTHON, _OURS, _FRAMEWORK = "users", "python", "ours", "framework"
+_KINDS: Final = (
+    (
+        _OURS,
+        re.compile(rf'  File "([^"]*/qserve_workers/|[^"]*-packages/qserve/|{re.escape(str(Path(__file__).parent))}/)'),
+    ),
+    (_PYTHON, re.compile(r'  File "[^"]*/(concurrent/futures|asyncio)/')),
+    (_FRAMEWORK, re.compile(r'  File "[^"]*(-packages/(fastapi|starlette|anyio)/|/python3\.\d+/contextlib\.py")')),
+)
 
 
 class UsersLines:
-    """Takes lines one by one, and leaves out the frames that only lead from a replica to the user's code."""
+    """Takes lines one by one, and leaves out the frames of tracebacks that only lead to user code."""
 
     def __init__(self) -> None:
+        self._inside = False
         self._head = ""
-        self._leading = False
-        self._skipping = False
+        self._kind = _USERS
+        self._waiting: list[tuple[str, str]] = []
+        """Lines of frames that are left out if a frame of the user's follows, each with its kind."""
 
     def feed(self, line: str) -> list[str]:
         """The lines to show now that this one has come."""
         if line == _TRACEBACK:
-            self._head, self._leading, self._skipping = line, True, False
+            before = self._end()
+            self._inside, self._head, self._kind = True, line, _USERS
+            return before
+        if not self._inside:
+            return [line]
+        if line.startswith('  File "'):
+            self._kind = next((kind for kind, pattern in _KINDS if pattern.match(line)), _USERS)
+        elif not line.startswith(("    ", "  [Previous line repeated ")):
+            return [*self._end(), line]
+        if self._kind != _USERS:
+            self._waiting.append((self._kind, line))
             return []
-        if self._leading and line.startswith('  File "'):
-            self._leading = self._skipping = _OWN_FRAME.match(line) is not None
-        elif not line.startswith("    "):
-            if self._leading:  # nothing of the user's was on the way
-                self._head = ""
-            self._leading = self._skipping = False
-        if self._skipping:
-            return []
-        head, self._head = self._head, ""
-        return [head, line] if head else [line]
+        is_first, kinds = bool(self._head), {kind for kind, _ in self._waiting}
+        if is_first or kinds & {_OURS, _FRAMEWORK}:
+            self._waiting = []
+        return [*self._shown(self._waiting), line]
+
+    def _end(self) -> list[str]:
+        """What is left of a traceback: an error inside a framework shows where, and one inside ours what it says."""
+        no_user = bool(self._head)
+        left = [(kind, line) for kind, line in self._waiting if kind == _FRAMEWORK or not no_user]
+        shown = self._shown(left) if left else []
+        self._inside, self._head, self._waiting = False, "", []
+        return shown
+
+    def _shown(self, lines: list[tuple[str, str]]) -> list[str]:
+        head, self._head, self._waiting = self._head, "", []
+        return [*([head] if head else []), *(line for _, line in lines)]
 
 
 def users_part(text: str) -> str:

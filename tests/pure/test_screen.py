@@ -169,6 +169,38 @@ def test_a_traceback_begins_with_the_users_frame() -> None:
     assert users_part(f"{head}{frames}KeyError: 'x'") == "KeyError: 'x'"
 
 
+def frames(*places: str) -> str:
+    return "".join(f'  File "{place}", line 3, in f\n    g()\n     ~^^\n' for place in places)
+
+
+FASTAPI = ("/v/lib/python3.11/site-packages/fastapi/routing.py", "/v/lib/python3.11/site-packages/starlette/routing.py")
+WORKERS = ("/x/qserve_workers/user/threads.py",)
+HOME = ("/home/me/app.py",)
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ((*FASTAPI, *WORKERS, *HOME), HOME),
+        ((*FASTAPI, "/usr/lib/python3.11/contextlib.py", "/v/dist-packages/anyio/to_thread.py", *HOME), HOME),
+        ((*WORKERS, *HOME, *FASTAPI, "/home/me/view.py"), (*HOME, "/home/me/view.py")),
+        ((*WORKERS, "/v/lib/site-packages/qserve/batching.py", *HOME), HOME),
+        ((*WORKERS, *HOME, "/usr/lib/python3.11/asyncio/tasks.py", "/home/me/view.py"), None),
+        ((*HOME, *FASTAPI), None),
+        ((*HOME, "/v/lib/site-packages/qserve/calls/ref.py"), None),
+        ((*FASTAPI, *WORKERS), FASTAPI),
+        (("/home/me/fastapi/app.py", "/home/me/starlette/app.py", "/home/me/qserve/app.py"), None),
+    ],
+)
+def test_frames_of_frameworks_that_only_lead_to_user_code_are_left_out(
+    given: tuple[str, ...], shown: tuple[str, ...] | None
+) -> None:
+    head, error = "Traceback (most recent call last):\n", "KeyError: 'x'\n  and more"
+    wanted = shown if shown is not None else tuple(place for place in given if place not in WORKERS)
+    text = f"Before\n{head}{frames(*given)}{error}"
+    assert users_part(f"{text}\n{text}") == "\n".join([f"Before\n{head}{frames(*wanted)}{error}"] * 2)
+
+
 def test_what_user_code_prints_has_the_name_of_its_deployment() -> None:
     seen = io.StringIO()
     output = NamedOutput(seen, "Echo")
