@@ -362,7 +362,7 @@ def schedule(
     Raises:
         ValueError: The name or the time is not possible.
         ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
-        DeploymentNotFound: The target is not deployed.
+        DeploymentNotFound, MethodNotFound: The target is not deployed, or has no such method.
         NoInstanceError: No instance is running.
     """
     declared = is_importing() or is_at_top_level(sys._getframe(1))

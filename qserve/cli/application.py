@@ -32,6 +32,7 @@ from qserve.screen.progress import show_progress
 from qserve.settings import Settings
 from qserve.tracebacks import users_part
 from qserve.wire.codec import Codec
+from qserve.wire.method_names import method_names, problem_of
 from qserve.wire.options import Default
 from qserve.wire.spec import DeploymentSpec
 
@@ -204,11 +205,8 @@ def check_schedules(deployments: Sequence[Deployment[Any]], deployed: set[str]) 
                 f"{', '.join(sorted(names))}. Nothing was deployed."
             )
         code = codes.get(plan.deployment)
-        if plan.method and code is not None and not hasattr(code, plan.method):
-            raise Failure(
-                f"The schedule {plan.name!r} calls {plan.method!r} of {plan.deployment!r}, which has no such method. "
-                "Nothing was deployed."
-            )
+        if code is not None and (problem := problem_of(plan.method, method_names(code))):
+            raise Failure(f"The schedule {plan.name!r} calls {plan.deployment!r}, but {problem}. Nothing was deployed.")
 
 
 def make_spec(deployment: Deployment[Any], application: ImportedApplication, codec: Codec) -> DeploymentSpec:

@@ -10,7 +10,7 @@ import click
 from qserve.calls.handle import get_handle
 from qserve.calls.process_client import set_settings_finder
 from qserve.cli.instance import connected
-from qserve.cli.output import Failure, redis_url_option
+from qserve.cli.output import Failure, Seconds, redis_url_option
 from qserve.deployments.local_instance import find_settings
 from qserve.errors import MethodNotFound, TaskError, failure_of
 from qserve.tracebacks import users_part
@@ -21,9 +21,7 @@ _FRAME = '  File "'
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @redis_url_option
-@click.option(
-    "--timeout", type=click.FloatRange(min=0), default=60.0, help="Seconds to wait for the result.", show_default=True
-)
+@click.option("--timeout", type=Seconds(), default=60.0, help="Seconds to wait for the result.", show_default=True)
 @click.argument("name")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[METHOD] [ARG | KEY=VALUE]...")
 def call(name: str, arguments: tuple[str, ...], timeout: float) -> None:

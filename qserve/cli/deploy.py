@@ -10,7 +10,7 @@ from qserve.cli.application import deploy_imported, import_found, wait_for_redis
 from qserve.cli.call import unknown_deployment
 from qserve.cli.config.http_section import apply_to_running_instance
 from qserve.cli.instance import connected, state_of
-from qserve.cli.output import Failure, log_to_stderr, note, redis_url_option
+from qserve.cli.output import Failure, Seconds, log_to_stderr, note, redis_url_option
 from qserve.cli.project.lookup import app_argument, find_app
 from qserve.cli.project.overrides import Overrides, override_options
 from qserve.deployments import deploying
@@ -24,7 +24,7 @@ from qserve.wire.spec import WAITING
 @redis_url_option
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     default=60.0,
     show_default=True,
     help="Seconds to wait for Redis to answer.",

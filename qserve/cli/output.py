@@ -1,5 +1,6 @@
 """What all commands share: errors in one paragraph on stderr, options, the log."""
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -11,7 +12,24 @@ from qserve.telemetry import log_records
 
 _CONTROL = re.compile(r"\x1b(?!\[[\d;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]").sub
 
+_MOST_S = 1e9
+
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Seconds(click.FloatRange):
+    """The type of options that are numbers of seconds, which clocks can count."""
+
+    name = "seconds"
+
+    def __init__(self, least: float = 0.0) -> None:
+        super().__init__(min=least, max=_MOST_S)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found: float = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return found
 
 
 class Failure(click.ClickException):

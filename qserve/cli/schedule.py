@@ -2,20 +2,25 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import click
 
+from qserve.broker.history.call_index import CallSummary, summaries
+from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
-from qserve.cli.output import Failure, note, redis_url_option
+from qserve.cli.output import Failure, Seconds, note, redis_url_option, visible
 from qserve.durable.cron import parse_when
-from qserve.durable.schedules import Fired, Plan, Schedule, Schedules
+from qserve.durable.schedules import Fired, Plan, Schedule, Schedules, next_moment
 from qserve.errors import QServeError
 from qserve.operating.operators import user_of_this_machine, write_down
-from qserve.wire.call_record import make_durable_options
+from qserve.tracebacks import gist
+from qserve.wire.call_record import is_call_id, make_durable_options
 from qserve.wire.codec import Codec
 from qserve.wire.spec import pause_of
+
+_MOST_OF_ERROR = 200
 
 
 @click.group()
@@ -30,10 +35,11 @@ def ls() -> None:
     with connected() as state:
         schedules = Schedules(state)
         found, paused = list(schedules.all()), schedules.paused()
+        records = _last_calls(state, [fired for _, fired in found])
         for each, fired in found:
             called = f"{each.deployment}.{each.method}" if each.method else each.deployment
-            following = _paused(paused[each.name]) if each.name in paused else f"next {_when(_due(schedules, each))}"
-            click.echo(f"{each.name}  {each.when}  {called}  {following}{_last(fired)}")
+            following = _paused(paused[each.name]) if each.name in paused else _following(schedules, each)
+            click.echo(f"{each.name}  {each.when}  {called}  {following}{_last(fired, records)}")
     if not found:
         note("There are no schedules.")
 
@@ -49,6 +55,8 @@ def show(name: str) -> None:
         if found is None:
             raise _unknown(name)
         each, fired = found
+        last = fired and _last_calls(state, [fired]).get(fired.call_id)
+        due = next_moment(each, schedules.now())
         facts: dict[str, Any] = {
             "name": each.name,
             "when": each.when,
@@ -58,10 +66,11 @@ def show(name: str) -> None:
             "retries": each.terms.retries,
             "expires": each.expires_s,
             "paused": schedules.paused().get(each.name),
-            "next": _when(_due(schedules, each)),
+            "next": _when(due) if due is not None else None,
             "last": _when(fired.at / 1000) if fired is not None else None,
             "call": fired.call_id if fired is not None and not fired.error else None,
-            "error": fired.error if fired is not None and fired.error else None,
+            "state": last.state if last else None,
+            "error": (fired.error if fired is not None else "") or (last.error if last else "") or None,
         }
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
 
@@ -75,7 +84,7 @@ def show(name: str) -> None:
     default=0,
     help="How often a call may run again after it has raised an error.",
 )
-@click.option("--expires", type=click.FloatRange(min=0.001), help="Seconds after which a call is not started any more.")
+@click.option("--expires", type=Seconds(0.001), help="Seconds after which a call is not started any more.")
 @click.argument("name")
 @click.argument("when")
 @click.argument("deployment")
@@ -85,15 +94,15 @@ def put(
 ) -> None:
     """Call DEPLOYMENT with these arguments WHEN they are due: "0 3 * * *", "0 3 * * * Europe/Berlin", "every 30s"."""
     with connected() as state:
-        options = make_durable_options(retries=retries, expires=expires)
         try:
+            options = make_durable_options(retries=retries, expires=expires)
             plan = Plan(name, when, deployment, method, options, tuple(map(json.loads, args)), {})
             schedules = Schedules(state)
             made = schedules.put(plan, Codec(allow_pickle=False, max_bytes=1 << 24))
         except ValueError as exc:
             raise Failure(f"{exc}") from exc
         write_down(state, "put schedule", name, f"{made.when}: {deployment}")
-        note(f"{name}: next {_when(_due(schedules, made))}")
+        note(f"{name}: {_following(schedules, made)}")
 
 
 @schedule.command()
@@ -130,8 +139,16 @@ def _change(name: str, action: str, change: Callable[[Schedules], bool]) -> None
         write_down(state, action, name)
 
 
-def _due(schedules: Schedules, each: Schedule) -> float:
-    return parse_when(each.when).next_after(schedules.now())
+def _following(schedules: Schedules, each: Schedule) -> str:
+    try:
+        return f"next {_when(parse_when(each.when).next_after(schedules.now()))}"
+    except ValueError as exc:  # a time zone that is not known here, but perhaps where schedules are submitted
+        return f"next unknown ({exc})"
+
+
+def _last_calls(state: State, fired: Iterable[Fired | None]) -> dict[str, CallSummary]:
+    ids = [each.call_id for each in fired if each is not None and is_call_id(each.call_id)]
+    return summaries(state.redis, state.keys, ids)
 
 
 def _unknown(name: str) -> Failure:
@@ -147,10 +164,13 @@ def _when(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
-def _last(fired: Fired | None) -> str:
+def _last(fired: Fired | None, records: Mapping[str, CallSummary]) -> str:
     if fired is None:
         return ""
-    return f"  last {_when(fired.at / 1000)} {fired.error or fired.call_id}"
+    record = records.get(fired.call_id)
+    state = f" {record.state}" if record else ""
+    error = f": {visible(gist(record.error))[:_MOST_OF_ERROR]}" if record and record.error else ""
+    return f"  last {_when(fired.at / 1000)} {fired.error or fired.call_id}{state}{error}"
 
 
 def _arguments(each: Schedule) -> dict[str, Any]:

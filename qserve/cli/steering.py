@@ -8,7 +8,7 @@ import click
 
 from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
-from qserve.cli.output import Failure, note, redis_url_option
+from qserve.cli.output import Failure, Seconds, note, redis_url_option
 from qserve.deployments import deploying
 from qserve.operating import controls, nodes
 from qserve.operating.operators import user_of_this_machine, write_down
@@ -47,9 +47,7 @@ def resume(name: str, as_json: bool) -> None:
 @click.command()
 @redis_url_option
 @_json_option
-@click.option(
-    "--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds to wait for it."
-)
+@click.option("--timeout", type=Seconds(), default=60.0, show_default=True, help="Seconds to wait for it.")
 @click.option("--min", "least", type=click.IntRange(min=0), help="Never fewer, where the number follows the load.")
 @click.option("--max", "most", type=click.IntRange(min=1), help="Never more, where the number follows the load.")
 @click.argument("name")
@@ -99,7 +97,7 @@ def _scale_between(name: str, least: int | None, most: int | None, as_json: bool
 @click.command()
 @redis_url_option
 @_json_option
-@click.option("--timeout", type=click.FloatRange(min=0), default=120.0, show_default=True, help="Seconds to wait.")
+@click.option("--timeout", type=Seconds(), default=120.0, show_default=True, help="Seconds to wait.")
 @click.argument("name")
 def rollback(name: str, timeout: float, as_json: bool) -> None:
     """Deploy the version of NAME again that was served before the present one; done twice, it leads back.
@@ -127,7 +125,7 @@ def rollback(name: str, timeout: float, as_json: bool) -> None:
 @click.option("--undo", is_flag=True, help="Let it run what is deployed again.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     default=60.0,
     show_default=True,
     help="Seconds to wait until it runs nothing.",

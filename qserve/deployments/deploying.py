@@ -62,6 +62,7 @@ def next_spec(wanted: DeploymentSpec, current: Deployed | None) -> DeploymentSpe
         revision=running.revision,
         target=running.target,
         sources=running.sources,
+        methods=running.methods,
         init_args=running.init_args,
         is_class=running.is_class,
         is_ingress=running.is_ingress,

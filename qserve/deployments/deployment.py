@@ -20,6 +20,7 @@ from qserve.deployments.readable_options import ReadableOptions
 from qserve.deployments.source_files import source_digests
 from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.codec import Codec
+from qserve.wire.method_names import method_names
 from qserve.wire.options import DECLARED, Backpressure, Default, GivenOptions
 from qserve.wire.spec import DeploymentSpec, Target
 
@@ -173,6 +174,7 @@ class Deployment(ReadableOptions, Deployable, Generic[T_co]):
         return DeploymentSpec(
             target=target,
             sources=source_digests(target, getattr(code, "__module__", None) or ""),
+            methods=method_names(code),
             revision=uuid.uuid4().hex,
             is_class=inspect.isclass(code),
             is_ingress=hasattr(code, "__qserve_asgi__"),

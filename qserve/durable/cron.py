@@ -4,7 +4,7 @@ import math
 import re
 import zoneinfo
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import NamedTuple
 
 _FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 12), ("weekday", 0, 7))
@@ -15,7 +15,8 @@ _every = re.compile(r"every\s+(\d+(?:\.\d+)?)\s*(s|m|h)").fullmatch
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _DAYS_AHEAD = 366 * 8 + 2
 """The 29th of February may be eight years away."""
-_WINDOWS_S = (60.0, 3600.0, 86_400.0, 31 * 86_400.0, 366 * 86_400.0, _DAYS_AHEAD * 86_400.0)
+_LONGEST_S = _DAYS_AHEAD * 86_400.0
+_WINDOWS_S = (60.0, 3600.0, 86_400.0, 31 * 86_400.0, 366 * 86_400.0, _LONGEST_S)
 
 
 class When(NamedTuple):
@@ -30,7 +31,7 @@ class When(NamedTuple):
     every_s: float
     fields: tuple[frozenset[int], ...] = ()
     any_day: bool = False
-    zone: zoneinfo.ZoneInfo | None = None
+    zone: tzinfo = UTC
 
     def next_after(self, moment: float) -> float:
         """The first moment after a Unix time; infinity if there is none.
@@ -83,6 +84,8 @@ def parse_when(text: str) -> When:
         seconds = float(match[1]) * _SECONDS[match[2]]
         if seconds < 1:
             raise ValueError(f"{text!r}: the shortest interval is one second")
+        if seconds > _LONGEST_S:
+            raise ValueError(f"{text!r}: the longest interval is {_DAYS_AHEAD} days")
         return When(seconds)
     parts = text.split()
     if len(parts) not in (5, 6):
@@ -90,9 +93,9 @@ def parse_when(text: str) -> When:
             f"{text!r} is not a schedule: write 'every 30s', or 'minute hour day month weekday' as for cron"
         )
     try:
-        zone = zoneinfo.ZoneInfo(parts[5] if len(parts) > 5 else "UTC")
+        zone = zoneinfo.ZoneInfo(parts[5]) if len(parts) > 5 else UTC
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as exc:
-        raise ValueError(f"{text!r}: there is no time zone {parts[5:] and parts[5]!r} here") from exc
+        raise ValueError(f"{text!r}: there is no time zone {parts[5]!r} here") from exc
     minutes, hours, days, months, weekdays = (
         _parse_field(text, part, *field) for part, field in zip(parts, _FIELDS, strict=False)
     )

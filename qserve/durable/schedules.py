@@ -21,10 +21,11 @@ from qserve.broker.instance.stored_schedules import (
 from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.durable.cron import parse_when
-from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnavailable, FrameRejected
+from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnavailable, FrameRejected, MethodNotFound
 from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms, durable_with_meta, id_in_shard
 from qserve.wire.codec import Codec
 from qserve.wire.messages import NO_META, PYTHON, encode, encode_bare
+from qserve.wire.method_names import problem_of
 from qserve.wire.names import is_name
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class Schedules:
 
         Raises:
             ValueError: The name or the time is not possible.
-            DeploymentNotFound: There is nothing to call.
+            DeploymentNotFound, MethodNotFound: There is nothing to call.
             ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
         """
         if not is_name(plan.name):
@@ -113,11 +114,14 @@ class Schedules:
         parse_when(plan.when)
         if plan.options.delay_s or plan.options.durability:
             raise ValueError("a schedule takes neither delay nor durability: leave them out")
-        if self._state.get(plan.deployment) is None:
+        deployed = self._state.get(plan.deployment)
+        if deployed is None:
             raise DeploymentNotFound(
                 f"The schedule {plan.name!r} calls {plan.deployment!r}, and there is no such deployment: "
                 f"{', '.join(sorted(self._state.list())) or 'nothing is deployed'}. Deploy it first."
             )
+        if problem := problem_of(plan.method, deployed.spec.methods):
+            raise MethodNotFound(f"The schedule {plan.name!r} calls {plan.deployment!r}, but {problem}.")
         payload = codec.pack_call(plan.args, plan.kwargs, f"the call of schedule {plan.name}")
         options = plan.options
         made = ScheduleWithMeta(

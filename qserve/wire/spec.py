@@ -50,6 +50,7 @@ class DeploymentSpec(DeploymentOptions, frozen=True, kw_only=True):
             from, as JSON: `import_path` and `args`. Otherwise "".
         task_queue: The queue whose tasks it consumes; "" if it consumes none.
         task_names: The names of the tasks that it has handlers for.
+        methods: The names under which something can be called; () where that is not known.
         sources: The source files that the code is imported from, each with a digest, as they were when it was deployed.
     """
 
@@ -64,6 +65,7 @@ class DeploymentSpec(DeploymentOptions, frozen=True, kw_only=True):
     task_queue: str = ""
     task_names: tuple[str, ...] = ()
     sources: tuple[tuple[str, str], ...] = ()
+    methods: tuple[str, ...] = ()
 
 
 class SignedSpec(msgspec.Struct, frozen=True, array_like=True):

@@ -55,6 +55,8 @@ def test_defaults_of_what_users_give_are_those_of_the_spec() -> None:
         deployed_at=made.deployed_at,
         route_prefix="/complete_options",
         init_args=CODEC.pack_call((), {}, ""),
+        sources=made.sources,
+        methods=("__call__",),
     )
     assert made == plainest
 

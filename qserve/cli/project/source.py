@@ -14,6 +14,7 @@ _NOT_CONTENT = {
     "deployed_at",
     "declared",
     "sources",
+    "methods",
     *(each.field for each in DECLARED if not each.option.makes_version),
 }
 

@@ -23,6 +23,7 @@ from qserve.broker.payloads import Payloads
 from qserve.cli.command_line import main
 from qserve.durable.cron import parse_when
 from qserve.durable.schedules import Schedules
+from qserve.errors import MethodNotFound
 from qserve.testing import TestInstance
 from qserve.wire.messages import Signer, encode
 from tests.support.gates import Notes
@@ -65,9 +66,11 @@ def test_the_last_of_missed_moments() -> None:
     assert parse_when("every 5s").last_between(100.0, 123.0) == 120.0
 
 
-@pytest.mark.parametrize("when", ["", "0 3 * *", "60 * * * *", "x * * * *", "*/0 * * * *", "0 0 31 2 *", "every 0s"])
+@pytest.mark.parametrize(
+    "when", ["", "0 3 * *", "60 * * * *", "x * * * *", "*/0 * * * *", "0 0 31 2 *", "every 0s", "every 99999999999h"]
+)
 def test_what_cannot_be_is_told(when: str) -> None:
-    with pytest.raises(ValueError, match=r"schedule|minute|never|second"):
+    with pytest.raises(ValueError, match=r"schedule|minute|never|second|longest"):
         parse_when(when)
     with pytest.raises(ValueError, match="time zone"):
         parse_when("0 3 * * * Nowhere/Land")
@@ -163,6 +166,51 @@ def test_schedules_are_managed_on_the_command_line(told: Any, qserve_instance: T
     wrong = CliRunner().invoke(main, ["schedule", "put", "x", "0 3 * *", "told"])
     assert (wrong.exit_code, "is not a schedule" in wrong.output) == (1, True)
     assert CliRunner().invoke(main, ["schedule", "rm", "often"]).exit_code == 1
+
+
+def test_a_schedule_whose_calls_fail_says_so(told: Any, qserve_instance: TestInstance) -> None:
+    @serve.deployment
+    class Clerk:
+        def file(self) -> None:
+            raise ValueError("the drawer is locked")
+
+    Clerk.deploy()
+    schedule("put", "filing", "every 1s", "Clerk", "--method", "file")
+    wait_until(lambda: "failed: ValueError: the drawer is locked" in schedule("ls"))
+    shown: dict[str, Any] = {}
+    wait_until(lambda: shown.update(json.loads(schedule("show", "filing"))) or shown["state"] == "failed")
+    assert "the drawer is locked" in shown["error"]
+    handle: Any = Clerk.get_handle()
+    with pytest.raises(MethodNotFound, match="'other' calls 'Clerk', but it has no method 'fill': there are file"):
+        serve.schedule("other", "every 1h", handle.fill)
+    said = CliRunner().invoke(main, ["schedule", "put", "other", "every 1h", "Clerk"])
+    assert (said.exit_code, "it has no method '__call__'" in said.output) == (1, True)
+    assert "other" not in schedule("ls")
+
+
+@pytest.mark.parametrize("when", ["0 3 * * * Nowhere/Land", "every 99999999999999999h"])
+def test_what_is_due_at_times_that_are_not_understood_here_is_shown(
+    when: str, told: Any, qserve_instance: TestInstance
+) -> None:
+    with closing(state_of(qserve_instance)) as state:
+        schedules = Schedules(state)
+        serve.schedule("odd", "every 1h", told)
+        made = schedules.get("odd")
+        assert made is not None
+        schedules.write(msgspec.structs.replace(made, when=when))
+        assert f"odd  {when}  told  next unknown ('{when}': " in schedule("ls")
+        assert json.loads(schedule("show", "odd"))["next"] is None
+
+
+def test_seconds_that_no_clock_counts_are_refused(told: Any) -> None:
+    for words in (
+        ["schedule", "put", "x", "every 1h", "told", "--expires", "inf"],
+        *(["call", "told", "--timeout", value] for value in ("inf", "nan", "1e300")),
+        ["scale", "told", "1", "--timeout", "inf"],
+    ):
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 2, done.output
+        assert words[-1].replace("1e300", "1e+300") in done.output
 
 
 def test_a_moment_that_was_missed_is_made_up_for_once(told: Any, qserve_instance: TestInstance, notes: Notes) -> None:
