@@ -5,13 +5,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from qserve.broker.keys import Keys
 from qserve.broker.server.address import parse
 from qserve.errors import ConfigurationError
 from qserve.wire.names import NAME_PATTERN
+from qserve.wire.seconds import PositiveSeconds
+
+
+def _in_capitals(given: Any) -> Any:
+    return given.upper() if isinstance(given, str) else given
+
+
+LevelName = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+LogLevel = Annotated[LevelName, BeforeValidator(_in_capitals)]
 
 MIB = 1024 * 1024
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -82,14 +91,12 @@ class Settings(BaseSettings):
             "in that trace."
         ),
     )
-    http_timeout_s: float = Field(
+    http_timeout_s: PositiveSeconds = Field(
         default=60.0,
-        gt=0,
         description="Deadline of an HTTP request whose deployment sets no `timeout_s`.",
     )
-    handle_timeout_s: float = Field(
+    handle_timeout_s: PositiveSeconds = Field(
         default=3600.0,
-        gt=0,
         description="Deadline of a call through a handle that sets none.",
     )
     max_value_bytes: int = Field(
@@ -107,14 +114,12 @@ class Settings(BaseSettings):
         gt=0,
         description="Larger payloads do not stand in queues: [Large values](large-values.md) says where they are.",
     )
-    http_header_timeout_s: float = Field(
+    http_header_timeout_s: PositiveSeconds = Field(
         default=10.0,
-        gt=0,
         description="A request whose headers are not complete after this time is answered with 408.",
     )
-    http_body_timeout_s: float = Field(
+    http_body_timeout_s: PositiveSeconds = Field(
         default=30.0,
-        gt=0,
         description="A request whose body pauses for this long is answered with 408.",
     )
     http_body_bytes_per_s: int = Field(
@@ -125,14 +130,12 @@ class Settings(BaseSettings):
             "its bytes at this rate is answered with 408. `0` means no lower limit."
         ),
     )
-    http_send_timeout_s: float = Field(
+    http_send_timeout_s: PositiveSeconds = Field(
         default=60.0,
-        gt=0,
         description="A client that reads nothing of its response, or of its WebSocket, for this long is disconnected.",
     )
-    http_keep_alive_s: float = Field(
+    http_keep_alive_s: PositiveSeconds = Field(
         default=5.0,
-        gt=0,
         description="How long an idle connection may wait for its next request.",
     )
     http_max_connections: int = Field(
@@ -244,25 +247,22 @@ class Settings(BaseSettings):
         default="",
         description="The [GPUs](gpus.md) that replicas on this machine may use, such as `0,1`.",
     )
-    beat_interval_s: float = Field(default=1.0, gt=0, description="How often a replica says that it is alive.")
-    dead_after_s: float = Field(
+    beat_interval_s: PositiveSeconds = Field(default=1.0, description="How often a replica says that it is alive.")
+    dead_after_s: PositiveSeconds = Field(
         default=5.0,
-        gt=0,
         description=(
             "A replica that is silent for this long counts as dead for the others. A process that ends is noticed "
             "at once by its own machine."
         ),
     )
-    max_loop_stall_s: float = Field(
+    max_loop_stall_s: PositiveSeconds = Field(
         default=30.0,
-        gt=0,
         description=(
             "A replica whose event loop stands still for this long writes its stacks to the log and is replaced."
         ),
     )
-    slow_call_s: float = Field(
+    slow_call_s: PositiveSeconds = Field(
         default=5.0,
-        gt=0,
         description=(
             "An ordinary call that runs for longer is noted among the [calls that had trouble](operations.md#calls)."
         ),
@@ -291,7 +291,9 @@ class Settings(BaseSettings):
             "Redis. See [Security](security.md)."
         ),
     )
-    log_level: str = Field(default="INFO", description="Level of qserve's own logs.")
+    log_level: LogLevel = Field(
+        default="INFO", description="Level of qserve's own logs: `DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`."
+    )
     log_format: Literal["text", "json"] = Field(
         default="text",
         description="How each record of the log is written, in every process: see [Logs](telemetry.md#logs).",

@@ -1,9 +1,11 @@
 """How processes log, as Ray Serve's programs and config files say it."""
 
 import logging
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, field_validator
+
+from qserve.settings import LevelName
 
 
 class LoggingConfig(BaseModel):
@@ -16,6 +18,14 @@ class LoggingConfig(BaseModel):
     enable_access_log: bool = Field(default=True, description="QSERVE_ACCESS_LOG.")
     logs_dir: str | None = Field(default=None, description="Without effect: processes log to their output.")
     additional_log_standard_attrs: list[str] = Field(default=[], description="Without effect.")
+
+    @field_validator("log_level")
+    @classmethod
+    def _check_level(cls, level: str | int) -> str | int:
+        names = {number: name for name, number in logging.getLevelNamesMapping().items() if name in get_args(LevelName)}
+        if level not in names and str(level).upper() not in names.values():
+            raise ValueError(f"{level!r} is no level: write one of {', '.join(names.values())}.")
+        return level
 
     @property
     def level_name(self) -> str:

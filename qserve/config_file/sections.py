@@ -8,7 +8,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveFloat,
     create_model,
     field_validator,
     model_validator,
@@ -17,8 +16,9 @@ from pydantic import (
 from qserve.config_file.logging_config import LoggingConfig
 from qserve.wire.autoscaling import AUTO
 from qserve.wire.names import is_name
-from qserve.wire.options import DECLARED, RAY_NAMES, DeclaredOption
+from qserve.wire.options import DECLARED, RAY_NAMES, DeclaredOption, check_environment
 from qserve.wire.ray_names import REFUSED, WITHOUT_EFFECT, refuse_unavailable
+from qserve.wire.seconds import PositiveSeconds
 
 _NOT_IN_FILES = frozenset({"name", "prev_version", "route_prefix", "init_args"})
 """Options of `serve.deployment` that a file says elsewhere, or not at all."""
@@ -124,6 +124,12 @@ class RuntimeEnvSection(BaseModel):
                 )
         return values
 
+    @field_validator("env_vars")
+    @classmethod
+    def _check_env_vars(cls, env_vars: dict[str, str]) -> dict[str, str]:
+        check_environment(env_vars)
+        return env_vars
+
 
 class ApplicationSection(Section):
     """One application."""
@@ -169,10 +175,10 @@ class HTTPSection(Section):
     host: str | None = Field(default=None, description="Address to listen on, for `qserve run`. Default: 127.0.0.1.")
     port: int | None = Field(default=None, ge=0, le=65535, description="Port, for `qserve run`. Default: 8000.")
     root_path: str = Field(default="", description="Prefix that a reverse proxy keeps in the path.")
-    request_timeout_s: PositiveFloat | None = Field(
+    request_timeout_s: PositiveSeconds | None = Field(
         default=None, description="The deadline of requests, for `qserve run`: QSERVE_HTTP_TIMEOUT_S."
     )
-    keep_alive_timeout_s: PositiveFloat | None = Field(
+    keep_alive_timeout_s: PositiveSeconds | None = Field(
         default=None, description="How long idle connections stay, for `qserve run`: QSERVE_HTTP_KEEP_ALIVE_S."
     )
     ssl_certfile: str | None = Field(default=None, description="Certificate chain, for `qserve run`.")

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.middleware import Middleware
 
 from qserve.deployments.loading import make_target
 from qserve.settings import Shown
 from qserve.wire.codec import Codec
+from qserve.wire.seconds import PositiveSeconds
 from qserve.wire.spec import EVERY_NODE, HttpSettings, MiddlewareSpec
 
 
@@ -64,10 +65,10 @@ class HTTPOptions(BaseModel):
         ),
     )
 
-    request_timeout_s: PositiveFloat | None = Field(
+    request_timeout_s: PositiveSeconds | None = Field(
         default=None, description="The deadline of a request whose deployment has none; else `QSERVE_HTTP_TIMEOUT_S`."
     )
-    keep_alive_timeout_s: PositiveFloat | None = Field(
+    keep_alive_timeout_s: PositiveSeconds | None = Field(
         default=None, description="How long an idle connection may stay; else `QSERVE_HTTP_KEEP_ALIVE_S`."
     )
     ssl_certfile: str | None = Field(default=None, description="Certificate chain. With it, the gateway serves HTTPS.")

@@ -10,10 +10,11 @@ from enum import Enum
 from typing import Annotated, Any, Final, Literal, TypedDict, get_type_hints
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 
 from qserve.wire.autoscaling import Autoscaling, AutoscalingConfig
 from qserve.wire.names import is_name
+from qserve.wire.seconds import PositiveSeconds, Seconds
 
 
 class Default(Enum):
@@ -96,6 +97,17 @@ def _check_actor_options(name: str, value: Any) -> None:
             raise TypeError(
                 f"env_vars of ray_actor_options['runtime_env'] must be strings, and {variable!r}: {text!r} is not. Put "
                 f'it between quotes: "{variable}": "{text}"'
+            )
+    check_environment(environment)
+
+
+def check_environment(variables: Mapping[str, str]) -> None:
+    """Raise ValueError for a variable that no process can have."""
+    for name, text in variables.items():
+        if not name or "=" in name or "\0" in name + text:
+            raise ValueError(
+                f"an environment variable cannot be called {name!r} and be {text!r}: its name is not empty and has no "
+                "'=', and neither has a zero byte."
             )
 
 
@@ -230,7 +242,7 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = False
     timeout_s: Annotated[
-        PositiveFloat | None,
+        PositiveSeconds | None,
         Option(
             "The deadline of an HTTP request; one that was not started by then never runs. Handles take theirs from "
             "`handle.options(timeout_s=...)`.",
@@ -273,7 +285,7 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = True
     graceful_shutdown_timeout_s: Annotated[
-        NonNegativeFloat,
+        Seconds,
         Option(
             "How long a replica that leaves may take to finish its calls, and then the shutdown hooks of its "
             "application and its `__del__`. Then its process is killed. A new `user_config` waits as long for the "
@@ -281,10 +293,10 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 20.0
     graceful_shutdown_wait_loop_s: Annotated[
-        PositiveFloat, Option("Accepted because Ray Serve has it, and without effect: qserve does not poll.")
+        PositiveSeconds, Option("Accepted because Ray Serve has it, and without effect: qserve does not poll.")
     ] = 2.0
     initialization_timeout_s: Annotated[
-        PositiveFloat, Option("How long a constructor or `reconfigure` may take. One that takes longer has failed.")
+        PositiveSeconds, Option("How long a constructor or `reconfigure` may take. One that takes longer has failed.")
     ] = 600.0
     max_constructor_retry_count: Annotated[
         PositiveInt,
@@ -295,7 +307,7 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 100
     health_check_period_s: Annotated[
-        PositiveFloat,
+        PositiveSeconds,
         Option(
             "How often the method `check_health` of the class is called, if it has one. A replica in which it raises "
             "three times in a row is replaced.",
@@ -303,7 +315,7 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 10.0
     health_check_timeout_s: Annotated[
-        PositiveFloat,
+        PositiveSeconds,
         Option(
             "How long `check_health` may take. A replica in which it takes longer is ended at once, and replaced.",
             makes_version=False,

@@ -180,6 +180,27 @@ MISTAKES = {
         "Put it into a list: `applications:`",
     ),
     "a variable is a list": (one("runtime_env: {env_vars: {A: [1]}}"), "applications[0].runtime_env.env_vars.A"),
+    "a variable has a name that none can have": (
+        one('runtime_env: {env_vars: {"A=B": "x"}}'),
+        "env_vars: an environment variable cannot be called 'A=B' and be 'x'",
+    ),
+    "a variable has no name": (one('runtime_env: {env_vars: {"": "x"}}'), "cannot be called '' and be 'x'"),
+    "a variable has a zero byte": (
+        one('deployments: [{name: Price, ray_actor_options: {runtime_env: {env_vars: {A: "x\\0y"}}}}]'),
+        "an environment variable cannot be called 'A' and be 'x\\x00y'",
+    ),
+    "a level of the log is none": (
+        "logging_config: {log_level: bogus}\n" + one("name: a"),
+        "line 1: logging_config.log_level: 'bogus' is no level: write one of CRITICAL, ERROR, WARNING, INFO, DEBUG.",
+    ),
+    "a level of the log is a number of none": (
+        "logging_config: {log_level: 15}\n" + one("name: a"),
+        "line 1: logging_config.log_level: 15 is no level",
+    ),
+    "a time never passes": (
+        "http_options: {request_timeout_s: .inf}\n" + one("name: a"),
+        "request_timeout_s=inf is not possible: it should be less than or equal to 1000000000.",
+    ),
     "a date is none": (one("args: {day: 2001-99-99}"), "is no YAML: month must be in 1..12"),
     "an alias is within itself": (one("args: &all {x: *all}"), "an alias (`*name`) stands within what it stands for"),
     "the file is no YAML": ("applications: [", "is no YAML"),
