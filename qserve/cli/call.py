@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from qserve.broker.instance.state import State
 from qserve.calls.handle import get_handle
 from qserve.calls.process_client import set_settings_finder
 from qserve.cli.instance import connected
@@ -97,3 +98,9 @@ def unknown_deployment(name: str, known: Iterable[str]) -> str:
     if close:
         return f"There is no deployment {name!r}. Did you mean {close[0]!r}?"
     return f"There is no deployment {name!r}. Deployed: {', '.join(names) or 'nothing'}."
+
+
+def none_found(text: str, names: Iterable[str], state: State) -> str:
+    """What to say where nothing was found of some deployments: the text, and which of them do not exist."""
+    known = state.list()
+    return " ".join([text, *(unknown_deployment(name, known) for name in names if name not in known)])

@@ -9,6 +9,7 @@ import click
 from qserve.broker.history.call_index import STATES, CallSummary
 from qserve.broker.history.troubles import Trouble, read_troubles
 from qserve.broker.instance.state import State
+from qserve.cli.call import none_found
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, note, redis_url_option, visible
 from qserve.deployments.local_instance import find_settings
@@ -20,6 +21,7 @@ from qserve.operating.call_tree import Relative, family_of
 from qserve.operating.operators import write_down
 from qserve.tracebacks import gist
 
+_NONE = "There are no such calls."
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -64,10 +66,11 @@ def ls(
             _list_troubles(state, name, error, earliest, limit, as_json)
             return
         found = find_calls(state, CallFilter(states, name or "", method, error, key, earliest), limit)
+        none = "" if found.calls else none_found(_NONE, [name] if name else [], state)
     for _, call in found.calls:
         click.echo(json.dumps(facts_of(call)) if as_json else visible(_line(call)))
     if not found.calls:
-        note("There are no such calls." if not found.is_cut else "None among the last 2,000 calls: narrow the search.")
+        note(none if not found.is_cut else "None among the last 2,000 calls: narrow the search.")
     elif found.next_before is not None:
         note(f"There are more: --limit {limit * 2}, or narrow the search.")
 
@@ -121,9 +124,9 @@ def retry(ids: tuple[str, ...], as_json: bool, every: bool) -> None:
     limit = find_settings().out_of_line_bytes
     with connected() as state:
         if every:
-            ids = tuple(call.id for name in ids for call in controls.failed_calls(state, name))
+            names, ids = ids, tuple(call.id for name in ids for call in controls.failed_calls(state, name))
             if not ids:
-                note("There are no such calls.")
+                note(none_found(_NONE, names, state))
                 return
         _each(state, ids, as_json, "retry", lambda state, call: controls.send_again(state, call, limit) and "queued")
 
@@ -198,7 +201,7 @@ def _list_troubles(state: State, name: str | None, error: str, earliest: float, 
         line = _trouble_json(at, deployment, trouble) if as_json else visible(_trouble_line(at, deployment, trouble))
         click.echo(line)
     if not shown:
-        note("There are no such calls.")
+        note(none_found(_NONE, [name] if name else [], state))
 
 
 def _trouble_json(at: float, deployment: str, trouble: Trouble) -> str:

@@ -6,6 +6,7 @@ import time
 import click
 
 from qserve.broker.instance.state import State
+from qserve.cli.call import none_found
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, note, redis_url_option, visible
 from qserve.deployments.local_instance import find_settings
@@ -42,7 +43,8 @@ def ls(name: str | None, as_json: bool) -> None:
             line = f"{letter.deployment}  {letter.id}  {call_id}  {when}{tries}  {letter.reason[:120]}"
             click.echo(visible(line))
         if not found:
-            note(f"There are no dead letters{f' of {name}' if name else ''}.")
+            none = f"There are no dead letters{f' of {name}' if name else ''}."
+            note(none_found(none, [name] if name else [], state))
 
 
 @dead.command()

@@ -83,6 +83,9 @@ def delete(name: str) -> None:
 
 @click.command()
 @redis_url_option
+@click.option(
+    "-y", "--yes", is_flag=True, expose_value=False, help="Accepted because Ray Serve has it: nothing is asked."
+)
 def shutdown() -> None:
     """Delete every deployment, and stop the instance where it runs on this machine.
 

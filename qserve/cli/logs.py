@@ -56,12 +56,23 @@ def log_path() -> tuple[Path, int | None]:
     """The log file of the instance on this machine, with its pid, or of the last one, which may have crashed.
 
     Raises:
-        Failure: There is none, or the instance logs to a terminal.
+        Failure: There is none, the instance logs to a terminal, or another one is meant.
     """
-    namespace = Settings().namespace
+    settings = Settings()
+    namespace, url = settings.namespace, settings.redis_url
     record = find_record(namespace)
+    last = newest_log_file(runtime_folder(), namespace) if record is None else None
+    if url and (record.redis_url != url if record is not None else last is not None):
+        here = (
+            f"the instance that runs here (pid {record.pid})"
+            if record is not None
+            else f"the log of the last one here, {last},"
+        )
+        raise Failure(
+            "QSERVE_REDIS_URL names an instance elsewhere, whose processes log where they run, to their own output. "
+            f"For {here} unset QSERVE_REDIS_URL."
+        )
     if record is None:
-        last = newest_log_file(runtime_folder(), namespace)
         if last is None:
             raise Failure(f"{NO_INSTANCE} Nodes that `qserve start` runs log to their own output.")
         note(f"No instance runs; this is the log of the last one, {last}")

@@ -36,7 +36,7 @@ def known_options(options: Mapping[str, Any], function: str) -> dict[str, Any]:
 
     Raises:
         TypeError: There is no such option, or it was given under both of its names.
-        ValueError: It stands for something that qserve does not have.
+        ValueError: It stands for something that qserve does not have, or has an impossible value.
     """
     known: dict[str, Any] = {}
     for given, value in options.items():
@@ -48,6 +48,9 @@ def known_options(options: Mapping[str, Any], function: str) -> dict[str, Any]:
             )
             raise TypeError(f"{function}() got options twice, under different names: {both}")
         known[name] = value
+        if name != plain and value is not None:
+            with told_in_words((), {name: given}):  # before it is only known under the other name
+                DeploymentConfig(**{name: value})
     refuse_unavailable(name for name, value in known.items() if value is not None)
     for name in known.keys() & WITHOUT_EFFECT.keys():
         if known.pop(name) is not None:

@@ -1,8 +1,9 @@
 """What pydantic finds wrong with options, said in words for whoever wrote them."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,23 +12,25 @@ _LONGEST_VALUE = 60
 
 
 @contextmanager
-def told_in_words(names: Iterable[str]) -> Iterator[None]:
+def told_in_words(names: Iterable[str], shown: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
     """A block in which pydantic's ValidationError becomes a plain ValueError.
 
     Args:
         names: The options that exist, to suggest one where a name is not among them.
+        shown: How options are called that have several names.
     """
     try:
         yield
     except ValidationError as exc:
-        raise ValueError(in_words(exc, names)) from None
+        raise ValueError(in_words(exc, names, shown)) from None
 
 
-def in_words(exc: ValidationError, names: Iterable[str]) -> str:
+def in_words(exc: ValidationError, names: Iterable[str], shown: Mapping[str, str] = MappingProxyType({})) -> str:
     """One sentence for each thing that is wrong."""
     known = list(names)
     errors = exc.errors(include_url=False, include_context=False)
-    return " ".join(sentence(error, ".".join(map(str, error["loc"])), known) for error in errors)
+    places = (".".join(shown.get(str(step), str(step)) for step in error["loc"]) for error in errors)
+    return " ".join(sentence(error, place, known) for error, place in zip(errors, places, strict=True))
 
 
 def sentence(error: Any, place: str, names: Iterable[str]) -> str:

@@ -7,7 +7,9 @@ from typing import Final
 logger = logging.getLogger("qserve")
 
 WITHOUT_EFFECT: Final[Mapping[str, str]] = {
-    "logging_config": "logging of replicas is that of the process; see QSERVE_ACCESS_LOG, and docs/operations.md",
+    "logging_config": (
+        "replicas log as QSERVE_LOG_LEVEL and QSERVE_LOG_FORMAT say; see docs/telemetry.md#logs, and QSERVE_ACCESS_LOG"
+    ),
     "max_surge_percent": "at most max(1, 20 %) of the replicas are replaced at a time; see surge=",
     "rolling_update_percentage": "at most max(1, 20 %) of the replicas are replaced at a time",
     "external_scaler_enabled": "any program may change the number of replicas, as `qserve scale` does",

@@ -302,6 +302,21 @@ def calls(qs: Callable[..., Result]) -> Callable[..., Result]:
     return lambda *words: qs("calls", *words)
 
 
+def test_a_name_that_is_misspelled_is_told_where_nothing_is_found(
+    qs: Callable[..., Result], settings: Settings
+) -> None:
+    deploy(settings)
+    for words in (["calls", "ls"], ["calls", "ls", "--troubled"], ["calls", "retry", "--all"], ["dead", "ls"]):
+        assert "There is no deployment 'Eco'. Did you mean 'Echo'?" in qs(*words, "Eco").output
+        assert "Did you mean" not in qs(*words, "Echo").output
+
+
+def test_shutdown_is_taken_in_the_form_of_ray_serve(qs: Callable[..., Result], settings: Settings) -> None:
+    for yes in ("-y", "--yes"):
+        deploy(settings)
+        assert "Echo: deleted" in qs("shutdown", yes).output
+
+
 def test_a_number_of_replicas_is_claimed_only_where_they_are(
     qs: Callable[..., Result], state: State, settings: Settings
 ) -> None:

@@ -57,6 +57,19 @@ def test_the_log_of_an_instance_that_has_ended_is_shown_and_named(log: Path) -> 
     assert f"this is the log of the last one, {log}" in shown.stderr
 
 
+def test_the_log_of_another_instance_than_the_one_that_is_meant_is_not_shown(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QSERVE_REDIS_URL", "redis://elsewhere")
+    shown = logs()
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert f"For the log of the last one here, {log}, unset QSERVE_REDIS_URL." in shown.stderr
+    running(str(log))
+    assert f"For the instance that runs here (pid {os.getpid()}) unset" in logs().stderr
+    monkeypatch.setenv("QSERVE_REDIS_URL", "")
+    assert logs().stdout == TEXT
+
+
 def test_what_is_about_a_deployment_or_a_call_is_shown_with_its_traceback(log: Path) -> None:
     running(str(log))
     assert "stock is low" in logs("Counter").stdout

@@ -1,6 +1,8 @@
 """Names of Ray Serve, 1.x and 2.x: each is accepted, or refused with what to write instead."""
 
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -11,7 +13,7 @@ from qserve import serve
 from qserve.deployments.deployment import Deployment
 from qserve.deployments.http_options import HTTPOptions
 from qserve.wire.options import Backpressure
-from qserve.wire.ray_names import MISSING, REFUSED
+from qserve.wire.ray_names import MISSING, REFUSED, WITHOUT_EFFECT
 from qserve_workers.user.plain_responses import to_json
 from tests.support.local_code import CODEC
 
@@ -83,6 +85,19 @@ def test_options_of_ray_2_are_taken() -> None:
     assert made.to_spec(CODEC).backpressure == Backpressure(429, 3)
     assert Deployment.from_spec(made.to_spec(CODEC), CODEC) == made
     assert pickle.loads(cloudpickle.dumps(made)).to_spec(CODEC).backpressure == Backpressure(429, 3)
+
+
+@pytest.mark.parametrize("name", ["max_ongoing_requests", "max_concurrent_queries"])
+def test_a_value_that_is_not_possible_is_told_under_the_name_that_was_given(name: str) -> None:
+    wrong: dict[str, Any] = {name: "a"}
+    for take in (serve.deployment, serve.deployment(name="f")(lambda: None).options):
+        with pytest.raises(ValueError, match=f"^{name}='a' is not possible: it should be a valid integer"):
+            take(**wrong)
+
+
+def test_what_is_said_of_logging_names_the_page_about_logs() -> None:
+    [page, heading] = re.findall(r"docs/(\w+\.md)#(\w+)", WITHOUT_EFFECT["logging_config"])[0]
+    assert f"## {heading.capitalize()}" in (Path(__file__).parents[2] / "docs" / page).read_text()
 
 
 def test_auto_is_one_to_a_hundred_replicas() -> None:
