@@ -25,7 +25,6 @@ from qserve.config_file.reading import read_config_file
 from qserve.config_file.sections import ConfigFile
 from qserve.deployments.deployment import Deployment
 from qserve.deployments.driver import make_codec
-from qserve.deployments.source_files import project_files
 from qserve.durable.schedules import Declared, Schedules
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.screen.progress import show_progress
@@ -34,6 +33,7 @@ from qserve.tracebacks import users_part
 from qserve.wire.codec import Codec
 from qserve.wire.method_names import method_names, problem_of
 from qserve.wire.options import Default
+from qserve.wire.source_files import project_files
 from qserve.wire.spec import DeploymentSpec
 
 _NO_OVERRIDES = Overrides()

@@ -17,11 +17,11 @@ from qserve.deployments.checked_options import changed_options, complete_options
 from qserve.deployments.driver import THIS_PROCESS
 from qserve.deployments.loading import Deployable, importing, is_importing, make_target
 from qserve.deployments.readable_options import ReadableOptions
-from qserve.deployments.source_files import source_digests
 from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.codec import Codec
 from qserve.wire.method_names import method_names
 from qserve.wire.options import DECLARED, Backpressure, Default, GivenOptions
+from qserve.wire.source_files import source_digests
 from qserve.wire.spec import DeploymentSpec, Target
 
 logger = logging.getLogger(__name__)

@@ -16,13 +16,13 @@ from qserve.broker.inboxes import control_frame, tell_now
 from qserve.broker.instance.state import GenerationChanged, State
 from qserve.broker.records import end_now
 from qserve.deployments.deploying import Goal
-from qserve.deployments.source_files import changed_files
 from qserve.durable.dead_letters import DeadLetters
 from qserve.errors import CallCancelled, CallNotFound, DeploymentNotFound
 from qserve.operating.call_search import CallFilter, find_calls
 from qserve.wire.autoscaling import Autoscaling, AutoscalingConfig
 from qserve.wire.call_record import DEAD, FAILED
 from qserve.wire.messages import Control, ErrorInfo, encode
+from qserve.wire.source_files import changed_files
 from qserve.wire.spec import Deployed, DeploymentSpec
 
 

@@ -25,9 +25,9 @@ from qserve.cli.call import parse_call, show, unknown_deployment
 from qserve.cli.command_line import COMMANDS, main
 from qserve.cli.project.source import Watcher, content_version
 from qserve.cli.status import InstanceStatus, ReplicaStatus, render
-from qserve.deployments.source_files import project_files
 from qserve.settings import Settings
 from qserve.tracebacks import users_part
+from qserve.wire.source_files import project_files
 from qserve.wire.spec import DeploymentSpec, Target
 from tests.support.serving import free_port, runtime_folder
 from tests.support.shell import Shell, background

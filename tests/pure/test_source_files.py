@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qserve.deployments.source_files import changed_files, source_digests
+from qserve.wire.source_files import changed_files, source_digests
 from qserve.wire.spec import Target
 
 

@@ -3,35 +3,27 @@
 A spec names most code by its import path: a replica imports what is in the files when it starts.
 """
 
+import functools
 import hashlib
+import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Final
 
-from qserve.deployments.driver_script import MAIN
 from qserve.wire.spec import Target
 
 _OWN: Final = ("qserve", "qserve_gateway", "qserve_workers")
+_MAIN: Final = ("__main__", "__mp_main__")
 _MOST: Final = 1_000
 """Of so many files digests are kept in a spec."""
 
 
 def project_files(folder: Path, modules: Iterable[str] = ()) -> list[Path]:
     """Source files of the imported modules below `folder`, without installed ones, and of the named modules."""
-    folder = folder.resolve()
-    named = set(modules)
-    installed = [Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")]
-    return sorted(
-        {
-            path
-            for name, path in _imported_files(sys.modules)
-            if name in named
-            or (path.is_relative_to(folder) and not any(path.is_relative_to(place) for place in installed))
-        }
-    )
+    inside, named = _below([str(folder)]), set(modules)
+    return sorted({Path(path) for name, path in _imported_files() if name in named or inside(path)})
 
 
 def source_digests(target: Target, module: str) -> tuple[tuple[str, str], ...]:
@@ -40,33 +32,45 @@ def source_digests(target: Target, module: str) -> tuple[tuple[str, str], ...]:
     Args:
         module: The name of the module that defines the code.
     """
-    package = module.partition(".")[0]
-    found = {path for folder in target.sys_path for path in project_files(Path(folder))}
-    found |= {path for name, path in _imported_files(sys.modules) if name.partition(".")[0] == package}
+    package, inside, imported = module.partition(".")[0], _below(target.sys_path), list(_imported_files())
+    found = {path for name, path in imported if inside(path) or name.partition(".")[0] == package}
     if target.pickled:  # and so the code of the script is in there
-        found -= {path for name, path in _imported_files(sys.modules) if name in (MAIN, "__mp_main__")}
-    digests = ((str(path), _digest(path)) for path in sorted(found) if path.suffix == ".py")
+        found -= {path for name, path in imported if name in _MAIN}
+    digests = ((path, _digest(path)) for path in sorted(found) if path.endswith(".py"))
     return tuple((path, digest) for path, digest in digests if digest)[:_MOST]
 
 
 def changed_files(sources: tuple[tuple[str, str], ...]) -> list[str] | None:
     """Those files that are not what they were when `source_digests` looked; None where that cannot be told here."""
-    here = {path: _digest(Path(path)) for path, _ in sources if path.endswith(".py")}
+    here = {path: _digest(path) for path, _ in sources if path.endswith(".py")}
     if not any(here.values()):
         return None
     changed = [path for path, digest in sources if here.get(path) != digest]
     return None if not changed and len(sources) >= _MOST else changed
 
 
-def _imported_files(modules: Mapping[str, ModuleType]) -> Iterator[tuple[str, Path]]:
-    for name, module in list(modules.items()):
+def _below(folders: Iterable[str]) -> Callable[[str], bool]:
+    """What tells whether a path is in one of these folders, and not among what is installed."""
+    wanted = tuple(_real(folder).rstrip(os.sep) + os.sep for folder in folders)
+    installed = tuple(_real(sysconfig.get_path(kind)) + os.sep for kind in ("stdlib", "purelib", "platlib"))
+    return lambda path: path.startswith(wanted) and not path.startswith(installed)
+
+
+def _imported_files() -> Iterator[tuple[str, str]]:
+    for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if file and name.partition(".")[0] not in _OWN:
-            yield name, Path(file).resolve()
+            folder, base = os.path.split(file)
+            yield name, _real(folder) + os.sep + base
 
 
-def _digest(path: Path) -> str:
+@functools.cache  # of thousands of modules, most are in few folders
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _digest(path: str) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if Path(path).is_file() else ""
     except OSError:
         return ""
