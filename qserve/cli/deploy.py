@@ -47,7 +47,7 @@ def deploy(
     A deployment without a version gets a hash of its code and arguments as version, so that doing it again changes
     nothing. Where no node is alive yet, it is started by the first one that comes.
     """
-    log_to_stderr()
+    log_to_stderr(Settings())
     settings = find_settings()
     imported = import_found(find_app(app, app_dir), overrides)
     if print_files:

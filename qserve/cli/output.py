@@ -4,15 +4,18 @@ import math
 import os
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qserve.settings import Settings
 from qserve.telemetry import log_records
-from qserve.wire.seconds import MOST_S
 
 _CONTROL = re.compile(r"\x1b(?!\[[\d;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]").sub
+
+if TYPE_CHECKING:
+    from qserve.settings import Settings
+
+_MOST_S = 1e9
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -23,7 +26,7 @@ class Seconds(click.FloatRange):
     name = "seconds"
 
     def __init__(self, least: float = 0.0) -> None:
-        super().__init__(min=least, max=MOST_S)
+        super().__init__(min=least, max=_MOST_S)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         found: float = super().convert(value, param, ctx)
@@ -66,12 +69,7 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
-def log_to_stderr() -> None:
-    """Show the warnings of the library; commands say by themselves what goes well.
-
-    Raises:
-        ConfigurationError: A variable has a value that it cannot have.
-    """
-    settings = Settings()
+def log_to_stderr(settings: "Settings") -> None:
+    """Show the warnings of the library; commands say by themselves what goes well."""
     level = settings.log_level if "log_level" in settings.model_fields_set else "WARNING"
     log_records.log_to_stderr("command", level, settings.log_format)

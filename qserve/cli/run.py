@@ -113,7 +113,7 @@ def serve_until_ctrl_c(
     **tls: str | None,
 ) -> None:
     """What `run` and `dev` do."""
-    log_to_stderr()
+    log_to_stderr(Settings())
     if debug:
         os.environ["QSERVE_DEBUG"] = "1"  # for gateway and replicas, which inherit it
     found = find_app(app, app_dir)

@@ -16,6 +16,7 @@ from qserve.config_file.json_schema import schema_text
 from qserve.config_file.writing import application_section, config_text, deployed_section
 from qserve.deployments.driver import make_codec
 from qserve.deployments.local_instance import find_settings
+from qserve.settings import Settings
 
 _output_option = click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write. Default: standard output."
@@ -35,7 +36,7 @@ def build(apps: Sequence[str], app_dir: Path | None, output: Path | None) -> Non
 
     It lists their deployments, with the options that the code gives them.
     """
-    log_to_stderr()
+    log_to_stderr(Settings())
     names = _names_of(apps)
     sections = []
     for app, name in zip(apps, names, strict=True):
