@@ -32,7 +32,7 @@ COMMANDS = {
     "pause": ("qserve.cli.steering", "Let calls of a deployment be accepted, but not run."),
     "resume": ("qserve.cli.steering", "Let calls of a paused deployment run again."),
     "scale": ("qserve.cli.steering", "Give a deployment another number of replicas."),
-    "rollback": ("qserve.cli.steering", "Serve the former version of a deployment again."),
+    "rollback": ("qserve.cli.steering", "Deploy the former version of a deployment again."),
     "drain": ("qserve.cli.steering", "Let a node run nothing, so that its machine can be worked on."),
     "dead": ("qserve.cli.dead", "List, show, send again or drop calls that were given up on."),
     "schedule": ("qserve.cli.schedule", "List, show, put, pause or remove calls that are submitted on a schedule."),
