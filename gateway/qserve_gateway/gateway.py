@@ -211,7 +211,7 @@ class Gateway(DirectApp):
             return await self._own_page(scope, path, named, request_id)
         route, headers = self._find_route(scope, path, named)
         began = monotonic() if route.sleeps else 0.0
-        preference = None if _DURABLE.isdisjoint(named) or self._durable is None else preference_of(headers)
+        preference = None if _DURABLE.isdisjoint(named) or self._durable is None else preference_of(scope["headers"])
         if self._hooks is not None:
             route = self._hooks.before(route, scope, request_id, durable=preference is not None)
         safe = scope["method"] in SAFE_METHODS or route.idempotent or b"idempotency-key" in named

@@ -5,12 +5,14 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from starlette.types import Scope
 
 from qserve.durable.watching import CallWatcher
 from qserve.errors import BackPressureError, BrokerUnavailable, CallNotFound
+from qserve.settings import Settings
 from qserve.wire.call_record import CallRecord
 from qserve.wire.codec import Codec
 from qserve.wire.messages import (
@@ -24,10 +26,14 @@ from qserve.wire.messages import (
     Reply,
     encode,
 )
+from qserve.wire.spec import DeploymentSpec, Target
+from qserve_gateway.api_keys import load_api_keys
 from qserve_gateway.durable.durable_events import EventStream
 from qserve_gateway.durable.durable_pages import DurablePages
 from qserve_gateway.durable.durable_requests import LONGEST_WAIT_S, DurableRequests, Preference, preference_of
+from qserve_gateway.gateway import Gateway
 from qserve_gateway.respond import Refused
+from tests.pure.test_gateway_app import FakeCalls
 
 CALL = "d" + "0" * 32
 EARLIER = "d" + "1" * 32
@@ -92,14 +98,21 @@ class FakeDurable:
         finally:
             assert self.watched == []
 
-    async def send(self, wait_s: float | None, key: bytes = b"", applied: bytes = b"", **request: Any) -> HttpResponse:
+    async def send(
+        self,
+        wait_s: float | None,
+        key: bytes = b"",
+        applied: bytes = b"",
+        credentials: tuple[bytes, ...] = (),
+        **request: Any,
+    ) -> HttpResponse:
         stand_in: Any = self
         asked = HttpRequest("POST", "/x", b"/x", b"", [], "", "http", None, None, "1.1", "one", b"")
         asked = msgspec.structs.replace(asked, **request)
         route: Any = SimpleNamespace(deployment="Echo", meta={}, timeout_s=0.01)
         requests = DurableRequests(stand_in, debug=False)
         try:
-            return await requests.submit(route, asked, Preference(wait_s, key, applied), "/root")
+            return await requests.submit(route, asked, Preference(wait_s, key, applied, credentials), "/root")
         finally:
             assert self.watched == []
 
@@ -212,6 +225,7 @@ async def test_a_call_that_is_unknown_is_not_found_and_a_broken_connection_is_sa
         ([(b"prefer", b'Respond-Async; x, wait="5"')], Preference(5.0, b"", b"respond-async, wait=5")),
         ([(b"prefer", b"wait=100")], Preference(LONGEST_WAIT_S, b"", b"wait=100")),
         ([(b"idempotency-key", b" k "), (b"accept", b"x")], Preference(None, b"k", b"")),
+        ([(b"idempotency-key", b"k"), (b"x-api-key", b"me")], Preference(None, b"k", b"", (b"me",))),
     ],
 )
 def test_what_headers_ask_for(headers: list[tuple[bytes, bytes]], preference: Preference | None) -> None:
@@ -247,7 +261,7 @@ async def test_a_key_belongs_to_whoever_sent_it_and_to_one_body() -> None:
     for key, request in (
         (b"k", {}),
         (b"k", {"body": b"other"}),
-        (b"k", {"headers": [(b"authorization", b"me")]}),
+        (b"k", {"credentials": (b"me",)}),
         (b"j", {}),
     ):
         await durable.send(0.0, key, b"respond-async", **request)
@@ -256,3 +270,26 @@ async def test_a_key_belongs_to_whoever_sent_it_and_to_one_body() -> None:
     assert seen[0][0] == seen[1][0]
     assert seen[0][1] != seen[1][1] != seen[2][1]
     assert durable.options.key == "j"
+
+
+async def test_api_keys_that_no_deployment_sees_keep_the_same_key_of_two_clients_apart() -> None:
+    durable = FakeDurable()
+    stand_in: Any = durable
+    keys = load_api_keys(Settings(api_keys="alice,bob"))
+    gateway = Gateway(FakeCalls(), Settings(), keys, DurableRequests(stand_in, debug=False))
+    gateway.use_deployments(
+        [DeploymentSpec(name="Echo", target=Target("module:name"), revision="1", route_prefix="/echo")]
+    )
+    seen = []
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://test") as http:
+        for credentials in (
+            {"x-api-key": "alice"},
+            {"x-api-key": "bob"},
+            {"authorization": "Bearer alice"},
+            {"x-api-key": "bob", "connection": "x-api-key"},
+        ):
+            headers = {"idempotency-key": "order-1", "prefer": "respond-async", **credentials}
+            assert (await http.post("/echo", headers=headers)).status_code == 202
+            seen.append(durable.options.idempotency)
+    assert len({*seen}) == 3
+    assert seen[1] == seen[3]

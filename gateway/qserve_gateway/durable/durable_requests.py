@@ -31,15 +31,20 @@ class Preference(NamedTuple):
         wait_s: Seconds it waits for the response before it takes a 202; None for as long as any other request waits.
         idempotency_key: Names the call, so that a repeated request is the same call; b"" without one.
         applied: What the header Preference-Applied of the response says.
+        credentials: Whose key it is.
     """
 
     wait_s: float | None
     idempotency_key: bytes
     applied: bytes
+    credentials: tuple[bytes, ...] = ()
 
 
 def preference_of(headers: Headers) -> Preference | None:
     """Read the headers Prefer and Idempotency-Key; None where they ask for nothing but an ordinary call.
+
+    Args:
+        headers: All that the client has sent, also those that the deployment does not get, such as an API key.
 
     Raises:
         Refused: The key is empty or longer than 255 characters.
@@ -64,7 +69,7 @@ def preference_of(headers: Headers) -> Preference | None:
     if wait_s is not None:
         applied.append(b"wait=%d" % wait_s)
     patience = min(wait_s, LONGEST_WAIT_S) if wait_s is not None else 0.0 if respond_async else None
-    return Preference(patience, key or b"", b", ".join(applied))
+    return Preference(patience, key or b"", b", ".join(applied), _credentials(headers) if key else ())
 
 
 class DurableRequests:
@@ -179,7 +184,7 @@ def _options(request: HttpRequest, preference: Preference) -> DurableOptions:
         return DurableOptions()
     who = hashlib.sha256()
     # The same key of somebody else is another key.
-    for part in (request.root_path.encode(), preference.idempotency_key, *_credentials(request.headers)):
+    for part in (request.root_path.encode(), preference.idempotency_key, *preference.credentials):
         who.update(b"%d:%b" % (len(part), part))
     what = hashlib.sha256()
     for part in (request.method.encode(), request.path.encode(), request.query_string, request.body):
@@ -189,5 +194,5 @@ def _options(request: HttpRequest, preference: Preference) -> DurableOptions:
     return DurableOptions(terms=terms, idempotency=who.hexdigest(), body_hash=what.hexdigest(), key=key)
 
 
-def _credentials(headers: Headers) -> list[bytes]:
-    return [value for name, value in headers if name in (b"authorization", b"x-api-key")]
+def _credentials(headers: Headers) -> tuple[bytes, ...]:
+    return tuple(value for name, value in headers if name in (b"authorization", b"x-api-key"))
