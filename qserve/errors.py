@@ -15,7 +15,7 @@ QServeError
  |- GetTimeoutError         504  the deadline passed (also a TimeoutError)
  |- CallCancelled           499  the caller withdrew the call
  |- ReplicaDied             502  the replica died under the call, which may have run
- |- Indeterminate           502  Redis lost the call or its answer: it may have run or not
+ |- Indeterminate           502  the call or its answer was lost: it may have run or not
  |- StreamBroken            502  a stream ended before its end
  |- FrameRejected                a message with a bad signature or shape
  '- TaskError               500  user code raised; also an instance of the original class
@@ -122,7 +122,7 @@ class ReplicaDied(QServeError):
 
 
 class Indeterminate(QServeError):
-    """Redis lost the call or its answer, so it may have run or not; it is not run again."""
+    """The call or its answer was lost, or a gateway ended before it; it may have run or not, and is not run again."""
 
     status = 502
 

@@ -20,6 +20,7 @@ from qserve_gateway.respond import (
     checked,
     leaving_response,
     local_error_response,
+    may_have_run,
     outcome_response,
     send_response,
 )
@@ -76,7 +77,8 @@ class DirectCall(DirectRequest):
         """Withdraw the call, and answer that this gateway leaves."""
         connection = self._withdraw()
         if connection is not None:
-            self._respond(connection, leaving_response())
+            is_safe = self._pending.safe
+            self._respond(connection, leaving_response() if is_safe else local_error_response(may_have_run()))
 
     def _withdraw(self) -> DirectProtocol | None:
         """End the call; return the connection that has waited for it, if it still did."""

@@ -81,9 +81,7 @@ class Gateway(DirectApp):
         durable: Submits durable calls; None where there are none.
         pages: Shows durable calls.
         hooks: The users' code around requests; empty for none.
-
-    Attributes:
-        is_draining: Set when no further requests are to be sent here.
+        leaving: Set when no further requests are to be sent here; None if that is nobody else's business.
     """
 
     def __init__(
@@ -94,9 +92,11 @@ class Gateway(DirectApp):
         durable: DurableRequests | None = None,
         pages: DurablePages | None = None,
         hooks: Sequence[GatewayHook] = (),
+        leaving: asyncio.Event | None = None,
     ) -> None:
         self._client = client
-        self._calls = HttpCalls(client, settings.max_body_bytes)
+        self.leaving = leaving or asyncio.Event()
+        self._calls = HttpCalls(client, settings.max_body_bytes, self.leaving)
         self._settings = settings
         self._largest_durable = min(settings.max_value_bytes, _LARGEST_DURABLE)
         self._keys = keys
@@ -107,7 +107,6 @@ class Gateway(DirectApp):
         self._root_path = ""
         self._routes = RouteTable()
         self._knows_routes = False
-        self.is_draining = False
         # Chosen once: a request that no hook sees pays for one comparison.
         self._hooks = RequestHooks(hooks) if hooks else None
         self._entry: ASGIApp = self._hooks.around(self.serve) if self._hooks is not None else self.serve
@@ -196,7 +195,7 @@ class Gateway(DirectApp):
         except QServeError as exc:
             response = local_error_response(exc)
         except asyncio.CancelledError:
-            if not self.is_draining:
+            if not self.leaving.is_set():
                 raise
             response = leaving_response()
         about_to_respond()
@@ -341,7 +340,7 @@ class Gateway(DirectApp):
         return _not_found(path)
 
     def _readiness(self) -> HttpResponse:
-        if self.is_draining:
+        if self.leaving.is_set():
             why = "this gateway is leaving"
         elif not self._knows_routes:
             why = "what is deployed is not known yet"

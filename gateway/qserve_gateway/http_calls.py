@@ -21,6 +21,7 @@ from qserve.wire.messages import (
 from qserve_gateway.bodies.large_bodies import LargeBodies, LargeBody, LargeResponse
 from qserve_gateway.bodies.streaming import ClientDisconnected, Upload, stream_response
 from qserve_gateway.door.body_protocol import BodyProtocol
+from qserve_gateway.respond import may_have_run
 from qserve_gateway.routes import Route
 
 TICK_S = 0.02
@@ -70,10 +71,12 @@ class HttpCalls:
     Args:
         client: Puts the calls.
         largest_body: Most bytes of a request's body.
+        leaving: Set when the gateway leaves: a request that is cancelled then is still to be answered.
     """
 
-    def __init__(self, client: Client, largest_body: int) -> None:
+    def __init__(self, client: Client, largest_body: int, leaving: asyncio.Event) -> None:
         self._client = client
+        self._leaving = leaving
         self._largest_body = largest_body
         self._bodies = LargeBodies(client.settings.out_of_line_bytes, largest_body)
         self._departures = _Departures()
@@ -107,6 +110,8 @@ class HttpCalls:
 
         Raises:
             ClientDisconnected: The client has left; the call is withdrawn.
+            CancelledError: The request is cancelled, and its call withdrawn. Where the gateway leaves, an error that
+                says that the call may have run is returned in its place, unless it is safe.
         """
         client = self._client.of(route.deployment)
         pending, future = self.prepare(route, payload, safe)
@@ -116,6 +121,10 @@ class HttpCalls:
             self._departures.watch(future, receive)
         try:
             answer = await future
+        except asyncio.CancelledError:
+            if pending.safe or not self._leaving.is_set():
+                raise
+            return may_have_run()
         finally:
             self._departures.forget(future)
             if answer is None:
@@ -151,6 +160,10 @@ class HttpCalls:
         answer = None
         try:
             answer = await future
+        except asyncio.CancelledError:
+            if pending.safe or not self._leaving.is_set():
+                raise
+            return may_have_run()
         finally:
             if isinstance(answer, StreamedResponse):
                 answer.upload = upload

@@ -11,7 +11,7 @@ import msgspec
 from starlette.types import Send
 
 from qserve import errors
-from qserve.errors import BackPressureError, PoisonCall, QServeError, StreamBroken, TaskError
+from qserve.errors import BackPressureError, Indeterminate, PoisonCall, QServeError, StreamBroken, TaskError
 from qserve.failpoints import reach
 from qserve.wire.messages import (
     ERROR,
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 DROPPED = HOP_BY_HOP | {b"date", b"server"}
 """Headers that deployments cannot set: those of the connection, which belongs to the gateway, and two of its own."""
+
+_LEAVING = "this gateway is leaving and could not wait for the outcome"
 
 TEXT = (b"content-type", b"text/plain; charset=utf-8")
 JSON = (b"content-type", b"application/json")
@@ -104,11 +106,16 @@ def local_error_response(error: QServeError) -> HttpResponse:
 
 
 def leaving_response() -> HttpResponse:
-    """Make the response to a request that cannot be finished before the gateway ends."""
-    text = (
-        "this gateway is leaving and could not wait for the outcome, so the call was withdrawn: send the request again"
-    )
+    """Make the response to a request that cannot be finished before the gateway ends, and may be sent again."""
+    text = f"{_LEAVING}: send the request again"
     return text_response(503, text, (b"retry-after", b"1"))
+
+
+def may_have_run() -> Indeterminate:
+    """Make the error for a call that is not safe, and whose outcome the gateway cannot wait for because it ends."""
+    return Indeterminate(
+        f"{_LEAVING}; the call may have run, or may still run: send it again only if running it twice does no harm"
+    )
 
 
 def _full_response(error: BackPressureError, told: Backpressure) -> HttpResponse:

@@ -93,10 +93,12 @@ class GatewayProcess:
         self._settings = settings
         self._client = Client(settings)
         self._news = CallNews(settings.redis_url, settings.keys)
-        durable = DurableRequests(self._client, debug=settings.debug)
+        self._leaving = asyncio.Event()
+        durable = DurableRequests(self._client, self._leaving, debug=settings.debug)
         pages = DurablePages(self._client, self._news, debug=settings.debug)
         hooks = load_hooks(settings.hook_paths, GatewayHook)
-        self._gateway = Gateway(self._client, settings, load_api_keys(settings), durable, pages, hooks)
+        keys = load_api_keys(settings)
+        self._gateway = Gateway(self._client, settings, keys, durable, pages, hooks, self._leaving)
         self._http = HttpSettings()
         self._routes: dict[str, str] = {}
         self._stopping: asyncio.Future[None]
@@ -176,7 +178,7 @@ class GatewayProcess:
             _spare_the_collector()
             serving = {listener.serving for listener in self.listeners if listener.serving is not None}
             await asyncio.wait({*serving, following, self._stopping}, return_when=asyncio.FIRST_COMPLETED)
-            self._gateway.is_draining = True
+            self._leaving.set()
             # No deploy waits for a gateway that is leaving; requests in flight still get their replies.
             await end(following, sampling)
             follower.leave()

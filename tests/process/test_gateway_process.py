@@ -222,16 +222,22 @@ def test_sigterm_lets_requests_in_flight_finish(start: Start, state: State, hell
     assert hello.redis.exists(hello.keys.inbox(call.reply_to), hello.keys.alive(call.reply_to)) == 0
 
 
-def test_a_request_that_cannot_be_finished_is_told_to_come_again(start: Start, hello: Replica) -> None:
+def test_a_request_that_cannot_be_finished_is_told_whether_to_come_again(start: Start, hello: Replica) -> None:
     process = start("--graceful-shutdown-timeout", "1")
     with process.http() as http, ThreadPoolExecutor() as pool:
-        answers = [pool.submit(http.get, "/hello"), pool.submit(http.post, "/hello", content=b"body")]
-        calls = [hello.take(), hello.take()]
+        answers = {
+            pool.submit(http.get, "/hello"): (503, "1"),
+            pool.submit(http.put, "/hello", content=b"body"): (503, "1"),
+            pool.submit(http.post, "/hello"): (502, None),
+            pool.submit(http.post, "/hello", content=b"body"): (502, None),
+        }
+        calls = [hello.take() for _ in answers]
         process.process.terminate()
-        for answer in answers:
+        for answer, told in answers.items():
             response = answer.result()
-            assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+            assert (response.status_code, response.headers.get("retry-after")) == told
             assert "this gateway is leaving" in response.text
+            assert ("the call may have run" in response.text) is (told[0] == 502)
     assert process.process.wait(patience(10)) == 0
     assert hello.redis.exists(*(hello.keys.inbox(call.reply_to) for call in calls)) == 0
 
@@ -244,7 +250,26 @@ def test_a_second_sigterm_waits_for_no_request_and_tells_so(start: Start, state:
         process.process.terminate()
         wait_until(lambda: state.observed.gateways() == {})
         process.process.terminate()
-        assert answer.result().status_code == 503
+        assert answer.result().status_code == 502
+    assert process.process.wait(patience(10)) == 0
+
+
+def test_a_client_of_a_durable_call_is_told_where_its_response_will_be(
+    start: Start, state: State, hello: Replica
+) -> None:
+    process = start()
+    with process.http() as http, ThreadPoolExecutor() as pool:
+        answers = {
+            pool.submit(http.post, "/hello", headers=headers): status
+            for headers, status in (({"Prefer": "wait=50"}, 202), ({"Idempotency-Key": "order-1"}, 504))
+        }
+        wait_until(lambda: hello.waiting() == len(answers))
+        process.process.terminate()
+        wait_until(lambda: state.observed.gateways() == {})
+        process.process.terminate()
+        told = {answer.result().headers["location"].rpartition("/")[2] for answer in answers}
+        assert [answer.result().status_code for answer in answers] == [*answers.values()]
+    assert hello.redis.exists(*(hello.keys.call(call_id) for call_id in told)) == len(answers)
     assert process.process.wait(patience(10)) == 0
 
 

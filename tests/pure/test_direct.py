@@ -347,17 +347,21 @@ async def test_a_call_may_outlive_its_client(calls: FakeCalls) -> None:
     assert connection.socket.written == b""
 
 
-async def test_a_gateway_that_stops_waits_no_longer(calls: FakeCalls) -> None:
+@pytest.mark.parametrize(("method", "status"), [(b"GET", b"503"), (b"POST", b"502")])
+async def test_a_gateway_that_stops_waits_no_longer_and_says_whether_the_request_may_be_sent_again(
+    calls: FakeCalls, method: bytes, status: bytes
+) -> None:
     calls.answer = lambda request: None
     connection = Connection(calls)
-    connection.protocol.data_received(GET)
+    connection.protocol.data_received(GET.replace(b"GET", method))
 
     connection.protocol.shutdown()
     connection.protocol.give_up()
 
     assert calls.cancelled == ["call0"]
-    assert connection.socket.written.startswith(b"HTTP/1.1 503 ")
-    assert b"\r\nretry-after: 1\r\n" in connection.socket.written
+    assert connection.socket.written.startswith(b"HTTP/1.1 %b " % status)
+    assert (b"\r\nretry-after: 1\r\n" in connection.socket.written) is (method == b"GET")
+    assert (b"the call may have run" in connection.socket.written) is (method == b"POST")
     assert b"\r\nconnection: close\r\n" in connection.socket.written
     assert connection.socket.is_closing()
 

@@ -34,6 +34,7 @@ from qserve_gateway.durable.durable_requests import LONGEST_WAIT_S, DurableReque
 from qserve_gateway.gateway import Gateway
 from qserve_gateway.respond import Refused
 from tests.pure.test_gateway_app import FakeCalls
+from tests.support.waiting import until
 
 CALL = "d" + "0" * 32
 EARLIER = "d" + "1" * 32
@@ -51,6 +52,7 @@ class FakeDurable:
         self.verdict: Any = CALL
         self.answer: Any = b"done"
         self.watched: list[str] = []
+        self.leaving = asyncio.Event()
         self.durable = self.by_id = self.watchers = self.submissions = self
 
     def of_call(self, _: str) -> "FakeDurable":
@@ -84,6 +86,8 @@ class FakeDurable:
         return SimpleNamespace(call=SimpleNamespace(id=CALL), on_admitted=on_admitted)
 
     def submit(self, submission: Any) -> None:
+        if self.verdict is None:
+            return
         submission.on_admitted(self.verdict)
         submission.on_admitted("a verdict that comes twice")
 
@@ -104,13 +108,14 @@ class FakeDurable:
         key: bytes = b"",
         applied: bytes = b"",
         credentials: tuple[bytes, ...] = (),
+        ends: bool = True,
         **request: Any,
     ) -> HttpResponse:
         stand_in: Any = self
         asked = HttpRequest("POST", "/x", b"/x", b"", [], "", "http", None, None, "1.1", "one", b"")
         asked = msgspec.structs.replace(asked, **request)
-        route: Any = SimpleNamespace(deployment="Echo", meta={}, timeout_s=0.01)
-        requests = DurableRequests(stand_in, debug=False)
+        route: Any = SimpleNamespace(deployment="Echo", meta={}, timeout_s=0.01 if ends else LONGEST_WAIT_S)
+        requests = DurableRequests(stand_in, self.leaving, debug=False)
         try:
             return await requests.submit(route, asked, Preference(wait_s, key, applied, credentials), "/root")
         finally:
@@ -255,6 +260,41 @@ async def test_a_request_is_answered_as_its_client_prefers() -> None:
     assert (await durable.send(5.0)).status == 503
 
 
+@pytest.mark.parametrize(
+    ("verdict", "wait_s", "key", "status"),
+    [(CALL, 30.0, b"", 202), (CALL, None, b"k", 504), (EARLIER, None, b"k", 504), (None, 30.0, b"", 502)],
+    ids=["it would take a 202", "it would not", "it is an earlier call", "nobody knows whether it was accepted"],
+)
+async def test_a_gateway_that_leaves_says_where_the_response_of_a_call_will_be(
+    verdict: str | None, wait_s: float | None, key: bytes, status: int
+) -> None:
+    durable = FakeDurable()
+    durable.verdict = verdict
+    sending = asyncio.create_task(durable.send(wait_s, key, ends=False))
+    await until(lambda: bool(durable.watched))
+    durable.leaving.set()
+    sending.cancel()
+    response = await sending
+    assert (response.status, dict(response.headers)[b"location"].decode()) == (
+        status,
+        f"/root/-/calls/{verdict or CALL}",
+    )
+    assert b"retry-after" not in dict(response.headers)
+
+
+@pytest.mark.parametrize(("verdict", "key", "leaves"), [(CALL, b"", False), (None, b"", False), (None, b"k", True)])
+async def test_what_may_be_sent_again_is_cancelled(verdict: str | None, key: bytes, leaves: bool) -> None:
+    durable = FakeDurable()
+    durable.verdict = verdict
+    sending = asyncio.create_task(durable.send(30.0, key))
+    await until(lambda: bool(durable.watched))
+    if leaves:
+        durable.leaving.set()
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+
+
 async def test_a_key_belongs_to_whoever_sent_it_and_to_one_body() -> None:
     durable = FakeDurable()
     seen = []
@@ -276,7 +316,7 @@ async def test_api_keys_that_no_deployment_sees_keep_the_same_key_of_two_clients
     durable = FakeDurable()
     stand_in: Any = durable
     keys = load_api_keys(Settings(api_keys="alice,bob"))
-    gateway = Gateway(FakeCalls(), Settings(), keys, DurableRequests(stand_in, debug=False))
+    gateway = Gateway(FakeCalls(), Settings(), keys, DurableRequests(stand_in, asyncio.Event(), debug=False))
     gateway.use_deployments(
         [DeploymentSpec(name="Echo", target=Target("module:name"), revision="1", route_prefix="/echo")]
     )

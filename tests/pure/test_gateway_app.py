@@ -228,7 +228,7 @@ async def test_readyz_says_why_a_gateway_is_not_ready(calls: FakeCalls, monkeypa
         assert await told() == (503, "not ready: Redis cannot be reached")
         monkeypatch.setattr(type(calls), "sender", SimpleNamespace(is_open=True))
         assert await told() == (200, "ready")
-        gateway.is_draining = True
+        gateway.leaving.set()
         assert await told() == (503, "not ready: this gateway is leaving")
         assert (await http.get("/-/healthz")).status_code == 200
 
@@ -515,14 +515,14 @@ async def test_a_full_queue_says_when_to_try_again(http: httpx.AsyncClient, call
 class Connection:
     """The server's side of one request, for tests that need to be in the middle of it."""
 
-    def __init__(self, gateway: Gateway, *messages: Message, path: str = "/hello") -> None:
+    def __init__(self, gateway: Gateway, *messages: Message, path: str = "/hello", method: str = "GET") -> None:
         self.left = asyncio.Event()
         self.listened_to = asyncio.Event()
         self.sent: list[Message] = []
         self._messages: Iterator[Message] = iter(messages or ({"type": "http.request", "body": b""},))
         scope = {
             "type": "http",
-            "method": "GET",
+            "method": method,
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",
@@ -573,6 +573,38 @@ async def test_a_cancelled_request_withdraws_its_call(gateway: Gateway, calls: F
     with pytest.raises(asyncio.CancelledError):
         await connection.task
     assert calls.cancelled == ["call0"]
+
+
+WHOLE, HALF = [{"type": "http.request", "body": b"x" * 200_000, "more_body": more} for more in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("method", "messages", "status"),
+    [
+        ("GET", [], 503),
+        ("PUT", [WHOLE], 503),
+        ("POST", [WHOLE], 502),
+        ("POST", [HALF], 503),
+        ("PUT", [HALF, HALF], 502),
+    ],
+    ids=["safe", "safe with a body", "not safe", "not put yet", "put before its body was whole"],
+)
+async def test_a_gateway_that_leaves_says_whether_a_request_may_be_sent_again(
+    calls: FakeCalls, method: str, messages: list[Message], status: int
+) -> None:
+    gateway = Gateway(calls, Settings())
+    gateway.use_deployments([spec("hello")])
+    calls.answer = lambda request: None
+    connection = Connection(gateway, *messages, method=method)
+    await connection.listened_to.wait()
+    gateway.leaving.set()
+    connection.task.cancel()
+    await connection.task
+    assert calls.cancelled == ["call0"] * len(calls.puts)
+    start, body = connection.sent
+    assert start["status"] == status
+    assert (b"retry-after" in dict(start["headers"])) is (status == 503)
+    assert (b"Indeterminate: " in body["body"]) is (b"the call may have run" in body["body"]) is (status == 502)
 
 
 async def test_an_answer_after_a_long_wait_leaves_no_listener_behind(gateway: Gateway, calls: FakeCalls) -> None:

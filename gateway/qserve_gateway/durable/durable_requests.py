@@ -14,7 +14,7 @@ from qserve.errors import CallNotFound, GetTimeoutError, QServeError
 from qserve.wire.call_record import IDEMPOTENCY_TTL_S, DurableOptions, Terms
 from qserve.wire.messages import HTTP, HttpRequest, HttpResponse, Outcome, encode
 from qserve_gateway.headers import Headers
-from qserve_gateway.respond import JSON, bad_request, local_error_response, outcome_response
+from qserve_gateway.respond import JSON, bad_request, local_error_response, may_have_run, outcome_response
 from qserve_gateway.routes import Route
 
 LONGEST_WAIT_S = 60.0
@@ -77,15 +77,22 @@ class DurableRequests:
 
     Args:
         client: Submits calls.
+        leaving: Set when the gateway leaves: a request that is cancelled then is still to be answered.
         debug: Put the tracebacks of user code into responses.
     """
 
-    def __init__(self, client: Client, *, debug: bool) -> None:
+    def __init__(self, client: Client, leaving: asyncio.Event, *, debug: bool) -> None:
         self._client = client
+        self._leaving = leaving
         self._debug = debug
 
     async def submit(self, route: Route, request: HttpRequest, preference: Preference, root_path: str) -> HttpResponse:
-        """Submit a request, and wait for its response as long as its client prefers."""
+        """Submit a request, and wait for its response as long as its client prefers.
+
+        Raises:
+            CancelledError: The request is cancelled. Where the gateway leaves, the client is told in its place where
+                the response will be, unless the request may be sent again.
+        """
         loop = asyncio.get_running_loop()
         admitted: asyncio.Future[str | QServeError] = loop.create_future()
 
@@ -105,33 +112,49 @@ class DurableRequests:
         )
         wait = OutcomeWait(durable)
         wait.watch(submission.call.id)
+        call_id, outcome = "", None
         try:
             durable.submissions.submit(submission)
             verdict = await admitted
             if isinstance(verdict, QServeError):
                 return local_error_response(verdict)
-            is_first = verdict == submission.call.id
-            if not is_first:
-                wait.attach(verdict)
+            call_id = verdict
+            if call_id != submission.call.id:
+                wait.attach(call_id)
             outcome = await wait.outcome(route.timeout_s if preference.wait_s is None else preference.wait_s)
+        except asyncio.CancelledError:
+            may_be_repeated = not call_id and preference.idempotency_key
+            if may_be_repeated or not self._leaving.is_set():
+                raise
         finally:
             wait.end()
+        if not call_id:
+            return _error_with_location(may_have_run(), _location(submission.call.id, root_path))
         if outcome is None:
-            return self._not_yet(verdict, preference, root_path)
+            return _not_yet(call_id, preference, root_path)
         response = outcome_response(outcome, request.request_id, debug=self._debug)
         extra = [(b"preference-applied", preference.applied)] if preference.applied else []
-        if not is_first:
+        if call_id != submission.call.id:
             extra.append((b"idempotent-replayed", b"true"))
         return HttpResponse(response.status, [*response.headers, *extra], response.body)
 
-    @staticmethod
-    def _not_yet(call_id: str, preference: Preference, root_path: str) -> HttpResponse:
-        location = (b"location", f"{root_path}{PATH}{call_id}".encode())
-        if preference.wait_s is None:
-            late = local_error_response(GetTimeoutError("there is no response yet; the call goes on"))
-            return HttpResponse(late.status, [*late.headers, location], late.body)
-        body = msgspec.json.encode({"id": call_id, "location": location[1].decode()})
-        return HttpResponse(202, [JSON, location, (b"preference-applied", preference.applied)], body)
+
+def _not_yet(call_id: str, preference: Preference, root_path: str) -> HttpResponse:
+    location = _location(call_id, root_path)
+    if preference.wait_s is None:
+        return _error_with_location(GetTimeoutError("there is no response yet; the call goes on"), location)
+    body = msgspec.json.encode({"id": call_id, "location": location})
+    headers = [JSON, (b"location", location.encode()), (b"preference-applied", preference.applied)]
+    return HttpResponse(202, headers, body)
+
+
+def _error_with_location(error: QServeError, location: str) -> HttpResponse:
+    response = local_error_response(error)
+    return HttpResponse(response.status, [*response.headers, (b"location", location.encode())], response.body)
+
+
+def _location(call_id: str, root_path: str) -> str:
+    return f"{root_path}{PATH}{call_id}"
 
 
 class OutcomeWait:
