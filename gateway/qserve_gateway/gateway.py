@@ -252,12 +252,12 @@ class Gateway(DirectApp):
         Raises:
             Refused: It goes nowhere.
         """
-        headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"])
+        headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope)
         route = self._routes.match(path)
         if self._keys is not None:
             headers = self._keys.check(headers, named, route.deployment if route is not None else "")
         if route is None:
-            raise Refused(self._page_without_deployment(path, named))
+            raise Refused(self._page_without_deployment(scope, path, named))
         scope["state"]["deployment"] = route.deployment
         if not _MEANT_FOR_US.isdisjoint(named):
             route = _as_asked(route, named)
@@ -282,21 +282,14 @@ class Gateway(DirectApp):
     async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         named = dict(scope["headers"])
         request_id = self._request_id(named.get(b"x-request-id"))
-        noted = scope.setdefault("state", {})
-        noted["request_id"] = request_id
+        scope.setdefault("state", {})["request_id"] = request_id
         await receive()  # "websocket.connect"
         path, raw_path = self._full_path(scope)
-        route = self._routes.match(path)
-        headers = [pair for pair in scope["headers"] if pair[0] not in SPOOFED]
         try:
-            if self._keys is not None:
-                headers = self._keys.check(headers, named, route.deployment if route is not None else "")
-            if route is None:
-                raise Refused(_not_found(path))
+            route, headers = self._find_route(scope, path, named)
         except Refused as refused:
             await deny(send, refused.response, request_id)
             return
-        noted["deployment"] = route.deployment
         if self._hooks is not None:
             route = self._hooks.before(route, scope, request_id)
         request = HttpRequest(
@@ -315,12 +308,13 @@ class Gateway(DirectApp):
             answer = outcome.result() if outcome.done() else None
             if answer is None or isinstance(answer, StreamedResponse):
                 answer = StreamBroken("the replica that had the WebSocket is gone: connect again")
-            await deny(send, outcome_response(answer, request_id, debug=self._settings.debug), request_id)
+            response = outcome_response(answer, request_id, debug=self._settings.debug, when_full=route.when_full)
+            await deny(send, response, request_id)
         finally:
             client.cancel(pending)
 
     async def _own_page(self, scope: Scope, path: str, named: Named, request_id: str) -> HttpResponse | EventStream:
-        headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope["headers"])
+        headers = scope["headers"] if UNUSUAL.isdisjoint(named) else _cleaned(scope)
         name = path[len(self._root_path) :]
         if name == "/-/healthz":
             return text_response(200, "success")
@@ -334,8 +328,8 @@ class Gateway(DirectApp):
             return await self._pages.page(scope, name, request_id)
         return _not_found(path)
 
-    def _page_without_deployment(self, path: str, named: Named) -> HttpResponse:
-        if path in (self._root_path, f"{self._root_path}/"):
+    def _page_without_deployment(self, scope: Scope, path: str, named: Named) -> HttpResponse:
+        if path in (self._root_path, f"{self._root_path}/") and scope["type"] == "http":
             return front_page(self.routes, self._root_path, named.get(b"accept", b""))
         return _not_found(path)
 
@@ -383,7 +377,10 @@ def _request(
     )
 
 
-def _cleaned(headers: Headers) -> Headers:
+def _cleaned(scope: Scope) -> Headers:
+    headers: Headers = scope["headers"]
+    if scope["type"] == "websocket":  # those of the connection tell its application about the handshake
+        return [pair for pair in headers if pair[0] not in SPOOFED]
     try:
         return end_to_end(headers)
     except ValueError as exc:

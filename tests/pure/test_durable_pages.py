@@ -26,6 +26,7 @@ from qserve.wire.messages import (
     Reply,
     encode,
 )
+from qserve.wire.options import Backpressure
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_gateway.api_keys import load_api_keys
 from qserve_gateway.durable.durable_events import EventStream
@@ -114,7 +115,8 @@ class FakeDurable:
         stand_in: Any = self
         asked = HttpRequest("POST", "/x", b"/x", b"", [], "", "http", None, None, "1.1", "one", b"")
         asked = msgspec.structs.replace(asked, **request)
-        route: Any = SimpleNamespace(deployment="Echo", meta={}, timeout_s=0.01 if ends else LONGEST_WAIT_S)
+        timeout_s = 0.01 if ends else LONGEST_WAIT_S
+        route: Any = SimpleNamespace(deployment="Echo", meta={}, timeout_s=timeout_s, when_full=Backpressure(429, 7))
         requests = DurableRequests(stand_in, self.leaving, debug=False)
         try:
             return await requests.submit(route, asked, Preference(wait_s, key, applied, credentials), "/root")
@@ -256,8 +258,11 @@ async def test_a_request_is_answered_as_its_client_prefers() -> None:
     durable.verdict = EARLIER
     again = await durable.send(None, b"k")
     assert again.headers == [(b"x", b"1"), (b"idempotent-replayed", b"true")]
-    durable.verdict = BackPressureError("full")
+    durable.verdict = BrokerUnavailable("away")
     assert (await durable.send(5.0)).status == 503
+    durable.verdict = BackPressureError("full")
+    full = await durable.send(5.0)
+    assert (full.status, dict(full.headers)[b"retry-after"]) == (429, b"7")
 
 
 @pytest.mark.parametrize(

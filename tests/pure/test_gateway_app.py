@@ -33,8 +33,10 @@ from qserve.wire.messages import (
     ERROR,
     HTTP,
     HTTP_RESPONSE,
+    MODEL,
     NO_META,
     VALUE,
+    WEBSOCKET,
     ErrorInfo,
     HttpRequest,
     HttpResponse,
@@ -43,6 +45,7 @@ from qserve.wire.messages import (
     decode_http_request,
     encode,
 )
+from qserve.wire.options import Backpressure
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_gateway.gateway import Gateway
 from tests.support.slowness import patience
@@ -85,7 +88,7 @@ class FakeCalls(Client):
         on_outcome: Callable[[Outcome], None],
         meta: Mapping[str, str] = NO_META,
     ) -> PendingCall:
-        assert (kind, method) == (HTTP, "")
+        assert (kind in (HTTP, WEBSOCKET), method) == (True, "")
         self.puts.append(Put(deployment, decode_http_request(payload), timeout_s, safe, meta))
         return PendingCall(f"call{next(self._fake_numbers)}", deployment, safe, b"", None, 0.0, on_outcome)
 
@@ -98,7 +101,13 @@ class FakeCalls(Client):
         self.arrived.set()
         answer = self.answer(self.puts[-1].request)
         if answer is not None:
-            asyncio.get_running_loop().call_soon(pending.on_outcome, outcome(answer))
+            asyncio.get_running_loop().call_soon(self._settle, pending, outcome(answer))
+
+    @staticmethod
+    def _settle(pending: PendingCall, outcome: Outcome) -> None:
+        if pending.channel is not None:
+            pending.end_channel(outcome)
+        pending.on_outcome(outcome)
 
     def cancel(self, pending: PendingCall) -> None:
         self.cancelled.append(pending.id)
@@ -618,6 +627,81 @@ async def test_an_answer_after_a_long_wait_leaves_no_listener_behind(gateway: Ga
     assert asyncio.all_tasks() == before
     assert [message["type"] for message in connection.sent] == ["http.response.start", "http.response.body"]
     assert calls.cancelled == []
+
+
+# WebSockets
+
+
+class Handshake:
+    """The server's side of a WebSocket's handshake."""
+
+    def __init__(self, gateway: Gateway, *headers: tuple[bytes, bytes], path: str = "/hello") -> None:
+        self.sent: list[Message] = []
+        upgrade = [(b"connection", b"upgrade"), (b"upgrade", b"websocket")]
+        self._scope = {
+            "type": "websocket",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": [*upgrade, *headers],
+            "scheme": "ws",
+            "client": None,
+            "server": None,
+            "http_version": "1.1",
+            "subprotocols": [],
+        }
+        self._messages: Iterator[Message] = iter([{"type": "websocket.connect"}])
+        self.task = asyncio.ensure_future(gateway(self._scope, self._receive, self._send))
+
+    async def _receive(self) -> Message:
+        for message in self._messages:
+            return message
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    async def denial(self) -> tuple[int, dict[bytes, bytes], bytes]:
+        """Status, headers and body of the response to it."""
+        await self.task
+        start, body = self.sent
+        assert start["type"] == "websocket.http.response.start"
+        return start["status"], dict(start["headers"]), body["body"]
+
+
+async def test_what_a_deployment_says_while_its_queue_is_full_is_said_to_websockets_too(
+    gateway: Gateway, http: httpx.AsyncClient, calls: FakeCalls
+) -> None:
+    gateway.use_deployments([spec("hello", backpressure=Backpressure(429, 7))])
+    calls.answer = lambda request: BackPressureError("full", retry_after=2)
+    response = await http.get("/hello")
+    assert (response.status_code, response.headers["retry-after"]) == (429, "7")
+    status, headers, _ = await Handshake(gateway).denial()
+    assert (status, headers[b"retry-after"]) == (429, b"7")
+
+
+async def test_headers_that_say_how_to_serve_a_request_hold_for_websockets_too(
+    gateway: Gateway, calls: FakeCalls
+) -> None:
+    calls.answer = lambda request: GetTimeoutError("late")
+    model = (b"serve_multiplexed_model_id", b"lion")
+    spoofed = (b"x_forwarded_for", b"1.2.3.4")
+    status, *_ = await Handshake(gateway, (b"x-request-timeout-seconds", b"1.5"), model, spoofed).denial()
+    assert status == 504
+    assert (calls.last.timeout_s, calls.last_put.is_strict, calls.last.meta[MODEL]) == (1.5, True, "lion")
+    passed = dict(calls.last.request.headers)
+    assert passed.keys() >= {b"connection", b"upgrade"}
+    assert spoofed[0] not in passed
+
+    status, _, body = await Handshake(gateway, (b"x-request-timeout-ms", b"soon")).denial()
+    assert (status, b"X-Request-Timeout-Ms" in body) == (400, True)
+
+
+@pytest.mark.parametrize("path", ["/", "/nowhere"])
+async def test_a_websocket_that_belongs_to_no_deployment_is_denied(gateway: Gateway, path: str) -> None:
+    status, headers, _ = await Handshake(gateway, (b"x-request-id", b"one"), path=path).denial()
+    assert (status, headers[b"x-request-id"]) == (404, b"one")
 
 
 # Middlewares

@@ -117,7 +117,7 @@ class DurableRequests:
             durable.submissions.submit(submission)
             verdict = await admitted
             if isinstance(verdict, QServeError):
-                return local_error_response(verdict)
+                return self._response(verdict, request, route)
             call_id = verdict
             if call_id != submission.call.id:
                 wait.attach(call_id)
@@ -132,11 +132,14 @@ class DurableRequests:
             return _error_with_location(may_have_run(), _location(submission.call.id, root_path))
         if outcome is None:
             return _not_yet(call_id, preference, root_path)
-        response = outcome_response(outcome, request.request_id, debug=self._debug)
+        response = self._response(outcome, request, route)
         extra = [(b"preference-applied", preference.applied)] if preference.applied else []
         if call_id != submission.call.id:
             extra.append((b"idempotent-replayed", b"true"))
         return HttpResponse(response.status, [*response.headers, *extra], response.body)
+
+    def _response(self, outcome: Outcome, request: HttpRequest, route: Route) -> HttpResponse:
+        return outcome_response(outcome, request.request_id, debug=self._debug, when_full=route.when_full)
 
 
 def _not_yet(call_id: str, preference: Preference, root_path: str) -> HttpResponse:
