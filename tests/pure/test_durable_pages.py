@@ -216,8 +216,17 @@ async def test_a_call_that_is_unknown_is_not_found_and_a_broken_connection_is_sa
     durable.outcome = CallNotFound("expired meanwhile")
     with pytest.raises(CallNotFound, match="expired meanwhile"):
         await durable.page(query="wait=1")
-    assert (await durable.page("PUT")).status == 405
-    assert isinstance(await durable.page(rest="/events"), EventStream)
+    for method in ("GET", "HEAD"):
+        assert isinstance(await durable.page(method, rest="/events"), EventStream)
+
+
+@pytest.mark.parametrize(
+    ("method", "rest", "allowed"),
+    [("PUT", "", b"GET, HEAD, DELETE"), *((method, "/events", b"GET, HEAD") for method in ("POST", "PUT", "DELETE"))],
+)
+async def test_other_methods_are_not_allowed(method: str, rest: str, allowed: bytes) -> None:
+    answer = await FakeDurable().page(method, rest=rest)
+    assert (answer.status, dict(answer.headers)[b"allow"]) == (405, allowed)
 
 
 # Requests that become durable calls

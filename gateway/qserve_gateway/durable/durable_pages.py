@@ -45,12 +45,12 @@ class DurablePages:
         call_id, _, rest = name.removeprefix(PATH).partition("/")
         if not is_call_id(call_id) or rest not in ("", "events"):
             raise CallNotFound(f"there is no durable call {call_id[:100]!r}")
-        if rest == "events":
-            return await self._events(scope, call_id)
-        if method == "DELETE":
+        if method == "DELETE" and not rest:
             return await self._cancel(call_id)
         if method not in ("GET", "HEAD"):
-            return text_response(405, "Only GET, HEAD and DELETE.", (b"allow", b"GET, HEAD, DELETE"))
+            return _not_allowed("GET, HEAD" if rest else "GET, HEAD, DELETE")
+        if rest:
+            return await self._events(scope, call_id)
         query = parse_qs(scope["query_string"].decode("latin-1"))
         return await self._show(call_id, query, request_id)
 
@@ -110,6 +110,10 @@ class DurablePages:
         await self._record(call_id)
         last = next((value for name, value in scope["headers"] if name == b"last-event-id"), b"")
         return EventStream(self._durable(call_id), self._news, call_id, int(last[:15]) if last.isdigit() else 0)
+
+
+def _not_allowed(methods: str) -> HttpResponse:
+    return text_response(405, f"Only {methods}.", (b"allow", methods.encode()))
 
 
 def _seconds(text: str) -> float:
