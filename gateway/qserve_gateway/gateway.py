@@ -310,6 +310,11 @@ class Gateway(DirectApp):
                 answer = StreamBroken("the replica that had the WebSocket is gone: connect again")
             response = outcome_response(answer, request_id, debug=self._settings.debug, when_full=route.when_full)
             await deny(send, response, request_id)
+        except asyncio.CancelledError:
+            if not self.leaving.is_set():
+                raise
+            if not bridge.accepted and not bridge.closed:  # otherwise its client has been told
+                await deny(send, leaving_response(), request_id)
         finally:
             client.cancel(pending)
 

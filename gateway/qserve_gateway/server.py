@@ -95,7 +95,7 @@ class GatewayProcess:
         self._news = CallNews(settings.redis_url, settings.keys)
         self._leaving = asyncio.Event()
         durable = DurableRequests(self._client, self._leaving, debug=settings.debug)
-        pages = DurablePages(self._client, self._news, debug=settings.debug)
+        pages = DurablePages(self._client, self._news, self._leaving, debug=settings.debug)
         hooks = load_hooks(settings.hook_paths, GatewayHook)
         keys = load_api_keys(settings)
         self._gateway = Gateway(self._client, settings, keys, durable, pages, hooks, self._leaving)

@@ -273,6 +273,22 @@ def test_a_client_of_a_durable_call_is_told_where_its_response_will_be(
     assert process.process.wait(patience(10)) == 0
 
 
+def test_who_follows_a_durable_call_goes_on_at_another_gateway(start: Start, hello: Replica) -> None:
+    """A gateway that leaves does not wait for the end of the call, and logs no failure."""
+    process = start("--graceful-shutdown-timeout", "60")
+    with process.http() as http:
+        location = http.post("/hello", headers={"Prefer": "respond-async"}).headers["location"]
+        with http.stream("GET", f"{location}/events") as events:
+            lines = events.iter_lines()
+            assert "event: queued" in lines
+            process.process.terminate()
+            rest = [*lines]
+    assert "event: done" not in rest
+    assert process.process.wait(patience(10)) == 0
+    assert process.process.stderr is not None
+    assert "Traceback" not in process.process.stderr.read()
+
+
 # Following the state
 
 

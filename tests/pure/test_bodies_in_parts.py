@@ -141,15 +141,17 @@ async def test_a_client_that_leaves_ends_its_response_without_an_error() -> None
 
 
 def test_a_cut_response_is_one_line_in_the_log() -> None:
-    def record(error: Exception) -> logging.LogRecord:
+    def record(error: BaseException) -> logging.LogRecord:
         return logging.LogRecord(
             "uvicorn", logging.ERROR, "", 1, "Exception in %s", ("app",), (type(error), error, None)
         )
 
-    cut, other = record(ResponseCut("cut here")), record(StreamBroken("else"))
-    assert OneLinePerCut().filter(cut)
+    for error, said in ((ResponseCut("cut here"), "cut here"), (asyncio.CancelledError(), "this gateway is leaving")):
+        cut = record(error)
+        assert OneLinePerCut().filter(cut)
+        assert (said in cut.getMessage(), cut.levelname, cut.exc_info) == (True, "WARNING", None)
+    other = record(StreamBroken("else"))
     assert OneLinePerCut().filter(other)
-    assert (cut.getMessage(), cut.levelname, cut.exc_info) == ("cut here", "WARNING", None)
     assert (other.getMessage(), other.levelname) == ("Exception in app", "ERROR")
 
 

@@ -2,13 +2,15 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
-from starlette.types import Scope
+from starlette.types import Message, Scope
 
 from qserve.durable.watching import CallWatcher
 from qserve.errors import BackPressureError, BrokerUnavailable, CallNotFound
@@ -35,6 +37,7 @@ from qserve_gateway.durable.durable_requests import LONGEST_WAIT_S, DurableReque
 from qserve_gateway.gateway import Gateway
 from qserve_gateway.respond import Refused
 from tests.pure.test_gateway_app import FakeCalls
+from tests.support.slowness import patience
 from tests.support.waiting import until
 
 CALL = "d" + "0" * 32
@@ -61,8 +64,15 @@ class FakeDurable:
 
     of = of_call
 
-    async def describe(self, call_id: str) -> CallRecord | None:
+    async def describe(self, call_id: str, _after: int = 0) -> CallRecord | None:
         return self.record if call_id == CALL else None
+
+    async def parts(self, _record: CallRecord, _after: int) -> list[Any]:
+        return []
+
+    @asynccontextmanager
+    async def of_news(self, _: str) -> AsyncIterator[asyncio.Event]:
+        yield asyncio.Event()
 
     def open(self, frame: bytes, call_id: str) -> Reply:
         return Reply(call_id, "", VALUE, frame)
@@ -97,7 +107,8 @@ class FakeDurable:
     async def page(self, method: str = "GET", query: str = "", rest: str = "", call_id: str = CALL) -> Any:
         scope: Scope = {"method": method, "query_string": query.encode(), "headers": [(b"last-event-id", b"7")]}
         stand_in: Any = self
-        pages = DurablePages(stand_in, stand_in, debug=False)
+        news: Any = SimpleNamespace(of=self.of_news)
+        pages = DurablePages(stand_in, news, self.leaving, debug=False)
         try:
             return await asyncio.wait_for(pages.page(scope, f"/-/calls/{call_id}{rest}", "one"), 10)
         finally:
@@ -227,6 +238,32 @@ async def test_a_call_that_is_unknown_is_not_found_and_a_broken_connection_is_sa
 async def test_other_methods_are_not_allowed(method: str, rest: str, allowed: bytes) -> None:
     answer = await FakeDurable().page(method, rest=rest)
     assert (answer.status, dict(answer.headers)[b"allow"]) == (405, allowed)
+
+
+class Reader:
+    """The server's side of a response."""
+
+    def __init__(self) -> None:
+        self.got: list[Message] = []
+
+    async def receive(self) -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(self, message: Message) -> None:
+        self.got.append(message)
+
+
+async def test_the_events_of_a_call_end_when_the_gateway_leaves() -> None:
+    """Their reader goes on at another one."""
+    durable, reader = FakeDurable(events=[], last_number=0), Reader()
+    stream = await durable.page(rest="/events")
+    writing = asyncio.create_task(stream.write(reader.send, reader.receive, "GET", "one"))
+    await until(lambda: len(reader.got) == 2)
+    assert not writing.done()
+    durable.leaving.set()
+    await asyncio.wait_for(writing, patience(5))
+    assert [message.get("more_body") for message in reader.got] == [None, True, True, None]
 
 
 # Requests that become durable calls

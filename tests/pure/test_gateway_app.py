@@ -704,6 +704,26 @@ async def test_a_websocket_that_belongs_to_no_deployment_is_denied(gateway: Gate
     assert (status, headers[b"x-request-id"]) == (404, b"one")
 
 
+@pytest.mark.parametrize(("leaves", "status"), [(True, 503), (False, None)])
+async def test_a_handshake_that_a_gateway_cannot_wait_for_is_denied(
+    gateway: Gateway, calls: FakeCalls, leaves: bool, status: int | None
+) -> None:
+    calls.answer = lambda request: None
+    handshake = Handshake(gateway)
+    await calls.arrived.wait()
+    if leaves:
+        gateway.leaving.set()
+    handshake.task.cancel()
+    if status is None:
+        with pytest.raises(asyncio.CancelledError):
+            await handshake.task
+        assert handshake.sent == []
+    else:
+        told, headers, _ = await handshake.denial()
+        assert (told, headers[b"retry-after"]) == (status, b"1")
+    assert calls.cancelled == ["call0"]
+
+
 # Middlewares
 
 

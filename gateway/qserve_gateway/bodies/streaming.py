@@ -13,6 +13,8 @@ from qserve.wire.channel import Channel
 from qserve.wire.messages import decode_http_response
 from qserve_gateway.respond import Unsendable, send_response, start_message
 
+_CUT_BY_US = "a response was cut: this gateway is leaving, and waits no longer for its end"
+
 
 class ResponseCut(Exception):
     """A response could not be finished, and the connection must not end as if it had been."""
@@ -27,8 +29,11 @@ class OneLinePerCut(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keep every record, and make a warning of one line of one about a cut response."""
-        if record.exc_info and isinstance(record.exc_info[1], ResponseCut):
-            record.msg, record.args, record.exc_info = str(record.exc_info[1]), (), None
+        error = record.exc_info[1] if record.exc_info else None
+        # Nobody but a gateway that leaves cancels what uvicorn runs.
+        text = _CUT_BY_US if isinstance(error, asyncio.CancelledError) else str(error)
+        if isinstance(error, ResponseCut | asyncio.CancelledError):
+            record.msg, record.args, record.exc_info = text, (), None
             record.levelno, record.levelname = logging.WARNING, "WARNING"
         return True
 

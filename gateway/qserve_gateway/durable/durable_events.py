@@ -29,18 +29,20 @@ class EventStream:
     """A response with the events of one call, which goes on until the call has ended.
 
     Args:
+        leaving: Set when the gateway leaves: the client reads on at another one.
         after: The number of the last event that the client has.
     """
 
-    def __init__(self, durable: DurableCalls, news: CallNews, call_id: str, after: int) -> None:
+    def __init__(self, durable: DurableCalls, news: CallNews, leaving: asyncio.Event, call_id: str, after: int) -> None:
         self._durable = durable
         self._news = news
+        self._leaving = leaving
         self._call_id = call_id
         self._after = after
         self._left = asyncio.Event()
 
     async def write(self, send: Send, receive: Receive, method: str, request_id: str) -> None:
-        """Write events until there are no more, or the client leaves."""
+        """Write events until there are no more, or the client or this gateway leaves."""
         headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
         await send(start_message(HttpResponse(200, headers, b""), method, request_id, streamed=True))
         listener = spawn(self._listen(receive))
@@ -64,7 +66,7 @@ class EventStream:
                     text += b"".join(news)
                 is_over = is_all and (record is None or record.state in ENDS)
             await send({"type": "http.response.body", "body": text, "more_body": True})
-            if is_over:
+            if is_over or self._leaving.is_set():
                 return
             if is_all:
                 await self._wait(woken)
@@ -84,7 +86,7 @@ class EventStream:
         return [news[number] for number in sorted(news)], is_all
 
     async def _wait(self, woken: asyncio.Event) -> None:
-        waits = [asyncio.ensure_future(event.wait()) for event in (woken, self._left)]
+        waits = [asyncio.ensure_future(event.wait()) for event in (woken, self._left, self._leaving)]
         try:
             await asyncio.wait(waits, timeout=_LOOK_AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
         finally:

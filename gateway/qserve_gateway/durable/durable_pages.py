@@ -27,12 +27,14 @@ class DurablePages:
     Args:
         client: Knows the calls.
         news: Wakes those who follow a call.
+        leaving: Set when the gateway leaves.
         debug: Put the tracebacks of user code into responses.
     """
 
-    def __init__(self, client: Client, news: CallNews, *, debug: bool) -> None:
+    def __init__(self, client: Client, news: CallNews, leaving: asyncio.Event, *, debug: bool) -> None:
         self._client = client
         self._news = news
+        self._leaving = leaving
         self._debug = debug
 
     async def page(self, scope: Scope, name: str, request_id: str) -> HttpResponse | EventStream:
@@ -109,7 +111,8 @@ class DurablePages:
     async def _events(self, scope: Scope, call_id: str) -> EventStream:
         await self._record(call_id)
         last = next((value for name, value in scope["headers"] if name == b"last-event-id"), b"")
-        return EventStream(self._durable(call_id), self._news, call_id, int(last[:15]) if last.isdigit() else 0)
+        after = int(last[:15]) if last.isdigit() else 0
+        return EventStream(self._durable(call_id), self._news, self._leaving, call_id, after)
 
 
 def _not_allowed(methods: str) -> HttpResponse:
