@@ -163,12 +163,16 @@ def checked(response: HttpResponse, method: str, request_id: str) -> tuple[int, 
     try:
         headers = _headers_to_write(response, method, request_id)
     except Unsendable as exc:
-        logger.error("response to request %s not sent: %s", request_id, exc)
-        text = f"The response of request {request_id} cannot be sent; the reason is in {the_log()}."
-        response = text_response(500, text)
+        response = sent_instead(request_id, exc)
         headers = _headers_to_write(response, method, request_id)
     empty = method == "HEAD" or response.status in {204, 304}
     return response.status, headers, b"" if empty else response.body
+
+
+def sent_instead(request_id: str, reason: Unsendable) -> HttpResponse:
+    """Log why a response is not sent, and make the one that is sent in its place."""
+    logger.error("response to request %s not sent: %s", request_id, reason)
+    return text_response(500, f"The response of request {request_id} cannot be sent; the reason is in {the_log()}.")
 
 
 def start_message(response: HttpResponse, method: str, request_id: str, *, streamed: bool = False) -> dict[str, Any]:

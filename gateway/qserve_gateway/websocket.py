@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from typing import Any
 
 from starlette.types import Receive, Send
 
@@ -10,11 +9,16 @@ from qserve.background import end, spawn
 from qserve.errors import StreamBroken
 from qserve.wire.channel import Channel
 from qserve.wire.messages import HttpResponse, WebSocketEvent, decode_websocket_event, encode
-from qserve_gateway.respond import Unsendable, start_message
+from qserve_gateway.headers import has_control
+from qserve_gateway.respond import Unsendable, checked, sent_instead, start_message
 
 logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = 1011
+_CODES = frozenset({*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)})
+"""Codes that a close frame may have (RFC 6455, 7.4, and those that have been registered since)."""
+_LONGEST_REASON = 123
+"""Bytes of a reason in a close frame."""
 _LAST_WORD_S = 1.0
 
 
@@ -77,23 +81,30 @@ class WebSocketBridge:
     async def _to_client(self, event: WebSocketEvent) -> None:
         if self.closed:
             return  # an application may not have noticed yet
-        message: dict[str, Any] = {"type": f"websocket.{event.type}"}
-        if event.type == "accept":
-            self.accepted = True
-            headers = start_message(HttpResponse(200, event.headers, b""), "GET", self._request_id, streamed=True)
-            message |= {"subprotocol": event.subprotocol, "headers": headers["headers"]}
-        elif event.type == "send":
-            message |= {"text": event.text} if event.text is not None else {"bytes": event.data}
-        elif event.type == "close":
-            self.closed = True
-            message |= {"code": event.code, "reason": event.reason}
-        else:
-            await self._take_denial(event)
-            return
         try:
-            await self._send(message)
+            if event.type == "accept":
+                await self._accept(event)
+            elif event.type == "send":
+                content = {"text": event.text} if event.text is not None else {"bytes": event.data}
+                await self._send({"type": "websocket.send", **content})
+            elif event.type == "close":
+                await self._close(event.code, event.reason)
+            else:
+                await self._take_denial(event)
         except OSError:  # the client has left; what the application sends meanwhile is for nobody
             self.closed = True
+
+    async def _accept(self, event: WebSocketEvent) -> None:
+        try:
+            if event.subprotocol is not None and has_control(event.subprotocol.encode()):
+                raise Unsendable(f"subprotocol {event.subprotocol[:100]!r}")
+            answer = start_message(HttpResponse(200, event.headers, b""), "GET", self._request_id, streamed=True)
+        except Unsendable as exc:
+            await self._deny(sent_instead(self._request_id, exc))
+            return
+        self.accepted = True
+        subprotocol, headers = event.subprotocol, answer["headers"]
+        await self._send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": headers})
 
     async def _take_denial(self, event: WebSocketEvent) -> None:
         """Hold a denial until it is whole: one that breaks off must not stand in the way of the answer that says so."""
@@ -103,22 +114,29 @@ class WebSocketBridge:
         held = self._denial
         self._denial = HttpResponse(held.status, held.headers, held.body + (event.data or b""))
         if event.reason != "more":
-            self.closed = True
-            await deny(self._send, self._denial, self._request_id)
+            await self._deny(self._denial)
 
-    async def _close(self, code: int) -> None:
-        if not self.closed:
-            self.closed = True
-            await self._send({"type": "websocket.close", "code": code, "reason": ""})
+    async def _deny(self, response: HttpResponse) -> None:
+        self.closed = True
+        await deny(self._send, response, self._request_id)
+
+    async def _close(self, code: int, reason: str = "") -> None:
+        if self.closed:
+            return
+        if not self.accepted:
+            await self._deny(HttpResponse(403, [], b""))
+            return
+        self.closed = True
+        if code not in _CODES:
+            text = "WebSocket %s: its application closes it with %d, which a close frame may not have; 1011 is sent"
+            logger.warning(text, self._request_id, code)
+            code, reason = INTERNAL_ERROR, ""
+        reason = reason.encode()[:_LONGEST_REASON].decode(errors="ignore")  # no half character
+        await self._send({"type": "websocket.close", "code": code, "reason": reason})
 
 
 async def deny(send: Send, response: HttpResponse, request_id: str) -> None:
     """Answer a WebSocket's handshake with an HTTP response."""
-    try:
-        head = start_message(response, "GET", request_id)
-    except Unsendable:
-        logger.exception("the denial of WebSocket %s cannot be sent as it is; 500 is sent in its place", request_id)
-        response = HttpResponse(500, [], b"")
-        head = start_message(response, "GET", request_id)
-    await send(head | {"type": "websocket.http.response.start"})
-    await send({"type": "websocket.http.response.body", "body": response.body})
+    status, headers, body = checked(response, "GET", request_id)
+    await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})

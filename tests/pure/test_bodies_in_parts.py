@@ -1,12 +1,14 @@
 """Bodies in parts: what each side is told when the other one leaves, breaks off or sends too much."""
 
 import asyncio
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from qserve.errors import PayloadTooLarge, QServeError, StreamBroken
 from qserve.wire.channel import ABORT, DATA, END, HELLO, Channel, Chunk
@@ -153,6 +155,16 @@ def test_a_cut_response_is_one_line_in_the_log() -> None:
     other = record(StreamBroken("else"))
     assert OneLinePerCut().filter(other)
     assert (other.getMessage(), other.levelname) == ("Exception in app", "ERROR")
+
+
+def test_the_invalid_utf_8_of_a_client_is_not_in_the_log() -> None:
+    """As are none of the other ways in which clients break the rules of WebSockets."""
+    text = "Invalid UTF-8 sequence received from client."
+    assert text in inspect.getsource(WebSocketsSansIOProtocol.send_receive_event_to_app)
+    error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    for said, is_kept in ((text, False), ("Exception in ASGI application", True)):
+        record = logging.LogRecord("uvicorn", logging.ERROR, "", 1, said, (), (type(error), error, None))
+        assert OneLinePerCut().filter(record) is is_kept
 
 
 # HTTP/1.0

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from starlette.types import Message
+from websockets.frames import Close
 
 from qserve.errors import StreamBroken
 from qserve.wire.messages import HttpResponse, WebSocketEvent, decode_websocket_event, encode
@@ -94,6 +95,42 @@ async def test_the_application_closes_with_a_code_of_its_own() -> None:
 
     assert client.types() == ["accept", "close"]
     assert (client.got[1]["code"], client.got[1]["reason"]) == (4001, "no")
+
+
+@pytest.mark.parametrize("code", [0, 999, 1004, 1005, 1006, 1015, 2999, 5000])
+async def test_a_code_that_may_not_be_sent_is_1011(code: int) -> None:
+    client, replica = Client(), Replica(ACCEPT, WebSocketEvent("close", code=code, reason="no"), None)
+    await between(client, replica).run()
+    assert (client.got[-1]["type"], client.got[-1]["code"]) == ("websocket.close", 1011)
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1003, 1007, 1008, 1011, 1012, 1014, 3000, 4999])
+async def test_a_code_that_may_be_sent_is_sent_as_the_library_does(code: int) -> None:
+    client, replica = Client(), Replica(ACCEPT, WebSocketEvent("close", code=code, reason="x" * 122 + "é"), None)
+    await between(client, replica).run()
+    assert (client.got[-1]["code"], client.got[-1]["reason"]) == (code, "x" * 122)
+    assert Close(client.got[-1]["code"], client.got[-1]["reason"]).serialize()
+
+
+@pytest.mark.parametrize("said", [(WebSocketEvent("close", code=4001),), ()], ids=["it refuses", "it says nothing"])
+async def test_what_an_application_does_not_accept_is_denied_with_the_id_of_the_request(
+    said: tuple[WebSocketEvent, ...],
+) -> None:
+    client = Client()
+    await between(client, Replica(*said, None)).run()
+    assert client.types() == ["http.response.start", "http.response.body"]
+    assert (client.got[0]["status"], dict(client.got[0]["headers"])[b"x-request-id"]) == (403, b"id-1")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [WebSocketEvent("accept", headers=[(b"x", b"a\r\nb: c")]), WebSocketEvent("accept", subprotocol="a\r\nb: c")],
+)
+async def test_an_acceptance_that_could_be_taken_for_more_is_a_500(said: WebSocketEvent) -> None:
+    client = Client()
+    await between(client, Replica(said, WebSocketEvent("send", text="hello"), None)).run()
+    assert client.types() == ["http.response.start", "http.response.body"]
+    assert client.got[0]["status"] == 500
 
 
 async def test_a_client_that_leaves_is_told_to_the_application() -> None:

@@ -28,8 +28,10 @@ class OneLinePerCut(logging.Filter):
     """Shortens what uvicorn logs of a response that was cut: a traceback says nothing about a fault elsewhere."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Keep every record, and make a warning of one line of one about a cut response."""
+        """Make a warning of one line of a record about a cut response, and drop those about clients' invalid UTF-8."""
         error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, UnicodeDecodeError) and record.msg.startswith("Invalid UTF-8"):
+            return False  # the client is told with 1007, as with the codes of its other mistakes
         # Nobody but a gateway that leaves cancels what uvicorn runs.
         text = _CUT_BY_US if isinstance(error, asyncio.CancelledError) else str(error)
         if isinstance(error, ResponseCut | asyncio.CancelledError):

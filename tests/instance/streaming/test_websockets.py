@@ -152,6 +152,23 @@ async def test_close_codes_travel_both_ways(qserve_instance: TestInstance, notes
     assert await asyncio.to_thread(notes.wait_for, 1) == ["4002 bye"]
 
 
+async def test_what_no_close_frame_can_say_is_not_sent(qserve_instance: TestInstance) -> None:
+    app = FastAPI()
+
+    @app.websocket("/{code}")
+    async def server(socket: WebSocket, code: int) -> None:
+        await socket.accept()
+        await socket.close(code, "é" * 100)
+
+    await _deploy(app)
+
+    for code in (999, 1005, 1006, 5000):
+        async with _connected(qserve_instance, f"/served/{code}") as socket:
+            assert await _closed(socket) == Close(1011, "")
+    async with _connected(qserve_instance, "/served/4000") as socket:
+        assert await _closed(socket) == Close(4000, "é" * 61)
+
+
 async def test_denials(qserve_instance: TestInstance) -> None:
     app = FastAPI()
 
@@ -188,7 +205,8 @@ async def test_denials(qserve_instance: TestInstance) -> None:
                 pass
         return refused.value
 
-    assert (await refusal("/served/closed")).response.status_code == 403
+    closed_at_once = (await refusal("/served/closed")).response
+    assert (closed_at_once.status_code, "x-request-id" in closed_at_once.headers) == (403, True)
     half = (await refusal("/served/half-way")).response
     assert half.status_code >= 500
     assert b"the beginning of a denial" not in (half.body or b"")
