@@ -58,6 +58,7 @@ _LARGEST_DURABLE = 64 * 1024 * 1024
 """Bytes of the body of a request that becomes a durable call; the gateway has it in memory as a whole."""
 _TIMEOUT = b"x-request-timeout-ms"
 _TIMEOUT_S = b"x-request-timeout-seconds"
+_SHORTEST_S = 0.001
 _MODEL = b"serve_multiplexed_model_id"
 _OUTLIVES_CLIENT = b"x-request-disconnect-disabled"
 _TRUE = frozenset({b"?1", b"1", b"true"})
@@ -406,8 +407,8 @@ def _as_asked(route: Route, named: Named) -> Route:
 
 
 def _milliseconds(seconds: bytes) -> bytes:
-    if _is_seconds(seconds) is None:
-        raise bad_request("X-Request-Timeout-Seconds is not a number of seconds")
+    if _is_seconds(seconds) is None or float(seconds) < _SHORTEST_S:
+        raise bad_request(f"X-Request-Timeout-Seconds is not a number of seconds, {_SHORTEST_S} or more")
     return b"%d" % (float(seconds) * 1000)
 
 

@@ -374,6 +374,18 @@ async def test_the_deployments_timeout_wins_over_the_default(
     assert calls.last.timeout_s == 300
 
 
+@pytest.mark.parametrize(
+    ("asked", "timeout_s"), [("2", 2), ("0.25", 0.25), ("0.001", 0.001), ("60", 30), ("0.0001", 0), ("0", 0), ("-1", 0)]
+)
+async def test_a_deadline_in_seconds(http: httpx.AsyncClient, calls: FakeCalls, asked: str, timeout_s: float) -> None:
+    response = await http.get("/hello", headers={"x-request-timeout-seconds": asked})
+    if timeout_s:
+        assert calls.last.timeout_s == timeout_s
+    else:
+        assert (response.status_code, calls.puts) == (400, [])
+        assert "X-Request-Timeout-Seconds is not a number of seconds, 0.001 or more" in response.text
+
+
 # What the client gets
 
 

@@ -59,6 +59,8 @@ def roll_back(order: Order) -> Done:
 
 
 def delete(order: Order) -> Done:
+    if order.about not in order.state.names():
+        raise NotPossible(f"there is no deployment {order.about!r}")
     deploying.delete(order.state, order.about)
     return Done(f"{order.about} is deleted.", PATH)
 

@@ -325,6 +325,8 @@ def test_whatever_acts_asks_first(shop: Any, operator: httpx.Client) -> None:
     assert "shop" in serve.list_deployments()
     act(operator, "delete", "shop")
     assert "shop" not in serve.list_deployments()
+    again = act(operator, "delete", "shop")
+    assert (again.status_code, "there is no deployment" in again.text) == (409, True)
     assert operator.get("/deployments/shop").status_code == 404
 
 
