@@ -207,11 +207,12 @@ ACCEPTED = {
 }
 
 
-def handshake(*lines: bytes) -> bytes:
+def handshake(*lines: bytes, target: bytes = b"/a") -> bytes:
     """A request for a WebSocket."""
     return get(
         *(b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13"),
         *(b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", *lines),
+        target=target,
         host=b"Host: us.example:8000\r\n",
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from fastapi import FastAPI, WebSocket
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -60,9 +61,19 @@ async def compressed(request: Request) -> Response:
     return Response(gzip.compress(b"hello"), headers={"content-encoding": coding, "vary": "accept-encoding"})
 
 
+sockets = FastAPI()
+
+
+@sockets.websocket("/")
+async def greet(socket: WebSocket) -> None:
+    """Accepts every WebSocket that comes this far."""
+    await socket.accept()
+    await socket.close()
+
+
 @pytest.fixture(scope="session")
 def impatient() -> Iterator[TestInstance]:
-    """The instance; "/" answers with what has arrived there, "/fail" fails, "/slow" takes a while."""
+    """The instance; "/" answers with what has arrived there, "/fail" fails, "/slow" takes a while, "/ws" greets."""
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         outside = os.environ["QSERVE_RUNTIME_DIR"]
         for name, value in PATIENCE.items():
@@ -72,6 +83,7 @@ def impatient() -> Iterator[TestInstance]:
         for name, function in (("tell", tell), ("fail", fail), ("slow", slow), ("zip", compressed)):
             route = "/" if name == "tell" else f"/{name}"
             serve.deployment(name=name, route_prefix=route)(function).deploy()
+        serve.deployment(name="ws", route_prefix="/ws")(serve.ingress(sockets)(type("Sockets", (), {}))).deploy()
         process_client.close_current_client()
         for name in PATIENCE:  # an instance that starts later in this session is not to have them
             patch.delenv(name)
