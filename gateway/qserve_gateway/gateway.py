@@ -287,6 +287,8 @@ class Gateway(DirectApp):
         await receive()  # "websocket.connect"
         path, raw_path = self._full_path(scope)
         try:
+            if path.startswith("/-/", len(self._root_path)):
+                raise Refused(_not_found(path))
             route, headers = self._find_route(scope, path, named)
         except Refused as refused:
             await deny(send, refused.response, request_id)

@@ -710,8 +710,9 @@ async def test_headers_that_say_how_to_serve_a_request_hold_for_websockets_too(
     assert (status, b"X-Request-Timeout-Ms" in body) == (400, True)
 
 
-@pytest.mark.parametrize("path", ["/", "/nowhere"])
-async def test_a_websocket_that_belongs_to_no_deployment_is_denied(gateway: Gateway, path: str) -> None:
+@pytest.mark.parametrize(("path", "root"), [("/", "/hello"), ("/nowhere", "/hello"), ("/-/calls/x", "/")])
+async def test_a_websocket_that_belongs_to_no_deployment_is_denied(gateway: Gateway, path: str, root: str) -> None:
+    gateway.use_deployments([spec("hello", root)])
     status, headers, _ = await Handshake(gateway, (b"x-request-id", b"one"), path=path).denial()
     assert (status, headers[b"x-request-id"]) == (404, b"one")
 
