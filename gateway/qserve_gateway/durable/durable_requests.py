@@ -93,8 +93,7 @@ class DurableRequests:
             CancelledError: The request is cancelled. Where the gateway leaves, the client is told in its place where
                 the response will be, unless the request may be sent again.
         """
-        loop = asyncio.get_running_loop()
-        admitted: asyncio.Future[str | QServeError] = loop.create_future()
+        admitted: asyncio.Future[str | QServeError] = asyncio.get_running_loop().create_future()
 
         def on_admitted(verdict: str | QServeError) -> None:
             if not admitted.done():
