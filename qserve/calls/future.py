@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-_lock = threading.Lock()
-"""Guards every change of state and every condition's birth; held for a few instructions at a time."""
+_lock = threading.RLock()
+"""Guards every change of state and every condition's birth; held for a few instructions at a time.
+
+Whoever holds it may be interrupted by the garbage collector or a signal, whose code may settle another future.
+"""
 
 
 class _NotMade(Exception):
@@ -45,9 +48,12 @@ class LightFuture(concurrent.futures.Future[T], Generic[T]):
 
         @property
         def _condition(self) -> threading.Condition:
+            if (condition := self._made_condition) is not None:
+                return condition
+            made = threading.Condition()  # before the lock is taken, since making it may start the collector
             with _lock:
                 if self._made_condition is None:
-                    self._made_condition = threading.Condition()
+                    self._made_condition = made
                 return self._made_condition
 
     def done(self) -> bool:
@@ -137,12 +143,18 @@ class LightFuture(concurrent.futures.Future[T], Generic[T]):
         with _lock:
             if self._state is not PENDING:
                 return False
-            self._result, self._exception = result, exception
-            self._state = state
             condition = self._made_condition
+            if condition is None:
+                self._result, self._exception = result, exception
+                self._state = state
         if condition is not None:
-            # Whoever made it either looks at the state after this point, or waits already.
+            # Who holds it counts those that are done, and waits for the others: the state may not change meanwhile.
             with condition:
+                with _lock:
+                    if self._state is not PENDING:
+                        return False
+                    self._result, self._exception = result, exception
+                    self._state = state
                 for waiter in self._waiters:
                     if state is CANCELLED_AND_NOTIFIED:
                         waiter.add_cancelled(self)

@@ -3,9 +3,11 @@
 import concurrent.futures
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from qserve.calls import future as future_module
 from qserve.calls.future import LightFuture
 from tests.support.waiting import joined
 
@@ -112,3 +114,54 @@ def test_a_timeout_leaves_it_pending() -> None:
         future.result(0.01)
     future.set_result(1)
     assert future.result(0) == 1
+
+
+@pytest.mark.parametrize("end", ["set_result", "cancel", "set_exception"])
+def test_who_holds_its_condition_sees_it_end_once(end: str) -> None:
+    """`as_completed` counts those that are done, and has itself told of the others, while it holds all conditions."""
+    future: LightFuture[int] = LightFuture()
+    done_before_it_was_held: list[bool] = []
+
+    class Observed(threading.Condition):
+        def __enter__(self) -> bool:
+            entered = super().__enter__()
+            done_before_it_was_held.append(future.done())
+            return entered
+
+    future._made_condition = Observed()
+    arguments: dict[str, list[object]] = {"set_result": [1], "cancel": [], "set_exception": [ValueError("x")]}
+    getattr(future, end)(*arguments[end])
+
+    assert done_before_it_was_held == [False]
+    assert future.done()
+
+
+def test_the_collector_may_settle_another_one_while_a_condition_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: LightFuture[int] = LightFuture()
+    waited_for: LightFuture[int] = LightFuture()
+    waiting = threading.Thread(target=lambda: waited_for._condition, daemon=True)
+
+    class Collecting(threading.Condition):
+        def __init__(self, lock: Any = None) -> None:
+            dropped.cancel()
+            super().__init__(lock)
+
+    monkeypatch.setattr(threading, "Condition", Collecting)
+    waiting.start()
+    joined(waiting)
+
+    assert dropped.cancelled()
+
+
+def test_a_signal_may_settle_another_one_at_any_moment() -> None:
+    interrupted: LightFuture[int] = LightFuture()
+    ended: list[bool] = []
+
+    def interrupt() -> None:
+        with future_module._lock:
+            ended.append(interrupted.cancel())
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    joined(thread)
+    assert ended == [True]
