@@ -19,6 +19,16 @@ from qserve.wire.messages import ERROR, NO_META, PYTHON, REQUEST, VALUE, WITHIN,
 from qserve.wire.parts import Passed, Payload, flat
 
 
+def meta_within(caller: CallInfo, meta: Mapping[str, str]) -> Mapping[str, str]:
+    """What goes beside a call that another one makes: which calls it is a part of, and the id of the request."""
+    if not caller.lineage:
+        return meta
+    within = {**meta, WITHIN: caller.lineage}
+    if not caller.lineage.startswith(caller.request_id):
+        within[REQUEST] = caller.request_id
+    return within
+
+
 class CallToSend(Protocol):
     """A call whose arguments are not all there yet; the methods may be called from any thread."""
 
@@ -61,16 +71,20 @@ class CallRef(Ref[Any]):
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Mapping[str, str] = NO_META) -> None:
         """Put the call, at once or when the refs among its arguments are there.
 
+        It inherits the remaining time and the cancellation of the call that makes it, if one does.
+
         Raises:
             ValueNotSerializable, PayloadTooLarge: An argument cannot be sent.
         """
         if meta:
             self._meta = meta
-        self.belong_to(current_call.get())
+        self._caller = current_call.get()
         payload = self._codec.pack_plain_call(args, kwargs)
         if payload is not None:
             self.send(payload)
         elif refs := collect_refs(args, kwargs):
+            if self._caller is not None:
+                self._caller.nested.add(self)
             WaitForArguments(self, self._codec, args, kwargs, refs).start()
         else:
             self.send(self._codec.pack_arguments(args, kwargs, f"the call to {self.label}"))
@@ -84,16 +98,12 @@ class CallRef(Ref[Any]):
     def request_id(self) -> str:
         return self._pending.id if self._pending is not None else ""
 
-    def belong_to(self, caller: CallInfo | None) -> None:
-        """Inherit the remaining time and the cancellation of the call that makes this one, if one does."""
-        if caller is not None:
-            self._caller = caller
-            caller.nested.add(self)
-
     def inherit_cancellation(self) -> None:
         """Withdraw it even if it runs and is not safe, because the call that made it is withdrawn."""
         if self._pending is not None:
             self._client.withdraw(self._pending, inherited=True)
+        else:
+            self.cancel()
 
     @property
     def awaited(self) -> str:
@@ -105,10 +115,7 @@ class CallRef(Ref[Any]):
         meta, caller = self._meta, self._caller
         if caller is not None:
             timeout_s = caller.limit(timeout_s)
-            if caller.lineage:
-                meta = {**meta, WITHIN: caller.lineage}
-                if not caller.lineage.startswith(caller.request_id):
-                    meta[REQUEST] = caller.request_id
+            meta = meta_within(caller, meta)
         self._pending = self._client.prepare(
             self._deployment,
             kind=PYTHON,
@@ -119,6 +126,8 @@ class CallRef(Ref[Any]):
             on_outcome=self._settle,
             meta=meta,
         )
+        if caller is not None:
+            caller.nested.add(self)
         self._client.submit(self._pending)
 
     def pass_on(self) -> None:
@@ -130,12 +139,19 @@ class CallRef(Ref[Any]):
 
     def fail(self, error: BaseException) -> None:
         """End with an error that arose in this process, unless it was cancelled."""
+        self._leave_caller()
         with contextlib.suppress(InvalidStateError):
             self.set_exception(error)
 
     def withdraw(self) -> None:
         if self._pending is not None:
             self._client.withdraw(self._pending)
+        else:
+            self._leave_caller()
+
+    def _leave_caller(self) -> None:
+        if self._caller is not None:
+            self._caller.nested.discard(self)
 
     def is_forbidden_to_block(self) -> bool:
         return self._client.is_own_thread()
