@@ -1,88 +1,77 @@
 """Results that come in parts, from calls of generator methods."""
 
 import asyncio
-import concurrent.futures
-import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from qserve.calls.client import Client
-from qserve.calls.outgoing import WaitForArguments
+from qserve.calls.outgoing import WaitForArguments, meta_within
 from qserve.calls.pending import PendingCall
 from qserve.calls.ref import Ref
-from qserve.context import CallInfo, current_call
-from qserve.errors import CallCancelled, QServeError, StreamBroken
-from qserve.wire.channel import Channel
+from qserve.calls.stream_call import END_OF_STREAM, OnOutcome, StreamCall
+from qserve.context import current_call
 from qserve.wire.codec import Codec, collect_refs
-from qserve.wire.messages import ERROR, NO_META, STREAM, Outcome, decode_error
-from qserve.wire.parts import Payload, flat
+from qserve.wire.messages import NO_META, STREAM
+from qserve.wire.parts import Payload
 
 T = TypeVar("T")
-OnOutcome = Callable[[Outcome], None]
 
 
 class ResultStream(Generic[T]):
     """What a generator in a replica yields, as it yields it; iterate it with `for` or `async for`, once.
 
-    The generator runs no further ahead than a window of about 1 MiB. Leaving the loop early, or `close`, closes it.
-    Errors of the generator are raised here after what it yielded before. Usable from any thread and event loop.
+    The generator runs no further ahead than a window of about 1 MiB. Leaving the loop early closes it, and so do
+    `close` and dropping the stream. Errors of the generator are raised here after what it yielded before. Who gives up
+    waiting for a part, as with `asyncio.wait_for(anext(stream), 1)`, gets that part next. Usable from any thread and
+    event loop.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        codec: Codec,
-        prepare: Callable[[Payload, OnOutcome], PendingCall],
-        label: str,
-        caller: CallInfo | None,
-        on_end: Callable[[BaseException | None], None] = lambda _: None,
-    ) -> None:
-        self.label = label
+    def __init__(self, client: Client, call: StreamCall) -> None:
         self._client = client
-        self._codec = codec
-        self._prepare = prepare
-        self._caller = caller
-        if caller is not None:
-            caller.nested.add(self)
-        self._on_end = on_end
-        self._error: BaseException | None = None
-        self._is_closed = False
-        self._pending: PendingCall | None = None
-        """None while arguments are waited for."""
-        self._channel: concurrent.futures.Future[Channel] = concurrent.futures.Future()
+        self._call = call
+        self._begun: list[Ref[Any]] = []
+        """Parts that are being read, or are there, and that somebody has given up to wait for."""
+
+    def __del__(self) -> None:
+        self._call.abandon()
 
     def __iter__(self) -> Iterator[T]:
         try:
-            while (chunk := self._run(self._next)) is not _END:
-                yield chunk
+            while (part := self._wait_for_part()) is not END_OF_STREAM:
+                yield part
         finally:
             self.close()
 
     async def __aiter__(self) -> AsyncIterator[T]:
         try:
-            while (chunk := await self._run_async(self._next)) is not _END:
-                yield chunk
+            while (part := await self._await_part()) is not END_OF_STREAM:
+                yield part
         finally:
             self.close()
 
     def __next__(self) -> T:
-        chunk: T = self._run(self._next)
-        if chunk is _END:
+        part: T = self._wait_for_part()
+        if part is END_OF_STREAM:
             self.close()
             raise StopIteration
-        return chunk
+        return part
 
     async def __anext__(self) -> T:
-        chunk: T = await self._run_async(self._next)
-        if chunk is _END:
+        part: T = await self._await_part()
+        if part is END_OF_STREAM:
             self.close()
             raise StopAsyncIteration
-        return chunk
+        return part
+
+    @property
+    def label(self) -> str:
+        """The name of what is called."""
+        return self._call.label
 
     @property
     def request_id(self) -> str:
         """The id of the call in logs; "" while a ref among its arguments is waited for."""
-        return self._pending.id if self._pending is not None else ""
+        return self._call.request_id
 
     def __await__(self) -> Generator[Any, None, "ResultStream[T]"]:
         yield from ()
@@ -90,89 +79,44 @@ class ResultStream(Generic[T]):
 
     def close(self) -> None:
         """End the call; the replica's generator is closed at its next `yield`."""
-        self._end(inherited=False)
+        self._call.close()
 
     cancel = close
 
-    def inherit_cancellation(self) -> None:
-        """End it with the call that made it."""
-        self._end(inherited=True)
-
-    @property
-    def awaited(self) -> str:
-        """Nothing: whoever iterates a stream waits for its next part only."""
-        return ""
-
-    # What sends it
-
-    def send(self, payload: Payload) -> None:
-        """Put the call with its packed arguments."""
-        self._pending = self._prepare(payload, self._settle)
-        self._client.run_soon(self._put)
-
-    def fail(self, error: BaseException) -> None:
-        """End it with an error that arose in this process, before it was put."""
-        if self._caller is not None:
-            self._caller.nested.discard(self)
-        with contextlib.suppress(concurrent.futures.InvalidStateError):
-            self._channel.set_exception(error)
-            self._on_end(error)
-
     def done(self) -> bool:
         """Whether it was closed."""
-        return self._is_closed
+        return self._call.is_closed
 
     cancelled = done
 
-    def withdraw(self) -> None:
-        """Withdraw what was put."""
-        self._end(inherited=False)
-
-    def _end(self, *, inherited: bool) -> None:
-        self._is_closed = True
-        if self._pending is None:
-            self.fail(CallCancelled("the call was cancelled before its arguments were there"))
-        else:
-            self._client.withdraw(self._pending, inherited=inherited)
-
-    def _put(self) -> None:
-        assert self._pending is not None
-        channel = self._client.open_channel(self._pending)
-        with contextlib.suppress(concurrent.futures.InvalidStateError):  # closed in this moment
-            self._channel.set_result(channel)
-        self._client.put(self._pending)
-
-    def _settle(self, outcome: Outcome) -> None:
-        if self._caller is not None:
-            self._caller.nested.discard(self)
-        if isinstance(outcome, QServeError):
-            self._error = outcome
-        elif outcome.kind == ERROR:
-            self._error = self._codec.rebuild_error(decode_error(flat(outcome.payload)))
-        self._on_end(self._error)
-
-    async def _next(self) -> Any:
-        if not self._channel.done():  # arguments are waited for
-            await asyncio.wrap_future(self._channel)
-        channel = self._channel.result(0)
-        try:
-            packed = await channel.receive()
-        except StreamBroken as exc:
-            raise self._error or exc from None
-        return _END if packed is None else self._codec.unpack(packed)
-
-    def _run(self, step: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    def _wait_for_part(self) -> Any:
         if self._client.is_own_thread():
             raise RuntimeError("iterating here would block the event loop that receives the stream: use `async for`")
-        return asyncio.run_coroutine_threadsafe(step(), self._client.loop).result()
+        part = self._next_begun() or self._call.begin_to_read()
+        try:
+            return part.result()
+        except BaseException as exc:
+            if not part.done() or not (part.cancelled() or part.exception() is exc):  # interrupted, as with Ctrl+C
+                self._begun.append(part)
+            raise
 
-    async def _run_async(self, step: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        if self._client.is_own_thread():
-            return await step()
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(step(), self._client.loop))
+    async def _await_part(self) -> Any:
+        part = self._next_begun()
+        if part is None:
+            if self._client.is_own_thread():
+                return await self._call.next_part()
+            part = self._call.begin_to_read()
+        try:
+            return await part
+        except (asyncio.CancelledError, GeneratorExit):
+            self._begun.append(part)
+            raise
 
-
-_END = object()
+    def _next_begun(self) -> Ref[Any] | None:
+        try:
+            return self._begun.pop(0) if self._begun else None
+        except IndexError:  # another thread was faster
+            return None
 
 
 def open_stream(
@@ -189,7 +133,7 @@ def open_stream(
 ) -> ResultStream[Any]:
     """Put a call whose result is streamed; its deadline holds until the first part arrives.
 
-    It inherits the remaining time and the cancellation of the call that makes it, if one does.
+    It inherits the remaining time, the cancellation and the request id of the call that makes it, if one does.
 
     Args:
         timeout_s: None: as the settings say.
@@ -215,15 +159,16 @@ def open_stream(
             timeout_s=limit_s,
             safe=False,
             on_outcome=on_outcome,
-            meta=meta,
+            meta=meta if caller is None else meta_within(caller, meta),
         )
 
-    stream = ResultStream[Any](client, codec, prepare, label, caller, on_end)
+    call = StreamCall(client, codec, prepare, label, caller, on_end)
     if payload is not None:
-        stream.send(payload)
+        call.send(payload)
     else:
-        WaitForArguments(stream, codec, args, kwargs, refs).start()
-    return stream
+        call.join_caller()
+        WaitForArguments(call, codec, args, kwargs, refs).start()
+    return ResultStream(client, call)
 
 
 def _payload_or_refs(

@@ -1,7 +1,9 @@
 """Handles where user code in a replica may use them: its own threads, its own event loops, refs awaited twice."""
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -9,6 +11,8 @@ import pytest
 from starlette.requests import Request
 
 from qserve import serve
+from qserve.context import current_call
+from qserve.errors import ValueNotSerializable
 from qserve.testing import TestInstance
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S
@@ -19,6 +23,9 @@ pytestmark = pytest.mark.usefixtures("qserve_instance")
 class Inner:
     def __call__(self, number: int) -> int:
         return number + 1
+
+    async def gated(self) -> None:
+        await asyncio.sleep(3600)
 
 
 class Outer:
@@ -57,7 +64,29 @@ class Outer:
     async def __call__(self, request: Request) -> list[str | None]:
         """The ids under which this call, and one that it makes, stand in the log."""
         inner: Any = serve.get_deployment("named").get_handle(sync=False)
-        return [serve.get_replica_context().request_id, await (await inner.remote())]
+        streamed: Any = await anext(inner.options(stream=True).remote())
+        return [serve.get_replica_context().request_id, await (await inner.remote()), streamed]
+
+    async def nested(self) -> tuple[int, int]:
+        """How many calls this one counts as its own after some that it could not send or has withdrawn."""
+        call = current_call.get()
+        assert call is not None
+        inner: Any = serve.get_deployment("inner").get_handle(sync=False)
+        for handle in (inner, inner.options(stream=True)):
+            with suppress(ValueNotSerializable):
+                await handle.remote(threading.Lock())
+        waiting = await inner.gated.remote()
+        behind = await inner.remote(waiting)
+        behind_too = inner.options(stream=True).remote(waiting)
+        both = len(call.nested)
+        behind.cancel()
+        behind_too.close()
+        waiting.cancel()
+        for _ in range(1000):
+            if not call.nested:
+                break
+            await asyncio.sleep(0.01)
+        return both, len(call.nested)
 
 
 def request_id() -> str | None:
@@ -76,13 +105,20 @@ def test_handles_work_on_threads_and_loops_of_user_code_and_refs_can_be_used_twi
     assert outer.chain.remote(False).result(patience(LIMIT_S)) == [3, 4, 2]
 
 
+def test_a_call_does_not_keep_those_that_it_could_not_send() -> None:
+    serve.deployment(name="inner", route_prefix=None)(Inner).deploy()
+    serve.deployment(name="outer", route_prefix=None)(Outer).deploy()
+
+    assert serve.get_deployment("outer").get_handle().nested.remote().result(patience(LIMIT_S)) == (3, 0)
+
+
 def test_calls_of_a_request_have_its_id(qserve_instance: TestInstance) -> None:
     serve.deployment(name="named", route_prefix=None)(request_id).deploy()
     serve.deployment(name="asked", route_prefix="/asked")(Outer).deploy()
 
     answer = httpx.get(f"{qserve_instance.url}/asked", headers={"X-Request-Id": "mine"}, timeout=patience(LIMIT_S))
 
-    assert answer.json() == ["mine", "mine"]
+    assert answer.json() == ["mine", "mine", "mine"]
     first: Any = serve.get_deployment("named").get_handle()
     ref = first.remote()
     assert ref.result(patience(LIMIT_S)) == ref.request_id

@@ -20,6 +20,7 @@ from qserve.broker.instance.state import State
 from qserve.broker.keys import GROUP
 from qserve.broker.large.lending import Lending
 from qserve.broker.server.redis_clients import client
+from qserve.calls.stream_call import StreamCall
 from qserve.calls.streams import ResultStream
 from qserve.deployments.loading import load_target
 from qserve.durable.watching import CallWatcher
@@ -231,8 +232,9 @@ class Stage:
                 on_outcome=on_outcome,
             )
 
-        parts: ResultStream[int] = ResultStream(client, self.caller.codec, prepare, NAME, None)
-        parts.send(_codec.pack_call(("parts",), {}))
+        call = StreamCall(client, self.caller.codec, prepare, NAME, None)
+        call.send(_codec.pack_call(("parts",), {}))
+        parts: ResultStream[int] = ResultStream(client, call)
 
         async def read() -> Said:
             got: list[int] = []

@@ -1,18 +1,27 @@
 """Handles that stream what generators yield."""
 
 import asyncio
+import gc
 import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator
+from types import FrameType
 
 import httpx
 import pytest
 from starlette.requests import Request
 
 from qserve import serve
+from qserve.calls.streams import ResultStream
 from qserve.errors import CallCancelled, GetTimeoutError, QServeError, TaskError
+from qserve.wire.channel import Channel
 from tests.support.gates import Gate, Notes
+from tests.support.slowness import patience
+from tests.support.waiting import LIMIT_S, joined, wait_until
 
 pytestmark = pytest.mark.usefixtures("qserve_instance")
 
@@ -120,11 +129,33 @@ def test_an_error_comes_after_what_was_yielded_before_it() -> None:
     assert isinstance(failed.value, TaskError)
 
 
+def _leave(stream: ResultStream[int]) -> None:
+    for number in stream:
+        assert number == 1
+        break
+
+
+def _drop(stream: ResultStream[int]) -> None:
+    assert next(stream) == 1
+
+
+def _drop_unread(_stream: ResultStream[int]) -> None: ...
+
+
+def _leave_to_the_collector(stream: ResultStream[int]) -> None:
+    cycle: list[object] = [stream]
+    cycle.append(cycle)
+
+
+@pytest.mark.parametrize("leave", [_leave, _drop, _drop_unread, _leave_to_the_collector])
 @pytest.mark.parametrize("kind", ["sync", "async", "waiting"])
-def test_leaving_early_closes_the_generator(kind: str, notes: Notes) -> None:
+def test_leaving_early_closes_the_generator(
+    kind: str, leave: Callable[[ResultStream[int]], None], notes: Notes
+) -> None:
     @serve.deployment(route_prefix=None)
     class Endless:
         def sync(self) -> Iterator[int]:
+            notes.add("opened")
             try:
                 while True:
                     yield 1
@@ -132,6 +163,7 @@ def test_leaving_early_closes_the_generator(kind: str, notes: Notes) -> None:
                 notes.add("closed")
 
         async def asynchronous(self) -> AsyncIterator[int]:
+            notes.add("opened")
             try:
                 while True:
                     yield 1
@@ -140,6 +172,7 @@ def test_leaving_early_closes_the_generator(kind: str, notes: Notes) -> None:
                 notes.add("closed")
 
         async def waiting(self) -> AsyncIterator[int]:
+            notes.add("opened")
             try:
                 yield 1
                 await asyncio.sleep(3600)
@@ -149,10 +182,96 @@ def test_leaving_early_closes_the_generator(kind: str, notes: Notes) -> None:
     Endless.deploy()
     method = {"sync": "sync", "async": "asynchronous", "waiting": "waiting"}[kind]
 
-    for number in Endless.get_handle().options(stream=True, method_name=method).remote():
-        assert number == 1
-        break
+    stream = Endless.get_handle().options(stream=True, method_name=method).remote()
+    notes.wait_for(1)
+    leave(stream)
+    del stream
+    gc.collect()
+    assert notes.wait_for(2) == ["opened", "closed"]
+
+
+def test_a_stream_that_is_dropped_on_the_loop_of_a_replica_closes_the_generator(notes: Notes) -> None:
+    @serve.deployment(route_prefix=None)
+    class Endless:
+        async def __call__(self) -> AsyncIterator[int]:
+            try:
+                while True:
+                    yield 1
+                    await asyncio.sleep(0)
+            finally:
+                notes.add("closed")
+
+    @serve.deployment(route_prefix=None)
+    class Reader:
+        async def __call__(self) -> int:
+            endless = serve.get_deployment("Endless").get_handle(sync=False).options(stream=True)
+            first: int = await anext(endless.remote())
+            return first
+
+    Endless.deploy()
+    Reader.deploy()
+
+    assert Reader.get_handle().remote().result(patience(LIMIT_S)) == 1
     assert notes.wait_for(1) == ["closed"]
+
+
+async def test_a_part_that_arrives_as_its_reader_gives_up_is_read_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    await asyncio.to_thread(Numbers.deploy)
+    stream = Numbers.get_handle(sync=False).options(stream=True).count.remote(5)
+    arrived, receive = threading.Event(), Channel.receive
+
+    async def telling(channel: Channel) -> bytes | None:
+        part = await receive(channel)
+        arrived.set()
+        return part
+
+    monkeypatch.setattr(Channel, "receive", telling)
+    got: list[int] = []
+    for _ in range(5):
+        arrived.clear()
+        reading = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)  # it asks for a part
+        assert arrived.wait(patience(LIMIT_S))  # and this loop has not heard of it
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        got.append(await anext(stream))
+
+    assert got == [0, 1, 2, 3, 4]
+    assert [number async for number in stream] == []
+
+
+def _is_waiting(frame: FrameType | None) -> bool:
+    """Whether a thread waits for the next part of a stream."""
+    assert frame is not None
+    called = {caller.f_code for caller, _ in traceback.walk_stack(frame)}
+    return frame.f_code is threading.Condition.wait.__code__ and ResultStream.__next__.__code__ in called
+
+
+def test_a_part_that_arrives_after_its_reader_was_interrupted_is_read_next(gate: Gate) -> None:
+    @serve.deployment(route_prefix=None)
+    class Held:
+        async def __call__(self) -> AsyncIterator[int]:
+            await gate.passed()
+            yield 1
+            yield 2
+
+    Held.deploy()
+    stream = Held.get_handle().options(stream=True).remote()
+    reader = threading.get_ident()
+
+    def interrupt() -> None:
+        wait_until(lambda: _is_waiting(sys._current_frames()[reader]))
+        signal.pthread_kill(reader, signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    joined(interrupting)
+    gate.open()
+
+    assert list(stream) == [1, 2]
 
 
 def test_a_reader_that_pauses_pauses_the_generator(notes: Notes) -> None:
