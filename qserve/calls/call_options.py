@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from qserve.wire.call_record import Durability, DurableOptions, Priority, make_durable_options
 from qserve.wire.messages import MODEL, NO_META
+from qserve.wire.seconds import check_seconds
 
 RetryOn = str | type[BaseException] | Iterable[str | type[BaseException]]
 
@@ -56,6 +57,7 @@ _WITHOUT_EFFECT = frozenset({"use_new_handle_api", "_prefer_local_routing", "_by
 """What handles of Ray Serve take besides."""
 
 _SENT = frozenset({"method_name", "multiplexed_model_id"})
+_SHORTEST_TIMEOUT_S = 0.001
 
 
 def changed_options(
@@ -78,6 +80,8 @@ def changed_options(
         given["method_name"] = method_name
     for name in _SENT.intersection(given):
         _check_text(name, given[name])
+    if "timeout_s" in given:
+        check_seconds("timeout_s", given["timeout_s"], _SHORTEST_TIMEOUT_S)
     if "http_headers" in given:
         given["http_headers"] = tuple(dict(given["http_headers"]).items())
     changed = options._replace(**given)

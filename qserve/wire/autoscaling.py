@@ -7,7 +7,6 @@ import msgspec
 from pydantic import (
     BaseModel,
     ConfigDict,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -16,6 +15,7 @@ from pydantic import (
 )
 
 from qserve.wire.ray_names import warn_once
+from qserve.wire.seconds import NonNegativeSeconds, PositiveSeconds
 
 
 class Autoscaling(msgspec.Struct, frozen=True):
@@ -36,11 +36,11 @@ class Autoscaling(msgspec.Struct, frozen=True):
     min_replicas: NonNegativeInt = 1
     max_replicas: PositiveInt = 1
     target_ongoing_requests: PositiveFloat = 2.0
-    upscale_delay_s: NonNegativeFloat = 30.0
-    downscale_delay_s: NonNegativeFloat = 600.0
-    max_wait_s: PositiveFloat = 10.0
+    upscale_delay_s: NonNegativeSeconds = 30.0
+    downscale_delay_s: NonNegativeSeconds = 600.0
+    max_wait_s: PositiveSeconds = 10.0
     initial_replicas: PositiveInt | None = None
-    downscale_to_zero_delay_s: NonNegativeFloat | None = None
+    downscale_to_zero_delay_s: NonNegativeSeconds | None = None
 
     @property
     def sleeps(self) -> bool:

@@ -13,6 +13,7 @@ import msgspec
 from qserve.background import CHANCE
 from qserve.errors import QServeError, TaskError, failure_of
 from qserve.wire.messages import Call, decoder_of
+from qserve.wire.seconds import check_seconds
 
 SCHEDULED, QUEUED, RUNNING = "scheduled", "queued", "running"
 """States of a call that goes on: waits for its time; waits for a replica; runs."""
@@ -143,15 +144,14 @@ def make_durable_options(
         *(("delay", delay, 0.0), ("retries", retries, 0), ("backoff", backoff, 0.0)),
         *(("result_ttl", result_ttl, 1.0), ("expires", 0.001 if expires is None else expires, 0.001)),
     ):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number, not {value!r}")
-        if not least <= value < 1e9:
-            raise ValueError(f"{name} must be at least {least:g}, not {value!r}")
+        check_seconds(name, value, least)
+    if retries != int(retries):
+        raise ValueError(f"retries must be a whole number, not {retries!r}")
     if priority not in ("interactive", "batch"):
         raise ValueError(f"priority must be 'interactive' or 'batch', not {priority!r}")
     if durability not in (None, *get_args(Durability)):
         raise ValueError(f"durability must be 'memory', 'fsync' or 'replica', not {durability!r}")
-    given = (retry_on,) if isinstance(retry_on, str | type) else retry_on
+    given = retry_on if isinstance(retry_on, Iterable) and not isinstance(retry_on, str | type) else (retry_on,)
     terms = Terms(int(retries), float(backoff), tuple(_class_name(each) for each in given), float(result_ttl))
     return DurableOptions(float(delay), expires, priority == "batch", terms, durability=durability)
 

@@ -10,11 +10,11 @@ from enum import Enum
 from typing import Annotated, Any, Final, Literal, TypedDict, get_type_hints
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from qserve.wire.autoscaling import Autoscaling, AutoscalingConfig
 from qserve.wire.names import is_name
-from qserve.wire.seconds import PositiveSeconds, Seconds
+from qserve.wire.seconds import NonNegativeSeconds, PositiveSeconds
 
 
 class Default(Enum):
@@ -139,7 +139,7 @@ class BackpressureConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     status_code: Literal[503, 429] = 503
-    retry_after_s: NonNegativeFloat | None = None
+    retry_after_s: NonNegativeSeconds | None = None
 
 
 # The declaration
@@ -285,7 +285,7 @@ class DeploymentOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = True
     graceful_shutdown_timeout_s: Annotated[
-        Seconds,
+        NonNegativeSeconds,
         Option(
             "How long a replica that leaves may take to finish its calls, and then the shutdown hooks of its "
             "application and its `__del__`. Then its process is killed. A new `user_config` waits as long for the "

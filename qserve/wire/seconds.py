@@ -1,11 +1,24 @@
-"""Numbers of seconds as users give them, such that clocks, timers and Redis can count them."""
+"""Lengths of time as users give them: finite, and short enough for every timer."""
 
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from pydantic import Field
 
-MOST_S: Final = 1e9
-"""About 31 years; infinity would overflow where it is counted in milliseconds."""
+LONGEST_S: Final = 1_000_000_000
+"""No time that is given reaches 31 years: timers, and deadlines counted in milliseconds, end somewhere."""
 
-PositiveSeconds = Annotated[float, Field(gt=0, le=MOST_S)]
-Seconds = Annotated[float, Field(ge=0, le=MOST_S)]
+PositiveSeconds = Annotated[float, Field(gt=0, lt=LONGEST_S, allow_inf_nan=False)]
+NonNegativeSeconds = Annotated[float, Field(ge=0, lt=LONGEST_S, allow_inf_nan=False)]
+
+
+def check_seconds(name: str, value: Any, least: float) -> None:
+    """Refuse what is no length of time.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is too short or too long, infinite, or no number that can be compared.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not least <= value < LONGEST_S:
+        raise ValueError(f"{name} must be at least {least:g} and less than {LONGEST_S}, not {value!r}")

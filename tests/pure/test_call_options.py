@@ -19,3 +19,42 @@ def test_what_is_sent_with_a_call_is_text(option: str, kind: dict[str, bool]) ->
         HANDLE.options(**{option: 5}, **kind)
     with pytest.raises(ValueError, match=re.escape(f"{option}='a\\ud800' cannot be sent: it contains half a char")):
         HANDLE.options(**{option: "a\ud800"}, **kind)
+
+
+WRONG_SECONDS = [
+    (float("inf"), ValueError, "less than 1000000000, not inf"),
+    (float("nan"), ValueError, "not nan"),
+    (1e300, ValueError, "less than 1000000000, not 1e+300"),
+    (0, ValueError, "at least 0.001 and less than"),
+    (-1, ValueError, "at least 0.001 and less than"),
+    ("5", TypeError, "must be a number, not '5'"),
+    (True, TypeError, "must be a number, not True"),
+]
+
+
+@pytest.mark.parametrize("kind", [{}, {"stream": True}, {"durable": True}])
+@pytest.mark.parametrize(("value", "error", "says"), WRONG_SECONDS)
+def test_a_timeout_is_refused_where_it_is_given(
+    kind: dict[str, bool], value: object, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=f"timeout_s must be .*{re.escape(says.removeprefix('must be '))}"):
+        HANDLE.options(timeout_s=value, **kind)
+    assert HANDLE.options(timeout_s=999_999_999, **kind)
+    assert HANDLE.options(timeout_s=None, **kind)
+
+
+@pytest.mark.parametrize(
+    ("term", "error", "says"),
+    [
+        ({"retries": 1.5}, ValueError, "retries must be a whole number, not 1.5"),
+        ({"retry_on": 3}, TypeError, "retry_on takes exception classes and names of them, not 3"),
+        ({"expires": float("inf")}, ValueError, "expires must be at least 0.001 and less than 1000000000, not inf"),
+        ({"delay": 1e9}, ValueError, "delay must be at least 0 and less than 1000000000, not 1000000000.0"),
+    ],
+)
+def test_terms_of_durable_calls_that_cannot_be_kept_are_refused(
+    term: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=re.escape(says)):
+        HANDLE.options(durable=True, **term)
+    assert HANDLE.options(durable=True, retries=2.0, retry_on=iter([KeyError]), delay=3)

@@ -1,5 +1,6 @@
 """The declaration of a deployment's options, and what follows from it."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -76,6 +77,18 @@ def test_an_option_that_is_declared_is_checked_carried_and_given_back() -> None:
         assert Deployment.from_spec(one.to_spec(CODEC), CODEC) == one
         with pytest.raises(ValueError, match=name):
             DeploymentConfig(**{name: "neither a number nor a flag"})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e300, -1])
+def test_seconds_are_refused_that_no_timer_can_count(value: float) -> None:
+    of_seconds = [each.names[0] for each in DECLARED if each.names[0].endswith("_s")]
+    assert len(of_seconds) >= 6
+    for name in of_seconds:
+        given: Any = {name: value}
+        with pytest.raises(ValueError, match=f"{name}={re.escape(repr(value))} is not possible: it should be"):
+            deployment("d", **given)(complete_options)
+    with pytest.raises(ValueError, match=r"backpressure_config\.retry_after_s"):
+        deployment("d", backpressure_config={"retry_after_s": value})(complete_options)
 
 
 def test_scripts_find_their_limits_under_fixed_names() -> None:
