@@ -13,14 +13,11 @@ from qserve.applications.graph import DEFAULT_NAME, RunTarget, make_graph
 from qserve.applications.serve_status import ApplicationStatus, DeploymentStatus, ServeStatus, serve_status
 from qserve.batching import batch
 from qserve.calls.durable_ref import DurableRef, attached_ref
-from qserve.calls.handle import (
-    AsyncDeploymentHandle,
-    DeploymentHandle,
-    DurableHandle,
-    codec_of,
-    unpickle_handle,
-)
-from qserve.calls.hooked import HookedCall
+from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle
+from qserve.calls.handles.base_handle import unpickle_handle
+from qserve.calls.handles.durable_handle import DurableHandle
+from qserve.calls.handles.handle_codec import codec_of
+from qserve.calls.handles.hooked import HookedCall
 from qserve.calls.planned_call import plan_call
 from qserve.calls.process_client import current_client
 from qserve.calls.ref import Ref

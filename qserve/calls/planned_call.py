@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from qserve.calls.handle import DeploymentHandle, DurableHandle
+from qserve.calls.handle import DeploymentHandle
+from qserve.calls.handles.durable_handle import DurableHandle
 from qserve.durable.schedules import Plan
 from qserve.wire.call_record import make_durable_options
 

@@ -12,7 +12,7 @@ from typing import Final
 from qserve.broker.instance.state import State
 from qserve.broker.server.redis_checks import require_usable_at
 from qserve.calls import process_client
-from qserve.calls.handle import handle_from_wire
+from qserve.calls.handles.base_handle import handle_from_wire
 from qserve.deployments import deploying, local_instance
 from qserve.deployments.http_options import HTTPOptions
 from qserve.deployments.in_process import serving_here

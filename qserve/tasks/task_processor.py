@@ -10,7 +10,9 @@ from typing import Any, Final
 
 from qserve.calls.client import Client
 from qserve.calls.durable_ref import DurableRef, attached_ref
-from qserve.calls.handle import DurableHandle, codec_of, get_handle
+from qserve.calls.handle import get_handle
+from qserve.calls.handles.durable_handle import DurableHandle
+from qserve.calls.handles.handle_codec import codec_of
 from qserve.calls.process_client import ClientThread, current_client
 from qserve.deployments.driver import THIS_PROCESS
 from qserve.errors import DeploymentNotFound

@@ -156,6 +156,21 @@ def make_durable_options(
     return DurableOptions(float(delay), expires, priority == "batch", terms, durability=durability)
 
 
+def terms_as_given(options: DurableOptions) -> dict[str, Any]:
+    """The options of a durable call as `make_durable_options` takes them."""
+    terms = options.terms
+    return {
+        "delay": options.delay_s,
+        "retries": terms.retries,
+        "backoff": terms.backoff_s,
+        "retry_on": terms.retry_on,
+        "expires": options.expires_s,
+        "priority": "batch" if options.low_priority else "interactive",
+        "result_ttl": terms.result_ttl_s,
+        "durability": options.durability,
+    }
+
+
 def _class_name(given: Any) -> str:
     if isinstance(given, str):
         return given

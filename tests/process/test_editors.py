@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 from mypy import api
 
-from qserve.calls.call_options import Changes, DurableTerms
+from qserve.calls.handles.call_options import Changes, DurableTerms
 from qserve.wire.options import GivenOptions
 from tests.support.serving import ROOT
 
@@ -47,6 +47,9 @@ reveal_type(handle.remote(3))
 reveal_type(handle.options(stream=True, multiplexed_model_id="a"))
 reveal_type(handle.options(durable=True, retries=3, delay=1.5, retry_on=ValueError, priority="batch"))
 reveal_type(handle.options(timeout_s=3).remote(4))
+reveal_type(handle.options(stream=True).options(method_name="x", timeout_s=3))
+reveal_type(handle.options(durable=True).options(retries=3, delay=1.5))
+reveal_type(double.get_handle(sync=False).options(durable=True).options(priority="batch"))
 
 serve.deployment(num_replica=2)  # wrong
 serve.deployment(num_replicas="two")  # wrong
@@ -59,10 +62,15 @@ handle.options(timeout_s="3")  # wrong
 handle.options(durable=True, retry=3)  # wrong
 handle.options(durable=True, priority="urgent")  # wrong
 handle.options(delay=1)  # wrong
+handle.options(stream=True).options(timeout_s="3")  # wrong
+handle.options(durable=True).options(retry=3)  # wrong
 task_handler(name=3)  # wrong
 """
 WRONG = {number for number, line in enumerate(PROGRAM.splitlines(), 1) if line.endswith("# wrong")}
-REVEALED = ["Ref[str]", "StreamHandle", "DurableHandle", "Ref[str]"]
+REVEALED = [
+    *("Ref[str]", "StreamHandle", "DurableHandle", "Ref[str]"),
+    *("StreamHandle", "DurableHandle", "AsyncDurableHandle"),
+]
 
 DECORATED = """
 from abc import ABC

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
-from qserve.calls.handle import get_handle
+from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle, get_handle
+from qserve.calls.handles.durable_handle import AsyncDurableHandle, DurableHandle
+from qserve.calls.handles.stream_handle import StreamHandle
 
 HANDLE: Any = get_handle("Echo", sync=True)
+ASYNC_HANDLE: Any = get_handle("Echo", sync=False)
 
 
 @pytest.mark.parametrize("option", ["method_name", "multiplexed_model_id"])
@@ -58,3 +61,37 @@ def test_terms_of_durable_calls_that_cannot_be_kept_are_refused(
     with pytest.raises(error, match=re.escape(says)):
         HANDLE.options(durable=True, **term)
     assert HANDLE.options(durable=True, retries=2.0, retry_on=iter([KeyError]), delay=3)
+
+
+@pytest.mark.parametrize(
+    ("handle", "plain", "durable"),
+    [(HANDLE, DeploymentHandle, DurableHandle), (ASYNC_HANDLE, AsyncDeploymentHandle, AsyncDurableHandle)],
+)
+def test_options_are_chained_and_what_is_not_given_anew_stays(handle: Any, plain: type, durable: type) -> None:
+    streams = handle.options(stream=True, timeout_s=3).options(method_name="m").options(multiplexed_model_id="a")
+    assert type(streams) is StreamHandle
+    assert streams._options == handle.options(method_name="m", timeout_s=3, multiplexed_model_id="a")._options
+    assert type(streams.options(stream=False)) is plain
+    assert type(streams.other.options(durable=True)) is durable
+
+    made = handle.options(durable=True, retries=3, retry_on=KeyError, delay=2, priority="batch", durability="fsync")
+    again = made.options(method_name="m").options(backoff=5)
+    assert type(again) is durable
+    assert repr(again).endswith("of 'Echo', method 'm'>")
+    assert again._terms == made.options(backoff=5)._terms
+    assert again._terms._replace(terms=made._terms.terms) == made._terms
+    assert (again._terms.terms.retries, again._terms.terms.backoff_s) == (3, 5)
+    assert type(again.options(durable=False)) is plain
+    assert type(again.options(stream=True)) is StreamHandle
+    with pytest.raises(ValueError, match="exclude each other"):
+        again.options(stream=True, durable=True)
+    with pytest.raises(ValueError, match="retries: this is for calls with durable=True only"):
+        HANDLE.options(stream=True).options(retries=3)
+
+
+def test_the_expiry_of_durable_calls_follows_what_was_given_last() -> None:
+    made = HANDLE.options(durable=True, timeout_s=5)
+    assert made._terms.expires_s == made.options(retries=1)._terms.expires_s == 5
+    assert made.options(timeout_s=7)._terms.expires_s == 7
+    assert made.options(expires=9)._terms.expires_s == 9
+    assert made.options(expires=9).options(retries=1)._terms.expires_s == 9

@@ -8,7 +8,9 @@ import cloudpickle
 import pytest
 
 from qserve import errors, serve
-from qserve.calls.handle import AsyncDurableHandle, DurableHandle, StreamHandle, get_handle
+from qserve.calls.handle import get_handle
+from qserve.calls.handles.durable_handle import AsyncDurableHandle, DurableHandle
+from qserve.calls.handles.stream_handle import StreamHandle
 from qserve.calls.ref import Ref
 from qserve.deployments.deployment import unpickle_deployment
 from tests.support.local_code import CODEC
@@ -30,6 +32,7 @@ HANDLES: list[Any] = [
     SYNC.options(method_name="m", timeout_s=2.0, http_headers={"a": "b"}),
     ASYNC.m,
     SYNC.options(stream=True, timeout_s=1.0),
+    ASYNC.options(stream=True),
     SYNC.options(durable=True, retries=3, retry_on=ValueError, delay=1.0, durability="fsync").m,
     ASYNC.options(durable=True, priority="batch", expires=5.0),
 ]
@@ -44,6 +47,7 @@ def test_a_pickled_handle_names_one_public_function(handle: Any) -> None:
     assert type(again) is type(handle)
     assert again._options == handle._options
     assert again.deployment_name == "Echo"
+    assert again._sync == handle._sync
     if isinstance(handle, DurableHandle | AsyncDurableHandle):
         assert again._terms == handle._terms
 

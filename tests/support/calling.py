@@ -12,7 +12,7 @@ from starlette.requests import Request
 from qserve.broker.instance.state import State
 from qserve.broker.large.lending import Lending
 from qserve.calls.client import Client
-from qserve.calls.handle import codec_of
+from qserve.calls.handles.handle_codec import codec_of
 from qserve.calls.pending import PendingCall
 from qserve.context import set_replica_context
 from qserve.errors import QServeError

@@ -5,7 +5,7 @@ import sys
 
 from qserve.broker.instance.state import State
 from qserve.calls.client import Client
-from qserve.calls.handle import codec_of
+from qserve.calls.handles.handle_codec import codec_of
 from qserve.settings import Settings, at_deployment
 from qserve.wire.call_record import DurableOptions
 from qserve.wire.channel import Channel

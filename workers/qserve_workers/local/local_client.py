@@ -7,7 +7,7 @@ from qserve.background import end
 from qserve.broker.large.lending import Loan
 from qserve.calls.client import Client
 from qserve.calls.deadlines import Deadlines
-from qserve.calls.handle import codec_of
+from qserve.calls.handles.handle_codec import codec_of
 from qserve.calls.pending import PendingCall
 from qserve.calls.withdrawing import Withdrawals
 from qserve.errors import BackPressureError, CallCancelled, DeploymentNotFound

@@ -14,7 +14,7 @@ from qserve.broker.instance.heartbeats import call_neighbours, leave
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import redis_clients
 from qserve.calls.client import Client
-from qserve.calls.handle import codec_of
+from qserve.calls.handles.handle_codec import codec_of
 from qserve.calls.process_client import set_current_client
 from qserve.context import set_model_watcher
 from qserve.errors import BrokerUnavailable, QServeError

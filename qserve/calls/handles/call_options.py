@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypedDict
 
-from qserve.wire.call_record import Durability, DurableOptions, Priority, make_durable_options
+from qserve.wire.call_record import Durability, DurableOptions, Priority, make_durable_options, terms_as_given
 from qserve.wire.messages import MODEL, NO_META
 from qserve.wire.seconds import check_seconds
 
@@ -61,9 +61,18 @@ _SHORTEST_TIMEOUT_S = 0.001
 
 
 def changed_options(
-    options: CallOptions, method_name: str | None, changes: dict[str, Any], *, stream: bool, durable: bool
+    options: CallOptions,
+    method_name: str | None,
+    changes: dict[str, Any],
+    *,
+    stream: bool,
+    durable: bool,
+    terms: DurableOptions | None = None,
 ) -> tuple[CallOptions, DurableOptions | None]:
     """The options of a handle that is made from another one, and those of its durable calls if it makes such calls.
+
+    Args:
+        terms: Those of the durable calls that the other one makes, if it makes such. What is not given anew stays.
 
     Raises:
         ValueError, TypeError: An option is not known or has an impossible value, or this kind of call does not have it.
@@ -74,8 +83,8 @@ def changed_options(
         )
     for name in _WITHOUT_EFFECT.intersection(changes):
         del changes[name]
-    terms = {key: value for key, value in changes.items() if key not in CallOptions._fields}
-    given = {key: value for key, value in changes.items() if key not in terms and value is not None}
+    of_durable = {key: value for key, value in changes.items() if key not in CallOptions._fields}
+    given = {key: value for key, value in changes.items() if key not in of_durable and value is not None}
     if method_name is not None:
         given["method_name"] = method_name
     for name in _SENT.intersection(given):
@@ -85,7 +94,10 @@ def changed_options(
     if "http_headers" in given:
         given["http_headers"] = tuple(dict(given["http_headers"]).items())
     changed = options._replace(**given)
-    return changed, _durable_options(durable, changed, terms)
+    before = terms_as_given(terms) if terms is not None and durable else {}
+    if "timeout_s" in given:
+        before.pop("expires", None)
+    return changed, _durable_options(durable, changed, before, of_durable)
 
 
 def _check_text(option: str, text: Any) -> None:
@@ -97,13 +109,16 @@ def _check_text(option: str, text: Any) -> None:
         raise ValueError(f"{option}={text!a} cannot be sent: it contains half a character") from None
 
 
-def _durable_options(durable: bool, changed: CallOptions, given: dict[str, Any]) -> DurableOptions | None:
+def _durable_options(
+    durable: bool, changed: CallOptions, before: dict[str, Any], given: dict[str, Any]
+) -> DurableOptions | None:
     if unknown := given.keys() - DurableTerms.__annotations__.keys():
         raise TypeError(f"options() got unknown options: {', '.join(sorted(unknown))}")
     if not durable:
         if given:
             raise ValueError(f"{', '.join(given)}: this is for calls with durable=True only")
         return None
-    if given.get("expires") is None and changed.timeout_s is not None:
-        given["expires"] = changed.timeout_s
-    return make_durable_options(**given)
+    terms = {**before, **given}
+    if terms.get("expires") is None and changed.timeout_s is not None:
+        terms["expires"] = changed.timeout_s
+    return make_durable_options(**terms)
