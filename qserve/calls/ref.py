@@ -111,10 +111,17 @@ class Ref(LightFuture[T], Generic[T]):
             loop = asyncio.get_running_loop()
             woken: asyncio.Future[None] = loop.create_future()
             waker = _waker_of(loop)
-            self.add_done_callback(lambda _: waker.wake(woken))
+
+            def wake(_ref: object) -> None:
+                waker.wake(woken)
+
+            self.add_done_callback(wake)
             self.is_waited_for = True
             try:
                 yield from woken
+            except BaseException:  # or they would pile up where somebody asks again and again
+                self.remove_done_callback(wake)
+                raise
             finally:
                 self.is_waited_for = False
         if self.raw_result is not None:  # large: it takes a moment

@@ -145,6 +145,14 @@ class TestAwaiting:
         ref.set_result(1)
         assert await ref == 1
 
+    async def test_giving_up_to_await_it_leaves_nothing_behind(self) -> None:
+        ref: Ref[int] = Ref()
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(ref, 0.001)
+
+        assert not ref._done_callbacks
+
     async def awaited(self, ref: Ref[int]) -> int:
         return await ref
 
