@@ -1,18 +1,17 @@
 """References to durable calls: results that any process can ask for, now or later."""
 
-import asyncio
-from asyncio import wrap_future
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
-from concurrent.futures import Future, InvalidStateError
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from qserve.background import spawn
 from qserve.calls.client import Client
+from qserve.calls.handoff import run_when_dropped
+from qserve.calls.inquiries import Inquiries
 from qserve.calls.ref import Ref
-from qserve.durable.watching import CallWatcher
-from qserve.errors import CallNotFound, QServeError, StreamBroken
-from qserve.wire.call_record import ENDS, CallRecord, DurableOptions, Part, is_call_id
+from qserve.errors import QServeError
+from qserve.wire.call_record import CallRecord, DurableOptions, is_call_id
 from qserve.wire.codec import Codec
 from qserve.wire.messages import (
     ERROR,
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 T = TypeVar("T")
-_LOOK_AGAIN_S = 10.0
-"""How often to look for parts without having been told of one, since news may be lost with a connection."""
 
 
 class CallStatus(NamedTuple):
@@ -73,8 +70,14 @@ class DurableRef(Ref[T]):
         self._id = call_id
         self._label = label
         self._progress: object = None
-        self._news: set[asyncio.Event] = set()
-        self._watcher = CallWatcher(self._settle, self._take_progress, self._wake)
+        self._asking = Inquiries(client, codec, call_id)
+        self._watcher = _RefWatcher(self)
+        self._is_watched = False
+
+    def __del__(self) -> None:
+        if self._is_watched and not self.done():
+            watchers, call_id, watcher = self._client.durable.watchers, self._id, self._watcher
+            run_when_dropped(self._client, lambda: watchers.forget(call_id, watcher))
 
     @property
     def id(self) -> str:
@@ -98,13 +101,11 @@ class DurableRef(Ref[T]):
             BrokerUnavailable: Redis cannot be asked.
             RuntimeError: Called where waiting would stop the event loop that has to receive the answer.
         """
-        if self._client.is_own_thread():
-            raise RuntimeError("this would block the event loop that receives the answer: use `await ref.astatus()`")
-        return status_of(self._ask().result())
+        return status_of(self._asking.wait_for(self._asking.describe(), "`await ref.astatus()`"))
 
     async def astatus(self) -> CallStatus:
         """Like `status`, for asynchronous code."""
-        return status_of(await wrap_future(self._ask()))
+        return status_of(await self._asking.wait_async(self._asking.describe()))
 
     async def aprogress(self) -> Any:
         """Ask Redis what the call has reported last, also before this ref was made.
@@ -112,9 +113,9 @@ class DurableRef(Ref[T]):
         Raises:
             CallNotFound, BrokerUnavailable: As for `status`.
         """
-        packed = (await wrap_future(self._ask())).progress
+        packed = (await self._asking.wait_async(self._asking.describe())).progress
         if packed is not None:
-            self._take_progress(self._client.durable.by_id.open(packed, self._id).payload)
+            self.take_progress(self._client.durable.by_id.open(packed, self._id).payload)
         return self._progress
 
     def __iter__(self) -> Iterator[Any]:
@@ -124,68 +125,36 @@ class DurableRef(Ref[T]):
             StreamBroken: The attempt has failed and another one begins. Iterate again to get its parts.
             QServeError: What `result` raises.
         """
-        reader = _PartReader(self._id, self._client)
-        while (page := self._wait_for(self._read(reader)).result()) is not None:
+        reader = self._asking.part_reader()
+        while (page := self._asking.wait_for(self._asking.read(reader), "`async for`")) is not None:
             yield from page
         self.result()
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         """Like `__iter__`, for asynchronous code."""
-        reader = _PartReader(self._id, self._client)
-        while (page := await wrap_future(self._wait_for(self._read(reader)))) is not None:
+        reader = self._asking.part_reader()
+        while (page := await self._asking.wait_async(self._asking.read(reader))) is not None:
             for value in page:
                 yield value
         await self
 
-    async def _read(self, reader: "_PartReader") -> list[Any] | None:
-        woken = asyncio.Event()
-        self._news.add(woken)
-        try:
-            while True:
-                woken.clear()
-                parts, is_over = await reader.read()
-                if parts:
-                    return [self._codec.unpack(part.data) if part.packed else part.data for part in parts]
-                if is_over:
-                    return None
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(woken.wait(), _LOOK_AGAIN_S)
-        finally:
-            self._news.discard(woken)
+    def take_news(self) -> None:
+        """Let those who read what the call yields look again. Runs on the loop of the client."""
+        self._asking.wake()
 
-    def _wake(self) -> None:
-        for woken in self._news:
-            woken.set()
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        """Call `fn` with this ref once it is done, even if nobody else holds the ref until then."""
+        super().add_done_callback(fn)
+        if not self.done():
+            self._watcher.holds = self
+            if self.done():  # in this very moment
+                self._watcher.holds = None
 
-    def _wait_for(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        if self._client.is_own_thread():
-            work.close()
-            raise RuntimeError("this would block the event loop that receives the answer: `await` the ref")
-        answered: Future[Any] = Future()
-
-        async def run() -> None:
-            try:
-                answered.set_result(await work)
-            except BaseException as exc:
-                answered.set_exception(exc)
-
-        self._client.run_soon(lambda: _start(run()))
-        return answered
-
-    def _ask(self) -> Future[CallRecord]:
-        answered: Future[CallRecord] = Future()
-
-        async def ask() -> None:
-            try:
-                record = await self._client.durable.by_id.describe(self._id)
-                if record is None:
-                    raise CallNotFound(f"there is no durable call {self._id!r}, or its record has expired")
-                answered.set_result(record)
-            except BaseException as exc:
-                answered.set_exception(exc)
-
-        self._client.run_soon(lambda: _start(ask()))
-        return answered
+    def remove_done_callback(self, fn: Callable[[Any], object]) -> None:
+        """Do not call `fn` once it is done; without effect where that has begun."""
+        super().remove_done_callback(fn)
+        if not self._done_callbacks:
+            self._watcher.holds = None
 
     def withdraw(self) -> None:
         self._client.run_soon(self._withdraw)
@@ -195,31 +164,39 @@ class DurableRef(Ref[T]):
 
     def watch(self) -> None:
         """Start to wait for the end of a call that is about to be submitted. Runs on the loop of the client."""
+        self._is_watched = True
         self._client.durable.watchers.watch(self._id, self._watcher)
 
     def attach(self) -> None:
         """Start to wait for the end of a call that has been submitted. Runs on the loop of the client."""
+        self._is_watched = True
         self._client.durable.watchers.attach(self._id, self._watcher)
 
     def refuse(self, error: QServeError) -> None:
         """End with an error because the call was not taken. Runs on the loop of the client."""
-        self._client.durable.watchers.forget(self._id, self._watcher)
+        self._forget()
         self._fail(error)
 
     def _withdraw(self) -> None:
-        self._client.durable.watchers.forget(self._id, self._watcher)
+        self._forget()
         self._client.durable.by_id.cancel(self._id)
+
+    def _forget(self) -> None:
+        self._client.durable.watchers.forget(self._id, self._watcher)
+        self._watcher.holds = None
 
     def _fail(self, error: BaseException) -> None:
         with suppress(InvalidStateError):  # cancelled in this very moment
             self.set_exception(error)
 
-    def _take_progress(self, packed: bytes) -> None:
+    def take_progress(self, packed: bytes) -> None:
+        """Note what the call has reported."""
         with suppress(QServeError):  # of a class that this process does not know
             self._progress = self._codec.unpack(packed)
 
-    def _settle(self, outcome: Outcome) -> None:
-        self._wake()
+    def take_outcome(self, outcome: Outcome) -> None:
+        """End as the call has ended. Runs on the loop of the client."""
+        self.take_news()
         if self.done():
             return
         try:
@@ -238,32 +215,30 @@ class DurableRef(Ref[T]):
         return self._codec.unpack(reply.payload)
 
 
-class _PartReader:
-    """Reads the parts of one attempt of a call, a page at a time. Belongs to the client's loop."""
+class _RefWatcher:
+    """Tells a ref of its call, and does not keep it: a ref that was dropped need not be told."""
 
-    def __init__(self, call_id: str, client: Client) -> None:
-        self._id = call_id
-        self._client = client
-        self._attempt = self._after = self._count = 0
+    __slots__ = ("_ref", "holds")
 
-    async def read(self) -> tuple[list[Part], bool]:
-        """Return the parts that follow those read before, and whether the call has ended."""
-        record = await self._client.durable.by_id.describe(self._id)
-        if record is None:
-            raise CallNotFound(f"there is no durable call {self._id!r}, or its record has expired")
-        if self._count and record.attempts != self._attempt:
-            raise StreamBroken(
-                f"attempt {self._attempt} of call {self._id} ended after {self._count} parts were read; attempt "
-                f"{record.attempts} yields them again: iterate again"
-            )
-        self._attempt = record.attempts
-        found = await self._client.durable.by_id.parts(record, self._after)
-        for number, _, part in found:
-            self._count += 1
-            if part.index != self._count:
-                raise StreamBroken(f"part {self._count} of attempt {self._attempt} of call {self._id} is missing")
-            self._after = number
-        return [part for _, _, part in found], record.state in ENDS
+    def __init__(self, ref: DurableRef[Any]) -> None:
+        self._ref = weakref.ref(ref)
+        self.holds: object = None
+        """The ref, while others are to be told through it, who may not hold it."""
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        ref, self.holds = self._ref(), None
+        if ref is not None:
+            ref.take_outcome(outcome)
+
+    def on_progress(self, packed: bytes) -> None:
+        ref = self._ref()
+        if ref is not None:
+            ref.take_progress(packed)
+
+    def on_news(self) -> None:
+        ref = self._ref()
+        if ref is not None:
+            ref.take_news()
 
 
 def make_response(response: HttpResponse) -> "Response":
@@ -273,10 +248,6 @@ def make_response(response: HttpResponse) -> "Response":
     made = Response(response.body, response.status)
     made.raw_headers = [(name.lower(), value) for name, value in response.headers]
     return made
-
-
-def _start(work: Coroutine[Any, Any, None]) -> None:
-    spawn(work)
 
 
 def status_of(record: CallRecord) -> CallStatus:

@@ -5,6 +5,10 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qserve.calls.client import Client
 
 
 class Handoff:
@@ -63,3 +67,15 @@ class Handoff:
             except IndexError:  # a thread that finds it closed runs what there is as well
                 return
             action()
+
+
+def run_when_dropped(client: "Client", action: Callable[[], None]) -> None:
+    """Run an action on the loop of a client later, because an object is gone: for finalizers.
+
+    The collector calls those in any thread, the loop's too, in the middle of anything: so nothing is done at once.
+    """
+    with contextlib.suppress(RuntimeError):  # the loop has closed
+        if client.is_own_thread():
+            client.loop.call_soon(action)
+        else:
+            client.run_soon(action)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from qserve.background import spawn
 from qserve.calls.client import Client
+from qserve.calls.handoff import run_when_dropped
 from qserve.calls.pending import PendingCall
 from qserve.calls.ref import Ref
 from qserve.context import CallInfo
@@ -116,17 +117,9 @@ class StreamCall:
         self._close(inherited=True)
 
     def abandon(self) -> None:
-        """Close it, unless it has ended, because nobody can read it any more.
-
-        The collector calls this in any thread, in the middle of anything: the loop does it later.
-        """
-        if self.is_closed or self._has_ended:
-            return
-        with contextlib.suppress(RuntimeError):  # the loop has closed
-            if self._client.is_own_thread():
-                self._client.loop.call_soon(self.close)
-            else:
-                self._client.run_soon(self.close)
+        """Close it later, unless it has ended, because nobody can read it any more. For finalizers."""
+        if not self.is_closed and not self._has_ended:
+            run_when_dropped(self._client, self.close)
 
     def _close(self, *, inherited: bool) -> None:
         self.is_closed = True

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Container
 from functools import partial
+from typing import Protocol
 
 import msgspec
 
@@ -21,8 +22,21 @@ _LOOK_AGAIN_S = 30.0
 """An inbox is told of every end; looking again now and then finds what was missed while the inbox counted as dead."""
 
 
-class CallWatcher:
+class DurableWatcher(Protocol):
     """Somebody in this process who waits for a durable call."""
+
+    def on_outcome(self, outcome: Outcome, /) -> None:
+        """The call has ended so."""
+
+    def on_progress(self, packed: bytes, /) -> None:
+        """The call has reported something."""
+
+    def on_news(self) -> None:
+        """There is another part of the result."""
+
+
+class CallWatcher:
+    """A watcher that is made of functions."""
 
     __slots__ = ("on_news", "on_outcome", "on_progress")
 
@@ -53,10 +67,10 @@ class Watchers:
         self._by_id = by_id
         self._process = process
         self._link = link
-        self._watchers: dict[str, list[CallWatcher]] = {}
+        self._watchers: dict[str, list[DurableWatcher]] = {}
         self._look_at = time.monotonic() + _LOOK_AGAIN_S
 
-    def watch(self, call_id: str, watcher: CallWatcher) -> None:
+    def watch(self, call_id: str, watcher: DurableWatcher) -> None:
         """Tell a watcher of the end of a call that this client submits."""
         self._watchers.setdefault(call_id, []).append(watcher)
         self._link.expect()
@@ -64,12 +78,12 @@ class Watchers:
     def __len__(self) -> int:
         return len(self._watchers)
 
-    def attach(self, call_id: str, watcher: CallWatcher) -> None:
+    def attach(self, call_id: str, watcher: DurableWatcher) -> None:
         """Tell a watcher of the end of any call, soon if it has ended already."""
         self.watch(call_id, watcher)
         self.look(call_id)
 
-    def forget(self, call_id: str, watcher: CallWatcher) -> None:
+    def forget(self, call_id: str, watcher: DurableWatcher) -> None:
         """Forget a watcher, if it is known."""
         watchers = self._watchers.get(call_id)
         if watchers is not None and watcher in watchers:

@@ -1,10 +1,13 @@
 """Durable calls from Python: submitted here, collected anywhere."""
 
 import asyncio
+import gc
 import os
 import pickle
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ import pytest
 import qserve
 from qserve import serve
 from qserve.calls.handle import DeploymentHandle
+from qserve.calls.process_client import current_client
+from qserve.durable.by_id import CallsById
 from qserve.testing import TestInstance
 from tests.support.chosen_server import client_of
 from tests.support.gates import Gate, Notes
@@ -507,3 +512,112 @@ def test_what_is_cancelled_is_kept_as_long_as_its_result_would_be(qserve_instanc
 
     with client_of(qserve_instance.settings.redis_url) as redis:
         assert 0 < redis.ttl(qserve_instance.settings.keys.call(ref.id)) <= 50
+
+
+def watched(call_id: str) -> bool:
+    return call_id in current_client().of_call(call_id).durable.watchers._watchers
+
+
+def test_a_ref_that_was_dropped_is_waited_for_no_more(gate: Gate) -> None:
+    @serve.deployment(route_prefix=None)
+    def held() -> str:
+        gate.pass_through()
+        return "done"
+
+    held.deploy()
+    submitted = durable(held).remote()
+    call_id, told = submitted.id, list[Any]()
+    wait_until(lambda: watched(call_id))
+    again = serve.get_ref(call_id)
+    assert again.status().state in ("queued", "running")
+    del submitted
+    gc.collect()
+    assert watched(call_id)  # for the other one
+    del again
+    gc.collect()
+    wait_until(lambda: not watched(call_id))
+
+    serve.get_ref(call_id).add_done_callback(lambda ref: told.append(ref.result(0)))
+    gc.collect()
+    gate.open()
+    wait_until(lambda: told == ["done"])
+    wait_until(lambda: not watched(call_id))
+
+
+async def test_a_ref_that_nobody_awaits_any_more_may_be_dropped(gate: Gate) -> None:
+    @serve.deployment(route_prefix=None)
+    def held() -> None:
+        gate.pass_through()
+
+    await asyncio.to_thread(held.deploy)
+    handle = held.get_handle(sync=False).options(durable=True)
+    ref: Any = await handle.remote()
+    call_id = ref.id
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(ref, 0.05)
+    del ref
+    gc.collect()
+    await until(lambda: not watched(call_id))
+    gate.open()
+
+
+async def test_who_leaves_while_parts_or_a_status_are_read_leaves_nothing_behind(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    @serve.deployment(route_prefix=None)
+    def parts() -> Iterator[int]:
+        yield 1
+        gate.pass_through()
+        yield 2
+
+    await asyncio.to_thread(parts.deploy)
+    ref: Any = await parts.get_handle(sync=False).options(durable=True).remote()
+    first = asyncio.Event()
+
+    async def read() -> None:
+        async for _ in ref:
+            first.set()
+
+    reading = asyncio.create_task(read())
+    await asyncio.wait_for(first.wait(), patience(LIMIT_S))
+    await until(lambda: ref._asking.news)  # it waits for the second part
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    await until(lambda: not ref._asking.news)
+
+    asked, released, ended = threading.Event(), threading.Event(), threading.Event()
+    describe = CallsById.describe
+
+    async def held(by_id: CallsById, call_id: str, after_event: int = 0) -> Any:
+        asked.set()
+        try:
+            await until(released.is_set)
+            return await describe(by_id, call_id, after_event)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(CallsById, "describe", held)
+    asking = asyncio.create_task(ref.astatus())
+    await until(asked.is_set)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    released.set()
+    await until(ended.is_set)
+    assert (await ref.astatus()).state == "running"
+    assert "a background task failed" not in caplog.text
+    gate.open()
+
+
+def test_a_replica_reads_the_parts_of_a_durable_call_on_its_own_loop() -> None:
+    @serve.deployment(route_prefix=None)
+    def parts() -> Iterator[int]:
+        yield from (1, 2)
+
+    @serve.deployment(route_prefix=None)
+    async def reader() -> list[int]:
+        ref: Any = await serve.get_deployment("parts").get_handle(sync=False).options(durable=True).remote()
+        return [part async for part in ref]
+
+    parts.deploy()
+    reader.deploy()
+    assert reader.get_handle().remote().result(patience(LIMIT_S)) == [1, 2]
