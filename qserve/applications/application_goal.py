@@ -23,6 +23,7 @@ class JointGoal:
 
     def __init__(self, state: State, specs: Sequence[DeploymentSpec], leaving: Iterable[str] = ()) -> None:
         self._state = state
+        self._failed: set[str] = set()
         names = {spec.name for spec in specs}
         applications = ({spec.application for spec in specs} - {""}) | set(leaving)
         listed = state.list()
@@ -44,11 +45,48 @@ class JointGoal:
         """Wait until all is served, then delete the deployments that an application had before and has no more.
 
         Raises:
-            RuntimeError: A deployment failed; see `Deployment.deploy`.
+            RuntimeError: Deployments failed; see `Deployment.deploy`. The others serve what was deployed.
         """
-        for goal in self.goals:
-            goal.wait()
+        if failures := self.wait_for_each():
+            raise RuntimeError("\n".join([*failures, *self.mixed()]))
         self.clean_up()
+
+    def wait_for_each(self) -> list[str]:
+        """Wait until each is served, or has failed and is rolled back; returns what went wrong with those."""
+        failures = []
+        for goal in self.goals:
+            try:
+                goal.wait()
+            except RuntimeError as exc:
+                self._failed.add(goal.name)
+                failures.append(str(exc))
+        return failures
+
+    def mixed(self) -> list[str]:
+        """A sentence for each application that is left with deployments of different deploys, since some failed."""
+        members: dict[str, list[DeploymentSpec]] = {}
+        for goal in self.goals:
+            members.setdefault(goal.deployed.spec.application, []).append(goal.deployed.spec)
+        return [
+            self._mixture(application, specs)
+            for application, specs in members.items()
+            if application and 0 < sum(spec.name in self._failed for spec in specs) < len(specs)
+        ]
+
+    def _mixture(self, application: str, specs: Sequence[DeploymentSpec]) -> str:
+        new = [_named(spec) for spec in specs if spec.name not in self._failed]
+        left = {spec.name: self._state.find(spec.name) for spec in specs if spec.name in self._failed}
+        old = [_named(each.spec) for each in left.values() if each is not None]
+        gone = [name for name, each in left.items() if each is None]
+        parts = [
+            f"new: {', '.join(new)}",
+            *([f"as before: {', '.join(old)}"] if old else []),
+            *([f"not there: {', '.join(gone)}"] if gone else []),
+        ]
+        return (
+            f"The application {application!r} is left with deployments of different deploys ({'; '.join(parts)}). "
+            "Deploy it again, mended or as it was before, so that they fit together."
+        )
 
     def clean_up(self) -> None:
         """Delete the deployments that an application has no more."""
@@ -71,6 +109,10 @@ class JointGoal:
             )
         delete_all(self._state, [owner])
         self._stale -= {owner}
+
+
+def _named(spec: DeploymentSpec) -> str:
+    return spec.name if spec.version is None else f"{spec.name} version {spec.version}"
 
 
 def deployments_of(state: State, application: str) -> dict[str, Deployed]:

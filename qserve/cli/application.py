@@ -175,14 +175,8 @@ def deploy_imported(imported: Imported, state: State, settings: Settings) -> lis
         raise Failure(str(exc)) from exc
     goals = joint.goals
     show_progress(goals)
-    failures = []
-    for goal in goals:
-        try:
-            goal.wait()
-        except RuntimeError as exc:
-            failures.append(users_part(str(exc)))
-    if failures:
-        raise Failure("\n".join(failures))
+    if failures := joint.wait_for_each():
+        raise Failure("\n".join([*map(users_part, failures), *joint.mixed()]))
     joint.clean_up()
     for application in sorted(leaving):
         note(f"The application {application} is no longer in the file: deleted")

@@ -90,6 +90,43 @@ def test_a_graph_is_deployed_called_replaced_and_deleted(qserve_instance: TestIn
         serve.get_app_handle("two")
 
 
+@serve.deployment
+class Part:
+    def __init__(self, value: int, *parts: DeploymentHandle[Any]) -> None:
+        if value < 0:
+            raise ValueError(f"no part {value}")
+        self.value = value
+        self.parts = parts
+
+    async def __call__(self) -> list[Any]:
+        return [self.value, *[await part.remote() for part in self.parts]]
+
+
+def test_an_application_of_which_some_deployments_fail_says_which_serve_what(qserve_instance: TestInstance) -> None:
+    def parts(version: str, first: int, second: int, root: int) -> Any:
+        part = Part.options(version=version)
+        added = [part.options(name="Third").bind(first)] if version == "3" else []
+        return part.options(name="Root").bind(root, part.bind(first), part.bind(second), *added)
+
+    handle: Any = serve.run(parts("1", 1, 1, 1), name="parted")
+    assert handle.remote().result(patience(20)) == [1, [1], [1]]
+
+    with pytest.raises(RuntimeError, match="no part -2") as failed:
+        serve.run(parts("2", -2, -2, 2), name="parted")
+    assert str(failed.value).count("Failed to reach deployment goal") == 2  # each is rolled back
+    assert (
+        "The application 'parted' is left with deployments of different deploys (new: parted.Root version 2; "
+        "as before: parted.Part version 1, parted.Part_1 version 1). Deploy it again"
+    ) in str(failed.value)
+    assert handle.remote().result(patience(20)) == [2, [1], [1]]
+
+    with pytest.raises(RuntimeError, match=r"as before: parted\.Part version 1; not there: parted\.Third"):
+        serve.run(parts("3", -3, 3, 3), name="parted")
+    serve.run(parts("3", 3, 3, 3), name="parted")
+    assert handle.remote().result(patience(20)) == [3, [3], [3], [3]]
+    serve.delete("parted")
+
+
 def test_responses(qserve_instance: TestInstance) -> None:
     handle = serve.run(Adder.bind(0), route_prefix=None)
 
