@@ -55,16 +55,22 @@ class DirectCall(DirectRequest):
             safe: It may be run again after its replica died.
         """
         route = self._route
-        self._pending = pending = self._client.prepare(
-            route.deployment,
-            kind=HTTP,
-            method="",
-            payload=payload,
-            timeout_s=route.timeout_s,
-            safe=safe,
-            on_outcome=self._on_outcome,
-            meta=route.meta,
-        )
+        try:
+            self._pending = pending = self._client.prepare(
+                route.deployment,
+                kind=HTTP,
+                method="",
+                payload=payload,
+                timeout_s=route.timeout_s,
+                safe=safe,
+                on_outcome=self._on_outcome,
+                meta=route.meta,
+            )
+        except Exception as exc:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                self._run(connection, _raising(exc))
+            return
         pending.on_stream = self._on_stream
         pending.is_strict = route.client_sets_deadline
         self._client.put(pending)

@@ -323,6 +323,21 @@ async def test_a_reply_that_makes_no_sense_gets_the_same_bytes_with_a_task_and_w
     assert seen[0].startswith(b"HTTP/1.1 50")
 
 
+@pytest.mark.parametrize("request_head", [GET, GET.replace(b"?a=1", b"")])
+async def test_a_call_that_cannot_be_prepared_gets_the_same_bytes_with_a_task_and_without(request_head: bytes) -> None:
+    class Failing(FakeCalls):
+        def prepare(self, *_: Any, **__: Any) -> Any:
+            raise OverflowError("cannot convert float infinity to integer")
+
+    seen = []
+    for direct in (True, False):
+        hook = Choosy()
+        seen.append((await Connection(Failing(), direct=direct, hooks=[hook]).answered(request_head), hook.told))
+
+    assert seen[0] == seen[1]
+    assert seen[0][0].startswith(b"HTTP/1.1 500 ")
+
+
 async def test_a_client_that_leaves_withdraws_its_call_at_once(calls: FakeCalls) -> None:
     calls.answer = lambda request: None
     connection = Connection(calls)
