@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, cast, overload
 from qserve.batch_queue import BatchQueue, BatchTerms
 from qserve.context import model_here
 from qserve.errors import QServeError
-from qserve.objects.user_objects import kept_in
+from qserve.user_code.user_objects import kept_in
 
 S = TypeVar("S")
 T = TypeVar("T")

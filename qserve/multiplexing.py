@@ -20,8 +20,8 @@ from qserve.context import (
     model_watcher,
     shared_context,
 )
-from qserve.objects.user_objects import forget_destructor, kept_in
 from qserve.telemetry.user_metrics import OwnCounter
+from qserve.user_code.user_objects import forget_destructor, kept_in
 
 logger = logging.getLogger(__name__)
 

@@ -30,10 +30,10 @@ from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.screen.progress import show_progress
 from qserve.settings import Settings
 from qserve.tracebacks import users_part
+from qserve.user_code.method_names import method_names, problem_of
+from qserve.user_code.source_files import project_files
 from qserve.wire.codec import Codec
-from qserve.wire.method_names import method_names, problem_of
 from qserve.wire.options import Default
-from qserve.wire.source_files import project_files
 from qserve.wire.spec import DeploymentSpec
 
 _NO_OVERRIDES = Overrides()

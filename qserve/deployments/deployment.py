@@ -17,11 +17,11 @@ from qserve.deployments.checked_options import changed_options, complete_options
 from qserve.deployments.driver import THIS_PROCESS
 from qserve.deployments.loading import Deployable, importing, is_importing, make_target
 from qserve.deployments.readable_options import ReadableOptions
+from qserve.user_code.method_names import method_names
+from qserve.user_code.source_files import source_digests
 from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.codec import Codec
-from qserve.wire.method_names import method_names
 from qserve.wire.options import DECLARED, Backpressure, Default, GivenOptions
-from qserve.wire.source_files import source_digests
 from qserve.wire.spec import DeploymentSpec, Target
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,9 @@ class Deployment(ReadableOptions, Deployable, Generic[T_co]):
         target = self._target or make_target(code, allow_pickle=codec.allow_pickle)
         return DeploymentSpec(
             target=target,
-            sources=source_digests(target, getattr(code, "__module__", None) or ""),
+            sources=source_digests(
+                target.sys_path, getattr(code, "__module__", None) or "", is_pickled=bool(target.pickled)
+            ),
             methods=method_names(code),
             revision=uuid.uuid4().hex,
             is_class=inspect.isclass(code),

@@ -22,10 +22,10 @@ from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.durable.cron import parse_when
 from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnavailable, FrameRejected, MethodNotFound
+from qserve.user_code.method_names import problem_of
 from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms, durable_with_meta, id_in_shard
 from qserve.wire.codec import Codec
 from qserve.wire.messages import NO_META, PYTHON, encode, encode_bare
-from qserve.wire.method_names import problem_of
 from qserve.wire.names import is_name
 
 logger = logging.getLogger(__name__)

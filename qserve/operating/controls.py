@@ -19,10 +19,10 @@ from qserve.deployments.deploying import Goal
 from qserve.durable.dead_letters import DeadLetters
 from qserve.errors import CallCancelled, CallNotFound, DeploymentNotFound
 from qserve.operating.call_search import CallFilter, find_calls
+from qserve.user_code.source_files import changed_files
 from qserve.wire.autoscaling import Autoscaling, AutoscalingConfig
 from qserve.wire.call_record import DEAD, FAILED
 from qserve.wire.messages import Control, ErrorInfo, encode
-from qserve.wire.source_files import changed_files
 from qserve.wire.spec import Deployed, DeploymentSpec
 
 

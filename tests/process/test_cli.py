@@ -27,7 +27,7 @@ from qserve.cli.project.source import Watcher, content_version
 from qserve.cli.status import InstanceStatus, ReplicaStatus, render
 from qserve.settings import Settings
 from qserve.tracebacks import users_part
-from qserve.wire.source_files import project_files
+from qserve.user_code.source_files import project_files
 from qserve.wire.spec import DeploymentSpec, Target
 from tests.support.serving import free_port, runtime_folder
 from tests.support.shell import Shell, background

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qserve.wire.method_names import method_names, problem_of
+from qserve.user_code.method_names import method_names, problem_of
 
 
 class Base:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qserve.wire.source_files import changed_files, source_digests
-from qserve.wire.spec import Target
+from qserve.user_code.source_files import changed_files, source_digests
 
 
 @pytest.fixture
@@ -27,8 +26,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.parametrize("installed", [False, True])
 def test_every_file_that_code_comes_from_is_compared(package: Path, installed: bool) -> None:
-    target = Target("sourced.cart:Cart", sys_path=() if installed else (str(package.parent),))
-    sources = source_digests(target, "sourced.cart")
+    folders = () if installed else (str(package.parent),)
+    sources = source_digests(folders, "sourced.cart", is_pickled=False)
     assert [Path(path).name for path, _ in sources] == ["__init__.py", "cart.py", "prices.py"]
     assert changed_files(sources) == []
     (package / "prices.py").write_text("PRICE = 2")
@@ -47,6 +46,6 @@ def test_a_script_whose_code_is_pickled_needs_no_file(monkeypatch: pytest.Monkey
     script = tmp_path / "script.py"
     script.write_text("")
     monkeypatch.setattr("__main__.__file__", str(script), raising=False)
-    assert source_digests(Target(pickled=b"x", sys_path=(str(tmp_path),)), "__main__") == ()
-    [(path, _)] = source_digests(Target(f"{script}:work", sys_path=(str(tmp_path),)), "__main__")
+    assert source_digests([str(tmp_path)], "__main__", is_pickled=True) == ()
+    [(path, _)] = source_digests([str(tmp_path)], "__main__", is_pickled=False)
     assert path == str(script)

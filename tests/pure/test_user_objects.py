@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from qserve.objects.user_objects import forget_destructor, kept_in
+from qserve.user_code.user_objects import forget_destructor, kept_in
 
 
 class Holder:

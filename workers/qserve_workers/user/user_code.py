@@ -20,7 +20,7 @@ from qserve.deployments.ingress import bind_app, contents_of
 from qserve.deployments.loading import importing, load_target
 from qserve.errors import MethodNotFound
 from qserve.multiplexing import unload_models
-from qserve.objects.user_objects import forget_destructor
+from qserve.user_code.user_objects import forget_destructor
 from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
 from qserve.wire.messages import HttpRequest, HttpResponse, WebSocketEvent, encode

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from qserve.wire.spec import Target
-
 _OWN: Final = ("qserve", "qserve_gateway", "qserve_workers")
 _MAIN: Final = ("__main__", "__mp_main__")
 _MOST: Final = 1_000
@@ -26,15 +24,17 @@ def project_files(folder: Path, modules: Iterable[str] = ()) -> list[Path]:
     return sorted({Path(path) for name, path in _imported_files() if name in named or inside(path)})
 
 
-def source_digests(target: Target, module: str) -> tuple[tuple[str, str], ...]:
-    """The files from which replicas will import the code of a target and what it uses, each with a digest.
+def source_digests(folders: Iterable[str], module: str, *, is_pickled: bool) -> tuple[tuple[str, str], ...]:
+    """The files from which replicas will import the code of a deployment and what it uses, each with a digest.
 
     Args:
+        folders: Where they look for modules.
         module: The name of the module that defines the code.
+        is_pickled: The code itself is sent to them.
     """
-    package, inside, imported = module.partition(".")[0], _below(target.sys_path), list(_imported_files())
+    package, inside, imported = module.partition(".")[0], _below(folders), list(_imported_files())
     found = {path for name, path in imported if inside(path) or name.partition(".")[0] == package}
-    if target.pickled:  # and so the code of the script is in there
+    if is_pickled:  # and so the code of the script is in there
         found -= {path for name, path in imported if name in _MAIN}
     digests = ((path, _digest(path)) for path in sorted(found) if path.endswith(".py"))
     return tuple((path, digest) for path, digest in digests if digest)[:_MOST]

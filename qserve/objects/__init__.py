@@ -1,1 +1,0 @@
-"""Objects of user classes, and what qserve does with them where they are."""
