@@ -1,7 +1,7 @@
 """Handles whose calls are durable."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 from qserve.calls.client import Client
 from qserve.calls.durable_ref import DurableRef, submit
@@ -24,6 +24,32 @@ class _BaseDurableHandle(BaseHandle):
     def __init__(self, deployment_name: str, options: CallOptions, terms: DurableOptions) -> None:
         super().__init__(deployment_name, options)
         self._terms: DurableOptions = terms
+
+    @overload
+    def options(
+        self, *, method_name: str | None = None, durable: Literal[True] = True, **terms: Unpack[DurableTerms]
+    ) -> Self: ...
+    @overload
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        durable: Literal[False],
+        stream: bool = False,
+        **changes: Unpack[Changes],
+    ) -> Any: ...
+    @overload
+    def options(self, *, method_name: str | None = None, stream: Literal[True], **changes: Unpack[Changes]) -> Any: ...
+    def options(
+        self,
+        *,
+        method_name: str | None = None,
+        stream: bool | None = None,
+        durable: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """Like `DeploymentHandle.options`. What is not given stays: calls are durable, on the same terms."""
+        return self._changed(method_name, others, stream=stream, durable=durable)
 
     def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], client: Client | None = None) -> Submitted:
         client = (client or current_client()).of(self._name)
@@ -72,32 +98,6 @@ class DurableHandle(_BaseDurableHandle):
         admitted.result()
         return ref
 
-    @overload
-    def options(
-        self, *, method_name: str | None = None, durable: Literal[True] = True, **terms: Unpack[DurableTerms]
-    ) -> "DurableHandle": ...
-    @overload
-    def options(
-        self,
-        *,
-        method_name: str | None = None,
-        durable: Literal[False],
-        stream: bool = False,
-        **changes: Unpack[Changes],
-    ) -> Any: ...
-    @overload
-    def options(self, *, method_name: str | None = None, stream: Literal[True], **changes: Unpack[Changes]) -> Any: ...
-    def options(
-        self,
-        *,
-        method_name: str | None = None,
-        stream: bool | None = None,
-        durable: bool | None = None,
-        **others: Any,
-    ) -> Any:
-        """Like `DeploymentHandle.options`. What is not given stays: calls are durable, on the same terms."""
-        return self._changed(method_name, others, stream=stream, durable=durable)
-
     def __getattr__(self, name: str) -> "DurableHandle":
         refuse_private(self, name)
         return DurableHandle(self._name, self._options._replace(method_name=name), self._terms)
@@ -115,32 +115,6 @@ class AsyncDurableHandle(_BaseDurableHandle):
         ref, admitted = self._submit(args, kwargs)
         await admitted
         return ref
-
-    @overload
-    def options(
-        self, *, method_name: str | None = None, durable: Literal[True] = True, **terms: Unpack[DurableTerms]
-    ) -> "AsyncDurableHandle": ...
-    @overload
-    def options(
-        self,
-        *,
-        method_name: str | None = None,
-        durable: Literal[False],
-        stream: bool = False,
-        **changes: Unpack[Changes],
-    ) -> Any: ...
-    @overload
-    def options(self, *, method_name: str | None = None, stream: Literal[True], **changes: Unpack[Changes]) -> Any: ...
-    def options(
-        self,
-        *,
-        method_name: str | None = None,
-        stream: bool | None = None,
-        durable: bool | None = None,
-        **others: Any,
-    ) -> Any:
-        """Like `DurableHandle.options`."""
-        return self._changed(method_name, others, stream=stream, durable=durable)
 
     def __getattr__(self, name: str) -> "AsyncDurableHandle":
         refuse_private(self, name)
