@@ -47,8 +47,8 @@ def test_a_gateway_that_has_ended_on_this_host_is_not_told_of(
     assert bool(Observed(redis_client, keys).gateways()) is is_there
 
 
-def test_how_many_calls_wait_and_for_how_long(redis_client: "redis.Redis", keys: Keys) -> None:
-    observed, stream = Observed(redis_client, keys), keys.calls("Echo")
+def test_how_many_calls_wait_and_for_how_long(redis_client: "redis.Redis", state: State, keys: Keys) -> None:
+    observed, stream = Observed(state.redis, keys), keys.calls("Echo")
     assert observed.waiting("Echo") == (0, 0.0)
     redis_client.xgroup_create(stream, GROUP, id="0", mkstream=True)
     assert observed.waiting("Echo") == (0, 0.0)
