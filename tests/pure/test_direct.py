@@ -17,8 +17,8 @@ from qserve.wire.channel import ABORT, DATA, END, Chunk
 from qserve.wire.messages import HTTP_RESPONSE, HttpResponse, Reply, encode
 from qserve.wire.spec import DeploymentSpec, Target
 from qserve_gateway.bodies.streaming import ClientDisconnected
-from qserve_gateway.door.limits import Door
-from qserve_gateway.door.protocol import HttpProtocol
+from qserve_gateway.door.limits import SWEEP_S, Door
+from qserve_gateway.door.protocol import LAST_CHANCE_S, HttpProtocol
 from qserve_gateway.gateway import Gateway
 from tests.pure.test_gateway_app import FakeCalls, outcome, user_error
 from tests.support.waiting import until
@@ -475,3 +475,16 @@ async def test_the_rest_of_a_large_body_is_read_past_the_parser_and_what_follows
     assert not connection.socket.reads, "a request that waits for its turn is enough"
     for task in connection.state.tasks:
         task.cancel()
+
+
+async def test_an_idle_client_has_its_last_chance_however_old_the_clock_of_the_door_is(calls: FakeCalls) -> None:
+    connection = Connection(calls)
+    now = asyncio.get_running_loop().time()
+    connection.door.now = now - SWEEP_S
+
+    connection.protocol.shutdown()
+
+    connection.protocol.look(now + LAST_CHANCE_S / 2)
+    assert not connection.socket.is_closing()
+    connection.protocol.look(now + LAST_CHANCE_S + 1)
+    assert connection.socket.is_closing()

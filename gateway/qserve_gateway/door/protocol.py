@@ -80,7 +80,7 @@ class HttpProtocol(BodyProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
         else:
-            self._since = self._door.now
+            self._since = self.loop.time()  # the door's clock may be so far behind that the moment would be over
 
     # What comes in
 
