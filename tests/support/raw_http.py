@@ -57,17 +57,22 @@ def ask(connection: socket.socket, data: bytes) -> bytes:
 
 
 def read_response(connection: socket.socket) -> tuple[int, dict[bytes, bytes], bytes]:
-    """One response with a Content-Length: status, headers, body; the connection stays open."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        part = connection.recv(65536)
-        assert part, data
-        data += part
-    head, _, body = data.partition(b"\r\n\r\n")
-    status, *lines = head.split(b"\r\n")
+    """One response with a Content-Length: status, headers, body; the connection stays open.
+
+    Not a byte more is read: the next response to pipelined requests may have come together with this one.
+    """
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        part = connection.recv(1)
+        assert part, head
+        head += part
+    status, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
-    while len(body) < int(headers.get(b"content-length", b"0")):
-        body += connection.recv(65536)
+    body, length = b"", int(headers.get(b"content-length", b"0"))
+    while len(body) < length:
+        part = connection.recv(min(65536, length - len(body)))
+        assert part, "the connection was closed within a body"
+        body += part
     return int(status.split(b" ")[1]), headers, body
 
 
