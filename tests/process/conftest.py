@@ -7,7 +7,6 @@ import pytest
 import redis
 
 from qserve.settings import Settings
-from tests.support.processes import end_at_once
 from tests.support.replicas import World
 
 
@@ -16,4 +15,4 @@ def world(settings: Settings, redis_client: "redis.Redis", tmp_path: Path) -> It
     """A namespace in which heartbeats are quick; all of its processes are gone afterwards."""
     world = World(settings, redis_client, tmp_path)
     yield world
-    end_at_once(*(host.process for host in world.hosts))
+    world.end()

@@ -11,7 +11,6 @@ import pytest
 import redis
 
 from qserve.broker.history.troubles import read_troubles
-from qserve.broker.instance.heartbeats import post_tombstone
 from qserve.broker.keys import Keys
 from qserve.errors import (
     CallCancelled,
@@ -36,6 +35,12 @@ def put(caller: Caller, method: str, name: object, *, safe: bool = False) -> "as
 
 async def value(caller: Caller, future: "asyncio.Future[Outcome]") -> object:
     return caller.value(await within(future))
+
+
+async def takes_no_more(caller: Caller) -> None:
+    """Put calls until one is left in the queue: a signal is noted some time after it was sent."""
+    while (await asyncio.wait([put(caller, "pid", None)], timeout=patience(0.5)))[0]:
+        pass
 
 
 class TestSlots:
@@ -156,7 +161,7 @@ class TestDeath:
             await world.started("busy")
 
             died_at = time.monotonic()
-            post_tombstone(world.redis, world.keys, NAME, "ghost", world.signer)
+            world.ghost_dies()
             await world.started("safe")
 
             assert time.monotonic() - died_at < patience(0.5)
@@ -176,7 +181,7 @@ class TestDeath:
             long = put(caller, "wait", "long")
             await world.started("long")
 
-            post_tombstone(world.redis, world.keys, NAME, "ghost", world.signer)
+            world.ghost_dies()
             assert await value(caller, put(caller, "pid", None)) == busy.pid  # it reads on
             successor.kill(signal.SIGUSR2)
             await world.started("suspect")
@@ -195,7 +200,7 @@ class TestDeath:
             slow = put(caller, "", "slow")
             await world.started("slow")
             new = [put(caller, "", f"new{n}") for n in range(3)]
-            post_tombstone(world.redis, world.keys, NAME, "ghost", world.signer)
+            world.ghost_dies()
             with pytest.raises(ReplicaDied):
                 await value(caller, unsafe)
             await until(lambda: "took over 1 calls" in host.log.read_text())
@@ -327,7 +332,7 @@ class TestLeaving:
             (first,) = await world.start()
             put(caller, "wait", "busy")
             await world.started("busy")
-            post_tombstone(world.redis, world.keys, NAME, "ghost", world.signer)
+            world.ghost_dies()
             await until(lambda: world.pending_for(first.id) == 2)
 
             first.kill(signal.SIGTERM)
@@ -402,8 +407,7 @@ class TestLeaving:
             world.deploy(user_config=world.codec.pack("new"), graceful_shutdown_timeout_s=300.0)
             await until(lambda: host.reports("asks_to_apply"))
             host.kill(signal.SIGUSR2)
-            put(caller, "pid", None)
-            await until(lambda: world.redis.xlen(world.keys.calls(NAME)) == 2)
+            await takes_no_more(caller)
 
             host.kill(signal.SIGTERM)
             await host.reached("DRAINING")

@@ -7,6 +7,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qserve.settings import Settings
 from qserve.wire.codec import Codec
 from qserve.wire.messages import Signer
 from qserve.wire.spec import SERVING, STANDBY, DeploymentSpec, Target
+from tests.support.processes import end_at_once
 from tests.support.replica_code import Books
 from tests.support.serving import ROOT
 from tests.support.slowness import patience
@@ -84,6 +86,8 @@ class World:
         self.books = Books(folder)
         self.folder = folder
         self.hosts: list[Host] = []
+        self._ghost: threading.Thread | None = None
+        self._ghost_dies = threading.Event()
         self.codec = Codec(allow_pickle=True, max_bytes=2**24)
 
     def deploy(self, code: str = "Code", **changes: Any) -> None:
@@ -112,13 +116,37 @@ class World:
         post_tombstone(self.redis, self.keys, NAME, host.id, self.signer)
 
     async def gave_to_ghost(self, calls: int, starts: int = 1) -> None:
-        """Wait for so many calls and give them to a replica that does not run, as if it had started each."""
+        """Wait for so many calls and give them to a replica that only beats, as if it had started each."""
         stream = self.keys.calls(NAME)
         await until(lambda: self.redis.xlen(stream) == calls)
         read: Any = self.redis.xreadgroup(GROUP, "ghost", {stream: ">"})
         entries = [entry for entry, _ in read[0][1]]
         self.redis.xclaim(stream, GROUP, "ghost", 0, entries, retrycount=2 * starts - 1)
-        self.redis.hset(self.keys.heartbeats(NAME), "ghost", "1")
+        self._beat_as_ghost()
+        self._ghost = threading.Thread(target=self._ghost_beats)
+        self._ghost.start()
+
+    def ghost_dies(self) -> None:
+        """Beat no longer, and let the others know of it at once."""
+        self._stop_ghost()
+        post_tombstone(self.redis, self.keys, NAME, "ghost", self.signer)
+
+    def _stop_ghost(self) -> None:
+        self._ghost_dies.set()
+        if self._ghost is not None:
+            self._ghost.join()
+
+    def _ghost_beats(self) -> None:
+        while not self._ghost_dies.wait(self.settings.beat_interval_s):
+            self._beat_as_ghost()
+
+    def _beat_as_ghost(self) -> None:
+        self.redis.hincrby(self.keys.heartbeats(NAME), "ghost", 1)
+
+    def end(self) -> None:
+        """Stop all replicas."""
+        self._stop_ghost()
+        end_at_once(*(host.process for host in self.hosts))
 
     async def started(self, name: str, times: int = 1) -> None:
         """Wait until a call was started so often."""
