@@ -35,11 +35,18 @@ _LARGEST_CHUNK_LINE = 256
 _NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 _VALUE = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"
 _FIELDS = rb"(?:" + _NAME + rb":" + _VALUE + rb"\r\n)*+\r\n"
-_HOST = rb"(?:[0-9a-z_.-]++|\[[0-9a-f:.]++\])(?::[0-9]{1,5})?"
+_HOST = rb"(?:[0-9A-Za-z_.-]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]{1,5})?"
 
 # Possessive quantifiers: one pass over the head, whatever stands in it.
-_match_plain = re.compile(rb"[A-Z-]++ (/[!\"$&-~]*+) HTTP/1\.1\r\n" + _FIELDS).fullmatch
-"""Matches heads whose first line needs no closer look: no percent sign, no fragment."""
+_OTHERS = (
+    rb"(?:(?!(?i:host:|content-length:|transfer-encoding:|upgrade:|qserve-))" + _NAME + rb":" + _VALUE + rb"\r\n)*+"
+)
+_ITS_HOST = rb"(?i:host):[ \t]*+" + _HOST + rb"[ \t]*+\r\n" + _OTHERS
+_ITS_LENGTH = rb"(?:(?i:content-length):[ \t]*+([0-9]{1,18})[ \t]*+\r\n" + _OTHERS + rb")?+"
+_match_usual = re.compile(
+    rb"[A-Z-]++ (/[!\"$&-~]*+) HTTP/1\.1\r\n" + _OTHERS + _ITS_LENGTH + _ITS_HOST + rb"(?(2)|" + _ITS_LENGTH + rb")\r\n"
+).fullmatch
+"""Matches heads that need no closer look: no percent sign or fragment in the path, one Host, at most one length."""
 _match_request_line = re.compile(rb"([A-Z-]++) ([!\"$-~]++) HTTP/1\.([01])\r\n").match
 _match_fields = re.compile(_FIELDS).fullmatch
 _find_host = re.compile(rb"\r\nhost:[ \t]*+(" + _HOST + rb")[ \t]*+\r\n").search
@@ -80,11 +87,17 @@ def inspect_head(head: bytes) -> tuple[bytes, int, bool]:
     Raises:
         Refusal: It allows more than one reading.
     """
-    found = _match_plain(head)
-    if found is None:
-        head = _inspect_line(head)
-    elif b".." in found[1]:
-        _inspect_path(found[1])
+    usual = _match_usual(head)
+    if usual is not None and len(head) <= LARGEST_TARGET and head.count(b"\r\n") <= MOST_HEADERS + 2:
+        target, length_before_host, length_behind = usual.groups()
+        if b".." not in target:
+            return head, int(length_before_host or length_behind or 0), False
+    return inspect_closely(head)
+
+
+def inspect_closely(head: bytes) -> tuple[bytes, int, bool]:
+    """The same as `inspect_head`, for any head, with a reason where it is refused; three times slower."""
+    head = _inspect_line(head)
     if len(head) > LARGEST_TARGET:
         _inspect_sizes(head)
     if head.count(b"\r\n") > MOST_HEADERS + 2:

@@ -41,8 +41,6 @@ class HttpProtocol(BodyProtocol):
         self._ip = ""
         self._head = bytearray()
         """The beginning of a head whose rest has not arrived."""
-        self._plain = b""
-        """The last head without a body that was inspected; the same bytes need not be inspected again."""
         self._deaf = False
         self._refusal: Refusal | None = None
         """What to answer once earlier requests have been answered."""
@@ -87,12 +85,6 @@ class HttpProtocol(BodyProtocol):
     def data_received(self, data: bytes) -> None:
         """Give the parser what is in order, one request after the other."""
         try:
-            if data == self._plain and self._body is None and not (self._head or self.pipeline or self._deaf):
-                # The same request again, as clients that poll or call in a loop send it: 3 us less.
-                self._feed(data)
-                if self._leaving:
-                    self.cycle.keep_alive = False
-                return
             while data and not self._deaf:
                 if self._body is not None:
                     data = self._take_body(data)
@@ -127,8 +119,6 @@ class HttpProtocol(BodyProtocol):
                 self._deaf = True
         elif length:
             self._begin_body(length)
-        elif end == len(data) and head is data:
-            self._plain = head
         if self._leaving and not self._deaf:
             self.cycle.keep_alive = False
         return data[end:]
