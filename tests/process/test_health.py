@@ -141,8 +141,9 @@ async def test_a_loop_that_goes_on_is_no_longer_stalled(world: World) -> None:
     world.deploy()
     (host,) = await world.start()
     async with calling(world.settings, NAME) as caller:
-        call = put(caller, "stall", 2.5)
+        call = put(caller, "stall_until_told", "long")
         await until(lambda: seen(world, host).state == STALLED)
+        world.books.gate.open()
         await within(call)
         await until(lambda: seen(world, host).state == SERVING)
         assert seen(world, host).problem == ""

@@ -97,6 +97,9 @@ class Code:
         self.books.start("stall")
         time.sleep(seconds)  # noqa: ASYNC251 the mistake under test
 
+    async def stall_until_told(self, name: str) -> None:
+        self.books.gate.pass_through()
+
     async def get_config(self, name: object = None) -> object:
         self.books.start(name)
         before = self.config
