@@ -142,11 +142,9 @@ class Connection(asyncio.Protocol):
             return
         if not self._out:
             self._loop.call_soon(self.flush)
-        last = command[-1]
-        if type(last) is bytes and len(last) > _LARGE:
-            self._out += _pack_large(command, -1)
-        elif command[0] == "SET" and type(command[2]) is bytes and len(command[2]) > _LARGE:
-            self._out += _pack_large(command, 2)
+        largest = command[2] if command[0] == "SET" else command[-1]
+        if type(largest) is bytes and len(largest) > _LARGE:
+            self._out += _pack_large(command)
         else:
             self._out.append(hiredis.pack_command(command))
         self._waiting.append(on_answer)  # not before: packing raises where an argument is nothing that Redis takes
@@ -321,13 +319,23 @@ async def _expect_ok(connection: Connection, *command: Any) -> None:
         raise kind(f"Redis refused {command[0]}: {why}. Check user, password and database in QSERVE_REDIS_URL") from exc
 
 
-def _pack_large(command: tuple[Any, ...], place: int) -> tuple[bytes, bytes, bytes]:
-    # hiredis takes 1.2 ms to pack a MiB, twice what signing it costs.
-    before, large, after = command[:place], command[place], command[place:][1:]
-    head = hiredis.pack_command(before)
-    head = b"*%d%b$%d\r\n" % (len(command), head[head.index(b"\r\n") :], len(large))
-    tail = hiredis.pack_command(after) if after else b""
-    return head, large, tail[tail.index(b"\r\n") :] if after else b"\r\n"
+def _pack_large(command: tuple[Any, ...]) -> list[bytes]:
+    # hiredis takes 1.2 ms to pack a MiB, ten times what copying it costs.
+    pieces: list[bytes] = [b"*%d" % len(command)]
+    small: list[Any] = []
+    for argument in command:
+        if type(argument) is bytes and len(argument) > _LARGE:
+            pieces += (b"%b$%d\r\n" % (_pack_small(small), len(argument)), argument)
+            small.clear()
+        else:
+            small.append(argument)
+    return [*pieces, _pack_small(small)]
+
+
+def _pack_small(arguments: list[Any]) -> bytes:
+    """What stands behind the last argument, and then these ones."""
+    packed: bytes = hiredis.pack_command(tuple(arguments))
+    return packed[packed.index(b"\r\n") :]
 
 
 class _Nothing:

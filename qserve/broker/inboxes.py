@@ -96,13 +96,13 @@ def send_control(
 ) -> None:
     """Send a control message to a process, if it lives."""
     frame = control_frame(signer, to, control, about)
-    TELL.send(connection, ignore_answer, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame)
+    TELL.send(connection, ignore_answer, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, "0", frame)
 
 
 def send_reply(connection: Connection, keys: Keys, signer: Signer, reply: Reply) -> None:
     """Answer a call that no replica has, if its caller lives."""
     frame = signer.seal(encode(reply))
-    TELL.send(connection, ignore_answer, (keys.inbox(reply.to), keys.alive(reply.to)), INBOX_TTL_MS, frame)
+    TELL.send(connection, ignore_answer, (keys.inbox(reply.to), keys.alive(reply.to)), INBOX_TTL_MS, "0", frame)
 
 
 def send_chunk(
@@ -116,10 +116,10 @@ def send_chunk(
 ) -> None:
     """Send a chunk of a call's channel; `on_answer` gets 0 when the receiver seems to be gone."""
     frame = signer.seal(encode(Reply(call, to, CHUNK, encode(chunk))))
-    TELL.send(connection, on_answer, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame, "1")
+    TELL.send(connection, on_answer, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, "1", frame)
 
 
 def tell_now(client: redis.Redis, keys: Keys, to: str, frame: bytes) -> bool:
     """Put a frame into an inbox over redis-py, if its owner lives, and return whether it does; raises redis-py's
     errors."""
-    return bool(TELL.run(client, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, frame))
+    return bool(TELL.run(client, (keys.inbox(to), keys.alive(to)), INBOX_TTL_MS, "0", frame))

@@ -22,7 +22,7 @@ WAITS = "--wait-for-orders"
 """On its command line: what to be comes on its standard input."""
 _ABOUT = "which the command gives that reads the code of the user meanwhile"
 """Follows on its command line. The titles of what is forked from it take its place, which is why it is that long."""
-FOR_SOME = ("fastapi",)
+FOR_SOME = ("fastapi", "cryptography.hazmat.primitives.ciphers.aead")
 """What many deployments need besides: a fifth of the time that all imports take, and so imported where it is wanted, or
 when nothing else is to be done."""
 _IDLE_S = 0.1

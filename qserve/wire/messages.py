@@ -1,12 +1,11 @@
 """Call and Reply as inert data, and the signed frames they travel in.
 
-A frame is `b"\\0" + body` without keys, or `b"\\1" + key id (4 bytes) + HMAC-SHA256 (32 bytes) + body`; body is the
-msgpack of the message. A frame is verified before it is decoded. Everything that decides what happens to a call is
-inside the body and so under the signature.
+A frame is `b"\\0" + body` without keys, or `kind (1 byte) + key id (4) + authentication code (32) + body`. The code is
+HMAC-SHA256 where the kind is `b"\\1"`, and that of large messages where it is `b"\\2"`. The body is the msgpack of the
+message. A frame is verified before it is decoded. Everything that decides what happens to a call is inside the body and
+so under the signature.
 """
 
-import hashlib
-import hmac
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeVar
@@ -14,6 +13,7 @@ from typing import Literal, NamedTuple, TypeVar
 import msgspec
 
 from qserve.errors import FrameRejected, QServeError
+from qserve.wire.authentication import CODE_BYTES, LargeCodes, SmallCodes, key_id
 from qserve.wire.parts import Parts, Payload, Source
 
 PYTHON, HTTP, STREAM, WEBSOCKET = 0, 1, 2, 3
@@ -228,34 +228,9 @@ class HttpResponse(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 HttpMessage = TypeVar("HttpMessage", HttpRequest, HttpResponse)
 
-_MAC_AT = 5
-_BODY_AT = TAG_BYTES = 37
-_BLOCK = 64
-
-
-def key_id(secret: bytes) -> bytes:
-    """Four bytes that name a signing key without telling it."""
-    return hashlib.sha256(b"qserve key id" + secret).digest()[:4]
-
-
-class _Mac:
-    """HMAC-SHA256 (RFC 2104) with its two key blocks hashed beforehand.
-
-    Twice as fast as `hmac.digest`, which also lets go of the interpreter lock each time, and then waits for it.
-    """
-
-    def __init__(self, secret: bytes) -> None:
-        block = (hashlib.sha256(secret).digest() if len(secret) > _BLOCK else secret).ljust(_BLOCK, b"\0")
-        self._inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in block))
-        self._outer = hashlib.sha256(bytes(byte ^ 0x5C for byte in block))
-
-    def __call__(self, *body: bytes | memoryview) -> bytes:
-        inner = self._inner.copy()
-        for part in body:
-            inner.update(part)
-        outer = self._outer.copy()
-        outer.update(inner.digest())
-        return outer.digest()
+_CODE_AT = 5
+_BODY_AT = TAG_BYTES = _CODE_AT + CODE_BYTES
+_LARGE = 8 * 1024
 
 
 class Signer:
@@ -266,35 +241,38 @@ class Signer:
     """
 
     def __init__(self, secrets: tuple[bytes, ...] = ()) -> None:
-        self._by_id = {key_id(secret): _Mac(secret) for secret in secrets}
-        self._mac = _Mac(secrets[0]) if secrets else None
-        self._head = b"\x01" + key_id(secrets[0]) if secrets else b"\x00"
+        self._small = {b"\x01" + key_id(secret): SmallCodes(secret) for secret in secrets}
+        self._large = {b"\x02" + key_id(secret): LargeCodes(secret) for secret in secrets}
+        self._head, self._large_head = next(zip(self._small, self._large, strict=True), (b"\x00", b"\x00"))
+        self._sign, self._sign_large = self._small.get(self._head), self._large.get(self._large_head)
 
     @property
     def signs(self) -> bool:
         """Whether frames are signed, which is what allows pickled values."""
-        return self._mac is not None
+        return self._sign is not None
 
     def seal(self, body: bytes) -> bytes:
         """The frame of a body."""
-        if self._mac is None:
+        if self._sign is None or self._sign_large is None:
             return b"\x00" + body
-        return b"%b%b%b" % (self._head, self._mac(body), body)
+        if len(body) > _LARGE:
+            return b"%b%b%b" % (self._large_head, self._sign_large(body), body)
+        return b"%b%b%b" % (self._head, self._sign(body), body)
 
-    def tag(self, *body: bytes | memoryview) -> bytes:
-        """What proves that a body comes from one of us and stands beside it; `TAG_BYTES` long, zeros without keys."""
-        return bytes(TAG_BYTES) if self._mac is None else self._head + self._mac(*body)
+    def tag(self, body: memoryview, about: bytes) -> bytes:
+        """What proves that a large body comes from one of us, and what it is about; `TAG_BYTES`, zeros without keys."""
+        return bytes(TAG_BYTES) if self._sign_large is None else self._large_head + self._sign_large(body, about)
 
-    def holds(self, tag: bytes, *body: bytes | memoryview) -> bool:
-        """Whether `tag` is what an accepted key makes of the body."""
-        if self._mac is None:
+    def holds(self, tag: bytes, body: memoryview, about: bytes) -> bool:
+        """Whether `tag` was made with an accepted key for this body, and with the same `about`."""
+        if self._sign_large is None:
             return tag == bytes(TAG_BYTES)
-        mac = self._by_id.get(tag[1:_MAC_AT]) if tag[:1] == b"\x01" else None
-        return mac is not None and hmac.compare_digest(mac(*body), tag[_MAC_AT:])
+        codes = self._large.get(tag[:_CODE_AT])
+        return codes is not None and codes.hold(tag[_CODE_AT:], body, about)
 
     def is_own(self, frame: bytes) -> bool:
         """Whether a frame that `open` accepts is signed with the key that `seal` uses, not with another one."""
-        return frame.startswith(self._head)
+        return frame.startswith((self._head, self._large_head))
 
     def open(self, frame: bytes) -> bytes:
         """The body of a frame.
@@ -303,15 +281,16 @@ class Signer:
             FrameRejected: Not signed with an accepted key, or not a frame. Where keys are set, unsigned frames are
                 rejected; where none are, signed ones are.
         """
-        if self._mac is None:
+        if self._sign is None:
             if frame[:1] != b"\x00":
                 raise FrameRejected("a signed frame, but this process has no key: set QSERVE_SECRET")
             return frame[1:]
-        mac = self._by_id.get(frame[1:_MAC_AT]) if frame[:1] == b"\x01" else None
-        if mac is None:
+        head = frame[:_CODE_AT]
+        codes = self._small.get(head) or self._large.get(head)
+        if codes is None:
             raise FrameRejected("a frame that no accepted key signed")
         body = frame[_BODY_AT:]
-        if not hmac.compare_digest(mac(body), frame[_MAC_AT:_BODY_AT]):
+        if not codes.hold(frame[_CODE_AT:_BODY_AT], body):
             raise FrameRejected("a frame with a bad signature")
         return body
 

@@ -136,6 +136,17 @@ async def test_a_large_value_arrives_whole_wherever_it_stands_in_its_command(
     assert await connection.call("GETDEL", "large") == value
 
 
+@needs_one_server
+async def test_several_large_values_of_one_command_arrive_among_small_ones(connection: Connection) -> None:
+    large, larger = bytes(range(256)) * 40, bytes(range(255)) * 4096
+    values = ("a", large, larger, 1, b"b", large, b"", larger)
+
+    await connection.call("RPUSH", "list", *values)
+
+    expected = [value if isinstance(value, bytes) else str(value).encode() for value in values]
+    assert await connection.call("LRANGE", "list", 0, -1) == expected
+
+
 async def test_an_error_is_the_answer_of_its_own_command_only(connection: Connection) -> None:
     before, wrong, after = await asyncio.gather(
         connection.call("ECHO", "before"),

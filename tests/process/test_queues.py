@@ -192,7 +192,7 @@ class TestAnswering:
 
     def test_an_inbox_stays_while_its_owner_lives(self, queue: Queue) -> None:
         """Ids of one made anew might be below those that were read."""
-        queue.run(TELL, (INBOX, ALIVE), 50, "hello")
+        queue.run(TELL, (INBOX, ALIVE), 50, "0", "hello")
         queue.run(PRESENT, (ALIVE, INBOX), 60_000, 60_000)
         assert queue.redis.pttl(INBOX) > 50_000
 
@@ -213,9 +213,9 @@ class TestAnswering:
         assert 0 < queue.redis.pttl(INBOX) <= 60_000
 
     def test_a_process_is_told_something_only_while_it_lives(self, queue: Queue) -> None:
-        assert queue.run(TELL, (INBOX, ALIVE), 60_000, "hello") == 1
+        assert queue.run(TELL, (INBOX, ALIVE), 60_000, "0", "hello") == 1
         queue.redis.delete(ALIVE)
-        assert queue.run(TELL, (INBOX, ALIVE), 60_000, "anybody?") == 0
+        assert queue.run(TELL, (INBOX, ALIVE), 60_000, "0", "anybody?") == 0
         assert queue.inbox() == [b"hello"]
 
 

@@ -65,7 +65,7 @@ class Transfers:
                         raise TransferBroken(f"the receiver of transfer {name} is gone")
                     waiting.send(("BLPOP", room, _PATIENCE_S))
                     allowed += _GRANT
-                tag = self.signer.tag(_about(name, number), chunk)
+                tag = self.signer.tag(chunk, _about(name, number))
                 if not is_there():
                     break
                 connection.send(
@@ -106,7 +106,7 @@ class Transfers:
         frame = control_frame(self.signer, lent.owner, control)
         with closing(BulkConnection.open(self.url)) as connection:
             names = (self.keys.inbox(lent.owner), self.keys.alive(lent.owner))
-            if not connection.call("EVAL", TELL.source, len(names), *names, INBOX_TTL_MS, frame):
+            if not connection.call("EVAL", TELL.source, len(names), *names, INBOX_TTL_MS, "0", frame):
                 raise TransferBroken(_SENDER_GONE)
 
             def is_coming() -> bool:
@@ -164,7 +164,7 @@ class Transfers:
         size = connection.answer_into(memoryview(tag), place)
         if size != TAG_BYTES + len(place):
             raise FrameRejected(f"chunk {number} of a large value is {'missing' if size is None else 'cut'}")
-        if not self.signer.holds(bytes(tag), _about(name, number), place):
+        if not self.signer.holds(bytes(tag), place, _about(name, number)):
             raise FrameRejected(f"chunk {number} of a large value that no accepted key signed")
         if _gives_room(number):
             _read(connection, 2)
