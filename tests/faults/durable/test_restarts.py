@@ -100,7 +100,9 @@ def test_calls_survive_the_end_of_everything(server: Server, shell: Shell) -> No
         for call_id, name in ((running, "running"), (delayed, "delayed")):
             assert python(shell, f"print(serve.get_ref('{call_id}').result(30))") == f"{name} is done"
         assert second.http.get(over_http).json()["attempts"] == 2
-        assert sorted(wait_for_runs(shell, 5)) == ["delayed", "http", "http", "running", "running"]
+        runs = wait_for_runs(shell, 5)
+        assert runs.count("http") == runs.count("running") == 2
+        assert runs.count("delayed") in (1, 2)  # on a slow machine it has begun before the end of everything
 
 
 @pytest.mark.timeout(180)
