@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from qserve_gateway.door import gate
 from qserve_gateway.door.gate import CHUNKED, MOST_HEADERS, Refusal, inspect_closely, inspect_head
 
 LINES = [
@@ -104,6 +105,20 @@ def test_the_length_of_a_body(fields: tuple[bytes, ...], length: int) -> None:
 def test_what_can_be_read_in_two_ways_or_is_too_much_is_refused(fields: tuple[bytes, ...]) -> None:
     with pytest.raises(Refusal):
         inspect_head(b"POST / HTTP/1.1\r\n" + b"".join(field + b"\r\n" for field in fields) + b"\r\n")
+
+
+@pytest.mark.parametrize("fields", [b"Host: h", b"Accept: x\r\nhost: h\r\nX: y", b"Content-Length: 3\r\nHost: h:80"])
+def test_usual_heads_need_no_close_look(fields: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "inspect_closely", lambda _: pytest.fail("it was looked at closely"))
+    inspect_head(b"GET /a?b=c HTTP/1.1\r\n%b\r\n\r\n" % fields)
+
+
+@pytest.mark.parametrize(
+    ("target", "cookie", "is_taken"), [(10, 30_000, True), (10, 33_000, False), (8_000, 10, True), (9_000, 10, False)]
+)
+def test_how_large_heads_may_be(target: int, cookie: int, is_taken: bool) -> None:
+    head = b"GET /%b HTTP/1.1\r\nHost: h\r\nCookie: %b\r\n\r\n" % (b"t" * target, b"c" * cookie)
+    assert (seen(inspect_head, head) == (head, 0, False)) is is_taken
 
 
 def test_the_most_headers_are_taken() -> None:
