@@ -85,3 +85,13 @@ def is_running(pid: int) -> bool:
     with contextlib.suppress(OSError):  # Linux: a zombie, whose parent has not looked yet, has ended too
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
+
+
+def started_at(pid: int) -> str:
+    """When a process was started, which tells it from another one of the same number; "" where that cannot be told,
+    or it has ended."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[18]

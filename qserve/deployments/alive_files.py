@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 
-from qserve.this_machine import is_running, runtime_folder
+from qserve.this_machine import is_running, runtime_folder, started_at
 
 SAY_EVERY_S = 5.0
 STUCK_AFTER_S = 30.0
@@ -23,7 +23,8 @@ class AliveFile:
     def __init__(self, namespace: str, what: str) -> None:
         folder = runtime_folder() / "alive"
         folder.mkdir(mode=0o700, exist_ok=True)
-        self._path = folder / f"{namespace}~{os.getpid()}~{what}"
+        # A container that is started again in the same folder gives the numbers of its processes anew.
+        self._path = folder / f"{namespace}~{os.getpid()}~{started_at(os.getpid())}~{what}"
 
     def touch(self) -> None:
         """Say that the process makes progress."""
@@ -39,9 +40,9 @@ class AliveFile:
 def judge(namespace: str) -> tuple[list[str], list[str]]:
     """What runs here and makes progress, and what is wrong: a process that stands still, or no node at all."""
     well, ill, has_node = [], [], False
-    for path in sorted((runtime_folder() / "alive").glob(f"{namespace}~*")):
-        _, pid, what = path.name.split("~", 2)
-        if not is_running(int(pid)):
+    for path in sorted((runtime_folder() / "alive").glob(f"{namespace}~*~*~*")):
+        _, pid, started, what = path.name.split("~", 3)
+        if not is_running(int(pid)) or started_at(int(pid)) != started:
             path.unlink(missing_ok=True)  # it was killed; whoever keeps it has started another one
             continue
         has_node = has_node or what == "node"

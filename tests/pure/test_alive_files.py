@@ -34,7 +34,8 @@ def test_who_stands_still_is_named(folder: Path) -> None:
     worker.touch()
     assert CliRunner().invoke(main, ["healthy"]).exit_code == 0
     long_ago = time.time() - STUCK_AFTER_S - 5
-    os.utime(folder / f"default~{os.getpid()}~worker of Echo", (long_ago, long_ago))
+    (file,) = folder.glob("*~worker of Echo")
+    os.utime(file, (long_ago, long_ago))
     done = CliRunner().invoke(main, ["healthy"])
     assert done.exit_code == 1
     assert f"worker of Echo (pid {os.getpid()}) has made no progress for 3" in done.output
@@ -44,6 +45,18 @@ def test_who_stands_still_is_named(folder: Path) -> None:
 
 def test_a_process_that_was_killed_counts_no_more(folder: Path) -> None:
     AliveFile("default", "node").touch()
-    (folder / f"default~{_NO_PID}~worker of Echo").touch()
+    (folder / f"default~{_NO_PID}~1~worker of Echo").touch()
+    assert judge("default") == ([f"node (pid {os.getpid()}) is well"], [])
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_a_process_that_was_killed_does_not_count_by_another_one_that_has_its_number_now(folder: Path) -> None:
+    AliveFile("default", "worker of Echo").touch()
+    (left,) = folder.iterdir()
+    long_ago = time.time() - STUCK_AFTER_S - 5
+    os.utime(left, (long_ago, long_ago))
+    # As in a container that was killed and started again: the numbers are given anew, and the folder is the same.
+    left.rename(left.with_name(left.name.replace(f"~{os.getpid()}~", f"~{os.getppid()}~")))
+    AliveFile("default", "node").touch()
     assert judge("default") == ([f"node (pid {os.getpid()}) is well"], [])
     assert len(list(folder.iterdir())) == 1

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from qserve.errors import ConfigurationError
-from qserve.this_machine import runtime_folder
+from qserve.this_machine import runtime_folder, started_at
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class GpuLedger:
                 raise NoGpuFree(f"waits for {_gpus(wanted)}: {self._in_use(used)}")
             # The fullest that still has room: so whole ones stay free for those who need one.
             chosen = sorted(free, key=lambda gpu: -used[gpu])[:number]
-            entries.append({"pid": pid, "started": _started(pid), "shares": dict.fromkeys(chosen, units)})
+            entries.append({"pid": pid, "started": started_at(pid), "shares": dict.fromkeys(chosen, units)})
         return GpuShare(tuple(gpu for gpu in self.gpus if gpu in chosen), units / WHOLE)
 
     def _in_use(self, used: Counter[str]) -> str:
@@ -119,7 +119,7 @@ class GpuLedger:
                 entries = json.loads(file.read() or "[]")
             except ValueError:  # its writer was killed
                 entries = []
-            living = [entry for entry in entries if entry["started"] and _started(entry["pid"]) == entry["started"]]
+            living = [entry for entry in entries if entry["started"] and started_at(entry["pid"]) == entry["started"]]
             yield living
             file.seek(0)
             file.truncate()
@@ -152,12 +152,3 @@ async def wait_for_gpus(
 
 def _gpus(number: float) -> str:
     return f"{number:g} GPU{'s' if number > 1 else ''}"
-
-
-def _started(pid: int) -> str:
-    """When a process was started, which tells it from another one of the same number; "" where it has ended."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if state in "ZX" else fields[18]
