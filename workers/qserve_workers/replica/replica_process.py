@@ -114,6 +114,12 @@ class ReplicaProcess:
         self._end_by = await Replica(self._birth, self._settings, self._wishes).live()
 
 
+def pause_after(failures: int) -> float:
+    """How many seconds to wait after so many failed constructors, of which there are thousands where what they need is
+    away for long."""
+    return min(_FIRST_BACKOFF_S * 2.0 ** min(failures - 1, 60), _LONGEST_BACKOFF_S)
+
+
 class Replica:
     """The life of a replica: wait for a deployment, construct and serve it, leave."""
 
@@ -148,8 +154,8 @@ class Replica:
     async def _backoff(self) -> None:
         """Wait before another try after failed constructors; a new deploy is tried at once."""
         if self._birth.failures:
-            delay = min(_FIRST_BACKOFF_S * 2 ** (self._birth.failures - 1), _LONGEST_BACKOFF_S)
-            await first_of(self._watch.changed, self._wishes.shall_leave, timeout=delay)
+            pause_s = pause_after(self._birth.failures)
+            await first_of(self._watch.changed, self._wishes.shall_leave, timeout=pause_s)
 
     async def _serve(self, deployed: Deployed) -> float:
         try:
