@@ -291,6 +291,17 @@ def test_a_replica_that_left_by_itself_gets_no_tombstone(
     assert redis_client.hkeys(keys.of("Echo").heartbeats("Echo")) == [f"replica-{new}".encode()]
 
 
+def test_a_replica_whose_code_ends_its_process_with_0_has_died_as_any_other(
+    start_worker: StartWorker, redis_client: "redis.Redis", keys: Keys
+) -> None:
+    worker = start_worker()
+    [victim] = worker.serving("a")
+    worker.deploy("a", exits=victim)
+    worker.wait_for(partial(worker.serving, "a", besides=victim))
+    buried = worker.wait_for(partial(redis_client.hget, keys.of("Echo").heartbeats("Echo"), f"replica-{victim}"))
+    assert buried == b"dead"
+
+
 def test_a_broken_revision_leaves_the_old_one_serving(start_worker: StartWorker) -> None:
     worker = start_worker()
     [old] = worker.serving("a")

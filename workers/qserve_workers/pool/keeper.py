@@ -136,15 +136,17 @@ class Keeper:
         replica = self.rollout.died(pid, how)
         if replica is None:
             return True
-        self._announcer.count("replicas died" if exitcode else "replicas left")
+        # User code may end its process with 0, too: only one that said that it leaves has left.
+        has_died = bool(exitcode or (replica.state and not replica.leaving))
+        self._announcer.count("replicas died" if has_died else "replicas left")
         logger.log(
             logging.INFO if replica.leaving and not exitcode else logging.WARNING,
             "Deployment %s: replica %s (pid %d) has ended, %s",
             *(self.deployment, replica.id or "unnamed", pid, how),
         )
-        if exitcode:
+        if has_died:
             self._announcer.note_death(pid, how)
-        if replica.id and exitcode:  # who ends with 0 has said goodbye; a tombstone would count as a crash
+        if replica.id and has_died:  # who has left has said goodbye; a tombstone would count as a crash
             self._announcer.bury(replica.id, how)
         self.act()
         return bool(replica.state) or replica.leaving
