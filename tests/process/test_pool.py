@@ -256,6 +256,17 @@ def test_children_that_end_before_they_come_to_anything_are_replaced_ever_more_s
     assert pauses[3] >= 0.8
 
 
+def test_a_replica_that_cannot_be_forked_costs_no_other_and_is_tried_again(start_worker: StartWorker) -> None:
+    node = {"QSERVE_NODE": "node-1", "QSERVE_REPLICAS_EXACT": "1"}
+    worker = start_worker(facts={"num_replicas": 1}, FAKE_REPLICA_NO_FORKS="1", **node)
+    [first] = worker.serving("a")
+    worker.deploy("a", num_replicas=3)
+    both = worker.wait_for(lambda: len(found := worker.serving("a")) == 3 and found)
+    assert first in both
+    assert worker.output.read_text().count("No process can be started for a replica: Resource temporarily") == 2
+    assert worker.process.poll() is None
+
+
 def test_a_replica_forked_later_holds_no_connection_of_its_parent(start_worker: StartWorker) -> None:
     worker = start_worker()
     [victim] = worker.serving("a")

@@ -4,10 +4,12 @@ The file (`FAKE_REPLICA_STATE`) holds null, or generation, revision, num_replica
 the fakes do is noted beside it, in a file of the same name with `.log`.
 """
 
+import errno
 import json
 import os
 import threading
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,18 @@ from qserve_workers.replica.birth import Birth
 
 app = App(Settings())
 app.conf.qserve_replica = "fake_replica:FakeReplica"
+
+
+if "FAKE_REPLICA_NO_FORKS" in os.environ:
+    _fork, _forks = os.fork, count(1)
+
+    def fork() -> int:
+        """The first fork succeeds, and the next two do not, as where there are too many processes."""
+        if next(_forks) in (2, 3):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return _fork()
+
+    os.fork = fork
 
 
 class FakeReplica:

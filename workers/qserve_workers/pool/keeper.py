@@ -129,6 +129,15 @@ class Keeper:
         self.rollout.born(pid, time.monotonic(), standby=self._standby, rank=self._rank)
         self._announcer.count("replicas started")
 
+    def on_no_birth(self, error: OSError) -> None:
+        """A process could not be forked."""
+        problem = (
+            f"No process can be started for a replica: {error.strerror}. Those that run serve on, and it is tried "
+            "again. Have fewer replicas here, or raise the limits of processes, memory and open files"
+        )
+        logger.warning("Deployment %s: %s", self.deployment, problem)
+        self.rollout.missed_birth(problem)
+
     def on_death(self, pid: int, exitcode: int | None) -> bool:
         """A process has ended and been reaped; False: by itself, before it had come to anything."""
         self._read()  # what it said last counts

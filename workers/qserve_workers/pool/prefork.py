@@ -54,6 +54,8 @@ class ChildProcesses(asynpool.AsynPool):  # type: ignore[misc]
         hub.add_reader(self.keeper.fileno(), self.keeper.on_readable)
         self._wake_on_signals(hub)
         self.keeper.resume()
+        if self._pause:  # what was to be tried again went with the loop before
+            hub.call_later(self._pause, self.maintain_pool)
 
     def _wake_on_signals(self, hub: Any) -> None:
         """Let signals end the loop's sleep: Python hides from it that one has come."""
@@ -74,11 +76,25 @@ class ChildProcesses(asynpool.AsynPool):  # type: ignore[misc]
         process._controlled_termination = True  # the keeper logs its death, with the deployment's name
         return process
 
+    def on_grow(self, n: int) -> None:
+        """Leave the pipes of new children to their births: where there can be no more, that is tried again."""
+
     def _create_worker_process(self, i: int) -> Any:
         # So that none is lost before the child has its handlers.
         old = signal.pthread_sigmask(signal.SIG_BLOCK, child_signals.ALL)
+        before = len(self._pool)
         try:
+            super().on_grow(1)
             process = super()._create_worker_process(i)
+        except OSError as exc:  # a limit of processes, memory or open files: no reason to end those that run
+            for unborn in self._pool[before:]:
+                if unborn._popen is not None:
+                    raise
+                self._pool.remove(unborn)
+                self._queues[self._find_worker_queues(unborn)] = None
+            self.keeper.on_no_birth(exc)
+            self._hold_births()
+            return None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
         self.keeper.after_birth(process.pid)
@@ -89,8 +105,8 @@ class ChildProcesses(asynpool.AsynPool):  # type: ignore[misc]
         if pause > 0:  # they die as soon as they are born; maintain_pool comes back
             return
         for _ in range(self._processes - len(self._pool)):
-            if self._state == RUN:
-                self._create_worker_process(self._avail_index())
+            if self._state != RUN or self._create_worker_process(self._avail_index()) is None:
+                return
 
     def resize(self, processes: int) -> None:
         """Keep that many children; those beyond it have been told to leave already."""
@@ -130,7 +146,8 @@ class ChildProcesses(asynpool.AsynPool):  # type: ignore[misc]
         return exitcodes
 
     def _hold_births(self) -> None:
-        """Something is wrong with this installation or with Redis: children end before they construct anything."""
+        """Something is wrong with this machine, this installation or Redis: children end before they construct
+        anything, or cannot be started."""
         now = time.monotonic()
         if now - self._no_birth_before > _BACKOFF_S[1]:  # the last time is long ago
             self._pause = 0.0

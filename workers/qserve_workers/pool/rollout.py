@@ -138,6 +138,10 @@ class Rollout:
         """The pool has started a process."""
         self.crew.by_pid[pid] = TrackedReplica(pid, now, standby, rank=rank)
 
+    def missed_birth(self, error: str) -> None:
+        """The pool could not start a process, and will try again."""
+        self._error = error
+
     def died(self, pid: int, how: str) -> TrackedReplica | None:
         """A process has ended; returns what was known of it."""
         replica = self.crew.remove(pid)
