@@ -116,14 +116,16 @@ def _application_status(name: str, members: Mapping[str, Deployed], found: Serve
 
 def _status_of(state: State, name: str, deployed: Deployed) -> DeploymentStatus:
     scaling = deployed.spec.autoscaling
+    workers = deploying.live_workers(state, name)
+    condition, error = deploying.condition(deployed, workers)
     return DeploymentStatus(
-        state=deployed.state,
-        error=deployed.error,
+        state=condition,
+        error=error,
         version=deployed.spec.version,
         generation=deployed.generation,
         route_prefix=deployed.spec.route_prefix,
         replicas=tuple(state.observed.replicas(name).values()),
         queued=state.observed.queued(name),
-        wanted=deploying.wanted(state, name),
+        wanted=sum(worker.wanted for worker in workers),
         autoscaling_config=None if scaling is None else msgspec.structs.asdict(scaling),
     )

@@ -21,7 +21,7 @@ from qserve.broker.instance.state import State
 from qserve.cli.call import unknown_deployment
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, redis_url_option, visible
-from qserve.deployments.deploying import wanted
+from qserve.deployments.deploying import condition, live_workers
 from qserve.wire.spec import WAITING, Deployed, GatewayInfo, NodeInfo, ReplicaInfo, pause_of
 
 COLORS = {"HEALTHY": "green", "SERVING": "green", "DEPLOY_FAILED": "red", "WAITING": "yellow", "DEPLOYING": "yellow"}
@@ -48,7 +48,7 @@ class ReplicaStatus(TypedDict):
 
 
 class DeploymentRow(TypedDict):
-    """One deployment in `status --json`; `error` is empty unless the newest version could not be brought up."""
+    """One deployment in `status --json`; `error` is empty unless a version or a replica could not be brought up."""
 
     name: str
     route: str | None
@@ -139,14 +139,16 @@ def _deployment(state: State, deployed: Deployed) -> DeploymentRow:
     replicas.sort(key=lambda replica: (replica["host"], replica["pid"]))
     running = sum(replica["running"] for replica in replicas)
     since, who = pause_of(deployed.paused) if deployed.paused else (None, "")
+    workers = live_workers(state, spec.name)
+    condition_now, error = condition(deployed, workers)
     nobody = not replicas and all(
         node.drained for node in state.observed.nodes().values()
     )  # what was reached earlier went with the last node
     return {
         "name": spec.name,
         "route": spec.route_prefix,
-        "state": WAITING if nobody else deployed.state,
-        "error": deployed.error,
+        "state": WAITING if nobody else condition_now,
+        "error": error,
         "paused": bool(deployed.paused),
         "paused_since": since,
         "paused_by": who,
@@ -157,7 +159,7 @@ def _deployment(state: State, deployed: Deployed) -> DeploymentRow:
         "p50_ms": _slowest([replica["p50_ms"] for replica in replicas]),
         "p99_ms": _slowest([replica["p99_ms"] for replica in replicas]),
         "replicas": replicas,
-        "wanted": wanted(state, spec.name),
+        "wanted": sum(worker.wanted for worker in workers),
         "asleep": deployed.asleep,
         "autoscaling_config": None if spec.autoscaling is None else asdict(spec.autoscaling),
     }

@@ -6,7 +6,7 @@ replicas.
 
 import secrets
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from logging import getLogger
 
@@ -240,9 +240,26 @@ class Progress:
         return self.error is not None or self.superseded_by > 0 or (not self.deleted and self.asked == self.reached)
 
 
+def live_workers(state: State, name: str) -> list[WorkerInfo]:
+    """What the live workers of a deployment have reported."""
+    return [w for id_, w in state.observed.workers(name).items() if state.observed.is_alive(id_, name)]
+
+
 def wanted(state: State, name: str) -> int:
     """How many replicas the live workers of a deployment should have now."""
-    return sum(w.wanted for id_, w in state.observed.workers(name).items() if state.observed.is_alive(id_, name))
+    return sum(worker.wanted for worker in live_workers(state, name))
+
+
+def condition(deployed: Deployed, workers: Iterable[WorkerInfo]) -> tuple[str, str]:
+    """The state of a deployment now, and what is wrong with it.
+
+    One that was HEALTHY is not where no replica has come up since: what its constructor needs may be away.
+    """
+    reports = list(workers)
+    failures = [worker.error for worker in reports if worker.error]
+    is_down = bool(failures) and not any(worker.ready for worker in reports)
+    state = DEPLOYING if deployed.state == HEALTHY and is_down and not deployed.asleep else deployed.state
+    return state, deployed.error or next(iter(failures), "")
 
 
 def judge(name: str, generation: int, state: State) -> Progress:

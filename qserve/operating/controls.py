@@ -87,10 +87,14 @@ def scale_between(state: State, name: str, least: int | None, most: int | None) 
         raise ValueError(f"the number of replicas of {name!r} does not follow the load: give it one number instead")
     given = {"min_replicas": least, "max_replicas": most}
     values = asdict(bounds) | {field: value for field, value in given.items() if value is not None}
+    if bounds.initial_replicas is not None:
+        at_most = min(bounds.initial_replicas, values["max_replicas"])
+        values["initial_replicas"] = max(at_most, values["min_replicas"])
     try:
         wanted = Autoscaling(**AutoscalingConfig(**values).model_dump())
     except ValidationError as exc:
-        raise ValueError("; ".join(problem["msg"].removeprefix("Value error, ") for problem in exc.errors())) from exc
+        problems = [problem["msg"].removeprefix("Value error, ").rstrip(".") for problem in exc.errors()]
+        raise ValueError("; ".join(problems)) from exc
     if wanted != bounds:
         _change(state, name, lambda spec: replace(spec, autoscaling=wanted))
     return wanted

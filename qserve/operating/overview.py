@@ -6,6 +6,7 @@ from typing import TypedDict
 from qserve.broker.history.buckets import BUCKET_S, Bucket, read_buckets
 from qserve.broker.instance.queue_facts import QueueFacts, read_queue_facts
 from qserve.broker.instance.state import State, checked, decode_deployed
+from qserve.deployments.deploying import condition
 from qserve.operating.loads import load_of
 from qserve.wire.spec import SERVING, WAITING, Deployed, pause_of
 
@@ -79,15 +80,16 @@ def _row(deployed: Deployed, facts: QueueFacts, recent: Sequence[Bucket], now: f
         if 0 <= bucket.slot - first < len(spark):
             spark[bucket.slot - first] = sum(int(count) for count in bucket.ends[1::2])
     running = sum(replica.running for replica in facts.replicas)
+    state, error = condition(deployed, facts.workers)
     return {
         "name": spec.name,
         "route": spec.route_prefix,
-        "state": WAITING if not facts.replicas and not nodes else deployed.state,
+        "state": WAITING if not facts.replicas and not nodes else state,
         "paused": bool(deployed.paused),
         "paused_since": since,
         "paused_by": who,
         "asleep": deployed.asleep,
-        "error": deployed.error,
+        "error": error,
         "version": spec.version,
         "wanted": sum(worker.wanted for worker in facts.workers),
         "serving": sum(replica.state == SERVING for replica in facts.replicas),

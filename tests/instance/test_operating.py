@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -236,8 +237,44 @@ def test_the_range_of_replicas_is_changed_where_it_follows_the_load() -> None:
     config = serve.get_deployment("elastic").autoscaling_config
     assert config is not None
     assert config.max_replicas == 3
-    assert "max_replicas (3) is below min_replicas (4)" in qs("scale", "elastic", "--min", "4").output
+    assert "max_replicas (3) is below min_replicas (4).\n" in qs("scale", "elastic", "--min", "4").output
     assert qs("scale", "elastic").exit_code == 2
+
+
+def test_the_number_of_replicas_at_first_keeps_nobody_from_another_range() -> None:
+    @serve.deployment(autoscaling_config={"min_replicas": 1, "max_replicas": 3, "initial_replicas": 1})
+    def begins_small() -> None: ...
+
+    begins_small.deploy()
+    assert rows("scale", "begins_small", "--min", "2")[0]["min_replicas"] == 2
+    wait_until(lambda: len(serving("begins_small")) == 2)
+    begins_small.delete()
+
+
+def test_a_deployment_whose_replicas_come_up_no_more_says_why(tmp_path: Path) -> None:
+    broken = str(tmp_path / "broken")
+
+    @serve.deployment(name="leaning")
+    class Leaning:
+        def __init__(self) -> None:
+            if os.path.exists(broken):  # noqa: PTH110
+                raise ConnectionError("the database is away")
+
+        def __call__(self) -> None: ...
+
+    Leaning.deploy()
+    (tmp_path / "broken").touch()
+    [pid] = serving("leaning")
+    os.kill(pid, signal.SIGKILL)
+    found = wait_until(lambda: (it := serve.status()["leaning"]).error and it)
+    assert found.state == "DEPLOYING"
+    assert "ConnectionError: the database is away" in qs("status", "leaning").output
+    [row] = [row for row in json.loads(qs("top", "--json").stdout) if row["name"] == "leaning"]
+    assert (row["state"], "the database is away" in row["error"]) == ("DEPLOYING", True)
+
+    (tmp_path / "broken").unlink()
+    wait_until(lambda: (it := serve.status()["leaning"]).state == "HEALTHY" and not it.error)
+    Leaning.delete()
 
 
 def test_lists_that_are_empty_say_so() -> None:

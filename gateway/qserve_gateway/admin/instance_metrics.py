@@ -12,6 +12,7 @@ from qserve.broker.history.call_index import count_states
 from qserve.broker.history.totals import read_totals
 from qserve.broker.instance.state import State
 from qserve.broker.server.memory import read_memory
+from qserve.deployments.deploying import condition
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, HEALTHY, Deployed
 from qserve_gateway.admin.metrics_of_users import UserMetrics
 
@@ -86,9 +87,11 @@ class InstanceCollector(Collector):
             by_state = Counter(replica.state for replica in found)
             for state in (*STATES, *sorted(by_state.keys() - set(STATES))):
                 replicas.add_metric([name, state], by_state[state])
-            wanted.add_metric([name], sum(worker.wanted for worker in observed.workers(name).values()))
-            for state in dict.fromkeys((DEPLOYING, HEALTHY, DEPLOY_FAILED, deployed.state)):
-                states.add_metric([name, state], float(state == deployed.state))
+            workers = observed.workers(name).values()
+            wanted.add_metric([name], sum(worker.wanted for worker in workers))
+            now, _ = condition(deployed, workers)
+            for state in dict.fromkeys((DEPLOYING, HEALTHY, DEPLOY_FAILED, now)):
+                states.add_metric([name, state], float(state == now))
         yield from (running, replicas, wanted, states)
 
     def _users(self, totals: Mapping[str, Mapping[str, int]]) -> Iterator[Metric]:

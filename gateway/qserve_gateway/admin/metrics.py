@@ -15,6 +15,7 @@ from prometheus_client.samples import Exemplar
 from qserve.broker.history.totals import become_exporter
 from qserve.broker.instance.state import State
 from qserve.calls.client import Client
+from qserve.deployments.deploying import condition, live_workers
 from qserve.errors import BrokerUnavailable
 from qserve_gateway.admin.instance_metrics import InstanceCollector
 from qserve_gateway.door.limits import Door
@@ -37,8 +38,7 @@ def status(state: State, namespace: str, gateway_id: str) -> dict[str, Any]:
             {
                 "name": name,
                 "route": deployed.spec.route_prefix,
-                "state": deployed.state,
-                "error": deployed.error,
+                **dict(zip(("state", "error"), condition(deployed, live_workers(state, name)), strict=True)),
                 "version": deployed.spec.version,
                 "generation": deployed.generation,
                 "queued": observed.queued(name),
