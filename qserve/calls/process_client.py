@@ -69,6 +69,7 @@ class _ClientHere:
         self.lock = threading.Lock()
         self.client: Client | None = None
         self.thread: ClientThread | None = None
+        self.others: Callable[[], list[int]] = list
         self.find_settings: Callable[[], Settings] = Settings
         self.abandoned: list[Any] = []
 
@@ -100,10 +101,15 @@ def _start_client() -> Client:
         return _here.client
 
 
-def set_current_client(client: Client | None) -> None:
-    """Use a client that runs on an event loop of the process itself, as in a replica."""
+def set_current_client(client: Client | None, others: Callable[[], list[int]] = list) -> None:
+    """Use a client that runs on an event loop of the process itself, as in a replica.
+
+    Args:
+        others: File descriptors of other connections that a process forked from this one is not to keep open: on one
+            that outlives its process the server would still give out calls.
+    """
     with _here.lock:
-        _here.client = client
+        _here.client, _here.others = client, others
 
 
 @contextlib.contextmanager
@@ -140,14 +146,14 @@ def close_current_client(*, unless: Settings | None = None) -> None:
 def _forget_in_child() -> None:
     # The parent's thread does not exist here, but its sockets do: close this process' copies and start afresh. The old
     # objects are kept alive, because their destructors would act on the parent's event loop.
-    client = _here.client
-    _here.abandoned.append((client, _here.thread))
+    client, others = _here.client, _here.others
+    _here.abandoned.append((client, _here.thread, others))
     _here.lock = threading.Lock()
     _here.client = _here.thread = None
-    if client is not None:
-        for descriptor in client.descriptors():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+    _here.others = list
+    for descriptor in (*(client.descriptors() if client is not None else ()), *others()):
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -266,7 +266,7 @@ def test_a_deployment_whose_replicas_come_up_no_more_says_why(tmp_path: Path) ->
     (tmp_path / "broken").touch()
     [pid] = serving("leaning")
     os.kill(pid, signal.SIGKILL)
-    found = wait_until(lambda: (it := serve.status()["leaning"]).error and it)
+    found: Any = wait_until(lambda: (it := serve.status()["leaning"]).error and it)
     assert found.state == "DEPLOYING"
     assert "ConnectionError: the database is away" in qs("status", "leaning").output
     [row] = [row for row in json.loads(qs("top", "--json").stdout) if row["name"] == "leaning"]

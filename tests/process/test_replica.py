@@ -1,6 +1,7 @@
 """Replicas as processes of their own, under real signals: what becomes of the calls they have."""
 
 import asyncio
+import os
 import secrets
 import signal
 import time
@@ -41,6 +42,12 @@ async def takes_no_more(caller: Caller) -> None:
     """Put calls until one is left in the queue: a signal is noted some time after it was sent."""
     while (await asyncio.wait([put(caller, "pid", None)], timeout=patience(0.5)))[0]:
         pass
+
+
+def readers(world: World) -> int:
+    """How many connections the server has on which somebody reads calls."""
+    clients: Any = world.redis.client_list()
+    return sum(each["cmd"] == "xreadgroup" for each in clients)
 
 
 class TestSlots:
@@ -98,6 +105,20 @@ class TestSlots:
 
 
 class TestDeath:
+    async def test_a_process_that_it_forked_and_that_outlives_it_reads_no_calls(self, world: World) -> None:
+        """On a connection that it held open the server would give out one more, which nobody would run for a minute."""
+        world.deploy()
+        (host,) = await world.start()
+        async with calling(world.settings, NAME) as caller:
+            child = await caller.ask(None, "leave_a_child", deployment=NAME)
+            assert isinstance(child, int)
+            try:
+                assert readers(world) == 1
+                host.kill()
+                await until(lambda: readers(world) == 0)
+            finally:
+                os.kill(child, signal.SIGKILL)
+
     @pytest.mark.parametrize("with_tombstone", [True, False])
     async def test_calls_of_a_killed_replica_run_again_only_if_that_is_safe(
         self, world: World, with_tombstone: bool

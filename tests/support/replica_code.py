@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -81,6 +82,15 @@ class Code:
         await self.books.gate.passed()
         self.books.end(name)
         return name
+
+    async def leave_a_child(self, name: object = None) -> int:
+        """A process that lives on when its replica has died."""
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            signal.pause()
+            os._exit(0)
+        return pid
 
     def wait_on_thread(self, name: str) -> str:
         self.books.start(name)

@@ -119,7 +119,7 @@ class Service:
             When its grace time is over, on `time.monotonic`.
         """
         await self._client.start()
-        set_current_client(self._client)
+        set_current_client(self._client, self._consumer.link.descriptors)
         await self._consumer.connect()
         self._heartbeat.start()
         self._takeover.start()
