@@ -27,6 +27,8 @@ _LIMIT_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 ALIVE_EVERY_S = 10.0
 _NOTE_DEATHS_EVERY_S = 60.0
+TELL_AGAIN_EVERY_S = 60.0
+"""What a worker has said is forgotten when its node is silent for long, as one is that stands still."""
 
 
 class Announcer:
@@ -57,6 +59,7 @@ class Announcer:
         self._call_later = call_later
         self._client: redis_clients.Client | None = None
         self._info: WorkerInfo | None = None
+        self._told_at = 0.0
         self._unwritten: list[Callable[[redis_clients.Client], object]] = []
         self._pause = 0.0
         self._deaths = 0
@@ -91,9 +94,14 @@ class Announcer:
 
     def publish(self, info: WorkerInfo | None) -> None:
         """Let everyone know how far this worker is; None: that it has nothing to say any more."""
-        self._info = info
+        self._info, self._told_at = info, time.monotonic()
         self._unwritten = [write for write in self._unwritten if write != self._write_info]
         self._write(self._write_info)
+
+    def tell_again(self) -> None:
+        """Say now and then what was said before; to be called every few seconds."""
+        if self._info is not None and time.monotonic() - self._told_at >= TELL_AGAIN_EVERY_S:
+            self.publish(self._info)
 
     def bury(self, replica: str, how: str) -> None:
         """Let the neighbours of a dead replica know how it died, and take over its calls."""

@@ -186,6 +186,7 @@ class Keeper:
     def say_alive(self) -> None:
         """Say, now and every few seconds, that this worker makes progress."""
         self._alive.touch()
+        self._announcer.tell_again()
         if self._alive_timer is not None:
             self._alive_timer.cancel()
         self._alive_timer = self._call_later(until_next(SAY_EVERY_S), self.say_alive)
