@@ -38,6 +38,11 @@ def test_it_may_have_children(processes: Any, method: str) -> None:
     assert processes.terminated.remote(method).result(LIMIT_S) == -signal.SIGTERM
 
 
+@pytest.mark.parametrize(("how", "code"), [("exits", 7), ("raises", 1), ("returns", 0)])
+def test_what_it_forks_ends_with_the_code_that_forked_it(processes: Any, how: str, code: int) -> None:
+    assert processes.exit_code_of_a_fork.remote(how).result(LIMIT_S) == code
+
+
 def test_managers_and_subprocesses_of_the_loop_work(processes: Any) -> None:
     assert processes.manager.remote().result(LIMIT_S) == [1, 2, 3]
     assert processes.subprocess_of_the_loop.remote().result(LIMIT_S) == "heard"

@@ -91,6 +91,17 @@ class Processes:
         code: int | None = process.exitcode
         return code
 
+    def exit_code_of_a_fork(self, how: str) -> int:
+        """The new process goes on with this very code, and ends with it."""
+        pid = os.fork()
+        if pid:
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if how == "exits":
+            sys.exit(7)
+        if how == "raises":
+            raise ValueError("in the new process")
+        return -1
+
     def signals_of_a_fork(self) -> list[Any]:
         here, there = multiprocessing.Pipe()
         process = multiprocessing.get_context("fork").Process(target=tell_signals, args=(there,))

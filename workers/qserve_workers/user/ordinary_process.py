@@ -23,6 +23,7 @@ import billiard.process
 from celery import _state as celery_state
 
 from qserve.telemetry.log_records import JsonLines, log_warnings
+from qserve_workers.user.user_threads import note_fork
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class _Forks(threading.local):
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def after_in_child(self) -> None:
+        note_fork()
         with contextlib.suppress(ValueError):  # not on the main thread: an interpreter of its own
             signal.set_wakeup_fd(-1)
             for signum in self._own:

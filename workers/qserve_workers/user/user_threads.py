@@ -7,7 +7,10 @@ that does nothing that takes longer than all else the replica does for the call.
 import asyncio
 import contextlib
 import inspect
+import os
+import sys
 import threading
+import traceback
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -15,7 +18,7 @@ from contextvars import Context, copy_context
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import AsyncGeneratorType, FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from qserve.background import spawn
 from qserve_workers.user.user_entry import UserCodeEscape, enter
@@ -178,6 +181,31 @@ _NOT_AWAITED = frozenset({type(None), bool, int, float, str, bytes, list, tuple,
 _open: "weakref.WeakSet[UserThreads]" = weakref.WeakSet()
 
 
+class _ThisProcess:
+    is_fork = False
+    """Whether user code has forked it, on one of these threads."""
+
+
+def note_fork() -> None:
+    """This process was forked by user code: it ends when that has returned, and waits for no more work."""
+    _ThisProcess.is_fork = True
+
+
+def _end_fork(error: BaseException | None) -> NoReturn:
+    """End this process as Python does at the end of a program."""
+    raised = error.raised if isinstance(error, UserCodeEscape) else error
+    code = 0 if raised is None else 1
+    if isinstance(raised, SystemExit) and isinstance(raised.code, int | None):
+        code = raised.code or 0
+    elif isinstance(raised, SystemExit):
+        sys.stderr.write(f"{raised.code}\n")
+    elif raised is not None:
+        traceback.print_exception(raised)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code & 0xFF)
+
+
 def _work_off(queue: _Queue) -> None:
     """Be a thread: do one piece of work after the other, until there is a None among them."""
     while True:
@@ -192,6 +220,8 @@ def _work_off(queue: _Queue) -> None:
                 result = work.context.run(_run_sync, work.function, work.args, work.kwargs)
             except BaseException as exc:  # nothing may end the thread but what is meant to
                 error = exc
+        if _ThisProcess.is_fork:
+            _end_fork(error)
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
             work.loop.call_soon_threadsafe(work.settle, work.future, result, error)
         del work, result, error  # while this thread waits, it keeps nothing alive
