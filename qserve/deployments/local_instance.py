@@ -30,7 +30,7 @@ from qserve.deployments.head_start import FOR_SOME, PROGRAM, HeadStart
 from qserve.deployments.log_files import log_tail, new_log_file
 from qserve.errors import BrokerUnavailable, ConfigurationError, NoInstanceError
 from qserve.settings import Settings
-from qserve.this_machine import is_running, runtime_folder
+from qserve.this_machine import is_running, runtime_folder, started_at
 from qserve.wire.messages import Signer
 
 NO_INSTANCE = (
@@ -50,6 +50,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         pid: The process that holds it together.
+        started: When that was started, as `started_at` has it; "" where it was not told.
         node: The id of its node.
         folder: The folder of its sockets and logs.
         ready: Whether its gateway listens, where it has one. One can deploy to it before.
@@ -65,6 +66,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
     pid: int
     folder: str
+    started: str = ""
     node: str = ""
     ready: bool = True
     gateway_url: str = ""
@@ -98,7 +100,9 @@ def find_record(namespace: str) -> InstanceRecord | None:
         record = msgspec.json.decode(record_path(namespace).read_bytes(), type=InstanceRecord)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
-    return record if is_running(record.pid) else None
+    # After a power failure, or in a container that is started again, another process may have its number.
+    is_another = record.started not in ("", started_at(record.pid))
+    return record if is_running(record.pid) and not is_another else None
 
 
 def record_path(namespace: str) -> Path:

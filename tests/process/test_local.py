@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -19,7 +20,7 @@ from qserve import serve
 from qserve.broker.server import embedded
 from qserve.deployments import local_instance
 from qserve.errors import ConfigurationError, NoInstanceError
-from qserve.this_machine import runtime_folder
+from qserve.this_machine import runtime_folder, started_at
 from tests.support.deployed import Pid
 from tests.support.serving import ROOT
 from tests.support.slowness import patience
@@ -188,6 +189,13 @@ class TestFinding:
 
         with pytest.raises(NoInstanceError):
             local_instance.find_settings()
+
+    def test_a_file_of_an_instance_that_was_killed_is_no_other_process_that_has_its_number(self) -> None:
+        facts: dict[str, Any] = {"namespace": "default", "redis_url": "u", "secret": "s", "folder": "f"}
+        for started, is_ours in ((started_at(os.getpid()), True), ("1", False)):
+            record = local_instance.InstanceRecord(pid=os.getpid(), started=started, **facts)
+            local_instance.record_path("default").write_bytes(msgspec.json.encode(record))
+            assert (local_instance.find_record("default") == record) is is_ours
 
     def test_a_runtime_folder_open_to_others_is_refused(self, runtime: Path) -> None:
         (runtime / "qserve").mkdir(mode=0o755)

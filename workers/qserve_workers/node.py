@@ -36,7 +36,7 @@ from qserve.deployments.local_instance import InstanceRecord
 from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 from qserve.settings import Settings
 from qserve.telemetry.log_records import log_to_stderr
-from qserve.this_machine import machine_errors
+from qserve.this_machine import machine_errors, started_at
 from qserve.wire.messages import Signer
 from qserve.wire.spec import EVERY_NODE, HEALTHY, NodeInfo
 from qserve_workers.children import Orphans, can_adopt, program
@@ -233,11 +233,13 @@ class Node:
         path = self._options.instance_file
         if path is None or self._stopping.is_set():
             return
+        pid = self._birth.keeper or os.getpid()
         record = InstanceRecord(
             namespace=self._settings.namespace,
             redis_url=self._settings.redis_url,
             secret=self._settings.secret,
-            pid=self._birth.keeper or os.getpid(),
+            pid=pid,
+            started=started_at(pid),
             node=self.id,
             folder=str(self._folder),
             ready=ready,
