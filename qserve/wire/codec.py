@@ -267,7 +267,9 @@ def _encode_plain(items: Iterable[object], value: object) -> bytes | None:
         return None  # a large int, a lone surrogate
 
 
-def _rejected(exc: Exception) -> FrameRejected:
+def _rejected(exc: Exception) -> QServeError:
+    if isinstance(exc, MemoryError):  # nothing is wrong with the message
+        return ValueNotSerializable("a packed value needs more memory than this process can get")
     if isinstance(exc, RecursionError):
         return FrameRejected("a value nested too deeply")
     return FrameRejected(f"not a packed value ({type(exc).__name__}: {exc})")

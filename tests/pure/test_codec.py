@@ -685,3 +685,16 @@ def test_refs_are_found_and_replaced_in_arguments_lists_tuples_and_dicts() -> No
 def test_plain_arguments_hold_no_refs() -> None:
     assert collect_refs((1, "a", {"b": [2.5]}), {"c": None}) == []
     assert collect_refs(((1, 2), {3}), {"h": Handle("x")}) == []
+
+
+@pytest.mark.parametrize(("unpack", "decode"), [("unpack", "_decode"), ("unpack_call", "_decode_call")])
+def test_a_value_for_which_there_is_no_memory_is_not_taken_for_a_damaged_one(
+    unpack: str, decode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def has_no_room(_data: bytes) -> None:
+        raise MemoryError
+
+    codec = Codec(allow_pickle=True, max_bytes=LIMIT)
+    monkeypatch.setattr(codec, decode, has_no_room)
+    with pytest.raises(ValueNotSerializable, match="needs more memory than this process can get"):
+        getattr(codec, unpack)(codec.pack_call((1,), {}))
