@@ -159,7 +159,8 @@ class Rollout:
             case DeploymentSeen():
                 self._deployed(Desired.from_event(event), event.num_replicas)
             case DeletionSeen():
-                self._deleted()
+                self.crew.desired, self._finished = None, 0
+                self._begin_anew()
             case StateEntered():
                 self._entered(replica, event, now)
             case ConstructionFailed():
@@ -249,11 +250,6 @@ class Rollout:
         before, self.wanted, self._lowest = self.wanted, self._concurrency, 0
         if self._exact:
             self.wanted = max(1, before if num_replicas is None else num_replicas)
-
-    def _deleted(self) -> None:
-        self.crew.desired = None
-        self._begin_anew()
-        self._finished = 0
 
     def _begin_anew(self) -> None:
         self.failures, self._error, self._gave_up, self._refused = 0, "", False, False
