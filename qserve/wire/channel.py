@@ -69,6 +69,8 @@ class Channel:
         self._broken: QServeError | None = None
         self._is_finished = False
         self._doubted_at = 0.0
+        self.is_unwanted = False
+        """The peer has left, or has had enough."""
         self.on_data: Callable[[], None] | None = None
         """Called once, when the first of the stream arrives."""
         self.on_second_peer: Callable[[], None] | None = None
@@ -232,6 +234,7 @@ class Channel:
             self._allowed = max(self._allowed, chunk.number)
             self._writable.set()
         elif chunk.kind == ABORT:
+            self.is_unwanted = True
             self.close(StreamBroken(chunk.data.decode("utf-8", "replace")))
         elif chunk.kind != HELLO:
             self._take_in(chunk)

@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,11 +11,12 @@ import pytest
 from fastapi import BackgroundTasks, FastAPI
 from starlette.background import BackgroundTask
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
 from qserve import serve
 from qserve.testing import TestInstance
 from tests.support.gates import Gate, Notes
+from tests.support.processes import connect, read_until
 from tests.support.slowness import patience
 from tests.support.waiting import joined
 
@@ -145,4 +147,53 @@ def test_a_task_may_outlive_the_deadline_of_its_request(http: httpx.Client, note
     plain.deploy()
 
     assert http.get("/served/", headers={"x-request-timeout-ms": str(int(deadline_s * 1000))}).text == "answer"
+    assert notes.wait_for(1) == ["task ended"]
+
+
+@pytest.mark.parametrize("behind_middleware", [False, True], ids=["bare", "behind a middleware"])
+@pytest.mark.parametrize("kind", ["file", "quick generator", "slow generator"])
+def test_the_task_of_a_response_whose_client_leaves_half_way_runs(
+    kind: str, behind_middleware: bool, qserve_instance: TestInstance, notes: Notes, tmp_path: Path
+) -> None:
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(32 * 1024 * 1024)
+    path = str(large)
+
+    async def task() -> None:
+        await asyncio.sleep(0.05)  # long enough to be cancelled
+        notes.add("task ended")
+
+    async def parts() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * 100_000
+            if kind == "slow generator":
+                await asyncio.sleep(0.01)
+
+    app = FastAPI()
+
+    @app.get("/")
+    def download() -> Response:
+        background = BackgroundTask(task)
+        return (
+            FileResponse(path, background=background)
+            if kind == "file"
+            else StreamingResponse(parts(), 200, background=background)
+        )
+
+    if behind_middleware:
+
+        @app.middleware("http")
+        async def pass_on(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+            return await call_next(request)
+
+    @serve.deployment(name="served")
+    @serve.ingress(app)
+    class Served:
+        pass
+
+    Served.deploy()
+
+    with connect(qserve_instance, b"GET /served/ HTTP/1.1\r\nhost: HOST\r\n\r\n") as connection:
+        read_until(connection, b"\r\n\r\n")
     assert notes.wait_for(1) == ["task ended"]

@@ -1,10 +1,14 @@
 """What is kept of calls: an index of durable ones, ordinary ones that had trouble, and counts of ten seconds each."""
 
+import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 
+import httpx
 import pytest
+from fastapi import FastAPI
+from starlette.responses import StreamingResponse
 
 from qserve import serve
 from qserve.broker.history.buckets import BOUNDS_MS, add_counts, read_buckets, sample_queues
@@ -14,7 +18,8 @@ from qserve.broker.instance.state import State
 from qserve.errors import BackPressureError
 from qserve.testing import TestInstance
 from qserve.wire.messages import Signer
-from tests.support.gates import Gate
+from tests.support.gates import Gate, Notes
+from tests.support.processes import connect, read_until
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
 
@@ -161,3 +166,43 @@ def test_the_index_forgets_calls_whose_records_are_gone(state: State) -> None:
     state.redis.zadd(key, {f"d{number:032x}": number for number in range(250)})
     sample_queues(state.redis, state.keys, "me", ["gone"])
     assert state.redis.zcard(key) == 0
+
+
+def test_a_client_that_leaves_a_stream_is_no_failure(kept: State, qserve_instance: TestInstance, notes: Notes) -> None:
+    app = FastAPI()
+
+    @app.post("/")
+    async def endless() -> StreamingResponse:
+        async def lines() -> AsyncIterator[str]:
+            try:
+                while True:
+                    yield "more\n"
+                    await asyncio.sleep(0.01)
+            finally:
+                notes.add("closed")
+
+        return StreamingResponse(lines())
+
+    @app.get("/fails")
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    @serve.deployment(name="streamed")
+    @serve.ingress(app)
+    class Streamed:
+        pass
+
+    Streamed.deploy()
+
+    with connect(qserve_instance, b"POST /streamed/ HTTP/1.1\r\nhost: HOST\r\ncontent-length: 0\r\n\r\n") as connection:
+        read_until(connection, b"more")
+    notes.wait_for(1)
+    assert httpx.get(f"{qserve_instance.url}/streamed/fails").status_code == 500
+
+    def troubles() -> list[str]:
+        return [
+            note.error for _, _, note in read_troubles(kept.redis, kept.keys, ["streamed"]) if note.what == "failed"
+        ]
+
+    wait_until(lambda: "HTTP status 500" in troubles())
+    assert troubles() == ["HTTP status 500"]

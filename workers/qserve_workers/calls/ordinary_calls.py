@@ -20,6 +20,7 @@ from qserve.errors import (
     QServeError,
     ReplicaDied,
     ResultTooLarge,
+    StreamBroken,
 )
 from qserve.failpoints import reach
 from qserve.hooks import HookChain, ReplicaHook
@@ -109,7 +110,11 @@ class OrdinaryRuns:
                 spawn(self._answers.reject(entry, exc, call, self.pack_error(exc)))
             return
         except BaseException as exc:  # packing a result runs user code, too
-            kind, result = self._failure(running, what_was_raised(exc))
+            if isinstance(exc, StreamBroken) and _reader_has_left(running):
+                self._slots.counts.others["cancelled"] += 1
+                kind, result = ERROR, self.pack_error(exc)
+            else:
+                kind, result = self._failure(running, what_was_raised(exc))
         if not self._answer(running, kind, result):
             self._slots.end_background(running)
 
@@ -263,3 +268,8 @@ class OrdinaryRuns:
                 "stream it, or raise QSERVE_MAX_VALUE_BYTES"
             )
         return pack_http(response, self._answers.largest_frame)
+
+
+def _reader_has_left(running: RunningCall) -> bool:
+    """Whether what a call sends is not wanted any more, and its code has ended without an error of its own."""
+    return running.channel is not None and running.channel.is_unwanted and running.info.app_error is None

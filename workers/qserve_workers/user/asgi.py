@@ -30,6 +30,8 @@ _ASGI = {"version": "3.0", "spec_version": "2.3"}
 _ASGI_WEBSOCKET = {"version": "3.0", "spec_version": "2.4"}
 _HOLD_S = 0.001
 _LAST_WORD_S = 1.0
+_UNREAD_S = 30.0
+"""How long an application may go on with a response that nobody reads any more, to come to its background tasks."""
 _INTERNAL_SERVER_ERROR = HttpResponse(
     500,
     [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"21")],
@@ -73,7 +75,7 @@ class Exchange:
 
     __slots__ = (
         *("_channel", "_first", "_flushing", "_follows", "_held", "_on_complete", "_open_channel", "_response"),
-        *("_timer", "complete", "streamed"),
+        *("_timer", "_unread_until", "complete", "streamed"),
     )
 
     def __init__(
@@ -88,6 +90,7 @@ class Exchange:
         self._held: bytes | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._flushing: asyncio.Task[None] | None = None
+        self._unread_until = 0.0
         self.complete = False
         self.streamed = False
         if request.body_follows:
@@ -115,22 +118,35 @@ class Exchange:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """Collect the response, or stream it on.
+        """Collect the response, or stream it on. What is sent to a client that has left is dropped, as under uvicorn.
 
         Raises:
-            ClientLeft: As it says.
+            ClientLeft: It has left long ago.
+            RuntimeError: The message has no place here.
         """
-        if message["type"] == "http.response.start":
+        kind, begun = message["type"], self._response.status != 0
+        if self.complete:
+            raise RuntimeError(f"the response is complete, and {kind!r} was sent after its end")
+        if kind != ("http.response.body" if begun else "http.response.start"):
+            raise RuntimeError(f"{kind!r} was sent {'after' if begun else 'before'} the beginning of the response")
+        if not begun:
             headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
             self._response = HttpResponse(message["status"], headers, b"")
             # Most responses follow at once as a whole; middlewares turn these into a part and an empty end. So wait a
             # moment for the end before the beginning leaves by itself.
             self._timer = asyncio.get_running_loop().call_later(_HOLD_S, self._begin_flush)
-        elif message["type"] == "http.response.body":
-            try:
-                await self._send_body(bytes(message.get("body", b"")), more=message.get("more_body", False))
-            except StreamBroken as exc:
-                raise ClientLeft(str(exc)) from exc
+            return
+        try:
+            await self._send_body(bytes(message.get("body", b"")), more=message.get("more_body", False))
+        except StreamBroken as exc:
+            await self._drop(exc)
+
+    async def _drop(self, error: StreamBroken) -> None:
+        now = asyncio.get_running_loop().time()
+        self._unread_until = self._unread_until or now + _UNREAD_S
+        if now > self._unread_until:
+            raise ClientLeft(str(error)) from error
+        await asyncio.sleep(0)  # what listens for the client's leaving has its turn
 
     async def _send_body(self, body: bytes, *, more: bool) -> None:
         if self._held is not None or self._flushing is not None:
@@ -233,7 +249,9 @@ async def run_asgi(
     if exchange.complete:
         return exchange.response()
     await exchange.settle()
-    if exchange.streamed or exchange.client_has_left:
+    if exchange.client_has_left:
+        raise StreamBroken("the client left before the end of its response")
+    if exchange.streamed:
         raise StreamBroken("the application returned before the last part of its response, with more_body=False")
     logger.error("ASGI application returned without a response, request %s", request.request_id)
     return _INTERNAL_SERVER_ERROR

@@ -54,6 +54,22 @@ async def tell(scope: Scope, _: Receive, send: Send) -> None:
     await send({**END, "body": scope["raw_path"] + b" " + scope["query_string"]})
 
 
+async def two_responses(_: Scope, _receive: Receive, send: Send) -> None:
+    for status, body in ((200, b"first"), (500, b"second")):
+        await send({**START, "status": status, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({**END, "body": body})
+
+
+async def more_after_the_end(_: Scope, _receive: Receive, send: Send) -> None:
+    await send({**START, "headers": [(b"content-length", b"5")]})
+    for body in (b"whole", b"other"):
+        await send({**END, "body": body})
+
+
+async def no_beginning(_: Scope, _receive: Receive, send: Send) -> None:
+    await send({**END, "body": b"only a body"})
+
+
 PATHS = {
     "/parts": parts,
     "/no-headers": no_headers,
@@ -62,6 +78,9 @@ PATHS = {
     "/nothing": nothing,
     "/raises": raises,
     "/echo": echo,
+    "/two-responses": two_responses,
+    "/more-after-the-end": more_after_the_end,
+    "/no-beginning": no_beginning,
 }
 
 
@@ -86,4 +105,7 @@ CASES = [
     Case("an echo of chunks", "POST", "/echo", body=Body((b"e", b"cho"))),
     Case("raw path and query", "GET", "/%7Ea/b?c=%20"),
     Case("HEAD of parts", "HEAD", "/parts"),
+    Case("a second response", "GET", "/two-responses"),
+    Case("more after the end", "GET", "/more-after-the-end"),
+    Case("a body without a beginning", "GET", "/no-beginning"),
 ]
