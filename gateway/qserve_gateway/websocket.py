@@ -36,6 +36,7 @@ class WebSocketBridge:
         self._send = send
         self._request_id = request_id
         self._denial = HttpResponse(500, [], b"")
+        self._upwards: asyncio.Task[None] | None = None
         self.accepted = False
         self.closed = False
 
@@ -45,7 +46,7 @@ class WebSocketBridge:
         Raises:
             StreamBroken: The replica refused or died before it accepted; nothing has been sent.
         """
-        upwards = spawn(self._from_client())
+        upwards = self._upwards = spawn(self._from_client())
         try:
             while (data := await self._channel.receive()) is not None:
                 await self._to_client(decode_websocket_event(data))
@@ -93,6 +94,12 @@ class WebSocketBridge:
                 await self._take_denial(event)
         except OSError:  # the client has left; what the application sends meanwhile is for nobody
             self.closed = True
+            asyncio.get_running_loop().call_later(_LAST_WORD_S, self._tell_sender)
+
+    def _tell_sender(self) -> None:
+        """Let an application that sends, and does not read what its client has sent before, know that it has left."""
+        if self._upwards is not None and not self._upwards.done():
+            self._channel.abort("the client left")
 
     async def _accept(self, event: WebSocketEvent) -> None:
         try:

@@ -157,6 +157,24 @@ async def test_an_application_that_reads_nothing_hears_of_it_when_it_sends(monke
     assert replica.aborted == "the client left"
 
 
+async def test_an_application_that_only_sends_hears_of_it_behind_messages_it_has_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(websocket, "_LAST_WORD_S", 0.0)
+    client = Client({"type": "websocket.receive", "text": "never read"}, {"type": "websocket.disconnect"})
+    replica = Replica(ACCEPT)
+    replica.reads = False
+    serving = asyncio.create_task(between(client, replica).run())
+    await until(lambda: client.types() == ["accept"])
+    client.has_left = True
+    replica.says.put_nowait(WebSocketEvent("send", text="tick"))
+
+    await until(lambda: replica.aborted)
+    replica.says.put_nowait(None)
+    await serving
+    assert replica.aborted == "the client left"
+
+
 async def test_a_client_that_cannot_be_written_to_has_left() -> None:
     client, replica = Client(), Replica(ACCEPT, None)
     client.has_left = True
