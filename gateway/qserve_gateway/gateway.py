@@ -16,7 +16,7 @@ from qserve.wire.messages import MODEL, WEBSOCKET, HttpRequest, HttpResponse, en
 from qserve.wire.spec import DeploymentSpec
 from qserve_gateway.api_keys import ApiKeys
 from qserve_gateway.bodies.large_bodies import LargeResponse
-from qserve_gateway.bodies.streaming import ClientDisconnected, read_beginning
+from qserve_gateway.bodies.streaming import ClientDisconnected, read_beginning, until_it_pauses
 from qserve_gateway.direct_calls import DirectCall, HookedDirectCall
 from qserve_gateway.door.body_protocol import connection_of
 from qserve_gateway.door.direct import DirectApp, DirectProtocol, DirectRequest
@@ -224,8 +224,9 @@ class Gateway(DirectApp):
                 return self._response(answer, route, request_id)
         body, follows = b"", False
         if length or b"transfer-encoding" in named:
+            is_live = preference is None and not length
             body, follows = await read_beginning(
-                receive,
+                until_it_pauses(receive) if is_live else receive,
                 declared=length,
                 most=self._settings.out_of_line_bytes if preference is None else self._largest_durable,
                 limit=self._settings.max_body_bytes,

@@ -15,7 +15,7 @@ from qserve.errors import PayloadTooLarge
 from qserve.values.segments import Segment
 from qserve.wire.messages import HttpRequest, LargeReply, decode_http_response, encode
 from qserve.wire.parts import Source
-from qserve_gateway.bodies.streaming import ClientDisconnected, body_too_large
+from qserve_gateway.bodies.streaming import PATIENCE_S, PAUSE_S, ClientDisconnected, body_too_large
 from qserve_gateway.door.body_protocol import BodyProtocol, BodyReader, cycle_of
 from qserve_gateway.door.transport import WRITTEN_AT_ONCE
 from qserve_gateway.respond import Unsendable, send_response, start_message
@@ -25,10 +25,6 @@ _MOST = 512 * 2**20
 """Bytes of one body, and of all that are read or used in this way at a time; others are sent on as they come in, so
 that large uploads do not take all memory."""
 _LEFT = "the client left before the body of its request was whole"
-_PAUSE_S = 0.05
-_PATIENCE_S = 1.0
-"""How long a body may pause, and take in all, until the application gets what there is of it: it may want to see the
-beginning of a slow upload before its end."""
 _STEP = 1024 * 1024
 """Bytes of a response that are written at a time, with time for other requests in between."""
 
@@ -60,14 +56,14 @@ class LargeBody:
             ClientDisconnected: The client has left.
         """
         loop = asyncio.get_running_loop()
-        end = loop.time() + _PATIENCE_S
+        end = loop.time() + PATIENCE_S
         try:
-            async with asyncio.timeout(_PAUSE_S) as pause:
+            async with asyncio.timeout(PAUSE_S) as pause:
                 while self._take_in(await receive()):
                     if connection is not None and (reader := connection.divert(self._rest())) is not None:
                         pause.reschedule(None)
                         return await self._read_all(reader, end)
-                    pause.reschedule(min(end, loop.time() + _PAUSE_S))
+                    pause.reschedule(min(end, loop.time() + PAUSE_S))
         except TimeoutError:
             return False
         return True
@@ -82,7 +78,7 @@ class LargeBody:
         try:
             while not reader.over.done() and reader.size != before and loop.time() < end:
                 before = reader.size
-                await asyncio.wait((reader.over,), timeout=_PAUSE_S)
+                await asyncio.wait((reader.over,), timeout=PAUSE_S)
         finally:
             is_over = reader.over.done()
             reader.stop()

@@ -5,7 +5,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
 from qserve.background import end, spawn
 from qserve.errors import PayloadTooLarge, QServeError, StreamBroken
@@ -13,6 +13,10 @@ from qserve.wire.channel import Channel
 from qserve.wire.messages import decode_http_response
 from qserve_gateway.respond import Unsendable, send_response, start_message
 
+PAUSE_S = 0.05
+PATIENCE_S = 1.0
+"""How long a body may pause, and take in all, until the application gets what there is of it: it may want to see the
+beginning of a slow upload before its end."""
 _CUT_BY_US = "a response was cut: this gateway is leaving, and waits no longer for its end"
 
 
@@ -41,9 +45,10 @@ class OneLinePerCut(logging.Filter):
 
 
 async def read_beginning(receive: Receive, *, declared: int, most: int, limit: int) -> tuple[bytes, bool]:
-    """Read the body of a request, or its beginning and True where it has more than `most` bytes.
+    """Read the body of a request, or its beginning and True where it has more than `most` bytes, or pauses.
 
     Args:
+        receive: Of the request; one `until_it_pauses` ends the beginning at a pause.
         declared: What Content-Length says, 0 without one.
         most: How many bytes may be put on a queue.
         limit: Most bytes of the whole body.
@@ -57,16 +62,31 @@ async def read_beginning(receive: Receive, *, declared: int, most: int, limit: i
     parts: list[bytes] = []
     size = 0
     more = True
-    while more and size <= most:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnected("the client left before the body of its request was whole")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        more = message.get("more_body", False)
+    try:
+        while more and size <= most:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnected("the client left before the body of its request was whole")
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            more = message.get("more_body", False)
+    except TimeoutError:
+        more = True
     if size > limit:
         raise body_too_large(limit)
     return parts[0] if len(parts) == 1 else b"".join(parts), more
+
+
+def until_it_pauses(receive: Receive) -> Receive:
+    """Make a `receive` that raises TimeoutError when the body pauses, or has taken too long."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + PATIENCE_S
+
+    async def receive_soon() -> Message:
+        async with asyncio.timeout_at(min(end, loop.time() + PAUSE_S)):
+            return await receive()
+
+    return receive_soon
 
 
 class Upload:

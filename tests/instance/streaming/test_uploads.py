@@ -74,6 +74,28 @@ def test_the_handler_reads_while_the_client_still_sends(qserve_instance: TestIns
         assert read_to_end(connection).endswith(b"%d" % (2 * MIB))
 
 
+def test_small_chunks_reach_the_handler_before_the_client_goes_on(qserve_instance: TestInstance, notes: Notes) -> None:
+    app = FastAPI()
+
+    @app.post("/")
+    async def listen(request: Request) -> str:
+        heard = b""
+        async for part in request.stream():
+            heard += part
+            notes.add(heard.decode())
+        return heard.decode()
+
+    _deploy(app)
+    head = b"POST /served/ HTTP/1.1\r\nhost: HOST\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+
+    with connect(qserve_instance, head) as connection:
+        for count, word in enumerate((b"one", b"two", b"six"), 1):
+            connection.sendall(b"3\r\n%b\r\n" % word)
+            assert len(notes.wait_for(count)[-1]) == 3 * count
+        connection.sendall(b"0\r\n\r\n")
+        assert read_to_end(connection).endswith(b'"onetwosix"')
+
+
 def test_sync_code_and_body_and_json_get_all_of_it(http: httpx.Client) -> None:
     @serve.deployment
     class Sync:
