@@ -13,6 +13,7 @@ from qserve.settings import Settings
 from qserve_gateway.admin.instance_metrics import _Counts
 from qserve_gateway.admin.metrics import _GatewayCollector
 from qserve_gateway.door.limits import Door
+from qserve_gateway.door.request_counts import RequestCounts, Series
 from qserve_workers.calls.call_counts import CallCounts
 
 
@@ -32,6 +33,25 @@ def test_a_traced_request_is_an_exemplar_of_its_bucket() -> None:
         ),
         ('qserve_http_request_duration_seconds_bucket{deployment="Echo",le="10.0"} 3.0', ['{trace_id="def"}', "9.0"]),
     ]
+
+
+def test_a_deployment_may_have_its_first_response_while_somebody_looks() -> None:
+    """Metrics are read on a thread, and requests counted by the event loop."""
+    counts = RequestCounts()
+
+    class Watched(str):
+        """A name that tells when it is looked at."""
+
+        __slots__ = ()
+
+        def __hash__(self) -> int:
+            counts.series.setdefault(("New", 2), Series())
+            return super().__hash__()
+
+    counts.series[(Watched("Old"), 2)] = Series()
+    counts.series.pop(("New", 2))
+    assert counts.latencies().keys() >= {"Old"}
+    assert ("New", 2) in counts.series
 
 
 def test_times_become_a_histogram_of_seconds() -> None:

@@ -65,7 +65,7 @@ class RequestCounts:
     def latencies(self) -> dict[str, tuple[list[int], float]]:
         """For each deployment, how many requests took no longer than each bound, how many in all, and their seconds."""
         found: dict[str, tuple[list[int], float]] = {}
-        for (deployment, _), series in self.series.items():
+        for (deployment, _), series in list(self.series.items()):  # more may come meanwhile: this runs on a thread
             buckets, seconds = found.get(deployment, ([0] * len(series.buckets), 0.0))
             buckets = [a + b for a, b in zip(buckets, series.buckets, strict=True)]
             found[deployment] = (buckets, seconds + series.seconds)
