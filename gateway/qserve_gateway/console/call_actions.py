@@ -7,7 +7,7 @@ from typing import Any
 from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.durable.dead_letters import DeadLetters
-from qserve.errors import CallNotFound, QServeError
+from qserve.errors import BrokerUnavailable, CallNotFound, ConfigurationError, QServeError
 from qserve.operating import controls
 from qserve.operating.call_search import CallFilter, find_call, find_calls
 from qserve.wire.call_record import DEAD, FAILED, DurableCall, DurableOptions
@@ -39,7 +39,7 @@ def retry_matching(order: Order) -> Done:
 
 
 def cancel(order: Order) -> Done:
-    return _each(order, _chosen(order), "cancelled", lambda order, call: controls.cancel(order.state, call))
+    return _each(order, _chosen(order), "cancelled", _cancel_one)
 
 
 def retry_letters(order: Order) -> Done:
@@ -65,6 +65,11 @@ def _retry_one(order: Order, call: Any) -> object:
     return controls.send_again(order.state, call, order.settings.out_of_line_bytes)
 
 
+def _cancel_one(order: Order, call: Any) -> None:
+    if controls.cancel(order.state, call) == "ended":
+        raise CallNotFound(f"call {call.id} has ended already")
+
+
 def _each(order: Order, ids: Sequence[str], said: str, act: Callable[[Order, Any], object]) -> Done:
     if not ids:
         raise NotPossible("no call is selected")
@@ -72,7 +77,9 @@ def _each(order: Order, ids: Sequence[str], said: str, act: Callable[[Order, Any
     for call_id in ids:
         try:
             act(order, find_call(order.state, call_id))
-        except CallNotFound as exc:
+        except (BrokerUnavailable, ConfigurationError):
+            raise  # it is none of this call alone
+        except QServeError as exc:
             failures.append(str(exc))
     if len(failures) == len(ids):
         raise NotPossible(failures[0])

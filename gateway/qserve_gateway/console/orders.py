@@ -8,6 +8,7 @@ from qserve.broker.instance.state import State
 from qserve.settings import Settings
 
 MOST_AT_ONCE: Final = 1_000
+_MOST_DIGITS: Final = 12
 
 Form = Mapping[str, Sequence[str]]
 
@@ -50,9 +51,10 @@ class Order(NamedTuple):
     def number(self, name: str, most: int, least: int = 1) -> int:
         """The number in a field; raises `NotPossible` if it is none in these bounds."""
         text = self.text(name)
-        if not (text.isascii() and text.isdecimal()) or not least <= int(text[:12]) <= most:
+        number = int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else -1
+        if not least <= number <= most:
             raise NotPossible(f"{name} must be a number from {least} to {most:,}, not {text[:40]!r}")
-        return int(text)
+        return number
 
     def json(self, name: str, default: Any) -> Any:
         """The JSON in a field; raises `NotPossible` if it is none."""

@@ -173,6 +173,27 @@ def test_operators_act_and_the_audit_says_so(shop: Any, operator: httpx.Client) 
     assert "operator from 127.0.0.1" in audit
 
 
+def test_calls_that_cannot_be_changed_are_counted_and_keep_no_other_from_it(shop: Any, operator: httpx.Client) -> None:
+    @serve.deployment(name="gone", route_prefix=None)
+    def gone() -> None:
+        raise ValueError("bad")
+
+    gone.deploy()
+    refs = [shop.remote("bad"), gone.get_handle().options(durable=True).remote(), shop.remote("bad")]
+    for ref in refs:
+        with pytest.raises(ValueError, match="bad"):
+            ref.result(patience(LIMIT_S))
+    gone.delete()
+    answer = act(operator, "retry", id=[ref.id for ref in refs]).text
+    assert "2 calls sent again. 1 left as they are: there is no deployment" in answer
+    wait_until(lambda: all(serve.get_ref(ref.id).status().attempts == 2 for ref in (refs[0], refs[2])))
+    done = shop.remote("word")
+    done.result(patience(LIMIT_S))
+    answer = act(operator, "cancel", id=done.id)
+    assert answer.status_code == 409
+    assert f"call {done.id} has ended already" in answer.text
+
+
 def test_all_that_match_are_those_that_the_page_shows(shop: Any, running: TestInstance, operator: httpx.Client) -> None:
     refs = [shop.remote(f"bad {word}") for word in ("old", "young")]
     for ref in refs:
@@ -393,6 +414,8 @@ def test_forms_that_make_no_sense_are_refused(shop: Any, operator: httpx.Client)
     assert operator.post("/act", data={"action": "dance"}).status_code == 400
     assert act(operator, "scale", "shop", replicas="many").status_code == 409
     assert act(operator, "bound", "shop", bound="0").status_code == 409
+    assert act(operator, "scale", "shop", replicas="000000000001000").status_code == 409  # cut, it would be 1
+    assert act(operator, "bound", "shop", bound="1" + "0" * 5_000).status_code == 409
     assert act(operator, "pause", "nobody").status_code == 404
     assert act(operator, "call", "shop", args="[").status_code == 409
     assert act(operator, "retry", id="nonsense").status_code == 409
