@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qserve.broker.history.call_index import STATES, CallSummary, ids_of_key, newest_ids, summaries
+from qserve.broker.history.call_index import ABOVE_ALL, STATES, CallSummary, Entry, ids_of_key, newest_ids, summaries
 from qserve.broker.instance.state import State
 from qserve.errors import CallNotFound
 from qserve.wire.call_record import is_call_id
@@ -22,7 +22,8 @@ class CallFilter:
         method: Name of the method.
         error: A part of the text of the last error, in any case of letters.
         key: Its idempotency key, the whole of it.
-        since, before: Unix times between which a call entered its state.
+        since: Unix time; only calls that entered their state since then.
+        before: Only calls that come behind this one in a list; of one moment there may be many.
     """
 
     states: tuple[str, ...] = ()
@@ -31,7 +32,7 @@ class CallFilter:
     error: str = ""
     key: str = ""
     since: float = 0.0
-    before: float = float("inf")
+    before: Entry = ABOVE_ALL
 
     def check(self) -> None:
         """Raise ValueError if there is no such state."""
@@ -59,7 +60,7 @@ class Found(NamedTuple):
     """
 
     calls: list[tuple[float, CallSummary]]
-    next_before: float | None
+    next_before: Entry | None
     is_cut: bool = False
 
 
@@ -85,18 +86,19 @@ def find_calls(state: State, wanted: CallFilter, most: int = PAGE) -> Found:
             record = records.get(call_id)
             if record is not None and wanted.fits(record):
                 if len(calls) == most:
-                    return Found(calls, calls[-1][0])
+                    return Found(calls, (calls[-1][0], calls[-1][1].id))
                 calls.append((at, record))
         if len(ids) < _SCANNED_AT_ONCE:
             return Found(calls, None)
-        before = ids[-1][0]
+        before = ids[-1]
     return Found(calls, before, is_cut=True)
 
 
 def _with_key(state: State, wanted: CallFilter, most: int) -> Found:
     records = summaries(state.redis, state.keys, ids_of_key(state.redis, state.keys, wanted.key)).values()
     calls = [(call.ended or call.started or call.submitted, call) for call in records if wanted.fits(call)]
-    fitting = sorted((each for each in calls if wanted.since <= each[0] < wanted.before), reverse=True)
+    fitting = [(at, call) for at, call in calls if wanted.since <= at and (at, call.id) < wanted.before]
+    fitting.sort(reverse=True)
     return Found(fitting[:most], None)
 
 

@@ -5,13 +5,13 @@ told.
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from msgspec.structs import asdict, replace
 from pydantic import ValidationError
 
-from qserve.broker.history.call_index import CallSummary, run_again
+from qserve.broker.history.call_index import ABOVE_ALL, CallSummary, Entry, run_again
 from qserve.broker.inboxes import control_frame, tell_now
 from qserve.broker.instance.state import GenerationChanged, State
 from qserve.broker.records import end_now
@@ -194,9 +194,13 @@ def cancel(state: State, call: CallSummary) -> str:
     return end_now(state.redis, state.keys, state.signer, call.id, encode(info))
 
 
-def failed_calls(state: State, name: str, most: int = 1000) -> list[CallSummary]:
-    """The newest calls of a deployment that can run again."""
-    return [call for _, call in find_calls(state, CallFilter((FAILED, DEAD), name), most).calls]
+def failed_calls(state: State, name: str) -> Iterator[CallSummary]:
+    """The calls of a deployment that can run again, the newest first."""
+    before: Entry | None = ABOVE_ALL
+    while before is not None:
+        found = find_calls(state, CallFilter((FAILED, DEAD), name, before=before), 1000)
+        yield from (call for _, call in found.calls)
+        before = found.next_before
 
 
 def stop_replica(state: State, replica: str) -> bool:

@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 
 from qserve import serve
 from qserve.broker.history.buckets import BOUNDS_MS, add_counts, read_buckets, sample_queues
-from qserve.broker.history.call_index import count_states, newest_ids, run_again, summaries
+from qserve.broker.history.call_index import ABOVE_ALL, count_states, newest_ids, run_again, summaries
 from qserve.broker.history.troubles import TROUBLES_KEPT, Trouble, note_troubles, read_troubles
 from qserve.broker.instance.state import State
 from qserve.errors import BackPressureError
@@ -23,8 +23,6 @@ from tests.support.processes import connect, read_until
 from tests.support.slowness import patience
 from tests.support.waiting import LIMIT_S, wait_until
 
-FOREVER = float("inf")
-
 
 @pytest.fixture
 def kept(qserve_instance: TestInstance) -> Iterator[State]:
@@ -34,7 +32,7 @@ def kept(qserve_instance: TestInstance) -> Iterator[State]:
 
 
 def ids_in(state: State, name: str, call_state: str) -> list[str]:
-    return [each for _, each in newest_ids(state.redis, state.keys, [(name, call_state)], FOREVER, 0, 10)]
+    return [each for _, each in newest_ids(state.redis, state.keys, [(name, call_state)], ABOVE_ALL, 0, 10)]
 
 
 def test_the_index_follows_durable_calls_through_their_states(kept: State, gate: Gate) -> None:

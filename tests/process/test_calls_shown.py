@@ -12,6 +12,7 @@ import pytest
 import redis
 from click.testing import CliRunner, Result
 
+from qserve.broker.history.call_index import ABOVE_ALL, Entry
 from qserve.broker.history.troubles import Trouble, note_troubles
 from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
@@ -19,7 +20,7 @@ from qserve.cli.command_line import main
 from qserve.errors import CallNotFound, DeploymentNotFound
 from qserve.operating import controls
 from qserve.operating.call_contents import contents_of
-from qserve.operating.call_search import find_call
+from qserve.operating.call_search import CallFilter, find_call, find_calls
 from qserve.settings import Settings
 from qserve.wire.autoscaling import Autoscaling
 from qserve.wire.call_record import DurableCall, Part, Terms, new_call_id
@@ -367,6 +368,35 @@ def test_a_list_that_is_longer_says_so(calls: Callable[..., Result], state: Stat
         state.redis.zadd(state.keys.index("Echo", "done"), {record.id: time.time() * 1000 + number})
     assert "There are more: --limit 4" in calls("ls", "--limit", "2").output
     assert len(calls("ls", "--json", "--since", "1.5h").output.splitlines()) == 3
+
+
+def test_no_call_is_left_out_of_a_list_because_others_entered_at_the_same_moment(
+    calls: Callable[..., Result], state: State, settings: Settings
+) -> None:
+    deploy(settings)
+    moments = [1_700_000_000_000 + number // 450 for number in range(900)]
+    records = {Record(state, state="failed", ended=moment).id: moment for moment in moments}
+    state.redis.zadd(state.keys.index("Echo", "failed"), dict(records))  # more of a moment than are read at once
+    ids = [json.loads(line)["id"] for line in calls("ls", "--json", "--limit", "1000").output.splitlines()]
+    assert ids == sorted(records, key=lambda each: (records[each], each), reverse=True)
+    paged = list[str]()
+    before: Entry | None = ABOVE_ALL
+    while before is not None:
+        found = find_calls(state, CallFilter(("failed", "failed"), "Echo", before=before), 70)
+        paged += [call.id for _, call in found.calls]
+        before = found.next_before
+    assert paged == ids
+
+
+def test_all_means_all_however_many_have_failed(calls: Callable[..., Result], state: State, settings: Settings) -> None:
+    deploy(settings)
+    pipeline = state.redis.pipeline(transaction=False)
+    made = [new_call_id(state.keys.of("Echo").shard) for _ in range(2_100)]
+    for number, each in enumerate(made):
+        pipeline.hset(state.keys.call(each), mapping={"state": "failed", "deployment": "Echo", "kind": PYTHON})
+        pipeline.zadd(state.keys.index("Echo", "failed"), {each: 1_700_000_000_000 + number // 7})
+    pipeline.execute()
+    assert sorted(call.id for call in controls.failed_calls(state, "Echo")) == sorted(made)
 
 
 def test_several_calls_are_tried_each_and_the_failures_counted(

@@ -8,7 +8,7 @@ from urllib.parse import quote, urlencode
 
 from qserve.broker.history.audit import read_deeds
 from qserve.broker.history.buckets import read_buckets
-from qserve.broker.history.call_index import STATES, count_states
+from qserve.broker.history.call_index import ABOVE_ALL, STATES, Entry, count_states
 from qserve.broker.history.totals import read_totals
 from qserve.broker.history.troubles import read_troubles
 from qserve.broker.instance.queue_facts import read_queue_facts
@@ -185,7 +185,7 @@ class Pages:
             *(query.get("deployment", "").strip(), query.get("method", "").strip(), query.get("error", "").strip()),
             key=query.get("key", "").strip(),
             since=time.time() - length if (length := _choice("since", since, SINCE)) else 0.0,
-            before=_moment(query.get("before", "")),
+            before=_before(query.get("before", "")),
         )
         names = self._state.names()
         try:
@@ -196,7 +196,8 @@ class Pages:
         counted = count_states(self._state.redis, self._state.keys, chosen[:200])
         more = None
         if found.next_before is not None:
-            more = "?" + urlencode({**query, "before": f"{found.next_before:.3f}"})
+            at, last = found.next_before
+            more = "?" + urlencode({**query, "before": f"{at:.3f}-{last}"})
         return {
             "found": found,
             "wanted": wanted,
@@ -323,12 +324,13 @@ def _page(asked: Asked) -> int:
     return int(text)
 
 
-def _moment(text: str) -> float:
+def _before(text: str) -> Entry:
     if not text:
-        return float("inf")
-    if re.fullmatch(r"\d{1,12}(\.\d{1,6})?", text) is None:
-        raise BadFilter(f"before is a Unix time, not {text[:40]!r}")
-    return float(text)
+        return ABOVE_ALL
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)(?:-(d[0-9a-f]{32}))?", text, re.ASCII)
+    if match is None:
+        raise BadFilter(f"before is a Unix time, and perhaps the id of a call, not {text[:40]!r}")
+    return float(match[1]), match[2] or ""
 
 
 def _kind_of(reason: str) -> str:

@@ -4,6 +4,7 @@ The scripts that change a record keep the index. All of this goes over redis-py,
 and raises `BrokerUnavailable`, `ConfigurationError` or `CommandRefused`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, cast
 
@@ -27,6 +28,10 @@ from qserve.wire.call_record import (
 
 STATES: Final = (QUEUED, SCHEDULED, RUNNING, DONE, FAILED, CANCELLED, DEAD, EXPIRED)
 """Every state of a durable call, in the order in which they are shown."""
+
+Entry = tuple[float, str]
+"""When a call entered its state (Unix time), and its id."""
+ABOVE_ALL: Final[Entry] = (math.inf, "")
 
 CHILDREN_KEPT: Final = 100
 """Of the durable calls that a call has made, the first so many are known; submit.lua keeps them."""
@@ -80,26 +85,34 @@ def count_states(client: redis.Redis, keys: Keys, deployments: Sequence[str]) ->
 
 
 def newest_ids(
-    client: redis.Redis, keys: Keys, places: list[tuple[str, str]], before: float, since: float, most: int
-) -> list[tuple[float, str]]:
-    """(when it entered the state, id) of calls in any of the places (deployment, state), the newest first.
+    client: redis.Redis, keys: Keys, places: list[tuple[str, str]], before: Entry, since: float, most: int
+) -> list[Entry]:
+    """The entries of calls in any of the places (deployment, state), the newest first.
 
     Places where there are none (any more) are taken from the list, so that nobody looks there again.
 
     Args:
-        before: Only those that entered before; Unix time.
+        before: Only those that come behind this one. Of one moment there may be many.
         since: Only those that did not enter before that.
     """
-    pipeline = client.pipeline(transaction=False)
-    for deployment, state in places:
-        key = keys.index(deployment, state)
-        highest = "+inf" if before == float("inf") else f"({before * 1000:.0f}"
-        pipeline.zrevrangebyscore(key, highest, f"{since * 1000:.0f}", 0, most, withscores=True)
-    with our_errors(client):
-        found = cast("Any", pipeline.execute())
-    places[:] = [place for place, part in zip(places, found, strict=True) if part]
-    merged = sorted(((score / 1000, each.decode()) for part in found for each, score in part), reverse=True)
-    return merged[:most]
+    highest = "+inf" if before == ABOVE_ALL else f"{math.ceil(before[0] * 1000)}"
+    found: dict[tuple[str, str], list[Entry]] = {place: [] for place in places}
+    looked_at = dict.fromkeys(places, 0)
+    while looked_at:
+        pipeline = client.pipeline(transaction=False)
+        for (deployment, state), count in looked_at.items():
+            lowest = f"{since * 1000:.0f}"
+            pipeline.zrevrangebyscore(keys.index(deployment, state), highest, lowest, count, most, withscores=True)
+        with our_errors(client):
+            parts = cast("Any", pipeline.execute())
+        for place, part in zip(tuple(looked_at), parts, strict=True):
+            entries = ((score / 1000, each.decode()) for each, score in part)
+            found[place] += [entry for entry in entries if entry < before]
+            looked_at[place] += most
+            if len(part) < most or len(found[place]) >= most:
+                del looked_at[place]
+    places[:] = [place for place, entries in found.items() if entries]
+    return sorted((entry for entries in found.values() for entry in entries), reverse=True)[:most]
 
 
 def ids_of_key(client: redis.Redis, keys: Keys, idempotency_key: str) -> list[str]:
