@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from urllib.parse import unquote_plus
 
 import msgspec
 
@@ -127,15 +128,24 @@ def _without(value: Any, hidden: Sequence[str]) -> Any:
         }
     if isinstance(value, list | tuple):
         return [_without(each, hidden) for each in value]
-    if isinstance(value, str):  # JSON that was cut, or sent as text
-        return _field(lambda found: _hide(found, hidden), value)
+    if isinstance(value, str):  # JSON that was cut or sent as text, or a form, or what follows a path
+        for written in (_in_json, _in_query, _in_form):
+            value = written(lambda found: _hide(found, hidden), value)
     return value
 
 
 def _hide(found: re.Match[str], hidden: Sequence[str]) -> str:
-    name = found[1].lower()
-    return f'"{found[1]}"{found[2]}"(hidden)"' if any(word in name for word in hidden) else found[0]
+    name = unquote_plus(found["name"]).lower()
+    if not any(word in name for word in hidden):
+        return found[0]
+    value = '"(hidden)"' if found.re is _JSON else "(hidden)"
+    return f"{found[0][: found.start('value') - found.start()]}{value}"
 
 
 # Text may have been cut within a value, and there may be quotes within one.
-_field = re.compile(r'"([^"]*)"(\s*:\s*)(?:"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[^\s"{}\[\],]+)').sub
+_JSON = re.compile(r'"(?P<name>[^"]*)"\s*:\s*(?P<value>"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[^\s"{}\[\],]+)')
+_in_json = _JSON.sub
+_in_query = re.compile(r'(?:\A|[?&\s])(?P<name>[^\s=&?"]+)=(?P<value>[^\s&"]+)').sub
+_in_form = re.compile(
+    r'\bname="(?P<name>[^"]*)"[^\n]*\n(?:[^\r\n]+\r?\n)*\r?\n(?P<value>.*?)(?=\r?\n--|\Z)', re.DOTALL
+).sub

@@ -27,10 +27,12 @@ from qserve.wire.call_record import DurableCall, Part, Terms, new_call_id
 from qserve.wire.codec import Codec
 from qserve.wire.messages import (
     ERROR,
+    HTTP,
     HTTP_RESPONSE,
     PYTHON,
     VALUE,
     ErrorInfo,
+    HttpRequest,
     HttpResponse,
     Reply,
     Signer,
@@ -138,6 +140,28 @@ def test_hidden_fields_are_hidden_in_long_values_too(state: State, before: int) 
         assert '"token": "(hidden)"' in shown
         assert 'x\\"SECRET' not in shown
         assert "12345" not in shown
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"first=1&password=SECRET&last=2",
+        b'--x\r\nContent-Disposition: form-data; name="password"\r\nContent-Type: a/b\r\n\r\nSECRET\r\n--x--\r\n',
+        b'--x\nContent-Disposition: form-data; name="password"\n\nSECRET\nSECRET',  # cut
+    ],
+    ids=["form", "parts", "cut"],
+)
+def test_hidden_fields_of_queries_and_forms_are_hidden(state: State, signer: Signer, body: bytes) -> None:
+    query = b"token=SECRET&page=7&api%5Fkey=SECRET&access_token=SECRET"
+    request = HttpRequest("POST", "/Echo", b"/Echo", query, [], "", "http", None, None, "1.1", "r", body)
+    record = Record(state, state="queued")
+    call = DurableCall(record.id, "Echo", "", 1000, HTTP, "", True, encode(request), terms=Terms())
+    record.put(frame=signer.seal(encode(call)))
+    assert str(record.shown().arguments).count("SECRET") > 3
+    shown = record.shown("password", "token", "api_key").arguments
+    assert "SECRET" not in str(shown)
+    assert shown["request"] == "POST /Echo?token=(hidden)&page=7&api%5Fkey=(hidden)&access_token=(hidden)"
+    assert ("last=2" in shown["body"]) == (b"last" in body)
 
 
 # What is done to them
