@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -16,6 +17,7 @@ from qserve.telemetry.log_reading import GrowingFile, RecordReader, end_of_lines
 from qserve.this_machine import is_running, runtime_folder
 
 _POLL_S = 0.2
+_CONTROL = re.compile(r"[\x7f-\x9f]").sub
 
 
 @click.command()
@@ -89,7 +91,24 @@ def log_path() -> tuple[Path, int | None]:
 def _print(records: Iterable[str], as_json: bool) -> None:
     for record in records:
         text = record.rstrip("\n")
-        if not as_json or text.startswith("{"):
-            click.echo(visible(text))
-        else:
-            click.echo(json.dumps({"record": text}))
+        for line in _json_lines(text) if as_json else (visible(text),):
+            click.echo(line)
+
+
+def _json_lines(record: str) -> Iterator[str]:
+    """A record that is JSON as it is, and as an object each what is not, such as lines that were printed after it."""
+    first, _, rest = record.partition("\n")
+    if not _is_object(first):
+        rest = record
+    else:
+        # Within JSON these are parts of texts; as they are, they could command a terminal.
+        yield _CONTROL(lambda found: f"\\u{ord(found[0]):04x}", first)
+    if rest:
+        yield json.dumps({"record": rest})
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return text.startswith("{") and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -95,6 +95,18 @@ def test_every_record_is_a_line_of_json(log: Path) -> None:
     assert records[3]["message"] == "as JSON"
 
 
+def test_what_is_printed_among_records_of_json_is_json_too(log: Path) -> None:
+    running(str(log))
+    message = {"time": "2026-03-01T12:03:11.000Z", "message": "del \x7f csi \x9b2J next \x85 ü"}
+    printed = ["what user code prints", "{'a': 1}", "{", "}", "[" * 100_000, '{"a": ' * 100_000]
+    log.write_text("\n".join([json.dumps(message, ensure_ascii=False), *printed]) + "\n")
+    shown = logs("--json").stdout
+    assert not set(shown) & {"\x7f", "\x9b", "\x85"}
+    first, *others = map(json.loads, shown.split("\n")[:-1])
+    assert first == message
+    assert "\n".join(each["record"] for each in others) == "\n".join(printed)
+
+
 def test_what_is_logged_cannot_command_the_terminal(log: Path) -> None:
     running(str(log))
     log.write_text(f"{STAMP} \x1b]0;title\x07 \x1b[2J \x9b2J \x1b[31mred\x1b[0m \tend\r\x08\n")
