@@ -22,7 +22,7 @@ _FRAME = '  File "'
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @redis_url_option
-@click.option("--timeout", type=Seconds(), default=60.0, help="Seconds to wait for the result.", show_default=True)
+@click.option("--timeout", type=Seconds(0.001), default=60.0, help="Seconds to wait for the result.", show_default=True)
 @click.argument("name")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[METHOD] [ARG | KEY=VALUE]...")
 def call(name: str, arguments: tuple[str, ...], timeout: float) -> None:
@@ -73,6 +73,8 @@ def parse_value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+    except RecursionError as exc:
+        raise click.UsageError(f"The argument {text[:40]!r} is nested too deep.") from exc
 
 
 def show(result: object) -> str:

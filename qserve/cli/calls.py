@@ -22,6 +22,8 @@ from qserve.operating.operators import write_down
 from qserve.tracebacks import gist
 
 _NONE = "There are no such calls."
+_OF_REPLICAS = ("died", "stacks")
+"""Troubles that are those of no call."""
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -60,12 +62,14 @@ def ls(
     as_json: bool,
 ) -> None:
     """List calls of the deployment NAME, or of all, the newest first."""
-    earliest = time.time() - age_of(since) if since else 0.0
+    if troubled and (states or key):
+        raise click.UsageError("Ordinary calls have no state and no key: --troubled takes neither --state nor --key.")
+    wanted = CallFilter(states, name or "", method, error, key, time.time() - age_of(since) if since else 0.0)
     with connected() as state:
         if troubled:
-            _list_troubles(state, name, error, earliest, limit, as_json)
+            _list_troubles(state, wanted, limit, as_json)
             return
-        found = find_calls(state, CallFilter(states, name or "", method, error, key, earliest), limit)
+        found = find_calls(state, wanted, limit)
         none = "" if found.calls else none_found(_NONE, [name] if name else [], state)
     for _, call in found.calls:
         click.echo(json.dumps(facts_of(call)) if as_json else visible(_line(call)))
@@ -190,18 +194,26 @@ def _branch(each: Relative, here: str) -> str:
     return f"{'> ' if each.id == here else '  '}{'  ' * each.depth}{text}{more}"
 
 
-def _list_troubles(state: State, name: str | None, error: str, earliest: float, limit: int, as_json: bool) -> None:
-    names = [name] if name else state.names()
+def _list_troubles(state: State, wanted: CallFilter, limit: int, as_json: bool) -> None:
+    names = [wanted.deployment] if wanted.deployment else state.names()
     shown = 0
     for entry, deployment, trouble in read_troubles(state.redis, state.keys, names, most=1000):
         at = int(entry.split("-")[0]) / 1000
-        if at < earliest or error.lower() not in trouble.error.lower() or shown == limit:
+        if at < wanted.since or not _fits(trouble, wanted):
             continue
+        if shown == limit:
+            break
         shown += 1
         line = _trouble_json(at, deployment, trouble) if as_json else visible(_trouble_line(at, deployment, trouble))
         click.echo(line)
     if not shown:
-        note(none_found(_NONE, [name] if name else [], state))
+        note(none_found(_NONE, [wanted.deployment] if wanted.deployment else [], state))
+
+
+def _fits(trouble: Trouble, wanted: CallFilter) -> bool:
+    is_call = trouble.what not in _OF_REPLICAS
+    fits = not wanted.method or (is_call and (trouble.method or "__call__") == wanted.method)
+    return fits and wanted.error.lower() in trouble.error.lower()
 
 
 def _trouble_json(at: float, deployment: str, trouble: Trouble) -> str:
@@ -214,7 +226,7 @@ def _trouble_line(at: float, deployment: str, trouble: Trouble) -> str:
     ran = f"  {trouble.ran_ms:.0f} ms" if trouble.ran_ms else ""
     method = trouble.method or "__call__"
     of_a_call = f"{deployment}.{method}  {trouble.request or trouble.call}"
-    which = f"{deployment}  {trouble.replica}" if trouble.what in ("died", "stacks") else of_a_call
+    which = f"{deployment}  {trouble.replica}" if trouble.what in _OF_REPLICAS else of_a_call
     return f"{_moment(at)}  {trouble.what}{many}{ran}  {which}  {gist(trouble.error)[:100]}"
 
 

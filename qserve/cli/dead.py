@@ -69,7 +69,8 @@ def retry(name: str, letter: str | None, every: bool) -> None:
     """Send one dead letter again, or --all of NAME, and print the ids by which the results can be fetched."""
     with connected() as state:
         letters = _dead_letters(state)
-        for found in _chosen(letters, name, letter, every):
+        chosen, left = _chosen(state, letters, name, letter, every), 0
+        for found in chosen:
             try:
                 click.echo(letters.retry(found))
                 write_down(state, "send again", f"dead letter {found.id} of {name}")
@@ -77,6 +78,9 @@ def retry(name: str, letter: str | None, every: bool) -> None:
                 if not every:
                     raise
                 note(f"{found.id}: {exc}")
+                left += 1
+        if left:
+            raise Failure(f"{left} of {len(chosen)} dead letters were left as they are.")
 
 
 @dead.command()
@@ -88,7 +92,7 @@ def drop(name: str, letter: str | None, every: bool) -> None:
     """Forget one dead letter, or --all of NAME."""
     with connected() as state:
         letters = _dead_letters(state)
-        for found in _chosen(letters, name, letter, every):
+        for found in _chosen(state, letters, name, letter, every):
             letters.drop(found)
             write_down(state, "drop", f"dead letter {found.id} of {name}")
             note(f"{found.id}: dropped")
@@ -98,7 +102,10 @@ def _dead_letters(state: State) -> DeadLetters:
     return DeadLetters(state, find_settings().out_of_line_bytes)
 
 
-def _chosen(letters: DeadLetters, name: str, letter: str | None, every: bool) -> list[Letter]:
+def _chosen(state: State, letters: DeadLetters, name: str, letter: str | None, every: bool) -> list[Letter]:
     if every == (letter is not None):
         raise Failure("Name one letter, or give --all.")
-    return list(letters.of(name)) if letter is None else [letters.get(name, letter)]
+    found = list(letters.of(name)) if letter is None else [letters.get(name, letter)]
+    if not found:
+        note(none_found(f"There are no dead letters of {name}.", [name], state))
+    return found

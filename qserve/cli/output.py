@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
@@ -26,7 +26,7 @@ class Seconds(click.FloatRange):
     name = "seconds"
 
     def __init__(self, least: float = 0.0) -> None:
-        super().__init__(min=least, max=_MOST_S)
+        super().__init__(min=least, max=_MOST_S, max_open=True)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         found: float = super().convert(value, param, ctx)
@@ -40,6 +40,9 @@ class Failure(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         click.echo(click.style("Error: ", fg="red", bold=True) + self.message, err=True)
+
+
+json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 def redis_url_option(command: Command) -> Command:

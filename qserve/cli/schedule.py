@@ -10,7 +10,7 @@ import click
 from qserve.broker.history.call_index import CallSummary, summaries
 from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
-from qserve.cli.output import Failure, Seconds, note, redis_url_option, visible
+from qserve.cli.output import Failure, Seconds, json_option, note, redis_url_option, visible
 from qserve.durable.cron import parse_when
 from qserve.durable.schedules import Fired, Plan, Schedule, Schedules, next_moment
 from qserve.errors import QServeError
@@ -93,10 +93,11 @@ def put(
     name: str, when: str, deployment: str, args: tuple[str, ...], method: str, retries: int, expires: float | None
 ) -> None:
     """Call DEPLOYMENT with these arguments WHEN they are due: "0 3 * * *", "0 3 * * * Europe/Berlin", "every 30s"."""
+    arguments = tuple(map(_argument, args))
     with connected() as state:
         try:
             options = make_durable_options(retries=retries, expires=expires)
-            plan = Plan(name, when, deployment, method, options, tuple(map(json.loads, args)), {})
+            plan = Plan(name, when, deployment, method, options, arguments, {})
             schedules = Schedules(state)
             made = schedules.put(plan, Codec(allow_pickle=False, max_bytes=1 << 24))
         except ValueError as exc:
@@ -116,19 +117,23 @@ def rm(name: str) -> None:
 
 @schedule.command()
 @redis_url_option
+@json_option
 @click.argument("name")
-def pause(name: str) -> None:
+def pause(name: str, as_json: bool) -> None:
     """Let the schedule NAME submit nothing until `qserve schedule resume NAME`; what is due meanwhile is left out."""
     _change(name, "pause schedule", lambda schedules: schedules.pause(name, user_of_this_machine()))
+    _print_json(as_json, name, paused=True)
     note(f"{name}: paused. `qserve schedule resume {name}` lets it go on.")
 
 
 @schedule.command()
 @redis_url_option
+@json_option
 @click.argument("name")
-def resume(name: str) -> None:
+def resume(name: str, as_json: bool) -> None:
     """Let the schedule NAME submit calls again, from its next moment on."""
     _change(name, "resume schedule", lambda schedules: schedules.pause(name, ""))
+    _print_json(as_json, name, paused=False)
     note(f"{name}: submits calls again")
 
 
@@ -137,6 +142,21 @@ def _change(name: str, action: str, change: Callable[[Schedules], bool]) -> None
         if not change(Schedules(state)):
             raise _unknown(name)
         write_down(state, action, name)
+
+
+def _print_json(wanted: bool, name: str, *, paused: bool) -> None:
+    if wanted:
+        click.echo(json.dumps({"schedule": name, "paused": paused}))
+
+
+def _argument(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise click.UsageError(
+            f"The argument {text[:40]!r} is no JSON ({exc}). Text stands in double quotes, which a shell wants in "
+            "single ones: '\"hello\"'."
+        ) from exc
 
 
 def _following(schedules: Schedules, each: Schedule) -> str:

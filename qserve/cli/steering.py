@@ -8,18 +8,17 @@ import click
 
 from qserve.broker.instance.state import State
 from qserve.cli.instance import connected
-from qserve.cli.output import Failure, Seconds, note, redis_url_option
+from qserve.cli.output import Failure, Seconds, json_option, note, redis_url_option
 from qserve.deployments import deploying
 from qserve.operating import controls, nodes
 from qserve.operating.operators import user_of_this_machine, write_down
 
 _POLL_S = 0.1
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 @click.command()
 @redis_url_option
-@_json_option
+@json_option
 @click.argument("name")
 def pause(name: str, as_json: bool) -> None:
     """Let calls of the deployment NAME be accepted, but not run, until `qserve resume NAME`.
@@ -34,7 +33,7 @@ def pause(name: str, as_json: bool) -> None:
 
 @click.command()
 @redis_url_option
-@_json_option
+@json_option
 @click.argument("name")
 def resume(name: str, as_json: bool) -> None:
     """Let calls of the deployment NAME run again."""
@@ -46,7 +45,7 @@ def resume(name: str, as_json: bool) -> None:
 
 @click.command()
 @redis_url_option
-@_json_option
+@json_option
 @click.option("--timeout", type=Seconds(), default=60.0, show_default=True, help="Seconds to wait for it.")
 @click.option("--min", "least", type=click.IntRange(min=0), help="Never fewer, where the number follows the load.")
 @click.option("--max", "most", type=click.IntRange(min=1), help="Never more, where the number follows the load.")
@@ -96,7 +95,7 @@ def _scale_between(name: str, least: int | None, most: int | None, as_json: bool
 
 @click.command()
 @redis_url_option
-@_json_option
+@json_option
 @click.option("--timeout", type=Seconds(), default=120.0, show_default=True, help="Seconds to wait.")
 @click.argument("name")
 def rollback(name: str, timeout: float, as_json: bool) -> None:
@@ -121,7 +120,7 @@ def rollback(name: str, timeout: float, as_json: bool) -> None:
 
 @click.command()
 @redis_url_option
-@_json_option
+@json_option
 @click.option("--undo", is_flag=True, help="Let it run what is deployed again.")
 @click.option(
     "--timeout",

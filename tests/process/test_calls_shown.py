@@ -336,6 +336,39 @@ def test_a_name_that_is_misspelled_is_told_where_nothing_is_found(
         assert "Did you mean" not in qs(*words, "Echo").output
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["call", "Echo", "--timeout", "0"], "0.0 is not in the range"),
+        (["call", "Echo", "--timeout", "1e9"], "1000000000.0 is not in the range"),
+        (["call", "Echo", "[" * 50_000], "is nested too deep"),
+        (["schedule", "put", "tick", "every 30s", "Echo", "hello"], "The argument 'hello' is no JSON"),
+        (["schedule", "put", "tick", "every 30s", "Echo", "[" * 50_000], "is no JSON"),
+        (["schedule", "put", "tick", "every 30s", "Echo", "--expires", "1e9"], "is not in the range"),
+        (["calls", "ls", "--troubled", "--state", "failed"], "--troubled takes neither --state nor --key"),
+        (["calls", "ls", "--troubled", "--key", "k"], "--troubled takes neither --state nor --key"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_a_usage_error(
+    qs: Callable[..., Result], settings: Settings, words: list[str], said: str
+) -> None:
+    deploy(settings)
+    result = qs(*words)
+    assert (result.exit_code, said in result.output) == (2, True), result.output
+
+
+def test_dead_letters_that_are_not_there_or_stay_are_told(
+    qs: Callable[..., Result], state: State, settings: Settings
+) -> None:
+    deploy(settings)
+    for action in ("retry", "drop"):
+        assert "There is no deployment 'Eco'. Did you mean 'Echo'?" in qs("dead", action, "--all", "Eco").output
+        assert "There are no dead letters of Echo." in qs("dead", action, "--all", "Echo").output
+    state.redis.xadd(state.keys.dead_letters("Echo"), {"d": b"not ours"})
+    result = qs("dead", "retry", "--all", "Echo")
+    assert (result.exit_code, "1 of 1 dead letters were left as they are." in result.output) == (1, True)
+
+
 def test_shutdown_is_taken_in_the_form_of_ray_serve(qs: Callable[..., Result], settings: Settings) -> None:
     for yes in ("-y", "--yes"):
         deploy(settings)
@@ -375,6 +408,9 @@ def test_troubled_calls_are_listed_with_what_is_known_of_each(
     assert "died  Echo  Echo#1  killed" in text
     (line,) = calls("ls", "--troubled", "--json", "--error", "keyerror", "--since", "1h").output.splitlines()
     assert json.loads(line)["times"] == 3
+    assert "slow" in calls("ls", "--troubled", "--method", "run").output
+    assert calls("ls", "--troubled", "--method", "__call__").output.count("\n") == 1
+    assert "There are no such calls." in calls("ls", "--troubled", "--method", "walk").output
     assert len(calls("ls", "--troubled", "--limit", "2").output.splitlines()) == 2
 
 
