@@ -93,8 +93,8 @@ ROLES = (
     ),
     Role(
         "metrics",
-        "qserve status and doctor, and what watches an instance",
-        f"{_BASE} {_OBSERVE}",
+        "qserve status, top and doctor, and what watches an instance",
+        f"{_BASE} {_OBSERVE} xinfo|groups",
         reads=f"q:* due:* low:* dead:* alive:* {_HISTORY} audit counters {_STATE_KEYS} {_REPORTS}",
     ),
 )

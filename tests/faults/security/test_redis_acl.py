@@ -56,6 +56,8 @@ def test_everything_works_and_nothing_is_refused(instance: Guarded) -> None:
     status = instance.run("metrics", "qserve.cli", "status", "--json")
     assert status.returncode == 0, status.stderr
     assert "HEALTHY" in status.stdout
+    top = instance.run("metrics", "qserve.cli", "top", "--json")
+    assert top.returncode == 0, top.stderr
     doctor = instance.run("metrics", "qserve.cli", "doctor")
     assert doctor.returncode == 0, doctor.stdout
     assert "CONFIG GET is not allowed" in doctor.stdout
