@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from prometheus_client import generate_latest
+from prometheus_client.openmetrics import exposition
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from qserve.broker.history.totals import MOST_SERIES
@@ -28,14 +30,18 @@ def counted() -> dict[str, int]:
     return {field: count for series in take_counts()[0] for field, count in series.fields.items()}
 
 
-def shown(collected: UserMetrics) -> list[str]:
+def registry_of(collected: UserMetrics) -> CollectorRegistry:
     class Users(Collector):
         def collect(self) -> Iterator[object]:  # type: ignore[override]
             return collected.families()
 
     registry = CollectorRegistry()
     registry.register(Users())
-    lines = generate_latest(registry).decode().splitlines()
+    return registry
+
+
+def shown(collected: UserMetrics) -> list[str]:
+    lines = generate_latest(registry_of(collected)).decode().splitlines()
     return [line for line in lines if not line.startswith("#")]
 
 
@@ -112,6 +118,19 @@ def test_no_two_samples_have_one_name() -> None:
     collected.add_gauges("One", "One#1", current_gauges())
     names = [line.partition("{")[0] for line in shown(collected)]
     assert sorted(names) == ["free", "sizes_bucket", "sizes_bucket", "sizes_count", "sizes_sum", "things_total"]
+
+
+def test_metrics_of_two_kinds_under_one_name_are_not_both_shown() -> None:
+    """Whoever reads OpenMetrics would refuse all metrics of the gateway."""
+    metrics.Counter("tasks").inc()
+    metrics.Histogram("weights", boundaries=[1]).observe(1)
+    for name in ("tasks", "weights", "free"):
+        metrics.Gauge(name).set(1)
+    collected = UserMetrics()
+    collected.add_totals("One", counted())
+    collected.add_gauges("One", "One#1", current_gauges())
+    text = exposition.generate_latest(registry_of(collected)).decode()
+    assert [family.name for family in text_string_to_metric_families(text)] == ["tasks", "free", "weights"]
 
 
 def test_mistakes_are_told() -> None:

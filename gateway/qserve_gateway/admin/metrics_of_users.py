@@ -12,7 +12,7 @@ from qserve.telemetry.user_metrics import MICRO
 
 _MARK = "user "
 _SUFFIXES = {"counter": ("_total", "_created"), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum", "_created")}
-"""What stands behind the names of a metric's samples."""
+"""What stands behind the names of a metric's samples; OpenMetrics wants the names themselves to differ, too."""
 
 
 class UserMetrics:
@@ -76,7 +76,7 @@ class UserMetrics:
     def _labels_of(self, name: str, tags: Mapping[str, str], kind: str, *more: str) -> tuple[str, ...] | None:
         """The labels of a metric; None if another one has its name, or that of one of its samples."""
         labels, metric = ("deployment", *more, *tags), (kind, name)
-        samples = {f"{name}{suffix}" for suffix in _SUFFIXES[kind.partition(" ")[0]]}
+        samples = {name, *(f"{name}{suffix}" for suffix in _SUFFIXES[kind.partition(" ")[0]])}
         if any(self._samples.setdefault(sample, metric) != metric for sample in samples):
             return None
         return labels if self._labels.setdefault(metric, labels) == labels else None
