@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -32,6 +32,8 @@ from qserve.wire.spec import DeploymentSpec, pause_of
 from qserve_gateway.console.sessions import PATH, Visitor
 
 ROWS: Final = 50
+_MOST_NAMES: Final = 200
+"""Pages about all deployments look at so many; names lead to the others."""
 _RANGES: Final = {"10m": 600, "1h": 3600, "6h": 21_600, "24h": 86_400, "72h": 259_200}
 _TILES_S: Final = 3600
 """What the figures of a deployment are about at most; plots show more."""
@@ -111,7 +113,7 @@ class Pages:
         search = asked.query.get("q", "").lower()
         names = [name for name in self._state.names() if search in name.lower()]
         page = _page(asked)
-        rows = read_overview(self._state, names[page * ROWS :][:ROWS])
+        shown = slice(page * ROWS, (page + 1) * ROWS)
         sort = asked.query.get("sort", "name")
         keys: dict[str, Callable[[Any], Any]] = {
             "name": lambda row: row["name"],
@@ -119,7 +121,11 @@ class Pages:
             "queued": lambda row: -row["queued"],
             "failed": lambda row: -row["failed"],
         }
-        rows.sort(key=_choice("sort", sort, keys))
+        key = _choice("sort", sort, keys)
+        if sort == "name":
+            rows = read_overview(self._state, names[shown])
+        else:  # whatever comes first may be anywhere
+            rows = sorted(read_overview(self._state, names), key=key)[shown]
         totals = {key: sum(row[key] for row in rows) for key in ("rate", "queued", "running", "failed", "dead")}
         return {
             "rows": rows,
@@ -193,7 +199,7 @@ class Pages:
         except ValueError as exc:
             raise BadFilter(str(exc)) from exc
         chosen = [wanted.deployment] if wanted.deployment else names
-        counted = count_states(self._state.redis, self._state.keys, chosen[:200])
+        counted = count_states(self._state.redis, self._state.keys, chosen[:_MOST_NAMES])
         more = None
         if found.next_before is not None:
             at, last = found.next_before
@@ -207,6 +213,7 @@ class Pages:
             "sinces": list(SINCE),
             "counts": {each: sum(count[each] for count in counted) for each in STATES},
             "more": more,
+            "first": _first_of(chosen),
         }
 
     def _call(self, asked: Asked, call_id: str) -> dict[str, Any]:
@@ -232,7 +239,7 @@ class Pages:
         if before != "+" and re.fullmatch(r"\d{1,16}-\d{1,16}", before) is None:
             raise BadFilter("before is the id of a note, such as 1700000000000-0")
         names = self._state.names()
-        found = read_troubles(self._state.redis, self._state.keys, [name] if name else names[:200], before, 200)
+        found = read_troubles(self._state.redis, self._state.keys, [name] if name else names[:_MOST_NAMES], before, 200)
         rows = [note for note in found if not what or note[2].what == what][:ROWS]
         return {
             "rows": _shown(rows),
@@ -241,6 +248,7 @@ class Pages:
             "what": what,
             "kinds": [kind for kind in kinds if kind],
             "more": "?" + urlencode({**asked.query, "before": rows[-1][0]}) if len(rows) == ROWS else None,
+            "first": _first_of([name] if name else names),
         }
 
     def _dead(self, asked: Asked, _: str) -> dict[str, Any]:
@@ -249,12 +257,12 @@ class Pages:
         letters = DeadLetters(self._state, 0)
         names = self._state.names()
         chosen = [name] if name else names
-        found = [letter for each in chosen[:200] for letter in letters.newest(each, 200 if name else ROWS)]
+        found = [letter for each in chosen[:_MOST_NAMES] for letter in letters.newest(each, 200 if name else ROWS)]
         groups: dict[tuple[str, str], list[Any]] = {}
         for letter in found:
             groups.setdefault((letter.deployment, _kind_of(letter.reason)), []).append(letter)
         ordered = sorted(groups.items(), key=lambda group: -max(letter.at for letter in group[1]))
-        return {"groups": ordered, "names": names, "name": name}
+        return {"groups": ordered, "names": names, "name": name, "first": _first_of(chosen)}
 
     def _schedules(self, asked: Asked, _: str) -> dict[str, Any]:
         _known(asked)
@@ -315,6 +323,11 @@ def _choice(name: str, value: str, choices: Mapping[str, Any]) -> Any:
     if value not in choices:
         raise BadFilter(f"{name} cannot be {value[:40]!r}, but {', '.join(choice for choice in choices if choice)}")
     return choices[value]
+
+
+def _first_of(names: Sequence[str]) -> int:
+    """Of how many deployments a page shows something, where that is not all of them; 0 where it is."""
+    return _MOST_NAMES if len(names) > _MOST_NAMES else 0
 
 
 def _page(asked: Asked) -> int:
