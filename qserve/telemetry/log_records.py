@@ -160,8 +160,8 @@ class JsonLines(logging.Formatter):
         }
         line = {name: value for name, value in line.items() if value or name == "message"}
         for name, value in vars(record).items():
-            if name not in _STANDARD and not name.startswith(_OWN_PREFIX) and value is not None:
-                line.setdefault(name, value)
+            if name not in _STANDARD and not str(name).startswith(_OWN_PREFIX) and value is not None:
+                line.setdefault(str(name), value)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
@@ -173,7 +173,7 @@ def _message_of(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
     except Exception:  # the arguments do not fit the text
-        return f"{record.msg} {_text_of(record.args)}"
+        return f"{_text_of(record.msg)} {_text_of(record.args) if record.args else ''}".rstrip()
 
 
 def _json_of(line: dict[str, Any]) -> str:

@@ -216,6 +216,17 @@ class TestLogging:
         assert any(re.fullmatch(own.format("WARNING", "warning-nothing"), line) for line in lines)
         assert not any("debug-" in line for line in lines)
 
+    def test_functions_of_the_module_configure_nothing(self, http: httpx.Client, log: Path) -> None:
+        lines = self.lines(http, log, "functions")
+        own = r"[-0-9]+ [:,0-9]+ {} +replica\[\d+\] \[logs_functions#\w+ [-\w]+\] root: {}"
+        for level, text in (("INFO", "info-functions"), ("WARNING", "warning-functions")):
+            assert any(re.fullmatch(own.format(level, text), line) for line in lines)
+
+    def test_the_default_configuration_is_pythons_own(self, http: httpx.Client, log: Path) -> None:
+        lines = self.lines(http, log, "default")
+        assert "WARNING:shop.orders:warning-default" in lines
+        assert not any("info-" in line for line in lines)
+
     def test_formats_of_users_may_name_replica_and_call(self, http: httpx.Client, log: Path) -> None:
         lines = self.lines(http, log, "ids")
         assert [line for line in lines if re.fullmatch(r"logs_ids logs_ids#\w+ [-\w]+ info-ids", line)]

@@ -132,3 +132,7 @@ def test_whatever_users_add_the_line_is_json_and_nothing_is_lost(logger: logging
 
     record = logging.LogRecord("shop", logging.ERROR, "x.py", 1, "%d of %d", ("one",), None)
     assert strict(log_records.formatter("json").format(record))["message"] == "%d of %d ('one',)"
+    record = logging.LogRecord("shop", logging.ERROR, "x.py", 1, Rude(), None, None)
+    vars(record)[3] = "a key that is no text"  # type: ignore[index]
+    found = strict(log_records.formatter("json").format(record))
+    assert (found["message"], found["3"]) == ("<Rude>", "a key that is no text")

@@ -189,6 +189,10 @@ class Logs:
         elif how == "ids":
             form = "%(qserve_deployment)s %(qserve_replica)s %(qserve_call_id)s %(message)s"
             logging.basicConfig(format=form, level=logging.INFO)
+        elif how == "default":
+            logging.basicConfig()
+        elif how == "functions":
+            self.logger = logging  # type: ignore[assignment]  # the functions of the module
         elif how == "dict":
             logging.config.dictConfig(
                 {

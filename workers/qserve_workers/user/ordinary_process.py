@@ -7,6 +7,7 @@ what Python promises instead.
 
 import atexit
 import contextlib
+import functools
 import logging
 import multiprocessing.process
 import multiprocessing.util
@@ -28,6 +29,7 @@ from qserve_workers.user.user_threads import note_fork
 logger = logging.getLogger(__name__)
 
 _EXIT = sys.exit
+_CONFIGURE = logging.basicConfig
 _MAIN_PROCESS = multiprocessing.process.current_process()
 """As it is in the worker, which imports this module: what every interpreter begins as."""
 _OWN_LOGGERS = ("qserve", "qserve_workers")
@@ -161,11 +163,23 @@ def _leave_logging_to_user_code() -> None:
         default = logging.StreamHandler()
         default.setFormatter(handlers[0].formatter)
         logging.lastResort = default
+        logging.basicConfig = _configure
         if isinstance(default.formatter, JsonLines):
             log_warnings(default)
         else:
             logging.captureWarnings(False)
     _reset_warnings()
+
+
+@functools.wraps(_CONFIGURE)
+def _configure(**given: Any) -> None:
+    """Configure logging as user code asks for.
+
+    `logging.warning` and its like ask for it, too, where nothing is configured. From then on no record would look like
+    those before.
+    """
+    if given or sys._getframe(1).f_globals is not vars(logging):
+        _CONFIGURE(**given)
 
 
 def _reset_warnings() -> None:
