@@ -13,7 +13,7 @@ from qserve.broker.instance.remains import remaining
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.payloads import Payloads
 from qserve.broker.redis_errors import our_errors
-from qserve.broker.refusals import queue_full, refusal_of_all
+from qserve.broker.refusals import NO_PAYLOAD, payload_refused, queue_full, refusal_of_all
 from qserve.broker.replica_queue import Entry
 from qserve.broker.scripts import (
     ATTACH,
@@ -117,6 +117,7 @@ class Records:
         *,
         state: str,
         frame: bytes,
+        large: bool,
         keep_ms: int,
         error: str,
         celery: bytes,
@@ -125,6 +126,7 @@ class Records:
         """Write the end of a call, or of an attempt; `on_answer` gets 1 if this was the first answer.
 
         Args:
+            large: Its result was sent to be stored apart before.
             celery: What Celery's result backend is told, b"" if it is not.
         """
         keys = self._keys
@@ -132,7 +134,7 @@ class Records:
         said = error[:_LONGEST_ERROR]
         SETTLE_CALL.send(
             *(connection, on_answer, names, keys.base, GROUP, entry, call.id, state, frame, keep_ms, INBOX_TTL_MS),
-            *(said, DEAD_LETTERS_KEPT, said, celery),
+            *(said, DEAD_LETTERS_KEPT, said, celery, "1" if large else ""),
         )
 
     async def reject(self, connection: Connection, deployment: str, entry: Entry, reason: str, frame: bytes) -> None:
@@ -217,7 +219,7 @@ def submit_now(
 
     Raises:
         DeploymentNotFound, DeploymentUnavailable, BackPressureError: The call was not taken.
-        BrokerUnavailable, ConfigurationError, CommandRefused: Redis cannot be told of it.
+        BrokerUnavailable, ConfigurationError, CommandRefused: Redis cannot be told of it, or has no room for it.
     """
     sealed = payloads.seal(call.id, call.payload)
     with our_errors(client):
@@ -231,6 +233,8 @@ def submit_now(
         raise error
     if answer[1] is None:
         raise queue_full(call.deployment, answer[0])
+    if answer[1] == NO_PAYLOAD:
+        raise payload_refused()
 
 
 def submit_arguments(
@@ -245,7 +249,7 @@ def submit_arguments(
         arguments += (call.kind, call.method, waiter, "b" if options.low_priority else "")
         arguments += (options.idempotency, options.body_hash, _IDEMPOTENCY_TTL_MS)
         arguments += ("" if terms.result_ttl_s == RESULT_TTL_S else int(terms.result_ttl_s * 1000), terms.celery_id)
-        arguments += (options.key, options.parent)
+        arguments += (options.key, options.parent, "1" if call.out_of_line else "")
     queues = (keys.calls(deployment), keys.meta(deployment), keys.due(deployment), keys.low(deployment))
     names = keys.whole(*queues, keys.instance)
     return names, keys.base, deployment, *arguments

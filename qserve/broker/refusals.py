@@ -12,6 +12,9 @@ from qserve.errors import (
     QServeError,
 )
 
+NO_PAYLOAD = b"payload"
+"""What submit.lua says of a call whose large payload Redis has refused to store before."""
+
 
 def refusal_of_all(deployment: str, answer: Answer) -> QServeError | None:
     """Why none of the calls of one script was taken; None if each of them has an answer of its own.
@@ -33,6 +36,13 @@ def refusal_of_all(deployment: str, answer: Answer) -> QServeError | None:
     if answer[0] < 0:
         return DeploymentNotFound(f"there is no deployment {deployment!r}: `qserve status` lists those that exist")
     return None
+
+
+def payload_refused() -> BrokerUnavailable:
+    """The error for a call whose large arguments Redis has not stored."""
+    return BrokerUnavailable(
+        "Redis has no memory left for the large arguments of the call, which does not run. Raise its maxmemory"
+    )
 
 
 def queue_full(deployment: str, depth: int, retry_after_s: float = 1.0) -> BackPressureError:

@@ -13,7 +13,7 @@ from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads
 from qserve.broker.records import NO_STATE, Records, submit_arguments
 from qserve.broker.redis_errors import CommandRefused
-from qserve.broker.refusals import FullQueues, refusal_of_all
+from qserve.broker.refusals import NO_PAYLOAD, FullQueues, payload_refused, refusal_of_all
 from qserve.context import CallInfo, current_call
 from qserve.durable.watching import Watchers
 from qserve.errors import BrokerUnavailable, IdempotencyConflict, QServeError
@@ -254,6 +254,8 @@ def _verdict(call: DurableCall, answer: Answer, place: int, full_queues: FullQue
     found = answer[1 + place]
     if found is None:
         return full_queues.refusal(name, answer[0])
+    if found == NO_PAYLOAD:
+        return payload_refused()
     said, _, other = bytes(found).decode().partition(":")
     if said == "other":
         return IdempotencyConflict("this idempotency key was used for another request: use a new key for a new request")

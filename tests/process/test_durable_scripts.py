@@ -40,20 +40,23 @@ class Durable(Queue):
         body: str = "",
         waiter: str = "",
         ttl: Any = "",
+        large: str = "",
     ) -> Any:
         made: list[Any] = []
         for id_ in ids:
             made += [id_, f"frame of {id_}", delay, expires, 0, "", waiter, "b" if low else "", idem, body, DAY_MS, ttl]
-            made += ["", "", ""]
+            made += ["", "", "", large]
         return self.run(SUBMIT, (STREAM, META, DUE_SET, LOW, KEYS.instance), BASE, "Echo", *made)
 
     def start_run(self, id_: str, replica: str, entry: bytes) -> list[Any]:
         found: list[Any] = self.run(RUN_CALL, (STREAM, KEYS.call(id_), KEYS.parts(id_)), GROUP, replica, entry)
         return found
 
-    def settle(self, id_: str, entry: bytes, state: str = "done", keep: int = DAY_MS, error: str = "") -> int:
+    def settle(
+        self, id_: str, entry: bytes, state: str = "done", keep: int = DAY_MS, error: str = "", large: str = ""
+    ) -> int:
         names = (STREAM, LETTERS, DUE_SET)
-        told = (state, f"{state} frame", keep, 60_000, error, 100, error, "")
+        told = (state, f"{state} frame", keep, 60_000, error, 100, error, "", large)
         return int(self.run(SETTLE_CALL, names, BASE, GROUP, entry, id_, *told))
 
     def end(self, id_: str, state: str = "cancelled") -> Any:
@@ -198,6 +201,15 @@ class TestSettling:
         entry, *_ = calls.read("B")
         assert calls.start_run("d1", "B", entry) == [b"run", 2, 1]
 
+    def test_an_end_whose_large_result_was_not_stored_is_refused_until_it_is(self, calls: Durable) -> None:
+        entry = calls.running("d1")
+        with pytest.raises(redis.exceptions.ResponseError, match="could not be stored"):
+            calls.settle("d1", entry, large="1")
+        assert calls.state("d1") == "running"
+        calls.redis.set(KEYS.payload("d1:r"), "large")
+        assert calls.settle("d1", entry, large="1") == 1
+        assert calls.state("d1") == "done"
+
 
 class TestMoving:
     def test_only_who_holds_the_lease_moves_or_whoever_knows_of_a_call(self, calls: Durable) -> None:
@@ -277,6 +289,7 @@ class TestTelling:
 class TestSendingAgain:
     def test_a_dead_letter_is_sent_again_once_and_lasts_again(self, calls: Durable) -> None:
         calls.redis.set(KEYS.payload("d1"), "large")
+        calls.redis.set(KEYS.payload("d1:r"), "large error")
         letter = calls.dead("d1")
         calls.redis.hset(KEYS.call("d1"), "failures", 3)
         assert calls.revive(letter, "d1") == b"queued"
@@ -284,6 +297,7 @@ class TestSendingAgain:
         assert (calls.depth(), calls.redis.xlen(LETTERS)) == (1, 0)
         assert (calls.redis.ttl(KEYS.call("d1")), calls.redis.ttl(KEYS.payload("d1"))) == (-1, -1)
         assert [calls.field("d1", name) for name in ("expires", "failures", "result")] == [None] * 3
+        assert not calls.redis.exists(KEYS.payload("d1:r"))
 
     def test_one_that_was_sent_again_already_is_not_put_twice(self, calls: Durable) -> None:
         letter = calls.dead("d1")
@@ -300,8 +314,10 @@ class TestSendingAgain:
         entry = calls.running("d1")
         assert again() == b"running"
         calls.redis.hset(KEYS.call("d1"), "failures", 3)
+        calls.redis.set(KEYS.payload("d1:r"), "large error")
         calls.settle("d1", entry, "failed", error="x")
         assert [again(), again()] == [b"queued", b"running"]
+        assert not calls.redis.exists(KEYS.payload("d1:r"))
         assert calls.field("d1", "failures") is None
         entry, *_ = calls.read("A")
         calls.start_run("d1", "A", entry)

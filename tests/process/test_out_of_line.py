@@ -8,11 +8,19 @@ import pytest
 
 from qserve.broker.instance.state import State
 from qserve.broker.payloads import Payloads
+from qserve.broker.records import submit_now
 from qserve.durable.dead_letters import DeadLetters
 from qserve.durable.schedules import Plan, Schedules
-from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnavailable, FrameRejected, QServeError
+from qserve.errors import (
+    BackPressureError,
+    BrokerUnavailable,
+    DeploymentNotFound,
+    DeploymentUnavailable,
+    FrameRejected,
+    QServeError,
+)
 from qserve.settings import Settings
-from qserve.wire.call_record import DurableCall, DurableOptions, decode_durable_call
+from qserve.wire.call_record import DurableCall, DurableOptions, Terms, decode_durable_call
 from qserve.wire.codec import Codec
 from qserve.wire.messages import PYTHON, Call, Signer, encode
 from qserve.wire.spec import DeploymentSpec, Target
@@ -142,6 +150,23 @@ async def test_of_a_durable_call_that_is_not_taken_nothing_is_left(
         assert isinstance(said, refusal)
         assert payloads.fetch_now(queue.redis, second) is None
         assert payloads.fetch_now(queue.redis, first) is not None
+
+
+async def test_a_call_whose_payload_redis_refuses_to_store_is_not_taken(
+    queue: State, small: Settings, payloads: Payloads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be room for the call when there was none for its payload, which needs room on its way, too."""
+    for name in ("put_unconfirmed", "put_unconfirmed_now"):
+        monkeypatch.setattr(Payloads, name, lambda *_: None)
+    async with calling(small, "x") as caller:
+        _, said = await submit(caller, "key")
+    assert isinstance(said, BrokerUnavailable)
+    call = DurableCall("d1", "x", "", 1000, PYTHON, "", True, CODEC.pack_call((WORD,), {}), terms=Terms())
+    with pytest.raises(BrokerUnavailable, match="no memory left for the large arguments"):
+        submit_now(queue.redis, small.keys, queue.signer, payloads, call, DurableOptions())
+
+    assert queue.redis.xlen(queue.keys.calls("x")) == 0
+    assert list(queue.redis.scan_iter(queue.keys.of("x").call("*"))) == []
 
 
 async def submit(caller: Caller, key: str = "") -> tuple[str, str | QServeError]:

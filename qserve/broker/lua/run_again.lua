@@ -10,6 +10,7 @@ local entry = enqueue(KEYS[1], ARGV[1], found[3])
 if not entry then return 'deleted' end
 redis.call('PERSIST', KEYS[2])
 redis.call('PERSIST', KEYS[3])
+redis.call('DEL', KEYS[3] .. ':r') -- what was stored apart of its last end
 redis.call('HDEL', KEYS[2], 'result', 'ended', 'failures', 'expires', 'again')
 note(KEYS[2], found[2], now_ms(), 'queued', '', 'state', 'queued', 'entry', entry)
 return 'queued'

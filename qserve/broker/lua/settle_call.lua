@@ -5,9 +5,12 @@
 -- ARGV[1] base, ARGV[2] group, ARGV[3] entry id, ARGV[4] id, ARGV[5] state: an end, or 'scheduled' to run again,
 -- ARGV[6] result frame, ARGV[7] ms the record is kept, or until it runs again, ARGV[8] ms an unread inbox is kept,
 -- ARGV[9] what the event says, ARGV[10] most dead letters kept, ARGV[11] the last error, or '', ARGV[12] what Celery's
--- result backend is told, or ''
--- returns 1 if this was the first answer
+-- result backend is told, or '', ARGV[13] '1' if its result was to be stored apart before, or ''
+-- returns 1 if this was the first answer | an error, and nothing is done, where that result was not stored
 local base, entry, id, state = ARGV[1], ARGV[3], ARGV[4], ARGV[5]
+if ARGV[13] == '1' and redis.call('EXISTS', base .. 'p:' .. id .. ':r') == 0 then
+  return redis.error_reply('OOM its large result could not be stored')
+end
 if redis.call('XACK', KEYS[1], ARGV[2], entry) == 0 then return 0 end
 local record, now = base .. 'call:' .. id, now_ms()
 if redis.call('EXISTS', record) == 0 then

@@ -5,17 +5,17 @@
 -- ARGV[1] base, ARGV[2] deployment, then per call: id, frame, ms until due, ms until it expires or 0, kind, method,
 --   waiter or '', 'b' low priority or '', idempotency hash or '', body hash, ms an idempotency hash is kept,
 --   ms the record is kept or '' as others are, Celery's task id or '', idempotency key as its caller gave it or '', id of
---   the call that made it or ''
+--   the call that made it or '', '1' if its payload was stored apart before or ''
 -- returns {-1} unknown deployment | {-2, reason} refused | {-4} there is no state at all: this server has lost it, or never
 --   had any | {depth before, per call: 'queued' | false: full | 'same:<id>' another call has this key | 'other:<id>' and
---   another body}
+--   another body | 'payload' was not stored: there was no memory for it}
 local base, deployment, now = ARGV[1], ARGV[2], now_ms()
 
 -- The large payload of a call that is not taken has been stored before.
 local function forget(id) redis.call('DEL', base .. 'p:' .. id) end
 
 local function refuse_all(answer)
-  for i = 3, #ARGV, 15 do
+  for i = 3, #ARGV, 16 do
     if redis.call('EXISTS', base .. 'call:' .. ARGV[i]) == 0 then forget(ARGV[i]) end
   end
   return answer
@@ -43,7 +43,7 @@ local function write_again(record) redis.call('HINCRBY', record, 'n', 0) end
 
 local is_first = false  -- a call waits now before which none did: whoever moves them does not know of it
 
-local function submit(id, frame, delay, expires, kind, method, waiter, low, idem, body, idem_ttl, ttl, celery, key, parent)
+local function submit(id, frame, delay, expires, kind, method, waiter, low, idem, body, idem_ttl, ttl, celery, key, parent, large)
   local record = base .. 'call:' .. id
   if redis.call('EXISTS', record) == 1 then
     write_again(record)
@@ -58,6 +58,7 @@ local function submit(id, frame, delay, expires, kind, method, waiter, low, idem
       return (hash == body and 'same:' or 'other:') .. first
     end
   end
+  if large ~= '' and redis.call('EXISTS', base .. 'p:' .. id) == 0 then return 'payload' end
   if room <= 0 then
     forget(id)
     return false
@@ -97,8 +98,8 @@ local function submit(id, frame, delay, expires, kind, method, waiter, low, idem
   return 'queued'
 end
 
-for i = 3, #ARGV, 15 do
-  local answer = submit(unpack(ARGV, i, i + 14))
+for i = 3, #ARGV, 16 do
+  local answer = submit(unpack(ARGV, i, i + 15))
   if answer == -1 then return {-1} end
   out[#out + 1] = answer
 end

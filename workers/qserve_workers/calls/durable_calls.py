@@ -294,6 +294,7 @@ class DurableRuns:
             entry,
             state=settlement.state,
             frame=settlement.frame,
+            large=settlement.result is not None,
             keep_ms=settlement.keep_ms,
             error=settlement.error,
             celery=settlement.celery,
