@@ -118,6 +118,7 @@ class Records:
         state: str,
         frame: bytes,
         large: bool,
+        attempt: int | None,
         keep_ms: int,
         error: str,
         celery: bytes,
@@ -127,6 +128,7 @@ class Records:
 
         Args:
             large: Its result was sent to be stored apart before.
+            attempt: Which one has ended; None where that does not matter.
             celery: What Celery's result backend is told, b"" if it is not.
         """
         keys = self._keys
@@ -134,7 +136,7 @@ class Records:
         said = error[:_LONGEST_ERROR]
         SETTLE_CALL.send(
             *(connection, on_answer, names, keys.base, GROUP, entry, call.id, state, frame, keep_ms, INBOX_TTL_MS),
-            *(said, DEAD_LETTERS_KEPT, said, celery, "1" if large else ""),
+            *(said, DEAD_LETTERS_KEPT, said, celery, "1" if large else "", "" if attempt is None else attempt),
         )
 
     async def reject(self, connection: Connection, deployment: str, entry: Entry, reason: str, frame: bytes) -> None:
@@ -144,18 +146,19 @@ class Records:
         arguments = (keys.base, GROUP, entry.id, call_id, frame, int(DEAD_TTL_S * 1000), INBOX_TTL_MS)
         await REJECT_CALL.call(connection, names, *arguments, reason[:_LONGEST_ERROR], DEAD_LETTERS_KEPT)
 
-    def progress(self, connection: Connection, call_id: str, entry: bytes, frame: bytes) -> None:
+    def progress(self, connection: Connection, call_id: str, entry: bytes, attempt: int, frame: bytes) -> None:
         """Tell how far a running call has come."""
         keys = self._keys
         names = keys.whole(keys.call(call_id))
-        NOTE_PROGRESS.send(connection, ignore_answer, names, keys.base, entry, frame, INBOX_TTL_MS)
+        NOTE_PROGRESS.send(connection, ignore_answer, names, keys.base, entry, frame, INBOX_TTL_MS, attempt)
 
     async def part(
-        self, connection: Connection, call_id: str, entry: bytes, index: int, frame: bytes, news: bytes
+        self, connection: Connection, call_id: str, entry: bytes, attempt: int, index: int, frame: bytes, news: bytes
     ) -> None:
         """Record a part that a running call gives; twice is harmless."""
         names = self._keys.whole(self._keys.call(call_id), self._keys.parts(call_id))
-        await NOTE_PART.call(connection, names, self._keys.base, entry, index, frame, news, INBOX_TTL_MS)
+        told = (self._keys.base, entry, index, frame, news, INBOX_TTL_MS, attempt)
+        await NOTE_PART.call(connection, names, *told)
 
     async def parts(
         self, connection: Connection, record: CallRecord, after: int, most: int

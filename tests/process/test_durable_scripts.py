@@ -53,10 +53,17 @@ class Durable(Queue):
         return found
 
     def settle(
-        self, id_: str, entry: bytes, state: str = "done", keep: int = DAY_MS, error: str = "", large: str = ""
+        self,
+        id_: str,
+        entry: bytes,
+        state: str = "done",
+        keep: int = DAY_MS,
+        error: str = "",
+        large: str = "",
+        attempt: Any = "",
     ) -> int:
         names = (STREAM, LETTERS, DUE_SET)
-        told = (state, f"{state} frame", keep, 60_000, error, 100, error, "", large)
+        told = (state, f"{state} frame", keep, 60_000, error, 100, error, "", large, attempt)
         return int(self.run(SETTLE_CALL, names, BASE, GROUP, entry, id_, *told))
 
     def end(self, id_: str, state: str = "cancelled") -> Any:
@@ -71,8 +78,8 @@ class Durable(Queue):
         names = (STREAM, LETTERS, KEYS.call(id_))
         return int(self.run(REJECT_CALL, names, BASE, GROUP, entry, id_, "dead frame", DAY_MS, 60_000, "forged", 100))
 
-    def part(self, id_: str, entry: bytes, index: int) -> int:
-        told = (BASE, entry, index, f"part {index}", "news", 60_000)
+    def part(self, id_: str, entry: bytes, index: int, attempt: int = 1) -> int:
+        told = (BASE, entry, index, f"part {index}", "news", 60_000, attempt)
         return int(self.run(NOTE_PART, (KEYS.call(id_), KEYS.parts(id_)), *told))
 
     def field(self, id_: str, name: str) -> Any:
@@ -258,7 +265,7 @@ class TestTelling:
     def test_a_part_or_progress_of_an_entry_that_was_lost_counts_for_nothing(self, calls: Durable) -> None:
         entry = calls.running("d1")
         assert [calls.part("d1", entry, 1), calls.part("d1", b"1-1", 2)] == [1, 0]
-        told = (BASE, b"1-1", "frame", 60_000)
+        told = (BASE, b"1-1", "frame", 60_000, 1)
         assert calls.run(NOTE_PROGRESS, (KEYS.call("d1"),), *told) == 0
         assert calls.redis.xlen(KEYS.parts("d1")) == 1
 
@@ -272,8 +279,31 @@ class TestTelling:
         calls.part("d1", entry, 1)
         calls.start_run("d1", "A", entry)
         assert calls.redis.xlen(KEYS.parts("d1")) == 0
-        assert calls.part("d1", entry, 1) == 1
+        assert calls.part("d1", entry, 1, 2) == 1
         assert calls.redis.xlen(KEYS.parts("d1")) == 1
+
+    def test_what_a_replica_that_was_thought_dead_still_says_counts_for_nothing(self, calls: Durable) -> None:
+        """The entry is that of the attempt that has begun since, too."""
+        entry = calls.running("d1")
+        calls.part("d1", entry, 1)
+        calls.redis.xclaim(STREAM, GROUP, "B", 0, [entry])
+        calls.start_run("d1", "B", entry)
+        calls.part("d1", entry, 1, attempt=2)
+        assert calls.part("d1", entry, 2, attempt=1) == 0
+        assert calls.run(NOTE_PROGRESS, (KEYS.call("d1"),), BASE, entry, "frame", 60_000, 1) == 0
+        assert calls.settle("d1", entry, attempt=1) == 0
+        assert (calls.state("d1"), calls.redis.xlen(KEYS.parts("d1"))) == ("running", 1)
+        assert [calls.part("d1", entry, 2, attempt=2), calls.settle("d1", entry, attempt=2)] == [1, 1]
+
+    @pytest.mark.parametrize(("state", "first"), [("done", 1), ("scheduled", 0)])
+    def test_without_parts_its_end_counts_but_no_failure_that_is_tried_again(
+        self, calls: Durable, state: str, first: int
+    ) -> None:
+        entry = calls.running("d1")
+        calls.redis.xclaim(STREAM, GROUP, "B", 0, [entry])
+        calls.start_run("d1", "B", entry)
+        assert calls.settle("d1", entry, state, attempt=1) == first
+        assert calls.settle("d1", entry, attempt=2) == 1 - first
 
     def test_all_who_wait_and_live_are_told(self, calls: Durable) -> None:
         calls.submit("d1", waiter="caller")

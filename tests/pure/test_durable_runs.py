@@ -93,7 +93,7 @@ class Replica:
         self.settled.append((state, frame))
         self.on_answer = rest["on_answer"]
 
-    async def part(self, _connection: Any, _call: str, _entry: bytes, index: int, *_: Any) -> None:
+    async def part(self, _connection: Any, _call: str, _entry: bytes, _attempt: int, index: int, *_: Any) -> None:
         answer = self.answers.pop(0) if self.answers else None
         if isinstance(answer, Exception):
             raise answer

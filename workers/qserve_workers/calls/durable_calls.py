@@ -74,6 +74,7 @@ _LARGEST_PROGRESS = 64 * 1024
 
 class _Settlement(NamedTuple):
     call: DurableCall
+    attempt: int | None
     state: str
     frame: bytes
     keep_ms: int
@@ -128,7 +129,7 @@ class DurableRuns:
                 ran = True
                 attempt, failures = facts
                 parts = self._parts(entry, call, attempt)
-                report = self._reporter(entry, call)
+                report = self._reporter(entry, call, attempt)
                 lineage = running.info.lineage
                 model, is_last = running.info.model_id, failures >= call.terms.retries
                 running.info = DurableCallInfo(
@@ -160,7 +161,7 @@ class DurableRuns:
     async def _run(
         self, running: RunningCall, call: DurableCall, code: UserCode, failures: int, parts: RecordedParts
     ) -> None:
-        entry = running.entry
+        entry, attempt = running.entry, running.info.attempt
         current_call.set(running.info)
         running.began = True
         try:
@@ -175,20 +176,20 @@ class DurableRuns:
                 self._slots.counts.others["cancelled"] += 1
                 self._settle(entry, call, CANCELLED, self._error_frame(call, CallCancelled("the call was cancelled")))
             else:  # by user code, as in `OrdinaryRuns.run`
-                self._failed(entry, call, exc, failures + 1)
+                self._failed(entry, call, attempt, exc, failures + 1)
             return
         except BaseException as exc:  # packing a result runs user code, too
             if isinstance(exc, FrameRejected):
                 self._answers.note_rejected(exc)
-            self._failed(entry, call, what_was_raised(exc), failures + 1)
+            self._failed(entry, call, attempt, what_was_raised(exc), failures + 1)
             return
         if entry.id in self._slots:
             try:
                 celery = celery_result(self._codec.unpack(result)) if call.terms.celery_id else b""
             except QServeError as exc:
-                self._failed(entry, call, exc, failures + 1)
+                self._failed(entry, call, attempt, exc, failures + 1)
                 return
-            self._settle(entry, call, DONE, *self._frame(call, kind, result), celery=celery)
+            self._settle(entry, call, DONE, *self._frame(call, kind, result), attempt=attempt, celery=celery)
 
     async def _run_user_code(self, running: RunningCall, code: UserCode, parts: RecordedParts) -> tuple[int, bytes]:
         """Kind and payload of the result; raises what user code raised."""
@@ -229,7 +230,7 @@ class DurableRuns:
             )
         return packed
 
-    def _failed(self, entry: Entry, call: DurableCall, error: BaseException, failures: int) -> None:
+    def _failed(self, entry: Entry, call: DurableCall, attempt: int, error: BaseException, failures: int) -> None:
         if entry.id not in self._slots:
             return
         if not isinstance(error, Exception) or (call.kind == HTTP and not isinstance(error, QServeError)):
@@ -239,12 +240,12 @@ class DurableRuns:
         state = call.terms.state_after(error, failures)
         if state == SCHEDULED:
             pause_ms = call.terms.pause_ms(failures)
-            self._settle(entry, call, SCHEDULED, b"", keep_ms=pause_ms, error=said)
+            self._settle(entry, call, SCHEDULED, b"", attempt=attempt, keep_ms=pause_ms, error=said)
             self._slots.counts.retries["failed"] += 1
             self._on_retry(pause_ms / 1000)
             return
         frame = self._frame(call, ERROR, self._pack_error(error))
-        self._settle(entry, call, state, *frame, error=said, celery=celery_error(call, error))
+        self._settle(entry, call, state, *frame, attempt=attempt, error=said, celery=celery_error(call, error))
 
     def bury(self, entry: Entry, call: DurableCall, reason: str, error: QServeError) -> None:
         """Give up on a call that killed every replica it was given to."""
@@ -272,13 +273,14 @@ class DurableRuns:
         frame: bytes,
         result: bytes | None = None,
         *,
+        attempt: int | None = None,
         keep_ms: int | None = None,
         error: str = "",
         celery: bytes = b"",
     ) -> None:
         if keep_ms is None:
             keep_ms = int((DEAD_TTL_S if state == DEAD else call.terms.result_ttl_s) * 1000)
-        self._unconfirmed[entry.id] = _Settlement(call, state, frame, keep_ms, error, result, celery)
+        self._unconfirmed[entry.id] = _Settlement(call, attempt, state, frame, keep_ms, error, result, celery)
         self._send(entry.id)
 
     def _send(self, entry: bytes) -> None:
@@ -295,6 +297,7 @@ class DurableRuns:
             state=settlement.state,
             frame=settlement.frame,
             large=settlement.result is not None,
+            attempt=settlement.attempt,
             keep_ms=settlement.keep_ms,
             error=settlement.error,
             celery=settlement.celery,
@@ -340,7 +343,7 @@ class DurableRuns:
     def _pack_error(self, error: BaseException) -> bytes:
         return encode(self._codec.pack_error(error))
 
-    def _reporter(self, entry: Entry, call: DurableCall) -> Callable[[object], None]:
+    def _reporter(self, entry: Entry, call: DurableCall, attempt: int) -> Callable[[object], None]:
         loop = asyncio.get_running_loop()
 
         def report(value: object) -> None:
@@ -348,7 +351,7 @@ class DurableRuns:
             if len(packed) > _LARGEST_PROGRESS:
                 raise PayloadTooLarge(f"the progress takes {len(packed):,} bytes, the limit is {_LARGEST_PROGRESS:,}")
             frame = durable_reply(self._signer, call.id, PROGRESS, packed)
-            loop.call_soon_threadsafe(self._send_progress, entry.id, call.id, frame)
+            loop.call_soon_threadsafe(self._send_progress, entry.id, call.id, attempt, frame)
 
         return report
 
@@ -358,7 +361,7 @@ class DurableRuns:
             news = durable_reply(self._signer, call.id, NEWS, b"")
             while entry.id in self._slots:
                 try:
-                    await self._records.part(self._link.sender, call.id, entry.id, index, frame, news)
+                    await self._records.part(self._link.sender, call.id, entry.id, attempt, index, frame, news)
                     return
                 except (BrokerUnavailable, CommandRefused) as exc:
                     logger.warning("could not record a part of call %s: %s", call.id, exc)
@@ -366,6 +369,6 @@ class DurableRuns:
 
         return RecordedParts(attempt, self._codec, self._max_bytes, record)
 
-    def _send_progress(self, entry: bytes, call_id: str, frame: bytes) -> None:
+    def _send_progress(self, entry: bytes, call_id: str, attempt: int, frame: bytes) -> None:
         if entry not in self._unconfirmed:
-            self._records.progress(self._link.sender, call_id, entry, frame)
+            self._records.progress(self._link.sender, call_id, entry, attempt, frame)
