@@ -126,9 +126,14 @@ class CeleryLists:
             self._redis.connection_pool.release(waiting)
 
 
-def store_celery_result(client: Any, keys: Keys, task: str, meta: bytes, ttl_ms: int) -> None:
-    """Write the end of a task as Celery's result backend does; raises as `CeleryLists.hold_lease`."""
+def store_celery_result(client: Any, keys: Keys, task: str, call_id: str, meta: bytes, ttl_ms: int) -> None:
+    """Write the end of a task that is no call as Celery's result backend does; raises as `CeleryLists.hold_lease`.
+
+    A task whose call has a record is left alone: its message is read again, and the call has an end of its own.
+    """
     key = f"{keys.celery_prefix}celery-task-meta-{task}"
     with our_errors(client):
+        if client.exists(keys.call(call_id)):
+            return
         client.set(key, meta, px=ttl_ms)
         client.publish(key, meta)

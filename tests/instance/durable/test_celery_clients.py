@@ -174,6 +174,28 @@ def test_messages_of_every_priority_are_read_the_most_urgent_first(
     assert notes.read() == ["1", "4", "7", "10"]
 
 
+@pytest.mark.parametrize("over", ["its time", "its deployment"])
+def test_a_message_that_is_read_again_later_changes_nothing_of_its_call(
+    settings: Settings, state: State, over: str
+) -> None:
+    """As one is whose reader died, or was cut off from Redis, before it was taken off the list."""
+    desk = Desk(settings.model_copy(update={"celery_calls": True}))
+    generation = state.deploy(DeploymentSpec(name="x", target=Target("m:x"), revision="r"), expected=0).generation
+    headers: dict[str, Any] = {"id": "t", "task": "qserve.call"}
+    desk.take(headers, [["x", "", [1]], {}, {}])
+    told = f"{settings.keys.celery_prefix}celery-task-meta-t"
+    state.redis.set(told, "the end of the call")
+
+    if over == "its time":
+        headers["expires"] = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
+    else:
+        state.delete("x", expected=generation)
+    desk.take(headers, [["x", "", [1]], {}, {}])
+
+    assert state.redis.get(told) == b"the end of the call"
+    desk.close()
+
+
 @pytest.mark.parametrize(("allowed", "status"), [(None, "FAILURE"), (False, "FAILURE"), (True, None)])
 def test_where_calls_are_signed_celery_clients_have_to_be_allowed(
     settings: Settings, state: State, allowed: bool | None, status: str | None

@@ -134,7 +134,7 @@ class Desk:
 
     def _end(self, task: str, error: Exception, status: str = "FAILURE") -> None:
         meta, ttl_ms = failed_task(task, error, status), int(RESULT_TTL_S * 1000)
-        store_celery_result(self._state.redis, self._settings.keys, task, meta, ttl_ms)
+        store_celery_result(self._state.redis, self._settings.keys, task, call_id_of(task), meta, ttl_ms)
 
 
 def call_id_of(task: str) -> str:
