@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, chain, group
 from celery.exceptions import NotRegistered, TaskRevokedError
 from redis import Redis
 
@@ -96,6 +96,23 @@ def test_errors_are_failures_of_their_type(calc: Any, client: Celery) -> None:
             task.get(patience(LIMIT_S))
         assert type(caught.value).__name__ == name
         assert task.state == "FAILURE"
+
+
+def test_a_group_is_run_and_what_would_follow_a_task_is_refused(calc: Any, client: Celery, notes: Notes) -> None:
+    def add(*numbers: int) -> Any:
+        return client.signature("qserve.call", args=["calc", "add", [*numbers]], immutable=True)
+
+    several = group([add(1, 1), add(2, 2)], app=client).apply_async()
+    sent.extend(several.results)
+    assert several.get(patience(LIMIT_S)) == [2, 4]
+    chained = chain(add(3, 3), add(4, 4), app=client).apply_async()
+    linked, on_error = add(5, 5).apply_async(link=add(6, 6)), add(7, 7).apply_async(link_error=add(8, 8))
+    sent.extend([chained, chained.parent, linked, on_error])
+
+    for task, why in ((chained, "chain"), (linked, "link"), (on_error, "link_error")):
+        with pytest.raises(ValueError, match=rf"follow a task \({why}\)"):
+            task.get(patience(LIMIT_S))
+    assert sorted(notes.read()) == ["2", "4"]
 
 
 def test_a_message_delivered_twice_is_one_call(calc: Any, client: Celery, notes: Notes) -> None:

@@ -50,6 +50,8 @@ class Wanted(msgspec.Struct):
 
 
 _signature = inspect.signature(Wanted)
+_FOLLOW = {"chain": "chain", "chord": "chord", "callbacks": "link", "errbacks": "link_error"}
+"""What a Celery worker does after a task, as messages call it and as users do."""
 
 
 class Desk:
@@ -77,9 +79,10 @@ class Desk:
             BrokerUnavailable, ConfigurationError, CommandRefused: Redis has not taken it; it is to be taken again.
         """
         try:
-            task, (args, kwargs, _) = headers["id"], body
+            task, (args, kwargs, embedded) = headers["id"], body
             if headers["task"] != TASK:
                 raise NotRegistered(headers["task"])
+            _refuse_what_follows(embedded)
             found = self._call(headers, str(task), self._wanted(args, kwargs))
         except (QServeError, NotRegistered, KeyError, TypeError, ValueError) as exc:
             self.refuse(headers, exc)
@@ -135,6 +138,15 @@ class Desk:
     def _end(self, task: str, error: Exception, status: str = "FAILURE") -> None:
         meta, ttl_ms = failed_task(task, error, status), int(RESULT_TTL_S * 1000)
         store_celery_result(self._state.redis, self._settings.keys, task, call_id_of(task), meta, ttl_ms)
+
+
+def _refuse_what_follows(embedded: Any) -> None:
+    wanted = [name for what, name in _FOLLOW.items() if embedded.get(what)] if isinstance(embedded, dict) else []
+    if wanted:
+        raise ValueError(
+            f"{TASK} does not run what is to follow a task ({', '.join(wanted)}), so the task was not run either: send "
+            "the next one when this one has its result, or let a deployment make both calls"
+        )
 
 
 def call_id_of(task: str) -> str:
