@@ -20,8 +20,16 @@ from qserve.broker.instance.stored_schedules import (
 )
 from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
+from qserve.broker.redis_errors import CommandRefused
 from qserve.durable.cron import parse_when
-from qserve.errors import BackPressureError, DeploymentNotFound, DeploymentUnavailable, FrameRejected, MethodNotFound
+from qserve.errors import (
+    BackPressureError,
+    DeploymentNotFound,
+    DeploymentUnavailable,
+    FrameRejected,
+    MethodNotFound,
+    QServeError,
+)
 from qserve.user_code.method_names import problem_of
 from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms, durable_with_meta, id_in_shard
 from qserve.wire.codec import Codec
@@ -29,6 +37,9 @@ from qserve.wire.messages import NO_META, PYTHON, encode, encode_bare
 from qserve.wire.names import is_name
 
 logger = logging.getLogger(__name__)
+
+_STEP_S = 60.0
+"""A clock that is set back by less is waited for, so that no moment comes twice."""
 
 
 class Plan(NamedTuple):
@@ -183,23 +194,44 @@ class Schedules:
 
         Any number of processes may do this: the call of a schedule's moment has the same id for all of them, and is
         submitted once. Of moments that were missed, the last one is made up for.
+
+        Raises:
+            BrokerUnavailable, ConfigurationError, CommandRefused: Redis cannot be asked, or has not taken the call of a
+                schedule; those of the others are submitted all the same.
         """
         now, pause, paused = self.now(), 3600.0, self.paused()
+        failure: Exception | None = None
         for schedule, fired in self.all():
             try:
                 when = parse_when(schedule.when)
             except ValueError as exc:  # a time zone that is not known here
                 logger.error("Ignoring schedule %s: %s", schedule.name, exc)
                 continue
-            since = max(schedule.created, fired.at if fired is not None else 0) / 1000
-            moment = when.last_between(since, now)
+            moment = when.last_between(self._since(schedule, fired, now), now)
             if moment is not None and schedule.name in paused:
                 left_out = Fired(int(moment * 1000), "", "left out, because the schedule is paused")
                 note_fired(self._redis, self._keys, schedule.name, msgspec.msgpack.encode(left_out))
             elif moment is not None:
-                self._fire(schedule, moment, payloads)
+                try:
+                    self._fire(schedule, moment, payloads)
+                except (QServeError, CommandRefused) as exc:  # the server of its shard may be down, and others not
+                    failure = exc
             pause = min(pause, when.next_after(now) - now)
+        if failure is not None:
+            raise failure
         return pause
+
+    def _since(self, schedule: ScheduleWithMeta, fired: Fired | None, now: float) -> float:
+        """After which time the moments of a schedule count: those before are over."""
+        created, last = schedule.created / 1000, fired.at / 1000 if fired is not None else 0.0
+        if max(created, last) <= now + _STEP_S:
+            return max(created, last)
+        if fired is not None and last <= now + _STEP_S:
+            return last
+        logger.warning("Schedule %s goes on from now, because the clock of Redis was set back", schedule.name)
+        begins = Fired(int(now * 1000), "", "left out, because the clock of Redis was set back")
+        note_fired(self._redis, self._keys, schedule.name, msgspec.msgpack.encode(begins))
+        return now
 
     def _fire(self, schedule: ScheduleWithMeta, moment: float, payloads: Payloads) -> None:
         at = int(moment * 1000)

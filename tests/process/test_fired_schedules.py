@@ -1,11 +1,16 @@
 """The calls of schedules in Redis: one for each moment, whoever submits it."""
 
+import logging
+from typing import Any
+
 import msgspec
+import pytest
 
 from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
 from qserve.broker.payloads import Payloads
-from qserve.durable.schedules import Plan, Schedules
+from qserve.broker.redis_errors import CommandRefused
+from qserve.durable.schedules import Fired, Plan, Schedules, ScheduleWithMeta
 from qserve.settings import Settings
 from qserve.wire.call_record import DurableOptions
 from qserve.wire.codec import Codec
@@ -28,3 +33,65 @@ def test_two_schedulers_that_see_the_same_moment_submit_one_call(
         state.redis.hdel(keys.fired, "s")  # not noted yet
     assert state.redis.xlen(keys.calls("Echo")) == 1
     two._redis.close()
+
+
+CODEC = Codec(allow_pickle=False, max_bytes=1000)
+
+
+def overdue(schedules: Schedules, name: str, deployment: str = "Echo") -> ScheduleWithMeta:
+    """A schedule whose hour has come."""
+    made = schedules.put(Plan(name, "every 1h", deployment, "", DurableOptions(), (), {}), CODEC)
+    made = msgspec.structs.replace(made, created=made.created - 7_200_000)
+    schedules.write(made)
+    return made
+
+
+def test_a_schedule_whose_call_redis_refuses_keeps_no_other_from_being_submitted(
+    settings: Settings, keys: Keys, signer: Signer, state: State
+) -> None:
+    for name in ("Broken", "Echo"):
+        deploy(settings, name=name)
+    schedules, payloads = Schedules(state), Payloads(keys, signer, 1000)
+    overdue(schedules, "a", "Broken")
+    overdue(schedules, "b")
+    state.redis.delete(keys.of("Broken").due("Broken"))
+    state.redis.set(keys.of("Broken").due("Broken"), "not what it should be")
+
+    with pytest.raises(CommandRefused, match="WRONGTYPE"):
+        schedules.fire_due(payloads)
+
+    assert state.redis.xlen(keys.of("Echo").calls("Echo")) == 1
+    assert {each.name: fired is not None for each, fired in schedules.all()} == {"a": False, "b": True}
+
+
+@pytest.mark.parametrize("known", ["its last call", "that it was put"])
+def test_a_clock_that_was_set_back_silences_no_schedule(
+    settings: Settings,
+    keys: Keys,
+    signer: Signer,
+    state: State,
+    known: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of the time in which the clock was ahead there is only what was noted then."""
+    deploy(settings)
+    schedules, payloads = Schedules(state), Payloads(keys, signer, 1000)
+    made, now = overdue(schedules, "s"), schedules.now()
+    ahead = int(now * 1000) + 86_400_000
+    if known == "its last call":
+        fired: Any = msgspec.msgpack.encode(Fired(ahead, "d1", ""))
+        state.redis.hset(keys.fired, "s", fired)
+    else:
+        schedules.write(msgspec.structs.replace(made, created=ahead))
+
+    schedules.fire_due(payloads)
+    assert state.redis.xlen(keys.calls("Echo")) == 0  # whether that moment is over is not known
+    assert [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING] == [
+        "Schedule s goes on from now, because the clock of Redis was set back"
+    ]
+    for hours in (1, 1, 2):
+        monkeypatch.setattr(schedules, "now", lambda hours=hours: now + 3600 * hours)
+        schedules.fire_due(payloads)
+
+    assert state.redis.xlen(keys.calls("Echo")) == 2
