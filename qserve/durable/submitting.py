@@ -33,8 +33,6 @@ from qserve.wire.messages import NO_META, Signer, encode
 
 OnAdmitted = Callable[[str | QServeError], None]
 
-_EXPIRY_SHOWS_S = 0.05
-
 
 class Submission:
     """A durable call that is ready to be submitted."""
@@ -186,8 +184,7 @@ class Submissions:
 
     def _admitted(self, each: Submission, answer: Answer, place: int) -> None:
         if each.options.expires_s is not None:  # nobody tells of a call that no replica looks at
-            later = each.options.expires_s + _EXPIRY_SHOWS_S
-            asyncio.get_running_loop().call_later(later, self._watchers.look_if_watched, each.call.id)
+            self._watchers.look_when_expired(each.call.id, each.options.expires_s)
         if self._keys.shards == 1 and not isinstance(answer, Exception) and answer[0] == NO_STATE:
             verdict: str | QServeError = _lost(each.call.deployment)
         else:  # a shard of a cluster knows its own deployments only

@@ -1,5 +1,6 @@
 """Waiting for the ends of durable calls: an inbox is told of them, and the records are looked at now and then."""
 
+import asyncio
 import time
 from collections.abc import Callable, Container
 from functools import partial
@@ -18,6 +19,7 @@ from qserve.errors import BrokerUnavailable, CallCancelled, CallNotFound, FrameR
 from qserve.wire.call_record import ANYONE, NEWS, PART, PROGRESS
 from qserve.wire.messages import Outcome, Reply
 
+_EXPIRY_SHOWS_S = 0.05
 _LOOK_AGAIN_S = 30.0
 """An inbox is told of every end; looking again now and then finds what was missed while the inbox counted as dead."""
 
@@ -68,6 +70,7 @@ class Watchers:
         self._process = process
         self._link = link
         self._watchers: dict[str, list[DurableWatcher]] = {}
+        self._expiring: dict[str, asyncio.TimerHandle] = {}  # no replica tells of a call that none looks at
         self._look_at = time.monotonic() + _LOOK_AGAIN_S
 
     def watch(self, call_id: str, watcher: DurableWatcher) -> None:
@@ -90,6 +93,7 @@ class Watchers:
             watchers.remove(watcher)
             if not watchers:
                 del self._watchers[call_id]
+                self._expect_no_more(call_id)
 
     def take(self, reply: Reply) -> None:
         """Hand what the inbox has received about a durable call to its watchers."""
@@ -109,6 +113,7 @@ class Watchers:
 
     def settle(self, call_id: str, outcome: Outcome) -> None:
         """Tell the watchers of a call how it has ended."""
+        self._expect_no_more(call_id)
         for watcher in self._watchers.pop(call_id, ()):
             watcher.on_outcome(outcome)
 
@@ -142,20 +147,31 @@ class Watchers:
         if answer is None:
             self.settle(call_id, CallNotFound(f"there is no durable call {call_id!r}, or its record has expired"))
             return
-        _, _, _, result, progress, is_late = answer
+        _, _, _, result, progress, left_ms = answer
         try:
             for frame in (progress, result):
                 if frame is not None:
                     self.take(self._by_id.open(frame, call_id))
         except (FrameRejected, msgspec.DecodeError) as exc:
             self.settle(call_id, exc if isinstance(exc, QServeError) else FrameRejected(str(exc)))
-        if is_late == b"1":
+        if left_ms and int(left_ms) < 0:
             self._by_id.expire(call_id)
+        elif left_ms:
+            self.look_when_expired(call_id, int(left_ms) / 1000)
 
-    def look_if_watched(self, call_id: str) -> None:
-        """Look at the record of a call if anybody here waits for its end."""
-        if call_id in self._watchers:
-            self.look(call_id)
+    def look_when_expired(self, call_id: str, seconds: float) -> None:
+        """Look at the record of a call when it has expired, if anybody here waits for its end until then."""
+        if call_id in self._watchers and call_id not in self._expiring:
+            later = asyncio.get_running_loop().call_later(seconds + _EXPIRY_SHOWS_S, self._look_again, call_id)
+            self._expiring[call_id] = later
+
+    def _look_again(self, call_id: str) -> None:
+        del self._expiring[call_id]
+        self.look(call_id)
+
+    def _expect_no_more(self, call_id: str) -> None:
+        if (later := self._expiring.pop(call_id, None)) is not None:
+            later.cancel()
 
     def look_at_all(self, *, but: Container[str]) -> None:
         """Look at the records of all calls that are watched, except for some that may not have one yet."""

@@ -55,7 +55,7 @@ class Waiting:
 
 
 def record(result: bytes | None, progress: bytes | None = None) -> list[Any]:
-    return [b"", b"", b"", result, progress, b"0"]
+    return [b"", b"", b"", result, progress, b""]
 
 
 async def test_the_record_of_a_call_tells_its_progress_and_its_result() -> None:
@@ -85,12 +85,38 @@ async def test_a_connection_that_is_lost_ends_no_waiting_and_the_next_one_looks_
     server = Server(BrokerUnavailable("lost"))
     waiting = Waiting(server)
     waiting.watchers.look_at_all(but={"d1"})
-    waiting.watchers.look_if_watched("d2")
     assert server.asked == 1
     assert not waiting.outcomes
     server.answer = record(durable_reply(SIGNER, "d1", VALUE, b"all"))
     waiting.watchers.look_at_all(but=())
     assert len(waiting.outcomes) == 1
+
+
+async def test_of_a_call_that_expires_those_who_wait_are_told_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those who have not submitted it: no replica may look at it until long after."""
+    server = Server([b"scheduled", b"", b"", None, None, b"10"])
+    waiting = Waiting(server)
+    expired: list[str] = []
+    monkeypatch.setattr(CallsById, "expire", lambda _self, call_id: expired.append(call_id))
+    server.answer = [b"scheduled", b"", b"", None, None, b"-1"]
+    await until(lambda: expired == ["d1"])
+    assert server.asked == 2
+    assert not waiting.outcomes
+
+
+@pytest.mark.parametrize("how", ["told", "forgotten"])
+async def test_nothing_is_kept_until_a_call_would_have_expired_that_is_waited_for_no_more(how: str) -> None:
+    waiting = Waiting(Server([b"scheduled", b"", b"", None, None, b"3600000"]))
+    (later,) = waiting.watchers._expiring.values()
+    waiting.watchers.look_when_expired("d1", 3600)
+    waiting.watchers.look_when_expired("d2", 3600)
+    assert list(waiting.watchers._expiring.values()) == [later]
+    if how == "told":
+        waiting.watchers.settle("d1", Reply("d1", ANYONE, VALUE, b"all"))
+    else:
+        waiting.watchers.forget("d1", waiting.watcher)
+    assert later.cancelled()
+    assert not waiting.watchers._expiring
 
 
 async def test_without_a_connection_nothing_is_asked() -> None:
