@@ -367,7 +367,7 @@ def schedule(
     plan = plan_call(name, when, handle, args, kwargs)
     hooks = HookChain(load_hooks(Settings().hooks, ClientHook))
     with HookedCall(hooks, plan.deployment, plan.method, "call", durable=True) as hooked:
-        plan = plan._replace(meta=hooked.meta)
+        plan = plan._replace(meta={**hooked.meta, **plan.meta})
         if declared:
             parse_when(plan.when)
             Declared.plans.append(plan)

@@ -19,4 +19,5 @@ def plan_call(
     if not isinstance(handle, DeploymentHandle | DurableHandle):
         raise TypeError(f"a schedule takes a deployment or a handle made with sync=True, not {handle!r}")
     terms = handle._terms if isinstance(handle, DurableHandle) else make_durable_options()
-    return Plan(name, when, handle.deployment_name, handle._options.method_name, terms, args, kwargs)
+    options = handle._options
+    return Plan(name, when, handle.deployment_name, options.method_name, terms, args, kwargs, options.meta)

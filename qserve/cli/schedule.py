@@ -1,6 +1,7 @@
 """`qserve schedule`: calls that are submitted again and again."""
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -154,8 +155,8 @@ def _argument(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as exc:
         raise click.UsageError(
-            f"The argument {text[:40]!r} is no JSON ({exc}). Text stands in double quotes, which a shell wants in "
-            "single ones: '\"hello\"'."
+            f"The argument {text[:40]!r} is no JSON ({exc}). A text stands in double quotes, which the shell has to leave "
+            f"in place: {shlex.quote(json.dumps(text[:40], ensure_ascii=False))}"
         ) from exc
 
 

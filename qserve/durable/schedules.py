@@ -33,7 +33,7 @@ from qserve.errors import (
 from qserve.user_code.method_names import problem_of
 from qserve.wire.call_record import ANYONE, NEVER_MS, DurableCall, DurableOptions, Terms, durable_with_meta, id_in_shard
 from qserve.wire.codec import Codec
-from qserve.wire.messages import NO_META, PYTHON, encode, encode_bare
+from qserve.wire.messages import MODEL, NO_META, PYTHON, encode, encode_bare
 from qserve.wire.names import is_name
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,11 @@ class Schedules:
             *(options.terms, options.expires_s, options.low_priority, int(self.now() * 1000), dict(plan.meta)),
         )
         known = self.get(plan.name)
-        if known is not None and msgspec.structs.replace(made, created=known.created, meta=known.meta) == known:
+        if (
+            known is not None
+            and known.meta.get(MODEL) == made.meta.get(MODEL)  # the rest of it says where the schedule was put
+            and msgspec.structs.replace(made, created=known.created, meta=known.meta) == known
+        ):
             return known
         self.write(made)
         return made

@@ -19,7 +19,7 @@ from qserve.hooks import ClientCall, ClientHook
 from qserve.settings import Settings
 from qserve.wire.call_record import DurableOptions, decode_durable_call
 from qserve.wire.codec import Codec
-from qserve.wire.messages import PYTHON, CallWithMeta, Signer, decode_call, encode
+from qserve.wire.messages import MODEL, PYTHON, CallWithMeta, Signer, decode_call, encode
 from tests.support.calling import Caller, calling, deploy, serving
 from tests.support.waiting import until
 
@@ -166,6 +166,9 @@ def test_what_a_schedule_was_made_with_is_said_by_each_of_its_calls(state: State
     schedules.fire_due(payloads)
 
     assert decode_durable_call(only_entry(state)).meta == {"tenant": "a"}
+    assert schedules.put(plan._replace(meta={MODEL: "large"}), CODEC).meta == {MODEL: "large"}, (
+        "it calls something else"
+    )
 
 
 def test_what_was_said_of_a_call_is_said_again_when_it_is_sent_again(

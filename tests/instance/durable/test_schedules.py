@@ -165,6 +165,8 @@ def test_schedules_are_managed_on_the_command_line(told: Any, qserve_instance: T
     assert "often" not in schedule("ls")
     wrong = CliRunner().invoke(main, ["schedule", "put", "x", "0 3 * *", "told"])
     assert (wrong.exit_code, "is not a schedule" in wrong.output) == (1, True)
+    wrong = CliRunner().invoke(main, ["schedule", "put", "x", "0 3 * * *", "told", "it's"])
+    assert (wrong.exit_code, '"it\'s" is no JSON' in wrong.output) == (2, True)
     assert CliRunner().invoke(main, ["schedule", "rm", "often"]).exit_code == 1
 
 
