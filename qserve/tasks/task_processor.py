@@ -4,7 +4,8 @@ import asyncio
 import datetime
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Final
 
@@ -178,10 +179,11 @@ class TaskProcessorAdapter:
         ref, cancelled = _unattached(client, task_id), Future[bool]()
 
         def answered(answer: Any) -> None:
-            if isinstance(answer, Exception):
-                cancelled.set_exception(answer)
-            else:
-                cancelled.set_result(answer not in (b"ended", b"unknown"))
+            with suppress(InvalidStateError):  # whoever asked has given up waiting
+                if isinstance(answer, Exception):
+                    cancelled.set_exception(answer)
+                else:
+                    cancelled.set_result(answer not in (b"ended", b"unknown"))
 
         client.run_soon(lambda: client.durable.by_id.cancel(ref.id, answered))
         return cancelled

@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from qserve import serve
+from qserve.calls.process_client import current_client
 from qserve.errors import CallNotFound, DeploymentNotFound, GetTimeoutError
 from qserve.tasks import (
     CeleryAdapterConfig,
@@ -150,6 +151,21 @@ async def test_tasks_are_cancelled_and_put_off(adapter: TaskProcessorAdapter, ga
         assert (await asyncio.to_thread(ended, adapter, each.id)).status == "REVOKED"
         assert not await adapter.cancel_task_async(each.id)
     assert notes.read() == ["upload cat"]
+
+
+async def test_who_gives_up_waiting_for_a_cancellation_costs_nobody_the_connection(
+    adapter: TaskProcessorAdapter, notes: Notes
+) -> None:
+    task = await adapter.enqueue_task_async("upload", ["dog"], countdown=3600)
+    losses = current_client().link.losses
+    given_up = asyncio.ensure_future(adapter.cancel_task_async(task.id))
+    await asyncio.sleep(0)  # it is asked, and answered on another thread
+    given_up.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
+
+    assert (await asyncio.to_thread(ended, adapter, task.id)).status == "REVOKED"
+    assert current_client().link.losses == losses
 
 
 def test_a_task_that_has_expired_is_taken_and_never_runs(adapter: TaskProcessorAdapter, notes: Notes) -> None:
