@@ -217,6 +217,14 @@ class TestSettling:
         assert calls.settle("d1", entry, large="1") == 1
         assert calls.state("d1") == "done"
 
+    def test_one_that_was_cancelled_while_it_ran_and_failed_does_not_wait_for_its_pause(self, calls: Durable) -> None:
+        entry = calls.running("d1")
+        assert calls.end("d1") == [b"A", entry, b"Echo"]
+        assert calls.settle("d1", entry, "scheduled", 600_000) == 1
+        assert calls.move()[1] == 1
+        entry, *_ = calls.read("A")
+        assert calls.start_run("d1", "A", entry) == [b"cancelled", b"cancelled frame"]
+
 
 class TestMoving:
     def test_only_who_holds_the_lease_moves_or_whoever_knows_of_a_call(self, calls: Durable) -> None:

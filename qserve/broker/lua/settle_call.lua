@@ -25,7 +25,8 @@ end
 if ARGV[11] ~= '' then redis.call('HSET', record, 'error', ARGV[11]) end
 if state == 'scheduled' then
   local put = redis.call('XRANGE', KEYS[1], entry, entry)
-  local due = now + tonumber(ARGV[7])
+  -- One that was cancelled while it ran ends as soon as it is due.
+  local due = redis.call('HEXISTS', record, 'cancel') == 1 and now or now + tonumber(ARGV[7])
   -- fields: r, id, f, flags, d, frame
   redis.call('HINCRBY', record, 'failures', 1)
   note(record, redis.call('HGET', record, 'n'), now, 'retrying', ARGV[9],
