@@ -146,11 +146,19 @@ class Records:
         arguments = (keys.base, GROUP, entry.id, call_id, frame, int(DEAD_TTL_S * 1000), INBOX_TTL_MS)
         await REJECT_CALL.call(connection, names, *arguments, reason[:_LONGEST_ERROR], DEAD_LETTERS_KEPT)
 
-    def progress(self, connection: Connection, call_id: str, entry: bytes, attempt: int, frame: bytes) -> None:
+    def progress(
+        self,
+        connection: Connection,
+        call_id: str,
+        entry: bytes,
+        attempt: int,
+        frame: bytes,
+        on_answer: Callable[[Answer], None],
+    ) -> None:
         """Tell how far a running call has come."""
         keys = self._keys
         names = keys.whole(keys.call(call_id))
-        NOTE_PROGRESS.send(connection, ignore_answer, names, keys.base, entry, frame, INBOX_TTL_MS, attempt)
+        NOTE_PROGRESS.send(connection, on_answer, names, keys.base, entry, frame, INBOX_TTL_MS, attempt)
 
     async def part(
         self, connection: Connection, call_id: str, entry: bytes, attempt: int, index: int, frame: bytes, news: bytes

@@ -228,6 +228,42 @@ async def test_progress_that_is_too_large_is_an_error_of_who_reports_it(monkeypa
     assert replica.recorded == [1]
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_what_a_call_reports_last_is_told_before_its_end(monkeypatch: pytest.MonkeyPatch, is_async: bool) -> None:
+    def report() -> None:
+        serve.get_replica_context().report_progress(7)
+
+    async def report_in_async_code() -> None:
+        report()
+
+    replica = Replica(monkeypatch, RUN)
+    told: list[bool] = []
+    monkeypatch.setattr(replica, "progress", lambda *_: told.append(bool(replica.settled)), raising=False)
+    await replica.serve(report_in_async_code if is_async else report, PYTHON, CODEC.pack_call((), {}))
+    assert told == [False]
+
+
+async def test_of_a_flood_of_reports_as_many_are_sent_as_redis_takes_and_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def report() -> None:
+        for number in range(1000):
+            serve.get_replica_context().report_progress(number)
+
+    sent: list[Any] = []
+
+    def take(*given: Any) -> None:  # and answer the first only
+        sent.append(CODEC.unpack(decode_reply(replica.signer.open(given[4])).payload))
+        if len(sent) == 1:
+            given[5](1)
+
+    replica = Replica(monkeypatch, RUN)
+    monkeypatch.setattr(replica, "progress", take, raising=False)
+    await replica.serve(report, PYTHON, CODEC.pack_call((), {}))
+    assert len(sent) <= 102
+    assert (sent[0], sent[-1], sent) == (0, 999, sorted(sent))
+
+
 async def test_a_call_that_was_cancelled_before_its_code_began_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
     replica = Replica(monkeypatch, RUN)

@@ -59,7 +59,7 @@ from qserve.wire.parts import flat
 from qserve_workers.calls.answers import Answers
 from qserve_workers.calls.arrivals import fetch_payload
 from qserve_workers.calls.call_hooks import with_hooks
-from qserve_workers.calls.durable_parts import CollectedResponse, DurableCallInfo, RecordedParts
+from qserve_workers.calls.durable_parts import CollectedResponse, DurableCallInfo, RecordedParts, Reports
 from qserve_workers.calls.running import RunningCall
 from qserve_workers.calls.slots import Slots
 from qserve_workers.celery_calls.celery_results import celery_error, celery_result
@@ -129,7 +129,7 @@ class DurableRuns:
                 ran = True
                 attempt, failures = facts
                 parts = self._parts(entry, call, attempt)
-                report = self._reporter(entry, call, attempt)
+                reports = self._reports(entry, call, attempt)
                 lineage = running.info.lineage
                 model, is_last = running.info.model_id, failures >= call.terms.retries
                 running.info = DurableCallInfo(
@@ -137,10 +137,10 @@ class DurableRuns:
                     lineage=lineage,
                     model_id=model,
                     is_last=is_last,
-                    report=report,
+                    report=reports.add,
                     on_chunk=parts.value,
                 )
-                await self._run(running, call, code, failures, parts)
+                await self._run(running, call, code, failures, parts, reports)
             elif verdict == b"cancelled":
                 self._settle(entry, call, CANCELLED, facts[0])
             elif verdict == b"expired":
@@ -159,7 +159,13 @@ class DurableRuns:
         return [b"lost"]
 
     async def _run(
-        self, running: RunningCall, call: DurableCall, code: UserCode, failures: int, parts: RecordedParts
+        self,
+        running: RunningCall,
+        call: DurableCall,
+        code: UserCode,
+        failures: int,
+        parts: RecordedParts,
+        reports: Reports,
     ) -> None:
         entry, attempt = running.entry, running.info.attempt
         current_call.set(running.info)
@@ -168,7 +174,10 @@ class DurableRuns:
             if running.unwanted:
                 raise asyncio.CancelledError
             run = self._run_told if call.meta else self._run_plain
-            kind, result = await run(running, code, parts)
+            try:
+                kind, result = await run(running, code, parts)
+            finally:
+                reports.flush()
         except asyncio.CancelledError as exc:
             if entry.id not in self._slots:
                 return  # abandoned or taken over: somebody else settles it
@@ -343,17 +352,18 @@ class DurableRuns:
     def _pack_error(self, error: BaseException) -> bytes:
         return encode(self._codec.pack_error(error))
 
-    def _reporter(self, entry: Entry, call: DurableCall, attempt: int) -> Callable[[object], None]:
-        loop = asyncio.get_running_loop()
-
-        def report(value: object) -> None:
+    def _reports(self, entry: Entry, call: DurableCall, attempt: int) -> Reports:
+        def frame_of(value: object) -> bytes:
             packed = self._codec.pack(value, "the progress")
             if len(packed) > _LARGEST_PROGRESS:
                 raise PayloadTooLarge(f"the progress takes {len(packed):,} bytes, the limit is {_LARGEST_PROGRESS:,}")
-            frame = durable_reply(self._signer, call.id, PROGRESS, packed)
-            loop.call_soon_threadsafe(self._send_progress, entry.id, call.id, attempt, frame)
+            return durable_reply(self._signer, call.id, PROGRESS, packed)
 
-        return report
+        def send(frame: bytes, on_answer: Callable[[Answer], None]) -> None:
+            if entry.id not in self._unconfirmed:
+                self._records.progress(self._link.sender, call.id, entry.id, attempt, frame, on_answer)
+
+        return Reports(frame_of, send)
 
     def _parts(self, entry: Entry, call: DurableCall, attempt: int) -> RecordedParts:
         async def record(index: int, part: bytes) -> None:
@@ -368,7 +378,3 @@ class DurableRuns:
                 await asyncio.sleep(_NEXT_TRY_S)
 
         return RecordedParts(attempt, self._codec, self._max_bytes, record)
-
-    def _send_progress(self, entry: bytes, call_id: str, attempt: int, frame: bytes) -> None:
-        if entry not in self._unconfirmed:
-            self._records.progress(self._link.sender, call_id, entry, attempt, frame)

@@ -1,15 +1,21 @@
 """What a durable call gives before its end, and a response that nobody waits for."""
 
 import asyncio
+import threading
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from qserve.broker.connection import Answer
 from qserve.context import CallInfo
 from qserve.errors import QServeError, ResultTooLarge, StreamBroken
 from qserve.wire.call_record import Part
 from qserve.wire.channel import Channel
 from qserve.wire.codec import Codec
 from qserve.wire.messages import HttpResponse, decode_http_response, encode
+
+REPORTS_AT_ONCE = 100
+"""How many reports of progress are on their way at most; a record keeps no more of them."""
 
 
 @dataclass(eq=False, slots=True)
@@ -67,6 +73,64 @@ class CollectedResponse(Channel):
         self.check()
         head = decode_http_response(self._parts[0])
         return HttpResponse(head.status, head.headers, b"".join(self._parts[1:]))
+
+
+class Reports:
+    """What one attempt of a call reports of its progress, in its order.
+
+    Where it reports faster than Redis takes it, some are left out, but never the last: so nothing piles up here, and
+    the end of the call need not wait.
+
+    Args:
+        frame_of: Packs what is reported; raises what whoever reports it is told.
+        send: Sends a frame, on the event loop that this was made on, and calls its second argument with the answer.
+    """
+
+    def __init__(
+        self, frame_of: Callable[[object], bytes], send: Callable[[bytes, Callable[[Answer], None]], None]
+    ) -> None:
+        self._frame_of = frame_of
+        self._send = send
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        self._lock = threading.Lock()
+        self._waiting = deque[bytes]()
+        self._under_way = 0
+        self._is_called = False
+
+    def add(self, value: object) -> None:
+        """Report something, from any thread."""
+        frame = self._frame_of(value)
+        is_here = threading.get_ident() == self._thread
+        with self._lock:
+            if self._waiting and len(self._waiting) + self._under_way >= REPORTS_AT_ONCE:
+                self._waiting[-1] = frame
+            else:
+                self._waiting.append(frame)
+            calls = not (is_here or self._is_called)
+            self._is_called = self._is_called or calls
+        if is_here:
+            self._send_some()  # later it might come behind the end of the call
+        elif calls:
+            self._loop.call_soon_threadsafe(self._send_some)
+
+    def flush(self) -> None:
+        """Send what waits, because the call ends."""
+        self._send_some(most=2 * REPORTS_AT_ONCE)
+
+    def _send_some(self, most: int = REPORTS_AT_ONCE) -> None:
+        while True:
+            with self._lock:
+                self._is_called = False
+                if not self._waiting or self._under_way >= most:
+                    return
+                self._under_way += 1
+                frame = self._waiting.popleft()
+            self._send(frame, self._answered)
+
+    def _answered(self, _answer: Answer) -> None:
+        with self._lock:
+            self._under_way -= 1
+        self._send_some()
 
 
 class RecordedParts:
