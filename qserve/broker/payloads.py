@@ -17,7 +17,7 @@ from qserve.wire.messages import Blob, Signer, decode_blob, encode
 LARGEST_STORED = 512 * 2**20 - 1024
 """What Redis keeps under one key."""
 _UNCONFIRMED_MS = 60_000
-"""How long the payload of a durable call is kept until the call is submitted; then it is kept as long as the call."""
+"""How long a payload of a durable call is kept until the call is submitted, or has ended; then as long as the call."""
 
 
 def result_id(call_id: str) -> str:
@@ -77,9 +77,14 @@ class Payloads:
 
     # On the connection of a call
 
-    def put(self, connection: Connection, payload_id: str, sealed: bytes, ttl_ms: int) -> None:
-        """Store a sealed payload before the message that announces it is sent."""
-        connection.send(ignore_answer, "SET", self._keys.payload(payload_id), sealed, "PX", max(1, ttl_ms))
+    def put_result(self, connection: Connection, call_id: str, sealed: bytes, *, by: str) -> None:
+        """Store the sealed result of a durable call before its end is sent; settle_call.lua makes it last.
+
+        Args:
+            by: Who stores it. Others may store theirs, and that of the first who is done is the result.
+        """
+        name = self._keys.payload(f"{result_id(call_id)}:{by}")
+        connection.send(ignore_answer, "SET", name, sealed, "PX", _UNCONFIRMED_MS)
         count(connection, self._keys, "values_stored")
 
     def put_unconfirmed(self, connection: Connection, payload_id: str, sealed: bytes) -> None:

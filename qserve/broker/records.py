@@ -117,7 +117,7 @@ class Records:
         *,
         state: str,
         frame: bytes,
-        large: bool,
+        stored_by: str,
         attempt: int | None,
         keep_ms: int,
         error: str,
@@ -127,7 +127,7 @@ class Records:
         """Write the end of a call, or of an attempt; `on_answer` gets 1 if this was the first answer.
 
         Args:
-            large: Its result was sent to be stored apart before.
+            stored_by: Who has sent its result to be stored apart before, by `put_result`; "" if it is not large.
             attempt: Which one has ended; None where that does not matter.
             celery: What Celery's result backend is told, b"" if it is not.
         """
@@ -136,7 +136,7 @@ class Records:
         said = error[:_LONGEST_ERROR]
         SETTLE_CALL.send(
             *(connection, on_answer, names, keys.base, GROUP, entry, call.id, state, frame, keep_ms, INBOX_TTL_MS),
-            *(said, DEAD_LETTERS_KEPT, said, celery, "1" if large else "", "" if attempt is None else attempt),
+            *(said, DEAD_LETTERS_KEPT, said, celery, stored_by, "" if attempt is None else attempt),
         )
 
     async def reject(self, connection: Connection, deployment: str, entry: Entry, reason: str, frame: bytes) -> None:

@@ -59,11 +59,11 @@ class Durable(Queue):
         state: str = "done",
         keep: int = DAY_MS,
         error: str = "",
-        large: str = "",
+        stored_by: str = "",
         attempt: Any = "",
     ) -> int:
         names = (STREAM, LETTERS, DUE_SET)
-        told = (state, f"{state} frame", keep, 60_000, error, 100, error, "", large, attempt)
+        told = (state, f"{state} frame", keep, 60_000, error, 100, error, "", stored_by, attempt)
         return int(self.run(SETTLE_CALL, names, BASE, GROUP, entry, id_, *told))
 
     def end(self, id_: str, state: str = "cancelled") -> Any:
@@ -211,11 +211,28 @@ class TestSettling:
     def test_an_end_whose_large_result_was_not_stored_is_refused_until_it_is(self, calls: Durable) -> None:
         entry = calls.running("d1")
         with pytest.raises(redis.exceptions.ResponseError, match="could not be stored"):
-            calls.settle("d1", entry, large="1")
+            calls.settle("d1", entry, stored_by="A")
         assert calls.state("d1") == "running"
-        calls.redis.set(KEYS.payload("d1:r"), "large")
-        assert calls.settle("d1", entry, large="1") == 1
+        calls.redis.set(KEYS.payload("d1:r:A"), "large", px=60_000)
+        assert calls.settle("d1", entry, stored_by="A") == 1
         assert calls.state("d1") == "done"
+        assert calls.redis.get(KEYS.payload("d1:r")) == b"large"
+        assert DAY_MS - 60_000 < calls.redis.pttl(KEYS.payload("d1:r")) <= DAY_MS
+
+    @pytest.mark.parametrize("has_parts", [False, True])
+    def test_a_large_result_that_comes_late_does_not_take_the_place_of_the_first(
+        self, calls: Durable, has_parts: bool
+    ) -> None:
+        entry = calls.running("d1")
+        if has_parts:
+            calls.part("d1", entry, 1)
+        calls.redis.xclaim(STREAM, GROUP, "B", 0, [entry])
+        calls.start_run("d1", "B", entry)
+        for replica, attempt, first in (("B", 2, 1), ("A", 1, 0)):
+            calls.redis.set(KEYS.payload(f"d1:r:{replica}"), f"large of {replica}")
+            assert calls.settle("d1", entry, stored_by=replica, attempt=attempt) == first
+        assert list(calls.redis.scan_iter(KEYS.payload("*"))) == [KEYS.payload("d1:r").encode()]
+        assert calls.redis.get(KEYS.payload("d1:r")) == b"large of B"
 
     def test_one_that_was_cancelled_while_it_ran_and_failed_does_not_wait_for_its_pause(self, calls: Durable) -> None:
         entry = calls.running("d1")

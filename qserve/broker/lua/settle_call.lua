@@ -5,22 +5,33 @@
 -- ARGV[1] base, ARGV[2] group, ARGV[3] entry id, ARGV[4] id, ARGV[5] state: an end, or 'scheduled' to run again,
 -- ARGV[6] result frame, ARGV[7] ms the record is kept, or until it runs again, ARGV[8] ms an unread inbox is kept,
 -- ARGV[9] what the event says, ARGV[10] most dead letters kept, ARGV[11] the last error, or '', ARGV[12] what Celery's
--- result backend is told, or '', ARGV[13] '1' if its result was to be stored apart before, or '',
--- ARGV[14] which attempt has ended so, or ''
+-- result backend is told, or '', ARGV[13] who has stored its result apart before, or '', ARGV[14] which attempt has ended so,
+-- or ''
 -- returns 1 if this was the first answer | an error, and nothing is done, where that result was not stored
 local base, entry, id, state = ARGV[1], ARGV[3], ARGV[4], ARGV[5]
+local stored = base .. 'p:' .. id .. ':r:' .. ARGV[13] -- by one of several who may have run it
 local latest = redis.call('HMGET', base .. 'call:' .. id, 'attempts', 'parts')
 if ARGV[14] ~= '' and latest[1] and latest[1] ~= ARGV[14] and (latest[2] or state == 'scheduled') then
+  redis.call('DEL', stored)
   return 0 -- a replica that was thought dead: whoever reads parts reads those of the attempt that has begun since
 end
-if ARGV[13] == '1' and redis.call('EXISTS', base .. 'p:' .. id .. ':r') == 0 then
+if ARGV[13] ~= '' and redis.call('EXISTS', stored) == 0 then
   return redis.error_reply('OOM its large result could not be stored')
 end
-if redis.call('XACK', KEYS[1], ARGV[2], entry) == 0 then return 0 end
+if redis.call('XACK', KEYS[1], ARGV[2], entry) == 0 then
+  redis.call('DEL', stored)
+  return 0
+end
 local record, now = base .. 'call:' .. id, now_ms()
 if redis.call('EXISTS', record) == 0 then
   redis.call('XDEL', KEYS[1], entry)
+  redis.call('DEL', stored)
   return 1
+end
+if ARGV[13] ~= '' then
+  local result = base .. 'p:' .. id .. ':r'
+  redis.call('RENAME', stored, result)
+  redis.call('PEXPIRE', result, ARGV[7])
 end
 if ARGV[11] ~= '' then redis.call('HSET', record, 'error', ARGV[11]) end
 if state == 'scheduled' then

@@ -69,7 +69,7 @@ ROLES = (
     Role(
         "worker",
         "nodes, Celery workers and their replicas",
-        f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL} {_CELERY} setbit hsetnx hexists sadd srem xclaim xreadgroup "
+        f"{_BASE} {_SCRIPTS} {_OBSERVE} {_CALL} {_CELERY} rename setbit hsetnx hexists sadd srem xclaim xreadgroup "
         "xgroup|create xgroup|delconsumer xinfo|consumers client|unblock",
         keys=f"{_CALL_KEYS} {_STATE_KEYS} {_REPORTS} dead:* mover:* claims:* run_id before sampler exporter audit",
         channels=_ANY_CALL,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from qserve.broker.connection import Answer
 from qserve.broker.link import Link
-from qserve.broker.payloads import LARGEST_STORED, Payloads, result_id
+from qserve.broker.payloads import LARGEST_STORED, Payloads
 from qserve.broker.records import Records, durable_reply
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry
@@ -298,14 +298,14 @@ class DurableRuns:
             return
         reach("settle")
         if settlement.result is not None:
-            self._payloads.put(sender, result_id(settlement.call.id), settlement.result, settlement.keep_ms)
+            self._payloads.put_result(sender, settlement.call.id, settlement.result, by=self._replica)
         self._records.settle(
             sender,
             settlement.call,
             entry,
             state=settlement.state,
             frame=settlement.frame,
-            large=settlement.result is not None,
+            stored_by=self._replica if settlement.result is not None else "",
             attempt=settlement.attempt,
             keep_ms=settlement.keep_ms,
             error=settlement.error,
