@@ -18,7 +18,12 @@ logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=type)
 
+Endpoint = Callable[..., Any]
+"""A function, or what behaves like one in the body of a class."""
+
 _OWNER = "__qserve_class__"
+_PLACES = "__qserve_places__"
+"""Is on the endpoints that some class claims: the paths and HTTP methods of their routes."""
 _SERVED = "__qserve_served__"
 """Is on the routes that some class serves."""
 _MOST_SHOWN = 5
@@ -64,9 +69,10 @@ def ingress(app: Any) -> Callable[[C], C]:
     """Serve the routes of an ASGI application from a deployment. It stands below `@serve.deployment`.
 
     Methods that are decorated with `get`, `post`, ... of the application are called with `self`, the instance of the
-    replica. A class serves the routes of the application and those of its own methods, as they are at this moment, and
-    what the constructor of the class adds to the application. What is added otherwise later is not served. An empty
-    class serves an existing application as it is.
+    replica; a method that overrides one in a subclass answers in its place. A class serves the routes of the
+    application and those of its own methods, as they are at this moment, and what the constructor of the class adds to
+    the application. What is added otherwise later is not served. An empty class serves an existing application as it
+    is.
 
     Args:
         app: FastAPI, APIRouter, Starlette, or any ASGI application; or a function without parameters that builds one,
@@ -125,7 +131,8 @@ def bind_app(
 
     def bind(route: BaseRoute) -> BaseRoute | None:
         # A mounted application may have got methods of classes that were decorated later.
-        return _bind(route, instance, on_thread) if _belongs(route, type(instance)) else None
+        is_served = _belongs(route, type(instance)) and not _is_replaced(route, type(instance))
+        return _bind(route, instance, on_thread) if is_served else None
 
     if before is not None and contents_of(type(instance)) != before:
         _warn_of_late_routes(frozen, before.routes, type(instance))
@@ -263,13 +270,19 @@ def _claim(routes: Iterable[BaseRoute], cls: type) -> None:
     The function itself carries it, because names do not tell: a class may be defined again under the same name, and of
     two methods with one name only the second can be found in the class.
     """
-    for endpoint in filter(None, map(_function_of, routes)):
-        owner = next((base for base in cls.__mro__ if _defines(base, endpoint)), None)
+    for route in routes:
+        endpoint = _function_of(route)
+        owner = endpoint and next((base for base in cls.__mro__ if _defines(base, endpoint)), None)
         if owner is not None:
             setattr(endpoint, _OWNER, owner)
+            setattr(endpoint, _PLACES, getattr(endpoint, _PLACES, frozenset()) | {_place_of(route)})
 
 
-def _defines(cls: type, function: FunctionType) -> bool:
+def _place_of(route: Any) -> tuple[str, frozenset[str]]:
+    return getattr(route, "path", ""), frozenset(getattr(route, "methods", None) or ())
+
+
+def _defines(cls: type, function: Endpoint) -> bool:
     if any(getattr(value, "__func__", value) is function for value in vars(cls).values()):
         return True
     in_class_body, _, _ = function.__qualname__.rpartition(".")
@@ -286,7 +299,31 @@ def _belongs(route: BaseRoute, cls: type) -> bool:
     return owner in cls.__mro__ if owner is not None else not _is_method(function)
 
 
-def _is_method(function: FunctionType) -> bool:
+def _is_replaced(route: BaseRoute, cls: type) -> bool:
+    """Whether a method that overrides the one of the route has such a route itself."""
+    function = _function_of(route)
+    owner = getattr(function, _OWNER, None)
+    if function is None or owner not in cls.__mro__:
+        return False
+    return _place_of(route) in getattr(_unwrapped(_override(function, owner, cls)), _PLACES, ())
+
+
+def _override(function: Endpoint, owner: type, cls: type) -> Any:
+    """What a class that is derived from the owner of a method has put in its place; None if it has put nothing there.
+
+    Static methods and what cannot be called take the place of no endpoint.
+    """
+    name = next((name for name, value in vars(owner).items() if _unwrapped(value) is function), None)
+    bases = cls.__mro__[: cls.__mro__.index(owner)]
+    found = None if name is None else next((vars(base)[name] for base in bases if name in vars(base)), None)
+    return found if isinstance(found, classmethod) or _is_endpoint(found) else None
+
+
+def _unwrapped(value: Any) -> Any:
+    return value.__func__ if isinstance(value, staticmethod | classmethod) else value
+
+
+def _is_method(function: Endpoint) -> bool:
     """Whether a function that no class has claimed yet is a method all the same, of a class decorated later."""
     in_class_body, _, _ = function.__qualname__.rpartition(".")
     first = next(iter(inspect.signature(function).parameters), "")
@@ -316,12 +353,23 @@ def _method_of(route: BaseRoute, instance: object) -> MethodType | None:
     owner = getattr(function, _OWNER, None)
     if function is None or owner is None:
         return None
+    override = _override(function, owner, type(instance))
+    if override is not None:
+        return MethodType(_unwrapped(override), type(instance) if isinstance(override, classmethod) else instance)
     kinds = {type(value) for value in vars(owner).values() if getattr(value, "__func__", None) is function}
     if staticmethod in kinds:
         return None
     return MethodType(function, type(instance) if classmethod in kinds else instance)
 
 
-def _function_of(route: BaseRoute) -> FunctionType | None:
+def _function_of(route: BaseRoute) -> Endpoint | None:
     endpoint = getattr(route, "endpoint", None)
-    return endpoint if isinstance(endpoint, FunctionType) else None
+    return endpoint if _is_endpoint(endpoint) else None
+
+
+def _is_endpoint(value: Any) -> bool:
+    """Whether it is a function, or what a decorator such as `functools.cache` or a compiler makes of one."""
+    if isinstance(value, FunctionType):
+        return True
+    is_bound_like_one = hasattr(type(value), "__get__") and not isinstance(value, MethodType)
+    return callable(value) and is_bound_like_one and hasattr(value, "__qualname__") and hasattr(value, "__dict__")

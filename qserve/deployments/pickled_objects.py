@@ -167,7 +167,8 @@ def _reduce_cached(cached: Any) -> Any:
     place = sys.modules.get(cached.__module__ or "")
     if cached.__module__ != MAIN and _attribute(place, cached.__qualname__) is cached:
         return cached.__qualname__
-    return _cached, (cached.__wrapped__, cached.cache_parameters())
+    attributes = {name: value for name, value in vars(cached).items() if name != "__wrapped__"}
+    return _cached, (cached.__wrapped__, cached.cache_parameters()), attributes
 
 
 def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:

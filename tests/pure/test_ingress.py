@@ -1,10 +1,11 @@
 """FastAPI, APIRouter, Starlette and other ASGI applications in front of a class."""
 
 import asyncio
+import functools
 import logging
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from starlette.staticfiles import StaticFiles
 
 from qserve.deployments.deployment import deployment
 from qserve.deployments.ingress import FrozenApp, ingress
+from qserve.deployments.pickled_code import dumps, loads
 from qserve.errors import StreamBroken
 from qserve_workers.user import last_words
 from tests.support.local_code import running
@@ -285,6 +287,110 @@ async def test_inherited_methods_are_served_by_every_subclass() -> None:
         assert (await first.get("/name")).json() == "first"
         assert (await second.get("/name")).json() == "second"
         assert (await unrelated.get("/name")).status == 404
+
+
+async def test_a_method_that_is_overridden_answers_in_the_place_of_the_one_with_the_route() -> None:
+    app = FastAPI()
+
+    class Base:
+        @app.get("/plain")
+        def plain(self) -> str:
+            return "base"
+
+        @app.get("/class")
+        @app.get("/parameter")
+        def other_parameters(self) -> str:
+            return "base"
+
+        @app.get("/again")
+        @app.get("/once")
+        def decorated_again(self) -> str:
+            return "base"
+
+        @app.get("/hidden")
+        def hidden(self) -> str:
+            return "base"
+
+    @ingress(app)
+    class Child(Base):
+        hidden = None  # type: ignore[assignment]
+
+        async def plain(self) -> str:  # type: ignore[override]
+            return f"child of {super().plain()}"
+
+        @classmethod
+        def other_parameters(cls, word: str = "none") -> str:
+            return f"{cls.__name__} {word}"
+
+        @app.get("/again")
+        def decorated_again(self) -> list[str]:  # type: ignore[override]
+            return ["child"]
+
+    @ingress(app)
+    class Unchanged(Base):
+        pass
+
+    async with running(Child) as replica:
+        assert (await replica.get("/plain")).json() == "child of base"
+        assert (await replica.get("/class?word=a")).json() == "Child a"
+        assert (await replica.get("/parameter?word=b")).json() == "Child b"
+        assert (await replica.get("/again")).json() == ["child"]
+        assert (await replica.get("/hidden")).json() == "base"
+    async with running(Unchanged) as replica:
+        assert [(await replica.get(path)).json() for path in ("/plain", "/again", "/once")] == ["base"] * 3
+
+
+async def test_a_route_that_a_subclass_decorates_again_is_not_told_to_be_late(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+
+    class Base:
+        @app.get("/again")
+        def again(self) -> str:
+            return "base"
+
+    @ingress(app)
+    class Child(Base):
+        @app.get("/again")
+        def again(self) -> str:
+            return "child"
+
+    async with running(Child) as replica:
+        assert (await replica.get("/again")).json() == "child"
+    assert not caplog.records
+
+
+class _Decorated:
+    """What a decorator that is a class makes of a method."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+
+    def __get__(self, instance: object, owner: type) -> Callable[..., Any]:
+        return functools.partial(self._function, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("is_pickled", [False, True])
+@pytest.mark.parametrize("decorate", [functools.cache, _Decorated])
+async def test_what_a_decorator_makes_of_a_method_gets_the_instance(decorate: Any, is_pickled: bool) -> None:
+    app = FastAPI()
+
+    @ingress(app)
+    class Squares:
+        def __init__(self) -> None:
+            self.word = "square"
+
+        @app.get("/squares/{number}")
+        @decorate  # type: ignore[untyped-decorator]
+        def square(self, number: int) -> str:
+            return f"{self.word} {number * number}"
+
+    code: Any = loads(dumps(Squares)) if is_pickled else Squares
+    async with running(code) as replica:
+        assert (await replica.get("/squares/3")).json() == "square 9"
 
 
 async def test_a_subclass_of_an_ingress_class_serves_its_application() -> None:
