@@ -7,6 +7,7 @@ import functools
 import gc
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -23,7 +24,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from qserve.context import CallInfo, ReplicaRank, current_call, get_replica_context
+from qserve.deployments.deployment import deployment
 from qserve.errors import MethodNotFound, QServeError, ResultNotSerializable
+from qserve_workers.user.user_code import UserCode
 from tests.support.local_code import CODEC, running
 from tests.support.slowness import patience
 
@@ -749,6 +752,19 @@ async def test_a_destructor_that_raises_is_logged(caplog: pytest.LogCaptureFixtu
         async with running(Raises):
             pass
     assert "Exception in __del__ of deployment 'Raises'" in caplog.text
+
+
+async def test_an_instance_that_has_not_come_into_being_has_no_destructor(caplog: pytest.LogCaptureFixture) -> None:
+    class Abstract(ABC):
+        @abstractmethod
+        def call(self) -> None: ...
+
+    code = UserCode(deployment(Abstract).to_spec(CODEC), Abstract, "Abstract#1", CODEC)
+    with pytest.raises(TypeError, match="abstract"):
+        await code.construct()
+    await code.close()
+
+    assert not caplog.records
 
 
 # Health

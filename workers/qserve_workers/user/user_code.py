@@ -309,7 +309,8 @@ class UserCode:
         if self._lifespan is not None:
             await words.of("a shutdown hook", self._lifespan.shutdown())
         destructor = getattr(self._instance, "__del__", None) if self._spec.is_class else None
-        await words.of("__del__", _destroy(destructor, self._threads, self.context), is_last=True)
+        if self._instance is not None:  # else it has not come into being, and holds no models
+            await words.of("__del__", _destroy(destructor, self._threads, self.context), is_last=True)
         if destructor is not None:
             forget_destructor(self._instance)
         self._threads.close()
