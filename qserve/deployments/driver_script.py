@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
@@ -72,6 +73,7 @@ def run_script(path: str, *, as_main: bool) -> ModuleType:
         ) from exc
     module = ModuleType(MAIN if as_main else f"script {path}")
     module.__file__ = path
+    module.__loader__ = SourceFileLoader(module.__name__, path)
     sys.modules[module.__name__] = module
     tree = ast.parse(source, path)
     tree.body = _without_main_block(tree)

@@ -21,6 +21,7 @@ import pydantic.dataclasses
 
 from qserve.deployments.driver_script import MAIN, can_run_again
 from qserve.deployments.pickled_objects import REDUCERS, PackageObjects, reduce_object
+from qserve.wire.script_classes import is_struct, reduce_struct
 
 _SCHEMA = ("__pydantic_core_schema__", "__pydantic_validator__", "__pydantic_serializer__")
 """What pydantic makes of a model. Models that refer to each other cannot be unpickled with it."""
@@ -163,6 +164,8 @@ def _reduce_code(code: Any, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
     """What cloudpickle makes of a function or class, put into the namespace of its script."""
     if "_sa_class_manager" in vars(code):
         raise PicklingError(f"{code.__qualname__!r} is a class that SQLAlchemy or SQLModel maps to a table")
+    if is_struct(code):
+        reduced = reduce_struct(code, reduced)
     make, arguments, state, _, _, set_state = reduced
     if "__class__" in vars(code):  # a property, which only the namespace of a new class can have
         namespace = {**arguments[3], "__class__": state[0].pop("__class__")}

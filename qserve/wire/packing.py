@@ -241,7 +241,7 @@ class ToWire:
                 f"{name} cannot be sent: convert it to JSON types, bytes, datetimes, numpy arrays, dataclasses or "
                 "pydantic models, or set QSERVE_SECRET on all processes, so that values may be pickled"
             )
-        import cloudpickle  # noqa: PLC0415  most processes never pickle
+        from qserve.wire.script_classes import dumps_value  # noqa: PLC0415  most processes never pickle
 
         numbers: list[int] = []
 
@@ -257,7 +257,7 @@ class ToWire:
             return number is None
 
         try:
-            pickled = cloudpickle.dumps(value, protocol=5, buffer_callback=put_beside)
+            pickled = dumps_value(value, put_beside)
             return Ext(kinds.LARGE_PICKLED, _encode((pickled, numbers))) if numbers else Ext(kinds.PICKLED, pickled)
         except PayloadTooLarge:
             raise

@@ -38,15 +38,18 @@ SCRIPT = """
 
 
     @serve.deployment
-    def run_again() -> list:
-        return [database.execute("select word from words").fetchone()[0], __name__]
+    def run_again(word: Word) -> list:
+        kept = database.execute("select word from words").fetchone()[0]
+        return [kept, __name__, type(word) is Word, Word(text=word.text)]
 
 
     if __name__ == "__main__":
         serve.start(http_options={"location": "NoServer"})
         pickled.deploy()
         run_again.deploy()
-        print(pickled.get_handle().remote(Word(text="x")).result(), run_again.get_handle().remote().result())
+        print(pickled.get_handle().remote(Word(text="x")).result())
+        *rest, word = run_again.get_handle().remote(Word(text="y")).result()
+        print(rest, word == Word(text="y"))
         serve.shutdown()
 """
 
@@ -63,4 +66,7 @@ def test_a_script_finds_its_own_names_in_replicas_whether_pickled_or_run_again(t
             timeout=patience(60),
             check=False,
         )
-    assert done.stdout.strip() == "['hello', True, True, True] ['kept', '__main__']", done.stderr
+    assert done.stdout.splitlines() == [
+        "['hello', True, True, True]",
+        "['kept', '__main__', True] True",
+    ], done.stderr

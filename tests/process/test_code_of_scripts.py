@@ -295,6 +295,51 @@ def test_types_and_tools_at_the_top_of_a_script_arrive(script: Path) -> None:
     assert call(target, 3) == [{"kind": "kitten", "lives": 3, "twice": 6}, 2, ["a"], "waited", True]
 
 
+def test_structs_of_msgspec_arrive_with_their_fields(script: Path) -> None:
+    target = target_of(
+        script,
+        """
+        import inspect
+        from typing import ClassVar, Optional
+
+        import msgspec
+
+        class Node(msgspec.Struct, frozen=True, tag="node", rename="camel"):
+            first_child: Optional["Node"] = None
+            words: list[str] = msgspec.field(default_factory=lambda: ["new"])
+            limit: ClassVar[int] = 3
+
+            def alone(self) -> "Node":
+                return Node(words=self.words)
+
+        class Leaf(Node, kw_only=True):
+            size: int
+            words: list[str] = []
+
+        class Pair(msgspec.Struct):
+            left: Leaf
+            right: int = 0
+
+        as_it_was = [str(inspect.signature(Leaf)), str(inspect.signature(Pair))]
+
+        @serve.deployment
+        def check() -> list:
+            read = msgspec.json.decode(b'{"type":"node","firstChild":{"type":"node"}}', type=Node)
+            assert read == Node(Node()) and read.first_child.words == ["new"] and hash(Pair) and Node.limit == 3
+            pair = Pair(Leaf(size=2))
+            assert [str(inspect.signature(Leaf)), str(inspect.signature(Pair))] == as_it_was
+            return [msgspec.json.encode(pair).decode(), type(read.alone()) is Node, isinstance(pair.left, Node)]
+
+        hand_over(check)
+        """,
+    )
+    assert call(target) == [
+        '{"left":{"type":"node","firstChild":null,"words":[],"size":2},"right":0}',
+        True,
+        True,
+    ]
+
+
 def test_models_may_refer_to_themselves_and_to_each_other(script: Path) -> None:
     target = target_of(
         script,
