@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -143,6 +143,7 @@ class BatchQueue:
                 results = await self._run(*columns)
             else:
                 results = await self._run_with_hooks(self._hooks, [call.meta for call in batch], *columns)
+            results = in_order(results, len(batch), "return")
             if len(results) != len(batch):
                 raise QServeError(
                     "Batched function doesn't preserve batch size. "
@@ -176,6 +177,25 @@ class BatchQueue:
             raise
         hooks.after(batch, states)
         return results
+
+
+def in_order(results: Any, count: int, verb: str) -> list[Any]:
+    """The results of a batch as a list.
+
+    Args:
+        count: How many inputs the batch has, for the error.
+        verb: What the batched function does to give results, for the error.
+
+    Raises:
+        TypeError: They have no order, or are no results of several inputs at all.
+    """
+    is_series = hasattr(type(results), "__iter__") or hasattr(type(results), "__getitem__")
+    if isinstance(results, str | bytes | Mapping | Set) or not is_series:
+        raise TypeError(
+            f"A batched function has to {verb} a list with one result for each of its inputs ({count}), in their "
+            f"order, and not a value of type {type(results).__name__}."
+        )
+    return list(results)
 
 
 def _fail(call: _Waiting, error: BaseException) -> None:

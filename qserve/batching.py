@@ -8,7 +8,7 @@ from functools import wraps
 from inspect import BoundArguments, Parameter
 from typing import Any, Protocol, TypeVar, cast, overload
 
-from qserve.batch_queue import BatchQueue, BatchTerms
+from qserve.batch_queue import BatchQueue, BatchTerms, in_order
 from qserve.context import model_here
 from qserve.errors import QServeError
 from qserve.user_code.user_objects import kept_in
@@ -269,7 +269,8 @@ class _BatchedStream(_Batched):
         return run
 
 
-def _hand_out(parts: Sequence[Any], shares: Sequence[_Share]) -> None:
+def _hand_out(yielded: object, shares: Sequence[_Share]) -> None:
+    parts = in_order(yielded, len(shares), "yield")
     if len(parts) != len(shares):
         raise QServeError(
             "Batched generator doesn't preserve batch size. "

@@ -3,10 +3,11 @@
 import asyncio
 import gc
 import inspect
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qserve import serve
@@ -189,15 +190,57 @@ async def test_a_result_of_another_length_is_refused() -> None:
     async def shorter(items: list[int]) -> list[int]:
         return items[:-1]
 
-    @batch
-    async def no_list(items: list[int]) -> list[int]:
-        return 3  # type: ignore[return-value]
-
     text = "The input list has length 1 but the returned list has length 0."
     with pytest.raises(QServeError, match=f"Batched function doesn't preserve batch size. {text}"):
         await shorter(1)
-    with pytest.raises(TypeError):
-        await no_list(1)
+
+
+@pytest.mark.parametrize("result", [None, 3, "a", b"a", {"a": 1}, {1}], ids=repr)
+async def test_what_is_no_list_of_results_is_refused(result: Any) -> None:
+    @batch
+    async def returns(items: list[int]) -> list[int]:
+        return result  # type: ignore[no-any-return]
+
+    @batch
+    async def yields(items: list[int]) -> AsyncIterator[list[int]]:
+        yield result
+
+    kind = type(result).__name__
+    with pytest.raises(TypeError, match=rf"has to return a list with one result .*\(1\).* not a value of type {kind}"):
+        await returns(1)
+    with pytest.raises(TypeError, match=f"has to yield a list with .* not a value of type {kind}"):
+        await anext(yields(1))
+
+
+async def test_results_may_be_anything_that_has_an_order() -> None:
+    kinds: list[Callable[[list[int]], Any]] = [tuple, np.array, iter, lambda items: (item for item in items)]
+
+    @batch(max_batch_size=2)
+    async def echo(items: list[int]) -> list[int]:
+        return kinds[-1](items)  # type: ignore[no-any-return]
+
+    while kinds:
+        assert list(await asyncio.gather(echo(1), echo(2))) == [1, 2]
+        kinds.pop()
+
+
+async def test_nobody_waits_for_a_result_that_a_table_does_not_give() -> None:
+    class Table:
+        """Has a length of two rows, and gives the name of its only column, as a DataFrame does."""
+
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Iterator[str]:
+            yield "column"
+
+    @batch(max_batch_size=2)
+    async def tabulate(items: list[int]) -> list[str]:
+        return Table()  # type: ignore[return-value]
+
+    async with asyncio.timeout(patience(20)):
+        errors = await asyncio.gather(tabulate(1), tabulate(2), return_exceptions=True)
+    assert ["length 2 but the returned list has length 1" in str(error) for error in errors] == [True, True]
 
 
 async def test_a_caller_that_gives_up_takes_nobody_with_it() -> None:
