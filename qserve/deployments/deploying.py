@@ -4,17 +4,19 @@ This is the half of the process that deploys, and it runs on the thread that cal
 replicas.
 """
 
+import contextlib
 import secrets
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from logging import getLogger
+from typing import Literal
 
 import msgspec
 
 from qserve.broker.instance.state import GenerationChanged, State
 from qserve.broker.stream_ids import order
-from qserve.errors import DeploymentNotFound
+from qserve.errors import DeploymentNotFound, FrameRejected
 from qserve.wire.messages import ErrorInfo, encode
 from qserve.wire.spec import (
     DEPLOY_FAILED,
@@ -110,27 +112,53 @@ def deploy(state: State, wanted: DeploymentSpec, moving: Collection[str] = ()) -
         if current is not None and _changes_nothing(spec, current):
             state.sign_again(current)
             return Goal(state, current, current)
+        before = _former(state, wanted.name)
+        replaces = current is not None and current.spec.revision != spec.revision and _has_served(state, current)
         try:
-            former = current if current is not None and current.spec.revision != spec.revision else None
-            deployed = state.deploy(spec, expected=generation, former=former, moving=moving)
-            return Goal(state, deployed, current)
+            deployed = state.deploy(spec, expected=generation, former=current if replaces else None, moving=moving)
+            return Goal(state, deployed, current, before)
         except GenerationChanged:
             continue
 
 
+def _former(state: State, name: str) -> DeploymentSpec | None:
+    with contextlib.suppress(FrameRejected):  # signed with a key that is none of ours any more
+        return state.former(name)
+    return None
+
+
+def _has_served(state: State, deployed: Deployed) -> bool:
+    """Whether it can be gone back to: it has not failed, or replicas of it serve all the same."""
+    return deployed.state != DEPLOY_FAILED or _is_served(state, deployed.spec)
+
+
+def _is_served(state: State, spec: DeploymentSpec) -> bool:
+    return any(
+        info.state == SERVING and info.revision == spec.revision and state.observed.is_alive(id_, spec.name)
+        for id_, info in state.observed.replicas(spec.name).items()
+    )
+
+
 class Goal:
     """One generation of a deployment on its way to being served everywhere.
+
+    Args:
+        previous: What was deployed until then.
+        before: What was served before `previous`, as far as it is known.
 
     Attributes:
         deployed: The generation.
         superseded_by: The generation that took its place before it was reached, or 0.
     """
 
-    def __init__(self, state: State, deployed: Deployed, previous: Deployed | None) -> None:
+    def __init__(
+        self, state: State, deployed: Deployed, previous: Deployed | None, before: DeploymentSpec | None = None
+    ) -> None:
         self.deployed = deployed
         self.superseded_by = 0
         self._state = state
         self._previous = previous
+        self._before = before
 
     @property
     def name(self) -> str:
@@ -196,21 +224,34 @@ class Goal:
 
     def _roll_back(self, error: str) -> None:
         logger.info("Deployment '%s' failed, and is rolled back.", self.name)  # why is raised
-        previous = self._previous
+        state, generation, left = self._state, self.deployed.generation, ""
         try:
-            if previous is None or previous.state == DEPLOY_FAILED:
-                delete(self._state, self.name, expected=self.deployed.generation)
+            for spec, former in self._worth_restoring():
+                restored = Goal(state, state.deploy(spec, expected=generation, former=former), None)
+                generation = restored.deployed.generation
+                progress = restored._wait_for_workers(_ROLLBACK_TIMEOUT_S)
+                left = progress.error or "" if progress is not None else ""
+                if not left:
+                    state.set_state(self.name, generation, DEPLOYING if progress is None else HEALTHY, error=error)
+                    wait_for_gateways(state, restored.deployed.log_id)
+                    return
+            if left:
+                state.set_state(self.name, generation, DEPLOY_FAILED, error=left)
             else:
-                restored = Goal(
-                    self._state, self._state.deploy(previous.spec, expected=self.deployed.generation), previous
-                )
-                restored._wait_for_workers(_ROLLBACK_TIMEOUT_S)
-                self._state.set_state(self.name, restored.deployed.generation, HEALTHY, error=error)
-                wait_for_gateways(self._state, restored.deployed.log_id)
+                delete(state, self.name, expected=generation)
         except GenerationChanged:
             logger.info("'%s' has been deployed again meanwhile, so nothing is rolled back.", self.name)
         except ValueError as exc:  # another deployment has taken its old route meanwhile
             logger.error("'%s' cannot be rolled back: %s", self.name, exc)
+
+    def _worth_restoring(self) -> Iterator[tuple[DeploymentSpec, Deployed | Literal[""]]]:
+        """What may be put back, the best first, and what was served before it: what was deployed until now, unless it
+        had failed, and what replicas have gone on to serve while that did not come up."""
+        previous, before = self._previous, self._before
+        if previous is not None and _has_served(self._state, previous):
+            yield previous.spec, Deployed(before, 0) if before is not None else ""
+        if before is not None and _is_served(self._state, before):
+            yield before, ""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ they may carry pickles.
 import secrets
 from collections.abc import Callable, Collection, Iterable
 from logging import getLogger
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from qserve.broker.instance.observed import Observed
 from qserve.broker.instance.remains import fail_remaining, forget_remains
@@ -66,14 +66,19 @@ class State:
             return False
 
     def deploy(
-        self, spec: DeploymentSpec, *, expected: int, former: Deployed | None = None, moving: Collection[str] = ()
+        self,
+        spec: DeploymentSpec,
+        *,
+        expected: int,
+        former: Deployed | Literal[""] | None = None,
+        moving: Collection[str] = (),
     ) -> Deployed:
         """Make `spec` the desired state of its name.
 
         Args:
             spec: What should run.
             expected: Generation that `get` or `generation` showed; 0 where the name was never used.
-            former: What `former` gives from now on; None leaves that as it is.
+            former: What `former` gives from now on: "" for nothing, and None leaves that as it is.
             moving: Deployments that are given another route right after this one, so that theirs are free.
 
         Raises:
@@ -88,7 +93,8 @@ class State:
         arguments = (spec.name, expected, frame, GROUP, route, f"{names.base}meta:", history, free)
         fields: list[str | bytes | int] = [*script_fields(spec)]
         if former is not None:
-            fields += ["former", self.signer.seal(encode(SignedSpec(former.generation, former.spec)))]
+            sealed = self.signer.seal(encode(SignedSpec(former.generation, former.spec))) if former else b""
+            fields += ["former", sealed]
         if self.keys.shards > 1:
             self._look_around({spec.name, *moving}, route)
         reach("deploy")
