@@ -35,6 +35,9 @@ _MOVED = ("MOVED", "CLUSTERDOWN")
 """How errors begin that a server of a cluster answers when it does not have the slot of the keys any more."""
 _WRONG = ("NOAUTH", "NOPERM", "WRONGPASS", "ERR")
 """How errors begin that another attempt does not change."""
+_FULL = "ERR max number of clients"
+"""How the error begins that a server sends to a connection beyond its maxclients, before it closes it: as the answer to
+the first command, or to none."""
 _LARGE = 8 * 1024
 _LAST_ANSWERS_S = 1.5
 """How long a connection that is given up may wait for the answers it is owed."""
@@ -67,6 +70,7 @@ class Connection(asyncio.Protocol):
         self._server: Broker
         self._transport: asyncio.Transport | None = None
         self._retired: asyncio.Transport | None = None
+        self._turned_away = ""
         self._on_lost = on_lost
         self._on_moved = on_moved or self.retire
 
@@ -113,6 +117,8 @@ class Connection(asyncio.Protocol):
                 await _greet(self, server)
         except (OSError, TimeoutError) as exc:
             self.close()
+            if self._turned_away:
+                raise BrokerUnavailable(self._turned_away) from exc
             if problem := tls_problem(exc, server.place):
                 raise ConfigurationError(". ".join(problem)) from exc
             text = f"cannot connect to Redis at {server.place}: {exc or type(exc).__name__}"
@@ -240,7 +246,7 @@ class Connection(asyncio.Protocol):
         reader.feed(data)
         try:
             while (answer := reader.gets()) is not _NOTHING:
-                waiting.popleft()(answer)
+                (waiting.popleft() if waiting else self._ignore_unasked)(answer)
                 if self._transport is None:
                     if self._retired is None:
                         return  # that answer made its receiver close the connection
@@ -251,7 +257,16 @@ class Connection(asyncio.Protocol):
             logger.error("what answers is not Redis: %s", exc)
             self.abort()
 
+    def _ignore_unasked(self, answer: Answer) -> None:
+        if not self._turned_away:
+            logger.error("what answers is not Redis: it says %.100r, and was not asked", answer)
+        self.abort()
+
     def _error(self, text: str) -> Exception:
+        if text.startswith(_FULL):
+            said = f"Redis at {self._server.place} turns connections away: {text.removeprefix('ERR ')}"
+            self._turned_away = f"{said}. Raise its maxclients, or end processes that it serves"
+            return BrokerUnavailable(self._turned_away)
         if text.startswith(_MOVED):
             self._loop.call_soon(self._on_moved)
             return NotTaken(_ELSEWHERE)

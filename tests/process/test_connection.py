@@ -260,6 +260,48 @@ async def test_a_server_that_speaks_out_of_turn_is_not_listened_to(
     await asyncio.wait_for(lost.wait(), patience(5))
 
 
+class Full(asyncio.Protocol):
+    """A server that has as many connections as it may have."""
+
+    def __init__(self, *, waits: bool) -> None:
+        self._waits = waits
+        self._transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        if not self._waits:
+            self._turn_away()
+
+    def data_received(self, _data: bytes) -> None:
+        if self._waits:
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        self._transport.write(b"-ERR max number of clients reached\r\n")
+        self._transport.close()
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["when it is asked", "at once"])
+@pytest.mark.parametrize("password", ["", ":secret@"], ids=["without a password", "with one"])
+async def test_a_server_that_is_full_is_told_as_that_and_may_be_tried_again(waits: bool, password: str) -> None:
+    """In place of an error in the log of the event loop, and of advice to check the password."""
+    unexpected: list[dict[str, object]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _loop, context: unexpected.append(context))
+    server = await loop.create_server(lambda: Full(waits=waits), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+
+    for _ in range(20):  # whether the server or the first command is faster is left to chance
+        with pytest.raises(
+            BrokerUnavailable, match=r"^Redis at .* turns connections away: max number of clients reached"
+        ):
+            await Connection.open(f"redis://{password}127.0.0.1:{port}/0")
+
+    assert unexpected == []
+    server.close()
+
+
 async def test_the_url_says_password_and_database(guarded_server: int) -> None:
     connection = await Connection.open(f"redis://:se%2Fcret@localhost:{guarded_server}/3")
     await connection.call("SET", "here", "1")
