@@ -1,6 +1,5 @@
 """`qserve start`: this machine's share of an instance, in the foreground."""
 
-import importlib.util
 import os
 import sys
 import tempfile
@@ -11,8 +10,7 @@ from qserve.broker.server.redis_checks import require_usable_at
 from qserve.cli.gateway_options import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port
 from qserve.cli.output import redis_url_option
-from qserve.deployments.local_instance import find_settings
-from qserve.errors import ConfigurationError
+from qserve.deployments.local_instance import find_settings, require_extras
 
 
 @click.command()
@@ -47,9 +45,7 @@ def start(
     The node reads from Redis what is deployed and keeps one Celery worker per deployment running.
     """
     settings = find_settings()
-    for module, extra in (("qserve_workers", "workers"), *((("qserve_gateway", "gateway"),) if gateway else ())):
-        if importlib.util.find_spec(module) is None:
-            raise ConfigurationError(f"{module} is not installed here: pip install 'qserve[{extra}]'")
+    require_extras(serves_http=bool(gateway))
     require_usable_at(settings.redis_url)
     os.environ |= {"QSERVE_REDIS_URL": settings.redis_url, "QSERVE_SECRET": settings.secret}
     command = [sys.executable, "-m", "qserve_workers.node"]

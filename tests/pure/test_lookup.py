@@ -205,3 +205,17 @@ def test_what_is_not_installed_is_told_before_the_application_asks_for_it(
 
     with pytest.raises(ConfigurationError, match=r"\(fastapi\), so nothing was started: pip install 'qserve\[all\]'"):
         serve_until_ctrl_c(app="app", overrides=Overrides(), gateway_workers=1, **options, **switches)
+
+
+@pytest.mark.parametrize(("options", "missing"), [((), "celery"), (("--gateway",), "celery, uvicorn")])
+def test_a_node_whose_packages_are_not_installed_is_not_started(
+    options: tuple[str, ...], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pip install qserve` brings the modules of nodes and gateways along, but not what they need."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("celery", "uvicorn") else find(name))
+
+    done = CliRunner().invoke(main, ["start", *options, "--redis-url", "redis://127.0.0.1:1"])
+
+    assert f"({missing}), so nothing was started: pip install 'qserve[all]'" in done.output
+    assert done.exit_code == 1
