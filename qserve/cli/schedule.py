@@ -155,7 +155,7 @@ def _argument(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as exc:
         raise click.UsageError(
-            f"The argument {text[:40]!r} is no JSON ({exc}). A text stands in double quotes, which the shell must leave "
+            f"The argument {text[:40]!r} is no JSON ({exc}). A text stands in double quotes; the shell must leave them "
             f"in place: {shlex.quote(json.dumps(text[:40], ensure_ascii=False))}"
         ) from exc
 

@@ -134,7 +134,7 @@ def _process(info: NodeInfo | GatewayInfo, url: str = "") -> ProcessStatus:
 
 
 def _deployment(state: State, deployed: Deployed) -> DeploymentRow:
-    spec = deployed.spec
+    spec, workers = deployed.spec, live_workers(state, deployed.spec.name)
     replicas = [_replica(info) for info in state.observed.replicas(spec.name).values()]
     replicas.sort(key=lambda replica: (replica["host"], replica["pid"]))
     running = sum(replica["running"] for replica in replicas)

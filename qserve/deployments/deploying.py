@@ -300,7 +300,8 @@ def condition(deployed: Deployed, workers: Iterable[WorkerInfo]) -> tuple[str, s
     failures = [worker.error for worker in reports if worker.error]
     is_down = bool(failures) and not any(worker.ready for worker in reports)
     state = DEPLOYING if deployed.state == HEALTHY and is_down and not deployed.asleep else deployed.state
-    return state, deployed.error or next(iter(failures), "")
+    missing = next((worker.error for worker in reports if worker.error and worker.ready < worker.wanted), "")
+    return state, missing or deployed.error
 
 
 def judge(name: str, generation: int, state: State) -> Progress:

@@ -12,6 +12,7 @@ import pytest
 import redis
 from click.testing import CliRunner, Result
 
+from qserve.applications.serve_status import serve_status
 from qserve.broker.history.call_index import ABOVE_ALL, Entry
 from qserve.broker.history.troubles import Trouble, note_troubles
 from qserve.broker.instance.state import State
@@ -392,6 +393,27 @@ def test_a_number_of_replicas_is_claimed_only_where_they_are(
         state.keys.of("Echo").workers("Echo"), "n2", encode(msgspec.structs.replace(worker, id="n2", node="n2"))
     )
     assert "Echo has 4 replicas in all: nodes of `qserve start` keep to" in qs("scale", "Echo", "5").output
+
+
+def test_why_replicas_are_missing_is_shown_though_the_deploy_went_well(
+    qs: Callable[..., Result], state: State, settings: Settings
+) -> None:
+    """One that has died, and whose successors cannot be constructed any more."""
+    deploy(settings)
+    put_node(state, "n1")
+    name = state.keys.of("Echo").workers("Echo")
+    worker = WorkerInfo(
+        id="n1", node="n1", host="h", pid=1, generation=1, state="DEPLOYING", wanted=1, ready=0, error="no licence left"
+    )
+    state.redis.hset(name, "n1", encode(worker))
+
+    assert "Echo: no licence left" in qs("status").output
+    assert serve_status(state)["Echo"].error == "no licence left"
+
+    state.redis.hset(name, "n1", encode(msgspec.structs.replace(worker, state="HEALTHY", ready=1)))
+    assert "no licence left" not in qs("status").output
+    state.redis.hset(name, "n2", encode(msgspec.structs.replace(worker, id="n2", node="n2")))  # a node that has died
+    assert "no licence left" not in qs("status").output
 
 
 def test_troubled_calls_are_listed_with_what_is_known_of_each(
