@@ -16,7 +16,7 @@ import msgspec
 
 from qserve.broker.instance.state import GenerationChanged, State
 from qserve.broker.stream_ids import order
-from qserve.errors import DeploymentNotFound, FrameRejected
+from qserve.errors import BrokerUnavailable, DeploymentNotFound, FrameRejected
 from qserve.wire.messages import ErrorInfo, encode
 from qserve.wire.spec import (
     DEPLOY_FAILED,
@@ -38,6 +38,8 @@ GATEWAYS_TIMEOUT_S = 10.0
 _ROLLBACK_TIMEOUT_S = 30.0
 _DELETE_GRACE_S = 15.0
 _SLOW_START_S = 30.0
+_REDIS_BACK_WITHIN_S = 30.0
+"""For how long Redis may be away while a deploy waits."""
 _POLL_S = (0.002, 0.02)
 
 
@@ -159,6 +161,8 @@ class Goal:
         self._state = state
         self._previous = previous
         self._before = before
+        self._seen = Progress(frozenset({""}), frozenset())
+        self._lost_at: float | None = None
 
     @property
     def name(self) -> str:
@@ -177,6 +181,7 @@ class Goal:
         Raises:
             RuntimeError: The generation failed. The generation before it is deployed again, or the deployment is
                 deleted where there was none.
+            BrokerUnavailable: Redis has been away for half a minute.
         """
         progress = self._wait_for_workers(timeout)
         if progress is None:
@@ -203,8 +208,22 @@ class Goal:
         return True
 
     def progress(self) -> "Progress":
-        """How far the generation has come by now."""
-        return judge(self.name, self.deployed.generation, self._state)
+        """How far the generation has come by now; while Redis is away, how far it was before.
+
+        Raises:
+            BrokerUnavailable: Redis has been away for too long.
+        """
+        try:
+            self._seen = judge(self.name, self.deployed.generation, self._state)
+        except BrokerUnavailable as exc:
+            now = time.monotonic()
+            self._lost_at = now if self._lost_at is None else self._lost_at
+            if now - self._lost_at >= _REDIS_BACK_WITHIN_S:
+                said = f"{exc}. '{self.name}' is rolled out all the same, and nobody rolls it back if that fails"
+                raise BrokerUnavailable(f"{said}: `qserve status` shows how far it is") from exc
+        else:
+            self._lost_at = None
+        return self._seen
 
     def _wait_for_workers(self, timeout: float | None) -> "Progress | None":
         started, warned = time.monotonic(), False

@@ -4,7 +4,9 @@ import pytest
 from msgspec.structs import replace
 
 from qserve.broker.instance.state import State
+from qserve.deployments import deploying
 from qserve.deployments.deploying import Goal, deploy, next_spec, weigh
+from qserve.errors import BrokerUnavailable
 from qserve.wire.spec import (
     DEPLOY_FAILED,
     DEPLOYING,
@@ -105,6 +107,35 @@ class TestWaiting:
 
         assert progress.done
         assert progress.error == "boom"
+
+    def test_a_deploy_waits_for_a_server_that_is_away_for_a_moment(
+        self, state: State, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        goal, read, losses = deploy(state, spec()), state.get, [BrokerUnavailable("Redis cannot be reached")] * 3
+
+        def get(name: str) -> Deployed | None:
+            if losses:
+                raise losses.pop()
+            return read(name)
+
+        monkeypatch.setattr(state, "get", get)
+
+        assert goal.wait()
+        assert losses == []
+
+    def test_a_deploy_that_waits_no_longer_for_the_server_says_what_becomes_of_it(
+        self, state: State, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        goal = deploy(state, spec())
+
+        def lost(_name: str) -> None:
+            raise BrokerUnavailable("Redis cannot be reached")
+
+        monkeypatch.setattr(state, "get", lost)
+        monkeypatch.setattr(deploying, "_REDIS_BACK_WITHIN_S", 0.0)
+
+        with pytest.raises(BrokerUnavailable, match=r"'Echo' is rolled out all the same.*: `qserve status` shows how"):
+            goal.wait()
 
     def test_without_a_node_deploy_returns_at_once_and_the_deployment_waits(self, state: State) -> None:
         goal: Goal = deploy(state, spec())
