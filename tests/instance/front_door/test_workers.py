@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from qserve.settings import Settings
 from tests.support.processes import command_line
@@ -70,4 +71,7 @@ def test_the_compose_variant_sets_what_there_is_and_publishes_the_admin_port_to_
     variables = set(re.findall(r"^ {6}(QSERVE_\w+):", text, re.MULTILINE))
     assert variables <= {f"QSERVE_{name.upper()}" for name in Settings.model_fields}
     assert {"QSERVE_API_KEYS", "QSERVE_ADMIN_TOKEN"} <= variables
+    services = yaml.safe_load(text)["services"].items()
+    unset = {name: service["environment"]["QSERVE_SECRET"].partition(":?")[0] for name, service in services}
+    assert unset == dict.fromkeys(("deploy", "gateway", "worker"), "${QSERVE_SECRET")
     assert re.findall(r'^ +- "(.*):9000"$', text, re.MULTILINE) == ["127.0.0.1:${QSERVE_ADMIN_PUBLISHED_PORT:-9000}"]
