@@ -182,13 +182,13 @@ _open: "weakref.WeakSet[UserThreads]" = weakref.WeakSet()
 
 
 class _ThisProcess:
-    is_fork = False
-    """Whether user code has forked it, on one of these threads."""
+    forks = 0
+    """How many forks of user code lead from the replica to it."""
 
 
 def note_fork() -> None:
-    """This process was forked by user code: it ends when that has returned, and waits for no more work."""
-    _ThisProcess.is_fork = True
+    """This process was forked by user code: where that ran on one of these threads, it ends when that has returned."""
+    _ThisProcess.forks += 1
 
 
 def _end_fork(error: BaseException | None) -> NoReturn:
@@ -208,6 +208,7 @@ def _end_fork(error: BaseException | None) -> NoReturn:
 
 def _work_off(queue: _Queue) -> None:
     """Be a thread: do one piece of work after the other, until there is a None among them."""
+    forks = _ThisProcess.forks
     while True:
         work = queue.get()
         if work is None:
@@ -220,7 +221,7 @@ def _work_off(queue: _Queue) -> None:
                 result = work.context.run(_run_sync, work.function, work.args, work.kwargs)
             except BaseException as exc:  # nothing may end the thread but what is meant to
                 error = exc
-        if _ThisProcess.is_fork:
+        if _ThisProcess.forks != forks:  # what waits for work on this thread is another process
             _end_fork(error)
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
             work.loop.call_soon_threadsafe(work.settle, work.future, result, error)
