@@ -272,4 +272,5 @@ class OrdinaryRuns:
 
 def _reader_has_left(running: RunningCall) -> bool:
     """Whether what a call sends is not wanted any more, and its code has ended without an error of its own."""
-    return running.channel is not None and running.channel.is_unwanted and running.info.app_error is None
+    has_left = running.unwanted or (running.channel is not None and running.channel.is_unwanted)
+    return has_left and running.info.app_error is None

@@ -142,11 +142,14 @@ class Exchange:
             await self._drop(exc)
 
     async def _drop(self, error: StreamBroken) -> None:
+        """Go on without the client; who listens for its leaving ends the response at the next moment of its own."""
         now = asyncio.get_running_loop().time()
-        self._unread_until = self._unread_until or now + _UNREAD_S
-        if now > self._unread_until:
+        if not self._unread_until:
+            self._unread_until = now + _UNREAD_S
+        elif now > self._unread_until:
             raise ClientLeft(str(error)) from error
-        await asyncio.sleep(0)  # what listens for the client's leaving has its turn
+        else:
+            await asyncio.sleep(0)  # a generator may have no such moment
 
     async def _send_body(self, body: bytes, *, more: bool) -> None:
         if self._held is not None or self._flushing is not None:
