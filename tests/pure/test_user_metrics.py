@@ -129,8 +129,9 @@ def test_metrics_of_two_kinds_under_one_name_are_not_both_shown() -> None:
     collected = UserMetrics()
     collected.add_totals("One", counted())
     collected.add_gauges("One", "One#1", current_gauges())
-    text = exposition.generate_latest(registry_of(collected)).decode()
-    assert [family.name for family in text_string_to_metric_families(text)] == ["tasks", "free", "weights"]
+    text = exposition.generate_latest(registry_of(collected)).decode()  # type: ignore[no-untyped-call]
+    families = text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
+    assert [family.name for family in families] == ["tasks", "free", "weights"]
 
 
 def test_mistakes_are_told() -> None:

@@ -15,6 +15,7 @@ from qserve.broker.connection import Connection, ignore_answer
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import ADD_SERIES
+from qserve.errors import BrokerUnavailable
 
 _KEPT_MS: Final = 30 * 24 * 3600 * 1000
 """Of a deployment to which nothing happens for so long, nothing is known any more."""
@@ -86,11 +87,23 @@ def become_exporter(client: redis.Redis, keys: Keys, gateway: str, alive: Mappin
     Args:
         alive: Ids of the gateways that live.
     """
-    with our_errors(client):
-        if client.set(keys.exporter, gateway, nx=True, px=_EXPORTER_MS):
-            return True
-        holder = cast("bytes | None", client.get(keys.exporter)) or b""
-        if holder.decode() != gateway and holder.decode() in alive:
-            return False
-        client.set(keys.exporter, gateway, px=_EXPORTER_MS)
+    try:
+        with our_errors(client):
+            if client.set(keys.exporter, gateway, nx=True, px=_EXPORTER_MS):
+                return True
+            holder = _exporter(client, keys)
+            if holder != gateway and holder in alive:
+                return False
+            client.set(keys.exporter, gateway, px=_EXPORTER_MS)
+    except BrokerUnavailable as exc:
+        if not isinstance(exc.__cause__, redis.ResponseError):
+            raise
+        # It answers and takes no writes, for want of memory or disk: then most of all it has to be seen.
+        with our_errors(client):
+            holder = _exporter(client, keys)
+        return gateway == (holder if holder in alive else min(alive, default=gateway))
     return True
+
+
+def _exporter(client: redis.Redis, keys: Keys) -> str:
+    return (cast("bytes | None", client.get(keys.exporter)) or b"").decode()
