@@ -1,6 +1,5 @@
 """Pages of the console about more deployments than are on one of them."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -20,7 +19,7 @@ LAST = f"d{MANY - 1:03}"
 
 
 @pytest.fixture
-def pages(state: State, settings: Settings) -> Iterator[Pages]:
+def pages(state: State, settings: Settings) -> Pages:
     spec = deploy(settings, "d000")
     for number in range(1, MANY):
         state.deploy(msgspec.structs.replace(spec, name=f"d{number:03}"), expected=0)

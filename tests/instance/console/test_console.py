@@ -184,14 +184,14 @@ def test_calls_that_cannot_be_changed_are_counted_and_keep_no_other_from_it(shop
         with pytest.raises(ValueError, match="bad"):
             ref.result(patience(LIMIT_S))
     gone.delete()
-    answer = act(operator, "retry", id=[ref.id for ref in refs]).text
-    assert "2 calls sent again. 1 left as they are: there is no deployment" in answer
+    retried = act(operator, "retry", id=[ref.id for ref in refs]).text
+    assert "2 calls sent again. 1 left as they are: there is no deployment" in retried
     wait_until(lambda: all(serve.get_ref(ref.id).status().attempts == 2 for ref in (refs[0], refs[2])))
     done = shop.remote("word")
     done.result(patience(LIMIT_S))
-    answer = act(operator, "cancel", id=done.id)
-    assert answer.status_code == 409
-    assert f"call {done.id} has ended already" in answer.text
+    cancelled = act(operator, "cancel", id=done.id)
+    assert cancelled.status_code == 409
+    assert f"call {done.id} has ended already" in cancelled.text
 
 
 def test_all_that_match_are_those_that_the_page_shows(shop: Any, running: TestInstance, operator: httpx.Client) -> None:
