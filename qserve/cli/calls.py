@@ -13,7 +13,7 @@ from qserve.cli.call import none_found
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, note, redis_url_option, visible
 from qserve.deployments.local_instance import find_settings
-from qserve.errors import QServeError
+from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 from qserve.operating import controls
 from qserve.operating.call_contents import contents_of
 from qserve.operating.call_search import CallFilter, find_call, find_calls
@@ -168,6 +168,8 @@ def _each(state: State, ids: tuple[str, ...], as_json: bool, action: str, act: A
         try:
             said = act(state, find_call(state, call_id))
             write_down(state, action, call_id, said)
+        except (BrokerUnavailable, ConfigurationError):
+            raise  # as all that follow would, each after its time
         except QServeError as exc:
             if len(ids) == 1:
                 raise

@@ -11,7 +11,7 @@ from qserve.cli.instance import connected
 from qserve.cli.output import Failure, note, redis_url_option, visible
 from qserve.deployments.local_instance import find_settings
 from qserve.durable.dead_letters import DeadLetters, Letter
-from qserve.errors import QServeError
+from qserve.errors import BrokerUnavailable, ConfigurationError, QServeError
 from qserve.operating.operators import write_down
 
 
@@ -74,6 +74,8 @@ def retry(name: str, letter: str | None, every: bool) -> None:
             try:
                 click.echo(letters.retry(found))
                 write_down(state, "send again", f"dead letter {found.id} of {name}")
+            except (BrokerUnavailable, ConfigurationError):
+                raise  # as all that follow would, each after its time
             except QServeError as exc:
                 if not every:
                     raise

@@ -18,7 +18,8 @@ from qserve.broker.history.troubles import Trouble, note_troubles
 from qserve.broker.instance.state import State
 from qserve.broker.keys import Keys
 from qserve.cli.command_line import main
-from qserve.errors import CallNotFound, DeploymentNotFound
+from qserve.durable.dead_letters import DeadLetters
+from qserve.errors import BrokerUnavailable, CallNotFound, DeploymentNotFound
 from qserve.operating import controls
 from qserve.operating.call_contents import contents_of
 from qserve.operating.call_search import CallFilter, find_call, find_calls
@@ -479,6 +480,26 @@ def test_all_means_all_however_many_have_failed(calls: Callable[..., Result], st
         pipeline.zadd(state.keys.index("Echo", "failed"), {each: 1_700_000_000_000 + number // 7})
     pipeline.execute()
     assert sorted(call.id for call in controls.failed_calls(state, "Echo")) == sorted(made)
+
+
+def test_where_redis_is_away_no_further_call_is_tried(
+    qs: Callable[..., Result], state: State, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deploy(settings)
+    tried = []
+
+    def away(*given: Any) -> str:
+        tried.append(given)
+        raise BrokerUnavailable("Redis cannot be reached")
+
+    monkeypatch.setattr(controls, "send_again", away)
+    monkeypatch.setattr(DeadLetters, "retry", away)
+    for words in (["calls", "retry", Record(state).id, Record(state).id], ["dead", "retry", "--all", "Echo"]):
+        for _ in range(2):
+            state.redis.xadd(state.keys.dead_letters("Echo"), {"d": b"not ours"})
+        result = qs(*words)
+        assert (result.exit_code, "Redis cannot be reached" in result.output) == (1, True)
+    assert len(tried) == 2
 
 
 def test_several_calls_are_tried_each_and_the_failures_counted(
