@@ -6,7 +6,9 @@ that method.
 """
 
 from collections.abc import Callable
+from typing import cast
 
+from mypy.erasetype import erase_typevars
 from mypy.nodes import TypeInfo
 from mypy.plugin import AttributeContext, ClassDefContext, Plugin
 from mypy.typeops import make_simplified_union
@@ -15,10 +17,19 @@ from mypy.types import AnyType, CallableType, Instance, ProperType, Type, TypeOf
 _DECORATORS = ("qserve.deployments.deployment.deployment", "qserve.serve.deployment")
 _HANDLES = ("qserve.calls.handle.DeploymentHandle", "qserve.calls.handle.AsyncDeploymentHandle")
 _REF = "qserve.calls.ref.Ref"
+_METACLASSES = {
+    "builtins.type": "qserve.deployments.deployment.DeployedClass",
+    "abc.ABCMeta": "qserve.deployments.deployment.DeployedAbstractClass",
+}
+"""What becomes the metaclass of a decorated class, by the one that it has. Others stay."""
 
 
 class QServePlugin(Plugin):
     """Changes the types of decorated classes and of the attributes of handles."""
+
+    def get_class_decorator_hook(self, fullname: str) -> Callable[[ClassDefContext], None] | None:
+        # At once, for the classes that are derived from this one; what it needs may not be known yet.
+        return _try_to_be_deployment if fullname in _DECORATORS else None
 
     def get_class_decorator_hook_2(self, fullname: str) -> Callable[[ClassDefContext], bool] | None:
         return _be_deployment if fullname in _DECORATORS else None
@@ -47,6 +58,8 @@ class QServePlugin(Plugin):
         if not isinstance(method, CallableType) or symbol is None or not isinstance(symbol.node, TypeInfo):
             return method
         ref = Instance(symbol.node, [AnyType(TypeOfAny.explicit)])
+        if method.variables:  # which a ParamSpec cannot have
+            method = cast(CallableType, erase_typevars(method)).copy_modified(variables=())
         return method.copy_modified(arg_types=[make_simplified_union([each, ref]) for each in method.arg_types])
 
 
@@ -55,11 +68,17 @@ def plugin(version: str) -> type[Plugin]:
     return QServePlugin
 
 
+def _try_to_be_deployment(context: ClassDefContext) -> None:
+    _be_deployment(context)
+
+
 def _be_deployment(context: ClassDefContext) -> bool:
-    made = context.api.lookup_fully_qualified_or_none("qserve.deployments.deployment.DeployedClass")
-    if made is None or not isinstance(made.node, TypeInfo):
-        return False
     info = context.cls.info
-    if info.metaclass_type is None or info.metaclass_type.type.fullname == "builtins.type":
-        info.metaclass_type = Instance(made.node, [])
+    had = "builtins.type" if info.metaclass_type is None else info.metaclass_type.type.fullname
+    if had in _METACLASSES:
+        made = context.api.lookup_fully_qualified_or_none(_METACLASSES[had])
+        if made is None or not isinstance(made.node, TypeInfo):
+            return False
+        # Declared, so that it is the one of classes that are derived from this one, too.
+        info.declared_metaclass = info.metaclass_type = Instance(made.node, [])
     return True

@@ -4,6 +4,7 @@ import inspect
 import logging
 import time
 import uuid
+from abc import ABCMeta
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
 
@@ -282,6 +283,13 @@ if TYPE_CHECKING:
         @overload
         def get_handle(cls: type[T], sync: bool) -> DeploymentHandle[T] | AsyncDeploymentHandle[T]: ...
         def get_handle(cls: type[T], sync: bool = True) -> Any: ...
+        def bind(cls: type[T], *args: Any, **kwargs: Any) -> Application[T]: ...
+        def options(
+            cls: type[T], func_or_class: Callable[..., Any] | None = None, **options: Unpack[GivenOptions]
+        ) -> Deployment[T]: ...
+
+    class DeployedAbstractClass(ABCMeta, DeployedClass):
+        """The same for a class that is derived from `abc.ABC`."""
 
 
 class DeploymentDecorator(Protocol):

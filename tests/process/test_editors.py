@@ -75,9 +75,11 @@ REVEALED = [
 DECORATED = """
 from abc import ABC
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from qserve import serve
+
+T = TypeVar("T")
 
 @serve.deployment(num_replicas=2)
 class Counter:
@@ -85,9 +87,21 @@ class Counter:
     def add(self, amount: int) -> int:
         return amount
     limit: int = 3
+    def first(self, items: list[T]) -> T:
+        return items[0]
 
 @serve.deployment
-class Abstract(ABC): ...
+class Abstract(ABC):
+    def ask(self) -> str:
+        return ""
+
+class Derived(Counter):
+    limit = 4
+
+class MetaclassOfItsOwn(type): ...
+
+@serve.deployment
+class Other(metaclass=MetaclassOfItsOwn): ...
 
 @serve.deployment
 async def double(number: int) -> str:
@@ -102,7 +116,14 @@ deployed: serve.Deployment[Callable[[int], Coroutine[Any, Any, str]]] = double
 counter: Counter = Counter.func_or_class()
 reveal_type(handle.limit)
 reveal_type(double.get_handle().anything)
-reveal_type(Abstract)
+reveal_type(Abstract.get_handle().ask)
+reveal_type(Counter.bind(3))
+reveal_type(Counter.options(num_replicas=3).bind())
+reveal_type(serve.run(Counter.bind(3)).add.remote(2))
+reveal_type(handle.first.remote([3]))
+reveal_type(Other)
+class Composed:
+    def __init__(self, counter: serve.DeploymentHandle[Counter]) -> None: ...
 """
 
 COMPLETED = """
@@ -171,7 +192,12 @@ def test_with_its_plugin_mypy_knows_classes_as_deployments_and_the_methods_of_ha
         ("error", 'Deployment of "Counter" has no method "subtract"  [misc]'),
         ("note", 'Revealed type is "qserve.calls.handle.DeploymentHandle[int]"'),
         ("note", 'Revealed type is "qserve.calls.handle.DeploymentHandle[Any]"'),  # of a function, anything
-        ("note", 'Revealed type is "def () -> decorated.Abstract"'),  # it keeps the metaclass it has
+        ("note", 'Revealed type is "qserve.calls.handle.DeploymentHandle[def () -> str]"'),
+        ("note", 'Revealed type is "qserve.deployments.binding.Application[decorated.Counter]"'),
+        ("note", 'Revealed type is "qserve.deployments.binding.Application[decorated.Counter]"'),
+        ("note", 'Revealed type is "qserve.calls.ref.Ref[int]"'),
+        ("note", 'Revealed type is "qserve.calls.ref.Ref[Any]"'),  # of a generic method, anything
+        ("note", 'Revealed type is "def () -> decorated.Other"'),  # it keeps the metaclass it has
     ]
 
 
