@@ -220,6 +220,8 @@ def wait(
         (ready, not ready), each in the order given; at most `num_returns` are in the first.
     """
     _check(refs)
+    if not refs:  # as a loop that has waited for all of them may ask
+        return [], []
     if len(set(refs)) != len(refs):
         raise ValueError("wait() got a ref more than once: give each ref once")
     if not 1 <= num_returns <= len(refs):
@@ -254,6 +256,8 @@ def _wait_for(count: int, refs: Sequence[Ref[Any]], timeout: float | None) -> bo
 
 
 def _check(refs: Iterable[object]) -> None:
+    if not isinstance(refs, Iterable):
+        raise TypeError(f"expected a ref or a list of refs, got {type(refs).__name__}")
     for ref in refs:
         if not isinstance(ref, Ref):
             hint = "; a handle made with sync=False gives the ref when its `remote()` is awaited"

@@ -238,6 +238,14 @@ class TestGetAndWait:
             ask([1])
 
 
+def test_to_wait_for_nothing_ends_at_once_and_what_is_no_ref_is_named() -> None:
+    assert wait([]) == ([], [])
+    for function in (get, wait):
+        wrong: Any = function
+        with pytest.raises(TypeError, match="expected a ref or a list of refs, got int"):
+            wrong(3)
+
+
 @pytest.fixture
 async def caller(settings: Settings) -> AsyncIterator[Caller]:
     """A client on this loop, which handles use."""
