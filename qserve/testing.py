@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qserve import serve
-from qserve.applications.app_import import import_app
+from qserve.applications.app_import import import_target
 from qserve.calls.durable_ref import CallStatus
 from qserve.calls.handle import DeploymentHandle
 from qserve.deployments.binding import Application
@@ -113,7 +113,8 @@ def local(target: Application[Any] | Deployment[Any] | Sequence[Deployment[Any]]
         ConfigurationError: `qserve[workers]` is not installed, or the module cannot be imported.
     """
     with serving_here("qserve.testing.local") as app:
-        handle = serve.run(import_app(target) if isinstance(target, str) else target)
+        found = import_target(target) if isinstance(target, str) else target
+        handle = serve.run(found[0] if isinstance(found, list) and len(found) == 1 else found)
         yield LocalServing(app, handle, app.calls)
 
 

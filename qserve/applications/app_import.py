@@ -26,9 +26,14 @@ def import_app(text: str, arguments: Mapping[str, Any] | None = None) -> "list[D
     Raises:
         ConfigurationError: The application cannot be imported, or there is no deployment in it.
     """
-    with importing():
-        found = _import_target(text, arguments or {})
+    found = import_target(text, arguments)
     return [*make_graph(found).deployments] if isinstance(found, Application) else found
+
+
+def import_target(text: str, arguments: Mapping[str, Any] | None = None) -> "Application[Any] | list[Deployment[Any]]":
+    """Like `import_app`, with an application as it is."""
+    with importing():
+        return _import_target(text, arguments or {})
 
 
 def import_one_app(text: str, arguments: Mapping[str, Any]) -> Application[Any]:
@@ -37,8 +42,7 @@ def import_one_app(text: str, arguments: Mapping[str, Any]) -> Application[Any]:
     Raises:
         ConfigurationError: It cannot be imported, or it is no single application.
     """
-    with importing():
-        found = _import_target(text, arguments)
+    found = import_target(text, arguments)
     if isinstance(found, Application):
         return found
     if len(found) > 1:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -127,6 +128,33 @@ def served() -> Iterator[LocalServing]:
 
 def prices() -> Any:
     return serve.get_deployment("Prices").get_handle()
+
+
+@pytest.mark.parametrize("name", ["Alone", "composed", "build"])
+def test_what_is_named_as_for_the_command_line_has_a_handle(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "named_for_local.py").write_text(
+        """
+from qserve import serve
+
+@serve.deployment
+class Alone:
+    def __init__(self, other=None):
+        self.other = other
+    async def word(self):
+        return "alone" if self.other is None else "with " + await self.other.word.remote()
+
+composed = Alone.bind(Alone.options(name="Other").bind())
+def build():
+    return composed
+"""
+    )
+    with local(f"named_for_local:{name}") as served:
+        assert served.handle is not None
+        expected = "alone" if name == "Alone" else "with alone"
+        assert served.handle.word.remote().result(timeout=patience(10)) == expected
 
 
 def test_an_application_answers_over_http(served: LocalServing) -> None:
