@@ -43,19 +43,21 @@ class _ValuePickler(_ClassPickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, type) and obj.__module__ == _MAIN and find_class(_MAIN, obj.__qualname__) is obj:
-            script = _script()
+            script = _script_in(_MAIN)
             if script is not None:
                 buffer = io.BytesIO()
                 _ClassPickler(buffer, protocol=5).dump(obj)
-                return class_of_script, (script, obj.__qualname__, buffer.getvalue())
+                spec = sys.modules[_MAIN].__spec__
+                module = _MAIN if spec is None else spec.name
+                return class_of_script, (script, module, obj.__qualname__, buffer.getvalue())
         return super().reducer_override(obj)
 
 
-def _script() -> str | None:
-    """The script that was run in this process; None where its `__main__` was made of pickles."""
-    main = vars(sys.modules[_MAIN])
-    file = main.get("__file__")
-    return None if file is None or main.get("__loader__") is None else _resolved(file)
+def _script_in(module: str) -> str | None:
+    """The file that was run as this module of the process; None where the module was made of pickles."""
+    attributes = vars(sys.modules[module]) if module in sys.modules else {}
+    file = attributes.get("__file__")
+    return None if file is None or attributes.get("__loader__") is None else _resolved(file)
 
 
 @cache
@@ -63,9 +65,13 @@ def _resolved(file: str) -> str:
     return str(Path(file).resolve())
 
 
-def class_of_script(script: str, qualname: str, pickled: bytes) -> type:
-    """The class that this process has defined under that name, if it runs that script; otherwise the pickled one."""
-    found = find_class(_MAIN, qualname) if _script() == script else None
+def class_of_script(script: str, module: str, qualname: str, pickled: bytes) -> type:
+    """The class that this process has defined under that name, if it runs that script; otherwise the pickled one.
+
+    Args:
+        module: What replicas import the script as, if `python -m` has run it.
+    """
+    found = next((find_class(name, qualname) for name in (_MAIN, module) if _script_in(name) == script), None)
     made: type = found or pickle.loads(pickled)  # noqa: S301  it is part of a pickle
     return made
 

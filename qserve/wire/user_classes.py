@@ -7,6 +7,7 @@ imported because a message names it. Elsewhere they arrive as a plain dict (an e
 import dataclasses
 import sys
 from enum import Enum
+from importlib.machinery import ModuleSpec
 from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
@@ -17,7 +18,7 @@ def find_class(module: str, qualname: str) -> type | None:
     Looks only into the `__dict__` of modules and classes, so that no `__getattr__` (lazy modules import there) and no
     descriptor runs.
     """
-    found: object = sys.modules.get(module)
+    found: object = sys.modules.get(module) or _main_as(module)
     if not isinstance(found, ModuleType):
         return None
     names = object.__getattribute__(found, "__dict__")
@@ -27,6 +28,15 @@ def find_class(module: str, qualname: str) -> type | None:
             return None
         names = type.__getattribute__(found, "__dict__")
     return found if isinstance(found, type) else None
+
+
+def _main_as(module: str) -> ModuleType | None:
+    """The `__main__` of this process, if `python -m` runs the module of that name."""
+    main = sys.modules.get("__main__")
+    if not isinstance(main, ModuleType):
+        return None
+    spec = object.__getattribute__(main, "__dict__").get("__spec__")
+    return main if isinstance(spec, ModuleSpec) and spec.name == module else None
 
 
 def is_importable(cls: type) -> bool:

@@ -5,6 +5,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from tests.support.serving import environment, runtime_folder
 from tests.support.slowness import patience
 
@@ -54,19 +56,22 @@ SCRIPT = """
 """
 
 
-def test_a_script_finds_its_own_names_in_replicas_whether_pickled_or_run_again(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
+@pytest.mark.parametrize("is_module", [False, True])
+def test_a_script_finds_its_own_names_in_replicas_whether_pickled_or_run_again(is_module: bool, tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
     script.write_text(textwrap.dedent(SCRIPT))
     with runtime_folder() as runtime:
         done = subprocess.run(
-            [sys.executable, str(script)],
+            [sys.executable, *(["-m", "program"] if is_module else [str(script)])],
+            cwd=tmp_path,
             env=environment(runtime),
             capture_output=True,
             text=True,
             timeout=patience(60),
             check=False,
         )
+    name = "program" if is_module else "__main__"
     assert done.stdout.splitlines() == [
         "['hello', True, True, True]",
-        "['kept', '__main__', True] True",
+        f"['kept', '{name}', True] True",
     ], done.stderr
