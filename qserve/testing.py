@@ -113,9 +113,13 @@ def local(target: Application[Any] | Deployment[Any] | Sequence[Deployment[Any]]
         ConfigurationError: `qserve[workers]` is not installed, or the module cannot be imported.
     """
     with serving_here("qserve.testing.local") as app:
-        found = import_target(target) if isinstance(target, str) else target
-        handle = serve.run(found[0] if isinstance(found, list) and len(found) == 1 else found)
+        handle = serve.run(_named(target) if isinstance(target, str) else target)
         yield LocalServing(app, handle, app.calls)
+
+
+def _named(text: str) -> Application[Any] | Deployment[Any] | Sequence[Deployment[Any]]:
+    found = import_target(text)
+    return found[0] if isinstance(found, list) and len(found) == 1 else found
 
 
 @contextlib.contextmanager

@@ -372,7 +372,7 @@ def test_a_deployment_can_be_a_base_class_and_the_type_in_isinstance() -> None:
 
     code: Any = Base.func_or_class
 
-    class Derived(Base):  # type: ignore[metaclass]
+    class Derived(Base):
         def twice(self) -> int:
             return 2 * super().limit
 

@@ -309,8 +309,7 @@ class UserCode:
         if self._lifespan is not None:
             await words.of("a shutdown hook", self._lifespan.shutdown())
         destructor = getattr(self._instance, "__del__", None) if self._spec.is_class else None
-        if self._instance is not None:  # else it has not come into being, and holds no models
-            await words.of("__del__", _destroy(destructor, self._threads, self.context), is_last=True)
+        await words.of("__del__", _destroy(self._instance, destructor, self._threads, self.context), is_last=True)
         if destructor is not None:
             forget_destructor(self._instance)
         self._threads.close()
@@ -359,7 +358,11 @@ class UserCode:
         )
 
 
-async def _destroy(destructor: Callable[[], object] | None, threads: UserThreads, context: Context) -> None:
+async def _destroy(
+    instance: object, destructor: Callable[[], object] | None, threads: UserThreads, context: Context
+) -> None:
+    if instance is None:  # it has not come into being, and holds no models
+        return
     try:
         if destructor is not None:
             await enter(describe_method(destructor, threads.run).run)
