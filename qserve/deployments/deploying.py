@@ -114,7 +114,7 @@ def deploy(state: State, wanted: DeploymentSpec, moving: Collection[str] = ()) -
         if current is not None and _changes_nothing(spec, current):
             state.sign_again(current)
             return Goal(state, current, current)
-        before = _former(state, wanted.name)
+        before = _former(state, wanted.name) if current is not None else None
         replaces = current is not None and current.spec.revision != spec.revision and _has_served(state, current)
         try:
             deployed = state.deploy(spec, expected=generation, former=current if replaces else None, moving=moving)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Collection, Coroutine
-from typing import Any
+from typing import Any, Literal
 
 from qserve.broker.instance.observed import Observed
 from qserve.broker.instance.state import GenerationChanged, State
@@ -25,7 +25,12 @@ class LocalState(State):
         self._http = HttpSettings()
 
     def deploy(
-        self, spec: DeploymentSpec, *, expected: int, former: Deployed | None = None, moving: Collection[str] = ()
+        self,
+        spec: DeploymentSpec,
+        *,
+        expected: int,
+        former: Deployed | Literal[""] | None = None,
+        moving: Collection[str] = (),
     ) -> Deployed:
         """Serve a deployment from now on.
 
@@ -60,6 +65,10 @@ class LocalState(State):
     def set_state(self, name: str, generation: int, state: str, *, error: str = "", refuse: str = "") -> bool:
         """Nobody else reports how a deployment is doing."""
         return True
+
+    def former(self, name: str) -> DeploymentSpec | None:
+        """Nobody goes back to it."""
+        return None
 
     def sign_again(self, deployed: Deployed) -> None:
         """Nothing is signed."""
