@@ -101,12 +101,14 @@ async def test_a_host_with_another_time_serves_like_the_others(monkeypatch: pyte
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         await it.world.start()
         calls = [put(caller, "wait", f"n{n}", timeout_s=30)[1] for n in range(10)]
-        await until(lambda: len(it.world.books.starts()) == 10)
+        await until(lambda: len(it.world.books.starts()) == len(calls))
+        while len(set(it.world.books.starts())) < 2:  # on a busy machine one of them may take all at first
+            calls.append(put(caller, "wait", f"n{len(calls)}", timeout_s=30)[1])
+            await until(lambda: len(it.world.books.starts()) == len(calls))
         await asyncio.sleep(patience(2.5))  # whoever is taken for dead is so by now
         it.world.books.gate.open()
 
-        assert [await value(caller, call) for call in calls] == [f"n{n}" for n in range(10)]
-        assert len(set(it.world.books.starts())) == 2
+        assert [await value(caller, call) for call in calls] == [f"n{n}" for n in range(len(calls))]
         assert it.world.counter("taken_over") == 0
 
 
