@@ -215,7 +215,7 @@ def test_a_node_whose_packages_are_not_installed_is_not_started(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("celery", "uvicorn") else find(name))
 
-    done = CliRunner().invoke(main, ["start", *options, "--redis-url", "redis://127.0.0.1:1"])
+    done = CliRunner(env={"QSERVE_REDIS_URL": "redis://127.0.0.1:1"}).invoke(main, ["start", *options])
 
     assert f"({missing}), so nothing was started: pip install 'qserve[all]'" in done.output
     assert done.exit_code == 1
