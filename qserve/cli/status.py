@@ -139,7 +139,6 @@ def _deployment(state: State, deployed: Deployed) -> DeploymentRow:
     replicas.sort(key=lambda replica: (replica["host"], replica["pid"]))
     running = sum(replica["running"] for replica in replicas)
     since, who = pause_of(deployed.paused) if deployed.paused else (None, "")
-    workers = live_workers(state, spec.name)
     condition_now, error = condition(deployed, workers)
     nobody = not replicas and all(
         node.drained for node in state.observed.nodes().values()

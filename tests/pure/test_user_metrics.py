@@ -106,6 +106,14 @@ def test_metrics_that_differ_in_their_description_are_one() -> None:
     assert len(found) == 5
 
 
+def all_of_one_replica() -> UserMetrics:
+    """What was counted and set here, as that of the only replica of One."""
+    collected = UserMetrics()
+    collected.add_totals("One", counted())
+    collected.add_gauges("One", "One#1", current_gauges())
+    return collected
+
+
 def test_no_two_samples_have_one_name() -> None:
     """Prometheus would refuse all metrics of the gateway."""
     metrics.Counter("things").inc()
@@ -113,9 +121,7 @@ def test_no_two_samples_have_one_name() -> None:
     metrics.Histogram("sizes", boundaries=[1]).observe(1)
     for name in ("things_total", "sizes_count", "free"):
         metrics.Gauge(name).set(1)
-    collected = UserMetrics()
-    collected.add_totals("One", counted())
-    collected.add_gauges("One", "One#1", current_gauges())
+    collected = all_of_one_replica()
     names = [line.partition("{")[0] for line in shown(collected)]
     assert sorted(names) == ["free", "sizes_bucket", "sizes_bucket", "sizes_count", "sizes_sum", "things_total"]
 
@@ -126,9 +132,7 @@ def test_metrics_of_two_kinds_under_one_name_are_not_both_shown() -> None:
     metrics.Histogram("weights", boundaries=[1]).observe(1)
     for name in ("tasks", "weights", "free"):
         metrics.Gauge(name).set(1)
-    collected = UserMetrics()
-    collected.add_totals("One", counted())
-    collected.add_gauges("One", "One#1", current_gauges())
+    collected = all_of_one_replica()
     text = exposition.generate_latest(registry_of(collected)).decode()  # type: ignore[no-untyped-call]
     families = text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
     assert [family.name for family in families] == ["tasks", "free", "weights"]
