@@ -12,8 +12,12 @@ from qserve.calls.process_client import new_event_loop
 from qserve.deployments.local_instance import find_settings
 from qserve.errors import ConfigurationError, NoInstanceError
 from qserve.telemetry.log_records import log_to_stderr
-from qserve_gateway.listener import ListenAddress, TlsFiles
-from qserve_gateway.server import GatewayOptions, GatewayProcess, Ready, report
+
+try:
+    from qserve_gateway.listener import ListenAddress, TlsFiles
+    from qserve_gateway.server import GatewayOptions, GatewayProcess, Ready, report
+except ModuleNotFoundError as exc:
+    sys.exit(f"A gateway needs the package {exc.name!r}, which is not installed: pip install 'qserve[gateway]'")
 
 
 @click.command()

@@ -461,3 +461,11 @@ def test_what_a_hook_says_travels_with_the_call(start: Start, hello: Replica, tm
         assert call.meta == {"path": "/hello/there"}
         hello.reply(call, ok())
         assert answer.result().text == "ok"
+
+
+def test_a_gateway_whose_packages_are_not_installed_says_what_to_install() -> None:
+    code = "import runpy, sys; sys.modules['uvicorn'] = None; runpy.run_module('qserve_gateway', run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    says = "A gateway needs the package 'uvicorn', which is not installed: pip install 'qserve[gateway]'"
+    assert ended.stderr.strip() == says
