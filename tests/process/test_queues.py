@@ -192,7 +192,7 @@ class TestAnswering:
 
     def test_an_inbox_stays_while_its_owner_lives(self, queue: Queue) -> None:
         """Ids of one made anew might be below those that were read."""
-        queue.run(TELL, (INBOX, ALIVE), 50, "0", "hello")
+        queue.run(TELL, (INBOX, ALIVE), 10_000, "0", "hello")
         queue.run(PRESENT, (ALIVE, INBOX), 60_000, 60_000)
         assert queue.redis.pttl(INBOX) > 50_000
 
