@@ -195,6 +195,61 @@ def test_once_a_replica_is_up_the_others_are_tried_again_for_ever() -> None:
     assert pool.status == Status(1, HEALTHY, 2, 2)
 
 
+def crash(pool: Pool, times: int, *, after_s: float = 0.0, calls: int = 0) -> list[int]:
+    """The newest replica comes up and dies, again and again; as after how many failures its successors wait."""
+    waits = []
+    for _ in range(times):
+        pid = max(pool.pids)
+        pool.state(pid, "SERVING", "a")
+        if calls:
+            pool.say(pid, "stats", running=1, handled=calls)
+        pool.now += after_s
+        pool.die(pid, "exit code 3")
+        waits.append(pool.failures[max(pool.pids)])
+    return waits
+
+
+def test_replicas_that_die_as_soon_as_they_are_up_are_replaced_ever_more_slowly() -> None:
+    pool = serving(2)
+    assert crash(pool, 8) == [0, 0, 0, 0, 0, 0, 1, 2]
+    pool.deploy(2, "b", by=1)  # whoever waits tries it at once, and so do those that come
+    pool.die(max(pool.pids))
+    assert pool.failures[max(pool.pids)] == 0
+
+
+@pytest.mark.parametrize("of_use", [{"after_s": 11.0}, {"calls": 1}])
+def test_replicas_that_were_of_use_before_they_died_are_replaced_at_once(of_use: dict[str, Any]) -> None:
+    pool = serving(1)
+    assert crash(pool, 5) == [0, 0, 0, 1, 2]
+    assert crash(pool, 6, **of_use) == [0] * 6
+    assert crash(pool, 4) == [0, 0, 0, 1]
+
+
+def test_replicas_that_are_told_to_leave_have_not_crashed() -> None:
+    pool = serving(1)
+    for _ in range(6):
+        pid = max(pool.pids)
+        pool.state(pid, "SERVING", "a")
+        pool.rollout.stop(pid, pool.now)
+        pool.act()
+        pool.die(pid)
+        assert pool.failures[max(pool.pids)] == 0
+
+
+def test_replicas_that_fall_ill_as_soon_as_they_are_up_are_replaced_ever_more_slowly() -> None:
+    pool = serving(1)
+    waits = []
+    for _ in range(5):
+        ill = max(pool.pids)
+        pool.say(ill, "ill", error="no connection")
+        fresh = max(pool.pids)
+        waits.append(pool.failures[fresh])
+        pool.state(fresh, "STANDBY", "a")
+        pool.die(ill)
+        pool.state(fresh, "SERVING", "a")
+    assert waits == [0, 0, 0, 1, 2]
+
+
 def test_a_first_deploy_that_fails_leaves_one_process_which_waits_and_tries() -> None:
     pool = Pool(2)
     pool.deploy(1, "a", by=1)

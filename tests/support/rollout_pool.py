@@ -52,7 +52,7 @@ class Pool:
         self.say(pid, "state", state=state, revision=revision, generation=generation)
 
     def die(self, pid: int, how: str = "exit code 0") -> None:
-        self.rollout.died(pid, how)
+        self.rollout.died(pid, how, self.now)
         self.act()
 
     @property

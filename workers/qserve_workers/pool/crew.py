@@ -54,6 +54,7 @@ class TrackedReplica:
     revision: str = ""
     applied: int = 0
     starting_since: float | None = None
+    up_since: float | None = None
     leaving_since: float | None = None
     killed: bool = False
     predecessors: set[int] | None = None
@@ -82,6 +83,7 @@ class TrackedReplica:
         if self.state == DRAINING:
             self.leave(now)
         elif self.state in (STANDBY, SERVING):
+            self.up_since = self.up_since or now
             self.applied = max(self.applied, entered.generation)
 
     def leave(self, now: float) -> None:

@@ -142,7 +142,7 @@ class Keeper:
         """A process has ended and been reaped; False: by itself, before it had come to anything."""
         self._read()  # what it said last counts
         how = "end unknown" if exitcode is None else reason_of(exitcode)
-        replica = self.rollout.died(pid, how)
+        replica = self.rollout.died(pid, how, time.monotonic())
         if replica is None:
             return True
         # User code may end its process with 0, too: only one that said that it leaves has left.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from qserve.wire.spec import DEPLOY_FAILED, DEPLOYING, DRAINING, HEALTHY, SERVING, STANDBY, STARTING
+from qserve_workers.pool.crash_loops import CrashLoop
 from qserve_workers.pool.crew import Crew, Desired, TrackedReplica
 from qserve_workers.pool.succession import batch_of, excess, leave_after, leave_first, next_to_apply, releases
 from qserve_workers.replica.replica_events import (
@@ -113,6 +114,7 @@ class Rollout:
         self._concurrency = concurrency
         self._exact = exact
         self._bounded = bounded
+        self._crashes = CrashLoop()
         self._error = ""
         self._gave_up = False
         self._lowest = 0
@@ -142,9 +144,11 @@ class Rollout:
         """The pool could not start a process, and will try again."""
         self._error = error
 
-    def died(self, pid: int, how: str) -> TrackedReplica | None:
+    def died(self, pid: int, how: str, now: float) -> TrackedReplica | None:
         """A process has ended; returns what was known of it."""
         replica = self.crew.remove(pid)
+        if replica is not None:
+            self._crashes.note(replica, now)
         if replica is not None and replica.state == STARTING and not replica.leaving:
             self._count_failure(replica.revision, f"The process ended while it constructed the deployment: {how}.")
         return replica
@@ -170,6 +174,7 @@ class Rollout:
                 if self.crew.desired is not None and event.generation >= self.crew.generation:
                     self._refused, self._error = True, event.error
             case HealthLost():
+                self._crashes.note(replica, now)
                 replica.ill, self._error = True, f"A replica is replaced: {event.error}"
             case TurnWanted() | ChangeApplied() | CallsCounted() | StillBusy() | DemandMeasured():
                 replica.note(event)
@@ -203,7 +208,8 @@ class Rollout:
         """(standby, failures so far, rank) for the next process to start."""
         desired = self.crew.desired
         surge = desired is not None and desired.surge
-        return surge and any(r.has_capacity for r in self.crew.old), self.failures, self.crew.free_rank()
+        failures = max(self.failures, self._crashes.failures(self.wanted))
+        return surge and any(r.has_capacity for r in self.crew.old), failures, self.crew.free_rank()
 
     def actions(self, now: float) -> list[Action]:
         """Everything to do now; the caller does it, in this order."""
@@ -253,6 +259,7 @@ class Rollout:
 
     def _begin_anew(self) -> None:
         self.failures, self._error, self._gave_up, self._refused = 0, "", False, False
+        self._crashes = CrashLoop()
 
     def _entered(self, replica: TrackedReplica, entered: StateEntered, now: float) -> None:
         if entered.revision and entered.generation > self.crew.generation:
