@@ -7,6 +7,7 @@ import ipaddress
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -171,8 +172,9 @@ def admin_token(settings: Settings) -> str:
     Raises:
         ConfigurationError: No token is set, and the listener can be reached by users who cannot read that file.
     """
-    if settings.admin_token:
-        return settings.admin_token
+    token = settings.admin_token.strip()  # what mounts secrets often leaves a line end behind it
+    if token:
+        return token
     if settings.admin_host not in _LOCAL:
         raise ConfigurationError(
             f"QSERVE_ADMIN_HOST={settings.admin_host} makes the admin listener reachable from other machines: set "
@@ -187,10 +189,11 @@ def token_path(namespace: str) -> Path:
 
 
 def _read_or_make(path: Path) -> str:
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
-        return path.read_text().strip()
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        if token := path.read_text().strip():
+            return token
+        path.unlink()  # a power failure may leave it empty, and nothing would open every door
+    descriptor, draft = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_urlsafe(32) + "\n")
     try:
@@ -198,5 +201,5 @@ def _read_or_make(path: Path) -> str:
     except FileExistsError:
         pass  # another gateway was faster
     finally:
-        draft.unlink()
+        Path(draft).unlink()
     return path.read_text().strip()

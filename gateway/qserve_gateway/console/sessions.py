@@ -52,7 +52,7 @@ class Sessions:
 
     def __init__(self, settings: Settings, operator_token: str) -> None:
         self._operator = operator_token
-        self._viewer = settings.console_viewer_token
+        self._viewer = settings.console_viewer_token.strip()
         self._is_open = settings.console_open
         self._user_header = settings.console_user_header.lower()
         self._operators = {name.strip() for name in settings.console_operators.split(",") if name.strip()}
