@@ -41,6 +41,14 @@ def test_a_key_is_one_of_those_in_the_setting_or_has_one_of_their_hashes(
     assert status_of(f"first, second,{HASH}", {b"accept": b"*/*"} | headers) == status
 
 
+def test_whoever_brings_none_is_told_how_to_bring_one() -> None:
+    keys = load_api_keys(Settings(api_keys="first"))
+    assert keys is not None
+    with pytest.raises(Refused) as refused:
+        keys.check([], {}, "")
+    assert (b"www-authenticate", b"Bearer") in refused.value.response.headers
+
+
 def test_a_key_of_the_file_may_open_some_deployments_only(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# ours\n\nall\nsome Echo, Sum\n")
@@ -51,6 +59,10 @@ def test_a_key_of_the_file_may_open_some_deployments_only(tmp_path: Path) -> Non
     with pytest.raises(Refused) as refused:
         keys.check([], {b"x-api-key": b"some"}, "Other")
     assert refused.value.response.status == 403
+    both = load_api_keys(Settings(api_keys="first", api_keys_file=str(file)))
+    assert both is not None
+    for key in (b"first", b"all"):
+        assert both.check([], {b"x-api-key": key}, "Other") == []
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,16 @@ def test_a_quick_queue_is_worth_a_second_and_a_standing_one_half_a_minute(watche
     assert max(found) - min(found) > 6  # a crowd does not come back at once
 
 
+def test_calls_that_come_are_not_taken_for_calls_that_leave(watched: Watched) -> None:
+    queue = Pace("calls")
+    queue.look(watched)  # type: ignore[arg-type]
+    watched.pass_by(1, answered=10_000)
+    watched.length = 9_999
+    queue.look(watched)  # type: ignore[arg-type]
+
+    assert all(18 <= wait <= 30 for wait in waits(queue, 9_999))
+
+
 def test_a_thousand_refusals_look_once(watched: Watched) -> None:
     queue = Pace("calls")
     for _ in range(1000):
