@@ -76,6 +76,15 @@ async def test_a_check_that_hangs_is_overdue() -> None:
     checking.cancel()
 
 
+@pytest.mark.parametrize("problem", [None, ValueError("1")])
+async def test_a_check_that_has_ended_is_not_overdue_however_long_ago_that_was(problem: Exception | None) -> None:
+    it = Checked()
+    it.code.problems = [problem]
+    await it.checks._check(it.code)
+    await asyncio.sleep(0.02)
+    assert it.checks.overdue_s() is None
+
+
 async def test_the_first_check_has_to_succeed_in_time() -> None:
     it = Checked()
     with pytest.raises(TimeoutError, match=r"check_health has not returned within 0\.01 s"):
