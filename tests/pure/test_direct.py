@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 import uvicorn
+from msgspec.structs import replace
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
@@ -24,6 +25,9 @@ from tests.pure.test_gateway_app import FakeCalls, outcome, user_error
 from tests.support.waiting import until
 
 GET = b"GET /hello?a=1 HTTP/1.1\r\nhost: x\r\nx-request-id: one\r\n\r\n"
+
+
+HELLO = DeploymentSpec(name="hello", target=Target("module:name"), revision="1", route_prefix="/hello")
 
 
 class Socket(asyncio.Transport):
@@ -79,10 +83,8 @@ class Connection:
     def __init__(
         self, calls: FakeCalls, *, direct: bool = True, hooks: Sequence[GatewayHook] = (), **settings: Any
     ) -> None:
-        gateway = Gateway(calls, Settings(**settings), hooks=hooks)
-        gateway.use_deployments(
-            [DeploymentSpec(name="hello", target=Target("module:name"), revision="1", route_prefix="/hello")]
-        )
+        self.gateway = gateway = Gateway(calls, Settings(**settings), hooks=hooks)
+        gateway.use_deployments([HELLO])
 
         async def over_asgi(scope: Scope, receive: Receive, send: Send) -> None:
             await gateway(scope, receive, send)
@@ -129,6 +131,7 @@ def calls() -> FakeCalls:
         GET.replace(b"\r\n\r\n", b"\r\ncontent-length: 0\r\n\r\n"),
         GET.replace(b"\r\n\r\n", b"\r\nx-request-timeout-ms: 5\r\n\r\n"),
         GET.replace(b"\r\n\r\n", b"\r\nx-request-timeout-ms: soon\r\n\r\n"),
+        GET.replace(b"\r\n\r\n", b"\r\nx-request-timeout-ms: 0\r\n\r\n"),
         GET.replace(b"\r\n\r\n", b"\r\nexpect: 100-continue\r\n\r\n"),
         GET.replace(b"1.1", b"1.0"),
         GET.replace(b"/hello", b"/nowhere"),
@@ -147,6 +150,14 @@ async def test_a_request_gets_the_same_bytes_with_a_task_and_without(request_hea
 
     assert seen[0] == seen[1]
     assert seen[0][0].startswith(b"HTTP/1.1 ")
+
+
+@pytest.mark.parametrize("direct", [True, False])
+async def test_calls_of_a_deployment_that_says_so_may_run_again(calls: FakeCalls, direct: bool) -> None:
+    connection = Connection(calls, direct=direct)
+    connection.gateway.use_deployments([replace(HELLO, idempotent=True)])
+    await connection.answered(GET.replace(b"GET", b"POST"))
+    assert calls.last.safe
 
 
 @pytest.mark.parametrize(

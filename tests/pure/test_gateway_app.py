@@ -386,6 +386,18 @@ async def test_a_deadline_in_seconds(http: httpx.AsyncClient, calls: FakeCalls, 
         assert "X-Request-Timeout-Seconds is not a number of seconds, 0.001 or more" in response.text
 
 
+@pytest.mark.parametrize(("asked", "timeout_s"), [("2", 0.002), ("60000", 30), ("0", 0), ("-1", 0), ("1e3", 0)])
+async def test_a_deadline_in_milliseconds(
+    http: httpx.AsyncClient, calls: FakeCalls, asked: str, timeout_s: float
+) -> None:
+    response = await http.get("/hello", headers={"x-request-timeout-ms": asked})
+    if timeout_s:
+        assert calls.last.timeout_s == timeout_s
+    else:
+        assert (response.status_code, calls.puts) == (400, [])
+        assert "X-Request-Timeout-Ms is not a number of milliseconds" in response.text
+
+
 # What the client gets
 
 

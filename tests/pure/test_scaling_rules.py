@@ -88,12 +88,20 @@ def test_nodes_share_the_replicas_and_each_has_one(nodes: int, replicas: list[in
     assert [worker.pass_seconds(6, calls=10) for worker in workers] == replicas
 
 
-def test_an_old_measurement_changes_nothing() -> None:
+@pytest.mark.parametrize("place", range(6))
+def test_there_are_never_fewer_replicas_than_nodes(place: int) -> None:
+    worker = Clock(Autoscaling(1, 4, upscale_delay_s=5, downscale_delay_s=60), place, nodes=6)
+    assert {worker.pass_seconds(1, calls=0) for _ in range(70)} == {1}
+    assert worker.pass_seconds(10, calls=1000) == 1
+
+
+@pytest.mark.parametrize("calls", [0, 100])
+def test_an_old_measurement_changes_nothing(calls: int) -> None:
     worker = Clock()
     worker.pass_seconds(6, calls=8)
-    old = WorkerDemand(100, 0, 0, 1, worker.now)
-    worker.now += 100
-    assert worker.scaler.decide(old, POLICY, current=4, ready=4, now=worker.now) == 4
+    old = WorkerDemand(calls, 0, 0, 1, worker.now)
+    for later in range(6, 100):
+        assert worker.scaler.decide(old, POLICY, current=4, ready=4, now=worker.now + later) == 4
 
 
 # Who goes
