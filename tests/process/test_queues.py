@@ -54,9 +54,11 @@ class TestPutting:
         assert queue.depth() == 10
         assert queue.put("one more") == [10, 0, None]
 
-    def test_durable_calls_that_wait_for_their_time_have_their_places(self, queue: Queue) -> None:
-        queue.redis.zadd(KEYS.due("Echo"), dict.fromkeys("abcd", 1e15))
-        queue.redis.zadd(KEYS.low("Echo"), dict.fromkeys("efg", 1))
+    @pytest.mark.parametrize(("due", "low"), [("abcd", "efg"), ("abcdefg", ""), ("", "abcdefg")])
+    def test_durable_calls_that_wait_for_their_time_have_their_places(self, queue: Queue, due: str, low: str) -> None:
+        for key, ids in ((KEYS.due("Echo"), due), (KEYS.low("Echo"), low)):
+            if ids:
+                queue.redis.zadd(key, dict.fromkeys(ids, 1e15))
         keys = (STREAM, META, KEYS.instance, KEYS.due("Echo"), KEYS.low("Echo"))
 
         depth, _, *entries = queue.run(ADMIT, keys, 0, *("id", "", "frame") * 4)

@@ -88,6 +88,15 @@ def test_nodes_share_the_replicas_and_each_has_one(nodes: int, replicas: list[in
     assert [worker.pass_seconds(6, calls=10) for worker in workers] == replicas
 
 
+def test_a_moment_in_which_all_were_needed_begins_the_time_anew_and_does_not_end_it() -> None:
+    worker = Clock()
+    worker.pass_seconds(6, calls=16)
+    worker.pass_seconds(30, calls=0)
+    assert worker.pass_seconds(1, calls=16) == 8
+    assert worker.pass_seconds(60, calls=0) == 8
+    assert worker.pass_seconds(1, calls=0) == 1
+
+
 @pytest.mark.parametrize("place", range(6))
 def test_there_are_never_fewer_replicas_than_nodes(place: int) -> None:
     worker = Clock(Autoscaling(1, 4, upscale_delay_s=5, downscale_delay_s=60), place, nodes=6)
