@@ -311,6 +311,8 @@ class TestTakingOver:
         queue.redis.hset(BEATS, "B", LEFT)
 
         assert queue.take("B", "C") == [(2, first), (2, second)]
+        queue.die("C")
+        assert queue.take("C", "D") == [(2, first), (2, second)]  # neither was started there
 
     def test_a_call_taken_over_by_another_is_not_started(self, queue: Queue) -> None:
         queue.put("a")

@@ -40,6 +40,13 @@ def test_more_calls_than_the_target_for_long_enough_bring_more_replicas() -> Non
     assert worker.pass_seconds(10, calls=1000) == 8
 
 
+def test_each_time_more_replicas_are_needed_they_must_have_been_for_long_enough() -> None:
+    worker = Clock()
+    assert worker.pass_seconds(6, calls=7) == 4
+    assert worker.pass_seconds(5, calls=16) == 4
+    assert worker.pass_seconds(1, calls=16) == 8
+
+
 def test_the_first_number_of_replicas_may_be_given_and_goes_as_every_other() -> None:
     policy = Autoscaling(min_replicas=1, max_replicas=9, initial_replicas=4, downscale_delay_s=5)
     worker = Clock(policy)
