@@ -57,3 +57,4 @@ def test_a_program_gets_signals_that_its_starter_blocks(tmp_path: Path) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert told.read_text() == "set()"
+    assert told.stat().st_mode & 0o77 == 0  # nor may others read what it writes

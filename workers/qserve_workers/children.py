@@ -106,7 +106,7 @@ def die_with_parent(parent: int, signum: int) -> None:
 def start_program(command: Sequence[str], *, death_signal: signal.Signals) -> int:
     """Start a program without an event loop, in a session of its own; returns its pid, for `os.waitpid`.
 
-    No signal is blocked there, whatever this process blocks to wait for it.
+    No signal is blocked there, whatever this process blocks to wait for it. Only its user may read what it writes.
 
     Args:
         death_signal: What it gets when this process dies.
@@ -122,6 +122,7 @@ def start_program(command: Sequence[str], *, death_signal: signal.Signals) -> in
         command,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
+        umask=0o077,
         preexec_fn=begin,  # noqa: PLW1509 whoever calls this has no threads
     )
     started.returncode = 0  # somebody else waits for it

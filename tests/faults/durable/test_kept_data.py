@@ -47,7 +47,8 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
 
 def test_durable_calls_run_after_everything_was_killed(shell: Shell) -> None:
     command = ("run", "app", "--port", "0", "--data", "data")
-    runs = shell.folder / "runs"
+    runs, data = shell.folder / "runs", shell.folder / "data"
+    data.mkdir(mode=0o755)
     with background(shell, *command) as first:
         first.wait_for("Ctrl-C stops it")
         accepted = subprocess.run(
@@ -55,6 +56,8 @@ def test_durable_calls_run_after_everything_was_killed(shell: Shell) -> None:
         )
         assert len(accepted.stdout.split()) == 20
         wait_until(runs.exists)
+        kept = [data / "instance.json", *(data / "appendonlydir").iterdir()]
+        assert [path.name for path in kept if path.stat().st_mode & 0o77] == []  # others may not read arguments
 
         everything = [*descendants(first.process.pid), psutil.Process(first.process.pid)]
         for process in everything:
