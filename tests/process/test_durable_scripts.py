@@ -41,11 +41,12 @@ class Durable(Queue):
         waiter: str = "",
         ttl: Any = "",
         large: str = "",
+        key: str = "",
     ) -> Any:
         made: list[Any] = []
         for id_ in ids:
             made += [id_, f"frame of {id_}", delay, expires, 0, "", waiter, "b" if low else "", idem, body, DAY_MS, ttl]
-            made += ["", "", "", large]
+            made += ["", key, "", large]
         return self.run(SUBMIT, (STREAM, META, DUE_SET, LOW, KEYS.instance), BASE, "Echo", *made)
 
     def start_run(self, id_: str, replica: str, entry: bytes) -> list[Any]:
@@ -130,6 +131,29 @@ class TestSubmitting:
         ids = [f"d{n}" for n in range(12)]
         assert calls.submit(*ids) == [0, *[b"queued"] * 10, None, None]
         assert not calls.redis.exists(KEYS.call("d11"))
+
+    def test_a_deployment_that_failed_refuses_and_says_why(self, calls: Durable) -> None:
+        calls.submit("known")
+        calls.redis.hset(META, "refuse", "no model")
+        for id_ in ("known", "new"):
+            calls.redis.set(KEYS.payload(id_), "large")
+        assert calls.submit("known", "new", large="1") == [-2, b"no model"]
+        assert [calls.redis.exists(KEYS.payload(id_)) for id_ in ("known", "new")] == [1, 0]
+        assert calls.depth() == 1
+
+    def test_the_large_payload_of_a_call_that_finds_no_room_is_forgotten(self, calls: Durable) -> None:
+        calls.submit(*[f"d{n}" for n in range(10)])
+        calls.redis.set(KEYS.payload("one-more"), "large")
+        assert calls.submit("one-more", large="1") == [10, None]
+        assert not calls.redis.exists(KEYS.payload("one-more"))
+
+    def test_of_the_calls_with_one_key_of_many_clients_the_last_hundred_are_found(self, calls: Durable) -> None:
+        calls.redis.hset(META, "max_queued", 200)
+        for number in range(105):
+            calls.submit(f"d{number:03}", idem=str(number), body="b", key="order 17")
+        named = KEYS.named("order 17")
+        assert calls.redis.zcard(named) == 100
+        assert calls.redis.zscore(named, "d104")
 
     @pytest.mark.parametrize("where", [{}, {"delay": 60_000}, {"low": True}])
     @pytest.mark.parametrize("more", [{}, {"delay": 60_000}, {"low": True}])

@@ -40,7 +40,9 @@ def test_nothing_happens_before_anything_was_measured() -> None:
 
 
 def test_what_cannot_be_is_refused_with_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"autoscale 2 3 is refused: MIN has to be at least 1, and no more than MAX"):
-        autoscaler().update(2, 3)
+    for most, fewest in ((2, 3), (2, 0), (0, 0)):
+        refused = f"autoscale {most} {fewest} is refused: MIN has to be at least 1, and no more than MAX"
+        with pytest.raises(ValueError, match=refused):
+            autoscaler().update(most, fewest)
     with pytest.raises(ValueError, match="deploy it with autoscaling_config="):
         autoscaler(is_scaled=False).update(2, 1)

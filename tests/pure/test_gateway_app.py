@@ -694,6 +694,23 @@ class Handshake:
         return start["status"], dict(start["headers"]), body["body"]
 
 
+@pytest.mark.parametrize("when_full", [Backpressure(503, None), Backpressure(429, None), None])
+@pytest.mark.parametrize(("wait_s", "told"), [(0.0, "1"), (0.2, "1"), (1.0, "1"), (2.2, "3")])
+async def test_the_time_to_wait_is_told_in_whole_seconds_and_never_as_none(
+    gateway: Gateway,
+    http: httpx.AsyncClient,
+    calls: FakeCalls,
+    when_full: Backpressure | None,
+    wait_s: float,
+    told: str,
+) -> None:
+    gateway.use_deployments([spec("hello", backpressure=when_full)])
+    calls.answer = lambda request: BackPressureError("full", retry_after=wait_s)
+    response = await http.get("/hello")
+    status = 503 if when_full is None else when_full.status_code
+    assert (response.status_code, response.headers["retry-after"]) == (status, told)
+
+
 async def test_what_a_deployment_says_while_its_queue_is_full_is_said_to_websockets_too(
     gateway: Gateway, http: httpx.AsyncClient, calls: FakeCalls
 ) -> None:
