@@ -1,6 +1,7 @@
 """Deadlines of calls: one timer for all calls that have the same time."""
 
 import asyncio
+import time
 from typing import Any, cast
 
 import pytest
@@ -36,20 +37,20 @@ class Calls:
         self.pending = PendingCalls(Lending("me", "", settings.keys, Signer(settings.secrets)))
         self.away = Away()
         self.ended: list[tuple[str, object]] = []
+        self.ended_at: dict[str, float] = {}
         link = cast(Any, self.away)
         self.deadlines = Deadlines(settings.keys, link, self.pending, link, 5.0)
         self.deadlines.open(asyncio.get_running_loop())
 
     def start(self, name: str, timeout_s: float) -> PendingCall:
-        call = PendingCall(
-            name, "hello", True, b"", None, timeout_s, lambda outcome: self.ended.append((name, outcome))
-        )
+        call = PendingCall(name, "hello", True, b"", None, timeout_s, lambda outcome: self._note(name, outcome))
         self.pending[name] = call
         self.deadlines.start(call)
         return call
 
     def _note(self, name: str, outcome: object) -> None:
         self.ended.append((name, outcome))
+        self.ended_at[name] = time.monotonic()
 
     @property
     def rows(self) -> list[float]:
@@ -85,11 +86,12 @@ async def test_a_call_that_has_ended_is_forgotten_at_once_and_its_row_at_the_nex
 
 
 async def test_a_row_goes_on_as_long_as_calls_come(calls: Calls) -> None:
-    calls.start("one", 0.03)
+    one = calls.start("one", 0.03)
     await asyncio.sleep(0.015)
-    calls.start("two", 0.03)
+    two = calls.start("two", 0.03)
 
     assert await calls.all_ended() == ["one", "two"]
+    assert [calls.ended_at[call.id] >= call.deadline for call in (one, two)] == [True, True]
 
 
 async def test_calls_with_ever_other_times_leave_no_rows_behind(calls: Calls) -> None:

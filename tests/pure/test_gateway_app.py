@@ -430,6 +430,16 @@ async def test_status_headers_and_cookies_arrive_once_and_in_order(http: httpx.A
     assert response.headers.keys().isdisjoint({"connection", "x-hop", "transfer-encoding", "date"})
 
 
+async def test_an_id_that_the_application_sets_is_the_only_one(http: httpx.AsyncClient, calls: FakeCalls) -> None:
+    calls.answer = lambda request: ok(b"four", (b"X-Request-Id", b"its own"))
+    assert (await http.get("/hello")).headers.get_list("x-request-id") == ["its own"]
+
+
+async def test_a_length_that_is_no_number_is_not_told(http: httpx.AsyncClient, calls: FakeCalls) -> None:
+    calls.answer = lambda request: ok(b"four", (b"content-length", b"4, 4"))
+    assert (await http.head("/hello")).headers.get_list("content-length") == ["4"]
+
+
 async def test_a_wrong_content_length_is_put_right(http: httpx.AsyncClient, calls: FakeCalls) -> None:
     calls.answer = lambda request: ok(b"four", (b"content-length", b"400"))
     assert (await http.get("/hello")).headers["content-length"] == "4"

@@ -38,6 +38,7 @@ def test_a_last_chance_waits_until_nothing_else_runs_and_then_is_alone() -> None
     assert suspects.choose(5, is_idle=False) == []
     assert [entry.id for entry in suspects.choose(5, is_idle=True)] == [b"last"]
     assert suspects.alone == b"last"
+    assert suspects.want_to_be_alone
     suspects.end_trial(b"last")
     assert not suspects.want_to_be_alone
 
