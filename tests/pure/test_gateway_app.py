@@ -325,14 +325,22 @@ async def test_a_body_over_the_limit_is_413_and_is_not_queued(
 
 async def test_headers_of_the_connection_end_at_the_gateway(http: httpx.AsyncClient, calls: FakeCalls) -> None:
     hop = {"connection": "close, x-hop", "x-hop": "1", "te": "trailers", "keep-alive": "5", "upgrade": "h2c"}
-    spoofed = {"x_forwarded_for": "1.2.3.4"}
+    hop |= dict.fromkeys(("proxy-authenticate", "proxy-authorization", "proxy-connection", "trailer"), "x")
+    likes = ("x_forwarded_for", "x_forwarded_host", "x_forwarded_port", "x_forwarded_prefix", "x_forwarded_proto")
+    spoofed = dict.fromkeys((*likes, "x_real_ip"), "1.2.3.4")
     await http.get("/hello", headers=hop | spoofed | {"x_mine": "stays"})
     passed = dict(calls.last.request.headers)
     assert passed.keys().isdisjoint(name.encode() for name in hop | spoofed)
     assert passed[b"x_mine"] == b"stays"
 
 
-@pytest.mark.parametrize("name", ["Host", "authorization", "Cookie", "X-Forwarded-For"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Host", "authorization", "Cookie", "content-length", "Forwarded", "X-Real-IP"),
+        *(f"X-Forwarded-{what}" for what in ("For", "Host", "Port", "Prefix", "Proto")),
+    ],
+)
 async def test_connection_may_not_remove_headers_that_say_who_asks(
     http: httpx.AsyncClient, calls: FakeCalls, name: str
 ) -> None:
