@@ -12,6 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from qserve import serve
 from qserve.broker.connection import Answer, Connection
 from qserve.broker.link import Link
+from qserve.broker.payloads import Payloads
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry
 from qserve.context import set_replica_context
@@ -21,7 +22,7 @@ from qserve.wire.call_record import CANCELLED, DEAD, DONE, EXPIRED, FAILED, Dura
 from qserve.wire.codec import Codec
 from qserve.wire.messages import HTTP, PYTHON, HttpRequest, Signer, decode_error, decode_reply, encode
 from qserve.wire.spec import DeploymentSpec, Target
-from qserve_workers.calls import durable_calls
+from qserve_workers.calls import arrivals, durable_calls
 from qserve_workers.calls.durable_calls import DurableRuns
 from qserve_workers.calls.running import RunningCall
 from qserve_workers.user.user_code import UserCode
@@ -39,6 +40,7 @@ class Replica:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
         async def nothing() -> None: ...
 
+        monkeypatch.setattr(arrivals, "_NEXT_TRY_S", 0)
         monkeypatch.setattr(durable_calls, "_NEXT_TRY_S", 0)
         self.answers = list(answers)
         self.entries = {ENTRY.id}
@@ -46,6 +48,7 @@ class Replica:
         self.on_answer: Any = None
         self.given_back: list[bool] = []
         self.recorded: list[int] = []
+        self.running: RunningCall | None = None
         self.counts = SimpleNamespace(others=Counter[str](), retries=Counter[str]())
         self.link = Link("redis://nowhere", nothing)
         self.link.sender = OpenConnection()
@@ -104,10 +107,12 @@ class Replica:
         code: Any = None
         await self.runs.run(running, self.call, code)
 
-    async def serve(self, code: Any, kind: int, payload: bytes, *, unwanted: bool = False) -> Any:
+    async def serve(
+        self, code: Any, kind: int, payload: bytes, *, unwanted: bool = False, out_of_line: bool = False
+    ) -> Any:
         """Run the call by a replica of that code; returns what it was settled with: a value, or the error's info."""
-        self.call = DurableCall("d1", "Echo", "", 1000, kind, "", True, payload, terms=Terms())
-        taken = RunningCall(ENTRY, self.call, needs_thread=False)
+        self.call = DurableCall("d1", "Echo", "", 1000, kind, "", True, payload, out_of_line, terms=Terms())
+        taken = self.running = RunningCall(ENTRY, self.call, needs_thread=False)
         taken.unwanted = unwanted
         spec = DeploymentSpec(name="Echo", target=Target("m:C"), revision="r", is_class=False)
         user_code = UserCode(spec, code, "Echo#1", CODEC)
@@ -297,3 +302,31 @@ async def test_a_part_is_sent_until_it_is_recorded(monkeypatch: pytest.MonkeyPat
     told = await replica.serve(numbers, PYTHON, CODEC.pack_call((), {}))
     assert replica.recorded == [1, 2]
     assert CODEC.unpack(told) == [1, 2]
+
+
+@pytest.mark.parametrize("becomes", ["fetched", "cancelled", "taken over"])
+async def test_large_arguments_are_fetched_until_they_are_there_or_nobody_wants_the_call(
+    monkeypatch: pytest.MonkeyPatch, becomes: str
+) -> None:
+    replica = Replica(monkeypatch, RUN)
+    answers: list[Any] = [BrokerUnavailable("lost"), CommandRefused("LOADING"), CODEC.pack_call((7,), {})]
+
+    async def fetch(*_: Any) -> bytes:
+        answer = answers.pop(0)
+        if becomes == "cancelled":
+            assert replica.running is not None
+            replica.running.unwanted = True
+        elif becomes == "taken over":
+            replica.entries.clear()
+        if isinstance(answer, Exception):
+            raise answer
+        found: bytes = answer
+        return found
+
+    monkeypatch.setattr(Payloads, "fetch", fetch)
+    told = await replica.serve(lambda number: number + 1, PYTHON, b"", out_of_line=True)
+    if becomes == "fetched":
+        assert CODEC.unpack(told) == 8
+    else:
+        assert [state for state, _ in replica.settled] == ([CANCELLED] if becomes == "cancelled" else [])
+        assert len(answers) == 2

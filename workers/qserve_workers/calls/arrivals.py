@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
@@ -11,6 +12,7 @@ from qserve.broker.connection import Answer
 from qserve.broker.large.lending import Lending
 from qserve.broker.link import Link
 from qserve.broker.payloads import Payloads
+from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.replica_queue import Entry
 from qserve.errors import BrokerUnavailable, FrameRejected, GetTimeoutError
 from qserve.failpoints import reach
@@ -20,8 +22,11 @@ from qserve.wire.call_record import decode_durable_call
 from qserve.wire.messages import Call, Signer, decode_call
 from qserve.wire.parts import Source
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
+_NEXT_TRY_S = 0.2
 _REMEMBERED = 8192
 """Of how many calls a replica knows at least that it has seen them."""
 OnClaimed = Callable[[bool | BrokerUnavailable], None]
@@ -104,17 +109,24 @@ class Arrivals:
         return None
 
 
-async def fetch_payload(payloads: Payloads, link: Link, call: Call) -> bytes:
-    """The payload of a durable call that travelled out of line.
+async def fetch_payload(payloads: Payloads, link: Link, call: Call, is_wanted: Callable[[], bool]) -> bytes:
+    """The payload of a durable call that travelled out of line; waits as long as Redis cannot be asked for it.
 
     Raises:
-        BrokerUnavailable: Redis cannot be asked for it.
+        CancelledError: The call is not wanted any more.
         GetTimeoutError: It has expired.
     """
-    payload = await payloads.fetch(link.sender, call.id)
-    if payload is None:
-        raise GetTimeoutError("the call's payload has expired; it was not run")
-    return _fetched(payload)
+    while is_wanted():
+        try:
+            payload = await payloads.fetch(link.sender, call.id)
+        except (BrokerUnavailable, CommandRefused) as exc:
+            logger.warning("could not fetch the large arguments of call %s: %s", call.id, exc)
+            await asyncio.sleep(_NEXT_TRY_S)
+            continue
+        if payload is None:
+            raise GetTimeoutError("the call's payload has expired; it was not run")
+        return _fetched(payload)
+    raise asyncio.CancelledError
 
 
 async def borrow_payload(lending: Lending, link: Link, call: Call, *, views: bool) -> Source:

@@ -202,8 +202,12 @@ class DurableRuns:
 
     async def _run_user_code(self, running: RunningCall, code: UserCode, parts: RecordedParts) -> tuple[int, bytes]:
         """Kind and payload of the result; raises what user code raised."""
-        call = running.call
-        payload = call.payload if not call.out_of_line else await fetch_payload(self._payloads, self._link, call)
+        call, entry = running.call, running.entry.id
+        payload = call.payload
+        if call.out_of_line:
+            payload = await fetch_payload(
+                self._payloads, self._link, call, lambda: entry in self._slots and not running.unwanted
+            )
         if call.kind == HTTP:
             request = decode_http_request(payload)
             running.info.request_id = request.request_id or call.id
