@@ -1,5 +1,6 @@
 """The times of schedules: the five fields of cron, or a number of seconds."""
 
+import itertools
 import math
 import re
 import zoneinfo
@@ -16,6 +17,8 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _DAYS_AHEAD = 366 * 8 + 2
 """The 29th of February may be eight years away."""
 _LONGEST_S = _DAYS_AHEAD * 86_400.0
+_ROUNDED_OFF_MS = 0.001
+"""More than a Unix time of today loses as a float."""
 _WINDOWS_S = (60.0, 3600.0, 86_400.0, 31 * 86_400.0, 366 * 86_400.0, _LONGEST_S)
 
 
@@ -36,24 +39,24 @@ class When(NamedTuple):
     def next_after(self, moment: float) -> float:
         """The first moment after a Unix time; infinity if there is none.
 
-        A time that the clocks skip counts as the one an hour later, one that they repeat counts once.
+        A time that the clocks skip counts as the one that is as much later as they go forward, one that they repeat
+        counts once.
         """
         if self.every_s:
-            return (math.floor(moment / self.every_s) + 1) * self.every_s
+            return self._multiple(moment, 1)
         day = datetime.fromtimestamp(moment, self.zone).replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
+        yesterday = day - timedelta(days=1)
+        late = self._first_on(yesterday, moment) if yesterday.utcoffset() != day.utcoffset() else math.inf
         for _ in range(_DAYS_AHEAD):
-            if self._is_day(day):
-                for hour in sorted(self.fields[1]):
-                    for minute in sorted(self.fields[0]):
-                        if (found := day.replace(hour=hour, minute=minute).timestamp()) > moment:
-                            return found
+            if (found := min(late, self._first_on(day, moment))) < math.inf:
+                return found
             day += timedelta(days=1)
         return math.inf
 
     def last_between(self, after: float, until: float) -> float | None:
         """The last moment after one Unix time and not after another; None if there is none."""
         if self.every_s:
-            last = math.floor(until / self.every_s) * self.every_s
+            last = self._multiple(until)
             return last if last > after else None
         for window in _WINDOWS_S:
             found = self.next_after(max(after, until - window))
@@ -64,6 +67,25 @@ class When(NamedTuple):
             if after >= until - window:
                 return None
         return None
+
+    def _multiple(self, moment: float, more: int = 0) -> float:
+        """The last multiple of the interval that is not after a Unix time, or one of the next ones.
+
+        In whole milliseconds, as what was submitted last is kept: else a moment could seem to come after itself.
+        """
+        every_ms = round(self.every_s * 1000)
+        return (math.floor(moment * 1000 + _ROUNDED_OFF_MS) // every_ms + more) * every_ms / 1000
+
+    def _first_on(self, day: datetime, moment: float) -> float:
+        """The first moment of a day after a Unix time; where clocks are changed, it may come on the next day."""
+        if not self._is_day(day):
+            return math.inf
+        times = itertools.product(sorted(self.fields[1]), sorted(self.fields[0]))
+        moments = (day.replace(hour=hour, minute=minute).timestamp() for hour, minute in times)
+        following = (found for found in moments if found > moment)
+        if day.utcoffset() == (day + timedelta(days=1)).utcoffset():
+            return next(following, math.inf)
+        return min(following, default=math.inf)  # a skipped time may come after a later one
 
     def _is_day(self, day: datetime) -> bool:
         _, _, days, months, weekdays = self.fields

@@ -213,7 +213,7 @@ class Schedules:
                 continue
             moment = when.last_between(self._since(schedule, fired, now), now)
             if moment is not None and schedule.name in paused:
-                left_out = Fired(int(moment * 1000), "", "left out, because the schedule is paused")
+                left_out = Fired(round(moment * 1000), "", "left out, because the schedule is paused")
                 note_fired(self._redis, self._keys, schedule.name, msgspec.msgpack.encode(left_out))
             elif moment is not None:
                 try:
@@ -238,7 +238,7 @@ class Schedules:
         return now
 
     def _fire(self, schedule: ScheduleWithMeta, moment: float, payloads: Payloads) -> None:
-        at = int(moment * 1000)
+        at = round(moment * 1000)
         sealed = self._signer.seal(encode(["schedule", schedule.name, schedule.created, at]))
         digits = hashlib.sha256(sealed).hexdigest()
         call_id = id_in_shard(digits, self._keys.of(schedule.deployment).shard)

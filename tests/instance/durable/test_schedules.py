@@ -59,6 +59,37 @@ def test_clocks_that_are_changed_neither_skip_nor_repeat() -> None:
     assert datetime.fromtimestamp(when.next_after(first), UTC) == datetime.fromtimestamp(at("2026-10-26 01:30"), UTC)
 
 
+@pytest.mark.parametrize(
+    ("when", "after", "due"),
+    [
+        ("15,30 2 * * * Australia/Lord_Howe", "2026-10-04 00:00", ["02:30", "02:45"]),  # by half an hour, at 02:00
+        ("0 2,3 * * * Antarctica/Troll", "2026-03-29 00:00", ["03:00", "04:00"]),  # by two hours, at 01:00
+        ("10,40 23 * * * America/Nuuk", "2025-03-29 12:00", ["00:10", "00:40"]),  # by an hour, at 23:00
+    ],
+)
+def test_each_time_that_clocks_skip_comes_as_much_later_as_they_go_forward(
+    when: str, after: str, due: list[str]
+) -> None:
+    parsed = parse_when(when)
+    moment, found = at(after, when.split()[-1]), []
+    for _ in due:
+        moment = parsed.next_after(moment)
+        found.append(datetime.fromtimestamp(moment, parsed.zone).strftime("%H:%M"))
+    assert found == due
+
+
+@pytest.mark.parametrize("when", ["every 1.1s", "every 2.7s", "every 1.0005s", "every 30s"])
+def test_a_moment_of_which_is_known_that_it_came_does_not_come_again(when: str) -> None:
+    """What is kept of it is in whole milliseconds."""
+    parsed = parse_when(when)
+    for number in range(1000):
+        now = 1_790_000_000 + number * 13.37
+        last = parsed.last_between(0.0, now)
+        assert last is not None
+        assert parsed.last_between(round(last * 1000) / 1000, now) is None
+        assert parsed.next_after(last) > now
+
+
 def test_the_last_of_missed_moments() -> None:
     when = parse_when("0 3 * * *")
     assert when.last_between(at("2026-01-01 12:00"), at("2026-06-01 02:00")) == at("2026-05-31 03:00")
