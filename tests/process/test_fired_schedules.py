@@ -1,6 +1,7 @@
 """The calls of schedules in Redis: one for each moment, whoever submits it."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -95,3 +96,64 @@ def test_a_clock_that_was_set_back_silences_no_schedule(
         schedules.fire_due(payloads)
 
     assert state.redis.xlen(keys.calls("Echo")) == 2
+
+
+class Interrupted:
+    """A client of Redis; after one of its commands that change or read schedules, something else happens."""
+
+    def __init__(self, client: Any, step: int, then: Callable[[], object]) -> None:
+        self._client = client
+        self._steps = step
+        self._then = then
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._client, name)
+        if name not in ("hset", "hdel", "hgetall"):
+            return found
+
+        def run(*given: Any, **more: Any) -> Any:
+            answer = found(*given, **more)
+            self._steps -= 1
+            if self._steps == 0:
+                self._then()
+            return answer
+
+        return run
+
+
+@pytest.mark.parametrize("change", ["remove", "remove a paused one", "replace"])
+@pytest.mark.parametrize("interrupted", ["who changes it", "who submits its calls"])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_schedule_that_is_changed_repeats_no_moment(
+    settings: Settings, keys: Keys, signer: Signer, state: State, change: str, interrupted: str, step: int
+) -> None:
+    """The calls of moments that are long over have no record any more by which they would be known."""
+    deploy(settings)
+    schedules, payloads = Schedules(state), Payloads(keys, signer, 1000)
+    made = overdue(schedules, "s")
+    if change == "remove a paused one":
+        schedules.pause("s", "Ada")
+    schedules.fire_due(payloads)
+    submitted = state.redis.xlen(keys.calls("Echo"))
+    assert submitted == (0 if change == "remove a paused one" else 1)
+    for key in state.redis.scan_iter(match=f"{keys.base}call:*"):
+        state.redis.delete(key)
+    other = State(settings.redis_url, keys, signer)
+    others = Schedules(other)
+
+    def change_it() -> None:
+        if change == "replace":
+            schedules.write(msgspec.structs.replace(made, payload=b"other", created=int(schedules.now() * 1000)))
+        else:
+            schedules.remove("s")
+
+    if interrupted == "who changes it":
+        schedules._redis = Interrupted(state.redis, step, lambda: others.fire_due(payloads))
+        change_it()
+    else:
+        others._redis = Interrupted(other.redis, step, change_it)
+    others.fire_due(payloads)
+    assert state.redis.xlen(keys.calls("Echo")) == submitted
+    if change != "replace":
+        assert not state.redis.exists(keys.schedules, keys.fired, keys.paused_schedules)
+    other.close()

@@ -23,23 +23,25 @@ def read_schedule(client: redis.Redis, keys: Keys, name: str) -> bytes | None:
 def read_schedules(client: redis.Redis, keys: Keys) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
     """The frames of all schedules, and what became of the last moment of each, by name."""
     with our_errors(client):
-        return cast("Any", client.hgetall(keys.schedules)), cast("Any", client.hgetall(keys.fired))
+        # Not in the order in which they are written: so no schedule is read without what became of its last moment.
+        fired = cast("Any", client.hgetall(keys.fired))
+        return cast("Any", client.hgetall(keys.schedules)), fired
 
 
 def write_schedule(client: redis.Redis, keys: Keys, name: str, frame: bytes) -> None:
     """Put a schedule in place of one with the same name, and let everybody know."""
     with our_errors(client):
-        client.hdel(keys.fired, name)
         client.hset(keys.schedules, name, cast("Any", frame))
+        client.hdel(keys.fired, name)  # not before: the schedule that was there would repeat its last moment
         _tell(client, keys)
 
 
 def remove_schedule(client: redis.Redis, keys: Keys, name: str) -> bool:
     """Forget a schedule, and let everybody know; False if there was none."""
     with our_errors(client):
-        client.hdel(keys.fired, name)
-        client.hdel(keys.paused_schedules, name)
         removed = bool(client.hdel(keys.schedules, name))
+        client.hdel(keys.fired, name)  # not before, as in `write_schedule`
+        client.hdel(keys.paused_schedules, name)
         if removed:
             _tell(client, keys)
     return removed

@@ -71,7 +71,7 @@ def test_each_time_that_clocks_skip_comes_as_much_later_as_they_go_forward(
     when: str, after: str, due: list[str]
 ) -> None:
     parsed = parse_when(when)
-    moment, found = at(after, when.split()[-1]), []
+    moment, found = at(after, when.rsplit(maxsplit=1)[-1]), []
     for _ in due:
         moment = parsed.next_after(moment)
         found.append(datetime.fromtimestamp(moment, parsed.zone).strftime("%H:%M"))
