@@ -1,5 +1,7 @@
 """The streams of dead letters, one for each deployment. All functions block, and raise the errors of `letters`."""
 
+import re
+from collections.abc import Sequence
 from typing import Any, Final, cast
 
 import redis
@@ -10,6 +12,7 @@ from qserve.broker.scripts import REVIVE
 
 DEAD_LETTERS_KEPT: Final = 10_000
 """The most letters that a stream holds; the oldest go first."""
+_is_letter_id = re.compile(r"\d{1,19}-\d{1,19}").fullmatch
 
 
 def letters(client: redis.Redis, keys: Keys, deployment: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
@@ -40,11 +43,25 @@ def deployment_names(client: redis.Redis, keys: Keys) -> list[str]:
     return sorted(name.decode() for name in found)
 
 
-def attempts_of(client: redis.Redis, keys: Keys, call_id: str) -> int | None:
-    """How often a durable call was started; None if its record is gone."""
+def letter_of(client: redis.Redis, keys: Keys, deployment: str, wanted: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    """The (id, fields) of the letter with an id, or that a durable call's record names; empty if that says nothing."""
     with our_errors(client):
-        counted = cast("bytes | None", client.hget(keys.call(call_id), "attempts"))
-    return int(counted) if counted is not None else None
+        noted = cast("bytes | None", client.hget(keys.call(wanted), "letter"))
+        letter = noted.decode() if noted else wanted
+        if _is_letter_id(letter) is None:
+            return []
+        found: Any = client.xrange(keys.dead_letters(deployment), letter, letter)
+    return list(found)
+
+
+def attempts_of(client: redis.Redis, keys: Keys, ids: Sequence[str]) -> dict[str, int | None]:
+    """How often durable calls were started; None of those whose records are gone."""
+    pipeline = client.pipeline(transaction=False)
+    for call_id in ids:
+        pipeline.hget(keys.call(call_id), "attempts")
+    with our_errors(client):
+        found = cast("list[bytes | None]", pipeline.execute() if ids else [])
+    return {call_id: int(each) if each is not None else None for call_id, each in zip(ids, found, strict=True)}
 
 
 def revive(client: redis.Redis, keys: Keys, deployment: str, letter: str, call_id: str) -> str:

@@ -1,7 +1,7 @@
 """Dead letters: calls that were given up on, to be listed, shown, sent again or dropped."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -10,6 +10,7 @@ from qserve.broker.dead_letter_streams import (
     attempts_of,
     deployment_names,
     drop_letter,
+    letter_of,
     letters,
     newest_letters,
     revive,
@@ -97,8 +98,7 @@ class DeadLetters:
 
     def of(self, deployment: str) -> Iterator[Letter]:
         """The letters of a deployment, oldest first."""
-        found = letters(self._redis, self._keys, deployment)
-        return (self._letter(deployment, letter_id, fields) for letter_id, fields in found)
+        return iter(self._read(deployment, letters(self._redis, self._keys, deployment)))
 
     def get(self, deployment: str, letter_id: str) -> Letter:
         """Find a letter by its own id or by that of its call.
@@ -106,15 +106,16 @@ class DeadLetters:
         Raises:
             CallNotFound: There is no such letter.
         """
-        for letter in self.of(deployment):
+        # Most are found at once; to look for one among thousands takes as long as to list them.
+        noted = letter_of(self._redis, self._keys, deployment, letter_id)
+        for letter in self._read(deployment, noted) or self.of(deployment):
             if letter_id in (letter.id, letter.call.id if letter.call is not None else ""):
                 return letter
         raise CallNotFound(f"there is no dead letter {letter_id!r} of {deployment!r}")
 
     def newest(self, deployment: str, most: int, before: str = "+") -> list[Letter]:
         """The newest letters of a deployment, the newest first: those with ids below `before`."""
-        found = newest_letters(self._redis, self._keys, deployment, most, before)
-        return [self._letter(deployment, letter_id, fields) for letter_id, fields in found]
+        return self._read(deployment, newest_letters(self._redis, self._keys, deployment, most, before))
 
     def all(self) -> Iterator[Letter]:
         """The letters of all deployments."""
@@ -172,6 +173,11 @@ class DeadLetters:
         reach("revived")
         if said == "deleted":
             raise DeploymentNotFound(f"there is no deployment {name!r}: `qserve status` lists those that exist")
+        if said == "forgotten":
+            raise CallNotFound(
+                f"call {call_id} cannot be sent again: its record has expired, or is not that of a dead letter. "
+                f"`qserve dead show {name} {letter.id}` shows its arguments: submit it once more, and drop the letter"
+            )
         if said != "queued":
             raise CallNotFound(
                 f"call {call_id} is not a dead letter any more: somebody has sent it again or dropped it"
@@ -194,20 +200,30 @@ class DeadLetters:
         self.drop(letter)
         return call_id
 
-    def _letter(self, deployment: str, raw_id: bytes, fields: dict[bytes, bytes]) -> Letter:
-        letter_id = raw_id.decode()
-        durable = DURABLE.encode() in fields.get(b"f", b"")
-        call: Call | None
+    def _read(self, deployment: str, found: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> list[Letter]:
+        calls = [self._open(fields) for _, fields in found]
+        durable = [DURABLE.encode() in fields.get(b"f", b"") for _, fields in found]
+        ids = [call.id for call, is_durable in zip(calls, durable, strict=True) if call is not None and is_durable]
+        attempts = attempts_of(self._redis, self._keys, ids)
+        return [
+            Letter(
+                letter_id.decode(),
+                deployment,
+                call,
+                is_durable,
+                attempts.get(call.id) if call is not None and is_durable else None,
+                fields.get(b"err", b"").decode("utf-8", "replace"),
+                int(letter_id.partition(b"-")[0]),
+            )
+            for (letter_id, fields), call, is_durable in zip(found, calls, durable, strict=True)
+        ]
+
+    def _open(self, fields: dict[bytes, bytes]) -> Call | None:
+        decode = decode_durable_call if DURABLE.encode() in fields.get(b"f", b"") else decode_call
         try:
-            call = (decode_durable_call if durable else decode_call)(self._signer.open(fields.get(b"d", b"")))
+            return decode(self._signer.open(fields.get(b"d", b"")))
         except (FrameRejected, msgspec.DecodeError):
-            call = None
-        attempts = None
-        if durable and call is not None:
-            attempts = attempts_of(self._redis, self._keys, call.id)
-        reason = fields.get(b"err", b"").decode("utf-8", "replace")
-        at = int(letter_id.partition("-")[0])
-        return Letter(letter_id, deployment, call, durable, attempts, reason, at)
+            return None
 
 
 def shown_contents(kind: int, payload: bytes) -> dict[str, Any]:

@@ -371,11 +371,12 @@ class TestSendingAgain:
         calls.redis.set(KEYS.payload("d1:r"), "large error")
         letter = calls.dead("d1")
         calls.redis.hset(KEYS.call("d1"), "failures", 3)
+        assert calls.field("d1", "letter") == letter
         assert calls.revive(letter, "d1") == b"queued"
         assert calls.revive(letter, "d1") == b"absent"
         assert (calls.depth(), calls.redis.xlen(LETTERS)) == (1, 0)
         assert (calls.redis.ttl(KEYS.call("d1")), calls.redis.ttl(KEYS.payload("d1"))) == (-1, -1)
-        assert [calls.field("d1", name) for name in ("expires", "failures", "result")] == [None] * 3
+        assert [calls.field("d1", name) for name in ("expires", "failures", "letter", "result")] == [None] * 4
         assert not calls.redis.exists(KEYS.payload("d1:r"))
 
     def test_one_that_was_sent_again_already_is_not_put_twice(self, calls: Durable) -> None:

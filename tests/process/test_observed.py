@@ -111,6 +111,20 @@ def test_a_letter_is_found_by_its_id_or_its_calls(dead: Letters) -> None:
         dead.all.get("Echo", "other")
 
 
+def test_the_letter_of_a_durable_call_is_found_without_reading_all_others(
+    dead: Letters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else to send thousands of them again would take hours."""
+    calls = [dead.durable() for _ in range(3)]
+    found = list(dead.all.of("Echo"))
+    for call, letter in zip(calls, found, strict=True):
+        dead.state.redis.hset(dead.keys.call(call.id), mapping={"letter": letter.id, "attempts": 2})
+
+    monkeypatch.setattr(dead.all, "of", None)
+    for call, letter in zip(calls, found, strict=True):
+        assert dead.all.get("Echo", call.id) == dead.all.get("Echo", letter.id) == letter._replace(attempts=2)
+
+
 def test_what_nobody_of_ours_has_signed_is_shown_and_not_sent_again(dead: Letters) -> None:
     dead.put(Signer((b"x",)).seal(b"\x90"))
     (letter,) = dead.all.of("Echo")
@@ -153,7 +167,7 @@ def test_an_ordinary_call_becomes_a_durable_one_and_its_letter_goes(dead: Letter
 def test_a_durable_call_that_is_gone_or_has_nobody_to_go_to_says_so(dead: Letters, settings: Any) -> None:
     call = dead.durable()
     (letter,) = dead.all.of("Echo")
-    with pytest.raises(CallNotFound, match="is not a dead letter any more"):
+    with pytest.raises(CallNotFound, match="cannot be sent again: its record has expired"):
         dead.all.retry(letter)
     dead.state.redis.hset(dead.keys.call(call.id), mapping={"state": "dead", "attempts": 3, "deployment": "Echo"})
     with pytest.raises(DeploymentNotFound, match="no deployment 'Echo'"):

@@ -6,11 +6,11 @@
 -- returns 1 if the entry was still ours to give up
 local base, entry, id = ARGV[1], ARGV[3], ARGV[4]
 if redis.call('XACK', KEYS[1], ARGV[2], entry) == 0 then return 0 end
-bury(KEYS[1], KEYS[2], entry, nil, ARGV[8], ARGV[9])
+local letter = bury(KEYS[1], KEYS[2], entry, nil, ARGV[8], ARGV[9])
 local found = redis.call('HMGET', KEYS[3], 'state', 'entry')
 -- Anybody may have put an entry with this id; only the call's own one ends it.
 if found[1] and not ENDED[found[1]] and found[2] == entry then
-  redis.call('HSET', KEYS[3], 'error', ARGV[8])
+  redis.call('HSET', KEYS[3], 'error', ARGV[8], 'letter', letter or '')
   finish(base, id, now_ms(), 'dead', ARGV[5], ARGV[6], ARGV[7], ARGV[8])
 end
 return 1

@@ -11,7 +11,7 @@ if not entry then return 'deleted' end
 redis.call('PERSIST', KEYS[3])
 redis.call('PERSIST', KEYS[4])
 redis.call('DEL', KEYS[4] .. ':r') -- what was stored apart of its last end
-redis.call('HDEL', KEYS[3], 'result', 'ended', 'failures', 'expires')
+redis.call('HDEL', KEYS[3], 'result', 'ended', 'failures', 'expires', 'letter')
 note(KEYS[3], found[2], now_ms(), 'queued', '', 'state', 'queued', 'entry', entry)
 redis.call('XDEL', KEYS[1], ARGV[1])
 return 'queued'

@@ -48,7 +48,9 @@ else
     local put = redis.call('XRANGE', KEYS[1], entry, entry)
     if put[1] then redis.call('HSET', record, 'again', put[1][2][6]) end
   end
-  if state == 'dead' then bury(KEYS[1], KEYS[2], entry, id, ARGV[11], ARGV[10]) end
+  if state == 'dead' then
+    redis.call('HSET', record, 'letter', bury(KEYS[1], KEYS[2], entry, id, ARGV[11], ARGV[10]))
+  end
   finish(base, id, now, state, ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[12])
 end
 redis.call('XDEL', KEYS[1], entry)

@@ -2,7 +2,7 @@
 -- A record is a hash: state, deployment, kind, method, attempts, failures, submitted, started, ended, entry (in the
 -- stream) or frame (while it waits in a sorted set), waiters, cancel, expires, result, error, progress, celery (its task
 -- id, if a Celery client submitted it), ttl (ms it is kept, where that is not what others are), again (the frame of a failed
--- call, which can be sent again), key (the idempotency key its caller gave), parent (the call that made it), children (how
+-- call, which can be sent again), letter (the id of a dead one's letter), key (the idempotency key its caller gave), parent (the call that made it), children (how
 -- many durable calls it has made, of which c1, c2, ... are the first); n counts its
 -- events e1, e2, ... ("name ms data") and, once there are some, its parts with them (parts, part: how many, in all and in
 -- this attempt; then an event is "number name ms data"). Every key is base .. something, and base is the namespace's prefix.
