@@ -191,15 +191,18 @@ def fail_remaining_records(client: redis.Redis, keys: Keys, deployment: str, sig
     """End every durable call that waits for a deleted deployment with an encoded ErrorInfo."""
     keys = keys.of(deployment)
     waiting = [*client.zrange(keys.due(deployment), 0, -1), *client.zrange(keys.low(deployment), 0, -1)]
-    for entry, fields in remaining(client, keys.calls(deployment)):
-        if DURABLE.encode() in fields.get(b"f", b""):
-            client.xdel(keys.calls(deployment), entry)
-            waiting.append(fields[b"r"])
-    for each in waiting:
-        call_id = bytes(each).decode()
+    queued = [
+        (entry, fields.get(b"r", b""))
+        for entry, fields in remaining(client, keys.calls(deployment))
+        if DURABLE.encode() in fields.get(b"f", b"")
+    ]
+    for entry, each in [*((None, each) for each in waiting), *queued]:
+        call_id = bytes(each).decode(errors="replace")
         frame = durable_reply(signer, call_id, ERROR, error)
         arguments = (keys.base, call_id, GROUP, FAILED, frame, int(RESULT_TTL_S * 1000), INBOX_TTL_MS)
         END_CALL.run(client, keys.whole(keys.call(call_id)), *arguments)
+        if entry is not None:  # one that no record knows of, or any more; not before: else nobody would find its call
+            client.xdel(keys.calls(deployment), entry)
 
 
 def end_now(client: redis.Redis, keys: Keys, signer: Signer, call_id: str, error: bytes) -> str:

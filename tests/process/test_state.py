@@ -5,20 +5,26 @@ import contextlib
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
 
+from qserve.broker import records
 from qserve.broker.instance.change_log import Change, connect_asyncio, follow, read_changes, read_snapshot
 from qserve.broker.instance.state import GenerationChanged, State
 from qserve.broker.keys import Keys
+from qserve.broker.payloads import Payloads
+from qserve.broker.records import submit_now
+from qserve.broker.scripts import END_CALL
 from qserve.broker.server import embedded
 from qserve.errors import BrokerUnavailable, FrameRejected
 from qserve.settings import Settings
-from qserve.wire.messages import Signer, encode
+from qserve.wire.call_record import NEVER_MS, DurableCall, DurableOptions, Terms, new_call_id
+from qserve.wire.messages import PYTHON, Signer, encode
 from qserve.wire.spec import (
     DEPLOY_FAILED,
     DEPLOYING,
@@ -137,6 +143,55 @@ class TestDeleting:
         state.delete("Echo")
 
         assert redis_client.hget(keys.meta("Echo"), "max_queued") is None
+
+
+class TestClearingUp:
+    """What becomes of the durable calls of a deployment that is deleted."""
+
+    @pytest.fixture
+    def submit(self, state: State, signer: Signer, keys: Keys) -> Callable[[], str]:
+        def submit() -> str:
+            call_id = new_call_id(keys.of("Echo").shard)
+            call = DurableCall(call_id, "Echo", "", NEVER_MS, PYTHON, "", True, b"", terms=Terms())
+            submit_now(state.redis, keys, signer, Payloads(keys, signer, 1000), call, DurableOptions())
+            return call_id
+
+        return submit
+
+    def test_a_call_of_whose_end_redis_could_not_be_told_ends_at_the_next_attempt(
+        self, state: State, keys: Keys, submit: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        state.deploy(spec(), expected=0)
+        call_id = submit()
+        state.delete("Echo")
+        with monkeypatch.context() as broken:
+            broken.setattr(records, "END_CALL", None)  # as if the process ended here
+            with pytest.raises(AttributeError):
+                state.clear_up("Echo", b"gone")
+
+        state.clear_up("Echo", b"gone")
+
+        assert state.redis.hget(keys.call(call_id), "state") == b"failed"
+        assert not state.redis.exists(keys.calls("Echo"))
+
+    def test_the_calls_of_another_deployment_of_that_name_are_left_alone(
+        self, state: State, keys: Keys, submit: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        state.deploy(spec(), expected=0)
+        before, since = submit(), list[str]()
+        state.delete("Echo")
+
+        def deploy_again(*given: Any) -> object:
+            state.deploy(spec(), expected=2)
+            since.append(submit())
+            return END_CALL.run(*given)
+
+        monkeypatch.setattr(records, "END_CALL", SimpleNamespace(run=deploy_again))
+        state.clear_up("Echo", b"gone")
+
+        states = [state.redis.hget(keys.call(call_id), "state") for call_id in (before, *since)]
+        assert states == [b"failed", b"queued"]
+        assert state.redis.xlen(keys.calls("Echo")) == 1
 
 
 class TestSettling:

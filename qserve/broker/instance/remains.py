@@ -17,9 +17,11 @@ _PAGE = 500
 
 
 def remaining(client: redis.Redis, stream: str) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
-    """The (id, fields) of every entry of a stream, a few at a time: a million would keep Redis from all other work."""
-    after = "-"
-    while found := cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(stream, after, count=_PAGE)):
+    """The (id, fields) of every entry that a stream has now, a few at a time: a million would keep Redis from all other
+    work. What comes later belongs to another deployment of that name."""
+    after, newest = "-", cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrevrange(stream, count=1))
+    last = newest[0][0].decode() if newest else "-"
+    while found := cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(stream, after, last, count=_PAGE)):
         yield from found
         after = f"({found[-1][0].decode()}"
 

@@ -121,10 +121,15 @@ class State:
         return self._announce(facts[1], "delete", name, facts[0]) if verdict == b"ok" else None
 
     def clear_up(self, name: str, error: bytes) -> None:
-        """Answer the calls that a deleted deployment leaves with an encoded ErrorInfo, and forget the rest of it."""
-        fail_remaining(self.redis, self.keys, name, self.signer, error)
-        fail_remaining_records(self.redis, self.keys, name, self.signer, error)
-        forget_remains(self.redis, self.keys, name)
+        """Answer the calls that a deleted deployment leaves with an encoded ErrorInfo, and forget the rest of it.
+
+        What stands in the queue of another deployment of that name is left alone.
+        """
+        for clear in (fail_remaining, fail_remaining_records):
+            if self.find(name) is None:
+                clear(self.redis, self.keys, name, self.signer, error)
+        if self.find(name) is None:
+            forget_remains(self.redis, self.keys, name)
 
     def set_state(self, name: str, generation: int, state: str, *, error: str = "", refuse: str = "") -> bool:
         """Note how far a generation has come; False when the deployment has moved on.
