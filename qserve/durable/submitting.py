@@ -35,9 +35,13 @@ OnAdmitted = Callable[[str | QServeError], None]
 
 
 class Submission:
-    """A durable call that is ready to be submitted."""
+    """A durable call that is ready to be submitted.
 
-    __slots__ = ("call", "frame", "on_admitted", "options", "payload")
+    Attributes:
+        is_in_doubt: It was refused because Redis has not confirmed it: it may have been taken, and run, all the same.
+    """
+
+    __slots__ = ("call", "frame", "is_in_doubt", "on_admitted", "options", "payload")
 
     def __init__(
         self, call: DurableCall, frame: bytes, payload: bytes | None, options: DurableOptions, on_admitted: OnAdmitted
@@ -47,6 +51,7 @@ class Submission:
         self.payload = payload  # travels out of line, or None
         self.options = options
         self.on_admitted = on_admitted
+        self.is_in_doubt = False
 
 
 class Submissions:
@@ -152,6 +157,7 @@ class Submissions:
             arguments = submit_arguments(self._keys, call.deployment, [(call, each.frame, each.options)], self._process)
             answer = await self._confirmed[durability].submit(arguments)
         except (BrokerUnavailable, CommandRefused) as exc:
+            each.is_in_doubt = True
             text = f"call {call.id} was not confirmed with durability={durability!r}: {exc}. It may be stored and run, "
             each.on_admitted(BrokerUnavailable(f"{text}or be lost: `serve.get_ref({call.id!r})` tells"))
             return
@@ -220,6 +226,7 @@ class Submissions:
         self._collected = {}
         unconfirmed, self._unconfirmed = self._unconfirmed, {}
         for each in unconfirmed.values():
+            each.is_in_doubt = True
             text = f"Redis cannot be reached; whether it has taken call {each.call.id} is not known"
             each.on_admitted(BrokerUnavailable(text))
 

@@ -58,6 +58,7 @@ class FakeDurable:
         self.watched: list[str] = []
         self.leaving = asyncio.Event()
         self.durable = self.by_id = self.watchers = self.submissions = self
+        self.is_in_doubt = False
 
     def of_call(self, _: str) -> "FakeDurable":
         return self
@@ -94,7 +95,8 @@ class FakeDurable:
 
     def prepare(self, _: str, *, on_admitted: Any, options: Any, **__: Any) -> Any:
         self.options = options
-        return SimpleNamespace(call=SimpleNamespace(id=CALL), on_admitted=on_admitted)
+        call = SimpleNamespace(id=CALL)
+        return SimpleNamespace(call=call, on_admitted=on_admitted, is_in_doubt=self.is_in_doubt)
 
     def submit(self, submission: Any) -> None:
         if self.verdict is None:
@@ -309,6 +311,19 @@ async def test_a_request_is_answered_as_its_client_prefers() -> None:
     durable.verdict = BackPressureError("full")
     full = await durable.send(5.0)
     assert (full.status, dict(full.headers)[b"retry-after"]) == (429, b"7")
+
+
+@pytest.mark.parametrize(("key", "status", "again"), [(b"", 502, None), (b"k", 503, b"1")])
+async def test_who_asks_for_a_call_that_redis_does_not_confirm_is_told_where_its_response_may_be(
+    key: bytes, status: int, again: bytes | None
+) -> None:
+    """Only who names the call may send it again: it may run."""
+    durable = FakeDurable()
+    durable.verdict, durable.is_in_doubt = BrokerUnavailable("not known"), True
+    response = await durable.send(0.0, key, applied=b"respond-async")
+    headers = dict(response.headers)
+    assert (response.status, headers.get(b"retry-after")) == (status, again)
+    assert headers[b"location"] == f"/root/-/calls/{CALL}".encode()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import msgspec
 
 from qserve.calls.client import Client
 from qserve.durable.durable_client import DurableCalls
+from qserve.durable.submitting import Submission
 from qserve.durable.watching import CallWatcher
-from qserve.errors import CallNotFound, GetTimeoutError, QServeError
+from qserve.errors import CallNotFound, GetTimeoutError, Indeterminate, QServeError
 from qserve.wire.call_record import IDEMPOTENCY_TTL_S, DurableOptions, Terms
 from qserve.wire.messages import HTTP, HttpRequest, HttpResponse, Outcome, encode
 from qserve_gateway.headers import Headers
@@ -22,6 +23,7 @@ LONGEST_WAIT_S = 60.0
 PATH = "/-/calls/"
 """Where the pages of durable calls begin."""
 _LONGEST_KEY = 255
+_NOT_TWICE = "; it may still run: send the request again only if running it twice does no harm"
 
 
 class Preference(NamedTuple):
@@ -116,7 +118,8 @@ class DurableRequests:
             durable.submissions.submit(submission)
             verdict = await admitted
             if isinstance(verdict, QServeError):
-                return self._response(verdict, request, route)
+                response = self._response(verdict, request, route)
+                return _told_where(response, verdict, preference, submission, root_path)
             call_id = verdict
             if call_id != submission.call.id:
                 wait.attach(call_id)
@@ -148,6 +151,16 @@ def _not_yet(call_id: str, preference: Preference, root_path: str) -> HttpRespon
     body = msgspec.json.encode({"id": call_id, "location": location})
     headers = [JSON, (b"location", location.encode()), (b"preference-applied", preference.applied)]
     return HttpResponse(202, headers, body)
+
+
+def _told_where(
+    response: HttpResponse, error: QServeError, preference: Preference, refused: Submission, root_path: str
+) -> HttpResponse:
+    """The response to who is refused; for a call that may run all the same, which only who names it may send again."""
+    if not refused.is_in_doubt:
+        return response
+    in_doubt = error if preference.idempotency_key else Indeterminate(f"{error}{_NOT_TWICE}")
+    return _error_with_location(in_doubt, _location(refused.call.id, root_path))
 
 
 def _error_with_location(error: QServeError, location: str) -> HttpResponse:
