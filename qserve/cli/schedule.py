@@ -3,21 +3,21 @@
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
-from qserve.broker.history.call_index import CallSummary, summaries
-from qserve.broker.instance.state import State
+from qserve.broker.history.call_index import CallSummary
 from qserve.cli.instance import connected
 from qserve.cli.output import Failure, Seconds, json_option, note, redis_url_option, visible
 from qserve.durable.cron import parse_when
 from qserve.durable.schedules import Fired, Plan, Schedule, Schedules, next_moment
 from qserve.errors import QServeError
+from qserve.operating.call_search import known_calls
 from qserve.operating.operators import user_of_this_machine, write_down
 from qserve.tracebacks import gist
-from qserve.wire.call_record import is_call_id, make_durable_options
+from qserve.wire.call_record import make_durable_options
 from qserve.wire.codec import Codec
 from qserve.wire.spec import pause_of
 
@@ -36,7 +36,7 @@ def ls() -> None:
     with connected() as state:
         schedules = Schedules(state)
         found, paused = list(schedules.all()), schedules.paused()
-        records = _last_calls(state, [fired for _, fired in found])
+        records = known_calls(state, [fired.call_id for _, fired in found if fired is not None])
         for each, fired in found:
             called = f"{each.deployment}.{each.method}" if each.method else each.deployment
             following = _paused(paused[each.name]) if each.name in paused else _following(schedules, each)
@@ -56,7 +56,7 @@ def show(name: str) -> None:
         if found is None:
             raise _unknown(name)
         each, fired = found
-        last = fired and _last_calls(state, [fired]).get(fired.call_id)
+        last = fired and known_calls(state, [fired.call_id]).get(fired.call_id)
         due = next_moment(each, schedules.now())
         facts: dict[str, Any] = {
             "name": each.name,
@@ -165,11 +165,6 @@ def _following(schedules: Schedules, each: Schedule) -> str:
         return f"next {_when(parse_when(each.when).next_after(schedules.now()))}"
     except ValueError as exc:  # a time zone that is not known here, but perhaps where schedules are submitted
         return f"next unknown ({exc})"
-
-
-def _last_calls(state: State, fired: Iterable[Fired | None]) -> dict[str, CallSummary]:
-    ids = [each.call_id for each in fired if each is not None and is_call_id(each.call_id)]
-    return summaries(state.redis, state.keys, ids)
 
 
 def _unknown(name: str) -> Failure:

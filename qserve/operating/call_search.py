@@ -1,5 +1,6 @@
 """Finding durable calls by what is known of them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,6 +103,11 @@ def _with_key(state: State, wanted: CallFilter, most: int) -> Found:
     return Found(fitting[:most], None)
 
 
+def known_calls(state: State, ids: Iterable[str]) -> dict[str, CallSummary]:
+    """The records in short of those of the ids that are ids of durable calls and have one. Raises as `find_calls`."""
+    return summaries(state.redis, state.keys, [each for each in ids if is_call_id(each)])
+
+
 def find_call(state: State, call_id: str) -> CallSummary:
     """The record of a call in short.
 
@@ -109,7 +115,7 @@ def find_call(state: State, call_id: str) -> CallSummary:
         CallNotFound: There is none, or none any more.
         BrokerUnavailable, ConfigurationError, CommandRefused: Redis cannot be asked.
     """
-    found = summaries(state.redis, state.keys, [call_id]) if is_call_id(call_id) else {}
+    found = known_calls(state, [call_id])
     if call_id not in found:
         raise CallNotFound(f"there is no durable call {call_id[:100]!r}, or its record has expired")
     return found[call_id]

@@ -1,4 +1,4 @@
-"""Pages of the console about more deployments than are on one of them."""
+"""Pages of the console: about more deployments than are on one of them, and what became of the calls of schedules."""
 
 from typing import Any
 
@@ -7,7 +7,11 @@ import pytest
 
 from qserve.broker.history.buckets import add_counts
 from qserve.broker.instance.state import State
+from qserve.broker.instance.stored_schedules import note_fired
+from qserve.durable.schedules import Fired, Plan, Schedules
 from qserve.settings import Settings
+from qserve.wire.call_record import DurableOptions, new_call_id
+from qserve.wire.codec import Codec
 from qserve_gateway.console.actions import ACTIONS
 from qserve_gateway.console.pages import ROWS, Asked, Pages
 from qserve_gateway.console.rendering import Rendering
@@ -49,3 +53,22 @@ def test_pages_about_many_deployments_say_that_they_are_not_about_all(pages: Pag
     for path in ("/calls", "/troubles", "/dead"):
         assert "f the first 200 deployments" in shown(pages, path)[1]
         assert "the first 200 deployments" not in shown(pages, path, deployment=LAST)[1]
+
+
+def test_a_schedule_shows_how_its_last_call_ended_as_long_as_that_is_known(state: State, settings: Settings) -> None:
+    deploy(settings)
+    schedules, call_id = Schedules(state), new_call_id(state.keys.of("Echo").shard)
+    plan = Plan("nightly", "every 1h", "Echo", "", DurableOptions(), (), {})
+    schedules.put(plan, Codec(allow_pickle=False, max_bytes=1000))
+    fired = msgspec.msgpack.encode(Fired(int(schedules.now() * 1000), call_id, ""))
+    note_fired(state.redis, state.keys, "nightly", fired)
+    record: dict[Any, Any] = {"state": "failed", "deployment": "Echo", "error": "ValueError: bad"}
+    state.redis.hset(state.keys.call(call_id), mapping=record)
+
+    text = shown(Pages(state, settings), "/schedules")[1]
+    assert ">failed</span>" in text
+    assert "ValueError: bad" in text
+    state.redis.delete(state.keys.call(call_id))
+    text = shown(Pages(state, settings), "/schedules")[1]
+    assert call_id in text
+    assert "failed" not in text

@@ -19,7 +19,7 @@ from qserve.durable.dead_letters import DeadLetters
 from qserve.durable.schedules import Schedules, next_moment
 from qserve.errors import DeploymentNotFound, QServeError
 from qserve.operating.call_contents import PARTS_SHOWN, contents_of
-from qserve.operating.call_search import CallFilter, find_call, find_calls
+from qserve.operating.call_search import CallFilter, find_call, find_calls, known_calls
 from qserve.operating.call_tree import family_of
 from qserve.operating.loads import curves, load_of
 from qserve.operating.nodes import place_of
@@ -269,8 +269,10 @@ class Pages:
         schedules = Schedules(self._state)
         paused = {name: pause_of(text) for name, text in schedules.paused().items()}
         now = schedules.now()
-        rows = [(each, fired, next_moment(each, now), paused.get(each.name)) for each, fired in schedules.all()]
-        return {"rows": rows}
+        found = list(schedules.all())
+        last = known_calls(self._state, [fired.call_id for _, fired in found if fired is not None])
+        rows = [(each, fired, next_moment(each, now), paused.get(each.name)) for each, fired in found]
+        return {"rows": rows, "last": last}
 
     def _cluster(self, asked: Asked, _: str) -> dict[str, Any]:
         _known(asked)
