@@ -13,7 +13,7 @@ import pytest
 from starlette.types import Message, Scope
 
 from qserve.durable.watching import CallWatcher
-from qserve.errors import BackPressureError, BrokerUnavailable, CallNotFound
+from qserve.errors import BackPressureError, BrokerUnavailable, CallNotFound, ResultNotSerializable
 from qserve.settings import Settings
 from qserve.wire.call_record import CallRecord
 from qserve.wire.codec import Codec
@@ -191,6 +191,9 @@ async def test_the_response_itself_can_be_had() -> None:
         assert (shown.status, shown.body) == (status, body)
     durable.outcome = FAILED
     assert (await durable.page(query="response=1")).status == 500
+    durable.outcome = Reply(CALL, "", VALUE, CODEC.pack(Opaque()))
+    with pytest.raises(ResultNotSerializable, match=f"get_ref\\('{CALL}'\\)` gives it to a Python program"):
+        await durable.page(query="response=true")
 
 
 @pytest.mark.parametrize("wait", ["0.01", "x", "nan", "-1"])
@@ -266,6 +269,15 @@ async def test_the_events_of_a_call_end_when_the_gateway_leaves() -> None:
     durable.leaving.set()
     await asyncio.wait_for(writing, patience(5))
     assert [message.get("more_body") for message in reader.got] == [None, True, True, None]
+
+
+@pytest.mark.parametrize(("state", "last", "goes_on"), [("done", 7, False), ("done", 8, True), ("running", 7, True)])
+async def test_who_has_the_events_of_a_call_that_has_ended_is_told_not_to_come_back(
+    state: str, last: int, goes_on: bool
+) -> None:
+    """An `EventSource` comes back every few seconds otherwise."""
+    answer = await FakeDurable(state=state, last_number=last).page(rest="/events")  # it has the first seven
+    assert isinstance(answer, EventStream) if goes_on else (answer.status, answer.body) == (204, b"")
 
 
 # Requests that become durable calls

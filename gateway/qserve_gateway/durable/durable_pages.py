@@ -12,7 +12,7 @@ from starlette.types import Scope
 from qserve.broker.call_news import CallNews
 from qserve.calls.client import Client
 from qserve.durable.durable_client import DurableCalls
-from qserve.errors import CallNotFound, QServeError
+from qserve.errors import CallNotFound, QServeError, ResultNotSerializable
 from qserve.wire.call_record import ENDS, CallRecord, is_call_id
 from qserve.wire.messages import ERROR, HTTP_RESPONSE, HttpResponse, Outcome, Reply, decode_error
 from qserve_gateway.durable.durable_events import EventStream
@@ -88,7 +88,13 @@ class DurablePages:
 
     def _response(self, outcome: Outcome, request_id: str) -> HttpResponse:
         if isinstance(outcome, Reply) and outcome.kind not in (HTTP_RESPONSE, ERROR):
-            return HttpResponse(200, [JSON], msgspec.json.encode(plain_value(outcome.payload)))
+            try:
+                return HttpResponse(200, [JSON], msgspec.json.encode(plain_value(outcome.payload)))
+            except QServeError:
+                raise ResultNotSerializable(
+                    f"the call has returned a Python object that JSON cannot express: `serve.get_ref({outcome.id!r})` "
+                    "gives it to a Python program"
+                ) from None
         return outcome_response(outcome, request_id, debug=self._debug)
 
     async def _cancel(self, call_id: str) -> HttpResponse:
@@ -108,10 +114,12 @@ class DurablePages:
             return text_response(409, "The call has ended already.")
         return text_response(200, "cancelled") if answer == b"done" else text_response(202, "cancelling")
 
-    async def _events(self, scope: Scope, call_id: str) -> EventStream:
-        await self._record(call_id)
+    async def _events(self, scope: Scope, call_id: str) -> HttpResponse | EventStream:
+        record = await self._record(call_id)
         last = next((value for name, value in scope["headers"] if name == b"last-event-id"), b"")
         after = int(last[:15]) if last.isdigit() else 0
+        if record.state in ENDS and after >= record.last_number:
+            return HttpResponse(204, [(b"cache-control", b"no-store")], b"")  # else an EventSource would ask for ever
         return EventStream(self._durable(call_id), self._news, self._leaving, call_id, after)
 
 
