@@ -223,6 +223,14 @@ class TestSettling:
         calls.settle("d1", calls.running("d1"), keep=5000)
         assert 0 < calls.redis.pttl(KEYS.call("d1")) <= 5000
 
+    def test_a_call_is_found_in_lists_for_as_long_as_its_record_is_kept(self, calls: Durable) -> None:
+        """Also where others end after it, whose records are kept for a shorter time."""
+        calls.settle("d1", calls.running("d1"), keep=30 * DAY_MS)
+        calls.settle("d2", calls.running("d2"), keep=DAY_MS)
+        index = KEYS.index("Echo", "done")
+        assert calls.redis.zrange(index, 0, -1) == [b"d1", b"d2"]
+        assert cast("int", calls.redis.pttl(index)) > 29 * DAY_MS
+
     def test_a_failure_counts_and_the_call_waits_for_its_pause(self, calls: Durable) -> None:
         calls.settle("d1", calls.running("d1"), "scheduled", 60_000)
         assert calls.move()[1] == 0

@@ -10,7 +10,7 @@ local ENDED = {done = true, failed = true, cancelled = true, dead = true, expire
 local EVENTS_KEPT = 100
 local CHILDREN_KEPT = 100
 -- The index of a deployment's calls: a sorted set for each state, by when the call entered it. What has ended is kept up to
--- a number, and as long as no record lasts longer.
+-- a number, and as long as the records last.
 local INDEXED, INDEXED_MS = 10000, 691200000
 
 local function now_ms()
@@ -19,6 +19,11 @@ local function now_ms()
 end
 
 local function whole(number) return string.format('%.0f', number) end
+
+-- Keep a key for so long at least.
+local function last_longer(key, ms)
+  if redis.call('PTTL', key) < tonumber(ms) then redis.call('PEXPIRE', key, ms) end
+end
 
 -- Move a call from the index of one state to that of another.
 local function index(record, deployment, before, after, now)
@@ -29,7 +34,7 @@ local function index(record, deployment, before, after, now)
   redis.call('ZADD', key, now, id)
   if ENDED[after] then
     redis.call('ZREMRANGEBYRANK', key, 0, -INDEXED - 1)
-    redis.call('PEXPIRE', key, INDEXED_MS)
+    last_longer(key, INDEXED_MS)
   end
 end
 
@@ -91,10 +96,11 @@ end
 -- The call's one end. The waiters stay: a dead letter sent again ends once more.
 local function finish(base, id, now, state, frame, ttl, inbox_ttl, data, outcome)
   local record = base .. 'call:' .. id
-  local found = redis.call('HMGET', record, 'n', 'waiters', 'celery', 'parts')
+  local found = redis.call('HMGET', record, 'n', 'waiters', 'celery', 'parts', 'deployment')
   redis.call('HDEL', record, 'frame', 'due', 'cancel', 'replica')
   note(record, found[1], now, state, data, 'state', state, 'ended', whole(now), 'result', frame)
   redis.call('PEXPIRE', record, ttl)
+  if found[5] then last_longer(base .. 'index:' .. state .. ':' .. found[5], ttl) end
   if state == 'dead' or state == 'failed' then
     redis.call('PEXPIRE', base .. 'p:' .. id, ttl)
   else
