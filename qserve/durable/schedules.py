@@ -103,6 +103,7 @@ class Schedules:
         self._redis: Any = state.redis
         self._keys = state.keys
         self._signer = state.signer
+        self._ignored: dict[str, str] = {}
 
     def put_declared(self, deployments: frozenset[str], codec: Codec) -> None:
         """Put those declared schedules that call one of these deployments; each takes effect once."""
@@ -169,7 +170,7 @@ class Schedules:
             try:
                 yield self._read(name.decode(), frames[name]), _fired(fired.get(name))
             except FrameRejected as exc:
-                logger.error("Ignoring schedule %r: %s", name.decode(), exc)
+                self._ignore(name.decode(), exc)
 
     def remove(self, name: str) -> bool:
         """Remove a schedule; returns False if there is none. Calls that it has submitted go on."""
@@ -209,7 +210,7 @@ class Schedules:
             try:
                 when = parse_when(schedule.when)
             except ValueError as exc:  # a time zone that is not known here
-                logger.error("Ignoring schedule %s: %s", schedule.name, exc)
+                self._ignore(schedule.name, exc)
                 continue
             moment = when.last_between(self._since(schedule, fired, now), now)
             if moment is not None and schedule.name in paused:
@@ -224,6 +225,12 @@ class Schedules:
         if failure is not None:
             raise failure
         return pause
+
+    def _ignore(self, name: str, error: Exception) -> None:
+        """Say once, and not with every look, that a schedule is not heeded."""
+        if self._ignored.get(name) != str(error):
+            self._ignored[name] = str(error)
+            logger.error("Ignoring schedule %r: %s", name, error)
 
     def _since(self, schedule: ScheduleWithMeta, fired: Fired | None, now: float) -> float:
         """After which time the moments of a schedule count: those before are over."""

@@ -98,6 +98,20 @@ def test_a_clock_that_was_set_back_silences_no_schedule(
     assert state.redis.xlen(keys.calls("Echo")) == 2
 
 
+def test_what_makes_a_schedule_impossible_is_said_once_and_not_every_second(
+    settings: Settings, keys: Keys, signer: Signer, state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    deploy(settings)
+    schedules, payloads = Schedules(state), Payloads(keys, signer, 1000)
+    made = overdue(schedules, "far")
+    schedules.write(msgspec.structs.replace(made, when="0 3 * * * Nowhere/Land"))
+    state.redis.hset(keys.schedules, "forged", "no key of ours signed this")
+    for _ in range(3):
+        schedules.fire_due(payloads)
+    said = sorted(each.getMessage() for each in caplog.records if each.levelno == logging.ERROR)
+    assert [text.partition(": ")[0] for text in said] == ["Ignoring schedule 'far'", "Ignoring schedule 'forged'"]
+
+
 class Interrupted:
     """A client of Redis; after one of its commands that change or read schedules, something else happens."""
 
