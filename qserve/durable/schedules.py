@@ -11,6 +11,7 @@ from qserve.broker.instance.state import State
 from qserve.broker.instance.stored_schedules import (
     note_fired,
     pause_schedule,
+    read_fired,
     read_paused_schedules,
     read_schedule,
     read_schedules,
@@ -246,6 +247,9 @@ class Schedules:
 
     def _fire(self, schedule: ScheduleWithMeta, moment: float, payloads: Payloads) -> None:
         at = round(moment * 1000)
+        last = _fired(read_fired(self._redis, self._keys, schedule.name))
+        if last is not None and last.at == at:
+            return  # somebody else was first, and the record of the call may be gone already
         sealed = self._signer.seal(encode(["schedule", schedule.name, schedule.created, at]))
         digits = hashlib.sha256(sealed).hexdigest()
         call_id = id_in_shard(digits, self._keys.of(schedule.deployment).shard)

@@ -171,3 +171,23 @@ def test_a_schedule_that_is_changed_repeats_no_moment(
     if change != "replace":
         assert not state.redis.exists(keys.schedules, keys.fired, keys.paused_schedules)
     other.close()
+
+
+def test_a_scheduler_that_was_held_up_does_not_submit_what_another_has_submitted_long_ago(
+    settings: Settings, keys: Keys, signer: Signer, state: State
+) -> None:
+    deploy(settings)
+    schedules, payloads = Schedules(state), Payloads(keys, signer, 1000)
+    overdue(schedules, "s")
+    slow = State(settings.redis_url, keys, signer)
+    late = Schedules(slow)
+
+    def submit_and_forget() -> None:
+        schedules.fire_due(payloads)
+        for key in state.redis.scan_iter(match=f"{keys.base}call:*"):
+            state.redis.delete(key)
+
+    late._redis = Interrupted(slow.redis, 3, submit_and_forget)  # it has read everything
+    late.fire_due(payloads)
+    assert state.redis.xlen(keys.calls("Echo")) == 1
+    slow.close()

@@ -28,6 +28,12 @@ def read_schedules(client: redis.Redis, keys: Keys) -> tuple[dict[bytes, bytes],
         return cast("Any", client.hgetall(keys.schedules)), fired
 
 
+def read_fired(client: redis.Redis, keys: Keys, name: str) -> bytes | None:
+    """What became of the last moment of a schedule; None if that is not known."""
+    with our_errors(client):
+        return cast("bytes | None", client.hget(keys.fired, name))
+
+
 def write_schedule(client: redis.Redis, keys: Keys, name: str, frame: bytes) -> None:
     """Put a schedule in place of one with the same name, and let everybody know."""
     with our_errors(client):
