@@ -118,8 +118,7 @@ class DurableRequests:
             durable.submissions.submit(submission)
             verdict = await admitted
             if isinstance(verdict, QServeError):
-                response = self._response(verdict, request, route)
-                return _told_where(response, verdict, preference, submission, root_path)
+                return _told_where(self._response(verdict, request, route), verdict, preference, submission, root_path)
             call_id = verdict
             if call_id != submission.call.id:
                 wait.attach(call_id)
