@@ -142,9 +142,9 @@ class DurableRef(Ref[T]):
         """Let those who read what the call yields look again. Runs on the loop of the client."""
         self._asking.wake()
 
-    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+    def tell_when_done(self, fn: Callable[[Any], object]) -> None:
         """Call `fn` with this ref once it is done, even if nobody else holds the ref until then."""
-        super().add_done_callback(fn)
+        super().tell_when_done(fn)
         if not self.done():
             self._watcher.holds = self
             if self.done():  # in this very moment

@@ -1,6 +1,9 @@
 """A `concurrent.futures.Future` that costs little until somebody blocks on it."""
 
+import asyncio
 import concurrent.futures
+import contextlib
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import InvalidStateError
@@ -14,6 +17,30 @@ _lock = threading.RLock()
 
 Whoever holds it may be interrupted by the garbage collector or a signal, whose code may settle another future.
 """
+# Another thread may hold it at that moment.
+os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
+
+
+_ASYNCIO_WAIT = asyncio.wait.__module__
+"""Of the callback with which `asyncio.wait` watches what it takes for futures of its own loop."""
+
+
+class _OnLoop:
+    """A callback that is to be called on an event loop; equal to the callback, so that it is found to be removed."""
+
+    def __init__(self, fn: Callable[[Any], object], loop: asyncio.AbstractEventLoop) -> None:
+        self._fn = fn
+        self._loop = loop
+
+    def __eq__(self, other: object) -> bool:
+        return other is self._fn
+
+    def __hash__(self) -> int:
+        return hash(self._fn)
+
+    def __call__(self, ref: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed
+            self._loop.call_soon_threadsafe(self._fn, ref)
 
 
 class _NotMade(Exception):
@@ -127,6 +154,12 @@ class LightFuture(concurrent.futures.Future[T], Generic[T]):
 
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
         """Call `fn` with this future once it is done: in the thread that settles it, or here and now."""
+        if getattr(fn, "__module__", None) == _ASYNCIO_WAIT:
+            fn = _OnLoop(fn, asyncio.get_running_loop())
+        self.tell_when_done(fn)
+
+    def tell_when_done(self, fn: Callable[[Any], object]) -> None:
+        """What `add_done_callback` does, for callbacks that any thread may call."""
         with _lock:
             if self._state is PENDING:
                 self._done_callbacks.append(fn)

@@ -131,6 +131,7 @@ class CallRef(Ref[Any]):
         self._client.submit(self._pending)
 
     def pass_on(self) -> None:
+        super().pass_on()
         self._is_passed_on = True
 
     def as_argument(self) -> object:

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from qserve.calls.client import Client
+from qserve.calls.ref import Ref
 from qserve.settings import Settings
 
 
@@ -143,6 +144,13 @@ def close_current_client(*, unless: Settings | None = None) -> None:
         thread.stop()
 
 
+def _refuse_in_child() -> bool:
+    raise RuntimeError(
+        "the call was made before this process was forked, and its result arrives in the process that has made it: "
+        "wait for it there, or make the call again here"
+    )
+
+
 def _forget_in_child() -> None:
     # The parent's thread does not exist here, but its sockets do: close this process' copies and start afresh. The old
     # objects are kept alive, because their destructors would act on the parent's event loop.
@@ -151,6 +159,10 @@ def _forget_in_child() -> None:
     _here.lock = threading.Lock()
     _here.client = _here.thread = None
     _here.others = list
+    if client is not None:
+        Ref.in_forked_child = True
+        for each in client.all():
+            each.is_own_thread = _refuse_in_child
     for descriptor in (*(client.descriptors() if client is not None else ()), *others()):
         with contextlib.suppress(OSError):
             os.close(descriptor)

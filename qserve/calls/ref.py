@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, ClassVar, Generic, TypeVar, overload
 
 from qserve.calls.future import LightFuture
 from qserve.errors import CallCancelled, GetTimeoutError
@@ -20,6 +20,9 @@ class Ref(LightFuture[T], Generic[T]):
 
     Passed as an argument of another call it is resolved first, without blocking anything. Thread-safe.
     """
+
+    in_forked_child: ClassVar[bool] = False
+    """Whether this process was forked from one that makes calls, whose refs it has copies of."""
 
     is_waited_for = False
     """Whether somebody waits for it now, without a limit of time."""
@@ -39,12 +42,17 @@ class Ref(LightFuture[T], Generic[T]):
 
     def pass_on(self) -> None:
         """Its result will be an argument of another call, so that nobody may need it here."""
+        self.refuse_elsewhere()
 
     def withdraw(self) -> None:
         """Tell the replica that nobody waits for the result any more."""
 
     def is_forbidden_to_block(self) -> bool:
-        """Whether this thread has to receive the result, and so must not wait for it."""
+        """Whether this thread has to receive the result, and so must not wait for it.
+
+        Raises:
+            RuntimeError: No thread of this process receives it: see `refuse_elsewhere`.
+        """
         return False
 
     def __qserve_wire__(self) -> tuple[str, dict[str, Any]]:
@@ -108,6 +116,8 @@ class Ref(LightFuture[T], Generic[T]):
 
     def __await__(self) -> Generator[Any, None, T]:
         if not self.done():
+            if Ref.in_forked_child:
+                self.refuse_elsewhere()
             loop = asyncio.get_running_loop()
             woken: asyncio.Future[None] = loop.create_future()
             waker = _waker_of(loop)
@@ -115,7 +125,7 @@ class Ref(LightFuture[T], Generic[T]):
             def wake(_ref: object) -> None:
                 waker.wake(woken)
 
-            self.add_done_callback(wake)
+            self.tell_when_done(wake)
             self.is_waited_for = True
             try:
                 yield from woken
@@ -127,6 +137,11 @@ class Ref(LightFuture[T], Generic[T]):
         if self.raw_result is not None:  # large: it takes a moment
             return (yield from asyncio.get_running_loop().run_in_executor(None, self.result, 0))
         return self.result(0)
+
+    def refuse_elsewhere(self) -> None:
+        """Raise RuntimeError in a child that was forked after the call was made: the result arrives in its parent."""
+        if Ref.in_forked_child and not self.done():
+            self.is_forbidden_to_block()
 
     def refuse_to_deadlock(self) -> None:
         """Raise RuntimeError where blocking would keep the result from ever arriving."""
@@ -247,7 +262,7 @@ def _wait_for(count: int, refs: Sequence[Ref[Any]], timeout: float | None) -> bo
             enough.set()
 
     for ref in refs:
-        ref.add_done_callback(note)
+        ref.tell_when_done(note)
     in_time = not count or enough.wait(timeout)
     if not in_time or count < len(refs):
         for ref in refs:  # or they would pile up where somebody asks again and again

@@ -446,27 +446,61 @@ class TestRestarts:
 
 
 FORKS = """
-import os, sys
+import asyncio, os, signal, sys, threading
+import qserve
+from qserve.calls import future
 from qserve.calls.handle import get_handle
 handle = get_handle("Echo")
 ref = handle.wait.remote("before")
-assert handle.remote("warm").result(20) == "warm"
+stream = handle.options(stream=True).parts.remote("part")
+warm = handle.remote("warm")
+assert warm.result(20) == "warm"
+
+held, forked = threading.Event(), threading.Event()
+
+def settle_something():
+    with future._lock:
+        held.set()
+        forked.wait()
+
+async def awaited(awaitable):
+    return await awaitable
+
+def refused(ask, *arguments):
+    try:
+        ask(*arguments)
+    except RuntimeError as exc:
+        return "before this process was forked" in str(exc)
+
+threading.Thread(target=settle_something).start()
+held.wait()
 child = os.fork()
 if child == 0:
+    signal.alarm(30)
     try:
         assert handle.remote("child").result(20) == "child"
+        assert warm.result(20) == asyncio.run(awaited(warm)) == "warm"
+        assert refused(ref.result) and refused(ref.exception) and refused(qserve.get, [ref])
+        assert refused(asyncio.run, awaited(ref)) and refused(handle.remote, ref)
+        assert refused(next, stream) and refused(asyncio.run, awaited(anext(stream)))
+        del stream
     except BaseException as exc:
         print("child:", repr(exc), file=sys.stderr)
         os._exit(1)
     os._exit(0)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+forked.set()
+assert ended == 0
+assert list(stream) == ["part"]
 assert handle.remote("parent").result(20) == "parent"
 print("forked", flush=True)
 assert ref.result(20) == "before"
 """
 
 
-async def test_a_forked_child_calls_with_a_client_of_its_own(caller: Caller, code: Code) -> None:
+async def test_a_forked_child_calls_with_a_client_of_its_own_and_leaves_refs_to_its_parent(
+    caller: Caller, code: Code
+) -> None:
     settings = caller.client.settings
     environment = os.environ | {
         "QSERVE_REDIS_URL": settings.redis_url,

@@ -1,5 +1,6 @@
 """The light future keeps the promises of `concurrent.futures.Future`, to waiters of every kind."""
 
+import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 
 from qserve.calls import future as future_module
 from qserve.calls.future import LightFuture
+from tests.support.slowness import patience
 from tests.support.waiting import joined
 
 
@@ -165,3 +167,21 @@ def test_a_signal_may_settle_another_one_at_any_moment() -> None:
     thread.start()
     joined(thread)
     assert ended == [True]
+
+
+async def test_asyncio_waits_for_them_as_for_its_own() -> None:
+    first: LightFuture[int] = LightFuture()
+    second: LightFuture[int] = LightFuture()
+    third: LightFuture[int] = LightFuture()
+    threading.Timer(0.01, first.set_result, [1]).start()
+
+    async def wait(**how: Any) -> tuple[set[Any], set[Any]]:
+        futures: list[Any] = [first, second, third]
+        return await asyncio.wait_for(asyncio.wait(futures, **how), patience(10))
+
+    assert await wait(return_when=asyncio.FIRST_COMPLETED) == ({first}, {second, third})
+    assert await wait(timeout=0) == ({first}, {second, third})
+    assert second._done_callbacks == []
+    second.cancel()
+    threading.Timer(0.01, third.set_exception, [ValueError("x")]).start()
+    assert await wait() == ({first, second, third}, set())
