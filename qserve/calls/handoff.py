@@ -25,6 +25,8 @@ class Handoff:
         self.thread = 0
         self._actions: deque[Callable[[], None]] = deque()
         self._is_wake_scheduled = False
+        self._waking = 0
+        """The thread that is about to wake the loop: the handler of a signal that interrupts it there has to do so."""
         self._is_closed = False
 
     def open(self) -> asyncio.AbstractEventLoop:
@@ -51,10 +53,13 @@ class Handoff:
     def run_from_thread(self, action: Callable[[], None]) -> None:
         """Run an action on the loop soon, from another thread."""
         self._actions.append(action)
-        if not self._is_wake_scheduled and self._loop is not None:
+        is_coming = self._is_wake_scheduled and not (self._waking and self._waking == threading.get_ident())
+        if not is_coming and self._loop is not None:
+            self._waking = threading.get_ident()
             self._is_wake_scheduled = True
             with contextlib.suppress(RuntimeError):  # the loop has closed
                 self._loop.call_soon_threadsafe(self._run)
+            self._waking = 0
         if self._is_closed:  # nobody may come for it any more
             self._run()
 

@@ -72,6 +72,24 @@ async def test_many_actions_cost_one_wake_up(monkeypatch: pytest.MonkeyPatch) ->
     assert len(wake_ups) == 1
 
 
+async def test_the_handler_of_a_signal_is_heard_that_interrupts_the_waking(monkeypatch: pytest.MonkeyPatch) -> None:
+    handoff = Handoff()
+    loop = handoff.open()
+    wake, heard = loop.call_soon_threadsafe, threading.Event()
+    answered: list[bool] = []
+
+    def interrupted(callback: Callable[..., object], *args: Any) -> Any:
+        monkeypatch.setattr(loop, "call_soon_threadsafe", wake)
+        handoff.run(heard.set)
+        answered.append(heard.wait(patience(1)))
+        return wake(callback, *args)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", interrupted)
+    await asyncio.to_thread(handoff.run, lambda: None)
+
+    assert answered == [True]
+
+
 def test_what_comes_after_the_end_runs_where_it_is_handed_over() -> None:
     handoff = Handoff()
     asyncio.run(_open_and_close(handoff))
