@@ -1,6 +1,7 @@
 """The way from values to what msgspec writes without losing a type: plain data as it is, the rest as extensions."""
 
 import asyncio
+import contextlib
 import inspect
 import pickle
 import sys
@@ -182,10 +183,13 @@ class ToWire:
         return self._ext(kinds.PAIRS, [[key, item] for key, item in zip(keys, done.values(), strict=True)])
 
     def _instance(self, value: Any, kind: type, room: int) -> object:
-        if self._allow_pickle and not classes.is_importable(kind):
-            return self._pickled(value)  # by value: no other process has a class of that name
+        is_enum = isinstance(value, Enum)
+        if self._allow_pickle and (
+            not classes.is_importable(kind) or (not is_enum and classes.says_how_to_pickle(kind))
+        ):
+            return self._pickled(value)  # the former by value: no other process has a class of that name
         name = [kind.__module__, kind.__qualname__]
-        if isinstance(value, Enum):
+        if is_enum:
             return self._ext(kinds.ENUM, [*name, value.name, self.value(value.value, room - 1)])
         is_model = classes.is_model(kind)
         state = classes.model_state_of(value) if is_model else classes.state_of(value)
@@ -196,8 +200,19 @@ class ToWire:
             return self._pickled(value, f"{_name(kind)}, a dataclass based on {base.__name__},")
         fields = self._mapping(state, room, ".{}")
         if is_model:
-            return self._ext(kinds.MODEL, [*name, fields, list(value.model_fields_set)])
+            private = self._private(classes.private_state_of(value), room)
+            return self._ext(kinds.MODEL, [*name, fields, list(value.model_fields_set), *private])
         return self._ext(kinds.DATACLASS, [*name, fields])
+
+    def _private(self, state: dict[str, object] | None, room: int) -> list[object]:
+        """What follows in a model that has private attributes; those that cannot be sent stay behind."""
+        if state is None:
+            return []
+        done = {}
+        for name, value in state.items():
+            with contextlib.suppress(CannotTravelError, PayloadTooLarge):
+                done[name] = self.value(value, room - 1)
+        return [done, len(done) == len(state)]
 
     def _handle(self, handle: Any, room: int) -> object:
         if unawaited := what_to_await(handle):

@@ -58,6 +58,16 @@ def base_with_content(cls: type) -> type | None:
     return None if base is object else base
 
 
+_PICKLING = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+
+
+def says_how_to_pickle(cls: type) -> bool:
+    """Whether the class of a dataclass or model says itself what of an instance travels, and how it is made again."""
+    base: Any = sys.modules["pydantic.main"].BaseModel if is_model(cls) else object
+    methods = ((getattr(cls, name, None), getattr(base, name, None)) for name in _PICKLING)
+    return any(own is not usual and getattr(own, "__module__", "") != "dataclasses" for own, usual in methods)
+
+
 def state_of(value: Any) -> dict[str, object] | None:
     """Fields and other attributes of a dataclass instance, as pickle would carry them; None if a field is not set."""
     names = [field.name for field in dataclasses.fields(value)]
@@ -68,11 +78,19 @@ def state_of(value: Any) -> dict[str, object] | None:
 
 
 def model_state_of(value: Any) -> dict[str, object] | None:
-    """Fields of a pydantic model, extra ones included; private attributes stay behind. None if a field is not set."""
+    """Fields of a pydantic model, extra ones included, without private attributes. None if a field is not set."""
     content, names = vars(value), type(value).model_fields
     if not names.keys() <= content.keys():
         return None
     return {name: content[name] for name in names} | (value.__pydantic_extra__ or {})
+
+
+def private_state_of(model: Any) -> dict[str, object] | None:
+    """Private attributes of a pydantic model; None if its class has none."""
+    private: dict[str, object] | None = getattr(model, "__pydantic_private__", None)
+    if private is None:
+        return None
+    return {name: value for name, value in private.items() if type(value).__name__ != "PydanticUndefinedType"}
 
 
 def rebuild_enum(module: str, qualname: str, name: str | None, value: object) -> object:
@@ -107,28 +125,49 @@ def rebuild_dataclass(module: str, qualname: str, state: dict[str, Any]) -> obje
     return made
 
 
-def rebuild_model(module: str, qualname: str, state: dict[str, Any], given: list[str]) -> object:
-    """A model with that state, which its sender has validated; else the state."""
+def rebuild_model(
+    module: str,
+    qualname: str,
+    state: dict[str, Any],
+    given: list[str],
+    private: dict[str, Any] | None = None,
+    is_whole: bool = True,
+) -> object:
+    """A model with that state, which its sender has validated; else the state.
+
+    Args:
+        private: Its private attributes, where its class has some.
+        is_whole: These are all of them. Others, which cannot be sent, are set up as in a new model.
+    """
     cls: Any = find_class(module, qualname)
     if cls is None or not is_model(cls):
         return state
-    fields = cls.model_fields
+    fields, attributes = cls.model_fields, cls.__private_attributes__
     extra = {name: value for name, value in state.items() if name not in fields}
     allows_extra = cls.model_config.get("extra") == "allow"
     if not fields.keys() <= state.keys() or (extra and not allows_extra):
         return state
+    content = {name: state[name] for name in fields}
+    known = {name: value for name, value in (private or {}).items() if name in attributes}
     try:
         made = cls.__new__(cls)
         made.__setstate__(
             {
-                "__dict__": {name: state[name] for name in fields},
+                "__dict__": dict(content),
                 "__pydantic_extra__": extra if allows_extra else None,
                 "__pydantic_fields_set__": set(given),
-                "__pydantic_private__": None,
+                "__pydantic_private__": _defaults(attributes) | known if attributes and is_whole else None,
             }
         )
-        if cls.__pydantic_post_init__:  # sets up private attributes
+        if not is_whole and cls.__pydantic_post_init__:
             made.model_post_init(None)
+            vars(made).update(content)
+            made.__pydantic_private__.update(known)
     except Exception:  # user code of the model
         return state
     return made
+
+
+def _defaults(attributes: dict[str, Any]) -> dict[str, object]:
+    made = {name: attribute.get_default() for name, attribute in attributes.items()}
+    return {name: value for name, value in made.items() if type(value).__name__ != "PydanticUndefinedType"}

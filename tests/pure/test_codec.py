@@ -381,6 +381,83 @@ def test_pydantic_models_arrive_as_they_were() -> None:
     assert travel(Open.model_validate({"a": 1, "b": (2,)})) == Open.model_validate({"a": 1, "b": (2,)})
 
 
+class Counted(pydantic.BaseModel):
+    names: list[str] = []
+    _count: int = pydantic.PrivateAttr(default=0)
+    _later: int
+
+    def model_post_init(self, _context: object) -> None:
+        self.names.append("made")
+        self._count = len(self.names)
+
+
+class Connected(pydantic.BaseModel):
+    name: str
+    _lock: Any = pydantic.PrivateAttr(default_factory=threading.Lock)
+    _calls: int = 0
+
+    def model_post_init(self, _context: object) -> None:
+        self.name += "!"
+
+
+def test_private_attributes_of_models_arrive_and_a_model_is_not_set_up_a_second_time() -> None:
+    sent = Counted(names=["a"])
+    sent._count = 7
+    for got in (travel(sent), travel(travel(sent, signed), signed)):
+        assert got == sent
+        assert got.names == ["a", "made"]
+        assert got._count == 7
+        assert not hasattr(got, "_later")
+
+
+def test_private_attributes_that_cannot_be_sent_are_those_of_a_new_model() -> None:
+    sent = Connected(name="n")
+    sent._calls = 3
+    got = travel(sent, signed)
+    assert (got.name, got._calls) == ("n!", 3)
+    assert got._lock is not sent._lock
+    assert got._lock.acquire(blocking=False)
+
+
+@dataclass
+class Cached:
+    key: int
+    lock: Any = field(default_factory=threading.Lock, compare=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"key": self.key}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.key, self.lock = state["key"], threading.Lock()
+
+
+@dataclass(frozen=True)
+class Reduced:
+    key: int
+    lock: Any = field(default_factory=threading.Lock, compare=False)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Reduced, (self.key,)
+
+
+class Dumped(pydantic.BaseModel):
+    key: int
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        return {**state, "__dict__": {"key": self.key + 1}}
+
+
+def test_what_a_class_says_of_its_pickles_counts() -> None:
+    assert travel(Cached(1), signed) == Cached(1)
+    assert travel([Reduced(1)], signed) == [Reduced(1)]
+    assert travel(Dumped(key=1), signed) == Dumped(key=2)
+    with pytest.raises(ValueNotSerializable, match="lock cannot be sent"):
+        unsigned.pack(Cached(1))
+    frozen = Frozen(datetime.now(UTC))  # whose `__getstate__` is that of `dataclass`
+    assert signed.pack(frozen) == unsigned.pack(frozen)
+
+
 @pytest.mark.parametrize(
     ("sent", "arrives"),
     [

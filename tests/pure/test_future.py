@@ -170,6 +170,7 @@ def test_a_signal_may_settle_another_one_at_any_moment() -> None:
 
 
 async def test_asyncio_waits_for_them_as_for_its_own() -> None:
+    asyncio.get_running_loop().set_debug(True)  # what another thread does to its futures is an error then
     first: LightFuture[int] = LightFuture()
     second: LightFuture[int] = LightFuture()
     third: LightFuture[int] = LightFuture()
