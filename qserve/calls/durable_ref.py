@@ -4,7 +4,9 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from typing_extensions import TypeVar
 
 from qserve.calls.client import Client
 from qserve.calls.handoff import run_when_dropped
@@ -30,7 +32,7 @@ from qserve.wire.parts import flat
 if TYPE_CHECKING:
     from starlette.responses import Response
 
-T = TypeVar("T")
+T = TypeVar("T", default=Any)
 
 
 class CallStatus(NamedTuple):

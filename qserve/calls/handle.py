@@ -1,7 +1,9 @@
 """Handles: how Python code calls a deployment."""
 
 from collections.abc import Callable, Coroutine
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, Unpack, overload
+from typing import Any, Generic, Literal, ParamSpec, Unpack, overload
+
+from typing_extensions import TypeVar
 
 from qserve.calls.handles.base_handle import BaseHandle, made_by, plain_handle, refuse_private
 from qserve.calls.handles.call_options import Changes, DurableTerms
@@ -15,7 +17,7 @@ from qserve.calls.ref import Ref
 
 P = ParamSpec("P")
 R = TypeVar("R")
-T_co = TypeVar("T_co", covariant=True)
+T_co = TypeVar("T_co", covariant=True, default=Any)
 
 
 class _PlainHandle(BaseHandle):

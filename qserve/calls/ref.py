@@ -7,12 +7,14 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from typing import Any, ClassVar, Generic, TypeVar, overload
+from typing import Any, ClassVar, Generic, overload
+
+from typing_extensions import TypeVar
 
 from qserve.calls.future import LightFuture
 from qserve.errors import CallCancelled, GetTimeoutError
 
-T = TypeVar("T")
+T = TypeVar("T", default=Any)  # so that mypy --strict takes the name alone, which is that of Ray Serve
 
 
 class Ref(LightFuture[T], Generic[T]):

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
+
+from typing_extensions import TypeVar
 
 from qserve.calls.client import Client
 from qserve.calls.outgoing import WaitForArguments, meta_within
@@ -14,7 +16,7 @@ from qserve.wire.codec import Codec, collect_refs
 from qserve.wire.messages import NO_META, STREAM
 from qserve.wire.parts import Payload
 
-T = TypeVar("T")
+T = TypeVar("T", default=Any)
 
 
 class ResultStream(Generic[T]):

@@ -1,12 +1,14 @@
 """`Deployment.bind`: a deployment with the arguments of its constructor, which may be such bound deployments too."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, NoReturn
+
+from typing_extensions import TypeVar
 
 if TYPE_CHECKING:
     from qserve.deployments.deployment import Deployment
 
-T_co = TypeVar("T_co", covariant=True)
+T_co = TypeVar("T_co", covariant=True, default=Any)
 
 
 class Membership(NamedTuple):

@@ -6,11 +6,12 @@ import time
 import uuid
 from abc import ABCMeta
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, Unpack, overload
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.routing import Router
+from typing_extensions import TypeVar
 
 from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle, get_handle
 from qserve.deployments.binding import ALONE, Application, Membership
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
+T_co = TypeVar("T_co", covariant=True, default=Any)
 
 
 class Deployment(ReadableOptions, Deployable, Generic[T_co]):

@@ -65,6 +65,13 @@ handle.options(delay=1)  # wrong
 handle.options(stream=True).options(timeout_s="3")  # wrong
 handle.options(durable=True).options(retry=3)  # wrong
 task_handler(name=3)  # wrong
+
+
+class Bare:
+    def __init__(self, part: serve.DeploymentHandle, application: serve.Application, other: serve.Deployment) -> None:
+        self.response: serve.DeploymentResponse = part.method.remote(1)
+        self.stream: serve.DeploymentResponseGenerator = part.options(stream=True).remote(1)
+        self.ref: serve.DurableRef = part.options(durable=True).remote(1)
 """
 WRONG = {number for number, line in enumerate(PROGRAM.splitlines(), 1) if line.endswith("# wrong")}
 REVEALED = [

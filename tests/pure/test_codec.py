@@ -384,7 +384,7 @@ def test_pydantic_models_arrive_as_they_were() -> None:
 class Counted(pydantic.BaseModel):
     names: list[str] = []
     _count: int = pydantic.PrivateAttr(default=0)
-    _later: int
+    _later: int = pydantic.PrivateAttr()
 
     def model_post_init(self, _context: object) -> None:
         self.names.append("made")
