@@ -293,6 +293,13 @@ class TestCalls:
         code.gate.set()
         await ref
 
+    async def test_its_deadline_does_not_hold_for_what_a_call_leaves_behind(
+        self, handle: "DeploymentHandle[Any]", code: Code
+    ) -> None:
+        await handle.options(timeout_s=patience(30)).begin.remote()
+
+        assert code.started[0].limit(3600) == 3600
+
     async def test_cancelling_withdraws_the_call(self, caller: Caller, handle: "DeploymentHandle[Any]") -> None:
         ref = handle.wait.remote("x")
 

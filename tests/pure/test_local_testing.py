@@ -16,6 +16,7 @@ from starlette.requests import Request
 import qserve
 from qserve import serve
 from qserve.broker.instance.state import GenerationChanged
+from qserve.context import current_call
 from qserve.deployments.driver import THIS_PROCESS
 from qserve.testing import LocalServing, local
 from qserve.wire.spec import HttpSettings
@@ -216,6 +217,22 @@ def test_a_deadline_passes_and_a_full_queue_refuses() -> None:
             ref.result(timeout=10)
         assert ref.done()
     wait_until(lambda: not isinstance(prices().of.remote("apple").exception(10), qserve.BackPressureError))
+
+
+CALLS: list[Any] = []
+
+
+@serve.deployment(route_prefix=None)
+class Leaves:
+    async def __call__(self) -> None:
+        CALLS.append(current_call.get())  # as a task has it that the call leaves behind
+
+
+def test_its_deadline_does_not_hold_for_what_a_call_leaves_behind() -> None:
+    with local(Leaves) as served:
+        assert served.handle is not None
+        served.handle.options(timeout_s=patience(30)).remote().result(patience(30))
+    assert CALLS.pop().limit(3600) == 3600
 
 
 @pytest.mark.usefixtures("served")

@@ -14,7 +14,7 @@ from qserve.broker.large.lending import Lending
 from qserve.calls.client import Client
 from qserve.calls.handles.handle_codec import codec_of
 from qserve.calls.pending import PendingCall
-from qserve.context import set_replica_context
+from qserve.context import current_call, set_replica_context
 from qserve.errors import QServeError
 from qserve.settings import Settings, at_deployment
 from qserve.wire.codec import Codec
@@ -53,6 +53,9 @@ class Code:
             raise
         self.ended.append(value)
         return value
+
+    async def begin(self) -> None:
+        self.started.append(current_call.get())
 
     async def parts(self, value: object) -> AsyncIterator[object]:
         yield value

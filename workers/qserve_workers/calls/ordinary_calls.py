@@ -134,6 +134,7 @@ class OrdinaryRuns:
             if isinstance(result, Loan):
                 self._lending.end(result, is_read=True)
             return False
+        running.info.deadline = None  # it does not hold for tasks and threads that the call has left behind
         self._answers.add(running.entry.id, running.call, kind, result)
         return True
 

@@ -76,6 +76,8 @@ class LocalReplica:
             raise
         except BaseException as exc:  # packing a result runs user code, too
             return ERROR, encode(self._codec.pack_error(what_was_raised(exc)))
+        finally:
+            info.deadline = None  # it does not hold for tasks and threads that the call has left behind
 
     async def run(self, call: DurableCall, info: CallInfo) -> bytes:
         """The packed result of a durable call that has a slot; raises what user code raised."""
