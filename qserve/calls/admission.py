@@ -128,7 +128,7 @@ class Admission:
             idempotent = self._queues[calls[0].deployment].is_idempotent = answer[1] == 1
             for call, entry in zip(calls, answer[2:], strict=True):
                 if entry is None:
-                    self._refuse(call, self._full_queues.refusal(call.deployment, answer[0]))
+                    self._refuse(call, self._full_queues.refusal(call.deployment, answer[0] + accepted))
                     continue
                 accepted += 1
                 call.admitted(entry, idempotent)

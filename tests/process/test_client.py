@@ -109,6 +109,7 @@ class TestOutcomes:
 
         for outcome in refused:
             assert isinstance(outcome, BackPressureError)
+            assert "(3 calls wait or run)" in str(outcome)
             assert outcome.retry_after >= 1
         assert not any(future.done() for future in futures[:3])
 
