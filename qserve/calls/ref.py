@@ -6,7 +6,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Any, ClassVar, Generic, overload
 
 from typing_extensions import TypeVar
@@ -272,8 +272,8 @@ def _wait_for(count: int, refs: Sequence[Ref[Any]], timeout: float | None) -> bo
     return in_time
 
 
-def _check(refs: Iterable[object]) -> None:
-    if not isinstance(refs, Iterable):
+def _check(refs: object) -> None:
+    if not isinstance(refs, Collection):  # nor a generator, which could be asked for its refs only once
         raise TypeError(f"expected a ref or a list of refs, got {type(refs).__name__}")
     for ref in refs:
         if not isinstance(ref, Ref):

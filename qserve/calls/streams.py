@@ -79,6 +79,12 @@ class ResultStream(Generic[T]):
         yield from ()
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            f"the stream of {self.label} cannot be sent or pickled, because its parts arrive in this process: iterate "
+            "it, and send or yield its parts"
+        )
+
     def close(self) -> None:
         """End the call; the replica's generator is closed at its next `yield`."""
         self._call.close()

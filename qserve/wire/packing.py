@@ -25,6 +25,7 @@ PLAIN = SCALARS - {bytes}
 ALWAYS_PLAIN = PLAIN - {int, str}
 """What msgpack can write whatever its value; ints may be too large and strings hold lone surrogates."""
 
+_LONGEST_PATH = 200
 _encode = Encoder().encode
 
 
@@ -62,6 +63,8 @@ class CannotTravelError(Exception):
     def text(self, what: str) -> str:
         place = f"{self.argument} of {what}" if self.argument else what
         path = "".join(reversed(self.path))
+        if len(path) > _LONGEST_PATH:
+            path = f"{path[:_LONGEST_PATH]}..."
         return f"{place}{', at ' + path if path else ''}: {self.reason}"
 
 

@@ -12,7 +12,7 @@ import pytest
 from qserve.calls.handle import DeploymentHandle, get_handle
 from qserve.calls.process_client import set_current_client
 from qserve.calls.ref import Ref, get, wait
-from qserve.errors import CallCancelled, GetTimeoutError
+from qserve.errors import CallCancelled, GetTimeoutError, ValueNotSerializable
 from qserve.settings import Settings
 from qserve.wire.messages import ERROR, Reply
 from tests.support.calling import Caller, Code, calling, deploy, serving
@@ -244,6 +244,8 @@ def test_to_wait_for_nothing_ends_at_once_and_what_is_no_ref_is_named() -> None:
         wrong: Any = function
         with pytest.raises(TypeError, match="expected a ref or a list of refs, got int"):
             wrong(3)
+        with pytest.raises(TypeError, match="expected a ref or a list of refs, got generator"):
+            wrong(done(number) for number in range(3))
 
 
 @pytest.fixture
@@ -328,6 +330,14 @@ class TestAsArguments:
         nested = [handle.remote("a"), {"k": handle.remote("b"), "l": (handle.remote("c"),)}]
 
         assert await handle.remote(nested) == ["a", {"k": "b", "l": ("c",)}]
+
+    async def test_a_stream_is_no_argument_and_the_error_says_what_to_do(self, handle: "DeploymentHandle[Any]") -> None:
+        stream = handle.options(stream=True).parts.remote("x")
+
+        with pytest.raises(ValueNotSerializable, match=r"the stream of Echo\.parts cannot be sent .* iterate it"):
+            handle.remote(stream)
+
+        assert [part async for part in stream] == ["x"]
 
     async def test_the_same_ref_may_stand_in_two_places(self, handle: "DeploymentHandle[Any]") -> None:
         ref = handle.remote("a")
