@@ -20,6 +20,7 @@ from qserve.calls.durable_ref import CallStatus
 from qserve.calls.handle import DeploymentHandle
 from qserve.deployments.binding import Application
 from qserve.deployments.deployment import Deployment
+from qserve.deployments.driver import THIS_PROCESS
 from qserve.deployments.http_options import HTTPOptions
 from qserve.deployments.in_process import serving_here
 from qserve.deployments.local_instance import find_record, find_settings
@@ -130,7 +131,15 @@ def instance(http_options: HTTPOptions | Mapping[str, Any] | None = None) -> Ite
 
     Args:
         http_options: As for `serve.start`. Without them, the port is any free one.
+
+    Raises:
+        ConfigurationError: `local` is in use at the moment.
     """
+    if THIS_PROCESS.is_given:
+        raise ConfigurationError(
+            "An instance cannot be started while deployments run in this process, as qserve.testing.local and the "
+            "fixture qserve_local let them: start it before, or end that first."
+        )
     options = http_options or {"port": 0}
     with _own_environment():
         serve.start(http_options=options)

@@ -97,6 +97,11 @@ class Driver:
         finally:
             self._given = before
 
+    @property
+    def is_given(self) -> bool:
+        """Whether this is a block in which no instance is started; see `using`."""
+        return self._given is not None and self._given is not self._here
+
     def serve_here(self) -> ConnectedInstance:
         """Let deployments run in this process from now on, until `start` or `shutdown`.
 

@@ -18,7 +18,8 @@ from qserve import serve
 from qserve.broker.instance.state import GenerationChanged
 from qserve.context import current_call
 from qserve.deployments.driver import THIS_PROCESS
-from qserve.testing import LocalServing, local
+from qserve.errors import ConfigurationError
+from qserve.testing import LocalServing, instance, local
 from qserve.wire.spec import HttpSettings
 from tests.support.slowness import patience
 from tests.support.waiting import until, wait_until
@@ -426,6 +427,12 @@ def test_it_takes_milliseconds() -> None:
         with local(plain) as served:
             assert served.handle is not None
     assert (time.perf_counter() - began) / 5 < patience(0.5)
+
+
+@pytest.mark.usefixtures("served")
+def test_a_whole_instance_is_not_started_meanwhile() -> None:
+    with pytest.raises(ConfigurationError, match="while deployments run in this process"), instance():
+        pass
 
 
 def test_the_fixture_of_the_plugin_runs_it(qserve_local: Callable[[Any], LocalServing]) -> None:
