@@ -18,10 +18,12 @@ class JointGoal:
         goals: One for each deployment, in the same order.
 
     Raises:
-        ValueError: A route belongs to another deployment, or `prev_version` is not what is deployed.
+        ValueError: A route belongs to another deployment, `prev_version` is not what is deployed, or two of them have
+            one name or one route; then nothing is deployed.
     """
 
     def __init__(self, state: State, specs: Sequence[DeploymentSpec], leaving: Iterable[str] = ()) -> None:
+        _refuse_doubles(specs)
         self._state = state
         self._failed: set[str] = set()
         names = {spec.name for spec in specs}
@@ -109,6 +111,22 @@ class JointGoal:
             )
         delete_all(self._state, [owner])
         self._stale -= {owner}
+
+
+def _refuse_doubles(specs: Sequence[DeploymentSpec]) -> None:
+    names, routes = set[str](), dict[str, str]()
+    for spec in specs:
+        if spec.name in names:
+            raise ValueError(
+                f"Two deployments that are to be deployed together are named {spec.name!r}, and one would replace the "
+                "other: give one of them, or its application, another name."
+            )
+        names.add(spec.name)
+        if spec.route_prefix is not None and routes.setdefault(spec.route_prefix, spec.name) != spec.name:
+            raise ValueError(
+                f"The deployments {routes[spec.route_prefix]!r} and {spec.name!r} cannot both have the route "
+                f"{spec.route_prefix!r}: give one of them another route_prefix, or None."
+            )
 
 
 def _named(spec: DeploymentSpec) -> str:

@@ -64,7 +64,7 @@ def make_graph(
     Raises:
         ValueError: The application or one of its deployments cannot have that name.
     """
-    if not is_name(name):
+    if not isinstance(name, str) or not is_name(name):
         raise ValueError(
             f"The application's name {name!r} is not possible, it takes 1 to 63 letters, digits, '_', '.' and '-'."
         )

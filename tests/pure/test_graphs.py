@@ -60,8 +60,10 @@ def test_deployments_of_named_applications_have_its_name_before_theirs() -> None
     assert (again.to_spec(CODEC).application, again.to_spec(CODEC).is_root) == ("shop", True)
 
 
-@pytest.mark.parametrize(("name", "text"), [("my app", "'my app' is not possible"), ("x" * 60, "is too long")])
-def test_names_that_are_not_possible(name: str, text: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"), [("my app", "'my app' is not possible"), ("x" * 60, "is too long"), (3, "name 3 is not possible")]
+)
+def test_names_that_are_not_possible(name: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make_graph(Driver.bind(), name)
 

@@ -48,6 +48,18 @@ def test_applications_run_in_this_process_until_shutdown(tmp_path: Path, monkeyp
         serve.list_deployments()
 
 
+def test_two_of_one_name_or_one_route_are_refused_before_any_is_deployed() -> None:
+    same_name = [Shop.options(route_prefix=None), Shop.options(route_prefix="/shop")]
+    same_route = [Shop.options(route_prefix="/"), Prices.options(name="Other", route_prefix="/")]
+    with local(Prices):
+        for several, text in (same_name, "are named 'Shop'"), (same_route, "'Other' cannot both have the route '/'"):
+            with pytest.raises(ValueError, match=text):
+                serve.run(several)
+        with pytest.raises(ValueError, match=r"are named 'one\.Prices'"):
+            serve.run_many([serve.RunTarget(Prices.bind(cents), "one", f"/{cents}") for cents in (1, 2)])
+        assert [*serve.list_deployments()] == ["Prices"]
+
+
 def test_without_its_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "qserve_workers.local.local_serving", None)
     with pytest.raises(qserve.ConfigurationError, match=r"not installed: pip install 'qserve\[workers\]'"):
