@@ -57,7 +57,8 @@ from qserve.wire.messages import (
 )
 from qserve.wire.parts import Payload
 
-_STOPPED = "the client was stopped before the call ended"
+STOPPED = "the client was stopped before the call ended"
+"""How calls end that are pending when their client stops."""
 
 _COUNTED_AS = {"gateway": "", "replica": "calls_of_replicas", "worker": "calls_of_replicas"}
 """Under which counter calls are counted; what gateways count, they show by themselves."""
@@ -161,7 +162,7 @@ class Client:
         self._handoff.close()
         self.durable.stop()
         for call in list(self._pending.values()):
-            self._pending.settle(call, CallCancelled(_STOPPED))
+            self._pending.settle(call, CallCancelled(STOPPED))
         sender = self.link.sender
         if sender.is_open:
             self._tell_counts()
@@ -282,7 +283,7 @@ class Client:
         """Put a prepared call, together with the others of this tick."""
         self._pending[call.id] = call
         if self._stopped:
-            self._pending.settle(call, CallCancelled(_STOPPED))
+            self._pending.settle(call, CallCancelled(STOPPED))
             return
         self._deadlines.start(call)
         self._admission.put(call)

@@ -1,12 +1,13 @@
 """What is asked about a durable call, from any thread or event loop: its record, and the parts of its result."""
 
 import asyncio
+import concurrent.futures
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from qserve.calls.client import Client
-from qserve.errors import CallNotFound, StreamBroken
+from qserve.errors import BrokerUnavailable, CallNotFound, StreamBroken
 from qserve.wire.call_record import ENDS, CallRecord, Part
 from qserve.wire.codec import Codec
 
@@ -39,7 +40,7 @@ class Inquiries:
         if self._client.is_own_thread():
             asking.close()
             raise RuntimeError(f"this would block the event loop that receives the answer: use {instead}")
-        begun = asyncio.run_coroutine_threadsafe(asking, self._client.loop)
+        begun = self._begin(asking)
         try:
             return begun.result()
         finally:
@@ -50,7 +51,17 @@ class Inquiries:
         """The same for asynchronous code, on whatever loop."""
         if self._client.is_own_thread():
             return await asking
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asking, self._client.loop))
+        return await asyncio.wrap_future(self._begin(asking))
+
+    def _begin(self, asking: Coroutine[Any, Any, Found]) -> "concurrent.futures.Future[Found]":
+        try:
+            return asyncio.run_coroutine_threadsafe(asking, self._client.loop)
+        except RuntimeError:  # the loop has closed
+            asking.close()
+            raise BrokerUnavailable(
+                f"the ref of call {self._id} belongs to a client that was stopped, as by serve.shutdown(): where the "
+                "instance runs, serve.get_ref() takes the call up again"
+            ) from None
 
     # On the loop of the client
 

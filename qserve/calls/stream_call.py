@@ -7,7 +7,7 @@ from concurrent.futures import InvalidStateError
 from typing import Any, Final
 
 from qserve.background import spawn
-from qserve.calls.client import Client
+from qserve.calls.client import STOPPED, Client
 from qserve.calls.handoff import run_when_dropped
 from qserve.calls.pending import PendingCall
 from qserve.calls.ref import Ref
@@ -159,7 +159,10 @@ class StreamCall:
     def begin_to_read(self) -> Ref[Any]:
         """Read the next part from any thread; whoever gives up waiting for the ref has to keep it for the next one."""
         part: Ref[Any] = Ref()
-        self._client.loop.call_soon_threadsafe(self._start_to_read, part)
+        try:
+            self._client.loop.call_soon_threadsafe(self._start_to_read, part)
+        except RuntimeError:  # the loop has closed
+            part.set_exception(self._error or CallCancelled(STOPPED))
         return part
 
     def _start_to_read(self, part: Ref[Any]) -> None:

@@ -419,6 +419,24 @@ def test_afterwards_everything_is_as_before() -> None:
         serve.get_replica_context()
 
 
+def test_refs_and_streams_of_before_say_that_their_client_was_stopped() -> None:
+    with local(Prices) as served:
+        assert served.handle is not None
+        stream = served.handle.options(stream=True).count_here.remote(10**9)
+        ref = served.handle.options(durable=True).of.remote("fig")
+        assert (next(stream), ref.result(patience(30))) == (0, 30)
+        pending = served.handle.wait.remote()
+
+    with pytest.raises(qserve.CallCancelled, match="the client was stopped"):
+        pending.result(patience(10))
+    with pytest.raises(qserve.CallCancelled, match="the client was stopped"):
+        list(stream)
+    with pytest.raises(qserve.BrokerUnavailable, match="a client that was stopped"):
+        ref.status()
+    with pytest.raises(qserve.BrokerUnavailable, match="a client that was stopped"):
+        asyncio.run(ref.astatus())
+
+
 def test_it_takes_milliseconds() -> None:
     with local(plain):  # what has to be imported is
         pass

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from qserve.background import end
 from qserve.broker.large.lending import Loan
-from qserve.calls.client import Client
+from qserve.calls.client import STOPPED, Client
 from qserve.calls.deadlines import Deadlines
 from qserve.calls.handles.handle_codec import codec_of
 from qserve.calls.pending import PendingCall
@@ -58,6 +58,8 @@ class LocalClient(Client):
             await self.remove(name)
         self._stopped = True
         self._handoff.close()
+        for call in list(self._pending.values()):
+            self._pending.settle(call, CallCancelled(STOPPED))
 
     async def serve(self, spec: DeploymentSpec) -> None:
         """Serve a deployment from now on, in place of the one of that name; raises what user code raised."""
