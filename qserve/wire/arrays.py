@@ -35,6 +35,8 @@ _decode_array = msgspec.msgpack.Decoder(tuple[str | list[Any], tuple[int, ...], 
 _decode_tensor = msgspec.msgpack.Decoder(tuple[str, tuple[int, ...], bool, Raw]).decode
 _NUMBERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64", 16: "complex128"}
 """By size: the type that numpy sees instead of a tensor's own, which it may not have."""
+_TEXTS = {"<U": "utf-32-le", ">U": "utf-32-be"}
+"""How numpy writes the text of a scalar, by the beginning of its type."""
 
 
 def bytes_to_wire(value: bytes, beside: Beside) -> object:
@@ -65,7 +67,8 @@ def array_to_wire(value: "numpy.ndarray[Any, Any] | numpy.generic", beside: Besi
         return None
     numpy = sys.modules["numpy"]
     if isinstance(value, numpy.generic):
-        return Ext(NUMPY_SCALAR, _encode((described, value.shape, False, value.tobytes())))
+        raw = value.tobytes()[: value.dtype.itemsize]  # numpy gives an empty text a character
+        return Ext(NUMPY_SCALAR, _encode((described, value.shape, False, raw)))
     fortran = value.flags.fnc
     number = None
     if value.nbytes:
@@ -79,10 +82,13 @@ def _describe(dtype: "numpy.dtype[Any]") -> object:
     if dtype.hasobject:
         return None
     numpy = sys.modules["numpy"]
-    if dtype.names is not None:
-        return numpy.lib.format.dtype_to_descr(dtype)
     try:
+        if dtype.names is not None:
+            described = numpy.lib.format.dtype_to_descr(dtype)
+            return described if numpy.lib.format.descr_to_dtype(described) == dtype else None
         return dtype.str if numpy.dtype(dtype.str) == dtype else None
+    except ValueError:
+        return None  # fields that overlap, or do not stand in their order
     except TypeError:
         return None  # a dtype of another library, or numpy's variable-width strings
 
@@ -91,7 +97,7 @@ def tensor_to_wire(value: Any, beside: Beside) -> object:
     """An extension with dtype, shape and bytes of a torch tensor; None if it is more than numbers in this memory."""
     torch = sys.modules["torch"]
     plain = type(value) is torch.Tensor and value.device.type == "cpu" and value.layout is torch.strided
-    if not plain or value.is_quantized or value.requires_grad or value.is_conj() or value.is_neg():
+    if not plain or value.is_quantized or value.is_nested or value.requires_grad or value.is_conj() or value.is_neg():
         return None
     size = value.element_size()
     numbers = value.contiguous().reshape(-1).view(getattr(torch, _NUMBERS[size]))
@@ -135,19 +141,23 @@ def _shaped(view: memoryview, kind: str, shape: tuple[int, ...]) -> memoryview |
         return None
 
 
-def read_array(data: memoryview, source: Source | None) -> "numpy.ndarray[Any, Any]":
-    """A numpy array, in memory of its own."""
+def _numpy() -> Any:
     try:
         import numpy  # noqa: PLC0415  optional and heavy
-        from numpy.lib.format import descr_to_dtype  # noqa: PLC0415
     except ImportError as exc:
         raise ValueNotSerializable(
             "a numpy array was received, but numpy is not installed here: install it, or send a list"
         ) from exc
+    return numpy
+
+
+def read_array(data: memoryview, source: Source | None) -> "numpy.ndarray[Any, Any]":
+    """A numpy array, in memory of its own."""
+    np = _numpy()
     described, shape, fortran, raw = _decode_array(data)
-    dtype = _without_objects(descr_to_dtype(_with_tuples(described)))
+    dtype = _without_objects(np.lib.format.descr_to_dtype(_with_tuples(described)))
     taken = _taken(raw, source)
-    view: numpy.ndarray[Any, Any] = numpy.ndarray(shape, dtype, taken, order="F" if fortran else "C")
+    view: numpy.ndarray[Any, Any] = np.ndarray(shape, dtype, taken, order="F" if fortran else "C")
     if view.nbytes != len(taken) or any(length < 0 for length in shape):  # numpy takes -1 for "as many as there are"
         raise FrameRejected("an array whose bytes do not fill its shape")
     return view.copy("K") if isinstance(raw, memoryview) else view
@@ -155,6 +165,13 @@ def read_array(data: memoryview, source: Source | None) -> "numpy.ndarray[Any, A
 
 def read_scalar(data: memoryview, source: Source | None) -> Any:
     """A numpy scalar."""
+    described, _, _, raw = _decode_array(data)
+    # An array has no empty text, and takes the zeros off the end of any other.
+    kind = described[:2] if isinstance(described, str) else ""
+    if kind == "|S":
+        return _numpy().bytes_(bytes(_taken(raw, source)))
+    if kind in _TEXTS:
+        return _numpy().str_(str(_taken(raw, source), _TEXTS[kind], "surrogatepass"))
     return read_array(data, source)[()]
 
 

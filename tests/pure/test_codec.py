@@ -194,6 +194,12 @@ def test_numpy_scalars_keep_their_type(scalar: np.generic) -> None:
     assert same(travel(scalar), scalar)
 
 
+@pytest.mark.parametrize("text", ["", "zeros\0\0", "\ud800", b"", b"zeros\0"])
+def test_text_of_numpy_arrives_whole(text: str | bytes) -> None:
+    scalar = np.str_(text) if isinstance(text, str) else np.bytes_(text)
+    assert same(travel([scalar]), [scalar])
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -592,6 +598,18 @@ def test_the_argument_and_the_attribute_are_named() -> None:
         unsigned.pack_call((1, Frozen(datetime(2024, 1, 1), [object()])), {}, "Echo")
     with pytest.raises(ValueNotSerializable, match=r"^argument 'k' of the call: a value of type _thread\.lock "):
         unsigned.pack_call((1,), {"k": threading.Lock()})
+
+
+RECORD = np.zeros(3, [("a", "i4"), ("b", "f8")])
+UNION = np.dtype({"names": ["a", "b"], "formats": ["i4", "i2"], "offsets": [0, 0]})
+
+
+@pytest.mark.parametrize("array", [RECORD[["b", "a"]], np.ones(3, UNION), np.ones(3, [("inner", UNION)])])
+def test_records_whose_fields_overlap_or_stand_in_another_order_travel_pickled(array: "np.ndarray[Any, Any]") -> None:
+    got = travel(array, signed)
+    assert (got.dtype, got.tobytes()) == (array.dtype, array.tobytes())
+    with pytest.raises(ValueNotSerializable, match=r"a numpy array of dtype .* cannot be sent: convert it"):
+        unsigned.pack(array)
 
 
 @pytest.mark.parametrize("value", [deque([1]), OrderedDict(a=1), slice(1, 2), len, Decimal])

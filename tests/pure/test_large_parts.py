@@ -172,6 +172,18 @@ def test_a_tensor_that_is_more_than_numbers_has_no_form_of_its_own(torch: Any) -
         travel([torch.ones(3, dtype=torch.float32).requires_grad_()], unsigned)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_a_nested_tensor_has_no_form_of_its_own(torch: Any) -> None:
+    if is_stand_in(torch):
+        nested = torch.ones(3, dtype=torch.float32)
+        nested.is_nested = True
+        nested.contiguous = None
+    else:
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with pytest.raises(ResultNotSerializable, match="Tensor cannot be sent: convert it"):
+        travel([nested], unsigned)
+
+
 def test_a_tensor_that_this_process_cannot_make_is_named(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = unsigned.pack([torch.ones(3, dtype=torch.float32)])
     with pytest.raises(ValueNotSerializable, match="of dtype float3 was received"):

@@ -48,6 +48,7 @@ class Tensor:
     device = SimpleNamespace(type="cpu")
     layout = _STRIDED
     is_quantized = False
+    is_nested = False
 
     def __init__(self, numbers: "np.ndarray[Any, Any]", kind: dtype) -> None:
         self._numbers = numbers
