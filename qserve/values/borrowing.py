@@ -86,9 +86,9 @@ class Borrowed:
         self._check(number)
         return os.pread(self._mapped.fd, self._lent.sizes[number], self._places[number])
 
-    def take(self, number: int) -> memoryview:
+    def take(self, number: int, *, writable: bool = False) -> memoryview:
         self._check(number)
-        if self._views:
+        if self._views and not writable:
             self._tell(KEPT)
             return self._part(number).toreadonly()
         made = fresh(self._lent.sizes[number])

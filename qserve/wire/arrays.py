@@ -117,7 +117,7 @@ def read_bytes(data: memoryview, source: Source | None) -> bytes:
 
 def read_bytearray(data: memoryview, source: Source | None) -> bytearray:
     """A bytearray that stood beside the packed value."""
-    return bytearray(_source(source).take(_decode_raw(data)))
+    return bytearray(_source(source).take(_decode_raw(data), writable=True))
 
 
 def read_memoryview(data: memoryview, source: Source | None) -> memoryview:
@@ -187,9 +187,8 @@ def read_tensor(data: memoryview, source: Source | None) -> Any:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueNotSerializable(f"a torch tensor of dtype {name} was received, which torch does not know here")
-    taken = _taken(raw, source)
-    if isinstance(raw, memoryview):
-        taken = memoryview(bytearray(raw))
+    # torch knows no memory that may not be written to.
+    taken = memoryview(bytearray(raw)) if isinstance(raw, memoryview) else _source(source).take(raw, writable=True)
     if not taken:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(taken, dtype=dtype).reshape(shape)

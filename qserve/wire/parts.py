@@ -80,8 +80,8 @@ class Source(Protocol):
         """A part as bytes."""
         ...
 
-    def take(self, number: int) -> memoryview:
-        """A part in memory of its own."""
+    def take(self, number: int, *, writable: bool = False) -> memoryview:
+        """A part in memory of its own, or where the receiver wants views and it need not be writable, a view."""
         ...
 
     def view(self, number: int) -> memoryview:

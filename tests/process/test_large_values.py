@@ -269,6 +269,14 @@ class TestLending:
         assert view.readonly
         assert bytes(view) == b"x" * MIB
 
+    async def test_what_has_to_be_writable_is_no_view(self, lending: Lending) -> None:
+        loan = lending.lend(Parts(b"head", memoryview(b"x" * MIB)))
+        taken = Borrowing().open(decode_lent(loan.frame), returns=False, views=True).take(1, writable=True)
+        taken[:1] = b"y"
+        assert bytes(loan.parts()[1]) == b"x" * MIB
+        lending.end(loan, is_read=True)
+        assert lending.lend(b"y" * MIB).segment is loan.segment
+
     @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
     def test_views_can_be_read_in_a_forked_process(self, lending: Lending) -> None:
         loan = lending.lend(Parts(b"head", memoryview(b"x" * MIB)))

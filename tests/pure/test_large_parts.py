@@ -24,8 +24,9 @@ unsigned = Codec(allow_pickle=False, max_bytes=2**22, large=LARGE)
 class Arrived:
     """Parts at their receiver."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, views: bool = False) -> None:
         self.parts = [laid_out(part) for part in parts.parts]
+        self.views = views
         self.finished = False
 
     def __len__(self) -> int:
@@ -38,7 +39,9 @@ class Arrived:
     def take_bytes(self, number: int) -> bytes:
         return bytes(self.parts[number])
 
-    def take(self, number: int) -> memoryview:
+    def take(self, number: int, *, writable: bool = False) -> memoryview:
+        if self.views and not writable:
+            return self.parts[number].toreadonly()
         place = fresh(len(self.parts[number]))
         copy(place, self.parts[number])
         return place
@@ -161,6 +164,16 @@ def test_a_transposed_tensor_and_one_of_no_dimension_keep_their_shape(torch: Any
     assert tuple(arrived.shape) == (40, 30)
     assert arrived.tolist() == matrix.tolist()
     assert (tuple(single.shape), single.tolist()) == ((), 1.0)
+
+
+def test_a_tensor_is_no_view_of_the_memory_of_its_sender(torch: Any) -> None:
+    packed = unsigned.pack_result([torch.ones(LARGE, dtype=torch.float32)])
+    assert isinstance(packed, Parts)
+    sent = Arrived(packed, views=True)
+    before = bytes(sent.parts[1])
+    arrived: Any = unsigned.unpack(sent)
+    arrived[0].numpy()[:] = 2
+    assert bytes(sent.parts[1]) == before
 
 
 def is_stand_in(torch: Any) -> bool:

@@ -79,7 +79,7 @@ class Sent:
     def take_bytes(self, number: int) -> bytes:
         return bytes(self.take(number))
 
-    def take(self, number: int) -> memoryview:
+    def take(self, number: int, *, writable: bool = False) -> memoryview:
         if not 0 < number < len(self._parts):
             raise FrameRejected(f"a value that refers to buffer {number} of {len(self._parts) - 1}")
         return self._parts[number]
