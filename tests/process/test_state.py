@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 
@@ -21,7 +22,7 @@ from qserve.broker.payloads import Payloads
 from qserve.broker.records import submit_now
 from qserve.broker.scripts import END_CALL
 from qserve.broker.server import embedded
-from qserve.errors import BrokerUnavailable, FrameRejected
+from qserve.errors import BrokerUnavailable, FrameRejected, PayloadTooLarge
 from qserve.settings import Settings
 from qserve.wire.call_record import NEVER_MS, DurableCall, DurableOptions, Terms, new_call_id
 from qserve.wire.messages import PYTHON, Signer, encode
@@ -77,6 +78,18 @@ class TestDeploying:
 
         assert sorted(redis_client.keys()) == before
         assert redis_client.xlen(keys.log) == 1
+
+    def test_one_that_redis_cannot_keep_is_refused_before_it_is_sent(
+        self, state: State, redis_client: "redis.Redis", keys: Keys, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("qserve.broker.instance.state.LARGEST_STORED", 10_000)
+        large = msgspec.structs.replace(spec(), init_args=bytes(20_000))
+
+        with pytest.raises(PayloadTooLarge, match=r"'Echo' takes 20,\d+ bytes .* load it in the constructor"):
+            state.deploy(large, expected=0)
+
+        assert redis_client.xlen(keys.log) == 0
+        assert state.deploy(spec(), expected=0).generation == 1
 
     def test_a_route_is_free_again_once_its_owner_changed_or_went(self, state: State) -> None:
         state.deploy(spec("A", route="/x"), expected=0)

@@ -13,11 +13,12 @@ from typing import Any, Literal, TypeVar
 from qserve.broker.instance.observed import Observed
 from qserve.broker.instance.remains import fail_remaining, forget_remains
 from qserve.broker.keys import GROUP, Keys
+from qserve.broker.payloads import LARGEST_STORED
 from qserve.broker.records import fail_remaining_records
 from qserve.broker.redis_errors import our_errors
 from qserve.broker.scripts import DELETE, DEPLOY, PAUSE, SET_STATE, SIGN, Script
 from qserve.broker.server import redis_clients
-from qserve.errors import BrokerUnavailable, ConfigurationError, FrameRejected
+from qserve.errors import BrokerUnavailable, ConfigurationError, FrameRejected, PayloadTooLarge
 from qserve.failpoints import reach
 from qserve.wire.messages import Signer, decoder_of, encode
 from qserve.wire.names import is_name
@@ -84,11 +85,18 @@ class State:
         Raises:
             GenerationChanged: The deployment has moved on since.
             ValueError: Its route belongs to another deployment. Nothing is written then.
+            PayloadTooLarge: It is larger than what Redis keeps in one place.
         """
         names = self.keys.of(spec.name)
         keys = (names.meta(spec.name), names.deployments, names.log, names.calls(spec.name), names.instance)
         route = spec.route_prefix or ""
         frame = self.signer.seal(encode(SignedSpec(expected + 1, spec)))
+        if len(frame) > LARGEST_STORED:
+            raise PayloadTooLarge(
+                f"Deployment {spec.name!r} takes {len(frame):,} bytes with the arguments of its constructor, its "
+                f"user_config and code that is sent as a pickle, and Redis keeps no more than {LARGEST_STORED:,} in "
+                "one place: put what is large into a file, and load it in the constructor"
+            )
         history, free = secrets.token_hex(16), "\n".join(moving)
         arguments = (spec.name, expected, frame, GROUP, route, f"{names.base}meta:", history, free)
         fields: list[str | bytes | int] = [*script_fields(spec)]
