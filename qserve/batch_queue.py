@@ -189,11 +189,13 @@ def in_order(results: Any, count: int, verb: str) -> list[Any]:
     Raises:
         TypeError: They have no order, or are no results of several inputs at all.
     """
-    is_series = hasattr(type(results), "__iter__") or hasattr(type(results), "__getitem__")
-    if isinstance(results, str | bytes | Mapping | Set) or not is_series:
+    kind = type(results)
+    is_series = hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")
+    is_table = hasattr(kind, "columns") and hasattr(kind, "shape")  # whose columns would be taken for the results
+    if isinstance(results, str | bytes | Mapping | Set) or is_table or not is_series:
         raise TypeError(
             f"A batched function has to {verb} a list with one result for each of its inputs ({count}), in their "
-            f"order, and not a value of type {type(results).__name__}."
+            f"order, and not a value of type {kind.__name__}."
         )
     return list(results)
 

@@ -224,19 +224,37 @@ async def test_results_may_be_anything_that_has_an_order() -> None:
         kinds.pop()
 
 
-async def test_nobody_waits_for_a_result_that_a_table_does_not_give() -> None:
-    class Table:
-        """Has a length of two rows, and gives the name of its only column, as a DataFrame does."""
+async def test_the_columns_of_a_table_are_no_results() -> None:
+    class DataFrame:
+        """Gives the names of its columns, as that of pandas does."""
+
+        columns = ("first", "second")
+        shape = (2, 2)
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.columns)
+
+    @batch(max_batch_size=2)
+    async def tabulate(items: list[int]) -> list[str]:
+        return DataFrame()  # type: ignore[return-value]
+
+    errors = await asyncio.gather(tabulate(1), tabulate(2), return_exceptions=True)
+    assert ["not a value of type DataFrame" in str(error) for error in errors] == [True, True]
+
+
+async def test_nobody_waits_for_a_result_that_a_series_does_not_give() -> None:
+    class Series:
+        """Has a length of two, and gives only one."""
 
         def __len__(self) -> int:
             return 2
 
         def __iter__(self) -> Iterator[str]:
-            yield "column"
+            yield "first"
 
     @batch(max_batch_size=2)
     async def tabulate(items: list[int]) -> list[str]:
-        return Table()  # type: ignore[return-value]
+        return Series()  # type: ignore[return-value]
 
     async with asyncio.timeout(patience(20)):
         errors = await asyncio.gather(tabulate(1), tabulate(2), return_exceptions=True)
