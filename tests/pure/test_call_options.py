@@ -1,8 +1,10 @@
 """What the options of a handle may be."""
 
 import re
+from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qserve.calls.handle import AsyncDeploymentHandle, DeploymentHandle, get_handle
@@ -22,6 +24,17 @@ def test_what_is_sent_with_a_call_is_text(option: str, kind: dict[str, bool]) ->
         HANDLE.options(**{option: 5}, **kind)
     with pytest.raises(ValueError, match=re.escape(f"{option}='a\\ud800' cannot be sent: it contains half a char")):
         HANDLE.options(**{option: "a\ud800"}, **kind)
+
+
+class Model(StrEnum):
+    SMALL = "small"
+
+
+@pytest.mark.parametrize("option", ["method_name", "multiplexed_model_id"])
+@pytest.mark.parametrize("text", [np.str_("small"), Model.SMALL])
+def test_text_of_other_classes_is_sent_as_text(option: str, text: str) -> None:
+    sent = getattr(HANDLE.options(**{option: text})._options, option)
+    assert (type(sent), sent) == (str, "small")
 
 
 WRONG_SECONDS = [

@@ -531,6 +531,7 @@ class Point:
         ("text", "text/plain; charset=utf-8", b"text"),
         ("h\u00e9", "text/plain; charset=utf-8", "h\u00e9".encode()),
         (b"bytes", "text/plain", b"bytes"),
+        (np.bytes_(b"bytes"), "text/plain", b"bytes"),
         (None, "text/plain", b""),
         ({"a": [1, 2.5, None, True]}, "application/json", None),
         ([], "application/json", b"[]"),
@@ -545,6 +546,7 @@ async def test_results_become_responses(result: Any, content_type: str, body: by
         answer = await replica.get()
         assert (answer.status, answer.header("content-type")) == (200, content_type)
         assert answer.header("content-length") == str(len(answer.body))
+        assert type(answer.body) is bytes  # else it cannot be sent
         if body is not None:
             assert answer.body == body
         else:
@@ -602,6 +604,16 @@ async def test_a_result_that_is_no_response_says_what_it_was() -> None:
 
     async with running(give) as replica:
         with pytest.raises(ResultNotSerializable, match=r"returned a dict.*lock"):
+            await replica.get()
+
+
+@pytest.mark.parametrize("value", [np.longdouble(1), np.ones(2, np.longdouble)])
+async def test_numbers_that_python_has_no_type_for_are_named(value: object) -> None:
+    async def give() -> Any:
+        return [value]
+
+    async with running(give) as replica:
+        with pytest.raises(ResultNotSerializable, match=r"numpy\.longdouble is not JSON serializable"):
             await replica.get()
 
 

@@ -88,7 +88,7 @@ def changed_options(
     if method_name is not None:
         given["method_name"] = method_name
     for name in _SENT.intersection(given):
-        _check_text(name, given[name])
+        given[name] = _checked_text(name, given[name])
     if "timeout_s" in given:
         check_seconds("timeout_s", given["timeout_s"], _SHORTEST_TIMEOUT_S)
     if "http_headers" in given:
@@ -100,13 +100,14 @@ def changed_options(
     return changed, _durable_options(durable, changed, before, of_durable)
 
 
-def _check_text(option: str, text: Any) -> None:
+def _checked_text(option: str, text: Any) -> str:
     if not isinstance(text, str):
         raise TypeError(f"{option} is a string, not {text!r}")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{option}={text!a} cannot be sent: it contains half a character") from None
+    return str.__str__(text)  # what is sent is no enum and no numpy.str_
 
 
 def _durable_options(

@@ -54,7 +54,7 @@ async def make_response(
     if isinstance(result, Response):
         return await _send(result, request, open_channel, on_complete)
     if isinstance(result, bytes):
-        return HttpResponse(200, [_PLAIN, (b"content-length", b"%d" % len(result))], result)
+        return HttpResponse(200, [_PLAIN, (b"content-length", b"%d" % len(result))], bytes(result))
     if result is None:
         return _EMPTY
     body = to_json(result)
@@ -138,7 +138,10 @@ def _jsonable(value: Any) -> Any:
     if unawaited := what_to_await(value):
         raise TypeError(unawaited)
     if hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
-        return value.tolist()
+        listed = value.tolist()
+        if type(listed) is type(value):  # for which Python has no number, such as numpy.longdouble
+            raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} is not JSON serializable")
+        return listed
     # pydantic models, dataclasses, datetime, UUID, Decimal, sets, enums, paths
     return to_jsonable_python(value, fallback=_jsonable_inside)
 
