@@ -94,17 +94,22 @@ def _describe(dtype: "numpy.dtype[Any]") -> object:
 
 
 def tensor_to_wire(value: Any, beside: Beside) -> object:
-    """An extension with dtype, shape and bytes of a torch tensor; None if it is more than numbers in this memory."""
+    """An extension with dtype, shape and bytes of a torch tensor; None if it is more than numbers in this memory.
+
+    Whether it requires a gradient is said, and how it was computed is not, as in a pickle. A pickle would have all of
+    the memory that it is a view of, such as that of a whole batch.
+    """
     torch = sys.modules["torch"]
     plain = type(value) is torch.Tensor and value.device.type == "cpu" and value.layout is torch.strided
-    if not plain or value.is_quantized or value.is_nested or value.requires_grad or value.is_conj() or value.is_neg():
+    if not plain or value.is_quantized or value.is_nested or value.is_conj() or value.is_neg():
         return None
     size = value.element_size()
-    numbers = value.contiguous().reshape(-1).view(getattr(torch, _NUMBERS[size]))
+    numbers = value.detach().contiguous().reshape(-1).view(getattr(torch, _NUMBERS[size]))
     data = memoryview(numbers.numpy().view("uint8"))
     number = beside(data, data.nbytes)
     name = str(value.dtype).removeprefix("torch.")
-    return Ext(TENSOR, _encode((name, tuple(value.shape), False, data if number is None else number)))
+    raw = data if number is None else number
+    return Ext(TENSOR, _encode((name, tuple(value.shape), value.requires_grad, raw)))
 
 
 # The way back
@@ -177,7 +182,7 @@ def read_scalar(data: memoryview, source: Source | None) -> Any:
 
 def read_tensor(data: memoryview, source: Source | None) -> Any:
     """A torch tensor, in memory of its own."""
-    name, shape, _, raw = _decode_tensor(data)
+    name, shape, requires_grad, raw = _decode_tensor(data)
     try:
         torch: Any = importlib.import_module("torch")  # optional and heavy
     except ImportError as exc:
@@ -189,9 +194,8 @@ def read_tensor(data: memoryview, source: Source | None) -> Any:
         raise ValueNotSerializable(f"a torch tensor of dtype {name} was received, which torch does not know here")
     # torch knows no memory that may not be written to.
     taken = memoryview(bytearray(raw)) if isinstance(raw, memoryview) else _source(source).take(raw, writable=True)
-    if not taken:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(taken, dtype=dtype).reshape(shape)
+    made = torch.frombuffer(taken, dtype=dtype).reshape(shape) if taken else torch.empty(shape, dtype=dtype)
+    return made.requires_grad_() if requires_grad else made
 
 
 def _taken(raw: Raw, source: Source | None) -> memoryview:

@@ -180,9 +180,24 @@ def is_stand_in(torch: Any) -> bool:
     return not hasattr(torch, "tensor")
 
 
-def test_a_tensor_that_is_more_than_numbers_has_no_form_of_its_own(torch: Any) -> None:
+@pytest.mark.parametrize("count", [0, 3, LARGE])
+def test_a_tensor_that_requires_a_gradient_does_so_where_it_arrives(torch: Any, count: int) -> None:
+    [arrived], parts = travel([torch.ones(count, dtype=torch.float32).requires_grad_()], unsigned)
+    assert arrived.requires_grad
+    assert arrived.tolist() == [1.0] * count
+    assert parts == (2 if count == LARGE else 1)
+
+
+def test_of_a_view_of_a_large_tensor_only_the_view_is_sent(torch: Any) -> None:
+    table = torch.ones(100, LARGE, dtype=torch.float32).requires_grad_()
+    assert len(codec.pack([table[0, :3]])) < 100
+
+
+def test_a_tensor_that_is_more_than_numbers_has_no_form_of_its_own(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = torch.ones(3, dtype=torch.float32)
+    monkeypatch.setattr(torch.Tensor, "is_quantized", True)
     with pytest.raises(ResultNotSerializable, match="Tensor"):
-        travel([torch.ones(3, dtype=torch.float32).requires_grad_()], unsigned)
+        travel([quantized], unsigned)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")

@@ -65,7 +65,16 @@ class Tensor:
     def element_size(self) -> int:
         return int(self._numbers.itemsize)
 
+    def __getitem__(self, where: Any) -> "Tensor":
+        made = Tensor(self._numbers[where], self.dtype)
+        made.requires_grad = self.requires_grad
+        return made
+
+    def detach(self) -> "Tensor":
+        return Tensor(self._numbers, self.dtype)
+
     def contiguous(self) -> "Tensor":
+        assert not self.requires_grad, "torch gives the numbers of what requires a gradient only when it is detached"
         return Tensor(np.ascontiguousarray(self._numbers).reshape(self.shape), self.dtype)
 
     def reshape(self, *shape: Any) -> "Tensor":
