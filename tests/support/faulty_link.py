@@ -92,6 +92,11 @@ class FaultyLink:
         """Half-open: connections are accepted and stay open, nothing moves in either direction."""
         self.requests = self.replies = Way.HOLD
 
+    def forget(self) -> None:
+        """Every connection that there is now stays open and carries nothing any more, whatever comes: as where a host has
+        vanished, or a firewall has forgotten them. New ones are harmless."""
+        self._each(_Pair.forget)
+
     def heal(self) -> None:
         """Pass everything on again; what was held arrives now, connections that have lost bytes are reset."""
         self.requests = self.replies = Way.PASS
@@ -166,6 +171,7 @@ class _Pair:
         self._ends = client, server
         self._changed = asyncio.Event()
         self._has_lost_bytes = False
+        self._is_forgotten = False
         self._is_closed = False
 
     async def carry(
@@ -180,7 +186,7 @@ class _Pair:
                 look(data)
                 await asyncio.sleep(arrives_at - asyncio.get_running_loop().time())
                 kept = (Way.HOLD,) if data else (Way.HOLD, Way.DROP)
-                while way() in kept and not self._is_closed:
+                while (way() in kept or self._is_forgotten) and not self._is_closed:
                     self._changed.clear()
                     await self._changed.wait()
                 if way() is Way.DROP:
@@ -204,6 +210,10 @@ class _Pair:
             except OSError:
                 data = b""
             await on_the_line.put((asyncio.get_running_loop().time() + self._link.delay_s, data))
+
+    def forget(self) -> None:
+        """Carry nothing any more."""
+        self._is_forgotten = True
 
     def heal(self) -> None:
         """The line is good again."""

@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
+from qserve.broker.link import REST_S
 from qserve.errors import Indeterminate, ReplicaDied
-from tests.faults.failures.systems import Stopwatch, ask, calling, outcome, put, system, value
+from tests.faults.failures.systems import NAME, Stopwatch, ask, calling, outcome, put, system, value
 from tests.support.calling import Caller
 from tests.support.chosen_server import needs_one_server
 from tests.support.slowness import patience
@@ -40,6 +41,17 @@ async def test_a_replica_that_is_cut_off_loses_its_calls_and_its_late_results_ar
         assert len(it.world.books.starts("thread")) == len(it.world.books.starts("unsafe")) == 1
         assert starts == 4
         assert parted.process.poll() is None
+
+
+async def test_a_replica_whose_connections_go_silent_for_good_makes_new_ones_and_serves_on() -> None:
+    """No error ever comes, as where the host of the server has vanished and another one has taken its address."""
+    async with system(dead_after_s=REST_S + 2, replicas=0) as it, calling(it.settings) as caller:
+        link = it.link()
+        replica = await it.replica_behind(link)
+        await until(lambda: it.world.redis.pttl(it.world.keys.mover(NAME)) > 1000 * REST_S)  # it rests
+        link.forget()
+        assert await value(caller, put(caller, "pid", None)[1]) == replica.pid
+        assert replica.process.poll() is None
 
 
 async def serves(caller: Caller, pid: int) -> None:

@@ -250,10 +250,13 @@ class Consumer:
             self.link.check()
             if self.link.sender.is_open and time.monotonic() >= sample_at:
                 sample_at = time.monotonic() + SAMPLE_EVERY_S
-                try:
-                    await self._clock.sample(self.link.sender)
-                except QServeError as exc:
-                    logger.debug("could not read Redis' clock: %s", exc)
+                spawn(self._sample_clock())  # not awaited: only the next checks notice that no answer comes
+
+    async def _sample_clock(self) -> None:
+        try:
+            await self._clock.sample(self.link.sender)
+        except QServeError as exc:
+            logger.debug("could not read Redis' clock: %s", exc)
 
     def _read_more(self) -> None:
         code, suspects = self._code, self._suspects
