@@ -2,7 +2,7 @@
 
 import pytest
 
-from qserve.broker.server.address import Broker, mask, parse
+from qserve.broker.server.address import SENTINEL_PORT, Broker, mask, parse
 from qserve.errors import ConfigurationError
 
 
@@ -81,6 +81,23 @@ def test_nothing_that_describes_a_broker_shows_a_password() -> None:
     assert broker.place == "the primary of 'main' (sentinels a:26379, b:26379)"
     assert mask(url) == "rediss+sentinel://***@a,b/main?sentinel_password=***"
     assert "geheim" not in f"{broker!r} {broker.place}"
+
+
+def test_other_threads_never_find_a_broker_without_its_guides() -> None:
+    """They would take its URL for that of one server, and connect to localhost."""
+    broker = parse("redis+sentinel://one,two,three/reordered")
+    seen: list[int] = []
+
+    class Looking(str):
+        def __eq__(self, other: object) -> bool:
+            seen.append(len(broker.guides))  # what another thread would see that runs now
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    broker.prefer((Looking("three"), SENTINEL_PORT))
+    assert set(seen) == {3}
+    assert broker.guides[0] == ("three", SENTINEL_PORT)
 
 
 def test_certificates_are_checked_unless_the_url_says_otherwise() -> None:

@@ -150,7 +150,10 @@ class Broker:
 
     def prefer(self, guide: Address) -> None:
         """Ask this guide first from now on."""
-        self.guides.sort(key=lambda each: each != guide)
+        guides = self.guides
+        if guides[0] != guide:
+            # Not `sort`, during which other threads find the list empty, as that of a URL without guides.
+            guides[:] = sorted(guides, key=lambda each: each != guide)
 
     def learn(self, nodes: Iterable[Address]) -> None:
         """Ask these nodes of the cluster, too, when those of the URL have gone."""
