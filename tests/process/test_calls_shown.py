@@ -248,7 +248,8 @@ def test_what_is_changed_is_a_new_generation_and_what_holds_already_is_none(stat
 def put_node(state: State, id_: str, **fields: Any) -> None:
     """A node that lives, as it describes itself."""
     state.redis.hset(state.keys.nodes, id_, encode(NodeInfo(id=id_, host=f"host-{id_}", pid=1, **fields)))
-    state.redis.set(state.keys.alive(id_), 1)
+    for each in {state.keys, *state.keys.all()}:
+        state.redis.set(each.alive(id_), 1)
 
 
 def test_a_number_that_no_node_follows_is_refused(state: State, settings: Settings) -> None:

@@ -50,7 +50,7 @@ async def both(settings: Settings) -> AsyncIterator[tuple[Caller, Code]]:
 
 @pytest.fixture
 async def lending(settings: Settings, signer: Signer) -> AsyncIterator[Lending]:
-    made = Lending("me", settings.redis_url, settings.keys, signer)
+    made = Lending("me", settings.keys.address(settings.redis_url), settings.keys, signer)
     yield made
     made.stop()
 
@@ -398,7 +398,7 @@ class TestTransfers:
 async def test_another_content_of_the_same_memory_is_not_sent_for_the_one_that_was_asked_for(
     settings: Settings, signer: Signer, lending: Lending
 ) -> None:
-    ours = Transfers(settings.redis_url, settings.keys, signer)
+    ours = Transfers(settings.keys.address(settings.redis_url), settings.keys, signer)
     lent = decode_lent((loan := lending.lend(b"x" * MIB)).frame)
     lending.end(loan, is_read=True)
     assert lending.lend(b"y" * MIB).segment is loan.segment
@@ -410,7 +410,7 @@ async def test_another_content_of_the_same_memory_is_not_sent_for_the_one_that_w
 async def test_a_value_that_is_taken_back_while_it_is_sent_does_not_arrive(
     settings: Settings, signer: Signer, lending: Lending, redis_client: "redis.Redis", keys: Keys
 ) -> None:
-    ours = Transfers(settings.redis_url, settings.keys, signer)
+    ours = Transfers(settings.keys.address(settings.redis_url), settings.keys, signer)
     size = (transfers.WINDOW + 5) * CHUNK
     lent = decode_lent((loan := lending.lend(b"x" * size)).frame)
     lending.send("t", f"{lent.cookie.hex()}:{lent.generation}")

@@ -25,6 +25,7 @@ from qserve.errors import (
 from qserve.settings import Settings
 from qserve.wire.messages import HTTP, PYTHON, Call, HttpRequest, Outcome, Reply, Signer, decode_http_response, encode
 from tests.support.calling import Caller, calling, within
+from tests.support.chosen_server import needs_one_server
 from tests.support.replicas import NAME, World
 from tests.support.slowness import patience
 from tests.support.waiting import until
@@ -105,6 +106,7 @@ class TestSlots:
 
 
 class TestDeath:
+    @needs_one_server  # asks one server who reads there
     async def test_a_process_that_it_forked_and_that_outlives_it_reads_no_calls(self, world: World) -> None:
         """On a connection that it held open the server would give out one more, which nobody would run for a minute."""
         world.deploy()
@@ -113,7 +115,7 @@ class TestDeath:
             child = await caller.ask(None, "leave_a_child", deployment=NAME)
             assert isinstance(child, int)
             try:
-                assert readers(world) == 1
+                await until(lambda: readers(world) == 1)
                 host.kill()
                 await until(lambda: readers(world) == 0)
             finally:

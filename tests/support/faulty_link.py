@@ -93,8 +93,8 @@ class FaultyLink:
         self.requests = self.replies = Way.HOLD
 
     def forget(self) -> None:
-        """Every connection that there is now stays open and carries nothing any more, whatever comes: as where a host has
-        vanished, or a firewall has forgotten them. New ones are harmless."""
+        """Every connection that there is now stays open and carries nothing any more, for good, as where a host has
+        vanished or a firewall has forgotten them. New ones are harmless."""
         self._each(_Pair.forget)
 
     def heal(self) -> None:
