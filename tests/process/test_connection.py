@@ -29,6 +29,7 @@ from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.wire.messages import Signer
 from qserve.wire.spec import HttpSettings
 from tests.support.chosen_server import needs_one_server
+from tests.support.faulty_link import FaultyLink
 from tests.support.servers import wait_until_accepting
 from tests.support.serving import free_port
 from tests.support.slowness import patience
@@ -555,3 +556,18 @@ async def _open_later(url: str) -> Connection:
         return None
 
     return await until(opened)
+
+
+@needs_one_server
+async def test_a_connection_that_lay_idle_for_long_is_made_anew(
+    redis_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A balancer or firewall may have forgotten it: the first command after lunch would fail."""
+    with FaultyLink(redis_server) as link, redis_clients.client(link.url, patience(5)) as client:
+        async with redis_clients.asyncio_client(link.url, patience(5)) as other:
+            assert await asyncio.to_thread(client.client_id) == await asyncio.to_thread(client.client_id)
+            assert await other.client_id() == await other.client_id()
+            link.forget()
+            monkeypatch.setattr(redis_clients, "_LONG_REST_S", 0)
+            assert await asyncio.to_thread(client.ping)
+            assert await other.ping()

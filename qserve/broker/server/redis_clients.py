@@ -32,6 +32,9 @@ _GUIDE_TIMEOUT_S: Final = 0.5
 _CONNECT_TIMEOUT_S: Final = 2.0
 _REST_S: Final = 2.0
 """How long a connection may lie idle before its guides are asked whether it still leads to the primary."""
+_LONG_REST_S: Final = 30.0
+"""How long it may lie idle before it is made anew: what is between us and the server may have forgotten it by then, and
+the next command would fail, or wait in vain for its answer."""
 _ASK: Final = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME")
 
 
@@ -225,10 +228,9 @@ class _Rested:
         self._used_at = time.monotonic()
         super().__init__(**options)
 
-    def _has_rested(self) -> bool:
-        # A primary that was cut off or frozen does not know yet that it is one no more, and neither do we.
+    def _rest_s(self) -> float:
         before, self._used_at = self._used_at, time.monotonic()
-        return self._used_at - before > _REST_S
+        return self._used_at - before
 
     def _is_at(self, primary: Address | None) -> bool:
         return primary is None or primary == (self.host, self.port)
@@ -240,12 +242,15 @@ class _Finding(_Rested):
     _sock: Any
 
     def connect(self) -> None:
+        rest_s = self._rest_s()
+        if self._sock is not None and rest_s > _LONG_REST_S:
+            self.disconnect()  # type: ignore[attr-defined]
         if not self._broker.guides:
             super().connect()  # type: ignore[misc]
             return
-        has_rested = self._has_rested()
         if self._sock is not None:
-            if not has_rested or self._is_at(next(primaries(self._broker, []), None)):
+            # A primary that was cut off or frozen does not know yet that it is one no more, and neither do we.
+            if rest_s <= _REST_S or self._is_at(next(primaries(self._broker, []), None)):
                 return
             self.disconnect()  # type: ignore[attr-defined]
         problems: list[str] = []
@@ -287,8 +292,8 @@ class SlotConnection(_Tcp):
     """A connection to the primary of a slot, for a library that knows nothing of clusters: when the slot has moved, the
     connection is lost. It stays where it is until then: what it has subscribed to is told by every server."""
 
-    def _has_rested(self) -> bool:
-        return False
+    def _rest_s(self) -> float:
+        return 0.0
 
     def read_response(self, *args: Any, **options: Any) -> Any:
         try:
@@ -308,12 +313,14 @@ class _AsyncFinding(_Rested):
     is_connected: bool
 
     async def connect(self) -> None:
+        rest_s = self._rest_s()
+        if self.is_connected and rest_s > _LONG_REST_S:
+            await self.disconnect(nowait=True)  # type: ignore[attr-defined]
         if not self._broker.guides:
             await super().connect()  # type: ignore[misc]
             return
-        has_rested = self._has_rested()
         if self.is_connected:
-            if not has_rested or self._is_at(await anext(primaries_async(self._broker, []), None)):
+            if rest_s <= _REST_S or self._is_at(await anext(primaries_async(self._broker, []), None)):
                 return
             await self.disconnect()  # type: ignore[attr-defined]
         problems: list[str] = []
