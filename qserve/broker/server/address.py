@@ -36,6 +36,8 @@ _TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _TLS_OPTIONS = (*_TLS_FILES, "ssl_cert_reqs", "ssl_check_hostname")
 _SENTINEL_OPTIONS = ("sentinel_username", "sentinel_password")
 _VERIFY_MODES = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
+_OUT_OF_TIME = (9, 10)
+"""OpenSSL's codes for certificates that are not valid yet, or not any more."""
 _CLUSTER_OPTIONS = ("shards", "slot")
 _SCHEMES = {
     # whether TLS is spoken, and who is asked where the primary is
@@ -215,6 +217,9 @@ def tls_problem(error: BaseException, place: str) -> tuple[str, str] | None:
     if "mismatch" in reason:
         text = f"the certificate of Redis at {place} is for another host: {reason}"
         return text, "Name the server in the URL as its certificate does"
+    if exc.verify_code in _OUT_OF_TIME:
+        text = f"the certificate of Redis at {place} is not valid now: {reason}"
+        return text, "Renew it, or set the clock of this machine if that is wrong"
     text = f"the certificate of Redis at {place} is not trusted: {reason}"
     return text, "Name the file of its authority in the URL: ?ssl_ca_certs=FILE"
 

@@ -1,6 +1,7 @@
 """TLS with certificates that are checked, on every connection of every process; with sentinels, too."""
 
 import contextlib
+import datetime
 import ssl
 import subprocess
 import sys
@@ -69,9 +70,15 @@ class Secured:
         options = f"{SENTINEL_LOGIN}&ssl_ca_certs={self._folder / 'ca.pem'}"
         return f"rediss+sentinel://{LOGIN}@localhost:{self.watching.port}/{SERVICE}?{options}"
 
-    def _context(self, name: str) -> ssl.SSLContext:
+    @contextlib.contextmanager
+    def expired(self, since: datetime.datetime) -> Iterator[str]:
+        """The URL of the server with a certificate that was valid until then."""
+        with TlsProxy(self._context("localhost", since), self.server.port) as late:
+            yield self.url().replace(str(self.direct.port), str(late.port))
+
+    def _context(self, name: str, not_after: datetime.datetime | None = None) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._ca.issue_cert(name).configure_cert(context)
+        self._ca.issue_cert(name, not_after=not_after).configure_cert(context)
         return context
 
     def _write(self, name: str, blob: trustme.Blob) -> None:
@@ -164,6 +171,14 @@ async def test_another_authority_and_another_host_are_refused(
     else:
         assert f"the certificate of Redis at localhost:{secured.direct.port} is not trusted" in text
         assert "?ssl_ca_certs=FILE" in text
+
+
+async def test_a_certificate_whose_time_is_over_is_not_one_of_an_unknown_authority(secured: Secured) -> None:
+    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+    with secured.expired(yesterday) as url:
+        for connect in (by_call_path, by_driver):
+            with pytest.raises(ConfigurationError, match=r"is not valid now: .*expired\. Renew it"):
+                await connect(url)
 
 
 @pytest.mark.parametrize("connect", WAYS)
