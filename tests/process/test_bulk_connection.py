@@ -113,6 +113,7 @@ def test_passwords_users_and_databases_are_those_of_the_url() -> None:
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         options = f'port {port}\ndir {folder}\nsave ""\nrequirepass secret\nuser guest on >guest ~* +@all\n'
+        options += "user open on nopass ~* +@all\n"
         (Path(folder) / "valkey.conf").write_text(f"{options}logfile {folder}/log")
         server = Popen([str(embedded.find_server()), f"{folder}/valkey.conf"])
         try:
@@ -121,6 +122,8 @@ def test_passwords_users_and_databases_are_those_of_the_url() -> None:
                 connection.call("SET", "a", "there")
             with closing(BulkConnection.open(f"redis://guest:guest@127.0.0.1:{port}/2")) as connection:
                 assert (connection.call("GET", "a"), connection.call("ACL", "WHOAMI")) == (b"there", b"guest")
+            with closing(BulkConnection.open(f"redis://open@127.0.0.1:{port}")) as connection:
+                assert connection.call("ACL", "WHOAMI") == b"open"
             with pytest.raises(CommandRefused, match="WRONGPASS"):
                 BulkConnection.open(f"redis://guest:wrong@127.0.0.1:{port}")
         finally:

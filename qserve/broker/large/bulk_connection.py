@@ -35,7 +35,7 @@ class BulkConnection:
         self = cls(url)
         broker = parse(url)
         try:
-            if broker.password:
+            if broker.username or broker.password:
                 self.call(*(["AUTH", broker.username] if broker.username else ["AUTH"]), broker.password)
             if broker.db:
                 self.call("SELECT", broker.db)
