@@ -30,6 +30,19 @@ from tests.support.waiting import until, wait_until
 __all__ = ["start_node"]
 
 
+def test_a_node_that_starts_forgets_nodes_and_gateways_that_were_killed(
+    start_node: StartNode, redis_client: "redis.Redis", keys: Keys
+) -> None:
+    """Else what each of them has said would stay for ever, and be gone through whenever somebody asks who is there."""
+    for name in (keys.nodes, keys.gateways):
+        redis_client.hset(name, mapping={"killed": b"what it has said", "alive": b"what it says"})
+    redis_client.set(keys.alive("alive"), 1)
+    start_node()
+    wait_until(lambda: redis_client.hkeys(keys.gateways) == [b"alive"])
+    assert not redis_client.hexists(keys.nodes, "killed")
+    assert redis_client.hexists(keys.nodes, "alive")
+
+
 class TestWorkers:
     def test_one_celery_worker_per_deployment_and_redeploys_touch_only_their_own(
         self, start_node: StartNode, state: State

@@ -25,7 +25,7 @@ from qserve.background import end
 from qserve.broker.instance.change_log import Change, Snapshot, connect_asyncio, follow, has_schedules, read_snapshot
 from qserve.broker.instance.drained_nodes import read_drained
 from qserve.broker.instance.remembered_state import RememberedState
-from qserve.broker.instance.reports import report_node, withdraw_node
+from qserve.broker.instance.reports import forget_dead, report_node, withdraw_node
 from qserve.broker.instance.state import State
 from qserve.broker.redis_errors import CommandRefused
 from qserve.broker.server import embedded
@@ -298,6 +298,8 @@ class Node:
         """Announce this node, and start and stop workers after every change; now and then without one, too."""
         if self._birth.predecessor:  # which was killed: nobody is to wait for it, and its workers leave by themselves
             await self._withdraw(self._birth.predecessor)
+        with contextlib.suppress(QServeError, CommandRefused):
+            await forget_dead(self._redis, self._keys)
         while True:
             self._changed.clear()
             self._orphans.reap()

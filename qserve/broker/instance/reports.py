@@ -93,6 +93,18 @@ async def withdraw_node(client: "redis.asyncio.Redis", keys: Keys, node: str) ->
         await asyncio.gather(*(client.delete(each.alive(node)) for each in keys.all()), return_exceptions=True)
 
 
+async def forget_dead(client: "redis.asyncio.Redis", keys: Keys) -> None:
+    """Forget nodes and gateways that have ended without a word; raises like `report_node`.
+
+    One that only seemed dead says again and again what it is.
+    """
+    with our_errors(client):
+        for name in (keys.nodes, keys.gateways):
+            for process in await cast("Any", client.hkeys(name)):
+                if not await client.exists(keys.alive(process.decode())):
+                    await cast("Any", client.hdel(name, process))
+
+
 async def read_replicas(client: "redis.asyncio.Redis", keys: Keys, deployment: str) -> dict[str, ReplicaInfo]:
     """The replicas of a deployment by id, as they describe themselves; raises like `report_node`."""
     with our_errors(client):
