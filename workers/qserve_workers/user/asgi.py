@@ -183,7 +183,7 @@ class Exchange:
         if self._stop_timer() and anyway:
             self._begin_flush()
         if self._flushing is not None:
-            await self._flushing
+            await asyncio.shield(self._flushing)  # who gives up waiting for it would cancel it
             self._flushing = None
 
     def _stop_timer(self) -> bool:
