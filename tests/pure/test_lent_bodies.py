@@ -171,6 +171,18 @@ class TestResponses:
         gc.collect()
         assert loan.segment.state == COPIED
 
+    @pytest.mark.parametrize("method", ["GET", "HEAD"])
+    async def test_one_that_is_large_by_its_headers_only_is_whole(self, lending: Lending, method: str) -> None:
+        body = BODY[:LEAST]
+        packed = pack_http(HttpResponse(201, [(b"content-length", b"1000"), (b"x", b"y" * LEAST)], body), LEAST)
+        response = LargeResponse(LargeReply("call", HTTP_RESPONSE, opened(lending.lend_result(packed))))
+
+        start, *pieces = await self.written(response, method)
+
+        assert start["status"] == 201
+        assert dict(start["headers"])[b"content-length"] == b"1000"
+        assert b"".join(piece["body"] for piece in pieces) == (b"" if method == "HEAD" else body)
+
     async def test_one_that_cannot_be_sent_becomes_a_500(self, lending: Lending) -> None:
         loan = lending.lend_result(pack_http(HttpResponse(200, [(b"a\r\nb", b"")], BODY), LEAST))
         start, *_ = await self.written(LargeResponse(LargeReply("call", HTTP_RESPONSE, opened(loan))), "GET")

@@ -181,6 +181,9 @@ class LargeResponse:
     async def _write(self, source: Source, send: Send, method: str, request_id: str) -> None:
         response = decode_http_response(source.head)
         size = source.size_of(1)
+        if not size:  # only together with its headers it is large
+            await send_response(send, response, method, request_id)
+            return
         headers = [*response.headers, (b"content-length", b"%d" % size)]
         response = msgspec.structs.replace(response, headers=headers)
         try:
