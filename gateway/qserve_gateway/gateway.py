@@ -9,14 +9,14 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qserve.calls.client import Client
-from qserve.errors import ConfigurationError, PayloadTooLarge, QServeError, StreamBroken
+from qserve.errors import PayloadTooLarge, QServeError, StreamBroken
 from qserve.hooks import GatewayHook
 from qserve.settings import Settings
 from qserve.wire.messages import MODEL, WEBSOCKET, HttpRequest, HttpResponse, encode
 from qserve.wire.spec import DeploymentSpec
 from qserve_gateway.api_keys import ApiKeys
 from qserve_gateway.bodies.large_bodies import LargeResponse
-from qserve_gateway.bodies.streaming import ClientDisconnected, read_beginning, until_it_pauses
+from qserve_gateway.bodies.streaming import ClientDisconnected, keeping, read_beginning, until_it_pauses
 from qserve_gateway.direct_calls import DirectCall, HookedDirectCall
 from qserve_gateway.door.body_protocol import connection_of
 from qserve_gateway.door.direct import DirectApp, DirectProtocol, DirectRequest
@@ -27,6 +27,7 @@ from qserve_gateway.durable.durable_requests import PATH, DurableRequests, Prefe
 from qserve_gateway.front_page import front_page
 from qserve_gateway.headers import SPOOFED, UNUSUAL, Headers, end_to_end
 from qserve_gateway.http_calls import Answered, HttpCalls, StreamedResponse
+from qserve_gateway.middlewares import wrapped
 from qserve_gateway.request_hooks import RequestHooks
 from qserve_gateway.respond import (
     Refused,
@@ -139,14 +140,8 @@ class Gateway(DirectApp):
         Raises:
             ConfigurationError: A middleware refuses its arguments; nothing has changed then.
         """
-        stack = self._entry
-        for middleware in reversed(tuple(middlewares)):
-            try:
-                stack = middleware.cls(stack, *middleware.args, **middleware.kwargs)
-            except Exception as exc:
-                raise ConfigurationError(f"{middleware!r} cannot be set up: {type(exc).__name__}: {exc}") from exc
-        self._stack = stack
-        self._is_bare = stack is self._entry
+        self._stack = wrapped(self._entry, tuple(middlewares))
+        self._is_bare = self._stack is self._entry
         self._root_path = root_path.rstrip("/")
         self.use_deployments(self._specs, self._asleep)
 
@@ -220,11 +215,13 @@ class Gateway(DirectApp):
         if length > self._settings.out_of_line_bytes and preference is None:
             large = self._calls.large_body(route, _request(*described), length)
             if large is not None:
-                answer = await self._calls.answer_large(route, large, safe, receive, connection_of(scope, receive))
+                connection = connection_of(scope, receive)
+                answer = await self._calls.answer_large(route, large, safe, keeping(receive), connection)
                 return self._response(answer, route, request_id)
         body, follows = b"", False
         if length or b"transfer-encoding" in named:
             is_live = preference is None and not length
+            receive = keeping(receive) if is_live else receive
             body, follows = await read_beginning(
                 until_it_pauses(receive) if is_live else receive,
                 declared=length,

@@ -36,14 +36,18 @@ async def test_what_is_sent_to_a_client_that_has_left_is_dropped_for_some_time()
 
 
 async def test_who_gives_up_sending_does_not_take_the_beginning_of_the_response_with_him() -> None:
-    sent: list[Chunk] = []
-    channel = Channel("replica", lambda _to, chunk: sent.append(chunk), "gateway")
+    sent, has_begun = list[Chunk](), asyncio.Event()
+
+    def transmit(_to: str, chunk: Chunk) -> None:
+        sent.append(chunk)
+        has_begun.set()
+
+    channel = Channel("replica", transmit, "gateway")
     exchange = exchange_over(channel)
     await exchange.send({"type": "http.response.start", "status": 202})
     await exchange.send({**PART, "body": b"x" * 2 * WINDOW})
     second = asyncio.create_task(exchange.send(PART))
-    while not sent:
-        await asyncio.sleep(0)
+    await has_begun.wait()
 
     second.cancel()
     await asyncio.wait((second,))

@@ -11,6 +11,7 @@ from qserve.background import end, spawn
 from qserve.errors import PayloadTooLarge, QServeError, StreamBroken
 from qserve.wire.channel import Channel
 from qserve.wire.messages import decode_http_response
+from qserve_gateway.door.body_protocol import cycle_of
 from qserve_gateway.respond import Unsendable, send_response, start_message
 
 PAUSE_S = 0.05
@@ -75,6 +76,25 @@ async def read_beginning(receive: Receive, *, declared: int, most: int, limit: i
     if size > limit:
         raise body_too_large(limit)
     return parts[0] if len(parts) == 1 else b"".join(parts), more
+
+
+def keeping(receive: Receive) -> Receive:
+    """Make a `receive` that loses nothing where somebody gives up waiting for it: whoever asks next gets it.
+
+    The connection's own is such a one. That of a middleware may be given up after it has got a part of a body.
+    """
+    if cycle_of(receive) is not None:
+        return receive
+    waiting: asyncio.Future[Message] | None = None
+
+    async def receive_kept() -> Message:
+        nonlocal waiting
+        waiting = waiting or asyncio.ensure_future(receive())
+        await asyncio.wait((waiting,))
+        arrived, waiting = waiting, None
+        return arrived.result()
+
+    return receive_kept
 
 
 def until_it_pauses(receive: Receive) -> Receive:
