@@ -32,9 +32,47 @@ def copy_app(app: Starlette, change: ChangeRoute) -> Starlette:
     made.user_middleware = list(app.user_middleware)
     made.exception_handlers = dict(app.exception_handlers)
     made.middleware_stack = None  # built at the first request
+    if is_instrumented(app):
+        made.build_middleware_stack = _builder_of(app).for_copy(made)  # type: ignore[method-assign]
     if hasattr(made, "setup"):
         _renew_docs(made)
     return made
+
+
+def is_instrumented(app: Any) -> bool:
+    """Whether something else builds the middlewares of an application, such as OpenTelemetry's instrumentation."""
+    return "build_middleware_stack" in getattr(app, "__dict__", {})
+
+
+class _Builder:
+    """Builds the middlewares of a copy by what took the place of `build_middleware_stack` in its original.
+
+    That knows the original alone, so the original lends itself for a moment.
+    """
+
+    _LENT = ("router", "user_middleware", "exception_handlers")
+
+    def __init__(self, original: Starlette, build: Callable[[], Any], made: Starlette) -> None:
+        self._original = original
+        self._build = build
+        self._made = made
+
+    def for_copy(self, made: Starlette) -> "_Builder":
+        """The same for another copy."""
+        return _Builder(self._original, self._build, made)
+
+    def __call__(self) -> Any:
+        own = {name: getattr(self._original, name) for name in self._LENT}
+        vars(self._original).update({name: getattr(self._made, name) for name in self._LENT})
+        try:
+            return self._build()
+        finally:
+            vars(self._original).update(own)
+
+
+def _builder_of(app: Any) -> _Builder:
+    build = app.build_middleware_stack
+    return build if isinstance(build, _Builder) else _Builder(app, build, app)
 
 
 def rebuild_route(route: Any, endpoint: Callable[..., Any]) -> BaseRoute:

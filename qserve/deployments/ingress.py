@@ -11,7 +11,14 @@ from typing import Any, TypeVar
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
-from qserve.deployments.app_copy import ChangeRoute, copy_app, is_documentation, rebuild_route, walk
+from qserve.deployments.app_copy import (
+    ChangeRoute,
+    copy_app,
+    is_documentation,
+    is_instrumented,
+    rebuild_route,
+    walk,
+)
 from qserve.deployments.loading import Deployable
 
 logger = logging.getLogger(__name__)
@@ -49,7 +56,7 @@ class Contents:
     Attributes:
         routes: Its routes, those of included routers and mounted applications too.
         at_the_top: How many of its routes are its own, mounts among them.
-        counts: How many hooks, middlewares and exception handlers it has.
+        counts: How many hooks, middlewares, exception handlers and instrumentations it has.
     """
 
     routes: list[BaseRoute]
@@ -62,6 +69,7 @@ _COUNTED: dict[str, Callable[[Any], int]] = {
     "shutdown hooks": lambda app: len(getattr(getattr(app, "router", app), "on_shutdown", ())),
     "middlewares": lambda app: len(getattr(app, "user_middleware", ())),
     "exception handlers": lambda app: len(getattr(app, "exception_handlers", ())),
+    "instrumentations": is_instrumented,
 }
 
 

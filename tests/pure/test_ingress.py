@@ -7,6 +7,7 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
+from types import MethodType
 from typing import Annotated, Any
 
 import pytest
@@ -683,6 +684,56 @@ async def test_what_the_constructor_adds_is_served(caplog: pytest.LogCaptureFixt
         paths = (await replica.get("/openapi.json")).json()["paths"]
         assert sorted(paths) == ["/late/missing", "/own", "/r/included", "/said", "/thread"]
     assert "are not used" not in caplog.text
+
+
+def instrument(app: Starlette) -> None:
+    """Do as OpenTelemetry: what builds the middlewares of the application from now on knows that application alone."""
+    original = app.build_middleware_stack
+
+    def build_middleware_stack(_self: Starlette) -> Any:
+        inner = original()
+
+        async def noting(scope: Any, receive: Any, send: Any) -> None:
+            scope.setdefault("state", {})["noted"] = "noted"
+            await inner(scope, receive, send)
+
+        return noting
+
+    app.build_middleware_stack = MethodType(build_middleware_stack, app)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("where", ["before", "inside", "constructor", "late"])
+async def test_an_application_that_is_instrumented_serves_the_methods_of_a_class(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = FastAPI()
+    app.add_middleware(CORSMiddleware, allow_origins=["*"])
+    if where == "before":
+        instrument(app)
+
+    @ingress(app)
+    class Views:
+        def __init__(self, word: str) -> None:
+            self.word = word
+            if where == "constructor":
+                instrument(app)
+
+        @app.get("/own")
+        async def own(self, request: Request) -> list[str]:
+            return [self.word, getattr(request.state, "noted", "unnoted")]
+
+        if where == "inside":
+            instrument(app)
+
+    if where == "late":
+        instrument(app)
+    noted = "unnoted" if where == "late" else "noted"
+    async with running(deployment(Views).options(init_args=("a",))) as replica:
+        response = await replica.get("/own", headers={"origin": "x"})
+        assert response.json() == ["a", noted]
+        assert response.header("access-control-allow-origin") == "*"
+    assert ("Instrumentations were added to the application after" in caplog.text) == (where == "late")
+    assert [route.path for route in app.routes if isinstance(route, Route)][-1] == "/own"
 
 
 async def test_a_router_as_application_serves_what_the_constructor_adds() -> None:
