@@ -9,7 +9,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qserve.calls.client import Client
-from qserve.errors import PayloadTooLarge, QServeError, StreamBroken
+from qserve.errors import BrokerUnavailable, ConfigurationError, PayloadTooLarge, QServeError, StreamBroken
 from qserve.hooks import GatewayHook
 from qserve.settings import Settings
 from qserve.wire.messages import MODEL, WEBSOCKET, HttpRequest, HttpResponse, encode
@@ -329,12 +329,14 @@ class Gateway(DirectApp):
         if self._keys is not None:
             self._keys.check(headers, named, "")
         if name == "/-/routes":
-            return json_response(self.routes)
+            return json_response(self.routes) if self._knows_routes else _not_known_yet()
         if name.startswith(PATH) and self._pages is not None:
             return await self._pages.page(scope, name, request_id)
         return _not_found(path)
 
     def _page_without_deployment(self, scope: Scope, path: str, named: Named) -> HttpResponse:
+        if not self._knows_routes:
+            return _not_known_yet()
         if path in (self._root_path, f"{self._root_path}/") and scope["type"] == "http":
             return front_page(self.routes, self._root_path, named.get(b"accept", b""))
         return _not_found(path)
@@ -427,3 +429,7 @@ def _with_wait(response: HttpResponse, waited_s: float) -> HttpResponse:
 
 def _not_found(path: str) -> HttpResponse:
     return text_response(404, f"Path '{path}' not found. Please ping http://.../-/routes for route table.")
+
+
+def _not_known_yet() -> HttpResponse:
+    return local_error_response(BrokerUnavailable("Redis has not answered yet, so what is deployed is not known"))

@@ -8,9 +8,8 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -149,41 +148,71 @@ class GatewayProcess:
         )
         info = GatewayInfo(id=ready.id, host=socket.gethostname(), pid=ready.pid, url=ready.url)
         follower = Follower(self._client, info, self._apply)
-        await _until_redis_answers(partial(asyncio.to_thread, require_usable_at, self._settings.redis_url))
-        await _until_redis_answers(self._client.start)
-        try:
-            await _until_redis_answers(follower.start)
-            await self._serve_and_follow(follower, ready)
-        finally:
-            await follower.stop()
-            await self._news.stop()
-            await self._client.stop()
-            self._state.close()
-        logger.info("stopped")
-
-    async def _serve_and_follow(self, follower: Follower, ready: Ready) -> None:
         logging.getLogger("uvicorn.error").addFilter(OneLinePerCut())
+        self._listen_to_signals()
         async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self._disconnect, follower)
             for listener in reversed(self.listeners):
                 stack.push_async_callback(listener.stop)
-            self._listen_to_signals()
-            for listener in self.listeners:
-                await listener.start()
-            await follower.announce()  # before anybody is told where we are, and looks us up
-            following, sampling = asyncio.create_task(follower.run()), asyncio.create_task(self._sampler.run())
-            report(self._options.ready_file, ready)
-            logger.info("serving on %s", ready.url)
-            if ready.admin_url:
-                logger.info("admin listener on %s", ready.admin_url)
-            _spare_the_collector()
-            serving = {listener.serving for listener in self.listeners if listener.serving is not None}
-            await asyncio.wait({*serving, following, self._stopping}, return_when=asyncio.FIRST_COMPLETED)
+            connecting = asyncio.create_task(self._connect(follower))
+            await asyncio.wait({connecting, self._stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if connecting.done():
+                connecting.result()
+                await self._serve_and_follow(follower, ready)
             self._leaving.set()
-            # No deploy waits for a gateway that is leaving; requests in flight still get their replies.
-            await end(following, sampling)
-            follower.leave()
-            if self._admin is not None and os.getppid() != self._parent:
-                await self._admin.stop()  # another node starts another gateway, whose admin listener takes this port
+            await end(connecting)
+        logger.info("stopped")
+
+    async def _connect(self, follower: Follower) -> None:
+        """Find Redis, and what is deployed, however long that takes.
+
+        Meanwhile requests are told so: whether this process is well depends on nobody else.
+        """
+        for step in (self._require_usable_redis, self._client.start, follower.start):
+            told = False
+            while True:
+                try:
+                    await step()
+                    break
+                except BrokerUnavailable as exc:
+                    if not told:
+                        why = str(exc).rstrip(".")
+                        logger.warning("%s. Trying again until it answers; requests get 503 meanwhile.", why)
+                    told = True
+                await self._listen()
+                await asyncio.sleep(_RETRY_S)
+
+    async def _require_usable_redis(self) -> None:
+        await asyncio.to_thread(require_usable_at, self._settings.redis_url)
+
+    async def _listen(self) -> None:
+        for listener in self.listeners:
+            if listener.serving is None:
+                await listener.start()
+
+    async def _disconnect(self, follower: Follower) -> None:
+        await follower.stop()
+        await self._news.stop()
+        await self._client.stop()
+        self._state.close()
+
+    async def _serve_and_follow(self, follower: Follower, ready: Ready) -> None:
+        await self._listen()
+        await follower.announce()  # before anybody is told where we are, and looks us up
+        following, sampling = asyncio.create_task(follower.run()), asyncio.create_task(self._sampler.run())
+        report(self._options.ready_file, ready)
+        logger.info("serving on %s", ready.url)
+        if ready.admin_url:
+            logger.info("admin listener on %s", ready.admin_url)
+        _spare_the_collector()
+        serving = {listener.serving for listener in self.listeners if listener.serving is not None}
+        await asyncio.wait({*serving, following, self._stopping}, return_when=asyncio.FIRST_COMPLETED)
+        self._leaving.set()
+        # No deploy waits for a gateway that is leaving; requests in flight still get their replies.
+        await end(following, sampling)
+        follower.leave()
+        if self._admin is not None and os.getppid() != self._parent:
+            await self._admin.stop()  # another node starts another gateway, whose admin listener takes this port
         if not following.cancelled():
             following.result()
 
@@ -258,15 +287,3 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
-
-
-async def _until_redis_answers(connect: Callable[[], Awaitable[None]]) -> None:
-    told = False
-    while True:
-        try:
-            return await connect()
-        except BrokerUnavailable as exc:
-            if not told:
-                logger.warning("%s; trying again until it answers", exc)
-            told = True
-            await asyncio.sleep(_RETRY_S)
