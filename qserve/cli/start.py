@@ -1,5 +1,6 @@
 """`qserve start`: this machine's share of an instance, in the foreground."""
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from qserve.cli.gateway_options import gateway_arguments, gateway_options
 from qserve.cli.instance import check_port
 from qserve.cli.output import redis_url_option
 from qserve.deployments.local_instance import find_settings, require_extras
+from qserve.errors import BrokerUnavailable
 
 
 @click.command()
@@ -42,11 +44,13 @@ def start(
 ) -> None:
     """Run this machine's workers (and gateway) for an instance, until Ctrl-C.
 
-    The node reads from Redis what is deployed and keeps one Celery worker per deployment running.
+    The node reads from Redis what is deployed and keeps one Celery worker per deployment running. While Redis cannot be
+    reached it waits.
     """
     settings = find_settings()
     require_extras(serves_http=bool(gateway))
-    require_usable_at(settings.redis_url)
+    with contextlib.suppress(BrokerUnavailable):  # the node says so, and waits for it
+        require_usable_at(settings.redis_url)
     os.environ |= {"QSERVE_REDIS_URL": settings.redis_url, "QSERVE_SECRET": settings.secret}
     command = [sys.executable, "-m", "qserve_workers.node"]
     if only is not None:

@@ -29,8 +29,10 @@ from qserve.settings import Settings
 from qserve.tracebacks import users_part
 from qserve.user_code.source_files import project_files
 from qserve.wire.spec import DeploymentSpec, Target
+from tests.support.faulty_link import FaultyLink
 from tests.support.serving import free_port, runtime_folder
 from tests.support.shell import Shell, background
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -351,13 +353,30 @@ def test_without_an_instance_commands_say_how_to_start_one(shell: Shell, command
     assert "QSERVE_REDIS_URL" in said
 
 
-@pytest.mark.parametrize("command", [("status",), ("call", "X"), ("start",), ("run", "counter"), ("deploy", "counter")])
+@pytest.mark.parametrize("command", [("status",), ("call", "X"), ("run", "counter"), ("deploy", "counter")])
 def test_an_unreachable_server_is_named(shell: Shell, command: tuple[str, ...]) -> None:
     shell.write("counter.py", COUNTER)
     port = free_port()
     waits = ("--timeout", "0.5") if command[0] == "deploy" else ()
     said = shell.error(*command, *waits, "--redis-url", f"redis://127.0.0.1:{port}")
     assert f"Redis cannot be reached at 127.0.0.1:{port}" in said
+
+
+def test_a_node_waits_for_a_server_that_cannot_be_reached(shared: Shell, settings: Settings, state: State) -> None:
+    with FaultyLink(settings.redis_url) as line:
+        line.part()
+        with background(shared, "start", "--no-gateway", "--redis-url", line.url) as node:
+            node.wait_for("Redis cannot be reached at .* Trying again until it answers")
+            assert shared.run("healthy").returncode == 0
+            line.heal()
+            wait_until(lambda: [info.pid for info in state.observed.nodes().values()] == [node.process.pid])
+
+
+def test_a_node_that_waits_for_a_server_ends_when_it_is_told_to(shell: Shell) -> None:
+    with background(shell, "start", "--no-gateway", "--redis-url", f"redis://127.0.0.1:{free_port()}") as node:
+        node.wait_for("Redis cannot be reached at .* Trying again until it answers")
+        node.interrupt(signal.SIGTERM)
+        assert node.end() == 0
 
 
 def test_an_evicting_server_is_refused(shell: Shell, redis_server: str, redis_client: "redis.Redis") -> None:
