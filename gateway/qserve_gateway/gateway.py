@@ -9,7 +9,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qserve.calls.client import Client
-from qserve.errors import BrokerUnavailable, ConfigurationError, PayloadTooLarge, QServeError, StreamBroken
+from qserve.errors import BrokerUnavailable, PayloadTooLarge, QServeError, StreamBroken
 from qserve.hooks import GatewayHook
 from qserve.settings import Settings
 from qserve.wire.messages import MODEL, WEBSOCKET, HttpRequest, HttpResponse, encode

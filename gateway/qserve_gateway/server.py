@@ -23,6 +23,7 @@ from qserve.calls.client import Client
 from qserve.errors import BrokerUnavailable, ConfigurationError
 from qserve.hooks import GatewayHook, load_hooks
 from qserve.settings import Settings
+from qserve.this_machine import this_host
 from qserve.wire.codec import Codec
 from qserve.wire.spec import GatewayInfo, HttpSettings
 from qserve_gateway.admin.admin_app import Admin, admin_token
@@ -146,7 +147,8 @@ class GatewayProcess:
             self._settings.public_url.rstrip("/") or self._public.url,
             admin_url=self._admin.url if self._admin else "",
         )
-        info = GatewayInfo(id=ready.id, host=socket.gethostname(), pid=ready.pid, url=ready.url)
+        host, machine = socket.gethostname(), this_host()
+        info = GatewayInfo(id=ready.id, host=host, pid=ready.pid, url=ready.url, machine=machine)
         follower = Follower(self._client, info, self._apply)
         logging.getLogger("uvicorn.error").addFilter(OneLinePerCut())
         self._listen_to_signals()

@@ -180,6 +180,8 @@ class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A gateway process. It is alive while the key `Keys.alive(id)` exists.
 
     Attributes:
+        machine: Where its pid counts, as `this_host` says; "" where that cannot be told. Containers that share a host
+            name have pids of their own.
         applied: The id of the last entry of the state log that it has applied.
     """
 
@@ -187,6 +189,7 @@ class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     pid: int
     url: str
+    machine: str = ""
     applied: str = "0-0"
 
 

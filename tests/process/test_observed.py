@@ -14,6 +14,7 @@ from qserve.broker.keys import GROUP, Keys
 from qserve.broker.server import redis_clients
 from qserve.durable.dead_letters import DeadLetters
 from qserve.errors import BrokerUnavailable, CallNotFound, DeploymentNotFound, FrameRejected
+from qserve.this_machine import this_host
 from qserve.wire.call_record import DurableCall, Terms, new_call_id
 from qserve.wire.codec import Codec
 from qserve.wire.messages import DURABLE, PYTHON, Call, Signer, encode
@@ -26,19 +27,21 @@ CODEC = Codec(allow_pickle=False, max_bytes=1000)
 
 
 @pytest.mark.parametrize(
-    ("host", "pid", "is_there"),
+    ("machine", "pid", "is_there"),
     [
         ("elsewhere", NOBODY, True),
-        (socket.gethostname(), os.getpid(), True),
-        (socket.gethostname(), NOBODY, False),
+        (None, NOBODY, True),
+        (this_host(), os.getpid(), True),
+        (this_host(), NOBODY, False),
     ],
-    ids=["on another host", "here", "gone from here"],
+    ids=["in a container with this host name", "of a version that does not say where", "here", "gone from here"],
 )
-def test_a_gateway_that_has_ended_on_this_host_is_not_told_of(
-    redis_client: "redis.Redis", keys: Keys, host: str, pid: int, is_there: bool
+def test_a_gateway_that_has_ended_on_this_machine_is_not_told_of(
+    redis_client: "redis.Redis", keys: Keys, machine: str | None, pid: int, is_there: bool
 ) -> None:
     fields = {field.name for field in msgspec.structs.fields(GatewayInfo) if field.required}
-    facts: dict[str, Any] = {"id": "g", "host": host, "pid": pid, "url": "http://x", "applied": "0-0"}
+    facts: dict[str, Any] = {"host": socket.gethostname(), "pid": pid, "url": "http://x", "applied": "0-0"}
+    facts |= {"id": "g"} if machine is None else {"id": "g", "machine": machine}
     redis_client.hset(keys.gateways, "g", msgspec.msgpack.encode({"id": "g"} | facts))
     assert fields <= facts.keys()
     assert Observed(redis_client, keys).gateways() == {}  # it has not said that it lives

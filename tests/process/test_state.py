@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -24,6 +23,7 @@ from qserve.broker.scripts import END_CALL
 from qserve.broker.server import embedded
 from qserve.errors import BrokerUnavailable, FrameRejected, PayloadTooLarge
 from qserve.settings import Settings
+from qserve.this_machine import this_host
 from qserve.wire.call_record import NEVER_MS, DurableCall, DurableOptions, Terms, new_call_id
 from qserve.wire.messages import PYTHON, Signer, encode
 from qserve.wire.spec import (
@@ -250,7 +250,7 @@ class TestObserving:
     ) -> None:
         ended = subprocess.Popen(["true"])
         ended.wait()
-        info = GatewayInfo(id="gw", host=socket.gethostname(), pid=ended.pid, url="http://h")
+        info = GatewayInfo(id="gw", host="h", pid=ended.pid, url="http://h", machine=this_host())
         redis_client.hset(keys.gateways, "gw", encode(info))
         redis_client.set(keys.alive("gw"), 1)
 

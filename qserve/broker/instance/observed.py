@@ -1,6 +1,5 @@
 """The observed state: which processes live, what they report, and how many calls wait for them."""
 
-import socket
 from collections import Counter
 from typing import Any
 
@@ -9,7 +8,7 @@ import redis
 from qserve.broker.instance.reports import Info, decode_infos
 from qserve.broker.keys import Keys
 from qserve.broker.redis_errors import CommandRefused, our_errors
-from qserve.this_machine import is_running
+from qserve.this_machine import is_running, this_host
 from qserve.wire.spec import GatewayInfo, NodeInfo, ReplicaInfo, WorkerInfo
 
 
@@ -30,7 +29,7 @@ class Observed:
     def gateways(self) -> dict[str, GatewayInfo]:
         """The live gateways by id."""
         found = self._alive(self._infos(self._keys.gateways, GatewayInfo))
-        return {id_: info for id_, info in found.items() if not _gone_from_here(info.host, info.pid)}
+        return {id_: info for id_, info in found.items() if not _gone_from_here(info)}
 
     def workers(self, name: str) -> dict[str, WorkerInfo]:
         """What each node's Celery worker last reported for a deployment, by node id."""
@@ -99,6 +98,6 @@ class Observed:
             return self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
 
-def _gone_from_here(host: str, pid: int) -> bool:
-    """Whether a process of this host has ended, though its alive key may last a while longer."""
-    return host == socket.gethostname() and not is_running(pid)
+def _gone_from_here(gateway: GatewayInfo) -> bool:
+    """Whether a gateway of this machine has ended, though its alive key may last a while longer."""
+    return gateway.machine != "" and gateway.machine == this_host() and not is_running(gateway.pid)
