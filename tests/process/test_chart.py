@@ -114,6 +114,11 @@ def _secret_references(found: Any) -> Iterator[dict[str, str]]:
         (["serviceMonitor.enabled=true"], "needs admin.enabled=true"),
         (["pools.default.keda.enabled=true"], "needs admin.enabled=true"),
         (["admin.enabled=true", "pools.a.keda.enabled=true"], "pools.a.keda.deployment is missing"),
+        (
+            ["admin.enabled=true", "pools.a.keda.enabled=true", "pools.a.keda.deployment=Other", "pools.a.only={Own}"],
+            "pools.a.keda.deployment is Other, which is not in its only",
+        ),
+        (["gateway.args={--ssl-ca-certs=/ca.pem}"], "no gateway would become ready"),
         (["pools.Bad_Name.replicas=1"], "Bad_Name"),
         (["settings.lower=1"], "lower"),
         (["gateway.ingress.enabled=true"], "needs gateway.ingress.hosts"),
@@ -128,6 +133,37 @@ def _secret_references(found: Any) -> Iterator[dict[str, str]]:
 def test_wrong_values_are_refused_with_a_sentence(sets: list[str], said: str) -> None:
     with pytest.raises(chart.ChartError, match=said):
         chart.render(None, *sets)
+
+
+def test_settings_arrive_as_they_are_written(tmp_path: Path) -> None:
+    """Whatever a file of values says is a float to Helm where it is a number."""
+    written = {
+        "QSERVE_MAX_BODY_BYTES": 1073741824,
+        "QSERVE_SLOW_CALL_S": 0.5,
+        "QSERVE_DEBUG": True,
+        "QSERVE_APP": "shop:app",
+    }
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump({"settings": written}))
+    for component in ("gateway", "worker-default"):
+        container = container_of(find(chart.render(values), "Deployment", f"q-qserve-{component}"))
+        given = {each["name"]: each["value"] for each in container["env"] if each["name"] in written}
+        assert given == {
+            "QSERVE_MAX_BODY_BYTES": "1073741824",
+            "QSERVE_SLOW_CALL_S": "0.5",
+            "QSERVE_DEBUG": "true",
+            "QSERVE_APP": "shop:app",
+        }
+
+
+@pytest.mark.parametrize(
+    "certificate", ["gateway.args={--ssl-certfile=/tls.pem}", "gateway.args={--ssl-certfile,/tls.pem}"]
+)
+def test_probes_speak_https_where_the_gateway_does(certificate: str) -> None:
+    for sets, scheme in (((), "HTTP"), ((certificate,), "HTTPS")):
+        gateway = container_of(find(chart.render(None, *sets), "Deployment", "q-qserve-gateway"))
+        probes = [gateway[probe]["httpGet"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")]
+        assert {probe.get("scheme", "HTTP") for probe in probes} == {scheme}
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+sentinel", "redis+cluster", "rediss+cluster"])

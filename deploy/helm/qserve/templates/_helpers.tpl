@@ -23,6 +23,11 @@ app.kubernetes.io/component: {{ .component }}
 {{- if .Values.serviceAccount.create }}{{ .Values.serviceAccount.name | default (include "qserve.name" .) }}{{ else }}{{ .Values.serviceAccount.name | default "default" }}{{ end }}
 {{- end }}
 
+{{- /* Probes speak HTTPS where the gateway is given a certificate. */}}
+{{- define "qserve.scheme" -}}
+{{- range .Values.gateway.args }}{{ if hasPrefix "--ssl-certfile" . }}, scheme: HTTPS{{ end }}{{ end }}
+{{- end }}
+
 {{- define "qserve.ownValkey" -}}
 {{- if not (or .Values.redis.url .Values.redis.existingSecret) }}true{{ end }}
 {{- end }}
@@ -53,7 +58,8 @@ app.kubernetes.io/component: {{ .component }}
   value: /tmp/qserve
 {{- range $name, $value := .Values.settings }}
 - name: {{ $name }}
-  value: {{ $value | quote }}
+  {{- /* Numbers of a file of values are floats, and without JSON a million would be 1e+06. */}}
+  value: {{ if kindIs "string" $value }}{{ $value | quote }}{{ else }}{{ $value | toJson | quote }}{{ end }}
 {{- end }}
 {{- end }}
 
