@@ -1,7 +1,9 @@
 """The Compose profile `observe` and the files that it mounts agree with each other."""
 
+import re
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.support.serving import ROOT
@@ -38,3 +40,11 @@ def test_grafana_finds_prometheus_and_the_board() -> None:
     (provider,) = read("grafana/provisioning.yml")["providers"]
     mounted = dict(volume.split(":")[:2] for volume in SERVICES["grafana"]["volumes"])
     assert mounted["./deploy/observability/grafana"] == provider["options"]["path"]
+
+
+@pytest.mark.parametrize("page", ["operations.md", "alerts.md"])
+def test_a_page_names_metrics_as_prometheus_has_them(page: str) -> None:
+    """A counter is asked for with its `_total`."""
+    names = re.compile(r"`(qserve_[a-z_]+)(?=[`{])")
+    listed = set(names.findall((ROOT / "docs/telemetry.md").read_text()))
+    assert set(names.findall((ROOT / "docs" / page).read_text())) <= listed
