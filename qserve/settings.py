@@ -38,7 +38,11 @@ class Settings(BaseSettings):
     """What a process needs to find its Redis and behave; every field is an environment variable `QSERVE_<NAME>`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="QSERVE_", env_ignore_empty=True, extra="ignore", ignored_types=(cached_property,)
+        env_prefix="QSERVE_",
+        env_ignore_empty=True,
+        extra="ignore",
+        ignored_types=(cached_property,),
+        str_strip_whitespace=True,  # what was made with `echo` ends with a new line, and no header can bring that
     )
 
     def __init__(self, **values: Any) -> None:

@@ -54,3 +54,11 @@ def test_a_level_of_the_log_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch
     done = CliRunner().invoke(main, ["deploy", "no_such_module"])
     assert done.exit_code == 1
     assert "Error: QSERVE_LOG_LEVEL: Input should be" in done.output
+
+
+def test_new_lines_around_a_value_are_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret of Kubernetes that was made of a file ends with one."""
+    for name, value in {"REDIS_URL": "redis://host/0", "ADMIN_TOKEN": "token", "NAMESPACE": "shop"}.items():
+        monkeypatch.setenv(f"QSERVE_{name}", f"{value}\n")
+    found = Settings()
+    assert (found.redis_url, found.admin_token, found.namespace) == ("redis://host/0", "token", "shop")

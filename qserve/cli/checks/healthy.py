@@ -15,7 +15,7 @@ def healthy() -> None:
     It asks nobody, Redis neither: for the health checks of containers and supervisors. It knows the processes of this
     user, with the same QSERVE_RUNTIME_DIR and QSERVE_NAMESPACE.
     """
-    well, ill = judge(os.environ.get("QSERVE_NAMESPACE") or "default")  # the settings take longer to import
+    well, ill = judge(os.environ.get("QSERVE_NAMESPACE", "").strip() or "default")  # the settings take longer to import
     for line in well:
         click.echo(line)
     if ill:
