@@ -36,7 +36,7 @@ def test_compose_kills_nothing_that_may_still_finish_its_calls(path: Path, servi
 
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
 def test_systemd_starts_it_again_for_as_long_as_it_takes_and_kills_it_late(path: Path) -> None:
-    """Its own limit is five starts in ten seconds: a node for which Redis is away would be over it at once."""
+    """Its own limit is five starts in ten seconds: a node that refuses its server would be over it at once."""
     found = unit(path)
     assert (found["Unit"]["StartLimitIntervalSec"], found["Service"]["Restart"]) == ("0", "always")
     assert float(found["Service"]["TimeoutStopSec"]) >= GRACE_S + STOP_MARGIN_S
