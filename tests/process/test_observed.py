@@ -9,6 +9,7 @@ import pytest
 import redis
 
 from qserve.broker.instance.observed import Observed
+from qserve.broker.instance.reports import report_replica
 from qserve.broker.instance.state import State
 from qserve.broker.keys import GROUP, Keys
 from qserve.broker.server import redis_clients
@@ -18,7 +19,7 @@ from qserve.this_machine import this_host
 from qserve.wire.call_record import DurableCall, Terms, new_call_id
 from qserve.wire.codec import Codec
 from qserve.wire.messages import DURABLE, PYTHON, Call, Signer, encode
-from qserve.wire.spec import GatewayInfo
+from qserve.wire.spec import SERVING, GatewayInfo, ReplicaInfo
 from tests.support.calling import deploy
 
 NOBODY = 2**22 + 1
@@ -48,6 +49,33 @@ def test_a_gateway_that_has_ended_on_this_machine_is_not_told_of(
     redis_client.set(keys.alive("g"), 1)
 
     assert bool(Observed(redis_client, keys).gateways()) is is_there
+
+
+@pytest.mark.parametrize(
+    ("lives", "is_there"),
+    [((), False), (("node",), True), (("replica",), True)],
+    ids=["its machine has vanished", "it stands still", "its node was killed"],
+)
+def test_a_replica_is_told_of_while_its_node_or_itself_says_that_it_lives(
+    redis_client: "redis.Redis", keys: Keys, lives: tuple[str, ...], is_there: bool
+) -> None:
+    info = ReplicaInfo(
+        id="replica",
+        tag="Echo#1",
+        worker="worker",
+        node="node",
+        host="h",
+        pid=1,
+        generation=1,
+        revision="1",
+        state=SERVING,
+        started_at=0.0,
+    )
+    report_replica(redis_client, keys, "Echo", info)
+    for process in lives:
+        redis_client.set(keys.alive(process), 1)
+
+    assert bool(Observed(redis_client, keys).replicas("Echo")) is is_there
 
 
 def test_how_many_calls_wait_and_for_how_long(redis_client: "redis.Redis", state: State, keys: Keys) -> None:

@@ -36,11 +36,17 @@ class Observed:
         return self._infos(self._keys.workers(name), WorkerInfo)
 
     def replicas(self, name: str) -> dict[str, ReplicaInfo]:
-        """The replicas of a deployment by id, without those whose death is known."""
+        """The replicas of a deployment by id, without those whose death is known.
+
+        Nobody makes it known where the last machine of a deployment has vanished. There, replicas count that have said
+        themselves that they live; elsewhere one may stand still for so long that it says nothing, and is there.
+        """
         beats = self._do("HGETALL", self._keys.heartbeats(name))
         gone = {id_.decode() for id_, beat in beats.items() if not beat.isdigit()}
         found = self._infos(self._keys.replicas(name), ReplicaInfo)
-        return {id_: info for id_, info in found.items() if id_ not in gone}
+        nodes = {id_: info.node for id_, info in found.items() if id_ not in gone}
+        living = {node for node in set(nodes.values()) if self.is_alive(node, name)}
+        return {id_: found[id_] for id_, node in nodes.items() if node in living or self.is_alive(id_, name)}
 
     def is_alive(self, process: str, name: str = "") -> bool:
         """Whether a process has said that it lives, within the lifetime of its role; see the module `presence`.
