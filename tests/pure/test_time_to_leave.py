@@ -34,6 +34,13 @@ def test_compose_kills_nothing_that_may_still_finish_its_calls(path: Path, servi
     assert float(found.get("stop_grace_period", "10s").removesuffix("s")) >= GRACE_S + STOP_MARGIN_S
 
 
+@pytest.mark.parametrize("path", COMPOSE, ids=["examples", "own_app"])
+@pytest.mark.parametrize("service", ["deploy", "gateway", "worker"])
+def test_what_compose_starts_hears_from_the_beginning_that_it_is_to_leave(path: Path, service: str) -> None:
+    """The first process of a container ignores SIGTERM until it has a handler, and is killed in the end."""
+    assert yaml.safe_load(path.read_text())["services"][service]["init"] is True
+
+
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
 def test_systemd_starts_it_again_for_as_long_as_it_takes_and_kills_it_late(path: Path) -> None:
     """Its own limit is five starts in ten seconds: a node that refuses its server would be over it at once."""
