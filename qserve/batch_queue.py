@@ -150,6 +150,7 @@ class BatchQueue:
                     f"The input list has length {len(batch)} but the returned list has length {len(results)}."
                 )
         except BaseException as exc:  # SystemExit too, which would end the loop here
+            _forget_this_frame(exc)
             for call in batch:
                 if isinstance(exc, asyncio.CancelledError):
                     call.result.cancel()
@@ -198,6 +199,12 @@ def in_order(results: Any, count: int, verb: str) -> list[Any]:
             f"order, and not a value of type {kind.__name__}."
         )
     return list(results)
+
+
+def _forget_this_frame(error: BaseException) -> None:
+    """Take the frame that has caught the error out of it: its calls hold the error, which then would hold them."""
+    if error.__traceback__ is not None:
+        error.__traceback__ = error.__traceback__.tb_next
 
 
 def _fail(call: _Waiting, error: BaseException) -> None:

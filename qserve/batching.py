@@ -227,6 +227,10 @@ class _Share:
         self.error = self.error or error
         self.parts.put_nowait(_End)
 
+    def batch_ended(self, _: object) -> None:
+        """There are no more parts for any call."""
+        self.close()
+
 
 class _BatchedStream(_Batched):
     """A decorated asynchronous generator: each call takes part in a batch with a share that the batch puts parts in."""
@@ -237,7 +241,7 @@ class _BatchedStream(_Batched):
             row = self._row(args, kwargs, skip=int(instance is not None))
             share = _Share()
             ended = self._queue(instance).put((*row, share))
-            ended.add_done_callback(lambda _: share.close())
+            ended.add_done_callback(share.batch_ended)
             try:
                 while (part := await share.parts.get()) is not _End:
                     yield part
@@ -248,6 +252,7 @@ class _BatchedStream(_Batched):
             finally:
                 share.is_open = False
                 ended.cancel()
+                del share, ended  # else an error would hold this frame, and it the error
 
         return call
 

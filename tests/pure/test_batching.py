@@ -1,8 +1,10 @@
 """`@serve.batch`: when batches run, what they get, and what their callers get."""
 
 import asyncio
+import contextlib
 import gc
 import inspect
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -17,6 +19,7 @@ from qserve.context import CallInfo, current_call
 from qserve.errors import QServeError
 from tests.support.local_code import running
 from tests.support.slowness import patience
+from tests.support.waiting import until
 
 # The decorator
 
@@ -222,6 +225,54 @@ async def test_results_may_be_anything_that_has_an_order() -> None:
     while kinds:
         assert list(await asyncio.gather(echo(1), echo(2))) == [1, 2]
         kinds.pop()
+
+
+class Input:
+    """Something whose memory is to be free when nobody needs it."""
+
+
+@batch(max_batch_size=2)
+async def raises(items: list[Input]) -> list[int]:
+    raise ValueError
+
+
+@batch(max_batch_size=2)
+async def gives_too_many(items: list[Input]) -> list[int]:
+    return [1, 2, 3]
+
+
+@batch(max_batch_size=2)
+async def stream_raises(items: list[Input]) -> AsyncIterator[list[int]]:
+    yield [1] * len(items)
+    raise ValueError
+
+
+@batch(max_batch_size=2)
+async def stream_gives_errors(items: list[Input]) -> AsyncIterator[list[Any]]:
+    yield [ValueError() for _ in items]
+
+
+@pytest.mark.parametrize("batched", [raises, gives_too_many, stream_raises, stream_gives_errors])
+async def test_a_failed_batch_keeps_none_of_its_inputs(batched: Callable[[Input], Any]) -> None:
+    """Not even until the garbage collector comes: they may be the memory that was too little."""
+    inputs: weakref.WeakSet[Input] = weakref.WeakSet()
+
+    async def call() -> None:
+        given = Input()
+        inputs.add(given)
+        with contextlib.suppress(ValueError, QServeError):
+            if inspect.isasyncgenfunction(batched):
+                async for _ in batched(given):
+                    pass
+            else:
+                await batched(given)
+
+    gc.disable()
+    try:
+        await asyncio.gather(call(), call())
+        await until(lambda: not inputs)
+    finally:
+        gc.enable()
 
 
 async def test_the_columns_of_a_table_are_no_results() -> None:
