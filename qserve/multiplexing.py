@@ -198,7 +198,10 @@ class _Models:
                 await asyncio.wait([model])  # which does not end with a call that is withdrawn
             finally:
                 model.waiting -= 1
-        return model.result()
+        try:
+            return model.result()
+        finally:
+            del model  # else its error would hold this frame, and it the error
 
     def _begin(self, model_id: str, load: Callable[[], Awaitable[Any]]) -> _Model:
         leaving = []

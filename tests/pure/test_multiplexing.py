@@ -1,7 +1,9 @@
 """`serve.multiplexed`: which models are kept, loaded and let go."""
 
 import asyncio
+import contextlib
 import gc
+import weakref
 from typing import Any, ClassVar
 
 import pytest
@@ -11,6 +13,7 @@ from qserve.context import CallInfo, current_call
 from qserve.telemetry.user_metrics import MICRO, take_counts
 from tests.support.local_code import Running, running
 from tests.support.slowness import patience
+from tests.support.waiting import until
 
 
 class Model:
@@ -98,6 +101,32 @@ class Gated:
         if self.times == 1:
             raise ConnectionError("the store does not answer")
         return model_id.upper()
+
+
+async def test_an_error_of_the_loader_keeps_nothing_of_those_who_waited() -> None:
+    class Request:
+        """What a call has at hand while it waits for its model."""
+
+    class Zoo:
+        @serve.multiplexed
+        async def load(self, model_id: str) -> str:
+            raise ValueError(model_id)
+
+    requests: weakref.WeakSet[Request] = weakref.WeakSet()
+    zoo = Zoo()
+
+    async def call() -> None:
+        request = Request()
+        requests.add(request)
+        with contextlib.suppress(ValueError):
+            await zoo.load("lion")
+
+    gc.disable()
+    try:
+        await asyncio.gather(call(), call())
+        await until(lambda: not requests)
+    finally:
+        gc.enable()
 
 
 async def test_a_model_whose_loading_failed_when_nobody_waited_any_more_is_loaded_again(
