@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import pydantic
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from msgspec.msgpack import Ext
@@ -167,19 +167,19 @@ values = st.recursive(
 
 
 @given(values)
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_supported_value_arrives_as_it_was_sent(value: object) -> None:
     assert same(travel(value), value)
 
 
 @given(st.lists(values).map(tuple), st.dictionaries(st.text(), values))
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_call_arrives_as_it_was_made(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     assert same(unsigned.unpack_call(unsigned.pack_call(args, kwargs)), (args, kwargs))
 
 
 @given(hnp.arrays(hnp.scalar_dtypes() | hnp.array_dtypes(), hnp.array_shapes(min_dims=0, min_side=0)), st.booleans())
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_numpy_arrays_keep_dtype_shape_and_content(array: "np.ndarray[Any, Any]", fortran: bool) -> None:
     sent = np.asfortranarray(array) if fortran else array
     got = travel(sent)
@@ -750,7 +750,7 @@ def test_malformed_values_are_rejected(bomb: bytes) -> None:
 
 
 @given(st.binary(max_size=200), st.sampled_from([*range(-2, 40)]))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 def test_random_bytes_give_a_value_or_a_rejection(data: bytes, code: int) -> None:
     for frame in (data, encode(Ext(code, data)), encode(Ext(code, encode([data, data])))):
         with contextlib.suppress(FrameRejected):

@@ -2,7 +2,7 @@
 
 import random
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import integers, randoms, sets
 
 from qserve.broker.replica_queue import Entry
@@ -53,6 +53,7 @@ def test_one_that_could_not_begin_is_the_next() -> None:
     assert suspects.entries == [b"b"]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls=integers(1, 12), poisonous=sets(integers(0, 11), max_size=3), room=integers(1, 12), order=randoms())
 def test_only_calls_that_kill_are_given_up(calls: int, poisonous: set[int], room: int, order: random.Random) -> None:
     """All have run in a replica that died. Each successor gets what is left, and dies if a call in it kills."""
