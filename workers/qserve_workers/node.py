@@ -309,8 +309,7 @@ class Node:
             self._sleepers.match(self._snapshot.deployments)
             self._match_gateways()
             await self._match_beat()
-            unsettled = [name for name, d in self._snapshot.deployments.items() if d.state != HEALTHY]
-            if unsettled:
+            if unsettled := [name for name, d in self._snapshot.deployments.items() if d.state != HEALTHY]:
                 await asyncio.to_thread(self._settle, unsettled)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), _TICK_S[0 if unsettled else 1])
