@@ -408,13 +408,13 @@ async def test_another_content_of_the_same_memory_is_not_sent_for_the_one_that_w
 
 
 async def test_a_value_that_is_taken_back_while_it_is_sent_does_not_arrive(
-    settings: Settings, signer: Signer, lending: Lending, redis_client: "redis.Redis", keys: Keys
+    settings: Settings, signer: Signer, lending: Lending, redis_client: "redis.Redis"
 ) -> None:
     ours = Transfers(settings.keys.address(settings.redis_url), settings.keys, signer)
     size = (transfers.WINDOW + 5) * CHUNK
     lent = decode_lent((loan := lending.lend(b"x" * size)).frame)
     lending.send("t", f"{lent.cookie.hex()}:{lent.generation}")
-    await until(lambda: redis_client.llen(keys.transfer("t", "ready")) == transfers.WINDOW)
+    await until(lambda: redis_client.llen(settings.keys.transfer("t", "ready")) == transfers.WINDOW)
     lending.end(loan, is_read=True)
     assert lending.lend(b"y" * size).segment is loan.segment
     with pytest.raises(TransferBroken, match="taken it back"):
