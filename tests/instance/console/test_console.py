@@ -68,7 +68,7 @@ def test_every_page_shows_and_is_safe_to_show(shop: Any, operator: httpx.Client)
         assert policy.startswith("default-src 'self'")
         assert "unsafe" not in policy
         assert answer.headers["cache-control"] == "no-store"
-        assert re.findall(r"<script(?![^>]* src=)|\son\w+=|\sstyle=|javascript:", answer.text) == []
+        assert re.findall(r"<script(?![^>]* src=)|<[^>]*\s(?:on\w+|style)=|javascript:", answer.text) == []
         assert OPERATOR not in answer.text
         assert re.findall(r'(?:src|action)="https?://[^"/]+', answer.text) == []
 
