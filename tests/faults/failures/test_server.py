@@ -116,7 +116,8 @@ async def test_strict_replicas_do_not_run_unsafe_calls_of_before_a_restart() -> 
         running = put(caller, "wait", "running")[1]
         await it.world.started("running")
         unsafe, safe = put(caller, "wait", "unsafe")[1], put(caller, "wait", "safe", safe=True)[1]
-        await until(lambda: it.depth() == 3)
+        last = put(caller, "wait", "last")[1]
+        await until(lambda: it.depth() == 4)
 
         it.server.kill()
         it.server.start()
@@ -124,12 +125,13 @@ async def test_strict_replicas_do_not_run_unsafe_calls_of_before_a_restart() -> 
         it.world.books.gate.open()
 
         assert await value(caller, running) == "running"
-        told = await outcome(unsafe)
-        assert isinstance(told, Reply)
-        assert (told.kind, decode_error(told.payload).code) == (ERROR, "Indeterminate")
+        for each in (unsafe, last):
+            told = await outcome(each)
+            assert isinstance(told, Reply)
+            assert (told.kind, decode_error(told.payload).code) == (ERROR, "Indeterminate")
         assert await value(caller, safe) == "safe"
         assert await ask(caller, "after") == "after"
-        assert it.world.books.starts("unsafe") == []
+        assert it.world.books.starts("unsafe") == it.world.books.starts("last") == []
 
 
 def fill(it: System) -> None:
