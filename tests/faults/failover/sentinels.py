@@ -71,14 +71,18 @@ class Server:
 
 
 def sentinel(port: int, quorum: int = 2) -> str:
-    """What a sentinel is told that watches a primary."""
+    """What a sentinel is told that watches a primary.
+
+    It asks once a second whether that lives. If it waited no longer than that, it would find a new primary down as soon
+    as it has made it one, where the machine is slow, and go back to the old one.
+    """
     return f"""
         requirepass {SENTINEL_PASSWORD}
         sentinel sentinel-pass {SENTINEL_PASSWORD}
         sentinel monitor {SERVICE} 127.0.0.1 {port} {quorum}
         sentinel auth-user {SERVICE} {USER}
         sentinel auth-pass {SERVICE} "{PASSWORD}"
-        sentinel down-after-milliseconds {SERVICE} 1000
+        sentinel down-after-milliseconds {SERVICE} 2000
         sentinel failover-timeout {SERVICE} 5000"""
 
 
