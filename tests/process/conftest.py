@@ -1,5 +1,6 @@
 """What several files of this folder work with."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,3 +17,11 @@ def world(settings: Settings, redis_client: "redis.Redis", tmp_path: Path) -> It
     world = World(settings, redis_client, tmp_path)
     yield world
     world.end()
+
+
+@pytest.fixture
+def sock() -> Iterator[socket.socket]:
+    """Where a process that is given it listens; nobody does yet."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock

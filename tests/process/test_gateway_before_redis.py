@@ -27,14 +27,6 @@ def line(settings: Settings) -> Iterator[FaultyLink]:
 
 
 @pytest.fixture
-def sock() -> Iterator[socket.socket]:
-    """Where the gateway listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        yield sock
-
-
-@pytest.fixture
 def process(line: FaultyLink, sock: socket.socket, settings: Settings) -> Iterator["subprocess.Popen[bytes]"]:
     variables = {
         "QSERVE_REDIS_URL": line.url,

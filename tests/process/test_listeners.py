@@ -20,14 +20,6 @@ from tests.support.waiting import LIMIT_S, wait_until
 
 
 @pytest.fixture
-def sock() -> Iterator[socket.socket]:
-    """Where the third listener listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        yield sock
-
-
-@pytest.fixture
 def process(sock: socket.socket, settings: Settings, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """A gateway process with three listeners."""
     variables = {
